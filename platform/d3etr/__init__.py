@@ -1,0 +1,1 @@
+"""d3etr: knowledge distillation for detection transformers."""

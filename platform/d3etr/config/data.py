@@ -1,0 +1,105 @@
+"""Configuration of data: where images and annotations are and what happens to them."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from d3etr.config.base import Section
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+FilePath = Annotated[Path, Field(strict=False)]
+"""A path written as text; relative ones start at the working directory."""
+
+
+class SplitConfig(Section):
+    """One COCO-format split."""
+
+    images: FilePath
+    """Folder that the annotation file's ``file_name`` entries are relative to."""
+    annotations: FilePath
+    """COCO detection JSON."""
+
+
+class DigitScenesConfig(Section):
+    """The embedded benchmark: handwritten digits composed into cluttered scenes."""
+
+    root: FilePath = Path("data/digit-scenes")
+    """Parent folder; every distinct setting gets a folder of its own below it."""
+    train_images: Annotated[int, Field(ge=1)] = 6000
+    validation_images: Annotated[int, Field(ge=1)] = 500
+    test_images: Annotated[int, Field(ge=1)] = 1000
+    image_size: Annotated[int, Field(ge=32, le=1024)] = 64
+    minimum_objects: Annotated[int, Field(ge=0)] = 1
+    maximum_objects: Annotated[int, Field(ge=1)] = 5
+    minimum_scale: Annotated[int, Field(ge=6)] = 10
+    """Shortest long side of a digit, pixels; sizes are log-uniform."""
+    maximum_scale: Annotated[int, Field(ge=6)] = 28
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> Self:
+        if self.minimum_objects > self.maximum_objects:
+            raise ValueError("minimum_objects is above maximum_objects")
+        if not self.minimum_scale <= self.maximum_scale <= self.image_size:
+            raise ValueError("expected minimum_scale <= maximum_scale <= image_size")
+        return self
+
+
+class AugmentationConfig(Section):
+    """Training-time transforms; validation only resizes."""
+
+    shortest_sides: tuple[Annotated[int, Field(ge=16)], ...] | None = None
+    """Multi-scale training: one of these is drawn per image; None keeps the preprocessing's."""
+    horizontal_flip: Probability = 0.5
+    vertical_flip: Probability = 0.0
+    crop: Probability = 0.0
+    """Share of images that are cropped (to 50-100 % of each side) before resizing."""
+    colour_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Strength of random brightness, contrast, saturation and (a tenth of it) hue."""
+    channel_permutation: Probability = 0.0
+    """Share of images whose colour channels are permuted."""
+    inversion: Probability = 0.0
+    """Share of images whose colours are inverted."""
+
+
+class PreprocessingConfig(Section):
+    """What an image goes through before a detector sees it; weights files carry it along."""
+
+    normalisation: Literal["imagenet", "per_image"] = "imagenet"
+    """imagenet: fixed mean and deviation, what torchvision's weights expect. per_image: each
+    channel of each image by its own mean and deviation."""
+    shortest_side: Annotated[int, Field(ge=16)] | None = 800
+    """Images are resized so that their shorter side has this many pixels; None keeps them."""
+    longest_side: Annotated[int, Field(ge=16)] | None = 1333
+    """Upper bound of the longer side after resizing."""
+
+    @model_validator(mode="after")
+    def _sides_are_ordered(self) -> Self:
+        if self.longest_side and self.shortest_side and self.longest_side < self.shortest_side:
+            raise ValueError("longest_side is below shortest_side")
+        return self
+
+
+class DataConfig(Section):
+    """Images, annotations, and what is done to them before a detector sees them."""
+
+    train: SplitConfig | None = None
+    validation: SplitConfig | None = None
+    test: SplitConfig | None = None
+    digit_scenes: DigitScenesConfig | None = None
+    """Use the embedded benchmark instead of files of your own."""
+    preprocessing: PreprocessingConfig = PreprocessingConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    bucket_by_aspect: bool = True
+    """Batch images of like shape together, so that padding is small."""
+    workers: Annotated[int, Field(ge=0, le=64)] = 1
+    """Processes per training worker that decode and transform images."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.digit_scenes is None and (self.train is None or self.validation is None):
+            raise ValueError("needs either digit_scenes, or both train and validation")
+        if self.digit_scenes and (self.train or self.validation or self.test):
+            raise ValueError("digit_scenes brings its own splits: remove train, validation, test")
+        return self

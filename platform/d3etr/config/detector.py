@@ -1,0 +1,85 @@
+"""Configuration of detectors, and of the roles teacher and student."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from d3etr.config.base import Section
+from d3etr.config.data import FilePath
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class BackboneConfig(Section):
+    """The convolutional network below the encoder."""
+
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "small"] = (
+        "resnet50"
+    )
+    """A torchvision ResNet, or ``small``: a GroupNorm network for small images."""
+    dilation: bool = False
+    """DC5: the last stage keeps stride 16 and dilates instead (ResNets only)."""
+    norm: Literal["frozen", "group"] = "frozen"
+    """ResNets: frozen batch statistics (needs weights), or GroupNorm. ``small`` is GroupNorm."""
+    stem_width: Positive = 16
+    """``small`` only: channels of the stem (stride 2 at the first stage)."""
+    stage_widths: tuple[Positive, ...] = (24, 48, 64)
+    """``small`` only: channels per stage; each stage halves the resolution."""
+    stage_blocks: Positive = 1
+    """``small`` only: residual blocks per stage."""
+    trainable: bool = True
+    """False freezes the whole backbone."""
+
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> Self:
+        if self.name == "small" and self.dilation:
+            raise ValueError("dilation (DC5) is for ResNets; backbone 'small' has stride 8 already")
+        if self.name == "small" and any(w % 8 for w in (self.stem_width, *self.stage_widths)):
+            raise ValueError("stem_width and stage_widths must be multiples of 8 (GroupNorm)")
+        return self
+
+
+class DetectorConfig(Section):
+    """Architecture of one detector. The number of classes comes from the data."""
+
+    name: Literal["conditional_detr"] = "conditional_detr"
+    backbone: BackboneConfig = BackboneConfig()
+    width: Positive = 256
+    """Model width D, the channels of encoder and decoder."""
+    heads: Positive = 8
+    encoder_layers: Annotated[int, Field(ge=0)] = 6
+    decoder_layers: Positive = 6
+    feedforward: Positive = 2048
+    queries: Positive = 300
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    box_size_bias: float = 0.0
+    """Initial bias of the width and height logits of the box head; negative starts small."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width {self.width} must be a multiple of 2 * heads ({2 * self.heads})"
+            )
+        return self
+
+
+class StudentConfig(Section):
+    """The detector that is trained: a student, or a teacher-to-be with method ``none``."""
+
+    detector: DetectorConfig = DetectorConfig()
+    backbone_weights: FilePath | Literal["imagenet"] | None = None
+    """Where the backbone starts: torchvision's ImageNet weights, a file that
+    ``d3etr pretrain-backbone`` wrote, or None for random numbers."""
+
+
+class TeacherConfig(Section):
+    """The frozen detector that teaches."""
+
+    weights: FilePath
+    """A d3etr weights file; its architecture is read from the file."""
+    minimum_mAP: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """A teacher below this on the validation split stops the run before it starts."""
+    evaluation: Literal["verify", "measure"] = "verify"
+    """verify: accept the evaluation recorded in the weights file if it was on the same data,
+    else measure. measure: always evaluate."""

@@ -1,0 +1,163 @@
+"""Configuration of what is distilled, over which pairs, and how strongly."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from d3etr.config.base import Section
+
+Weight = Annotated[float, Field(ge=0)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class MatchingCostConfig(Section):
+    """Cost of pairing a student query with a teacher query (Adaptive Matching)."""
+
+    class_distance: Literal["l2", "bce"] = "l2"
+    """l2: distance of class probabilities. bce: cross entropy with the teacher's as target."""
+    class_cost: Weight = 2.0
+    l1_cost: Weight = 5.0
+    giou_cost: Weight = 2.0
+
+    @model_validator(mode="after")
+    def _something_costs(self) -> Self:
+        if self.class_cost == self.l1_cost == self.giou_cost == 0:
+            raise ValueError("all matching costs are 0: no pair would be better than another")
+        return self
+
+
+class PredictionConfig(Section):
+    """Distillation of class logits and boxes."""
+
+    weight: Weight = 2.0
+    class_loss: Literal["focal", "bce", "kl"] = "focal"
+    """focal: |p' - p|^2 BCE(z, p'). bce: soft-target BCE. kl: softmax KL with temperature."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Used by ``kl`` only."""
+    class_weight: Weight = 1.0
+    l1_weight: Weight = 5.0
+    giou_weight: Weight = 2.0
+    pair_weights: Literal["confidence", "uniform"] = "confidence"
+    """confidence: a pair counts as much as the teacher is sure of its query."""
+
+    @model_validator(mode="after")
+    def _temperature_has_effect(self) -> Self:
+        if self.temperature != 1 and self.class_loss != "kl":
+            raise ValueError(
+                f"temperature has no effect on class_loss '{self.class_loss}', only on 'kl'"
+            )
+        if self.weight and not (self.class_weight or self.l1_weight or self.giou_weight):
+            raise ValueError("weight is set but class_weight, l1_weight and giou_weight are all 0")
+        return self
+
+
+class AttentionConfig(Section):
+    """Distillation of one kind of attention map."""
+
+    weight: Weight = 2.0
+    distance: Literal["kl", "mse"] = "kl"
+    heads: Literal["apart", "averaged"] = "apart"
+    """apart needs equal head counts; averaged compares the mean over heads."""
+    pair_weights: Literal["confidence", "uniform"] = "uniform"
+
+
+class AuxiliaryGroupConfig(Section):
+    """The training-only query group of Fixed Matching."""
+
+    queries: Literal["teacher", "random"] = "teacher"
+    """random: frozen random queries, the control that shows what the teacher's are worth."""
+    assignment: Literal["teacher", "own"] = "teacher"
+    """Whose Hungarian assignment supervises the group with ground truth."""
+    ground_truth: bool = True
+    """Supervise the group with ground truth at all."""
+
+
+class DistillationConfig(Section):
+    """Method, matching ratios, loss terms."""
+
+    method: Literal["none", "d3etr"] = "none"
+    adaptive_ratio: Ratio = 0.5
+    """r: L = r * L_adaptive + (1 - r) * L_fixed. 1 builds no auxiliary group, 0 runs no
+    bipartite matching."""
+    teacher_query_ratio: Share = 1.0
+    """q: share of the teacher's queries, most confident first, in the auxiliary group."""
+    matched_pair_ratio: Share = 1.0
+    """m: share of adaptive pairs kept, most confident first."""
+    matching_cost: MatchingCostConfig = MatchingCostConfig()
+    prediction: PredictionConfig = PredictionConfig()
+    self_attention: AttentionConfig = AttentionConfig()
+    cross_attention: AttentionConfig = AttentionConfig()
+    auxiliary_group: AuxiliaryGroupConfig = AuxiliaryGroupConfig()
+    layer_map: Literal["uniform", "last"] | tuple[Annotated[int, Field(ge=0)], ...] = "uniform"
+    """Teacher layer for each student layer; a list names them, last must map to last."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Distillation weights grow linearly from 0 over this many optimiser steps."""
+
+    @property
+    def terms(self) -> tuple[float, float, float]:
+        """Weights of the prediction, self- and cross-attention terms."""
+        return self.prediction.weight, self.self_attention.weight, self.cross_attention.weight
+
+    @property
+    def distils(self) -> bool:
+        """Whether any distillation term is on; the controls of the ablation have none."""
+        return any(self.terms)
+
+    @property
+    def has_auxiliary_group(self) -> bool:
+        """Whether a second query group runs through the student's decoder."""
+        return self.method == "d3etr" and self.adaptive_ratio < 1
+
+    @property
+    def matches_adaptively(self) -> bool:
+        """Whether bipartite matching between teacher and student runs."""
+        return self.method == "d3etr" and self.adaptive_ratio > 0 and self.distils
+
+    @model_validator(mode="after")
+    def _every_setting_fires(self) -> Self:
+        if self.method == "none":
+            return self._plain_has_nothing_set()
+        if self.adaptive_ratio == 1:
+            self._adaptive_only_is_whole()
+        if (
+            self.adaptive_ratio == 0
+            and {"matching_cost", "matched_pair_ratio"} & self.model_fields_set
+        ):
+            raise ValueError(
+                "adaptive_ratio 0 runs no bipartite matching: "
+                "remove matching_cost and matched_pair_ratio"
+            )
+        if self.auxiliary_group.queries == "random" and self.has_auxiliary_group:
+            self._random_queries_teach_nothing()
+        return self
+
+    def _plain_has_nothing_set(self) -> Self:
+        extra = sorted(self.model_fields_set - {"method"})
+        if extra:
+            raise ValueError(f"method 'none' distils nothing: remove {', '.join(extra)}")
+        return self
+
+    def _adaptive_only_is_whole(self) -> None:
+        if not self.distils:
+            raise ValueError(
+                "adaptive_ratio 1 with all term weights 0 trains nothing but the plain "
+                "student: use method 'none'"
+            )
+        if {"auxiliary_group", "teacher_query_ratio"} & self.model_fields_set:
+            raise ValueError(
+                "adaptive_ratio 1 builds no auxiliary group: "
+                "remove auxiliary_group and teacher_query_ratio"
+            )
+
+    def _random_queries_teach_nothing(self) -> None:
+        if self.distils:
+            raise ValueError(
+                "random auxiliary queries have no teacher outputs to distil: "
+                "set all term weights to 0, or auxiliary_group.queries to 'teacher'"
+            )
+        if self.auxiliary_group.assignment == "teacher":
+            raise ValueError(
+                "random auxiliary queries have no teacher assignment: "
+                "set auxiliary_group.assignment to 'own'"
+            )

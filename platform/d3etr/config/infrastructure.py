@@ -1,0 +1,48 @@
+"""Configuration of a run's name and place, the cluster under it and its tracking."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from d3etr.config.base import Section
+from d3etr.config.data import FilePath
+
+
+class RunConfig(Section):
+    """Name, place and seed of a run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
+    """The run's folder is this plus a digest of the configuration."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    output: FilePath = Path("runs")
+    """Folder that holds runs; on a cluster, storage that all nodes share."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+
+
+class ClusterConfig(Section):
+    """What the run asks of Ray."""
+
+    address: str | None = None
+    """Ray address; None joins the cluster that a submitted job is in, else starts one here."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """auto: 1 where the cluster has a GPU for every worker, else 0."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    threads_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Threads of tensor operations; auto shares a node's cores among its workers."""
+    maximum_failures: Annotated[int, Field(ge=0)] = 3
+    """Lost workers or nodes that are survived."""
+    start_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    enabled: bool = True
+    uri: str | None = None
+    """None: MLFLOW_TRACKING_URI, else an SQLite file in ``run.output``."""
+    experiment: str = "d3etr"
+    figures: bool = True
+    register_as: str | None = None
+    """Register the student as a model under this name."""

@@ -1,0 +1,85 @@
+"""Configuration of optimisation and evaluation."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from d3etr.config.base import Section
+
+Positive = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class SetCriterionConfig(Section):
+    """DETR's loss on ground truth: weights of the loss and of the Hungarian matching cost."""
+
+    class_weight: Weight = 2.0
+    l1_weight: Weight = 5.0
+    giou_weight: Weight = 2.0
+    class_cost: Weight = 2.0
+    l1_cost: Weight = 5.0
+    giou_cost: Weight = 2.0
+    focal_alpha: Annotated[float, Field(ge=0, le=1)] = 0.25
+    focal_gamma: Annotated[float, Field(ge=0)] = 2.0
+
+
+class ScheduleConfig(Section):
+    """Learning rate over optimiser steps, as a factor on the base rates."""
+
+    kind: Literal["constant", "step", "cosine"] = "step"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Linear growth from 0 over this many steps, before any kind."""
+    drop_at: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """``step``: share of all steps after which the rate is divided by 10."""
+    final_factor: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """``cosine``: factor reached at the last step."""
+
+
+class OptimisationConfig(Section):
+    """AdamW and everything around it."""
+
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    """Length of the run: exactly one of epochs and (optimiser) steps."""
+    batch_size: Positive = 16
+    """Images per optimiser step over all workers and accumulated micro-batches."""
+    accumulation: Positive = 1
+    """Micro-batches per optimiser step on each worker."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    backbone_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
+    weight_decay: Weight = 1e-4
+    clip_norm: Annotated[float, Field(gt=0)] | None = 0.1
+    schedule: ScheduleConfig = ScheduleConfig()
+    set_criterion: SetCriterionConfig = SetCriterionConfig()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is autocast; weights and losses stay float32."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Evaluate and keep an exponential moving average of the weights."""
+    compile: bool = False
+    """torch.compile the detectors."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("needs exactly one of epochs and steps")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of "
+                f"accumulation {self.accumulation}"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """When and how the student is measured (COCO mAP)."""
+
+    every_epochs: Positive = 1
+    """Measure on the validation split after every so many epochs, and after the last."""
+    batch_size: Positive = 16
+    """Images per forward pass and worker."""
+    maximum_detections: Positive = 100
+    """Detections per image, as COCO counts them."""
+    test: bool = False
+    """After training, measure the kept weights once on the test split."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights the run hands over: best validation mAP, or the last."""

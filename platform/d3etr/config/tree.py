@@ -1,0 +1,50 @@
+"""The whole configuration of one run."""
+
+from typing import Self
+
+from pydantic import model_validator
+
+from d3etr.config.base import Section
+from d3etr.config.data import DataConfig
+from d3etr.config.detector import StudentConfig, TeacherConfig
+from d3etr.config.distillation import DistillationConfig
+from d3etr.config.infrastructure import ClusterConfig, RunConfig, TrackingConfig
+from d3etr.config.training import EvaluationConfig, OptimisationConfig
+
+
+class Config(Section):
+    """One run: everything that is needed to repeat it."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig
+    teacher: TeacherConfig | None = None
+    student: StudentConfig = StudentConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    optimisation: OptimisationConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.distillation.method == "none" and self.teacher is not None:
+            raise ValueError(
+                "teacher is set but distillation.method is 'none': nothing would use it"
+            )
+        if self.distillation.method != "none" and self.teacher is None:
+            raise ValueError(
+                f"distillation.method '{self.distillation.method}' needs a teacher.weights"
+            )
+        parts = self.cluster.workers * self.optimisation.accumulation
+        if self.optimisation.batch_size % parts:
+            raise ValueError(
+                f"optimisation.batch_size {self.optimisation.batch_size} is not a multiple of "
+                f"cluster.workers x optimisation.accumulation = {parts}"
+            )
+        steps = self.optimisation.steps
+        if steps is not None and self.distillation.warmup_steps > steps:
+            raise ValueError(
+                f"distillation.warmup_steps is above optimisation.steps ({steps}): "
+                "the terms would never reach their weight"
+            )
+        return self

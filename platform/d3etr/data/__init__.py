@@ -1,0 +1,1 @@
+"""COCO-format data, transforms, batches, and the embedded digit scenes."""

@@ -1,0 +1,1 @@
+"""Detection transformers: backbones, encoder, decoders, set criterion, weights."""

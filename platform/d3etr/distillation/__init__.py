@@ -1,0 +1,1 @@
+"""The core: what is distilled between two decoder outputs, over which pairs."""

@@ -1,0 +1,1 @@
+"""Ray Train and the other launchers; the only place that imports ray."""

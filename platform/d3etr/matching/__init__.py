@@ -1,0 +1,1 @@
+"""Boxes, costs and batched one-to-one assignment: pure tensors."""

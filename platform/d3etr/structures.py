@@ -1,0 +1,180 @@
+"""What crosses the borders between data, detectors and distillation.
+
+Shapes: B images · L decoder layers · N queries of a group · H attention heads ·
+S = h*w memory tokens · D model width · C classes · T objects of the fullest image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+MASKED_SCORE = torch.finfo(torch.float32).min
+"""Attention score of a masked key: finite, so that 0 * score is 0 and not NaN."""
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Normalised images of one batch, padded at the right and bottom.
+
+    Attributes:
+        pixels: [B, 3, height, width], zero under padding.
+        padding: [B, height, width] bool, True under padding; None when no image is
+            padded (a fact the collator knows, so nobody has to ask the device).
+    """
+
+    pixels: Tensor
+    padding: Tensor | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> ImageBatch:
+        """The same batch on ``device``."""
+        padding = (
+            None if self.padding is None else self.padding.to(device, non_blocking=non_blocking)
+        )
+        return ImageBatch(self.pixels.to(device, non_blocking=non_blocking), padding)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Ground truth of one batch, padded to the fullest image so that nothing loops over images.
+
+    Boxes are relative to the image itself, not to the padded batch.
+
+    Attributes:
+        labels: [B, T] int64 in [0, C), 0 in unused slots.
+        boxes_cxcywh: [B, T, 4] in [0, 1], 0 in unused slots.
+        counts: objects per image; slots [counts[b], T) of image b are unused.
+        image_ids: the annotation file's ids.
+        original_sizes: (height, width) in pixels before any transform.
+    """
+
+    labels: Tensor
+    boxes_cxcywh: Tensor
+    counts: tuple[int, ...]
+    image_ids: tuple[int, ...]
+    original_sizes: tuple[tuple[int, int], ...]
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> Targets:
+        """The same targets on ``device``."""
+        return replace(
+            self,
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            boxes_cxcywh=self.boxes_cxcywh.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class ObjectQueries:
+    """One query group: what a decoder starts from.
+
+    A leading B dimension means that each image has its own queries.
+
+    Attributes:
+        embedding: [N, D] or [B, N, D].
+        reference_logits: reference points [.., N, 2] or anchor boxes [.., N, 4] before the
+            sigmoid (a saturated point has no finite inverse); None where a detector has none.
+    """
+
+    embedding: Tensor
+    reference_logits: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of queries N."""
+        return self.embedding.shape[-2]
+
+    def detach(self) -> ObjectQueries:
+        """The same queries outside the autograd graph."""
+        reference = None if self.reference_logits is None else self.reference_logits.detach()
+        return ObjectQueries(self.embedding.detach(), reference)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Encoder output.
+
+    Attributes:
+        tokens: [B, S, D], row-major over the grid.
+        position: [B, S, D] position encoding of each token.
+        padding: [B, S] bool, True under padding, or None.
+        grid: (height, width) with S = height * width.
+    """
+
+    tokens: Tensor
+    position: Tensor
+    padding: Tensor | None
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class DecoderOutputs:
+    """What a decoder says about one query group, all layers stacked.
+
+    Attention is kept as scores (scaled, masked with ``MASKED_SCORE``, before the softmax and
+    any dropout): losses need log-softmax, and log(softmax) underflows.
+
+    Attributes:
+        logits: [L, B, N, C], raw.
+        boxes_cxcywh: [L, B, N, 4] in [0, 1].
+        self_attention_scores: [L, B, H, N, N], rows are queries; None unless asked for.
+        cross_attention_scores: [L, B, H, N, S]; None unless asked for.
+        grid: (height, width) of the memory that S runs over.
+        padding: [B, S] bool, True under padding, or None.
+    """
+
+    logits: Tensor
+    boxes_cxcywh: Tensor
+    self_attention_scores: Tensor | None = None
+    cross_attention_scores: Tensor | None = None
+    grid: tuple[int, int] = (0, 0)
+    padding: Tensor | None = None
+
+    @property
+    def self_attention(self) -> Tensor:
+        """[L, B, H, N, N]: rows sum to 1."""
+        if self.self_attention_scores is None:
+            raise ValueError("decode(..., attention=True) is needed for self-attention maps")
+        return self.self_attention_scores.softmax(-1)
+
+    @property
+    def cross_attention(self) -> Tensor:
+        """[L, B, H, N, S]: rows sum to 1."""
+        if self.cross_attention_scores is None:
+            raise ValueError("decode(..., attention=True) is needed for cross-attention maps")
+        return self.cross_attention_scores.softmax(-1)
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers L."""
+        return self.logits.shape[0]
+
+    @property
+    def queries(self) -> int:
+        """Number of queries N."""
+        return self.logits.shape[2]
+
+    def confidence(self) -> Tensor:
+        """[L, B, N]: the highest class probability of each query, max_c sigma(z_c)."""
+        return self.logits.amax(-1).sigmoid()
+
+
+class Detector(Protocol):
+    """Anything that encodes images and decodes any number of query groups."""
+
+    def encode(self, images: ImageBatch) -> Memory:
+        """Run backbone and encoder."""
+        ...
+
+    def decode(
+        self, memory: Memory, groups: Sequence[ObjectQueries], *, attention: bool = False
+    ) -> list[DecoderOutputs]:
+        """Decode each group; groups share weights and memory and never see each other."""
+        ...
+
+    def object_queries(self) -> ObjectQueries:
+        """The detector's own queries: its main group."""
+        ...

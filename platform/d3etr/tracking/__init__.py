@@ -1,0 +1,1 @@
+"""MLflow runs and figures; the only place that imports mlflow."""
