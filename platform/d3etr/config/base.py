@@ -9,3 +9,8 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
     )
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """Keys that other keys of this section switch off; setting them is an error."""
+        return frozenset()

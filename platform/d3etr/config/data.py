@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from d3etr.config.base import Section
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-FilePath = Annotated[Path, Field(strict=False)]
+FilePath = Annotated[
+    Path,
+    Field(strict=False),
+    # A default is a Path already; reading JSON accepts text only.
+    BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
+]
 """A path written as text; relative ones start at the working directory."""
 
 

@@ -114,6 +114,17 @@ class DistillationConfig(Section):
         """Whether bipartite matching between teacher and student runs."""
         return self.method == "d3etr" and self.adaptive_ratio > 0 and self.distils
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """Keys that the method or a ratio of 0 or 1 switches off; setting them is an error."""
+        if self.method == "none":
+            return frozenset(type(self).model_fields) - {"method"}
+        if self.adaptive_ratio == 1:
+            return frozenset({"auxiliary_group", "teacher_query_ratio"})
+        if self.adaptive_ratio == 0:
+            return frozenset({"matching_cost", "matched_pair_ratio"})
+        return frozenset()
+
     @model_validator(mode="after")
     def _every_setting_fires(self) -> Self:
         if self.method == "none":

@@ -1,0 +1,156 @@
+"""From a recipe file and ``--set`` to a validated configuration, and back to YAML."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from d3etr.config.base import Section
+from d3etr.config.overrides import Tree, apply_overrides, merge, overridden_paths
+from d3etr.config.problems import ConfigError, Problem, problems_of, shown
+from d3etr.config.tree import Config
+from d3etr.config.yaml_text import dump_yaml, parse_yaml
+
+WITHOUT_INFLUENCE: Mapping[str, frozenset[str]] = {
+    "run": frozenset({"name", "output", "keep_checkpoints"}),
+    "data": frozenset({"workers"}),
+}
+"""Keys that change where and how fast a run happens, never its result."""
+SECTIONS_WITHOUT_INFLUENCE = frozenset({"cluster", "tracking"})
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe, put overrides on top and validate.
+
+    Args:
+        path: a YAML recipe; None starts from an empty one. A recipe may say
+            ``extends: other.yaml`` (relative to itself; or a list, later ones win) and is
+            merged over what it extends.
+        overrides: ``a.b=c`` texts; values are YAML.
+
+    Raises:
+        ConfigError: listing every problem with its dotted path, what was found and what is
+            allowed.
+    """
+    tree = {} if path is None else read_recipe(path)
+    return validate(tree, "the configuration" if path is None else str(path), overrides)
+
+
+def validate(tree: Tree, source: str, overrides: Sequence[str] = ()) -> Config:
+    """Turn a tree of plain values, with overrides on top, into a configuration.
+
+    Args:
+        tree: what YAML holds.
+        source: what error texts call it.
+        overrides: ``a.b=c`` texts.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    tree, problems = apply_overrides(tree, overrides)
+    try:
+        config = Config.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        set_paths = overridden_paths(overrides)
+        problems += [_with_origin(problem, set_paths) for problem in problems_of(error, Config)]
+    if problems:
+        raise ConfigError(f"{source} with --set" if overrides else source, problems)
+    return config
+
+
+def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> Tree:
+    """Read a recipe file and everything that it extends.
+
+    Args:
+        path: the file.
+        below: the files that extend this one; finds circles.
+
+    Raises:
+        ConfigError: if a file is missing, not YAML, not a mapping, or extends itself.
+    """
+    resolved = path.resolve()
+    if resolved in below:
+        chain = " -> ".join(file.name for file in (*below, resolved))
+        raise ConfigError(str(path), [Problem("extends", f"goes in a circle: {chain}")])
+    tree = parse_yaml(_read_text(path), str(path))
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        text = f"found {shown(tree)}, expected sections such as 'run:' and 'data:'"
+        raise ConfigError(str(path), [Problem("", text)])
+    base: Tree = {}
+    for name in _extended(tree.pop("extends", None), path):
+        base = merge(base, read_recipe(path.parent / name, (*below, resolved)))
+    return merge(base, tree)
+
+
+def to_yaml(config: Config) -> str:
+    """Every value in effect, as YAML that loads back to an equal configuration."""
+    return dump_yaml(plain_tree(config))
+
+
+def plain_tree(config: Section) -> Tree:
+    """Every value in effect, as plain JSON values.
+
+    Settings that the configuration says are without effect are left out: loading refuses them.
+    """
+    tree = config.model_dump(mode="json", exclude=set(config.without_effect))
+    for name in tree:
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            tree[name] = plain_tree(value)
+    return tree
+
+
+def config_digest(config: Config) -> str:
+    """8 hex digits over everything that changes a run's results."""
+    tree: dict[str, Any] = plain_tree(config)
+    kept = {
+        section: _without(value, WITHOUT_INFLUENCE.get(section, frozenset()))
+        for section, value in tree.items()
+        if section not in SECTIONS_WITHOUT_INFLUENCE
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _without(section: Any, keys: frozenset[str]) -> Any:
+    if not isinstance(section, dict):
+        return section
+    return {key: value for key, value in section.items() if key not in keys}
+
+
+def _with_origin(problem: Problem, set_paths: set[str]) -> Problem:
+    """Say so when the value came from the command line."""
+    path = problem.path
+    from_set = any(path == place or path.startswith(f"{place}[") for place in set_paths)
+    return Problem(path, f"{problem.text} (from --set)") if from_set else problem
+
+
+def _extended(value: Any, path: Path) -> list[str]:
+    """The names in a recipe's ``extends``."""
+    names = [value] if isinstance(value, str) else value or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        text = f"found {shown(value)}, expected a file name or a list of them"
+        raise ConfigError(str(path), [Problem("extends", text)])
+    return names
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        text = f"not UTF-8 text (byte {error.start})"
+        raise ConfigError(str(path), [Problem("", text)]) from None
+    except OSError as error:
+        text = f"cannot be read: {error.strerror}{_neighbour(path)}"
+        raise ConfigError(str(path), [Problem("", text)]) from None
+
+
+def _neighbour(path: Path) -> str:
+    """The file that was probably meant."""
+    names = [file.name for file in path.parent.glob("*.yaml")]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean '{path.parent / close[0]}'?" if close else ""

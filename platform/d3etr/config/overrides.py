@@ -1,0 +1,93 @@
+"""``--set a.b=c``: values put into a configuration tree by dotted path."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from d3etr.config.problems import ConfigError, Problem, shown
+from d3etr.config.yaml_text import dump_yaml, parse_yaml
+
+Tree = dict[str, Any]
+
+
+def merge(base: Tree, changes: Mapping[str, Any]) -> Tree:
+    """``changes`` on top of ``base``: sections are merged, everything else is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            merged[key] = merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def apply_overrides(tree: Tree, overrides: Sequence[str]) -> tuple[Tree, list[Problem]]:
+    """Put each ``a.b=c`` into the tree, later ones over earlier ones.
+
+    The value is read as YAML. A section that is missing or null is made; a list is replaced
+    as a whole.
+
+    Returns:
+        The new tree, and what was wrong with overrides (those are left out).
+    """
+    problems: list[Problem] = []
+    for override in overrides:
+        try:
+            path, value = _parse(override)
+            tree = _put(tree, path, value, override)
+        except ConfigError as error:
+            problems += error.problems
+    return tree, problems
+
+
+def overridden_paths(overrides: Sequence[str]) -> set[str]:
+    """The dotted paths that well-formed overrides set."""
+    return {override.split("=", 1)[0].strip() for override in overrides if "=" in override}
+
+
+def as_overrides(changes: Mapping[str, Any]) -> list[str]:
+    """Nested or dotted keyword arguments as ``a.b=c`` texts.
+
+    ``{"run": {"seed": 1}, "data.workers": 0}`` gives ``["run.seed=1", "data.workers=0"]``.
+    """
+    return [f"{path}={_as_text(value)}" for path, value in _leaves(changes)]
+
+
+def _leaves(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _as_text(value: Any) -> str:
+    plain = str(value) if isinstance(value, PurePath) else value
+    plain = list(plain) if isinstance(plain, tuple) else plain
+    return dump_yaml(plain).removesuffix("...\n").strip()
+
+
+def _parse(override: str) -> tuple[list[str], Any]:
+    path, equals, text = override.partition("=")
+    parts = path.strip().split(".")
+    if not equals or not all(parts):
+        problem = Problem("", f"--set {override!r}: expected KEY=VALUE such as run.seed=1")
+        raise ConfigError("--set", [problem])
+    try:
+        return parts, parse_yaml(text, "--set")
+    except ConfigError as error:
+        found = [Problem(path, f"--set value {text!r}: {p.text}") for p in error.problems]
+        raise ConfigError("--set", found) from None
+
+
+def _put(tree: Tree, path: Sequence[str], value: Any, override: str) -> Tree:
+    """The tree with ``value`` at ``path``; the given tree stays as it is."""
+    first, *rest = path
+    if not rest:
+        return tree | {first: value}
+    section = tree.get(first)
+    if section is not None and not isinstance(section, dict):
+        text = f"--set {override!r}: '{first}' is {shown(section)}, not a section"
+        raise ConfigError("--set", [Problem("", text)])
+    return tree | {first: _put(section or {}, rest, value, override)}
