@@ -139,7 +139,13 @@ def _expectation(detail: ErrorDetails) -> str:
     if detail["type"] == "literal_error":
         return f"one of {', '.join(repr(choice) for choice in _choices(detail))}"
     sentence = EXPECTATIONS.get(detail["type"])
-    return sentence.format(**detail.get("ctx", {})) if sentence else detail["msg"]
+    limits = {name: _number(value) for name, value in detail.get("ctx", {}).items()}
+    return sentence.format(**limits) if sentence else detail["msg"]
+
+
+def _number(value: Any) -> Any:
+    """0.0 as 0: limits read better that way."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _choices(detail: ErrorDetails) -> list[str]:

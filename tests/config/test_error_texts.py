@@ -1,0 +1,172 @@
+"""The texts that a person with a mistake in a recipe reads."""
+
+from pathlib import Path
+
+import pytest
+
+from d3etr.config.load import load_config
+from d3etr.config.problems import ConfigError
+from d3etr.errors import UserError
+
+BASE = ("data.digit_scenes={}", "optimisation.steps=10")
+
+
+def refusal(*overrides: str, base: tuple[str, ...] = BASE) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*base, *overrides])
+    return str(caught.value)
+
+
+def file_refusal(path: Path, text: str) -> str:
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    return str(caught.value)
+
+
+def test_every_problem_is_listed_at_once_under_the_recipes_name(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    text = file_refusal(
+        path,
+        "run: {sed: 1}\n"
+        "data: {digit_scenes: {image_size: 8}}\n"
+        "optimisation: {steps: many, batch_size: 0}\n",
+    )
+    assert text.splitlines() == [
+        f"Found 4 problems in {path}:",
+        "  - run.sed: unknown key; did you mean 'seed'?",
+        "  - data.digit_scenes.image_size: found 8, expected at least 32",
+        "  - optimisation.steps: found 'many', expected an integer",
+        "  - optimisation.batch_size: found 0, expected at least 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("run.seed=x", "run.seed: found 'x', expected an integer (from --set)"),
+        ("run.seed=1.5", "run.seed: found 1.5, expected an integer (from --set)"),
+        ("run.name=[a]", "run.name: found ['a'], expected text (from --set)"),
+        ("run.output=3", "run.output: found 3, expected a path (from --set)"),
+        ("evaluation=null", "evaluation: found null, expected a section (from --set)"),
+        ("evaluation.test=1", "evaluation.test: found 1, expected true or false (from --set)"),
+        (
+            "optimisation.learning_rate=.inf",
+            "optimisation.learning_rate: found inf, expected a finite number (from --set)",
+        ),
+        (
+            "optimisation.learning_rate=0",
+            "optimisation.learning_rate: found 0, expected above 0 (from --set)",
+        ),
+        (
+            "student.detector.backbone.name=resnet51",
+            "student.detector.backbone.name: found 'resnet51', expected one of 'resnet18', "
+            "'resnet34', 'resnet50', 'resnet101', 'resnet152', 'small'; "
+            "did you mean 'resnet50'? (from --set)",
+        ),
+        (
+            "student.detector.backbone.stage_widths=[8, x]",
+            "student.detector.backbone.stage_widths[1]: found 'x', expected an integer "
+            "(from --set)",
+        ),
+        (
+            "cluster.gpus_per_worker=all",
+            "cluster.gpus_per_worker: found 'all', expected a number or one of 'auto' (from --set)",
+        ),
+    ],
+)
+def test_a_bad_value_is_shown_with_what_is_allowed(override: str, line: str) -> None:
+    assert f"  - {line}" in refusal(override).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("override", "advice"),
+    [
+        ("optimization={}", "did you mean 'optimisation'?"),
+        ("epochs=1", "did you mean 'optimisation.epochs'?"),
+        ("student.heads=1", "did you mean 'student.detector.heads'?"),
+        ("evaluation.zzz=1", "expected one of: every_epochs, batch_size, maximum_detections"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_valid_one(override: str, advice: str) -> None:
+    key = override.partition("=")[0]
+    assert f"  - {key}: unknown key; {advice}" in refusal(override)
+
+
+def test_a_missing_section_is_named() -> None:
+    assert "data: is missing and has no default" in refusal(base=("optimisation.steps=1",))
+
+
+def test_a_rule_between_keys_carries_the_sections_path() -> None:
+    text = refusal("data.digit_scenes.minimum_objects=9", "optimisation.epochs=1")
+    assert "  - data.digit_scenes: minimum_objects is above maximum_objects" in text
+    assert "  - optimisation: needs exactly one of epochs and steps" in text
+
+
+def test_a_rule_between_sections_names_both_keys() -> None:
+    text = refusal("cluster.workers=3")
+    assert "optimisation.batch_size 16 is not a multiple of cluster.workers" in text
+
+
+def test_a_setting_without_effect_is_refused() -> None:
+    text = refusal("distillation.warmup_steps=3")
+    assert "  - distillation: method 'none' distils nothing: remove warmup_steps" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("run.seed", "--set 'run.seed': expected KEY=VALUE such as run.seed=1"),
+        ("run..seed=1", "--set 'run..seed=1': expected KEY=VALUE such as run.seed=1"),
+        (
+            "optimisation.steps.x=1",
+            "--set 'optimisation.steps.x=1': 'steps' is 10, not a section",
+        ),
+        ("run.name=[1", "run.name: --set value '[1': line 1, column 3:"),
+    ],
+)
+def test_a_malformed_override_is_shown(override: str, line: str) -> None:
+    assert f"  - {line}" in refusal(override)
+
+
+def test_broken_yaml_is_located(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    text = file_refusal(path, "run:\n  name: [a\ndata: {}\n")
+    assert text.startswith(f"Found 1 problem in {path}:\n  - line 3, column ")
+
+
+def test_a_key_given_twice_is_located(tmp_path: Path) -> None:
+    text = file_refusal(tmp_path / "twice.yaml", "run: {}\ndata: {}\nrun: {}\n")
+    assert "line 3, column 1: key 'run' is given twice" in text
+
+
+@pytest.mark.parametrize(
+    "value", ["!!set {a}", "!!python/object/apply:os.getcwd []", "!!binary aa"]
+)
+def test_yaml_that_is_not_plain_data_is_refused(tmp_path: Path, value: str) -> None:
+    text = file_refusal(tmp_path / "tag.yaml", f"run: {value}\n")
+    assert "line 1, column 6: could not determine a constructor" in text
+
+
+@pytest.mark.parametrize("content", ["- a\n", "text\n", "3\n"])
+def test_a_recipe_without_sections_is_refused(tmp_path: Path, content: str) -> None:
+    text = file_refusal(tmp_path / "list.yaml", content)
+    assert "expected sections such as 'run:' and 'data:'" in text
+
+
+def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "picture.yaml"
+    path.write_bytes(b"\x89PNG\xff")
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
+        load_config(path)
+
+
+def test_a_missing_recipe_names_its_nearest_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "teacher.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"No such file.*did you mean '.*teacher\.yaml'"):
+        load_config(tmp_path / "teachr.yaml")
+
+
+def test_extends_must_name_files(tmp_path: Path) -> None:
+    text = file_refusal(tmp_path / "odd.yaml", "extends: {a: b}\n")
+    assert "extends: found a section, expected a file name or a list of them" in text

@@ -1,0 +1,191 @@
+"""Recipes, --set, the round trip to YAML and the digest."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d3etr.config.load import config_digest, load_config, to_yaml
+from d3etr.config.overrides import as_overrides
+from d3etr.config.problems import ConfigError
+from d3etr.config.tree import Config
+
+MINIMAL = "data: {digit_scenes: {}}\noptimisation: {steps: 10}\n"
+TEACHER = ("teacher.weights=teacher.safetensors", "distillation.method=d3etr")
+
+
+def recipe(folder: Path, text: str = MINIMAL, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def minimal(*overrides: str) -> Config:
+    return load_config(None, ["data.digit_scenes={}", "optimisation.steps=10", *overrides])
+
+
+def refusal(path: Path | None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_a_recipe_holds_what_it_says_and_defaults_elsewhere(tmp_path: Path) -> None:
+    config = load_config(recipe(tmp_path))
+    assert config.optimisation.steps == 10
+    assert config.run.name == "run"
+
+
+def test_lists_become_tuples_and_text_becomes_paths() -> None:
+    config = minimal(
+        "student.detector.backbone.stage_widths=[8, 16]", "student.backbone_weights=a/b.safetensors"
+    )
+    assert config.student.detector.backbone.stage_widths == (8, 16)
+    assert config.student.backbone_weights == Path("a/b.safetensors")
+
+
+def test_imagenet_stays_a_name_where_paths_are_allowed() -> None:
+    weights = minimal("student.backbone_weights=imagenet").student.backbone_weights
+    assert str(weights) == "imagenet"
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-04", ".0001"])
+def test_numbers_are_read_in_every_spelling(text: str) -> None:
+    rate = minimal(f"optimisation.learning_rate={text}").optimisation.learning_rate
+    assert rate == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("name", ["no", "on", "2024-01-01", "1.2.3"])
+def test_names_that_older_yaml_converts_stay_text(name: str) -> None:
+    assert minimal(f"run.name={name}").run.name == name
+
+
+def test_set_wins_over_the_recipe_and_later_over_earlier(tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    config = load_config(path, ["optimisation.steps=20", "optimisation.steps=30"])
+    assert config.optimisation.steps == 30
+
+
+def test_set_makes_a_section_that_is_null(tmp_path: Path) -> None:
+    path = recipe(tmp_path, MINIMAL + "teacher: null\n")
+    config = load_config(path, TEACHER)
+    assert config.teacher is not None
+    assert config.teacher.weights == Path("teacher.safetensors")
+
+
+def test_set_can_switch_a_section_off(tmp_path: Path) -> None:
+    path = recipe(tmp_path, MINIMAL + "teacher: {weights: a.safetensors}\n")
+    assert load_config(path, ["teacher=null"]).teacher is None
+
+
+def test_set_replaces_a_list_as_a_whole(tmp_path: Path) -> None:
+    text = MINIMAL + "student: {detector: {backbone: {stage_widths: [8, 16, 24]}}}\n"
+    config = load_config(recipe(tmp_path, text), ["student.detector.backbone.stage_widths=[32]"])
+    assert config.student.detector.backbone.stage_widths == (32,)
+
+
+def test_a_recipe_is_merged_over_what_it_extends(tmp_path: Path) -> None:
+    recipe(tmp_path, MINIMAL + "run: {name: base, seed: 1}\n", "base.yaml")
+    path = recipe(tmp_path, "extends: base.yaml\nrun: {seed: 2}\n")
+    config = load_config(path)
+    assert (config.run.name, config.run.seed) == ("base", 2)
+
+
+def test_of_several_extended_recipes_the_later_wins(tmp_path: Path) -> None:
+    recipe(tmp_path, MINIMAL + "run: {name: a, seed: 1}\n", "a.yaml")
+    recipe(tmp_path, "run: {name: b}\n", "b.yaml")
+    config = load_config(recipe(tmp_path, "extends: [a.yaml, b.yaml]\n"))
+    assert (config.run.name, config.run.seed) == ("b", 1)
+
+
+def test_extended_recipes_are_found_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    recipe(tmp_path, MINIMAL, "base.yaml")
+    assert load_config(recipe(tmp_path / "sub", "extends: ../base.yaml\n")).data.digit_scenes
+
+
+def test_recipes_that_extend_each_other_are_refused(tmp_path: Path) -> None:
+    recipe(tmp_path, "extends: b.yaml\n", "a.yaml")
+    recipe(tmp_path, "extends: a.yaml\n", "b.yaml")
+    message = refusal(tmp_path / "a.yaml")
+    assert "extends: goes in a circle: a.yaml -> b.yaml -> a.yaml" in message
+
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "both": TEACHER,
+    "adaptive only": (*TEACHER, "distillation.adaptive_ratio=1"),
+    "fixed only": (*TEACHER, "distillation.adaptive_ratio=0"),
+    "random auxiliary group": (
+        *TEACHER,
+        "distillation={method: d3etr, adaptive_ratio: 0, prediction: {weight: 0}, "
+        "self_attention: {weight: 0}, cross_attention: {weight: 0}, "
+        "auxiliary_group: {queries: random, assignment: own}}",
+    ),
+    "layer map": (*TEACHER, "distillation.layer_map=[0, 2]"),
+    "temperature": (
+        *TEACHER,
+        "distillation.prediction={class_loss: kl, temperature: 2}",
+    ),
+    "small numbers and odd names": ("run.name='1e-4'", "optimisation.weight_decay=1e-12"),
+    "own data": (
+        "data={train: {images: a, annotations: b}, validation: {images: 'no', annotations: d}}",
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_yaml_of_a_configuration_loads_to_the_same(tmp_path: Path, variant: str) -> None:
+    config = minimal(*VARIANTS[variant])
+    again = load_config(recipe(tmp_path, to_yaml(config)))
+    assert again == config
+    assert config_digest(again) == config_digest(config)
+
+
+def test_yaml_holds_values_in_effect_that_nobody_set() -> None:
+    text = to_yaml(minimal(*TEACHER, "distillation.adaptive_ratio=0"))
+    assert "teacher_query_ratio: 1.0" in text
+    assert "temperature: 1.0" in text
+    assert "matched_pair_ratio" not in text, "without effect at adaptive_ratio 0"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "run.name=other",
+        "run.output=elsewhere",
+        "run.keep_checkpoints=7",
+        "cluster.workers=2",
+        "tracking.enabled=false",
+        "data.workers=0",
+    ],
+)
+def test_the_digest_ignores_where_and_how_fast(change: str) -> None:
+    assert config_digest(minimal(change)) == config_digest(minimal())
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["run.seed=1", "optimisation.steps=11", "data.digit_scenes.seed=1", "student.detector.heads=4"],
+)
+def test_the_digest_changes_with_what_changes_results(change: str) -> None:
+    assert config_digest(minimal(change)) != config_digest(minimal())
+
+
+def test_the_digest_is_eight_hex_digits() -> None:
+    digest = config_digest(minimal())
+    assert len(digest) == 8
+    int(digest, 16)
+
+
+def test_keyword_arguments_become_overrides() -> None:
+    changes: dict[str, Any] = {
+        "run": {"seed": 3, "name": "no", "output": Path("a b")},
+        "student.detector.backbone.stage_widths": (8, 16),
+        "optimisation": {"clip_norm": None, "learning_rate": 1e-5},
+    }
+    config = minimal(*as_overrides(changes))
+    assert (config.run.seed, config.run.name, config.run.output) == (3, "no", Path("a b"))
+    assert config.student.detector.backbone.stage_widths == (8, 16)
+    assert config.optimisation.clip_norm is None
+    assert config.optimisation.learning_rate == 1e-5
