@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from d3etr.config.detector import DetectorConfig
+
 MASKED_SCORE = torch.finfo(torch.float32).min
 """Attention score of a masked key: finite, so that 0 * score is 0 and not NaN."""
 
@@ -163,7 +165,15 @@ class DecoderOutputs:
 
 
 class Detector(Protocol):
-    """Anything that encodes images and decodes any number of query groups."""
+    """Anything that encodes images and decodes any number of query groups.
+
+    Attributes:
+        config: its architecture.
+        classes: number of classes C.
+    """
+
+    config: DetectorConfig
+    classes: int
 
     def encode(self, images: ImageBatch) -> Memory:
         """Run backbone and encoder."""

@@ -1,0 +1,123 @@
+"""MixMatcher: distillation terms over adaptive and fixed correspondences, mixed by a ratio.
+
+L_distil = r L_adaptive + (1 - r) L_fixed. That adaptive and fixed matching are mixed, and that
+each carries predictions, self- and cross-attention, is D3ETR's; the ratio and its default of
+0.5 are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d3etr.config.distillation import AttentionConfig, DistillationConfig
+from d3etr.distillation.attention import attention_loss, resize_maps, select_pairs, select_rows
+from d3etr.distillation.correspondence import FIXED, Correspondence
+from d3etr.distillation.prediction import prediction_losses
+from d3etr.structures import DecoderOutputs
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One set of corresponding queries, ready to be compared.
+
+    Attributes:
+        student: outputs of a student's query group.
+        teacher: teacher outputs in as many layers.
+        pairs: which teacher query corresponds to which student query.
+        confidence: [L] normaliser of pairs weighted by the teacher's confidence.
+        images: scalar, images in the global batch; normaliser of pairs that weigh the same.
+    """
+
+    student: DecoderOutputs
+    teacher: DecoderOutputs
+    pairs: Correspondence
+    confidence: Tensor
+    images: Tensor
+
+    def weights(self, kind: str) -> Tensor:
+        """[L, B, P] weight of each pair divided by its normaliser."""
+        confidence = self.pairs.of_teacher(self.teacher.confidence().float()[..., None])[..., 0]
+        if kind == "confidence":
+            smallest = torch.finfo(confidence.dtype).tiny
+            return confidence / self.confidence.clamp(min=smallest)[:, None, None]
+        return (torch.ones_like(confidence) / confidence.shape[-1]) / self.images
+
+
+def _prediction(branch: Branch, config: DistillationConfig) -> dict[str, Tensor]:
+    pairs, student, teacher = branch.pairs, branch.student, branch.teacher
+    return prediction_losses(
+        pairs.of_student(student.logits).float(),
+        pairs.of_student(student.boxes_cxcywh).float(),
+        pairs.of_teacher(teacher.logits).float(),
+        pairs.of_teacher(teacher.boxes_cxcywh).float(),
+        branch.weights(config.prediction.pair_weights),
+        config.prediction,
+    )
+
+
+def _scores(scores: Tensor | None) -> Tensor:
+    if scores is None:
+        raise ValueError("attention is distilled, but a decoder was not asked for its maps")
+    return scores
+
+
+def _self_attention(branch: Branch, config: AttentionConfig) -> Tensor:
+    """Rows and columns follow the correspondence, renormalised to the corresponding queries."""
+    pairs = branch.pairs
+    student = select_pairs(_scores(branch.student.self_attention_scores), pairs.student)
+    teacher = select_pairs(_scores(branch.teacher.self_attention_scores).float(), pairs.teacher)
+    weights = branch.weights(config.pair_weights)
+    return attention_loss(student, teacher.softmax(-1), weights, config)
+
+
+def _cross_attention(branch: Branch, config: AttentionConfig) -> Tensor:
+    """Rows follow the correspondence; a teacher's map on another grid is resized."""
+    pairs, student, teacher = branch.pairs, branch.student, branch.teacher
+    scores = select_rows(_scores(student.cross_attention_scores), pairs.student)
+    maps = select_rows(_scores(teacher.cross_attention_scores).float(), pairs.teacher).softmax(-1)
+    if teacher.grid != student.grid:
+        maps = resize_maps(maps, teacher.grid, student.grid, student.padding)
+    return attention_loss(scores, maps, branch.weights(config.pair_weights), config)
+
+
+def branch_losses(branch: Branch, config: DistillationConfig) -> dict[str, Tensor]:
+    """Every configured term over one set of correspondences, weighted.
+
+    Returns:
+        Scalars ``class``, ``l1``, ``giou``, ``self_attention``, ``cross_attention``, those
+        that are on.
+    """
+    losses: dict[str, Tensor] = {}
+    if config.prediction.weight:
+        terms = _prediction(branch, config)
+        losses |= {name: config.prediction.weight * loss for name, loss in terms.items()}
+    if config.self_attention.weight:
+        loss = _self_attention(branch, config.self_attention)
+        losses["self_attention"] = config.self_attention.weight * loss
+    if config.cross_attention.weight:
+        loss = _cross_attention(branch, config.cross_attention)
+        losses["cross_attention"] = config.cross_attention.weight * loss
+    return losses
+
+
+def mix(
+    adaptive: Branch | None, fixed: Branch | None, config: DistillationConfig
+) -> dict[str, Tensor]:
+    """Mix the branches: r L_adaptive + (1 - r) L_fixed, as named scalars ``adaptive/..`` and ``fixed/..``."""
+    losses: dict[str, Tensor] = {}
+    shares = {"adaptive": config.adaptive_ratio, "fixed": 1 - config.adaptive_ratio}
+    for name, branch in {"adaptive": adaptive, "fixed": fixed}.items():
+        if branch is not None:
+            terms = branch_losses(branch, config)
+            losses |= {f"{name}/{term}": shares[name] * loss for term, loss in terms.items()}
+    return losses
+
+
+def fixed_branch(
+    auxiliary: DecoderOutputs, teacher: DecoderOutputs, confidence: Tensor, images: Tensor
+) -> Branch:
+    """Fixed Matching: the auxiliary group against the teacher, query by query."""
+    return Branch(auxiliary, teacher, FIXED, confidence, images)

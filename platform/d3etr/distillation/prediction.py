@@ -1,0 +1,101 @@
+"""Distillation of predictions: class logits and boxes of corresponding queries.
+
+The terms are D3ETR's (predictions of matched queries); their form is our choice, the paper's is
+not known: a focal-weighted soft-target BCE, L1 and GIoU, each pair weighted by the teacher's
+confidence.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_softmax
+
+from d3etr.config.distillation import PredictionConfig
+from d3etr.matching.boxes import cxcywh_to_xyxy, generalised_iou
+
+
+def bce_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Soft-target BCE summed over classes; its minimum is the teacher's entropy.
+
+    Args:
+        logits: [..., C] student.
+        teacher: [..., C] teacher logits.
+
+    Returns:
+        [...].
+    """
+    return binary_cross_entropy_with_logits(logits, teacher.sigmoid(), reduction="none").sum(-1)
+
+
+def focal_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """|p' - p|^2 BCE(z, p') summed over classes: 0 where student and teacher agree.
+
+    The soft-target form of the focal loss (Li et al. 2020, quality focal loss, beta = 2).
+
+    Args:
+        logits: [..., C] student.
+        teacher: [..., C] teacher logits.
+
+    Returns:
+        [...].
+    """
+    target = teacher.sigmoid()
+    entropy = binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return ((target - logits.sigmoid()).square() * entropy).sum(-1)
+
+
+def kl_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(z' / T) || softmax(z / T)), Hinton et al. 2015.
+
+    Args:
+        logits: [..., C] student.
+        teacher: [..., C] teacher logits.
+        temperature: T, larger is softer.
+
+    Returns:
+        [...].
+    """
+    target = log_softmax(teacher / temperature, -1)
+    student = log_softmax(logits / temperature, -1)
+    return temperature**2 * kl_div(student, target, reduction="none", log_target=True).sum(-1)
+
+
+def class_loss(logits: Tensor, teacher: Tensor, config: PredictionConfig) -> Tensor:
+    """The configured class loss of each pair, [..., C] to [...]."""
+    if config.class_loss == "kl":
+        return kl_loss(logits, teacher, config.temperature)
+    return {"focal": focal_loss, "bce": bce_loss}[config.class_loss](logits, teacher)
+
+
+def prediction_losses(
+    logits: Tensor,
+    boxes: Tensor,
+    teacher_logits: Tensor,
+    teacher_boxes: Tensor,
+    weights: Tensor,
+    config: PredictionConfig,
+) -> dict[str, Tensor]:
+    """Weighted sums of class, L1 and GIoU losses over layers, images and pairs.
+
+    Args:
+        logits: [L, B, P, C] student.
+        boxes: [L, B, P, 4] student, cxcywh.
+        teacher_logits: [L, B, P, C].
+        teacher_boxes: [L, B, P, 4] cxcywh.
+        weights: [L, B, P] weight of each pair, already divided by its normaliser.
+        config: form of the class loss, and which terms are on.
+
+    Returns:
+        Scalars ``class``, ``l1``, ``giou``; terms of weight 0 are left out.
+    """
+    losses = {}
+    if config.class_weight:
+        pairs = class_loss(logits, teacher_logits, config)
+        losses["class"] = config.class_weight * (pairs * weights).sum()
+    if config.l1_weight:
+        distance = (boxes - teacher_boxes).abs().sum(-1)
+        losses["l1"] = config.l1_weight * (distance * weights).sum()
+    if config.giou_weight:
+        overlap = generalised_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(teacher_boxes))
+        losses["giou"] = config.giou_weight * ((1 - overlap) * weights).sum()
+    return losses

@@ -1,0 +1,143 @@
+"""What a teacher hands to a student for one batch, and what the losses are divided by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from d3etr.config.distillation import DistillationConfig
+from d3etr.distillation.attention import select_pairs, select_rows
+from d3etr.distillation.correspondence import kept_pairs
+from d3etr.matching.assignment import gather_queries
+from d3etr.structures import DecoderOutputs, ObjectQueries, Targets
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The teacher's side of one batch, outside the autograd graph.
+
+    Attributes:
+        outputs: all M queries, one teacher layer per student layer.
+        group: the outputs of the queries that form the auxiliary group.
+        queries: those queries themselves, with the teacher's width.
+    """
+
+    outputs: DecoderOutputs
+    group: DecoderOutputs
+    queries: ObjectQueries
+
+
+def map_layers(outputs: DecoderOutputs, layers: list[int]) -> DecoderOutputs:
+    """The outputs of the given layers; the same object when that changes nothing."""
+    if layers == list(range(outputs.layers)):
+        return outputs
+
+    def pick(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[layers]
+
+    return replace(
+        outputs,
+        logits=outputs.logits[layers],
+        boxes_cxcywh=outputs.boxes_cxcywh[layers],
+        self_attention_scores=pick(outputs.self_attention_scores),
+        cross_attention_scores=pick(outputs.cross_attention_scores),
+    )
+
+
+def select_queries(outputs: DecoderOutputs, index: Tensor) -> DecoderOutputs:
+    """The outputs of some queries of each image, [B, K] indices; attention is renormalised."""
+    every_layer = index[None].expand(outputs.layers, -1, -1)
+    self_scores, cross_scores = outputs.self_attention_scores, outputs.cross_attention_scores
+    return replace(
+        outputs,
+        logits=gather_queries(outputs.logits, every_layer),
+        boxes_cxcywh=gather_queries(outputs.boxes_cxcywh, every_layer),
+        self_attention_scores=(
+            None if self_scores is None else select_pairs(self_scores, every_layer)
+        ),
+        cross_attention_scores=(
+            None if cross_scores is None else select_rows(cross_scores, every_layer)
+        ),
+    )
+
+
+def group_size(queries: int, ratio: float) -> int:
+    """Queries of the auxiliary group: ``teacher_query_ratio`` times M, at least 1."""
+    return max(1, math.ceil(queries * ratio))
+
+
+def _most_confident(queries: ObjectQueries, index: Tensor) -> ObjectQueries:
+    """[N, D] queries at [B, K] indices to [B, K, D]."""
+    reference = queries.reference_logits
+    return ObjectQueries(queries.embedding[index], None if reference is None else reference[index])
+
+
+def teaching(outputs: DecoderOutputs, queries: ObjectQueries, ratio: float) -> Taught:
+    """Put the teacher's outputs together with the share of its queries that is passed on.
+
+    Args:
+        outputs: all M queries, mapped to the student's layers.
+        queries: the teacher's own queries [M, D].
+        ratio: ``teacher_query_ratio`` q; below 1, each image keeps its most confident queries
+            by the last layer.
+    """
+    kept = group_size(outputs.queries, ratio)
+    if kept == outputs.queries:
+        return Taught(outputs, outputs, queries)
+    index = outputs.confidence()[-1].topk(kept, dim=1).indices
+    return Taught(outputs, select_queries(outputs, index), _most_confident(queries, index))
+
+
+@dataclass(frozen=True)
+class Normalisers:
+    """What losses are divided by, summed over the global batch.
+
+    Attributes:
+        objects: scalar, ground truth objects.
+        images: scalar.
+        fixed: [L] teacher confidence summed over the auxiliary group's queries.
+        adaptive: [L] teacher confidence summed over the queries that can be matched: the most
+            confident ones, so that the divisor does not depend on the student.
+    """
+
+    objects: Tensor
+    images: Tensor
+    fixed: Tensor
+    adaptive: Tensor
+
+    def pack(self) -> Tensor:
+        """One vector [2 + 2 L], so that adding over workers takes one reduction."""
+        return torch.cat([self.objects[None], self.images[None], self.fixed, self.adaptive])
+
+    @staticmethod
+    def unpack(packed: Tensor) -> Normalisers:
+        """Inverse of ``pack``."""
+        fixed, adaptive = packed[2:].chunk(2)
+        return Normalisers(packed[0], packed[1], fixed, adaptive)
+
+
+def normalisers(
+    targets: Targets,
+    taught: Taught | None,
+    student_queries: int,
+    layers: int,
+    config: DistillationConfig,
+) -> Normalisers:
+    """The local sums of one batch; all are known before the student runs."""
+    device = targets.labels.device
+    sizes = torch.tensor([sum(targets.counts), len(targets.counts)], dtype=torch.float32)
+    objects, images = sizes.to(device, non_blocking=True)
+    if taught is None:
+        nothing = torch.zeros(layers, device=device)
+        return Normalisers(objects, images, nothing, nothing)
+    kept = kept_pairs(student_queries, taught.outputs.queries, config.matched_pair_ratio)
+    confidence = taught.outputs.confidence().float()
+    return Normalisers(
+        objects,
+        images,
+        fixed=taught.group.confidence().float().sum((1, 2)),
+        adaptive=confidence.topk(kept, dim=2).values.sum((1, 2)),
+    )
