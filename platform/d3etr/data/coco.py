@@ -1,0 +1,246 @@
+"""One split of a COCO-format data set: images, cleaned boxes, and a digest of the content."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d3etr.config.data import SplitConfig
+from d3etr.data.coco_json import Category, RawAnnotations, RawImage, read_annotations
+from d3etr.errors import UserError
+
+__all__ = [
+    "Category",
+    "Cleaning",
+    "DetectionSplit",
+    "ImageRecord",
+    "missing_images",
+    "parse_split",
+    "read_split",
+    "require_same_categories",
+]
+
+_LOGGER = logging.getLogger(__name__)
+_SHOWN_IDS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRecord:
+    """One image and everything annotated in it; n annotations, crowds included.
+
+    Attributes:
+        id: the annotation file's image id.
+        file_name: relative to the split's image folder.
+        width: pixels, as annotated.
+        height: pixels, as annotated.
+        labels: [n] contiguous labels, indices into the split's categories.
+        boxes_xyxy: [n, 4] pixels, as annotated: what evaluation compares with. May reach over
+            the image's edge, as COCO's own tools leave it.
+        areas: [n] square pixels, what evaluation sorts small, medium and large by.
+        crowd: [n] bool; crowds are no training targets and are ignored in evaluation.
+    """
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+    labels: NDArray[np.int64]
+    boxes_xyxy: NDArray[np.float64]
+    areas: NDArray[np.float64]
+    crowd: NDArray[np.bool_]
+
+    def objects(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Training targets: labels [m] and boxes_xyxy [m, 4], clipped to the image, no crowds."""
+        single = ~self.crowd
+        limits = np.array([self.width, self.height] * 2, dtype=np.float64)
+        return self.labels[single], np.clip(self.boxes_xyxy[single], 0.0, limits)
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What reading did to boxes; every entry is an annotation id.
+
+    Attributes:
+        zero_size: dropped, because width or height is not above 0.
+        outside: dropped, because no part lies within the image.
+        clipped: kept; their training target is the part within the image.
+        crowd: kept for evaluation only.
+    """
+
+    zero_size: tuple[int, ...] = ()
+    outside: tuple[int, ...] = ()
+    clipped: tuple[int, ...] = ()
+    crowd: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class DetectionSplit:
+    """A parsed annotation file with its images.
+
+    Attributes:
+        name: train, validation or test.
+        images: folder that file names are relative to.
+        annotations: the COCO JSON.
+        categories: by rising id; a contiguous label is an index into this tuple.
+        records: one per image, in the file's order.
+        cleaning: what was dropped, clipped or set aside.
+        digest: sha256, hex, over the annotation file and the images' names and file sizes.
+    """
+
+    name: str
+    images: Path
+    annotations: Path
+    categories: tuple[Category, ...]
+    records: tuple[ImageRecord, ...]
+    cleaning: Cleaning
+    digest: str
+
+    def path(self, record: ImageRecord) -> Path:
+        """Where the image of ``record`` lies."""
+        return self.images / record.file_name
+
+
+def read_split(name: str, split: SplitConfig) -> DetectionSplit:
+    """Read one split for training or evaluation, saying in the log what was dropped.
+
+    Raises:
+        UserError: the annotation file cannot be used, or images are missing.
+    """
+    parsed = parse_split(name, split)
+    missing = missing_images(parsed)
+    if missing:
+        raise UserError(_missing_text(parsed, missing))
+    _log_cleaning(parsed)
+    return parsed
+
+
+def parse_split(name: str, split: SplitConfig) -> DetectionSplit:
+    """Read one split whose images may be missing; ``check_data`` names them one by one.
+
+    Raises:
+        UserError: the annotation file cannot be used, or there is no image folder.
+    """
+    if not split.images.is_dir():
+        raise UserError(
+            f"data.{name}.images: {split.images} is not a folder; expected the folder that the "
+            f"file names in {split.annotations} are relative to"
+        )
+    raw = read_annotations(split.annotations)
+    records, cleaning = _clean(raw)
+    return DetectionSplit(
+        name=name,
+        images=split.images,
+        annotations=split.annotations,
+        categories=raw.categories,
+        records=records,
+        cleaning=cleaning,
+        digest=_digest(raw, split.images),
+    )
+
+
+def missing_images(split: DetectionSplit) -> tuple[ImageRecord, ...]:
+    """Records whose image file does not exist."""
+    return tuple(record for record in split.records if not split.path(record).is_file())
+
+
+def require_same_categories(expected: DetectionSplit, found: DetectionSplit) -> None:
+    """Check that a label means the same class in both splits.
+
+    Raises:
+        UserError: ids or names differ.
+    """
+    if expected.categories == found.categories:
+        return
+    ours = {(category.id, category.name) for category in expected.categories}
+    theirs = {(category.id, category.name) for category in found.categories}
+    raise UserError(
+        f"{found.annotations} ({found.name}) has other categories than {expected.annotations} "
+        f"({expected.name}): only in {expected.name}: {_category_list(ours - theirs)}; only in "
+        f"{found.name}: {_category_list(theirs - ours)}. Expected the same ids and names: export "
+        "all splits with one category list"
+    )
+
+
+def _category_list(categories: set[tuple[int, str]]) -> str:
+    texts = [f"{name} (id {number})" for number, name in sorted(categories)]
+    return ", ".join(texts[:_SHOWN_IDS]) + (", ..." if len(texts) > _SHOWN_IDS else "") or "none"
+
+
+def _clean(raw: RawAnnotations) -> tuple[tuple[ImageRecord, ...], Cleaning]:
+    """Drop what is no box and sort the rest by image."""
+    boxes = raw.boxes_xywh.copy()
+    boxes[:, 2:] += boxes[:, :2]
+    sizes = np.array([(image.width, image.height) for image in raw.images], dtype=np.float64)
+    limits = np.tile(sizes[raw.image_index], 2)
+    inside = np.clip(boxes, 0.0, limits)
+    zero = (raw.boxes_xywh[:, 2:] <= 0).any(1)
+    outside = ~zero & (inside[:, 2:] <= inside[:, :2]).any(1)
+    kept = ~(zero | outside)
+    clipped = kept & (inside != boxes).any(1) & ~raw.crowd
+    cleaning = Cleaning(
+        *(tuple(raw.ids[mask].tolist()) for mask in (zero, outside, clipped, kept & raw.crowd))
+    )
+    order = np.flatnonzero(kept)[np.argsort(raw.image_index[kept], kind="stable")]
+    ends = np.cumsum(np.bincount(raw.image_index[order], minlength=len(raw.images)))
+    parts = np.split(order, ends[:-1])
+    records = tuple(
+        _record(raw, boxes, image, part) for image, part in zip(raw.images, parts, strict=True)
+    )
+    return records, cleaning
+
+
+def _record(
+    raw: RawAnnotations, boxes: NDArray[np.float64], image: RawImage, part: NDArray[np.intp]
+) -> ImageRecord:
+    return ImageRecord(
+        id=image.id,
+        file_name=image.file_name,
+        width=image.width,
+        height=image.height,
+        labels=raw.labels[part],
+        boxes_xyxy=boxes[part],
+        areas=raw.areas[part],
+        crowd=raw.crowd[part],
+    )
+
+
+def _digest(raw: RawAnnotations, images: Path) -> str:
+    digest = hashlib.sha256(raw.digest.encode())
+    for image in raw.images:
+        try:
+            size = os.stat(images / image.file_name).st_size
+        except OSError:
+            size = -1
+        digest.update(f"{image.file_name}\0{size}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _missing_text(split: DetectionSplit, missing: Sequence[ImageRecord]) -> str:
+    shown = [f"{record.file_name} (image id {record.id})" for record in missing[:_SHOWN_IDS]]
+    more = f" and {len(missing) - _SHOWN_IDS} more" if len(missing) > _SHOWN_IDS else ""
+    return (
+        f"{split.annotations}: {len(missing)} of {len(split.records)} images are not in "
+        f"{split.images}: {', '.join(shown)}{more}. Expected every file_name below that folder: "
+        f"correct data.{split.name}.images, or take the images out of the annotation file"
+    )
+
+
+def _log_cleaning(split: DetectionSplit) -> None:
+    reasons = {
+        "dropped: width or height is not above 0": split.cleaning.zero_size,
+        "dropped: outside of the image": split.cleaning.outside,
+        "clipped to the image for training": split.cleaning.clipped,
+    }
+    for reason, ids in reasons.items():
+        if ids:
+            shown = ", ".join(map(str, ids[:_SHOWN_IDS])) + (", ..." if len(ids) > 5 else "")
+            _LOGGER.warning(
+                "%s: %d boxes %s (annotation ids %s)", split.annotations, len(ids), reason, shown
+            )

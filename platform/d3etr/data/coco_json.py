@@ -1,0 +1,304 @@
+"""The text of a COCO detection file, checked entry by entry and laid out as flat arrays.
+
+I images, A annotations, C categories.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d3etr.errors import UserError
+
+_SHOWN_PROBLEMS = 8
+_KEYS = ("images", "annotations", "categories")
+
+
+@dataclass(frozen=True)
+class Category:
+    """One class of objects.
+
+    Attributes:
+        id: as in the annotation file; any integer, gaps allowed.
+        name: what people call it.
+    """
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """One entry of ``images``; width and height in pixels."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, eq=False)
+class RawAnnotations:
+    """A whole annotation file.
+
+    Attributes:
+        categories: C of them, by rising id; the index here is the label.
+        images: I of them, in the file's order.
+        ids: [A] annotation ids (the position where an entry has none).
+        image_index: [A] index into ``images``.
+        labels: [A] index into ``categories``.
+        boxes_xywh: [A, 4] pixels, as annotated.
+        areas: [A] square pixels: the outline's where the file has it, else width x height.
+        crowd: [A] bool.
+        digest: sha256 of the file's bytes, hex.
+    """
+
+    categories: tuple[Category, ...]
+    images: tuple[RawImage, ...]
+    ids: NDArray[np.int64]
+    image_index: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    boxes_xywh: NDArray[np.float64]
+    areas: NDArray[np.float64]
+    crowd: NDArray[np.bool_]
+    digest: str
+
+
+class _Problems:
+    """Collects what is wrong with a file, so that one error names it all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.texts: list[str] = []
+
+    def add(self, text: str) -> None:
+        self.texts.append(text)
+
+    def raise_if_any(self) -> None:
+        if not self.texts:
+            return
+        shown = [f"  - {text}" for text in self.texts[:_SHOWN_PROBLEMS]]
+        if len(self.texts) > _SHOWN_PROBLEMS:
+            shown.append(f"  - and {len(self.texts) - _SHOWN_PROBLEMS} more")
+        raise UserError("\n".join([f"{self.path}: not a usable COCO detection file", *shown]))
+
+
+def read_annotations(path: Path) -> RawAnnotations:
+    """Read and check one COCO detection JSON.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or has entries that cannot be used; the
+            text names file, key, image or annotation id, and what was expected.
+    """
+    content, digest = _load(path)
+    problems = _Problems(path)
+    categories = _categories(content["categories"], problems)
+    images = _images(content["images"], problems)
+    rows = _annotations(
+        content["annotations"],
+        {image.id: index for index, image in enumerate(images)},
+        {category.id: index for index, category in enumerate(categories)},
+        problems,
+    )
+    problems.raise_if_any()
+    table = np.array(rows, dtype=np.float64).reshape(-1, 9)
+    # Ids may be above 2**53, where float64 has gaps.
+    integers = np.array([row[:3] for row in rows], dtype=np.int64).reshape(-1, 3)
+    return RawAnnotations(
+        categories=tuple(categories),
+        images=tuple(images),
+        ids=integers[:, 0],
+        image_index=integers[:, 1],
+        labels=integers[:, 2],
+        boxes_xywh=np.ascontiguousarray(table[:, 3:7]),
+        areas=table[:, 7].copy(),
+        crowd=table[:, 8].astype(np.bool_),
+        digest=digest,
+    )
+
+
+def _load(path: Path) -> tuple[dict[str, list[Any]], str]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"annotation file {path} cannot be read ({error.strerror or error}): "
+            "expected a COCO detection JSON; check the path"
+        ) from error
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: broken JSON ({error}): expected a COCO detection file; "
+            "it may be cut off, so copy or export it again"
+        ) from error
+    return _with_lists(path, content), hashlib.sha256(raw).hexdigest()
+
+
+def _with_lists(path: Path, content: object) -> dict[str, list[Any]]:
+    expected = f"a COCO detection file is an object with the lists {', '.join(_KEYS)}"
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: found a {type(content).__name__} at the top; {expected}")
+    missing = [key for key in _KEYS if key not in content]
+    if missing:
+        found = ", ".join(map(repr, list(content)[:12])) or "nothing"
+        raise UserError(f"{path}: missing key {', '.join(missing)} (found {found}); {expected}")
+    for key in _KEYS:
+        if not isinstance(content[key], list):
+            kind = type(content[key]).__name__
+            raise UserError(f"{path}: '{key}' is a {kind}; {expected}")
+    return content
+
+
+def _integer(value: object) -> int | None:
+    """``value`` as int, or None; 640.0 counts, True and "640" do not."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    # Arrays hold ids as int64.
+    return value if isinstance(value, int) and abs(value) < 2**63 else None
+
+
+def _entry_problem(entry: object, keys: tuple[str, ...]) -> str | None:
+    if not isinstance(entry, dict):
+        return f"expected an object, found {entry!r:.60}"
+    missing = [key for key in keys if key not in entry]
+    return f"missing key {', '.join(missing)}" if missing else None
+
+
+def _categories(entries: list[Any], problems: _Problems) -> list[Category]:
+    found: dict[int, Category] = {}
+    names: dict[str, int] = {}
+    for position, entry in enumerate(entries):
+        where = f"categories[{position}]"
+        problem = _entry_problem(entry, ("id", "name"))
+        if problem:
+            problems.add(f"{where}: {problem}")
+            continue
+        number, name = _integer(entry["id"]), entry["name"]
+        if number is None or not isinstance(name, str) or not name:
+            problems.add(f"{where}: expected an integer id and a name, found {entry!r:.80}")
+        elif number in found:
+            problems.add(f"{where}: category id {number} is used twice; ids must be unique")
+        elif name in names:
+            problems.add(f"{where}: name {name!r} is also category {names[name]}'s; rename one")
+        else:
+            found[number], names[name] = Category(number, name), number
+    if not entries:
+        problems.add("'categories' is empty: expected at least one class of objects")
+    return [found[number] for number in sorted(found)]
+
+
+def _images(entries: list[Any], problems: _Problems) -> list[RawImage]:
+    found: dict[int, RawImage] = {}
+    for position, entry in enumerate(entries):
+        problem = _entry_problem(entry, ("id", "file_name", "width", "height"))
+        number = _integer(entry["id"]) if problem is None else None
+        where = f"images[{position}]" + ("" if number is None else f" (id {number})")
+        problem = problem or _image_problem(entry, number)
+        if number is not None and number in found:
+            problem = (
+                f"image id {number} is used twice "
+                f"({found[number].file_name!r} and {entry['file_name']!r}); ids must be unique"
+            )
+        if problem or number is None:
+            problems.add(f"{where}: {problem}")
+            continue
+        found[number] = RawImage(
+            number, entry["file_name"], int(entry["width"]), int(entry["height"])
+        )
+    if not entries:
+        problems.add("'images' is empty: expected at least one image")
+    return list(found.values())
+
+
+def _image_problem(entry: dict[str, Any], number: int | None) -> str | None:
+    if number is None:
+        return f"id is {entry['id']!r:.40}; expected an integer"
+    for key in ("width", "height"):
+        side = _integer(entry[key])
+        if side is None or side < 1:
+            return f"{key} is {entry[key]!r:.40}; expected whole pixels above 0"
+    return _file_name_problem(entry["file_name"])
+
+
+def _file_name_problem(name: object) -> str | None:
+    """Why ``name`` may not be joined to the image folder, or None."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return f"file_name is {name!r:.60}; expected a path below the image folder"
+    parts = name.replace("\\", "/").split("/")
+    # Any ".." is refused, also one that lexically stays inside: links could lead it out.
+    if ".." in parts or not parts[0] or parts[0].endswith(":"):
+        return (
+            f"file_name {name!r} leaves the image folder; expected a relative path without '..': "
+            "change it, or point 'images' at the folder that holds the files"
+        )
+    return None
+
+
+def _annotations(
+    entries: list[Any],
+    image_index: dict[int, int],
+    labels: dict[int, int],
+    problems: _Problems,
+) -> list[tuple[float, ...]]:
+    """Rows of (id, image index, label, x, y, width, height, area, crowd)."""
+    rows: list[tuple[float, ...]] = []
+    for position, entry in enumerate(entries):
+        problem = _entry_problem(entry, ("image_id", "category_id", "bbox"))
+        number = _integer(entry.get("id")) if isinstance(entry, dict) else None
+        if problem is None:
+            problem = _annotation_problem(entry, image_index, labels)
+        if problem:
+            where = f"annotations[{position}]" + ("" if number is None else f" (id {number})")
+            problems.add(f"{where}: {problem}")
+            continue
+        box = entry["bbox"]
+        area = entry.get("area")
+        rows.append(
+            (
+                position if number is None else number,
+                image_index[entry["image_id"]],
+                labels[entry["category_id"]],
+                *box,
+                max(box[2], 0) * max(box[3], 0) if area is None else area,
+                bool(entry.get("iscrowd", 0)),
+            )
+        )
+    return rows
+
+
+def _annotation_problem(
+    entry: dict[str, Any], image_index: dict[int, int], labels: dict[int, int]
+) -> str | None:
+    if _integer(entry["image_id"]) not in image_index:
+        return f"image_id {entry['image_id']!r:.40} is not among 'images'"
+    if _integer(entry["category_id"]) not in labels:
+        known = ", ".join(map(str, list(labels)[:12])) + (", ..." if len(labels) > 12 else "")
+        return (
+            f"category_id {entry['category_id']!r:.40} is not among 'categories' "
+            f"(known ids: {known}; image id {entry['image_id']})"
+        )
+    box = entry["bbox"]
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        return f"bbox is {box!r:.60}; expected [x, y, width, height] in pixels"
+    if not (entry.get("area") is None or _is_number(entry["area"])):
+        return f"area is {entry['area']!r:.40}; expected square pixels"
+    if entry.get("iscrowd", 0) not in (0, 1):
+        return f"iscrowd is {entry['iscrowd']!r:.40}; expected 0 or 1"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # Far beyond any image, and still exact in float64.
+    return math.isfinite(value) and abs(value) < 1e12
