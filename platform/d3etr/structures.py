@@ -101,7 +101,8 @@ class Memory:
 
     Attributes:
         tokens: [B, S, D], row-major over the grid.
-        position: [B, S, D] position encoding of each token.
+        position: [B, S, D] position encoding of each token, or [1, S, D] where no image is
+            padded and all share it.
         padding: [B, S] bool, True under padding, or None.
         grid: (height, width) with S = height * width.
     """

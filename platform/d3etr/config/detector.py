@@ -27,6 +27,9 @@ class BackboneConfig(Section):
     """``small`` only: channels per stage; each stage halves the resolution."""
     stage_blocks: Positive = 1
     """``small`` only: residual blocks per stage."""
+    frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
+    """ResNets: how many stages, from the stem on, keep their weights; DETR uses 2 (stem and
+    first stage) with ImageNet weights."""
     trainable: bool = True
     """False freezes the whole backbone."""
 
@@ -34,6 +37,8 @@ class BackboneConfig(Section):
     def _fits_the_kind(self) -> Self:
         if self.name == "small" and self.dilation:
             raise ValueError("dilation (DC5) is for ResNets; backbone 'small' has stride 8 already")
+        if self.name == "small" and self.frozen_stages:
+            raise ValueError("frozen_stages is for ResNets")
         if self.name == "small" and any(w % 8 for w in (self.stem_width, *self.stage_widths)):
             raise ValueError("stem_width and stage_widths must be multiples of 8 (GroupNorm)")
         return self
@@ -61,6 +66,8 @@ class DetectorConfig(Section):
             raise ValueError(
                 f"width {self.width} must be a multiple of 2 * heads ({2 * self.heads})"
             )
+        if self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4 (position encoding)")
         return self
 
 

@@ -1,0 +1,145 @@
+"""Conditional DETR's decoder, over any number of query groups in one pass.
+
+Shapes: B images · L layers · N queries of all groups · H heads · S memory tokens · D width.
+A leading 1 instead of B means that all images share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from d3etr.config.detector import DetectorConfig
+from d3etr.detectors.attention import ConditionalCrossAttention, DecoderSelfAttention
+from d3etr.detectors.layers import MLP, FeedForward
+from d3etr.structures import Memory
+
+
+@dataclass
+class AttentionScores:
+    """Scores of every layer so far.
+
+    Attributes:
+        within: per layer and group [B or 1, H, n, n].
+        across: per layer [B, H, N, S].
+    """
+
+    within: list[list[Tensor]] = field(default_factory=list)
+    across: list[Tensor] = field(default_factory=list)
+
+    def stacked_within(self, images: int) -> list[Tensor]:
+        """Per group [L, B, H, n, n]."""
+        return [
+            torch.stack([layer.expand(images, -1, -1, -1) for layer in layers])
+            for layers in zip(*self.within, strict=True)
+        ]
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, conditional cross-attention, feed-forward, all post-norm."""
+
+    def __init__(self, config: DetectorConfig, first: bool) -> None:
+        super().__init__()
+        sizes = (config.width, config.heads, config.dropout)
+        self.self_attention = DecoderSelfAttention(*sizes)
+        self.self_norm = nn.LayerNorm(config.width)
+        self.cross_attention = ConditionalCrossAttention(*sizes, first)
+        self.cross_norm = nn.LayerNorm(config.width)
+        self.feedforward = FeedForward(config.width, config.feedforward, config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        embedding: Tensor,
+        spatial: Tensor,
+        memory: Memory,
+        sizes: list[int],
+        scores: AttentionScores | None,
+    ) -> Tensor:
+        """One layer for all groups.
+
+        Args:
+            hidden: [B or 1, N, D].
+            embedding: [B or 1, N, D].
+            spatial: [B or 1, N, D], encoded reference points.
+            memory: encoder output.
+            sizes: queries of each group.
+            scores: this layer's scores are appended to it; None computes no maps.
+
+        Returns:
+            [B, N, D].
+        """
+        attention = scores is not None
+        mixed, within = self.self_attention(hidden, embedding, sizes, attention)
+        hidden = self.self_norm(hidden + self.dropout(mixed))
+        mixed, across = self.cross_attention(
+            hidden,
+            embedding,
+            spatial,
+            memory.tokens,
+            memory.position,
+            memory.padding,
+            attention,
+        )
+        hidden = self.cross_norm(hidden + self.dropout(mixed))
+        if scores is not None and across is not None:
+            scores.within.append(within)
+            scores.across.append(across)
+        return self.feedforward(hidden)  # type: ignore[no-any-return]
+
+
+class ConditionalDecoder(nn.Module):
+    """The stack of layers with the transformation of reference points between them.
+
+    Args:
+        config: uses width, heads, feedforward, dropout and decoder_layers.
+    """
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, first=index == 0) for index in range(config.decoder_layers)
+        )
+        self.query_scale = MLP((config.width, config.width, config.width))
+        self.norm = nn.LayerNorm(config.width)
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        embedding: Tensor,
+        encoded_points: Tensor,
+        memory: Memory,
+        sizes: list[int],
+        attention: bool,
+    ) -> tuple[Tensor, AttentionScores | None]:
+        """Decode all groups side by side.
+
+        Args:
+            embedding: [B or 1, N, D].
+            encoded_points: [B or 1, N, D] sine encoding of the reference points.
+            memory: encoder output.
+            sizes: queries of each group, N in total.
+            attention: keep scores.
+
+        Returns:
+            [L, B, N, D] normalised states, and the scores or None.
+        """
+        scores = AttentionScores() if attention else None
+        hidden = self._start(embedding, len(memory.tokens))
+        states = []
+        for index, layer in enumerate(self.layers):
+            # lambda_q of equation 3 is 1 in the first layer: queries have no content yet.
+            spatial = encoded_points * self.query_scale(hidden) if index else encoded_points
+            hidden = layer(hidden, embedding, spatial, memory, sizes, scores)
+            states.append(hidden)
+        return self.norm(torch.stack(states)), scores
+
+    def _start(self, embedding: Tensor, images: int) -> Tensor:
+        """Zeros; shared until images meet their memory, unless dropout tells them apart."""
+        hidden = torch.zeros_like(embedding)
+        if self.training and self.dropout > 0:
+            hidden = hidden.expand(images, -1, -1)
+        return hidden

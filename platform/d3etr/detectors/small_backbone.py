@@ -1,0 +1,82 @@
+"""A GroupNorm network for small images: residual blocks, total stride 8 for three stages."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from d3etr.config.detector import BackboneConfig
+
+GROUPS = 8
+
+
+def _convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with GroupNorm and a shortcut.
+
+    Args:
+        inputs: input channels, a multiple of 8.
+        outputs: output channels, a multiple of 8.
+        stride: 1, or 2 to halve the resolution.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.convolution1 = _convolution(inputs, outputs, stride=stride)
+        self.norm1 = nn.GroupNorm(GROUPS, outputs)
+        self.convolution2 = _convolution(outputs, outputs)
+        self.norm2 = nn.GroupNorm(GROUPS, outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                _convolution(inputs, outputs, size=1, stride=stride), nn.GroupNorm(GROUPS, outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, h, w] -> [B, outputs, ceil(h / stride), ceil(w / stride)]."""
+        y = functional.relu(self.norm1(self.convolution1(x)), inplace=True)
+        y = self.norm2(self.convolution2(y))
+        return functional.relu(y + self.shortcut(x), inplace=True)
+
+
+class SmallBackbone(nn.Module):
+    """Stem at full resolution, then stages that each halve it.
+
+    Args:
+        config: uses stem_width, stage_widths and stage_blocks.
+
+    Attributes:
+        channels: channels of the output.
+        stride: pixels per output cell.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.channels = config.stage_widths[-1]
+        self.stride: int = 2 ** len(config.stage_widths)
+        self.stem = nn.Sequential(
+            _convolution(3, config.stem_width), nn.GroupNorm(GROUPS, config.stem_width)
+        )
+        blocks = []
+        for inputs, outputs in pairwise((config.stem_width, *config.stage_widths)):
+            blocks.append(ResidualBlock(inputs, outputs, stride=2))
+            blocks += [ResidualBlock(outputs, outputs, 1) for _ in range(config.stage_blocks - 1)]
+        self.blocks = nn.Sequential(*blocks)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, height, width] -> [B, channels, ceil(height / stride), ceil(width / stride)]."""
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        x = functional.relu(self.stem(pixels), inplace=True)
+        return self.blocks(x)  # type: ignore[no-any-return]

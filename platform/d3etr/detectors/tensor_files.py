@@ -1,0 +1,123 @@
+"""Safetensors files: written whole or not at all, read with errors that name the file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from d3etr.errors import UserError
+
+_NAMED = 6
+"""Tensors that an error message names before it counts the rest."""
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, replacing ``path`` only once it is complete.
+
+    Args:
+        path: where to; its folder is made.
+        tensors: by name; moved to the CPU and made contiguous.
+        metadata: text by key.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        safetensors.torch.save_file(plain, temporary, metadata=dict(metadata))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without reading tensors.
+
+    Raises:
+        UserError: ``path`` is missing, truncated or not a safetensors file.
+    """
+    _require_file(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: ``path`` is missing, truncated or not a safetensors file.
+    """
+    _require_file(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into a module that has exactly these names and shapes.
+
+    Args:
+        module: changed in place; values are converted to its data types.
+        tensors: by name, as in the module's state dict.
+        source: what error messages call the origin of ``tensors``.
+
+    Raises:
+        UserError: a tensor is missing, left over or of another shape; nothing is copied then.
+    """
+    expected = module.state_dict()
+    problems = [
+        _list("missing", [name for name in expected if name not in tensors]),
+        _list("left over", [name for name in tensors if name not in expected]),
+        _list("of another shape", _shape_differences(expected, tensors)),
+    ]
+    if any(problems):
+        found = "; ".join(problem for problem in problems if problem)
+        raise UserError(
+            f"{source}: the weights do not fit the configured network. Tensors {found}. "
+            "Give the weights of this very architecture, or configure the one they belong to."
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as 64 hex digits."""
+    _require_file(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        kind = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise UserError(f"weights file {path} {kind}: give the path of a .safetensors file")
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: not a whole safetensors file ({error}). It may be truncated, or of another "
+        "format: copy it again, or convert it (other formats can execute code and are not read)."
+    )
+
+
+def _shape_differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    return [
+        f"{name} ({list(found[name].shape)}, expected {list(tensor.shape)})"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+
+
+def _list(label: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{label}: {', '.join(names[:_NAMED])}{rest}"

@@ -1,0 +1,115 @@
+"""A detector in one safetensors file: weights, architecture, classes, preprocessing, origin.
+
+Nothing in such a file is executed when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from d3etr.config.base import Section
+from d3etr.config.data import PreprocessingConfig
+from d3etr.config.detector import DetectorConfig
+from d3etr.detectors.build import build_detector
+from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.detectors.tensor_files import (
+    file_digest,
+    load_strictly,
+    read_metadata,
+    read_tensors,
+    write_tensors,
+)
+from d3etr.errors import UserError
+
+__all__ = ["WeightsInfo", "file_digest", "load_weights", "read_info", "save_weights"]
+
+FORMAT_KEY = "d3etr_format"
+INFO_KEY = "d3etr_info"
+FORMAT = "1"
+
+
+class WeightsInfo(Section):
+    """What a weights file says beside its tensors."""
+
+    detector: DetectorConfig
+    categories: Annotated[tuple[tuple[int, str], ...], Field(min_length=1)]
+    """(id of the annotation file, name) of each class, in the order of the logits."""
+    preprocessing: PreprocessingConfig
+    evaluation: dict[str, Any] | None = None
+    """Split, data digest, mAP and whatever else its evaluation recorded."""
+    origin: Annotated[dict[str, Any], Field(default_factory=dict)]
+    """How the weights came about: run, seed, steps, versions."""
+
+
+def save_weights(
+    path: Path, detector: ConditionalDETR, info: WeightsInfo, dtype: torch.dtype | None = None
+) -> None:
+    """Write a detector, whole or not at all.
+
+    Args:
+        path: where to; its folder is made.
+        detector: whose state is written.
+        info: must describe ``detector``.
+        dtype: store matrices and kernels like this, for example ``torch.float16`` to halve a
+            file that is shipped; vectors (biases, norms) stay as they are. None: all as it is.
+    """
+    if len(info.categories) != detector.classes or info.detector != detector.config:
+        raise ValueError("info does not describe this detector")
+    tensors = {name: _stored(name, x, dtype) for name, x in detector.state_dict().items()}
+    write_tensors(path, tensors, {FORMAT_KEY: FORMAT, INFO_KEY: info.model_dump_json()})
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point() or tensor.dim() < 2:
+        return tensor
+    stored = tensor.to(dtype)
+    if not stored.isfinite().all():
+        raise UserError(f"tensor {name} has values that {dtype} can't hold: save it as float32")
+    return stored
+
+
+def read_info(path: Path) -> WeightsInfo:
+    """What a weights file says about itself, without reading its tensors.
+
+    Raises:
+        UserError: not a d3etr weights file, or one of another format version.
+    """
+    metadata = read_metadata(path)
+    if INFO_KEY not in metadata:
+        raise UserError(
+            f"{path}: a safetensors file, but not one of d3etr's: its metadata has no "
+            f"'{INFO_KEY}'. Convert detectors of other projects with 'd3etr import-weights'."
+        )
+    if metadata.get(FORMAT_KEY) != FORMAT:
+        raise UserError(
+            f"{path}: format version {metadata.get(FORMAT_KEY)}, but this d3etr reads version "
+            f"{FORMAT}: use the d3etr that wrote it, or write it again with this one."
+        )
+    try:
+        return WeightsInfo.model_validate_json(metadata[INFO_KEY])
+    except (ValidationError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: its '{INFO_KEY}' metadata is broken: {error}") from error
+
+
+def load_weights(path: Path) -> tuple[ConditionalDETR, WeightsInfo]:
+    """Build the detector of a weights file.
+
+    Args:
+        path: a file that ``save_weights`` wrote, in any storage type.
+
+    Returns:
+        The detector in evaluation mode, float32 on the CPU, and what the file says about it.
+
+    Raises:
+        UserError: missing, truncated or foreign file, or tensors that do not fit.
+    """
+    info = read_info(path)
+    detector = build_detector(info.detector, len(info.categories))
+    load_strictly(detector, read_tensors(path), str(path))
+    return detector.eval(), info
