@@ -18,6 +18,9 @@ class RunConfig(Section):
     output: FilePath = Path("runs")
     """Folder that holds runs; on a cluster, storage that all nodes share."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Save a checkpoint also within epochs, every so many optimiser steps; None: only at the end
+    of each epoch."""
 
 
 class ClusterConfig(Section):

@@ -67,6 +67,11 @@ class OptimisationConfig(Section):
                 f"batch_size {self.batch_size} is not a multiple of "
                 f"accumulation {self.accumulation}"
             )
+        if self.steps is not None and self.schedule.warmup_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps is above steps ({self.steps}): "
+                "the learning rate would never be reached"
+            )
         return self
 
 

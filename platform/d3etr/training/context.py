@@ -1,0 +1,189 @@
+"""What a training loop knows of the world around it: its rank, its device, its peers.
+
+The loop runs unchanged in one process, under torchrun and under Ray Train; only this object
+differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from d3etr.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT_SECONDS = 900.0
+"""How long a worker waits for the others: longer than any evaluation on one worker, shorter
+than anybody's patience."""
+
+
+class TrainContext(Protocol):
+    """One worker's view of the run. All methods but ``wrap`` are called by all workers alike."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module, its gradients averaged over the workers."""
+        ...
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the workers, in place; returns the same tensor."""
+        ...
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        """Every worker's tensor at rank 0 (first dimensions may differ), None elsewhere."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all workers."""
+        ...
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Say that an epoch is done."""
+        ...
+
+
+class SingleProcess:
+    """A world of one.
+
+    Args:
+        device: defaults to the first GPU, else the CPU.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or default
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module itself."""
+        return module
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        """A list of one."""
+        return [tensor]
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Nobody to tell."""
+
+
+class ProcessGroup:
+    """A world on top of an initialised ``torch.distributed`` process group.
+
+    Args:
+        device: where this worker's tensors live: a GPU under nccl, the CPU under gloo.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.device = device
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """DistributedDataParallel around ``module``.
+
+        Buffers are left alone: every worker builds the same ones, and none changes.
+        """
+        if self.world_size == 1:
+            return module
+        return DistributedDataParallel(
+            module, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the workers, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        """Every worker's [n_rank, ...] tensor at rank 0, None elsewhere.
+
+        Plain tensors all the way (nothing is pickled): shorter ones are padded for the
+        transfer and cut back.
+        """
+        lengths = torch.zeros(self.world_size, dtype=torch.int64, device=tensor.device)
+        lengths[self.rank] = tensor.shape[0]
+        dist.all_reduce(lengths)
+        sizes: list[int] = lengths.tolist()
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        pieces = [torch.empty_like(padded) for _ in sizes] if self.rank == 0 else None
+        if padded.numel():
+            dist.gather(padded, pieces, dst=0)
+        if pieces is None:
+            return None
+        return [piece[:size] for piece, size in zip(pieces, sizes, strict=True)]
+
+    def barrier(self) -> None:
+        """Wait for all workers."""
+        dist.barrier()
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Nobody to tell."""
+
+
+class Torchrun(ProcessGroup):
+    """A worker that torchrun started: nccl where there are GPUs, gloo on CPUs.
+
+    Use it as a context manager; leaving it ends the process group.
+
+    Args:
+        timeout_seconds: how long a collective waits for a worker before the run fails.
+
+    Raises:
+        UserError: the process was not started by torchrun, or there are more workers than
+            GPUs on this machine.
+    """
+
+    def __init__(self, timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> None:
+        missing = [n for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if n not in os.environ]
+        if missing:
+            raise UserError(
+                f"{', '.join(missing)} not set: the launcher 'torchrun' expects to be started "
+                "as torchrun --nproc-per-node N trainers/run.py RECIPE --launcher torchrun"
+            )
+        device = _local_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        super().__init__(device)
+        logger.info("worker %d of %d on %s (%s)", self.rank, self.world_size, device, backend)
+
+    def __enter__(self) -> Torchrun:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _local_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"torchrun started worker {local_rank} on a machine with "
+            f"{torch.cuda.device_count()} GPUs: lower --nproc-per-node, or hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,100 @@
+"""Writing files whole or not at all, with one clear sentence when the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from d3etr.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def clear_disk_errors(what: str, folder: Path) -> Iterator[None]:
+    """Turn "no space left" and "not allowed" into a sentence.
+
+    Args:
+        what: what was being written, as the subject of the sentence.
+        folder: where, to say how much is free there.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UserError(
+                f"no space left: {what} could not be written to {folder}. What was saved "
+                "before is intact. Free some space and run the same command again: it goes on "
+                "from the last checkpoint."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(
+                f"{what} could not be written to {folder}: {error.strerror}. Choose another "
+                "place with run.output, or change the folder's permissions."
+            ) from error
+        raise
+
+
+def temporary_beside(path: Path) -> Path:
+    """A fresh hidden name in the folder of ``path``: a rename within it is atomic."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file whole or not at all.
+
+    Raises:
+        UserError: the disk is full or the folder is not writable.
+    """
+    temporary = temporary_beside(path)
+    with clear_disk_errors(path.name, path.parent):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give ``source`` a second name, or copy it where the file system has no hard links.
+
+    Only safe for files that are replaced and never written to in place.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        shutil.copyfile(source, target)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` survive a power cut, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # not a thing on every platform or network file system
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,59 @@
+"""Time per phase of a step, without ever waiting for the device."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class PhaseTimer:
+    """Adds up the seconds spent in named phases.
+
+    On a GPU, work is timed by events in its own stream, which are read only in ``take``, when
+    somebody has waited for the device anyway.
+
+    Args:
+        device: where the timed work runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = device.type == "cuda"
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str, *, host: bool = False) -> Iterator[None]:
+        """Time a block.
+
+        Args:
+            name: the phase it counts for.
+            host: the block is work of the CPU (as loading data is), also on a GPU.
+        """
+        if self._events and not host:
+            start, end = _event(), _event()
+            start.record()
+            yield
+            end.record()
+            self._pending.append((name, start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - begin
+
+    def take(self) -> dict[str, float]:
+        """Seconds per phase since the last call; waits for the device's pending events."""
+        for name, start, end in self._pending:
+            end.synchronize()
+            self._seconds[name] += start.elapsed_time(end) / 1000
+        self._pending.clear()
+        taken = dict(self._seconds)
+        self._seconds.clear()
+        return taken
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
