@@ -1,0 +1,48 @@
+# d3etr. Everything happens in the environment .venv, which the first command makes.
+# Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+TEACHER ?= shipped
+RUN = .venv/bin/python
+STAMP = .venv/.installed
+
+.PHONY: help demo test lint environment force
+.DEFAULT_GOAL = help
+
+help:
+	@echo "make demo    distil a small detector on the embedded data and compare (8 minutes on two cores)"
+	@echo "             TEACHER=train trains the teacher too instead of using the shipped one"
+	@echo "make test    every test"
+	@echo "make lint    ruff, ruff format and mypy"
+
+demo: $(STAMP)
+	@$(RUN) -m d3etr demo --teacher $(TEACHER)
+
+test: $(STAMP)
+	@$(RUN) -m pytest
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy --strict
+
+environment: $(STAMP)
+
+# The stamp holds the folder's name: an environment that was moved is installed again.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): force
+endif
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "d3etr needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | tail -n 1)"; \
+	  echo "Name another one, for example: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12"; exit 1; }
+	@test -x $(RUN) || { echo "Making the environment .venv with $$($(PYTHON) --version)"; \
+	  $(PYTHON) -m venv .venv; }
+	@echo "Installing d3etr and its tested dependencies into .venv (minutes the first time)"
+	@$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]" \
+	    >.venv/install.log 2>&1 & pid=$$!; trap 'kill $$pid; exit 130' INT TERM; \
+	  while kill -0 $$pid 2>/dev/null; do printf .; sleep 2; done; echo; \
+	  wait $$pid || { tail -n 20 .venv/install.log; echo "Installing failed; all of it: .venv/install.log"; exit 1; }
+	@printf '%s' "$(CURDIR)" >$(STAMP)
+	@echo "Installed."
