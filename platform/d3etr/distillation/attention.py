@@ -56,14 +56,14 @@ def resize_maps(
     Returns:
         [L, B, H, P, S], rows sum to 1.
     """
-    shape = attention.shape
-    maps = attention.reshape(-1, 1, *grid)
-    maps = interpolate(maps, size=target, mode="bilinear", align_corners=False, antialias=True)
-    maps = maps.reshape(*shape[:4], target[0] * target[1])
+    height, width = target
+    planes = attention.reshape(-1, 1, *grid)
+    resized: Tensor = interpolate(planes, size=target, mode="bilinear", antialias=True)
+    maps = resized.reshape(*attention.shape[:4], height * width)
     if padding is not None:
         maps = maps.masked_fill(padding[None, :, None, None], 0.0)
-    total: Tensor = maps.sum(-1, keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
-    return maps / total
+    smallest = torch.finfo(torch.float32).tiny
+    return maps / maps.sum(-1, keepdim=True).clamp(min=smallest)
 
 
 def _kl_rows(scores: Tensor, teacher: Tensor, averaged: bool) -> Tensor:
@@ -76,7 +76,7 @@ def _kl_rows(scores: Tensor, teacher: Tensor, averaged: bool) -> Tensor:
     if averaged:
         log_student = log_student.logsumexp(2, keepdim=True) - math.log(scores.shape[2])
         teacher = teacher.mean(2, keepdim=True)
-    entropy = torch.special.entr(teacher).sum(-1)
+    entropy: Tensor = torch.special.entr(teacher).sum(-1)
     return -(teacher * log_student).sum(-1) - entropy
 
 

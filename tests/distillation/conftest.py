@@ -1,0 +1,67 @@
+"""Tiny detectors and batches for the core's tests."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from d3etr.config.detector import BackboneConfig, DetectorConfig
+from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.structures import ImageBatch, Targets
+
+CLASSES = 3
+
+
+def _tiny(seed: int = 0, **changes: object) -> ConditionalDETR:
+    torch.manual_seed(seed)
+    settings: dict[str, object] = {
+        "backbone": BackboneConfig(name="small", stem_width=8, stage_widths=(8, 8, 16)),
+        "width": 32,
+        "heads": 4,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "feedforward": 32,
+        "queries": 6,
+        "dropout": 0.0,
+    }
+    config = DetectorConfig.model_validate(settings | changes)
+    detector = ConditionalDETR(config, classes=CLASSES)
+    _spread(detector)
+    return detector.eval()
+
+
+def _spread(detector: nn.Module) -> None:
+    """Random heads, so that boxes and classes of different queries differ."""
+    with torch.no_grad():
+        for name, parameter in detector.named_parameters():
+            if "head" in name:
+                parameter.normal_(std=0.2)
+
+
+@pytest.fixture
+def tiny_detector() -> Callable[..., ConditionalDETR]:
+    """Build a small random Conditional DETR; keyword arguments change its architecture."""
+    return _tiny
+
+
+@pytest.fixture
+def images() -> ImageBatch:
+    """Three images, two of them padded."""
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randn(3, 3, 32, 40, generator=generator)
+    padding = torch.zeros(3, 32, 40, dtype=torch.bool)
+    padding[1, :, 24:] = True
+    padding[2, 16:] = True
+    return ImageBatch(pixels.masked_fill(padding[:, None], 0.0), padding)
+
+
+@pytest.fixture
+def targets() -> Targets:
+    """Two, zero and one objects."""
+    boxes = torch.zeros(3, 2, 4)
+    boxes[0, 0] = torch.tensor([0.3, 0.3, 0.2, 0.2])
+    boxes[0, 1] = torch.tensor([0.7, 0.6, 0.3, 0.2])
+    boxes[2, 0] = torch.tensor([0.5, 0.5, 0.5, 0.9])
+    labels = torch.tensor([[0, 2], [0, 0], [1, 0]])
+    return Targets(labels, boxes, (2, 0, 1), (10, 11, 12), ((32, 40),) * 3)

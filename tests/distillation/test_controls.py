@@ -1,0 +1,113 @@
+"""The ablation's controls, and settings that are refused because they could not fire."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from d3etr.config.distillation import DistillationConfig
+from d3etr.config.training import SetCriterionConfig
+from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.distillation.distiller import Distiller
+from d3etr.errors import UserError
+from d3etr.structures import ImageBatch, Targets
+
+Build = Callable[..., ConditionalDETR]
+NO_TERMS = {
+    "prediction": {"weight": 0.0},
+    "self_attention": {"weight": 0.0},
+    "cross_attention": {"weight": 0.0},
+}
+
+
+def build(student: ConditionalDETR, teacher: ConditionalDETR, **settings: object) -> Distiller:
+    config = DistillationConfig.model_validate({"method": "d3etr", **settings})
+    return Distiller(student, teacher, config, SetCriterionConfig(), seed=0)
+
+
+def test_teacher_queries_with_ground_truth_only(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    module = build(tiny_detector(seed=1), tiny_detector(), **NO_TERMS)
+    taught = module.teach(images)
+    losses = module(images, targets, taught, module.normalisers(targets, taught))
+    assert {name.split("/")[0] for name in losses} == {"detection", "auxiliary"}
+
+
+def test_random_queries_run_no_teacher(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    group = {"queries": "random", "assignment": "own"}
+    module = build(tiny_detector(seed=1), tiny_detector(), auxiliary_group=group, **NO_TERMS)
+    assert module.teach(images) is None
+    losses = module(images, targets, None, module.normalisers(targets, None))
+    assert {name.split("/")[0] for name in losses} == {"detection", "auxiliary"}
+    assert not list(module.auxiliary.parameters()) if module.auxiliary else False
+
+
+def test_random_queries_follow_the_seed(tiny_detector: Build) -> None:
+    group = {"queries": "random", "assignment": "own"}
+    first, second = (
+        build(tiny_detector(seed=1), tiny_detector(), auxiliary_group=group, **NO_TERMS)
+        for _ in range(2)
+    )
+    assert torch.equal(
+        first.state_dict()["auxiliary.embedding"], second.state_dict()["auxiliary.embedding"]
+    )
+
+
+def test_the_teachers_assignment_differs_from_the_own(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    results = []
+    for assignment in ("teacher", "own"):
+        module = build(
+            tiny_detector(seed=1),
+            tiny_detector(),
+            auxiliary_group={"assignment": assignment},
+            **NO_TERMS,
+        )
+        taught = module.teach(images)
+        losses = module(images, targets, taught, module.normalisers(targets, taught))
+        results.append(sum(v.item() for k, v in losses.items() if k.startswith("auxiliary/")))
+    # The own assignment minimises (nearly) what is summed; the teacher's cannot be cheaper.
+    assert results[0] > results[1]
+
+
+def test_without_ground_truth_the_auxiliary_group_is_only_distilled(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    module = build(tiny_detector(seed=1), tiny_detector(), auxiliary_group={"ground_truth": False})
+    taught = module.teach(images)
+    losses = module(images, targets, taught, module.normalisers(targets, taught))
+    assert {name.split("/")[0] for name in losses} == {"detection", "adaptive", "fixed"}
+
+
+def test_head_counts_that_differ_are_refused_with_the_way_out(tiny_detector: Build) -> None:
+    with pytest.raises(UserError, match=r"cross_attention .* 2 heads .* teacher 4.*'averaged'"):
+        build(tiny_detector(seed=1, heads=2), tiny_detector(), self_attention={"weight": 0.0})
+
+
+@pytest.mark.parametrize("mapping", [(0,), (1, 0), (0, 5)])
+def test_impossible_layer_maps_are_refused(tiny_detector: Build, mapping: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match="layer_map"):
+        build(tiny_detector(seed=1), tiny_detector(), layer_map=mapping)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "none", "prediction": {"weight": 1.0}}, "remove prediction"),
+        ({"adaptive_ratio": 1.0, **NO_TERMS}, "trains nothing"),
+        ({"adaptive_ratio": 1.0, "teacher_query_ratio": 0.5}, "remove auxiliary_group"),
+        ({"adaptive_ratio": 0.0, "matched_pair_ratio": 0.5}, "no bipartite matching"),
+        ({"auxiliary_group": {"queries": "random"}}, "no teacher outputs"),
+        ({"adaptive_ratio": 1.5}, "less than or equal to 1"),
+        ({"prediction": {"temperature": 4.0}}, "no effect"),
+        ({"matching_cost": {"class_cost": 0.0, "l1_cost": 0.0, "giou_cost": 0.0}}, "all matching"),
+    ],
+)
+def test_settings_that_cannot_fire_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DistillationConfig.model_validate({"method": "d3etr", **settings})

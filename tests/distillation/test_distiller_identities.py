@@ -1,0 +1,305 @@
+"""The method's identities: what must hold whatever the weights are."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from d3etr.config.distillation import DistillationConfig
+from d3etr.config.training import SetCriterionConfig
+from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.distillation.distiller import Distiller
+from d3etr.structures import ImageBatch, Targets
+
+Build = Callable[..., ConditionalDETR]
+DISTILLATION_TERMS = {"class", "l1", "giou", "self_attention", "cross_attention"}
+
+
+def distiller(student: nn.Module, teacher: nn.Module | None, **settings: object) -> Distiller:
+    config = DistillationConfig.model_validate(
+        {"method": "none" if teacher is None else "d3etr", **settings}
+    )
+    return Distiller(student, teacher, config, SetCriterionConfig(), seed=0)
+
+
+def losses_of(
+    module: Distiller, images: ImageBatch, targets: Targets, scale: float = 1.0
+) -> dict[str, Tensor]:
+    taught = module.teach(images)
+    return module(images, targets, taught, module.normalisers(targets, taught), scale)
+
+
+def distilled(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in losses.items() if k.startswith(("adaptive/", "fixed/"))}
+
+
+VARIANTS = {
+    "default": {},
+    "kl classes": {"prediction": {"class_loss": "kl", "temperature": 4.0}},
+    "mse attention": {
+        "self_attention": {"distance": "mse"},
+        "cross_attention": {"distance": "mse"},
+    },
+    "heads averaged": {
+        "self_attention": {"heads": "averaged"},
+        "cross_attention": {"heads": "averaged"},
+    },
+    "part of the pairs": {"matched_pair_ratio": 0.4},
+    "bce matching": {"matching_cost": {"class_distance": "bce"}},
+    "uniform pairs": {"prediction": {"pair_weights": "uniform"}},
+    "confident attention": {"cross_attention": {"pair_weights": "confidence"}},
+}
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+def test_all_losses_are_zero_when_student_is_teacher(
+    tiny_detector: Build, images: ImageBatch, targets: Targets, settings: dict[str, object]
+) -> None:
+    teacher = tiny_detector()
+    module = distiller(copy.deepcopy(teacher), teacher, **settings)
+    losses = distilled(losses_of(module, images, targets))
+    assert {name.split("/")[1] for name in losses} == DISTILLATION_TERMS
+    assert all(abs(loss.item()) < 1e-5 for loss in losses.values()), losses
+
+
+def test_adaptive_losses_are_zero_whatever_part_of_the_queries_is_passed_on(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    # Fixed ones are not: the group lacks the other queries that the teacher's attended to.
+    teacher = tiny_detector()
+    module = distiller(copy.deepcopy(teacher), teacher, teacher_query_ratio=0.5)
+    losses = distilled(losses_of(module, images, targets))
+    adaptive = [loss.item() for name, loss in losses.items() if name.startswith("adaptive/")]
+    assert len(adaptive) == 5 and all(abs(loss) < 1e-5 for loss in adaptive)
+
+
+def test_losses_are_positive_when_student_differs(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    module = distiller(tiny_detector(seed=1), tiny_detector())
+    losses = distilled(losses_of(module, images, targets))
+    assert len(losses) == 10
+    assert all(loss.item() > 1e-4 for loss in losses.values()), losses
+
+
+def test_soft_target_bce_reaches_the_entropy_of_the_teacher(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    teacher = tiny_detector()
+    prediction = {"class_loss": "bce", "pair_weights": "uniform", "weight": 1.0}
+    module = distiller(copy.deepcopy(teacher), teacher, adaptive_ratio=0.0, prediction=prediction)
+    taught = module.teach(images)
+    assert taught is not None
+    probability = taught.outputs.logits.sigmoid()
+    entropy = torch.special.entr(probability) + torch.special.entr(1 - probability)
+    expected = entropy.sum(-1).mean((1, 2)).sum()
+    assert losses_of(module, images, targets)["fixed/class"].item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
+
+
+def permuted(teacher: ConditionalDETR, order: Tensor) -> ConditionalDETR:
+    """The same teacher with its queries in another order."""
+    other = copy.deepcopy(teacher)
+    with torch.no_grad():
+        other.query_embedding.weight.copy_(teacher.query_embedding.weight[order])
+    return other
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+def test_order_of_the_teachers_queries_changes_no_adaptive_loss(
+    tiny_detector: Build, images: ImageBatch, targets: Targets, ratio: float
+) -> None:
+    teacher, student = tiny_detector(), tiny_detector(seed=1)
+    settings = {"adaptive_ratio": 1.0, "matched_pair_ratio": ratio}
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    first = losses_of(distiller(student, teacher, **settings), images, targets)
+    second = losses_of(distiller(student, permuted(teacher, order), **settings), images, targets)
+    for name, loss in first.items():
+        assert second[name].item() == pytest.approx(loss.item(), rel=1e-4, abs=1e-6), name
+
+
+def test_auxiliary_outputs_are_the_teachers_when_the_student_is_the_teacher(
+    tiny_detector: Build, images: ImageBatch
+) -> None:
+    teacher = tiny_detector()
+    module = distiller(copy.deepcopy(teacher), teacher)
+    taught = module.teach(images)
+    assert taught is not None
+    _, auxiliary = module._decode(images, taught)
+    assert auxiliary is not None
+    for mine, theirs in (
+        (auxiliary.logits, taught.outputs.logits),
+        (auxiliary.boxes_cxcywh, taught.outputs.boxes_cxcywh),
+        (auxiliary.self_attention, taught.outputs.self_attention),
+        (auxiliary.cross_attention, taught.outputs.cross_attention),
+    ):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_gradients_reach_the_student_only(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    student, teacher = tiny_detector(seed=1).train(), tiny_detector()
+    before = copy.deepcopy(teacher.state_dict())
+    module = distiller(student, teacher)
+    torch.stack(list(losses_of(module, images, targets).values())).sum().backward()
+    assert all(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert not teacher.training
+
+
+def test_the_teacher_is_no_part_of_the_module(tiny_detector: Build) -> None:
+    student, teacher = tiny_detector(seed=1), tiny_detector()
+    module = distiller(student, teacher)
+    own = {id(p) for p in student.parameters()}
+    assert {id(p) for p in module.parameters()} == own
+    assert set(module.state_dict()) == {f"student.{name}" for name in student.state_dict()}
+
+
+def test_ratio_one_is_adaptive_matching_alone(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    student, teacher = tiny_detector(seed=1), tiny_detector()
+    pure = losses_of(distiller(student, teacher, adaptive_ratio=1.0), images, targets)
+    half = losses_of(distiller(student, teacher, adaptive_ratio=0.5), images, targets)
+    assert not any(name.startswith(("fixed/", "auxiliary/")) for name in pure)
+    for name, loss in distilled(pure).items():
+        assert half[name].item() == pytest.approx(loss.item() / 2, rel=1e-5)
+
+
+def test_ratio_zero_is_fixed_matching_alone(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    student, teacher = tiny_detector(seed=1), tiny_detector()
+    pure = losses_of(distiller(student, teacher, adaptive_ratio=0.0), images, targets)
+    half = losses_of(distiller(student, teacher, adaptive_ratio=0.5), images, targets)
+    assert not any(name.startswith("adaptive/") for name in pure)
+    for name, loss in distilled(pure).items():
+        assert half[name].item() == pytest.approx(loss.item() / 2, rel=1e-5)
+
+
+def test_detection_losses_are_those_of_the_plain_student(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    student = tiny_detector(seed=1)
+    plain = losses_of(distiller(student, None), images, targets)
+    with_teacher = losses_of(distiller(student, tiny_detector()), images, targets)
+    assert set(plain) == {"detection/class", "detection/l1", "detection/giou"}
+    for name, loss in plain.items():
+        assert with_teacher[name].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_warm_up_scales_distillation_only(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    module = distiller(tiny_detector(seed=1), tiny_detector())
+    full, half = (losses_of(module, images, targets, scale) for scale in (1.0, 0.5))
+    for name, loss in full.items():
+        factor = 0.5 if name.startswith(("adaptive/", "fixed/")) else 1.0
+        assert half[name].item() == pytest.approx(factor * loss.item(), rel=1e-5)
+
+
+def part(targets: Targets, index: slice) -> Targets:
+    return replace(
+        targets,
+        labels=targets.labels[index],
+        boxes_cxcywh=targets.boxes_cxcywh[index],
+        counts=targets.counts[index],
+        image_ids=targets.image_ids[index],
+        original_sizes=targets.original_sizes[index],
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"matched_pair_ratio": 0.5}], ids=["all", "half"])
+def test_losses_of_micro_batches_add_up_to_those_of_the_batch(
+    tiny_detector: Build, images: ImageBatch, targets: Targets, settings: dict[str, object]
+) -> None:
+    module = distiller(tiny_detector(seed=1), tiny_detector(), **settings)
+    whole = losses_of(module, images, targets)
+    assert images.padding is not None
+    pieces = [
+        (ImageBatch(images.pixels[i], images.padding[i]), part(targets, i))
+        for i in (slice(0, 2), slice(2, 3))
+    ]
+    taught = [module.teach(batch) for batch, _ in pieces]
+    divisors = torch.stack(
+        [module.normalisers(t, s) for (_, t), s in zip(pieces, taught, strict=True)]
+    ).sum(0)
+    parts = [module(batch, t, s, divisors) for (batch, t), s in zip(pieces, taught, strict=True)]
+    for name, loss in whole.items():
+        assert sum(p[name].item() for p in parts) == pytest.approx(loss.item(), rel=1e-4), name
+
+
+def test_a_batch_without_objects_has_finite_losses_and_gradients(
+    tiny_detector: Build, images: ImageBatch
+) -> None:
+    empty = Targets(
+        torch.zeros(3, 0, dtype=torch.int64),
+        torch.zeros(3, 0, 4),
+        (0, 0, 0),
+        (1, 2, 3),
+        ((32, 40),) * 3,
+    )
+    student = tiny_detector(seed=1).train()
+    losses = losses_of(distiller(student, tiny_detector()), images, empty)
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+
+
+SHAPES = {
+    "fewer queries": {"queries": 4},
+    "more queries": {"queries": 9},
+    "one query": {"queries": 1},
+    "fewer layers": {"decoder_layers": 1},
+    "more layers": {"decoder_layers": 4},
+    "narrower": {"width": 16},
+    "wider": {"width": 64},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("ratios", [(1.0, 1.0), (0.5, 0.7)], ids=["all", "part"])
+def test_teacher_and_student_of_other_shapes(
+    tiny_detector: Build,
+    images: ImageBatch,
+    targets: Targets,
+    shape: dict[str, object],
+    ratios: tuple[float, float],
+) -> None:
+    student = tiny_detector(seed=1, **shape).train()
+    module = distiller(
+        student, tiny_detector(), teacher_query_ratio=ratios[0], matched_pair_ratio=ratios[1]
+    )
+    losses = losses_of(module, images, targets)
+    assert len(losses) == 16
+    assert all(torch.isfinite(loss) and loss >= -1e-5 for loss in losses.values()), losses
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
+
+
+def test_other_head_counts_are_averaged(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    averaged = {"heads": "averaged"}
+    module = distiller(
+        tiny_detector(seed=1, heads=2),
+        tiny_detector(),
+        self_attention=averaged,
+        cross_attention=averaged,
+    )
+    assert len(distilled(losses_of(module, images, targets))) == 10
+
+
+def test_other_strides_resize_the_teachers_maps(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    coarse = {"name": "small", "stem_width": 8, "stage_widths": (8, 8, 8, 16)}
+    module = distiller(tiny_detector(seed=1, backbone=coarse), tiny_detector())
+    losses = distilled(losses_of(module, images, targets))
+    assert len(losses) == 10 and all(torch.isfinite(loss) for loss in losses.values())
