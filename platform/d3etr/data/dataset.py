@@ -1,0 +1,129 @@
+"""Images of a split, decoded and transformed one at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from d3etr.config.data import AugmentationConfig, PreprocessingConfig
+from d3etr.data.augmentation import (
+    Augmentation,
+    augment_boxes,
+    augment_pixels,
+    draw_augmentation,
+    sample_generator,
+)
+from d3etr.data.coco import DetectionSplit, ImageRecord
+from d3etr.data.images import load_image, to_pixels
+from d3etr.data.transforms import Sample, normalise, output_size, relative_cxcywh
+from d3etr.errors import UserError
+
+CACHE_BYTES = 256 * 2**20
+"""Splits whose decoded images take less are decoded once and kept in memory."""
+
+
+class DetectionDataset(Dataset[Sample]):
+    """Samples of a split.
+
+    Args:
+        split: images and boxes.
+        preprocessing: resizing and normalisation.
+        augmentation: None for evaluation.
+        seed: with epoch and image index the only thing that augmentation depends on.
+        cache_bytes: keep decoded images where the whole split takes at most this much memory.
+    """
+
+    def __init__(
+        self,
+        split: DetectionSplit,
+        preprocessing: PreprocessingConfig,
+        augmentation: AugmentationConfig | None = None,
+        *,
+        seed: int = 0,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.split = split
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation
+        self.seed = seed
+        decoded_bytes = sum(3 * record.width * record.height for record in split.records)
+        self._cache: dict[int, Tensor] | None = {} if decoded_bytes <= cache_bytes else None
+
+    def __len__(self) -> int:
+        return len(self.split.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.sample(index, epoch=0)
+
+    def decoded(self, index: int) -> Tensor:
+        """[3, height, width] uint8 of one image, as annotated; not to be changed in place.
+
+        Raises:
+            UserError: the image is missing, damaged, or not of its annotated size.
+        """
+        if self._cache is None:
+            return self._decode(self.split.records[index])
+        if index not in self._cache:
+            self._cache[index] = self._decode(self.split.records[index])
+        return self._cache[index]
+
+    def plan(self, index: int, epoch: int) -> Augmentation:
+        """What happens to image ``index`` in ``epoch``; nothing is decoded for it."""
+        record = self.split.records[index]
+        if self.augmentation is None:
+            return Augmentation(output_size(record.width, record.height, self.preprocessing))
+        generator = sample_generator(self.seed, epoch, index)
+        return draw_augmentation(
+            record.width, record.height, self.augmentation, self.preprocessing, generator
+        )
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        """Image ``index`` as it looks in ``epoch``.
+
+        Raises:
+            UserError: the image is missing, damaged, or not of its annotated size.
+        """
+        record, plan = self.split.records[index], self.plan(index, epoch)
+        labels, boxes = record.objects()
+        size = (record.height, record.width)
+        if plan.moves:
+            boxes, kept = augment_boxes(boxes, size, plan)
+            labels, boxes, size = labels[kept], boxes[kept], plan.size
+        return Sample(
+            pixels=normalise(augment_pixels(self.decoded(index), plan), self.preprocessing),
+            labels=labels,
+            # Resizing alone leaves relative boxes as they are.
+            boxes_cxcywh=relative_cxcywh(boxes, *size),
+            image_id=record.id,
+            original_size=(record.height, record.width),
+        )
+
+    def sizes(self, epoch: int) -> NDArray[np.int64]:
+        """[images, 2]: (height, width) of every image in ``epoch``, without decoding any."""
+        plans = (self.plan(index, epoch) for index in range(len(self)))
+        return np.array([plan.size for plan in plans], dtype=np.int64)
+
+    @property
+    def has_random_sizes(self) -> bool:
+        """Whether an image's size differs from epoch to epoch."""
+        augmentation = self.augmentation
+        if augmentation is None:
+            return False
+        return augmentation.crop > 0 or augmentation.shortest_sides is not None
+
+    def _decode(self, record: ImageRecord) -> Tensor:
+        path = self.split.path(record)
+        expected = (record.width, record.height)
+        try:
+            image = load_image(path, expected)
+        except UserError as error:
+            raise UserError(f"image id {record.id}: {error}") from error
+        if image.size != expected:
+            raise UserError(
+                f"image id {record.id}: {path} is {image.size[0]} x {image.size[1]} pixels, but "
+                f"{self.split.annotations} says {record.width} x {record.height}, so its boxes "
+                "cannot be trusted: correct width and height, or use the image that was annotated"
+            )
+        return to_pixels(image)

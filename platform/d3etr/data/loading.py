@@ -1,0 +1,237 @@
+"""Batches for training and evaluation, made in worker processes or in place."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterable, Iterator
+from multiprocessing.context import BaseContext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from d3etr.config.data import DataConfig
+from d3etr.data.coco import DetectionSplit
+from d3etr.data.dataset import CACHE_BYTES, DetectionDataset
+from d3etr.data.sampling import BatchKey, epoch_batches, evaluation_keys, micro_batches
+from d3etr.data.transforms import collate
+from d3etr.errors import UserError
+from d3etr.structures import ImageBatch, Targets
+
+Batch = tuple[ImageBatch, Targets]
+_Packed = tuple[
+    Tensor,
+    Tensor | None,
+    Tensor,
+    Tensor,
+    tuple[int, ...],
+    tuple[int, ...],
+    tuple[tuple[int, int], ...],
+]
+
+
+class EpochLoader:
+    """Training batches of one worker.
+
+    Args:
+        split: the training split.
+        data: transforms, buckets and the number of loading processes.
+        batch_size: images per optimiser step over all workers and micro-batches.
+        accumulation: micro-batches per optimiser step on each worker.
+        rank: this worker.
+        world_size: number of workers.
+        seed: of the run.
+
+    Raises:
+        UserError: the split has fewer images than one batch.
+    """
+
+    def __init__(
+        self,
+        split: DetectionSplit,
+        data: DataConfig,
+        *,
+        batch_size: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        if batch_size % (accumulation * world_size):
+            raise ValueError("batch_size must be a multiple of accumulation * world_size")
+        if len(split.records) < batch_size:
+            raise UserError(
+                f"{split.annotations}: the {split.name} split has {len(split.records)} images, "
+                f"fewer than one batch: set optimisation.batch_size ({batch_size}) to at most that"
+            )
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.bucket = data.bucket_by_aspect
+        self.steps_per_epoch = len(split.records) // batch_size
+        self.dataset = DetectionDataset(
+            split,
+            data.preprocessing,
+            data.augmentation,
+            seed=seed,
+            cache_bytes=CACHE_BYTES // max(1, data.workers),
+        )
+        self._static_sizes = None if self.dataset.has_random_sizes else self.dataset.sizes(0)
+        self._source = _BatchSource(self.dataset, data.workers, persistent=True)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
+        """The batches of one epoch: ``accumulation`` of them for each optimiser step.
+
+        Args:
+            epoch: from 0.
+            start_step: steps of this epoch to leave out, without decoding their images.
+
+        Raises:
+            UserError: an image is missing or damaged.
+        """
+        keys = self._keys(epoch)[start_step * self.accumulation :]
+        batches = self._source.batches(keys)
+        for _ in range(start_step, self.steps_per_epoch):
+            yield [next(batches) for _ in range(self.accumulation)]
+
+    def close(self) -> None:
+        """End the loading processes."""
+        self._source.close()
+
+    def _keys(self, epoch: int) -> list[BatchKey]:
+        sizes = self.dataset.sizes(epoch) if self._static_sizes is None else self._static_sizes
+        batches = epoch_batches(sizes, self.batch_size, self.seed, epoch, self.bucket)
+        return micro_batches(
+            batches,
+            sizes,
+            epoch,
+            accumulation=self.accumulation,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+
+class EvaluationBatches:
+    """One worker's share of a split without augmentation; may be iterated again and again.
+
+    Over all workers every image comes exactly once. Workers may have different numbers of
+    batches, and none at all where there are more workers than batches.
+    """
+
+    def __init__(self, dataset: DetectionDataset, keys: list[BatchKey], workers: int) -> None:
+        self._keys = keys
+        self._source = _BatchSource(dataset, workers, persistent=False)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._source.batches(self._keys)
+
+
+def evaluation_batches(
+    split: DetectionSplit, data: DataConfig, *, batch_size: int, rank: int, world_size: int
+) -> EvaluationBatches:
+    """Batches of at most ``batch_size`` images for evaluation on worker ``rank``."""
+    cache_bytes = CACHE_BYTES // max(1, data.workers)
+    dataset = DetectionDataset(split, data.preprocessing, cache_bytes=cache_bytes)
+    sizes = dataset.sizes(0)
+    keys = evaluation_keys(sizes, batch_size, rank, world_size, data.bucket_by_aspect)
+    return EvaluationBatches(dataset, keys, data.workers)
+
+
+class _BatchSource:
+    """Turns keys into batches, in order, with ``workers`` processes or in this one."""
+
+    def __init__(self, dataset: DetectionDataset, workers: int, *, persistent: bool) -> None:
+        self._dataset = _BatchDataset(dataset)
+        self._keys = _Keys()
+        self._workers, self._persistent = workers, persistent
+        self._loader: DataLoader[_Packed | UserError] | None = None
+
+    def batches(self, keys: list[BatchKey]) -> Iterator[Batch]:
+        if not keys:
+            return iter(())
+        if self._workers == 0:
+            return (_unpack(self._dataset[key]) for key in keys)
+        self._keys.keys = keys
+        return (_unpack(packed) for packed in self._started())
+
+    def close(self) -> None:
+        # The processes end with the loader's iterator.
+        self._loader = None
+
+    def _started(self) -> Iterable[_Packed | UserError]:
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._dataset,
+                batch_size=None,
+                sampler=self._keys,
+                collate_fn=_unchanged,
+                num_workers=self._workers,
+                persistent_workers=self._persistent,
+                pin_memory=torch.cuda.is_available(),
+                multiprocessing_context=_safe_context(),
+            )
+        return self._loader
+
+
+class _Keys(Sampler[BatchKey]):
+    """The keys of the epoch at hand; persistent loading processes outlive an epoch."""
+
+    def __init__(self) -> None:
+        self.keys: list[BatchKey] = []
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class _BatchDataset(Dataset["_Packed | UserError"]):
+    """Makes whole batches, so that one message crosses between processes for each."""
+
+    def __init__(self, dataset: DetectionDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: BatchKey) -> _Packed | UserError:
+        try:
+            samples = [self.dataset.sample(index, key.epoch) for index in key.indices]
+        except UserError as error:
+            # Raised in the training process: from here it would carry a traceback as text.
+            return error
+        images, targets = collate(samples, key.size)
+        return (
+            images.pixels,
+            images.padding,
+            targets.labels,
+            targets.boxes_cxcywh,
+            targets.counts,
+            targets.image_ids,
+            targets.original_sizes,
+        )
+
+
+def _unpack(packed: _Packed | UserError) -> Batch:
+    if isinstance(packed, UserError):
+        raise packed
+    pixels, padding, labels, boxes, counts, image_ids, sizes = packed
+    # Pinning memory turns tuples into lists.
+    original = tuple((height, width) for height, width in sizes)
+    targets = Targets(labels, boxes, tuple(counts), tuple(image_ids), original)
+    return ImageBatch(pixels, padding), targets
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _safe_context() -> BaseContext:
+    """Processes that inherit no threads or locks: a fork of a process with threads may hang."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # Imported once in the server instead of in every loading process.
+    context.set_forkserver_preload([__name__])
+    return context
