@@ -59,8 +59,8 @@ def load_image(source: Path | bytes, expected_size: tuple[int, int] | None = Non
         with Image.open(source if isinstance(source, Path) else BytesIO(source)) as image:
             image.load()
             if applies_rotation(image, expected_size):
-                return _to_rgb(image.transpose(_UPRIGHT[orientation(image)]))
-            return _to_rgb(image)
+                return to_rgb(image.transpose(_UPRIGHT[orientation(image)]))
+            return to_rgb(image)
     except FileNotFoundError as error:
         raise UserError(f"{where}: no such image file; check the path") from error
     except _DAMAGE as error:
@@ -96,7 +96,12 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of an image in any mode.
+
+    Raises:
+        ValueError: floating-point pixels.
+    """
     if image.mode == "RGB":
         return image.copy()
     if image.mode in _SIXTEEN_BIT:
