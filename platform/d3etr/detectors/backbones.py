@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 from urllib.error import URLError
 
 import torch
@@ -17,18 +16,6 @@ from d3etr.detectors.tensor_files import load_strictly, read_tensors
 from d3etr.errors import UserError
 
 RESNET_STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4")
-
-
-@runtime_checkable
-class Backbone(Protocol):
-    """Any module that maps [B, 3, height, width] to [B, channels, h, w]."""
-
-    channels: int
-    stride: int
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Features of ``pixels``."""
-        ...
 
 
 class FusedFrozenBatchNorm2d(FrozenBatchNorm2d):  # type: ignore[misc]
@@ -52,12 +39,14 @@ class ResNetBackbone(nn.Module):
         config: uses name, dilation, norm and frozen_stages.
 
     Attributes:
+        config: what it was built from.
         channels: channels of the output.
         stride: pixels per output cell: 32, or 16 with dilation (DC5).
     """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
+        self.config = config
         norm = FusedFrozenBatchNorm2d if config.norm == "frozen" else _group_norm
         resnet = torchvision.models.get_model(config.name, weights=None, norm_layer=norm)
         self.channels: int = resnet.fc.in_features
@@ -105,24 +94,19 @@ def build_backbone(config: BackboneConfig) -> SmallBackbone | ResNetBackbone:
     return backbone
 
 
-def load_backbone_weights(
-    backbone: SmallBackbone | ResNetBackbone, config: BackboneConfig, source: str | Path
-) -> None:
+def load_backbone_weights(backbone: SmallBackbone | ResNetBackbone, source: str | Path) -> None:
     """Start a backbone from ImageNet or from a file of pre-training.
 
     Args:
         backbone: changed in place.
-        config: what ``backbone`` was built from.
         source: ``imagenet``, or a safetensors file that holds the backbone's tensors by name.
 
     Raises:
         UserError: weights can't be had, or tensors are missing, left over or of another shape.
     """
     if str(source) == "imagenet":
-        tensors, label = (
-            _imagenet_weights(config),
-            f"torchvision's ImageNet weights ({config.name})",
-        )
+        tensors = _imagenet_weights(backbone.config)
+        label = f"torchvision's ImageNet weights ({backbone.config.name})"
     else:
         tensors, label = read_tensors(Path(source)), str(source)
     load_strictly(backbone, tensors, label)

@@ -52,12 +52,14 @@ class SmallBackbone(nn.Module):
         config: uses stem_width, stage_widths and stage_blocks.
 
     Attributes:
+        config: what it was built from.
         channels: channels of the output.
         stride: pixels per output cell.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
+        self.config = config
         self.channels = config.stage_widths[-1]
         self.stride: int = 2 ** len(config.stage_widths)
         self.stem = nn.Sequential(
