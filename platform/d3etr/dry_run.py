@@ -1,0 +1,145 @@
+"""What a run would do, found out without a GPU, a cluster or a single training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d3etr.config.data import DataConfig
+from d3etr.config.detector import DetectorConfig
+from d3etr.config.load import plain_tree, to_yaml
+from d3etr.config.tree import Config
+from d3etr.data.coco import read_split
+from d3etr.detectors.build import build_detector, count_parameters
+from d3etr.detectors.weights import read_info
+from d3etr.errors import UserError
+from d3etr.launch.folder import folder_of
+
+DIGIT_CLASSES = 10
+SHOWN_CHECKPOINTS = 4
+"""So many of a long list of checkpoints are named."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a run.
+
+    Attributes:
+        run_dir: its folder.
+        images: training images.
+        classes: object classes C.
+        student_parameters: trained and frozen ones.
+        teacher_parameters: None without a teacher.
+        steps_per_epoch: optimiser steps.
+        steps: optimiser steps of the whole run.
+        checkpoints: the steps after which one is written; ``run.keep_checkpoints`` stay.
+    """
+
+    run_dir: Path
+    images: int
+    classes: int
+    student_parameters: int
+    teacher_parameters: int | None
+    steps_per_epoch: int
+    steps: int
+    checkpoints: tuple[int, ...]
+
+
+def make_plan(config: Config) -> Plan:
+    """Work out the size of a run; reads annotation and weights files, writes nothing.
+
+    Raises:
+        UserError: the training images or the teacher's weights would stop the run.
+    """
+    images, classes = _count(config.data)
+    batch_size = config.optimisation.batch_size
+    if images < batch_size:
+        raise UserError(
+            f"the train split has {images} images, fewer than one batch: set "
+            f"optimisation.batch_size ({batch_size}) to at most that"
+        )
+    per_epoch = images // batch_size
+    steps = config.optimisation.steps or (config.optimisation.epochs or 0) * per_epoch
+    teacher = None if config.teacher is None else read_info(config.teacher.weights)
+    return Plan(
+        run_dir=folder_of(config).path,
+        images=images,
+        classes=classes,
+        student_parameters=_parameters(config.student.detector, classes),
+        teacher_parameters=(
+            None if teacher is None else _parameters(teacher.detector, len(teacher.categories))
+        ),
+        steps_per_epoch=per_epoch,
+        steps=steps,
+        checkpoints=(*range(per_epoch, steps, per_epoch), steps),
+    )
+
+
+def describe(config: Config) -> str:
+    """The resolved configuration and the size of the run, for people.
+
+    Raises:
+        UserError: see ``make_plan``.
+    """
+    plan = make_plan(config)
+    epochs = plan.steps / plan.steps_per_epoch
+    lines = [
+        to_yaml(config),
+        f"run folder   {plan.run_dir}",
+        f"data         {plan.images:,} training images, {plan.classes} classes",
+        f"student      {_millions(plan.student_parameters)}",
+        f"teacher      {_millions(plan.teacher_parameters)}",
+        f"length       {plan.steps:,} steps, {epochs:.3g} epochs of {plan.steps_per_epoch:,}",
+        f"checkpoints  {_checkpoints(plan)}; the newest {config.run.keep_checkpoints} are kept",
+        "Nothing was started or written.",
+    ]
+    return "\n".join(lines)
+
+
+def describe_json(config: Config) -> dict[str, Any]:
+    """What ``describe`` says, as plain values.
+
+    Raises:
+        UserError: see ``make_plan``.
+    """
+    plan = make_plan(config)
+    return {
+        "config": plain_tree(config),
+        "run_dir": str(plan.run_dir),
+        "images": plan.images,
+        "classes": plan.classes,
+        "student_parameters": plan.student_parameters,
+        "teacher_parameters": plan.teacher_parameters,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "steps": plan.steps,
+        "checkpoints": list(plan.checkpoints),
+    }
+
+
+def _count(data: DataConfig) -> tuple[int, int]:
+    """Training images and classes; digit scenes need not be rendered for that."""
+    if data.digit_scenes is not None:
+        return data.digit_scenes.train_images, DIGIT_CLASSES
+    assert data.train is not None
+    split = read_split("train", data.train)
+    return len(split.records), len(split.categories)
+
+
+def _parameters(config: DetectorConfig, classes: int) -> int:
+    with torch.device("meta"):
+        return count_parameters(build_detector(config, classes))
+
+
+def _millions(parameters: int | None) -> str:
+    return "none" if parameters is None else f"{parameters / 1e6:.2f} M parameters"
+
+
+def _checkpoints(plan: Plan) -> str:
+    steps = [str(step) for step in plan.checkpoints]
+    if len(steps) > SHOWN_CHECKPOINTS:
+        steps = [*steps[: SHOWN_CHECKPOINTS - 1], "...", steps[-1]]
+    count = len(plan.checkpoints)
+    return f"{count}, after step {', '.join(steps)}"

@@ -1,0 +1,98 @@
+"""What --dry-run says, and that it does nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from d3etr.config.load import load_config, validate
+from d3etr.config.tree import Config
+from d3etr.detectors.build import build_detector, count_parameters
+from d3etr.detectors.weights import WeightsInfo, save_weights
+from d3etr.dry_run import describe, describe_json, make_plan
+from d3etr.errors import UserError
+
+SMALL = (
+    "student.detector={width: 16, heads: 2, feedforward: 16, encoder_layers: 1, "
+    "decoder_layers: 2, queries: 5, backbone: {name: small, stem_width: 8, stage_widths: [8, 8]}}"
+)
+
+
+def config(*overrides: str) -> Config:
+    base = ["data.digit_scenes={train_images: 100}", "optimisation={epochs: 3, batch_size: 8}"]
+    return load_config(None, [*base, SMALL, *overrides])
+
+
+def own_data(folder: Path, images: int) -> str:
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    entries = [{"id": i, "file_name": "a.png", "width": 8, "height": 8} for i in range(images)]
+    content = {"images": entries, "annotations": [], "categories": [{"id": 1, "name": "x"}]}
+    (folder / "a.json").write_text(json.dumps(content))
+    split = f"{{images: {folder}, annotations: {folder}/a.json}}"
+    return f"data={{train: {split}, validation: {split}}}"
+
+
+def test_steps_and_checkpoints_follow_from_epochs() -> None:
+    plan = make_plan(config())
+    assert (plan.images, plan.steps_per_epoch, plan.steps) == (100, 12, 36)
+    assert plan.checkpoints == (12, 24, 36)
+
+
+def test_a_run_that_ends_within_an_epoch_has_a_last_checkpoint() -> None:
+    plan = make_plan(config("optimisation={steps: 30, batch_size: 8}"))
+    assert (plan.steps, plan.checkpoints) == (30, (12, 24, 30))
+
+
+def test_parameters_are_those_of_the_detectors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    detector = config("student.detector.queries=7").student.detector
+    teacher = build_detector(detector, 10)
+    info = WeightsInfo(
+        detector=detector,
+        categories=tuple((i, str(i)) for i in range(10)),
+        preprocessing=config().data.preprocessing,
+    )
+    save_weights(tmp_path / "t.safetensors", teacher, info)
+    plan = make_plan(
+        config(f"teacher.weights={tmp_path}/t.safetensors", "distillation.method=d3etr")
+    )
+    assert plan.teacher_parameters == count_parameters(teacher)
+    assert plan.student_parameters == count_parameters(
+        build_detector(config().student.detector, 10)
+    )
+
+
+def test_own_data_is_counted(tmp_path: Path) -> None:
+    plan = make_plan(config("data=null", own_data(tmp_path, 20)))
+    assert (plan.images, plan.classes, plan.steps_per_epoch) == (20, 1, 2)
+
+
+def test_too_few_images_are_found_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="7 images, fewer than one batch"):
+        make_plan(config("data=null", own_data(tmp_path, 7)))
+
+
+def test_a_missing_teacher_is_found_before_anything_starts() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.safetensors"):
+        make_plan(config("teacher.weights=nowhere.safetensors", "distillation.method=d3etr"))
+
+
+def test_the_text_holds_the_resolved_configuration_and_the_size() -> None:
+    text = describe(config())
+    assert "learning_rate: 0.0001" in text
+    assert "36 steps, 3 epochs of 12" in text
+    assert "3, after step 12, 24, 36; the newest 2 are kept" in text
+
+
+def test_the_json_loads_as_a_configuration() -> None:
+    said = json.loads(json.dumps(describe_json(config())))
+    assert validate(said["config"], "the dry run") == config()
+    assert said["steps"] == 36
+
+
+def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    describe(config())
+    assert list(tmp_path.iterdir()) == []
