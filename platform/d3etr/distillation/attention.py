@@ -13,9 +13,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, log_softmax, softmax
+from torch.nn.functional import interpolate, log_softmax
 
 from d3etr.config.distillation import AttentionConfig
+from d3etr.structures import MASKED_SCORE
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def select_rows(scores: Tensor, index: Tensor | None) -> Tensor:
@@ -43,49 +46,48 @@ def select_pairs(scores: Tensor, index: Tensor | None) -> Tensor:
 
 
 def resize_maps(
-    attention: Tensor, grid: tuple[int, int], target: tuple[int, int], padding: Tensor | None
+    scores: Tensor, grid: tuple[int, int], target: tuple[int, int], padding: Tensor | None
 ) -> Tensor:
-    """Teacher maps on the student's grid, renormalised over its valid tokens.
+    """Teacher maps on the student's grid, over its valid tokens, as scores again.
 
     Args:
-        attention: [L, B, H, P, S'] probabilities on ``grid``.
+        scores: [L, B, H, P, S'] on ``grid``.
         grid: (height, width) with S' = height * width.
         target: (height, width) of the student's memory.
         padding: [B, S] bool, True under the student's padding, or None.
 
     Returns:
-        [L, B, H, P, S], rows sum to 1.
+        [L, B, H, P, S] logarithms of the resized probabilities.
     """
-    height, width = target
-    planes = attention.reshape(-1, 1, *grid)
+    planes = scores.softmax(-1).reshape(-1, 1, *grid)
     resized: Tensor = interpolate(planes, size=target, mode="bilinear", antialias=True)
-    maps = resized.reshape(*attention.shape[:4], height * width)
-    if padding is not None:
-        maps = maps.masked_fill(padding[None, :, None, None], 0.0)
-    smallest = torch.finfo(torch.float32).tiny
-    return maps / maps.sum(-1, keepdim=True).clamp(min=smallest)
+    maps = resized.reshape(*scores.shape[:4], -1).clamp(min=_TINY).log()
+    if padding is None:
+        return maps
+    return maps.masked_fill(padding[None, :, None, None], MASKED_SCORE)
 
 
-def _kl_rows(scores: Tensor, teacher: Tensor, averaged: bool) -> Tensor:
-    """KL(teacher || student) of each row: [L, B, H or 1, P].
+def _kl_rows(scores: Tensor, teacher: Tensor) -> Tensor:
+    """KL(softmax(teacher) || softmax(scores)) of each row: [L, B, H, P].
 
-    The student enters as log-softmax of its scores: log(softmax) underflows, and an epsilon
-    inside the logarithm would lose the gradient where it is needed most.
+    From sum p' (t - s) - lse(t) + lse(s): no logarithm of a probability, which would underflow;
+    an epsilon inside it would lose the gradient where it is needed most.
     """
-    log_student = log_softmax(scores, -1)
-    if averaged:
-        log_student = log_student.logsumexp(2, keepdim=True) - math.log(scores.shape[2])
-        teacher = teacher.mean(2, keepdim=True)
-    entropy: Tensor = torch.special.entr(teacher).sum(-1)
-    return -(teacher * log_student).sum(-1) - entropy
+    gap = (teacher.softmax(-1) * (teacher - scores)).sum(-1)
+    return gap - teacher.logsumexp(-1) + scores.logsumexp(-1)
 
 
-def _mse_rows(scores: Tensor, teacher: Tensor, averaged: bool) -> Tensor:
-    """Squared distance of each row, summed over keys: [L, B, H or 1, P]."""
-    student = softmax(scores, -1)
-    if averaged:
-        student, teacher = student.mean(2, keepdim=True), teacher.mean(2, keepdim=True)
-    return (student - teacher).square().sum(-1)
+def _mse_rows(scores: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of each row, summed over keys: [L, B, H, P]."""
+    return (scores.softmax(-1) - teacher.softmax(-1)).square().sum(-1)
+
+
+def _average_heads(scores: Tensor) -> Tensor:
+    """Logarithm of the mean probability over heads: [L, B, H, P, K] to [L, B, 1, P, K]."""
+    return log_softmax(scores, -1).logsumexp(2, keepdim=True) - math.log(scores.shape[2])
+
+
+DISTANCES = {"kl": _kl_rows, "mse": _mse_rows}
 
 
 def attention_loss(
@@ -95,13 +97,14 @@ def attention_loss(
 
     Args:
         scores: [L, B, H, P, K] student attention scores of the pairs.
-        teacher: [L, B, H', P, K] teacher attention, rows sum to 1.
+        teacher: [L, B, H', P, K] teacher scores.
         weights: [L, B, P] weight of each pair, already divided by its normaliser.
         config: distance, and whether heads are compared apart (needs H = H') or averaged.
 
     Returns:
         Scalar.
     """
-    rows = {"kl": _kl_rows, "mse": _mse_rows}[config.distance]
-    distance = rows(scores.float(), teacher, config.heads == "averaged")
-    return (distance.mean(2) * weights).sum()
+    scores, teacher = scores.float(), teacher.float()
+    if config.heads == "averaged":
+        scores, teacher = _average_heads(scores), _average_heads(teacher)
+    return (DISTANCES[config.distance](scores, teacher).mean(2) * weights).sum()

@@ -26,8 +26,8 @@ def teacher_layers(
     if mapping == "last":
         return [teacher - 1] * student
     if isinstance(mapping, str):
-        # Ends with teacher - 1, and is the identity at equal depths.
-        return [max(0, round((layer + 1) * teacher / student) - 1) for layer in range(student)]
+        # Rounded up: ends with teacher - 1, and is the identity at equal depths.
+        return [-((layer + 1) * teacher // -student) - 1 for layer in range(student)]
     layers = list(mapping)
     if len(layers) != student or max(layers) >= teacher or layers[-1] != teacher - 1:
         raise UserError(

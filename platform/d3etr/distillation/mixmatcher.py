@@ -68,19 +68,18 @@ def _self_attention(branch: Branch, config: AttentionConfig) -> Tensor:
     """Rows and columns follow the correspondence, renormalised to the corresponding queries."""
     pairs = branch.pairs
     student = select_pairs(_scores(branch.student.self_attention_scores), pairs.student)
-    teacher = select_pairs(_scores(branch.teacher.self_attention_scores).float(), pairs.teacher)
-    weights = branch.weights(config.pair_weights)
-    return attention_loss(student, teacher.softmax(-1), weights, config)
+    teacher = select_pairs(_scores(branch.teacher.self_attention_scores), pairs.teacher)
+    return attention_loss(student, teacher, branch.weights(config.pair_weights), config)
 
 
 def _cross_attention(branch: Branch, config: AttentionConfig) -> Tensor:
     """Rows follow the correspondence; a teacher's map on another grid is resized."""
     pairs, student, teacher = branch.pairs, branch.student, branch.teacher
     scores = select_rows(_scores(student.cross_attention_scores), pairs.student)
-    maps = select_rows(_scores(teacher.cross_attention_scores).float(), pairs.teacher).softmax(-1)
+    target = select_rows(_scores(teacher.cross_attention_scores), pairs.teacher)
     if teacher.grid != student.grid:
-        maps = resize_maps(maps, teacher.grid, student.grid, student.padding)
-    return attention_loss(scores, maps, branch.weights(config.pair_weights), config)
+        target = resize_maps(target, teacher.grid, student.grid, student.padding)
+    return attention_loss(scores, target, branch.weights(config.pair_weights), config)
 
 
 def branch_losses(branch: Branch, config: DistillationConfig) -> dict[str, Tensor]:
@@ -106,7 +105,11 @@ def branch_losses(branch: Branch, config: DistillationConfig) -> dict[str, Tenso
 def mix(
     adaptive: Branch | None, fixed: Branch | None, config: DistillationConfig
 ) -> dict[str, Tensor]:
-    """Mix the branches: r L_adaptive + (1 - r) L_fixed, as named scalars ``adaptive/..`` and ``fixed/..``."""
+    """Mix the branches: r L_adaptive + (1 - r) L_fixed.
+
+    Returns:
+        Named scalars ``adaptive/..`` and ``fixed/..``.
+    """
     losses: dict[str, Tensor] = {}
     shares = {"adaptive": config.adaptive_ratio, "fixed": 1 - config.adaptive_ratio}
     for name, branch in {"adaptive": adaptive, "fixed": fixed}.items():

@@ -1,0 +1,107 @@
+"""Attention distances against their textbook definitions, and where those underflow."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from d3etr.config.distillation import AttentionConfig
+from d3etr.distillation.attention import attention_loss, resize_maps, select_pairs
+from d3etr.structures import MASKED_SCORE
+
+SHAPE = (2, 3, 4, 5, 7)  # L, B, H, P, K
+
+
+def scores(seed: int, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(SHAPE, generator=generator, dtype=torch.float32)
+
+
+def uniform_weights() -> Tensor:
+    return torch.full(SHAPE[:2] + SHAPE[3:4], 1 / (SHAPE[1] * SHAPE[3]))
+
+
+def test_kl_equals_its_definition() -> None:
+    student, teacher = scores(0), scores(1)
+    target, own = teacher.softmax(-1), student.softmax(-1)
+    expected = (target * (target / own).log()).sum(-1).mean((1, 2, 3)).sum()
+    loss = attention_loss(student, teacher, uniform_weights(), AttentionConfig())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_kl_gradient_is_the_difference_of_probabilities() -> None:
+    student = scores(0).requires_grad_(True)
+    teacher = scores(1)
+    attention_loss(student, teacher, uniform_weights(), AttentionConfig()).backward()
+    share = SHAPE[1] * SHAPE[2] * SHAPE[3]
+    expected = (student.softmax(-1) - teacher.softmax(-1)) / share
+    assert student.grad is not None and torch.allclose(student.grad, expected, atol=1e-7)
+
+
+def test_averaged_heads_compare_the_mean_map() -> None:
+    student, teacher = scores(0), scores(1)
+    target, own = teacher.softmax(-1).mean(2), student.softmax(-1).mean(2)
+    expected = (target * (target / own).log()).sum(-1).mean((1, 2)).sum()
+    config = AttentionConfig(heads="averaged")
+    loss = attention_loss(
+        student, teacher[:, :, :2].repeat(1, 1, 2, 1, 1), uniform_weights(), config
+    )
+    same = attention_loss(student, teacher, uniform_weights(), config)
+    assert same.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.item() != pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_mse_equals_its_definition() -> None:
+    student, teacher = scores(0), scores(1)
+    expected = (student.softmax(-1) - teacher.softmax(-1)).square().sum(-1).mean((1, 2, 3)).sum()
+    loss = attention_loss(student, teacher, uniform_weights(), AttentionConfig(distance="mse"))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_saturated_maps_have_finite_loss_and_a_gradient() -> None:
+    student = scores(0, scale=300.0).requires_grad_(True)
+    loss = attention_loss(student, scores(1, scale=300.0), uniform_weights(), AttentionConfig())
+    loss.backward()
+    assert math.isfinite(loss.item()) and loss.item() > 10
+    assert student.grad is not None and student.grad.abs().sum() > 0.1
+
+
+def test_masked_keys_change_nothing() -> None:
+    student, teacher = scores(0), scores(1)
+    kept = attention_loss(student, teacher, uniform_weights(), AttentionConfig())
+    padding = torch.full((*SHAPE[:4], 3), MASKED_SCORE)
+    wide = torch.cat([student, padding], -1).requires_grad_(True)
+    loss = attention_loss(
+        wide, torch.cat([teacher, padding], -1), uniform_weights(), AttentionConfig()
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(kept.item(), rel=1e-5)
+    assert wide.grad is not None and torch.isfinite(wide.grad).all()
+    assert (wide.grad[..., SHAPE[4] :] == 0).all()
+
+
+def test_selecting_pairs_renormalises_rows() -> None:
+    square = torch.randn(1, 2, 3, 6, 6)
+    index = torch.tensor([[[4, 1], [0, 5]]])
+    chosen = select_pairs(square, index).softmax(-1)
+    full = square.softmax(-1)
+    expected = full[0, 0, :, [4, 1]][:, :, [4, 1]]
+    assert torch.allclose(chosen[0, 0], expected / expected.sum(-1, keepdim=True), atol=1e-6)
+
+
+def test_resized_maps_keep_the_place_and_skip_padding() -> None:
+    maps = torch.full((1, 1, 1, 1, 16), -20.0)
+    maps[..., 5] = 0.0  # row 1, column 1 of a 4 x 4 grid
+    padding = torch.tensor([[False, False, False, True]])
+    resized = resize_maps(maps, (4, 4), (2, 2), padding).softmax(-1)
+    assert resized.argmax().item() == 0
+    assert resized[..., 3].item() == 0
+    assert resized.sum().item() == pytest.approx(1.0)
+
+
+def test_resizing_to_the_same_grid_is_the_identity() -> None:
+    maps = torch.randn(1, 2, 3, 4, 12)
+    assert torch.allclose(
+        resize_maps(maps, (3, 4), (3, 4), None).softmax(-1), maps.softmax(-1), atol=1e-5
+    )
