@@ -45,6 +45,18 @@ def test_a_run_that_ends_within_an_epoch_has_a_last_checkpoint() -> None:
     assert (plan.steps, plan.checkpoints) == (30, (12, 24, 30))
 
 
+def test_checkpoints_are_as_rare_or_frequent_as_configured() -> None:
+    assert make_plan(config("run.checkpoint_every_epochs=2")).checkpoints == (24, 36)
+    assert make_plan(config("run.checkpoint_every_steps=10")).checkpoints == (
+        10,
+        12,
+        20,
+        24,
+        30,
+        36,
+    )
+
+
 def test_parameters_are_those_of_the_detectors(tmp_path: Path) -> None:
     torch.manual_seed(0)
     detector = config("student.detector.queries=7").student.detector

@@ -10,6 +10,7 @@ import torch
 
 from d3etr.config.data import DataConfig
 from d3etr.config.detector import DetectorConfig
+from d3etr.config.infrastructure import RunConfig
 from d3etr.config.load import plain_tree, to_yaml
 from d3etr.config.tree import Config
 from d3etr.data.coco import read_split
@@ -74,7 +75,7 @@ def make_plan(config: Config) -> Plan:
         ),
         steps_per_epoch=per_epoch,
         steps=steps,
-        checkpoints=(*range(per_epoch, steps, per_epoch), steps),
+        checkpoints=_checkpoint_steps(config.run, per_epoch, steps),
     )
 
 
@@ -126,6 +127,14 @@ def _count(data: DataConfig) -> tuple[int, int]:
     assert data.train is not None
     split = read_split("train", data.train)
     return len(split.records), len(split.categories)
+
+
+def _checkpoint_steps(run: RunConfig, per_epoch: int, steps: int) -> tuple[int, ...]:
+    every = per_epoch * run.checkpoint_every_epochs
+    saved = {*range(every, steps, every), steps}
+    if run.checkpoint_every_steps is not None:
+        saved |= {*range(run.checkpoint_every_steps, steps, run.checkpoint_every_steps)}
+    return tuple(sorted(saved))
 
 
 def _parameters(config: DetectorConfig, classes: int) -> int:

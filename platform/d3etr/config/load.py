@@ -10,13 +10,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from d3etr.config.base import Section
+from d3etr.config.infrastructure import RunConfig
 from d3etr.config.overrides import Tree, apply_overrides, merge, overridden_paths
 from d3etr.config.problems import ConfigError, Problem, problems_of, shown
 from d3etr.config.tree import Config
 from d3etr.config.yaml_text import dump_yaml, parse_yaml
 
 WITHOUT_INFLUENCE: Mapping[str, frozenset[str]] = {
-    "run": frozenset({"name", "output", "keep_checkpoints", "checkpoint_every_steps"}),
+    "run": frozenset(
+        {"name", "output", "keep_checkpoints", "checkpoint_every_epochs", "checkpoint_every_steps"}
+    ),
     "data": frozenset({"workers"}),
 }
 """Keys that change where and how fast a run happens, never its result."""
