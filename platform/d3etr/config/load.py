@@ -17,9 +17,7 @@ from d3etr.config.tree import Config
 from d3etr.config.yaml_text import dump_yaml, parse_yaml
 
 WITHOUT_INFLUENCE: Mapping[str, frozenset[str]] = {
-    "run": frozenset(
-        {"name", "output", "keep_checkpoints", "checkpoint_every_epochs", "checkpoint_every_steps"}
-    ),
+    "run": frozenset(RunConfig.model_fields) - {"seed"},
     "data": frozenset({"workers"}),
 }
 """Keys that change where and how fast a run happens, never its result."""
