@@ -18,9 +18,10 @@ class RunConfig(Section):
     output: FilePath = Path("runs")
     """Folder that holds runs; on a cluster, storage that all nodes share."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    checkpoint_every_epochs: Annotated[int, Field(ge=1)] = 1
+    """Save a checkpoint after every so many epochs, and after the last."""
     checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
-    """Save a checkpoint also within epochs, every so many optimiser steps; None: only at the end
-    of each epoch."""
+    """Save also within epochs, every so many optimiser steps; None does not."""
 
 
 class ClusterConfig(Section):

@@ -24,10 +24,11 @@ class Journal:
 
     Args:
         path: the journal file; made on the first record.
+        active: False makes every method do nothing: workers but the first keep no journal.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, active: bool = True) -> None:
+        self.path, self._active = path, active
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
         """Append a record.
@@ -40,6 +41,8 @@ class Journal:
         Raises:
             UserError: no space left.
         """
+        if not self._active:
+            return
         record = {"kind": kind, "step": step, "time": time.time(), **fields}
         line = json.dumps(record, allow_nan=False) + "\n"
         with (
@@ -60,7 +63,7 @@ class Journal:
         Returns:
             Number of lines dropped.
         """
-        if not self.path.exists():
+        if not (self._active and self.path.exists()):
             return 0
         lines = self.path.read_bytes().splitlines(keepends=True)
         kept = lines[: _leading(lines, step)]

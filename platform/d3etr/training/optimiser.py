@@ -65,11 +65,18 @@ def set_learning_rates(optimiser: AdamW, factor: float) -> None:
         group["lr"] = group["base_rate"] * factor
 
 
-def clip_gradients(optimiser: AdamW, maximum: float) -> Tensor:
+def clip_gradients(optimiser: AdamW, maximum: float | None) -> Tensor:
     """Scale all gradients so that their common L2 norm is at most ``maximum``.
+
+    Args:
+        optimiser: whose parameters are meant.
+        maximum: None only measures.
 
     Returns:
         Scalar: the norm before clipping, left on the device.
     """
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    if maximum is None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients, foreach=True)
     return torch.nn.utils.clip_grad_norm_(parameters, maximum, foreach=True)

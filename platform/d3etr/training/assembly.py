@@ -1,0 +1,171 @@
+"""From a configuration to everything that a run needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.optim import AdamW
+
+from d3etr.config.tree import Config
+from d3etr.data.coco import DetectionSplit, require_same_categories
+from d3etr.data.loading import EpochLoader
+from d3etr.data.splits import open_split
+from d3etr.detectors.backbones import load_backbone_weights
+from d3etr.detectors.build import build_detector
+from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.detectors.weights import WeightsInfo, file_digest, load_weights
+from d3etr.distillation.distiller import Distiller
+from d3etr.training.context import TrainContext
+from d3etr.training.ema import WeightAverage
+from d3etr.training.optimiser import build_optimiser
+from d3etr.training.seeding import derive_seed, seed_generators
+from d3etr.training.teacher import check_same_classes, check_same_input
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The image sets of a run; ``test`` only if it is measured."""
+
+    train: DetectionSplit
+    validation: DetectionSplit
+    test: DetectionSplit | None
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is trained, what teaches, and the state around them.
+
+    Attributes:
+        student: on the worker's device.
+        teacher: frozen, on the worker's device; None for plain training.
+        teacher_info: what its weights file says.
+        distiller: student and losses.
+        optimiser: of the distiller's parameters.
+        average: of the student's weights, if configured.
+        digests: what a resume must find unchanged: name -> SHA-256.
+    """
+
+    student: ConditionalDETR
+    teacher: ConditionalDETR | None
+    teacher_info: WeightsInfo | None
+    distiller: Distiller
+    optimiser: AdamW
+    average: WeightAverage | None
+    digests: dict[str, str]
+
+
+def open_splits(config: Config, context: TrainContext) -> Splits:
+    """Open the run's image sets; worker 0 first, as it may have to make the embedded ones.
+
+    Raises:
+        UserError: anything is wrong with them, or they have different categories.
+    """
+    if context.rank != 0:
+        context.barrier()
+    train = open_split(config.data, "train")
+    validation = open_split(config.data, "validation")
+    test = open_split(config.data, "test") if config.evaluation.test else None
+    if context.rank == 0:
+        context.barrier()
+    require_same_categories(train, validation)
+    if test is not None:
+        require_same_categories(train, test)
+    return Splits(train, validation, test)
+
+
+def open_loader(config: Config, split: DetectionSplit, context: TrainContext) -> EpochLoader:
+    """This worker's training batches."""
+    return EpochLoader(
+        split,
+        config.data,
+        batch_size=config.optimisation.batch_size,
+        accumulation=config.optimisation.accumulation,
+        rank=context.rank,
+        world_size=context.world_size,
+        seed=config.run.seed,
+    )
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimiser steps of the whole run."""
+    optimisation = config.optimisation
+    if optimisation.steps is not None:
+        return optimisation.steps
+    assert optimisation.epochs is not None
+    return optimisation.epochs * steps_per_epoch
+
+
+def build_models(config: Config, splits: Splits, context: TrainContext) -> Models:
+    """Build student, teacher, distiller and optimiser; every worker builds the same.
+
+    Raises:
+        UserError: weights are missing or do not fit; teacher and data or teacher and student
+            do not go together.
+    """
+    student = _build_student(config, len(splits.train.categories)).to(context.device)
+    teacher, info = _load_teacher(config, splits.train, context)
+    _seed(config, "distiller")
+    distiller = Distiller(
+        student,
+        teacher,
+        config.distillation,
+        config.optimisation.set_criterion,
+        seed=derive_seed(config.run.seed, "queries"),
+    ).to(context.device)
+    if config.optimisation.compile:
+        for detector in (student, teacher):
+            _compile(detector)
+    # First, as it may freeze the backbone: what is frozen has no average and no gradient.
+    optimiser = build_optimiser(distiller, student.backbone, config.optimisation)
+    decay = config.optimisation.ema_decay
+    return Models(
+        student,
+        teacher,
+        info,
+        distiller,
+        optimiser,
+        None if decay is None else WeightAverage(student, decay),
+        _digests(config, splits),
+    )
+
+
+def _build_student(config: Config, classes: int) -> ConditionalDETR:
+    _seed(config, "student")
+    student = build_detector(config.student.detector, classes)
+    if config.student.backbone_weights is not None:
+        load_backbone_weights(student.backbone, config.student.backbone_weights)
+    return student.train()
+
+
+def _load_teacher(
+    config: Config, split: DetectionSplit, context: TrainContext
+) -> tuple[ConditionalDETR | None, WeightsInfo | None]:
+    if config.teacher is None:
+        return None, None
+    teacher, info = load_weights(config.teacher.weights)
+    check_same_classes(info, config.teacher.weights, split)
+    check_same_input(info, config.teacher.weights, config.data)
+    return teacher.to(context.device).requires_grad_(False), info
+
+
+def _seed(config: Config, purpose: str) -> None:
+    """Initial weights are drawn on the CPU, the same for every device."""
+    seed_generators(derive_seed(config.run.seed, purpose), torch.device("cpu"))
+
+
+def _compile(detector: ConditionalDETR | None) -> None:
+    """Compile the two methods that a detector is used by; ``forward`` is not one of them."""
+    if detector is not None:
+        for name in ("encode", "decode"):
+            setattr(detector, name, torch.compile(getattr(detector, name)))
+
+
+def _digests(config: Config, splits: Splits) -> dict[str, str]:
+    digests = {
+        "the training data": splits.train.digest,
+        "the validation data": splits.validation.digest,
+    }
+    if config.teacher is not None:
+        digests["teacher.weights"] = file_digest(config.teacher.weights)
+    return digests

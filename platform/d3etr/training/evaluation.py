@@ -1,0 +1,146 @@
+"""COCO evaluation of a detector over all workers, no image counted twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d3etr.config.data import DataConfig
+from d3etr.config.training import EvaluationConfig
+from d3etr.data.coco import DetectionSplit
+from d3etr.data.loading import evaluation_batches
+from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.detectors.postprocess import top_detections
+from d3etr.structures import DecoderOutputs, ImageBatch, Targets
+from d3etr.training.coco_metrics import CocoMetrics, GroundTruth
+from d3etr.training.context import TrainContext
+from d3etr.training.timing import PhaseTimer
+
+Observer = Callable[[ImageBatch, Targets, DecoderOutputs], None]
+"""Sees each batch of an evaluation and what the detector says about it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measurement of a detector on one split.
+
+    Attributes:
+        mAP: fraction in [0, 1], known to every worker; None if the split holds no objects.
+        metrics: everything COCO says; at rank 0 only.
+        images_per_second: of one worker's detector alone: forward pass and choice of
+            detections, without loading images.
+        seconds: wall time of the whole evaluation.
+    """
+
+    mAP: float | None
+    metrics: CocoMetrics | None
+    images_per_second: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Name -> value of COCO's metrics; empty away from rank 0."""
+        return {} if self.metrics is None else self.metrics.as_dict()
+
+
+class Evaluator:
+    """Measures detectors on one split; the annotation file is read once.
+
+    Args:
+        split: images and annotations.
+        data: preprocessing and loading.
+        config: batch size and detections per image.
+        context: the workers that share the images.
+    """
+
+    def __init__(
+        self,
+        split: DetectionSplit,
+        data: DataConfig,
+        config: EvaluationConfig,
+        context: TrainContext,
+    ) -> None:
+        self.split = split
+        self._context = context
+        self._maximum = config.maximum_detections
+        self._batches = evaluation_batches(
+            split,
+            data,
+            batch_size=config.batch_size,
+            rank=context.rank,
+            world_size=context.world_size,
+        )
+        self._truth: GroundTruth | None = None
+
+    def measure(self, detector: ConditionalDETR, observe: Observer | None = None) -> Evaluation:
+        """Evaluate in float32; the detector's mode (training or not) is restored.
+
+        Args:
+            detector: on this worker's device.
+            observe: sees every batch of this worker.
+        """
+        begin = time.perf_counter()
+        training = detector.training
+        detector.eval()
+        try:
+            rows, speed = self._detect_all(detector, observe)
+        finally:
+            detector.train(training)
+        parts = self._context.gather(rows)
+        metrics = None if parts is None else self._score(torch.cat([p.cpu() for p in parts]))
+        mAP = self._share(None if metrics is None else metrics.mAP)
+        return Evaluation(mAP, metrics, speed, time.perf_counter() - begin)
+
+    @torch.no_grad()
+    def _detect_all(
+        self, detector: ConditionalDETR, observe: Observer | None
+    ) -> tuple[Tensor, float]:
+        """[n, 7] detections of this worker's images, and images per second."""
+        device = self._context.device
+        timer = PhaseTimer(device)
+        found = [torch.zeros(0, 7, dtype=torch.float64, device=device)]
+        images_seen = 0
+        for number, batch in enumerate(self._batches):
+            images, targets = batch[0].to(device), batch[1].to(device)
+            if number == 1:  # the first batch, which warms up, only counts if it is the only one
+                timer.take()
+                images_seen = 0
+            with timer.phase("forward"):
+                memory = detector.encode(images)
+                (outputs,) = detector.decode(memory, [detector.object_queries()])
+                found.append(_rows(outputs, targets, self._maximum))
+            images_seen += len(targets.image_ids)
+            if observe is not None:
+                observe(images, targets, outputs)
+        return torch.cat(found), images_seen / max(timer.take().get("forward", 0.0), 1e-9)
+
+    def _score(self, rows: Tensor) -> CocoMetrics:
+        if self._truth is None:
+            self._truth = GroundTruth(
+                self.split.annotations,
+                [(category.id, category.name) for category in self.split.categories],
+                [record.id for record in self.split.records],
+            )
+        return self._truth.measure(rows.numpy(), self._maximum)
+
+    def _share(self, mAP: float | None) -> float | None:
+        """Rank 0's value for all; a negative number stands for None on the way."""
+        known = mAP if mAP is not None else -1.0
+        value = torch.tensor(
+            known if self._context.rank == 0 else 0.0,
+            dtype=torch.float64,
+            device=self._context.device,
+        )
+        shared = float(self._context.all_reduce(value))
+        return shared if shared >= 0 else None
+
+
+def _rows(outputs: DecoderOutputs, targets: Targets, maximum: int) -> Tensor:
+    """[B * K, 7] float64: image id, label, score, x1, y1, x2, y2 in pixels."""
+    scores, labels, boxes = top_detections(outputs, targets.original_sizes, maximum)
+    ids = torch.tensor(targets.image_ids, dtype=torch.float64).to(scores.device)
+    columns = [ids[:, None, None].expand(*scores.shape, 1), labels[..., None], scores[..., None]]
+    return torch.cat([*(column.double() for column in columns), boxes.double()], -1).flatten(0, 1)

@@ -1,0 +1,109 @@
+"""The training loop: epochs, logs, examinations, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from d3etr.config.tree import Config
+from d3etr.data.loading import EpochLoader
+from d3etr.training.assembly import Models
+from d3etr.training.checkpoints import CheckpointStore
+from d3etr.training.context import TrainContext
+from d3etr.training.examination import Examination
+from d3etr.training.resume import Progress, collect_state
+from d3etr.training.step import MicroBatch, TrainingStep
+from d3etr.training.steplog import StepLog
+from d3etr.training.timing import PhaseTimer
+
+RECORDS_PER_EPOCH = 20
+
+
+class TrainingLoop:
+    """Runs a training from where it stands to its end.
+
+    Args:
+        config: of the run.
+        context: the workers.
+        models: what is trained.
+        loader: training batches.
+        step: does one optimiser step.
+        log: records steps.
+        examination: evaluates and keeps weights.
+        store: saves checkpoints.
+        timer: of the phases of a step.
+        steps: optimiser steps of the whole run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        context: TrainContext,
+        models: Models,
+        loader: EpochLoader,
+        step: TrainingStep,
+        log: StepLog,
+        examination: Examination,
+        store: CheckpointStore,
+        timer: PhaseTimer,
+        *,
+        steps: int,
+    ) -> None:
+        self._config, self._context, self._models = config, context, models
+        self._loader, self._step, self._log = loader, step, log
+        self._examination, self._store, self._timer = examination, store, timer
+        self._steps, self._per_epoch = steps, loader.steps_per_epoch
+
+    def run(self, progress: Progress) -> None:
+        """Train until ``progress.step`` is the last step.
+
+        Raises:
+            TrainingDiverged: a loss became NaN or infinite.
+            UserError: an image cannot be read, or no space is left.
+        """
+        while progress.step < self._steps:
+            self._log.resume_clock()
+            self._run_epoch(progress)
+            self._log.pause_clock()
+            self._finish_epoch(progress)
+
+    def _run_epoch(self, progress: Progress) -> None:
+        """The rest of the epoch that ``progress`` stands in."""
+        epoch, offset = divmod(progress.step, self._per_epoch)
+        last = min(self._steps, (epoch + 1) * self._per_epoch)
+        every = max(1, self._per_epoch // RECORDS_PER_EPOCH)
+        save_every = self._config.run.checkpoint_every_steps
+        batches = self._loader.epoch(epoch, offset)
+        for _ in range(progress.step, last):
+            self._step(progress.step, self._next(batches))
+            progress.step += 1
+            saves = bool(save_every) and progress.step % (save_every or 1) == 0
+            if (progress.step - epoch * self._per_epoch) % every == 0 or saves:
+                self._log.write(progress.step)
+            if saves and progress.step < last:
+                self._log.pause_clock()
+                self._save(progress)
+                self._log.resume_clock()
+        self._log.write(progress.step)
+
+    def _next(self, batches: Iterator[list[MicroBatch]]) -> list[MicroBatch]:
+        with self._timer.phase("data", host=True):
+            return next(batches)
+
+    def _finish_epoch(self, progress: Progress) -> None:
+        """Examine, save and report, as often as configured and always at the end."""
+        done = -(-progress.step // self._per_epoch)
+        ends = progress.step >= self._steps
+        metrics: dict[str, float] = {"step": progress.step, "epoch": done}
+        if ends or done % self._config.evaluation.every_epochs == 0:
+            mAP = self._examination.examine(progress.step, done)
+            metrics |= {} if mAP is None else {"val/mAP": mAP}
+        if ends or done % self._config.run.checkpoint_every_epochs == 0:
+            self._save(progress)
+        self._context.report(metrics)
+
+    def _save(self, progress: Progress) -> None:
+        if self._context.rank != 0:
+            return
+        state = collect_state(progress, self._models, self._examination, self._log)
+        weights = self._examination.weights
+        self._store.save(progress.step, state, weights if weights.exists() else None)

@@ -1,0 +1,213 @@
+"""One training run from configuration to summary, under any launcher."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d3etr.config.tree import Config
+from d3etr.detectors.build import count_parameters
+from d3etr.training.assembly import (
+    Models,
+    Splits,
+    build_models,
+    open_loader,
+    open_splits,
+    total_steps,
+)
+from d3etr.training.checkpoints import CheckpointStore
+from d3etr.training.context import TrainContext
+from d3etr.training.divergence import LossWindow
+from d3etr.training.evaluation import Evaluator
+from d3etr.training.examination import Examination
+from d3etr.training.journal import Journal
+from d3etr.training.loop import TrainingLoop
+from d3etr.training.resume import Progress, find_checkpoint, restore_state
+from d3etr.training.step import TrainingStep
+from d3etr.training.steplog import StepLog
+from d3etr.training.storage import clear_disk_errors, write_text
+from d3etr.training.teacher import qualify_teacher
+from d3etr.training.timing import PhaseTimer
+
+JOURNAL_FILE, SUMMARY_FILE, CHECKPOINTS = "journal.jsonl", "summary.json", "checkpoints"
+
+
+def run_training(config: Config, run_dir: Path, context: TrainContext) -> dict[str, float]:
+    """Train, or go on training, or return what a finished run found.
+
+    All workers call it. The run resumes from the newest good checkpoint in ``run_dir``; the
+    result on the CPU is bit for bit that of an undisturbed run.
+
+    Args:
+        config: everything that is needed to repeat the run.
+        run_dir: the run's folder, on storage that all workers share.
+        context: the workers.
+
+    Returns:
+        Final metrics, as in ``summary.json``; mAP as fractions.
+
+    Raises:
+        UserError: data, weights or the folder are not as they must be.
+        TrainingDiverged: a loss became NaN or infinite.
+    """
+    if _is_finished(run_dir, context):
+        return read_summary(run_dir)
+    if context.rank == 0:
+        with clear_disk_errors("the run", run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+    run = _Run(config, run_dir, context)
+    try:
+        run.train()
+        return run.finish()
+    finally:
+        run.close()
+
+
+def read_summary(run_dir: Path) -> dict[str, float]:
+    """The numbers in the summary of a finished run."""
+    summary = json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
+    return _numbers(summary)
+
+
+def _numbers(summary: dict[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in summary.items() if isinstance(v, int | float)}
+
+
+def _is_finished(run_dir: Path, context: TrainContext) -> bool:
+    """Worker 0 looks, so that all workers do the same."""
+    finished = context.rank == 0 and (run_dir / SUMMARY_FILE).exists()
+    return bool(context.all_reduce(torch.tensor(int(finished), device=context.device)))
+
+
+class _Run:
+    """The parts of one run, wired together."""
+
+    def __init__(self, config: Config, run_dir: Path, context: TrainContext) -> None:
+        self.config, self.run_dir, self.context = config, run_dir, context
+        self.begun = time.perf_counter()
+        self.warnings: list[str] = []
+        self.journal = Journal(run_dir / JOURNAL_FILE, active=context.rank == 0)
+        self.store = CheckpointStore(
+            run_dir / CHECKPOINTS, config.run.keep_checkpoints, self.warnings.append
+        )
+        self.splits: Splits = open_splits(config, context)
+        self.loader = open_loader(config, self.splits.train, context)
+        self.steps = total_steps(config, self.loader.steps_per_epoch)
+        self.models: Models = build_models(config, self.splits, context)
+        self.evaluator = Evaluator(self.splits.validation, config.data, config.evaluation, context)
+        self.examination = Examination(
+            config, run_dir, context, self.models, self.splits, self.evaluator, self.journal
+        )
+        self.window, self.timer = LossWindow(), PhaseTimer(context.device)
+        self.log = StepLog(
+            self.journal,
+            context,
+            self.models.optimiser,
+            self.window,
+            self.timer,
+            batch_size=config.optimisation.batch_size,
+            steps_per_epoch=self.loader.steps_per_epoch,
+        )
+        self.progress = self._resume()
+
+    def train(self) -> None:
+        """All steps that are left."""
+        step = TrainingStep(
+            self.models.distiller,
+            self.models.optimiser,
+            self.models.average,
+            self.config,
+            self.context,
+            steps=self.steps,
+            window=self.window,
+            timer=self.timer,
+        )
+        loop = TrainingLoop(
+            self.config,
+            self.context,
+            self.models,
+            self.loader,
+            step,
+            self.log,
+            self.examination,
+            self.store,
+            self.timer,
+            steps=self.steps,
+        )
+        loop.run(self.progress)
+
+    def finish(self) -> dict[str, float]:
+        """Measure the test split if asked to, write the summary."""
+        test = self.examination.measure_test() if self.splits.test is not None else {}
+        summary = self._summary(test)
+        if self.context.rank == 0:
+            self.journal.write("end", self.progress.step, metrics=_numbers(summary))
+            text = json.dumps(summary, indent=1, allow_nan=False)
+            write_text(self.run_dir / SUMMARY_FILE, text + "\n")
+        return _numbers(summary)
+
+    def close(self) -> None:
+        """End what runs beside."""
+        self.loader.close()
+
+    def _resume(self) -> Progress:
+        """Go on from a checkpoint, or begin."""
+        checkpoint = find_checkpoint(self.store, self.context)
+        if self.context.rank == 0:
+            self.store.remove_leftovers()
+        if checkpoint is None:
+            progress = Progress()
+        else:
+            progress = restore_state(
+                checkpoint, self.models, self.examination, self.log, self.context
+            )
+        self.journal.cut_back(progress.step if checkpoint is not None else -1)
+        self.journal.write(
+            "start",
+            progress.step,
+            steps=self.steps,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            workers=self.context.world_size,
+        )
+        for text in self.warnings:
+            self.journal.message(progress.step, text, "warning")
+        if checkpoint is None:
+            self._qualify_teacher(progress)
+        return progress
+
+    def _qualify_teacher(self, progress: Progress) -> None:
+        teacher, info = self.models.teacher, self.models.teacher_info
+        if teacher is None or info is None or self.config.teacher is None:
+            return
+        mAP, how = qualify_teacher(
+            teacher, info, self.config.teacher, self.config.data, self.evaluator
+        )
+        progress.teacher_mAP = mAP
+        if mAP is not None:
+            self.journal.write("teacher", 0, how=how, metrics={"teacher/mAP": mAP})
+
+    def _summary(self, test: dict[str, float]) -> dict[str, Any]:
+        kept = self.examination.kept or {"step": 0, "metrics": {}, "images_per_second": 0.0}
+        config = self.config
+        summary: dict[str, Any] = {
+            "role": "student" if config.teacher is not None else "plain",
+            "method": config.distillation.method,
+            "seed": config.run.seed,
+            "steps": self.progress.step,
+            "kept_step": kept["step"],
+            **kept["metrics"],
+            **{f"test/{name}": value for name, value in test.items()},
+            "parameters": count_parameters(self.models.student),
+            "images_per_second": kept["images_per_second"],
+            "training_images_per_second": self.log.last.get("time/images_per_second", 0.0),
+            "training_seconds": self.log.seconds,
+            "seconds": time.perf_counter() - self.begun,
+            "train/loss": self.log.last.get("train/loss", 0.0),
+        }
+        if self.progress.teacher_mAP is not None:
+            summary["teacher/mAP"] = self.progress.teacher_mAP
+        return summary

@@ -1,0 +1,116 @@
+"""How much the adaptive correspondence still moves between evaluations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from d3etr.data.coco import DetectionSplit
+from d3etr.distillation.correspondence import adaptive_correspondence, adaptive_problem
+from d3etr.distillation.distiller import Distiller
+from d3etr.matching.assignment import assign
+from d3etr.structures import DecoderOutputs, ImageBatch, Targets
+from d3etr.training.context import TrainContext
+
+WATCHED_IMAGES = 32
+
+
+class MatchingStability:
+    """Share of adaptive pairs (teacher query to student query) that are as they were.
+
+    Watches a fixed set of validation images during evaluations: the student's outputs come
+    from there, only the teacher runs once more. Pairs are compared at rank 0, so the number
+    of workers may change between evaluations.
+
+    Args:
+        distiller: the teacher and how it is matched.
+        split: the validation images; evenly spaced ones are watched.
+        context: the workers that share the images.
+    """
+
+    def __init__(self, distiller: Distiller, split: DetectionSplit, context: TrainContext) -> None:
+        self._distiller, self._context = distiller, context
+        stride = max(1, len(split.records) // WATCHED_IMAGES)
+        self._watched = {record.id for record in split.records[::stride][:WATCHED_IMAGES]}
+        self._found: list[Tensor] = []
+        self.state: Tensor | None = None
+        """[images, 1 + L * M]: image id, then each teacher query's student query or -1."""
+
+    @torch.no_grad()
+    def observe(self, images: ImageBatch, targets: Targets, student: DecoderOutputs) -> None:
+        """Match the watched images of one evaluation batch."""
+        chosen = [i for i, identity in enumerate(targets.image_ids) if identity in self._watched]
+        if not chosen:
+            return
+        taught = self._distiller.teach(_images(images, chosen))
+        if taught is None:
+            raise ValueError("stability needs a teacher that teaches")
+        pairs = _pairs(self._distiller, _outputs(student, chosen), taught.outputs)
+        ids = torch.tensor([[targets.image_ids[i]] for i in chosen], device=pairs.device)
+        self._found.append(torch.cat([ids, pairs.transpose(0, 1).flatten(1)], 1))
+
+    def compare(self) -> float | None:
+        """Share of pairs that did not change since the last call, in [0, 1].
+
+        All workers call it after an evaluation.
+
+        Returns:
+            The share over layers and images at rank 0; None at the first call and elsewhere.
+        """
+        gathered = self._context.gather(torch.cat([self._nothing(), *self._found]))
+        self._found.clear()
+        if gathered is None:
+            return None
+        now = torch.cat([part.cpu() for part in gathered])
+        now = now[now[:, 0].argsort()]
+        before, self.state = self.state, now
+        return None if before is None or before.shape != now.shape else unchanged(before, now)
+
+    def _nothing(self) -> Tensor:
+        """What a worker without watched images brings along."""
+        teacher = self._distiller.teacher
+        assert teacher is not None
+        pairs = self._distiller.student.config.decoder_layers * teacher.object_queries().count
+        return torch.zeros(0, 1 + pairs, dtype=torch.int64, device=self._context.device)
+
+
+def unchanged(before: Tensor, now: Tensor) -> float:
+    """Share of the pairs in ``now`` that are also in ``before``; 1 if there are none.
+
+    Args:
+        before: [images, 1 + K]: image id, then student queries, -1 for unmatched.
+        now: the same for the same images.
+    """
+    paired = now[:, 1:] >= 0
+    same = (now[:, 1:] == before[:, 1:]) & paired
+    return float(same.sum() / paired.sum()) if bool(paired.any()) else 1.0
+
+
+def _pairs(distiller: Distiller, student: DecoderOutputs, teacher: DecoderOutputs) -> Tensor:
+    """[L, B, M] student query of each teacher query, -1 for unmatched ones."""
+    config = distiller.distillation
+    (assignment,) = assign([adaptive_problem(student, teacher, config.matching_cost)])
+    pairs = adaptive_correspondence(assignment, student, teacher, config.matched_pair_ratio)
+    columns = assignment.columns if pairs.teacher is None else pairs.teacher
+    rows = assignment.rows if pairs.student is None else pairs.student
+    layers, images = columns.shape[:2]
+    table = torch.full((layers, images, teacher.queries), -1, device=columns.device)
+    return table.scatter_(2, columns, rows)
+
+
+def _images(images: ImageBatch, chosen: list[int]) -> ImageBatch:
+    padding = None if images.padding is None else images.padding[chosen]
+    return ImageBatch(images.pixels[chosen], padding)
+
+
+def _outputs(outputs: DecoderOutputs, chosen: list[int]) -> DecoderOutputs:
+    """Logits and boxes of some images; matching needs no more."""
+    return replace(
+        outputs,
+        logits=outputs.logits[:, chosen],
+        boxes_cxcywh=outputs.boxes_cxcywh[:, chosen],
+        self_attention_scores=None,
+        cross_attention_scores=None,
+    )

@@ -1,0 +1,138 @@
+"""One optimiser step: teach, normalise over the global batch, accumulate, update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+
+from d3etr.config.tree import Config
+from d3etr.distillation.distiller import Distiller
+from d3etr.distillation.teaching import Taught
+from d3etr.matching.assignment import NonFiniteCostError
+from d3etr.structures import ImageBatch, Targets
+from d3etr.training.context import TrainContext
+from d3etr.training.divergence import LossWindow
+from d3etr.training.ema import WeightAverage
+from d3etr.training.optimiser import clip_gradients, set_learning_rates
+from d3etr.training.schedule import distillation_scale, learning_rate_factor
+from d3etr.training.seeding import derive_seed, seed_generators
+from d3etr.training.timing import PhaseTimer
+
+MicroBatch = tuple[ImageBatch, Targets]
+
+
+class TrainingStep:
+    """Runs optimiser steps.
+
+    The losses of a step are those of its global batch however it is cut: every micro-batch's
+    losses are already divided by sums over the global batch, so gradients are added up, not
+    averaged. Random numbers (dropout) depend on seed, step and micro-batch alone.
+
+    Args:
+        distiller: on the worker's device.
+        optimiser: of its parameters.
+        average: updated after every step, if there is one.
+        config: of the run.
+        context: the workers.
+        steps: optimiser steps of the whole run.
+        window: takes the losses.
+        timer: takes the time of each phase.
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        optimiser: AdamW,
+        average: WeightAverage | None,
+        config: Config,
+        context: TrainContext,
+        *,
+        steps: int,
+        window: LossWindow,
+        timer: PhaseTimer,
+    ) -> None:
+        self._distiller, self._optimiser, self._average = distiller, optimiser, average
+        self._model = context.wrap(distiller)
+        self._config, self._context, self._steps = config, context, steps
+        self._window, self._timer = window, timer
+
+    def __call__(self, step: int, batches: Sequence[MicroBatch]) -> None:
+        """Do optimiser step ``step`` (from 0) on this worker's micro-batches.
+
+        Raises:
+            TrainingDiverged: a matching cost is not finite. Losses are checked by whoever
+                reads the window.
+        """
+        device = self._context.device
+        batches = [(images.to(device), targets.to(device)) for images, targets in batches]
+        with self._timer.phase("teacher"):
+            taught, normalisers = self._teach(batches)
+        for index, (batch, known) in enumerate(zip(batches, taught, strict=True)):
+            with self._synchronised_if(index == len(batches) - 1):
+                self._accumulate(step, index, batch, known, normalisers)
+        with self._timer.phase("optimiser"):
+            self._update(step)
+
+    def _teach(self, batches: Sequence[MicroBatch]) -> tuple[list[Taught | None], Tensor]:
+        """The teacher's outputs per micro-batch, and the global batch's normalisers."""
+        with self._autocast():
+            taught = [self._distiller.teach(images) for images, _ in batches]
+        sums = [
+            self._distiller.normalisers(targets, known)
+            for (_, targets), known in zip(batches, taught, strict=True)
+        ]
+        local = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+        return taught, self._context.all_reduce(local)
+
+    def _accumulate(
+        self,
+        step: int,
+        index: int,
+        batch: MicroBatch,
+        taught: Taught | None,
+        normalisers: Tensor,
+    ) -> None:
+        images, targets = batch
+        accumulation = self._config.optimisation.accumulation
+        micro = self._context.rank * accumulation + index
+        seed_generators(
+            derive_seed(self._config.run.seed, "step", step, micro), self._context.device
+        )
+        scale = distillation_scale(step, self._config.distillation.warmup_steps)
+        with self._timer.phase("forward"):
+            try:
+                with self._autocast():
+                    losses = self._model(images, targets, taught, normalisers, scale)
+            except NonFiniteCostError as error:
+                raise self._window.explain(step, targets.image_ids, str(error)) from error
+            total = self._window.add(step, losses, targets.image_ids)
+        with self._timer.phase("backward"):
+            # DDP divides by the world size; the losses are parts of a sum.
+            (total * self._context.world_size).backward()  # type: ignore[no-untyped-call]
+
+    def _update(self, step: int) -> None:
+        config = self._config.optimisation
+        self._window.add_norm(clip_gradients(self._optimiser, config.clip_norm))
+        set_learning_rates(
+            self._optimiser, learning_rate_factor(step, self._steps, config.schedule)
+        )
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        if self._average is not None:
+            self._average.update(step)
+
+    def _synchronised_if(self, last: bool) -> AbstractContextManager[None]:
+        """Workers exchange gradients once per step, at the last micro-batch."""
+        if last or not isinstance(self._model, DistributedDataParallel):
+            return nullcontext()
+        skip: AbstractContextManager[None] = self._model.no_sync()
+        return skip
+
+    def _autocast(self) -> torch.autocast:
+        reduced = self._config.optimisation.precision == "bfloat16"
+        return torch.autocast(self._context.device.type, torch.bfloat16, enabled=reduced)
