@@ -40,7 +40,7 @@ class DigitScenesConfig(Section):
     minimum_scale: Annotated[int, Field(ge=6)] = 10
     """Shortest long side of a digit, pixels; sizes are log-uniform."""
     maximum_scale: Annotated[int, Field(ge=6)] = 28
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> Self:

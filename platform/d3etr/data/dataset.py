@@ -20,6 +20,8 @@ from d3etr.data.images import load_image, to_pixels
 from d3etr.data.transforms import Sample, normalise, output_size, relative_cxcywh
 from d3etr.errors import UserError
 
+_Objects = tuple[NDArray[np.int64], NDArray[np.float32]]
+
 CACHE_BYTES = 256 * 2**20
 """Splits whose decoded images take less are decoded once and kept in memory."""
 
@@ -50,6 +52,7 @@ class DetectionDataset(Dataset[Sample]):
         self.seed = seed
         decoded_bytes = sum(3 * record.width * record.height for record in split.records)
         self._cache: dict[int, Tensor] | None = {} if decoded_bytes <= cache_bytes else None
+        self._relative: dict[int, _Objects] = {}
 
     def __len__(self) -> int:
         return len(self.split.records)
@@ -86,19 +89,31 @@ class DetectionDataset(Dataset[Sample]):
             UserError: the image is missing, damaged, or not of its annotated size.
         """
         record, plan = self.split.records[index], self.plan(index, epoch)
-        labels, boxes = record.objects()
-        size = (record.height, record.width)
-        if plan.moves:
-            boxes, kept = augment_boxes(boxes, size, plan)
-            labels, boxes, size = labels[kept], boxes[kept], plan.size
+        labels, boxes = self._moved_objects(record, plan) if plan.moves else self._objects(index)
         return Sample(
             pixels=normalise(augment_pixels(self.decoded(index), plan), self.preprocessing),
             labels=labels,
-            # Resizing alone leaves relative boxes as they are.
-            boxes_cxcywh=relative_cxcywh(boxes, *size),
+            boxes_cxcywh=boxes,
             image_id=record.id,
             original_size=(record.height, record.width),
         )
+
+    def _objects(self, index: int) -> _Objects:
+        """Labels [n] and relative boxes_cxcywh [n, 4]; resizing leaves them as they are."""
+        if index not in self._relative:
+            record = self.split.records[index]
+            labels, boxes = record.objects()
+            found = labels, relative_cxcywh(boxes, record.height, record.width)
+            if self._cache is None:
+                return found
+            self._relative[index] = found
+        return self._relative[index]
+
+    @staticmethod
+    def _moved_objects(record: ImageRecord, plan: Augmentation) -> _Objects:
+        labels, boxes = record.objects()
+        boxes, kept = augment_boxes(boxes, (record.height, record.width), plan)
+        return labels[kept], relative_cxcywh(boxes[kept], *plan.size)
 
     def sizes(self, epoch: int) -> NDArray[np.int64]:
         """[images, 2]: (height, width) of every image in ``epoch``, without decoding any."""

@@ -1,0 +1,5 @@
+"""Digit scenes: the embedded detection benchmark of real handwritten digits in clutter."""
+
+from d3etr.data.digit_scenes.folder import VERSION, write_digit_scenes
+
+__all__ = ["VERSION", "write_digit_scenes"]

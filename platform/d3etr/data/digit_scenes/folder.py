@@ -1,0 +1,189 @@
+"""The benchmark on disk: a COCO-format folder that is whole and as it was written, or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from d3etr.config.data import DigitScenesConfig, SplitConfig
+from d3etr.data.digit_scenes.digits import CLASSES, SPLITS, SplitName, load_digits_of
+from d3etr.data.digit_scenes.png import png_bytes
+from d3etr.data.digit_scenes.scene import Scene, draw_scene
+from d3etr.data.progress import Progress
+from d3etr.errors import UserError
+
+VERSION = "1"
+"""Goes up whenever a setting's pictures change; results of different versions do not compare."""
+
+_DIGEST_FILE = "digest.json"
+_LOGGER = logging.getLogger(__name__)
+_PROGRESS_EVERY = 100
+
+
+def write_digit_scenes(
+    config: DigitScenesConfig,
+    progress: Progress | None = None,
+    *,
+    verify: Sequence[str] = SPLITS,
+) -> dict[str, SplitConfig]:
+    """Write the benchmark, or find it written: where each split is.
+
+    A folder that differs from what was written is named in a warning and written again.
+
+    Args:
+        config: the settings.
+        progress: told about the writing.
+        verify: splits whose every byte is compared with the digest file before reuse.
+
+    Raises:
+        UserError: the settings cannot be met, or the folder cannot be written.
+    """
+    folder = scenes_folder(config)
+    damage = find_damage(folder, verify) if folder.exists() else None
+    if damage is not None:
+        _LOGGER.warning("digit scenes in %s are damaged (%s): writing them again", folder, damage)
+    if damage is not None or not folder.exists():
+        try:
+            _write(config, folder, progress)
+        except OSError as error:
+            raise UserError(
+                f"data.digit_scenes.root: cannot write {folder} ({error.strerror or error}): "
+                f"choose a folder that is writable and has {_megabytes(config)} MB of space"
+            ) from error
+    return split_paths(folder)
+
+
+def scenes_folder(config: DigitScenesConfig) -> Path:
+    """The folder of these settings: equal settings share it, others get their own."""
+    digest = hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode()).hexdigest()
+    return config.root / f"v{VERSION}-{config.image_size}px-seed{config.seed}-{digest[:8]}"
+
+
+def split_paths(folder: Path) -> dict[str, SplitConfig]:
+    """Images and annotations of each split in ``folder``."""
+    return {
+        name: SplitConfig(
+            images=folder / "images" / name, annotations=folder / "annotations" / f"{name}.json"
+        )
+        for name in SPLITS
+    }
+
+
+def find_damage(folder: Path, splits: Sequence[str]) -> str | None:
+    """Compare every byte of ``splits`` with the digest file: what differs, or None."""
+    try:
+        written = json.loads((folder / _DIGEST_FILE).read_bytes())["splits"]
+        for name in splits:
+            if _split_digest(folder, name) != written[name]["digest"]:
+                return f"split {name} is not as it was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _settings(config: DigitScenesConfig) -> dict[str, Any]:
+    return {"version": VERSION, **config.model_dump(mode="json", exclude={"root"})}
+
+
+def _megabytes(config: DigitScenesConfig) -> int:
+    images = config.train_images + config.validation_images + config.test_images
+    return 1 + images * (3 * config.image_size**2 + 500) // 10**6
+
+
+def _write(config: DigitScenesConfig, folder: Path, progress: Progress | None) -> None:
+    """Write into a temporary folder beside ``folder``, then put it in place."""
+    config.root.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=config.root))
+    try:
+        for name in SPLITS:
+            _write_split(config, temporary, name, progress)
+        splits = {name: {"digest": _split_digest(temporary, name)} for name in SPLITS}
+        digests = {"settings": _settings(config), "splits": splits}
+        (temporary / _DIGEST_FILE).write_text(json.dumps(digests, indent=1) + "\n")
+        temporary.chmod(0o755)
+        _put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    if folder.exists() and find_damage(folder, SPLITS) is None:
+        # Another process was faster.
+        return
+    if folder.exists():
+        damaged = temporary.with_name(temporary.name + "-damaged")
+        folder.rename(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if find_damage(folder, SPLITS) is not None:
+            raise
+
+
+def _write_split(
+    config: DigitScenesConfig, folder: Path, name: SplitName, progress: Progress | None
+) -> None:
+    paths = split_paths(folder)[name]
+    paths.images.mkdir(parents=True)
+    paths.annotations.parent.mkdir(exist_ok=True)
+    counts = {
+        "train": config.train_images,
+        "validation": config.validation_images,
+        "test": config.test_images,
+    }
+    digits = load_digits_of(name)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index in range(counts[name]):
+        scene = draw_scene(config, name, index, digits)
+        file_name = f"{index + 1:06d}.png"
+        (paths.images / file_name).write_bytes(png_bytes(scene.pixels))
+        size = {"width": config.image_size, "height": config.image_size}
+        images.append({"id": index + 1, "file_name": file_name, **size})
+        annotations += _annotations(scene, index + 1, len(annotations) + 1)
+        if progress is not None and (index + 1) % _PROGRESS_EVERY in (0, counts[name]):
+            progress(f"digit scenes, {name}", index + 1, counts[name])
+    content = {
+        "info": {"description": "digit scenes", "version": VERSION, "split": name},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": label, "name": str(label)} for label in range(CLASSES)],
+    }
+    paths.annotations.write_text(json.dumps(content))
+
+
+def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
+    found = []
+    for offset, (left, top, right, bottom) in enumerate(scene.boxes_xyxy):
+        width, height = right - left, bottom - top
+        found.append(
+            {
+                "id": first_id + offset,
+                "image_id": image_id,
+                "category_id": scene.labels[offset],
+                "bbox": [left, top, width, height],
+                "area": width * height,
+                "iscrowd": 0,
+                # Which handwritten digit this is, so that anyone can check what splits share.
+                "digit": scene.sources[offset],
+            }
+        )
+    return found
+
+
+def _split_digest(folder: Path, name: str) -> str:
+    """sha256 over names and bytes of one split's files."""
+    paths = split_paths(folder)[name]
+    digest = hashlib.sha256(paths.annotations.read_bytes())
+    for file_name in sorted(os.listdir(paths.images)):
+        digest.update(file_name.encode())
+        digest.update((paths.images / file_name).read_bytes())
+    return digest.hexdigest()
