@@ -1,0 +1,158 @@
+"""How a run presents itself in MLflow: name, tags, note, params."""
+
+from __future__ import annotations
+
+import getpass
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import d3etr
+from d3etr.config.detector import DetectorConfig
+from d3etr.config.tree import Config
+from d3etr.tracking.server import without_secrets
+from d3etr.tracking.state import read_state
+
+METHOD_TITLES = {"none": "plain", "d3etr": "D3ETR", "kd_detr": "KD-DETR"}
+_GIT_SECONDS = 5
+
+
+def role(config: Config) -> str:
+    """``teacher`` or ``student``: a plain run is a teacher when its name says so."""
+    plain = config.distillation.method == "none"
+    return "teacher" if plain and "teacher" in config.run.name.lower() else "student"
+
+
+def title(config: Config) -> str:
+    """What the run is, in two words: teacher, plain student, D3ETR student."""
+    if role(config) == "teacher":
+        return "teacher"
+    method = config.distillation.method
+    return f"{METHOD_TITLES.get(method, method)} student"
+
+
+def run_name(config: Config) -> str:
+    """Name in MLflow's table: the title, the run's own name if it says more, the seed."""
+    parts = [title(config)]
+    if _letters(config.run.name) != _letters(parts[0]):
+        parts.append(config.run.name)
+    return " · ".join([*parts, f"seed {config.run.seed}"])
+
+
+def params(config: Config) -> dict[str, str]:
+    """The whole configuration with dotted keys; addresses lose their credentials."""
+    return dict(_flatten("", config.model_dump(mode="json")))
+
+
+def tags(config: Config, run_dir: Path) -> dict[str, str]:
+    """What runs are filtered and grouped by."""
+    detector = config.student.detector
+    named = {
+        "role": role(config),
+        "title": title(config),
+        "method": config.distillation.method,
+        "detector": detector.name,
+        "backbone": backbone_title(detector),
+        "seed": str(config.run.seed),
+        "run_folder": run_dir.name,
+        "mlflow.note.content": note(config, run_dir),
+        "mlflow.user": _user(),
+        "mlflow.source.name": Path(sys.argv[0]).name or "python",
+        "mlflow.source.type": "LOCAL",
+    }
+    commit = git_commit()
+    if commit:
+        named |= {"git_commit": commit, "mlflow.source.git.commit": commit}
+    return named | teacher_tags(config)
+
+
+def teacher_tags(config: Config) -> dict[str, str]:
+    """The teacher's weights and, if they lie in a run folder, the run that made them."""
+    if config.teacher is None:
+        return {}
+    weights = config.teacher.weights
+    found = {"teacher_weights": weights.name}
+    state = read_state(weights.parent)
+    if state is not None:
+        found |= {"teacher_weights": weights.parent.name, "teacher_run": state.run_id}
+    return found
+
+
+def note(config: Config, run_dir: Path) -> str:
+    """Markdown that MLflow shows on the run's page."""
+    detector = config.student.detector
+    lines = [
+        f"**{title(config)[0].upper() + title(config)[1:]}**: {detector.name} with "
+        f"{backbone_title(detector)}, {detector.encoder_layers} encoder and "
+        f"{detector.decoder_layers} decoder layers of width {detector.width}, "
+        f"{detector.queries} queries."
+    ]
+    if config.teacher is not None:
+        lines.append(f"Taught by `{config.teacher.weights}`: {_what_is_distilled(config)}.")
+    lines.append(f"Run folder: `{run_dir.resolve()}`")
+    return "\n\n".join(lines)
+
+
+def backbone_title(detector: DetectorConfig) -> str:
+    """``resnet50``, ``resnet50-dc5``, ``small-24-48-64``."""
+    backbone = detector.backbone
+    if backbone.name == "small":
+        return "small-" + "-".join(str(width) for width in backbone.stage_widths)
+    return backbone.name + ("-dc5" if backbone.dilation else "")
+
+
+def git_commit() -> str | None:
+    """Commit of the code that runs, with ``-dirty`` if files were changed since; else None."""
+    package = Path(d3etr.__file__).resolve()
+    if _git(package, "ls-files", "--error-unmatch", package.name) is None:
+        return None  # installed: a repository around it is not its own
+    commit = _git(package, "rev-parse", "HEAD")
+    changed = _git(package, "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}-dirty" if commit and changed else commit
+
+
+def _git(package: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(package.parent), *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _what_is_distilled(config: Config) -> str:
+    distillation = config.distillation
+    names = ("predictions", "self-attention", "cross-attention")
+    terms = [f"{name} ({weight:g})" for name, weight in zip(names, distillation.terms, strict=True)]
+    on = [term for term, weight in zip(terms, distillation.terms, strict=True) if weight]
+    return (
+        f"{', '.join(on) or 'no distillation terms'}, "
+        f"adaptive ratio {distillation.adaptive_ratio:g}"
+    )
+
+
+def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for key, part in value.items():
+            yield from _flatten(f"{prefix}.{key}" if prefix else str(key), part)
+    elif isinstance(value, str):
+        yield prefix, without_secrets(value) if "://" in value else value
+    elif isinstance(value, bool) or value is None:
+        yield prefix, {True: "true", False: "false", None: "null"}[value]
+    else:
+        yield prefix, str(value)
+
+
+def _letters(text: str) -> str:
+    return "".join(character for character in text.lower() if character.isalnum())
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return "unknown"

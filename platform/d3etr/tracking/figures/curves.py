@@ -1,0 +1,197 @@
+"""Precision over recall, and how a run went over its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from d3etr.tracking.figures.style import (
+    PLAIN,
+    STUDENT,
+    TEACHER,
+    Array,
+    empty_note,
+    headline,
+    legend,
+    line_key,
+    new_figure,
+    panel_title,
+    plain_axes,
+    series_styles,
+)
+
+RECALLS = np.linspace(0, 1, 101)
+IOU_ROWS = ((0, 0.5, "-"), (5, 0.75, "--"))
+"""Row in COCO's ten thresholds, its IoU, the line style."""
+MANY_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart: a value at each of some optimiser steps."""
+
+    label: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    colour: str = STUDENT
+    stroke: str = "-"
+
+
+def draw_precision_recall(
+    precisions: Mapping[str, Array], names: Sequence[str], subject: str
+) -> Figure:
+    """Left: all classes at IoU 0.5 and 0.75 per detector. Right: the run's own per class at 0.5.
+
+    Args:
+        precisions: "Student" (or "Prediction") and maybe "Teacher" -> [10 IoU thresholds, 101 recalls, C], -1
+            for classes without objects.
+        names: C class names.
+        subject: what was measured, as in "validation images".
+    """
+    figure = new_figure(12, 4.8)
+    left, right = figure.subplots(1, 2)
+    colours = {"Teacher": TEACHER}
+    key = []
+    for label, precision in precisions.items():
+        for row, iou, stroke in IOU_ROWS:
+            curve = _mean_curve(precision[row])
+            _line(left, curve, colours.get(label, STUDENT), stroke, width=2.2)
+            text = f"{label}, IoU {iou:g}: AP {_percent(_mean(precision[row]))}"
+            key.append((text, colours.get(label, STUDENT), stroke))
+    legend(left, handles=line_key(key), loc="lower left")
+    panel_title(left, "All classes")
+    own = next(label for label in precisions if label != "Teacher")
+    _draw_classes(right, precisions[own][0], names, own)
+    for axes in (left, right):
+        plain_axes(axes, "recall", "precision")
+        axes.set_xlim(0, 1.005)
+        axes.set_ylim(0, 1.02)
+    headline(figure, "Precision and recall", subject)
+    return figure
+
+
+def draw_training(
+    series: Sequence[Series], levels: Mapping[str, tuple[float, str]] | None = None
+) -> Figure:
+    """Validation mAP over optimiser steps.
+
+    Args:
+        series: one line per run; values are fractions in [0, 1].
+        levels: horizontal lines, label -> (fraction, colour): the teacher's mAP.
+    """
+    figure = new_figure(7.6, 4.4)
+    axes = figure.subplots()
+    for line in series:
+        axes.plot(
+            line.steps,
+            100 * np.asarray(line.values, dtype=float),
+            color=line.colour,
+            linestyle=line.stroke,
+            linewidth=2.2,
+            marker="o" if len(line.steps) < 30 else "",
+            markersize=4,
+            label=line.label,
+        )
+    for label, (value, colour) in (levels or {}).items():
+        text = f"{label}: {100 * value:.1f}"
+        axes.axhline(100 * value, color=colour, linestyle="--", linewidth=1.5, label=text)
+    if not any(len(line.steps) for line in series):
+        empty_note(axes, "not measured yet")
+    plain_axes(axes, "optimiser step", "mAP (%)")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    legend(axes, loc="lower right")
+    headline(figure, "Validation mAP during training")
+    return figure
+
+
+def draw_stability(series: Sequence[Series]) -> Figure:
+    """Share of adaptive pairs that stayed as they were an evaluation before, over epochs."""
+    figure = new_figure(7.6, 3.8)
+    axes = figure.subplots()
+    for line in series:
+        axes.plot(
+            line.steps,
+            100 * np.asarray(line.values, dtype=float),
+            color=line.colour,
+            linestyle=line.stroke,
+            linewidth=2.2,
+            marker="o" if len(line.steps) < 30 else "",
+            markersize=4,
+            label=line.label,
+        )
+    if not any(len(line.steps) for line in series):
+        empty_note(axes, "no adaptive matching, or fewer than two epochs")
+    plain_axes(axes, "epoch", "unchanged pairs (%)")
+    axes.set_ylim(0, 102)
+    if len(series) > 1:
+        legend(axes, loc="lower right")
+    headline(
+        figure,
+        "Matching stability",
+        "teacher-student pairs of Adaptive Matching that are the same as one epoch before",
+    )
+    return figure
+
+
+def _draw_classes(axes: Axes, precision: Array, names: Sequence[str], label: str) -> None:
+    """Up to ten classes by name; of more, the best and worst by name and the rest in grey."""
+    averages = [_mean(precision[:, k]) for k in range(len(names))]
+    present = [k for k in range(len(names)) if averages[k] is not None]
+    present.sort(key=lambda k: -(averages[k] or 0.0))
+    named = present if len(present) <= MANY_CLASSES else present[:4] + present[-4:]
+    for k in set(present) - set(named):
+        _line(axes, precision[:, k], PLAIN, "-", width=0.7, alpha=0.5)
+    for k, (colour, stroke) in zip(named, series_styles(len(named)), strict=True):
+        text = f"{_short(names[k])}: AP {_percent(averages[k])}"
+        _line(axes, precision[:, k], colour, stroke, label=text)
+    panel_title(axes, f"{label} per class at IoU 0.5")
+    if not present:
+        empty_note(axes, "no objects to detect")
+    else:
+        legend(axes, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+
+
+def _line(
+    axes: Axes,
+    curve: Array,
+    colour: str,
+    stroke: str,
+    width: float = 1.6,
+    alpha: float = 1.0,
+    label: str | None = None,
+) -> None:
+    valid = curve > -1
+    axes.plot(
+        RECALLS[valid],
+        curve[valid],
+        color=colour,
+        linestyle=stroke,
+        linewidth=width,
+        alpha=alpha,
+        label=label,
+    )
+
+
+def _mean_curve(precision: Array) -> Array:
+    """[101]: mean over classes that have objects, -1 if none has."""
+    present = precision[:, (precision > -1).any(0)]
+    return present.mean(1) if present.size else np.full(len(precision), -1.0)
+
+
+def _mean(precision: Array) -> float | None:
+    valid = precision[precision > -1]
+    return float(valid.mean()) if valid.size else None
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _short(name: str, longest: int = 18) -> str:
+    return name if len(name) <= longest else name[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"
+

@@ -1,0 +1,118 @@
+"""One look for all figures: colours that colour-blind readers tell apart, plain axes.
+
+Figures are made object by object, never through pyplot: a driver thread may draw, and
+pyplot's current figure is global.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating[Any]]
+Image = NDArray[np.uint8]
+
+# Okabe and Ito's palette.
+TRUTH = "#009E73"
+TEACHER = "#0072B2"
+STUDENT = "#D55E00"
+PLAIN = "#7A7A7A"
+INK = "#222222"
+QUIET = "#6B6B6B"
+GRID = "#E3E3E3"
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A")
+STROKES = ("-", "--", ":")
+
+TITLE_SIZE = 13
+PANEL_SIZE = 10.5
+TEXT_SIZE = 9
+PIXELS_PER_INCH = 120
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white figure; sizes in inches."""
+    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def headline(figure: Figure, title: str, below: str = "") -> None:
+    """Title over the whole figure, left-aligned, with a quieter line below it."""
+    text = f"{title}\n" if below else title
+    figure.suptitle(text, x=0.01, ha="left", fontsize=TITLE_SIZE, weight="bold", color=INK)
+    if below:
+        # The title's second, empty line makes room for this one.
+        height = float(figure.get_figheight())
+        offset = 2.35 * TITLE_SIZE / 72 / height
+        figure.text(0.01, 1 - offset, below, ha="left", va="center", fontsize=TEXT_SIZE, color=QUIET)
+
+
+def panel_title(axes: Axes, text: str, colour: str = INK) -> None:
+    """Title of one panel, left-aligned."""
+    axes.set_title(text, loc="left", fontsize=PANEL_SIZE, color=colour, pad=5)
+
+
+def plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
+    """Two thin spines and a light grid below the data."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(QUIET)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=TEXT_SIZE, colors=QUIET, length=3)
+    axes.set_xlabel(x_label, fontsize=TEXT_SIZE + 1, color=INK)
+    axes.set_ylabel(y_label, fontsize=TEXT_SIZE + 1, color=INK)
+
+
+def legend(axes: Axes, **places: Any) -> Legend:
+    """A legend that lets lines below it shine through."""
+    looks = {"edgecolor": "none", "facecolor": "white", "framealpha": 0.75, "labelcolor": INK}
+    return axes.legend(fontsize=TEXT_SIZE, **looks, **places)
+
+
+def line_key(entries: Sequence[tuple[str, str, str]]) -> list[Line2D]:
+    """Legend handles from (label, colour, line style)."""
+    return [
+        Line2D([], [], color=colour, linestyle=stroke, linewidth=2, label=label)
+        for label, colour, stroke in entries
+    ]
+
+
+def series_styles(count: int) -> list[tuple[str, str]]:
+    """(colour, line style) of ``count`` series; they repeat after 21."""
+    pairs = [(colour, stroke) for stroke in STROKES for colour in SERIES]
+    return list(islice(cycle(pairs), count))
+
+
+def empty_note(axes: Axes, text: str) -> None:
+    """Says in the middle of a panel why there is nothing to see."""
+    axes.text(
+        0.5,
+        0.5,
+        text,
+        ha="center",
+        va="center",
+        fontsize=TEXT_SIZE + 1,
+        color=QUIET,
+        transform=axes.transAxes,
+    )
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.png")
+    figure.savefig(temporary, dpi=PIXELS_PER_INCH)
+    return temporary.replace(path)

@@ -1,0 +1,174 @@
+"""The student as an MLflow model: logged with its run, registered on request.
+
+Other code loads it with ``mlflow.pyfunc.load_model("models:/NAME@best")``; ``mlflow models
+serve`` serves it. Loading executes the code stored with the model: trust the registry.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import ModelInfo
+from mlflow.tracking import MlflowClient
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import AnyType, Array
+
+import d3etr
+
+logger = logging.getLogger(__name__)
+
+MODEL_NAME = "student"
+NEWEST_ALIAS = "newest"
+BEST_ALIAS = "best"
+DEFAULT_THRESHOLD = 0.5
+ALLOW_PATHS = "allow_paths"
+"""``model_config`` key that lets the model read image paths. Off by default, since whoever
+reaches a server could read its files."""
+REQUIREMENTS = (
+    "mlflow",
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "pillow",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
+)
+"""What the model needs where it is served; neither Ray nor pycocotools."""
+
+
+def signature() -> ModelSignature:
+    """Rows of image and threshold in; boxes, scores, labels, names and error out."""
+    inputs = Schema([ColSpec(AnyType(), "image"), ColSpec(DataType.double, "threshold", False)])
+    outputs = Schema(
+        [
+            ColSpec(Array(Array(DataType.double)), "boxes_xyxy"),
+            ColSpec(Array(DataType.double), "scores"),
+            ColSpec(Array(DataType.long), "labels"),
+            ColSpec(Array(DataType.string), "names"),
+            ColSpec(DataType.string, "error", required=False),
+        ]
+    )
+    threshold = ParamSpec("threshold", DataType.double, DEFAULT_THRESHOLD)
+    return ModelSignature(inputs=inputs, outputs=outputs, params=ParamSchema([threshold]))
+
+
+def log_student(
+    weights: Path,
+    run_id: str,
+    uri: str,
+    *,
+    step: int = 0,
+    register_as: str | None = None,
+    quality: float | None = None,
+    data_digest: str = "",
+) -> str:
+    """Log a weights file as a model of a run.
+
+    Args:
+        weights: a d3etr weights file.
+        run_id: the MLflow run that made it.
+        uri: MLflow's address.
+        step: optimiser step of the weights; the run's metrics of this step become the model's.
+        register_as: also register it under this name. Alias ``newest`` then points at it, and
+            alias ``best`` if no registered student of the same data has a higher quality.
+        quality: mAP in [0, 1].
+        data_digest: what ``quality`` was measured on.
+
+    Returns:
+        Address of the model for ``mlflow.pyfunc.load_model``.
+    """
+    client = MlflowClient(tracking_uri=uri)
+    with _default_uri(uri):
+        model = _log(client, weights, run_id, step)
+        if register_as is None:
+            return str(model.model_uri)
+        version = _register(client, register_as, model, run_id)
+    _set_aliases(client, register_as, version, quality, data_digest)
+    return f"models:/{register_as}/{version}"
+
+
+def _log(client: MlflowClient, weights: Path, run_id: str, step: int) -> ModelInfo:
+    run = client.get_run(run_id)
+    # Made by hand, since MLflow would put the model into the process's own experiment.
+    model = mlflow.initialize_logged_model(
+        MODEL_NAME, source_run_id=run_id, experiment_id=run.info.experiment_id
+    )
+    with warnings.catch_warnings(record=True) as said:
+        info = Model.log(
+            None,
+            mlflow.pyfunc,
+            model_id=model.model_id,
+            run_id=run_id,
+            step=step,
+            python_model=str(Path(__file__).with_name("served_student.py")),
+            artifacts={"weights": str(weights)},
+            signature=signature(),
+            code_paths=[str(Path(d3etr.__file__).parent)],
+            pip_requirements=_pinned(),
+        )
+    for warning in said:  # type hints and an input example, which the signature makes needless
+        logger.debug("MLflow: %s", warning.message)
+    return info
+
+
+def _register(client: MlflowClient, name: str, model: ModelInfo, run_id: str) -> str:
+    """Version that the model got."""
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = client.create_model_version(
+        name, source=model.model_uri, run_id=run_id, model_id=model.model_id
+    )
+    return str(version.version)
+
+
+def _set_aliases(
+    client: MlflowClient, name: str, version: str, quality: float | None, data_digest: str
+) -> None:
+    client.set_registered_model_alias(name, NEWEST_ALIAS, version)
+    if quality is None:
+        return
+    client.set_model_version_tag(name, version, "mAP", f"{quality:.4f}")
+    client.set_model_version_tag(name, version, "data_digest", data_digest)
+    try:
+        best = client.get_model_version_by_alias(name, BEST_ALIAS).tags
+    except MlflowException:  # the first one
+        best = {}
+    if best.get("data_digest", data_digest) != data_digest:
+        logger.warning(
+            "model %s: version %s was measured on other data than the version with alias '%s', "
+            "which is left where it is",
+            name,
+            version,
+            BEST_ALIAS,
+        )
+    elif quality >= float(best.get("mAP", 0)):
+        client.set_registered_model_alias(name, BEST_ALIAS, version)
+
+
+@contextmanager
+def _default_uri(uri: str) -> Iterator[None]:
+    """Models are logged to MLflow's process-wide address only: lend it, then put it back."""
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def _pinned() -> list[str]:
+    """Requirements as installed here; a build tag (+cpu) is this machine's own."""
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]

@@ -1,0 +1,151 @@
+"""Reaching MLflow: which server, whether it answers, which experiment.
+
+The embedded default is an SQLite file beside the runs. A server that is down is one clear
+error at the start; MLflow's own defaults would block for four minutes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from d3etr.config.tree import Config
+from d3etr.errors import UserError
+
+PROBE_SECONDS = 8.0
+"""How long a server may take to accept a connection: one that is just starting gets a chance."""
+CONNECT_TIMEOUT_SECONDS = 2.0
+ANSWER_TIMEOUT_SECONDS = 5
+QUIET_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+def tracking_uri(config: Config) -> str:
+    """Where the run is tracked: ``tracking.uri``, MLFLOW_TRACKING_URI, else an SQLite file."""
+    chosen = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return chosen or f"sqlite:///{config.run.output.resolve() / 'mlflow.db'}"
+
+
+def artifact_folder(config: Config, uri: str) -> str | None:
+    """Artifact location of a new experiment; None where the server has its own."""
+    if not uri.startswith("sqlite"):
+        return None
+    return (config.run.output.resolve() / "mlartifacts").as_uri()
+
+
+def without_secrets(uri: str) -> str:
+    """``uri`` without user, password, query and fragment, which may hold credentials."""
+    anonymous = re.sub(r"//[^/]*@", "//", uri)
+    return anonymous if uri.startswith("sqlite") else re.split(r"[?#]", anonymous)[0]
+
+
+@contextmanager
+def patience(seconds: int = ANSWER_TIMEOUT_SECONDS, retries: int = 0) -> Iterator[None]:
+    """Limits MLflow's waiting for a server, where the environment does not already say.
+
+    Retries are 0 because the callers retry themselves and know what is safe to send twice.
+    """
+    wanted = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+    }
+    ours = {key: value for key, value in wanted.items() if key not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for key in ours:
+            os.environ.pop(key, None)
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of ``uri`` that is known to answer.
+
+    Raises:
+        UserError: nothing answers there, or it is not MLflow.
+    """
+    for switch, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(switch, value)
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if urlsplit(uri).scheme in ("http", "https"):
+        _await_listener(uri)
+    try:
+        with patience(), _one_at_a_time(uri):
+            client = MlflowClient(tracking_uri=uri)
+            client.search_experiments(max_results=1)
+    except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
+        raise UserError(_no_answer(uri, str(error).strip().splitlines()[0])) from error
+    return client
+
+
+def open_experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    """Id of the experiment called ``name``, which is made if it is missing.
+
+    Raises:
+        UserError: the experiment was deleted in MLflow.
+    """
+    with patience():
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(client.create_experiment(name, artifact_location=artifacts))
+            except MlflowException:  # another run made it in the meantime
+                found = client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+    if found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"MLflow experiment '{name}' was deleted. Restore it with "
+            f"'mlflow experiments restore -x {found.experiment_id}', "
+            "or set tracking.experiment to another name."
+        )
+    return str(found.experiment_id)
+
+
+def _await_listener(uri: str) -> None:
+    parts = urlsplit(uri)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    deadline = time.monotonic() + PROBE_SECONDS
+    while True:
+        try:
+            socket.create_connection((parts.hostname or "", port), CONNECT_TIMEOUT_SECONDS).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(_no_answer(uri, str(error))) from error
+            time.sleep(0.5)
+
+
+def _no_answer(uri: str, reason: str) -> str:
+    return (
+        f"MLflow at {without_secrets(uri)} cannot be used: {reason.replace(uri, '...')}. "
+        "Start it ('mlflow server'), correct tracking.uri or MLFLOW_TRACKING_URI, "
+        "or set tracking.enabled to false."
+    )
+
+
+@contextmanager
+def _one_at_a_time(uri: str) -> Iterator[None]:
+    """Several processes that create the tables of one new SQLite file at once break it."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(database.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,58 @@
+"""What a run folder remembers about its MLflow run: ``mlflow_run.json``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from d3etr.errors import UserError
+
+FILE_NAME = "mlflow_run.json"
+
+
+class RunState(BaseModel):
+    """Which MLflow run a folder belongs to and how far it has been told."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tracking_uri: str
+    """Without credentials; another address means another run."""
+    experiment_id: str
+    run_id: str
+    sent_step: int = -1
+    """Last optimiser step whose metrics MLflow has confirmed; -1 before any."""
+    status: str = "RUNNING"
+    """How the run ended, also when MLflow could not be told."""
+    complete: bool = False
+    """MLflow has every metric and artifact of a run that ended."""
+    results_digest: str | None = None
+    """sha256 of the weights file whose results were logged, so that they are logged once."""
+    model_uri: str | None = None
+
+
+def read_state(run_dir: Path) -> RunState | None:
+    """The folder's MLflow run, None if it has none yet.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run_dir / FILE_NAME
+    try:
+        return RunState.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is damaged, so it is unknown which MLflow run this folder belongs to. "
+            "Delete the file to have everything sent to a new MLflow run."
+        ) from error
+
+
+def write_state(run_dir: Path, state: RunState) -> None:
+    """Write the file whole or not at all."""
+    path = run_dir / FILE_NAME
+    temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}")
+    temporary.write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,231 @@
+"""A run's way into MLflow with the embedded SQLite store."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+from tracked_folders import journal_records, write_journal
+
+from d3etr.config.tree import Config
+from d3etr.errors import UserError
+from d3etr.tracking.runs import open_tracker, replay
+from d3etr.tracking.state import read_state
+
+MakeConfig = Callable[..., Config]
+MakeRun = Callable[..., Path]
+
+
+def client_of(config: Config) -> MlflowClient:
+    return MlflowClient(tracking_uri=f"sqlite:///{config.run.output / 'mlflow.db'}")
+
+
+def steps_of(config: Config, run_dir: Path, metric: str) -> list[int]:
+    state = read_state(run_dir)
+    assert state is not None
+    history = client_of(config).get_metric_history(state.run_id, metric)
+    return [point.step for point in history]
+
+
+def run_of(config: Config, run_dir: Path) -> Run:
+    state = read_state(run_dir)
+    assert state is not None
+    return client_of(config).get_run(state.run_id)
+
+
+def test_a_finished_run_has_metrics_params_tags_files_and_a_model(
+    make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    config = make_config(seed=3, tracking={"register_as": "tiny-student"})
+    run_dir = make_run(config)
+    tracker = open_tracker(config, run_dir)
+    for record in journal_records(20):
+        tracker.consume(record)
+    assert tracker.finish("FINISHED") is None
+    run = run_of(config, run_dir)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "plain student · seed 3"
+    assert steps_of(config, run_dir, "train/loss") == [5, 10, 15, 20]
+    assert steps_of(config, run_dir, "val/mAP") == [10, 20]
+    assert run.data.metrics["val/mAP"] == 0.25 and run.data.metrics["epoch"] == 2
+    assert run.data.params["optimisation.batch_size"] == "4"
+    assert run.data.params["student.detector.backbone.stage_widths"] == "[8, 8, 8]"
+    assert run.data.params["teacher"] == "null"
+    assert run.data.tags["role"] == "student" and run.data.tags["method"] == "none"
+    assert run.data.tags["backbone"] == "small-8-8-8"
+    assert run.data.tags["data_digest"] == "d" * 16
+    assert "Plain student" in run.data.tags["mlflow.note.content"]
+    names = {file.path for file in client_of(config).list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "summary.json", "journal.jsonl", "weights"} <= names
+    state = read_state(run_dir)
+    assert state is not None and state.complete and state.sent_step == 20
+    assert state.model_uri == "models:/tiny-student/1"
+    best = client_of(config).get_model_version_by_alias("tiny-student", "best")
+    assert str(best.version) == "1" and best.tags["mAP"] == "0.2500"
+
+
+def test_going_on_and_replaying_makes_no_duplicates(
+    make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    config = make_config()
+    run_dir = make_run(config, finished=False)
+    first = open_tracker(config, run_dir)
+    write_journal(run_dir, journal_records(15))
+    for record in journal_records(15):
+        first.consume(record)
+    assert first.finish("KILLED") is None
+    assert run_of(config, run_dir).info.status == "KILLED"
+    # Training went back to step 10 and on to the end; the follower repeats everything.
+    records = [record | {"time": 2e9} for record in journal_records(20)]
+    write_journal(run_dir, records)
+    second = open_tracker(config, run_dir)
+    assert second.run_id == first.run_id
+    assert run_of(config, run_dir).info.status == "RUNNING"
+    for record in [*records, *records]:
+        second.consume(record)
+    assert second.finish("FINISHED") is None
+    assert replay(run_dir) is None
+    assert steps_of(config, run_dir, "train/loss") == [5, 10, 15, 20]
+    assert steps_of(config, run_dir, "val/mAP") == [10, 20]
+    assert len(client_of(config).search_runs(["1"])) == 1
+
+
+def test_a_lost_state_write_makes_no_duplicates(make_config: MakeConfig, make_run: MakeRun) -> None:
+    config = make_config()
+    run_dir = make_run(config, finished=False)
+    tracker = open_tracker(config, run_dir)
+    before = (run_dir / "mlflow_run.json").read_text()
+    assert tracker.finish("KILLED") is None
+    (run_dir / "mlflow_run.json").write_text(before)
+    assert open_tracker(config, run_dir).finish("FINISHED") is None
+    assert steps_of(config, run_dir, "train/loss") == [5, 10, 15, 20]
+
+
+def test_the_journal_alone_is_enough(make_config: MakeConfig, make_run: MakeRun) -> None:
+    config = make_config()
+    run_dir = make_run(config)
+    assert replay(run_dir) is None
+    assert steps_of(config, run_dir, "val/mAP") == [10, 20]
+    assert run_of(config, run_dir).info.status == "FINISHED"
+
+
+def test_a_model_is_logged_once_and_best_stays_with_the_best(
+    make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    good, worse = (
+        make_config(seed=seed, tracking={"register_as": "tiny-student"}) for seed in (0, 1)
+    )
+    good_dir, worse_dir = make_run(good, mAP=0.4), make_run(worse, mAP=0.3)
+    for run_dir in (good_dir, worse_dir, good_dir):
+        assert replay(run_dir) is None
+    client = client_of(good)
+    assert len(client.search_model_versions("name='tiny-student'")) == 2
+    assert str(client.get_model_version_by_alias("tiny-student", "best").version) == "1"
+    assert str(client.get_model_version_by_alias("tiny-student", "newest").version) == "2"
+
+
+def test_params_and_state_hold_no_credentials(make_config: MakeConfig, make_run: MakeRun) -> None:
+    config = make_config(cluster={"address": "ray://user:hunter2@head:10001?token=hunter2"})
+    run_dir = make_run(config, finished=False)
+    assert replay(run_dir) is None
+    run = run_of(config, run_dir)
+    assert run.data.params["cluster.address"] == "ray://head:10001"
+    assert "hunter2" not in json.dumps(run.data.to_dictionary())
+
+
+def test_a_student_names_its_teachers_run(make_config: MakeConfig, make_run: MakeRun) -> None:
+    teacher = make_config("digits-teacher")
+    teacher_dir = make_run(teacher)
+    assert replay(teacher_dir) is None
+    weights = str(teacher_dir / "weights.safetensors")
+    student = make_config(
+        "digits-d3etr", teacher={"weights": weights}, distillation={"method": "d3etr"}
+    )
+    student_dir = make_run(student)
+    assert replay(student_dir) is None
+    tags = run_of(student, student_dir).data.tags
+    assert tags["teacher_run"] == run_of(teacher, teacher_dir).info.run_id
+    assert tags["title"] == "D3ETR student"
+    assert run_of(student, student_dir).info.run_name == "D3ETR student · digits-d3etr · seed 0"
+    assert run_of(teacher, teacher_dir).data.tags["role"] == "teacher"
+
+
+def test_a_run_that_is_gone_from_mlflow_is_sent_anew(
+    make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    config = make_config()
+    run_dir = make_run(config, finished=False)
+    assert replay(run_dir) is None
+    old = run_of(config, run_dir).info.run_id
+    client_of(config).delete_run(old)
+    assert replay(run_dir) is None
+    assert run_of(config, run_dir).info.run_id != old
+    assert steps_of(config, run_dir, "train/loss") == [5, 10, 15, 20]
+
+
+def test_class_names_and_values_that_mlflow_refuses_do_no_harm(
+    make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    config = make_config()
+    run_dir = make_run(config, finished=False)
+    odd = {"val/AP/and/or": 0.1, "val/AP/50 % off @home": 0.2, "val/AP/..": 0.3, "val/mAP": 0.5}
+    record = {"kind": "evaluation", "step": 20, "time": 1e9, "metrics": odd}
+    write_journal(run_dir, [record])
+    assert open_tracker(config, run_dir).finish("FINISHED") is None
+    metrics = run_of(config, run_dir).data.metrics
+    assert metrics["val/AP/and_or"] == 0.1 and metrics["val/AP/50 _ off _home"] == 0.2
+    assert len(metrics) == 4
+
+
+def test_a_deleted_experiment_is_a_clear_error(make_config: MakeConfig, make_run: MakeRun) -> None:
+    config = make_config()
+    run_dir = make_run(config, finished=False)
+    assert replay(run_dir) is None
+    client_of(config).delete_experiment(run_of(config, run_dir).info.experiment_id)
+    with pytest.raises(UserError, match="was deleted.*tracking.experiment"):
+        open_tracker(config, run_dir)
+
+
+def test_a_server_that_is_down_at_the_start_is_one_error_within_15_seconds(
+    make_config: MakeConfig, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setattr("d3etr.tracking.server.PROBE_SECONDS", 1.0)
+    config = make_config(tracking={"uri": f"http://me:hunter2@127.0.0.1:{port}"})
+    run_dir = make_run(config, finished=False)
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=f"http://127.0.0.1:{port} cannot be used") as caught:
+        open_tracker(config, run_dir)
+    assert time.monotonic() - begun < 5
+    assert "hunter2" not in str(caught.value)
+    assert not (run_dir / "mlflow_run.json").exists()
+
+
+def test_a_server_that_accepts_and_says_nothing_is_one_error_within_15_seconds(
+    make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        config = make_config(tracking={"uri": f"http://127.0.0.1:{silent.getsockname()[1]}"})
+        run_dir = make_run(config, finished=False)
+        begun = time.monotonic()
+        with pytest.raises(UserError, match="cannot be used"):
+            open_tracker(config, run_dir)
+        assert time.monotonic() - begun < 15
+
+
+def test_mlflows_process_wide_address_is_left_alone(
+    make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    assert replay(make_run(make_config())) is None
+    assert not mlflow.is_tracking_uri_set()
