@@ -1,0 +1,49 @@
+import pytest
+import torch
+from d3etr.training.ema import WeightAverage
+from torch import nn
+
+
+def module(value: float) -> nn.Linear:
+    linear = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(linear.weight, value)
+    return linear
+
+
+def test_average_follows_its_recursion_with_a_growing_decay() -> None:
+    linear = module(0.0)
+    average = WeightAverage(linear, decay=0.15)
+    expected = 0.0
+    for step, value in enumerate([1.0, 2.0, 4.0]):
+        nn.init.constant_(linear.weight, value)
+        average.update(step)
+        decay = min(0.15, (1 + step) / (10 + step))  # 0.1, 0.15, 0.15
+        expected = decay * expected + (1 - decay) * value
+    assert float(average.state_dict()["weight"]) == pytest.approx(expected)
+
+
+def test_applied_exchanges_the_weights_and_puts_them_back() -> None:
+    linear = module(1.0)
+    average = WeightAverage(linear, decay=0.5)
+    nn.init.constant_(linear.weight, 3.0)
+    with average.applied():
+        assert float(linear.weight) == 1.0
+    assert float(linear.weight) == 3.0
+    assert float(average.state_dict()["weight"]) == 1.0
+
+
+def test_weights_come_back_when_evaluation_fails() -> None:
+    linear = module(1.0)
+    average = WeightAverage(linear, decay=0.5)
+    nn.init.constant_(linear.weight, 3.0)
+    with pytest.raises(RuntimeError), average.applied():
+        raise RuntimeError
+    assert float(linear.weight) == 3.0
+
+
+def test_saved_averages_are_taken_over_and_foreign_ones_refused() -> None:
+    average = WeightAverage(module(1.0), decay=0.5)
+    average.load_state_dict({"weight": torch.full((1, 1), 5.0)})
+    assert float(average.state_dict()["weight"]) == 5.0
+    with pytest.raises(ValueError, match="other"):
+        average.load_state_dict({"other": torch.zeros(1, 1)})

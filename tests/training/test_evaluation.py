@@ -1,0 +1,87 @@
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from conftest import DETECTOR, write_teacher
+from d3etr.config.data import DataConfig
+from d3etr.config.training import EvaluationConfig
+from d3etr.data.splits import open_split
+from d3etr.detectors.build import build_detector
+from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.training.context import SingleProcess
+from d3etr.training.evaluation import Evaluation, Evaluator
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Shard:
+    """One of several workers that take turns: what the others gathered is handed to rank 0."""
+
+    rank: int
+    world_size: int
+    others: list[Tensor] = field(default_factory=list)
+    device: torch.device = CPU
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        if self.rank == 0:
+            return [tensor, *self.others]
+        self.others.append(tensor)
+        return None
+
+
+@pytest.fixture
+def detector() -> ConditionalDETR:
+    torch.default_generator.manual_seed(0)
+    return build_detector(DETECTOR, 10)
+
+
+def measure_sharded(detector: ConditionalDETR, data: DataConfig, workers: int) -> Evaluation:
+    split = open_split(data, "validation")
+    others: list[Tensor] = []
+    for rank in reversed(range(workers)):
+        shard = Shard(rank, workers, others)
+        evaluation = Evaluator(split, data, EvaluationConfig(batch_size=2), shard).measure(detector)
+    return evaluation
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5])
+def test_shards_together_measure_what_one_worker_measures(
+    scenes: DataConfig, detector: ConditionalDETR, workers: int
+) -> None:
+    alone = measure_sharded(detector, scenes, 1)
+    together = measure_sharded(detector, scenes, workers)
+    assert alone.metrics is not None and together.metrics is not None
+    assert together.metrics.images == 7
+    assert together.as_dict() == pytest.approx(alone.as_dict(), abs=1e-6)
+    assert torch.equal(
+        torch.tensor(alone.metrics.precision), torch.tensor(together.metrics.precision)
+    )
+
+
+def test_every_image_is_seen_exactly_once(scenes: DataConfig, detector: ConditionalDETR) -> None:
+    split = open_split(scenes, "validation")
+    seen: list[int] = []
+    for rank in range(3):
+        evaluator = Evaluator(split, scenes, EvaluationConfig(batch_size=2), Shard(rank, 3))
+        evaluator.measure(detector, lambda images, targets, outputs: seen.extend(targets.image_ids))
+    assert sorted(seen) == sorted(record.id for record in split.records)
+
+
+def test_mode_is_restored_and_nothing_is_learned(
+    scenes: DataConfig, detector: ConditionalDETR
+) -> None:
+    detector.train()
+    evaluator = Evaluator(
+        open_split(scenes, "validation"), scenes, EvaluationConfig(), SingleProcess(CPU)
+    )
+    first = evaluator.measure(detector)
+    assert detector.training
+    assert first.as_dict() == evaluator.measure(detector).as_dict()
+    assert first.images_per_second > 0
+    assert all(p.grad is None for p in detector.parameters())
