@@ -1,1 +1,38 @@
-"""d3etr: knowledge distillation for detection transformers."""
+"""d3etr: knowledge distillation for detection transformers.
+
+From Python::
+
+    d3etr.load("weights.safetensors").predict("picture.jpg")
+    d3etr.train("recipe.yaml", optimisation={"epochs": 12})
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from d3etr.drawing import draw
+    from d3etr.inference import Detections, Predictor, load
+    from d3etr.launch.python import train
+
+__all__ = ["Detections", "Predictor", "draw", "load", "train"]
+
+# Looked up when first used: importing the package loads neither torch nor Ray.
+_HOMES = {
+    "Detections": "d3etr.inference",
+    "Predictor": "d3etr.inference",
+    "draw": "d3etr.drawing",
+    "load": "d3etr.inference",
+    "train": "d3etr.launch.python",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'd3etr' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

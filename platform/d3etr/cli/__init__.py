@@ -1,0 +1,5 @@
+"""The command line: ``d3etr COMMAND``. Each command is a file; nothing here is slow to import."""
+
+from d3etr.cli.main import main
+
+__all__ = ["main"]

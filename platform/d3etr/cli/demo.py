@@ -1,0 +1,67 @@
+"""``d3etr demo``: three runs on the embedded data, a table, and what to do next."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+
+from d3etr.cli.command import Command, add_json, add_overrides, print_json
+from d3etr.cli.progress import progress_bar
+
+LAUNCHERS = ("ray", "local")
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--teacher",
+        choices=("shipped", "train"),
+        default="shipped",
+        help="measure the shipped teacher (default), or train one (minutes more)",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=LAUNCHERS,
+        default="ray",
+        help="ray: Ray Train (default); local: this process",
+    )
+    add_overrides(parser)
+    add_json(parser)
+
+
+def run_demo(options: Namespace) -> int:
+    """Run it with the options of this command, or the defaults for those that are missing."""
+    from rich.console import Console
+
+    from d3etr.demo import draw_scenes, report
+    from d3etr.demo import run_demo as make_runs
+
+    with progress_bar() as progress:
+        draw_scenes(options.overrides, progress)
+    runs = make_runs(
+        train_teacher=getattr(options, "teacher", "shipped") == "train",
+        launcher=options.launcher,
+        overrides=options.overrides,
+        stage=_say,
+    )
+    if options.json:
+        print_json(report.as_json(runs))
+        return 0
+    console = Console()
+    console.print()
+    console.print(report.comparison_table(runs))
+    console.print()
+    # Not through rich: it would break commands at the terminal's edge.
+    print(report.next_steps(runs))
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+COMMAND = Command(
+    "demo",
+    "teacher, plain student and D3ETR student on the embedded data, side by side",
+    _add_arguments,
+    run_demo,
+)

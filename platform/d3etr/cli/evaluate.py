@@ -1,0 +1,91 @@
+"""``d3etr evaluate``: COCO's numbers of a weights file on an annotated image set."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from d3etr.cli.command import Command, add_device, add_json, positive, print_json
+from d3etr.errors import UserError
+
+COCO_NAMES = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="a run's weights.safetensors")
+    parser.add_argument(
+        "--annotations", type=Path, required=True, metavar="FILE", help="COCO detection JSON"
+    )
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="FOLDER", help="where its images are"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=16, metavar="N", help="images at once (default 16)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="loading processes (default 1)"
+    )
+    add_device(parser)
+    add_json(parser)
+
+
+def _run(options: Namespace) -> int:
+    result = _measure(options)
+    if options.json:
+        print_json(result)
+        return 0
+    print(f"{result['images']} images, {result['images_per_second']:.1f} images/s")
+    metrics = dict(result["metrics"])
+    for name in COCO_NAMES:
+        value = metrics.pop(name, None)
+        print(f"{name:<12}{'no such objects' if value is None else f'{100 * value:5.1f} %'}")
+    for name, value in metrics.items():
+        print(f"  {name:<24}{100 * value:5.1f} %")
+    return 0
+
+
+def _measure(options: Namespace) -> dict[str, Any]:
+    """Evaluate in this process; values are fractions."""
+    from d3etr.config.data import DataConfig, SplitConfig
+    from d3etr.config.training import EvaluationConfig
+    from d3etr.data.coco import read_split
+    from d3etr.inference import load
+    from d3etr.training.context import SingleProcess
+    from d3etr.training.evaluation import Evaluator
+
+    predictor = load(options.weights, options.device)
+    place = SplitConfig(images=options.images, annotations=options.annotations)
+    split = read_split("evaluation", place)
+    theirs = [category.name for category in split.categories]
+    _require_same_names([name for _, name in predictor.info.categories], theirs, options)
+    data = DataConfig(
+        train=place,
+        validation=place,
+        preprocessing=predictor.info.preprocessing,
+        workers=options.workers,
+    )
+    context = SingleProcess(predictor.device)
+    evaluator = Evaluator(split, data, EvaluationConfig(batch_size=options.batch_size), context)
+    evaluation = evaluator.measure(predictor.detector)
+    return {
+        "weights": str(options.weights),
+        "annotations": str(options.annotations),
+        "data_digest": split.digest,
+        "images": len(split.records),
+        "images_per_second": evaluation.images_per_second,
+        "metrics": evaluation.as_dict(),
+    }
+
+
+def _require_same_names(learnt: list[str], annotated: list[str], options: Namespace) -> None:
+    if learnt != annotated:
+        raise UserError(
+            f"{options.weights} detects {', '.join(learnt)}; {options.annotations} annotates "
+            f"{', '.join(annotated)}. Expected the same categories in the same order"
+        )
+
+
+COMMAND = Command(
+    "evaluate", "measure weights on annotated images (COCO mAP)", _add_arguments, _run
+)

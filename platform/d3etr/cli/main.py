@@ -1,0 +1,87 @@
+"""Every command by name, and what its end means to the shell."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from d3etr.cli import (
+    check_data,
+    demo,
+    evaluate,
+    predict,
+    render_digit_scenes,
+    train,
+)
+from d3etr.cli.command import Command
+from d3etr.errors import UserError
+
+COMMANDS: tuple[Command, ...] = (
+    demo.COMMAND,
+    check_data.COMMAND,
+    train.COMMAND,
+    evaluate.COMMAND,
+    predict.COMMAND,
+    render_digit_scenes.COMMAND,
+)
+USER_MISTAKE = 2
+INTERRUPTED = 130
+"""128 + SIGINT, as shells have it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: without the program's name; None: those of this process.
+
+    Returns:
+        The exit code: 0, 2 for a mistake that the user can fix (said in one text on standard
+        error, without a traceback), 130 after Ctrl-C, or the command's own.
+    """
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    command: Command = options.command
+    try:
+        return command.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_MISTAKE
+    except KeyboardInterrupt as stop:
+        print(stop if str(stop) else "interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader, such as head, has seen enough; nothing may be flushed into its pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="d3etr",
+        description="Knowledge distillation for detection transformers.",
+        epilog="d3etr COMMAND --help says more about a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"d3etr {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        below = commands.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary,
+            formatter_class=RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(below)
+        below.set_defaults(command=command)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("d3etr")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,48 @@
+"""A progress bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from d3etr.data.progress import Progress
+
+QUIET_SECONDS = 2.0
+"""Work that is done sooner is not worth a line."""
+LINE_SECONDS = 10.0
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Gives what library functions take as ``progress``; writes to standard error."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+class _Lines:
+    """A line after a while, and then every so often."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + QUIET_SECONDS
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + LINE_SECONDS
+            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)

@@ -1,0 +1,49 @@
+"""``d3etr render-digit-scenes``: write the embedded benchmark as a COCO-format folder."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from d3etr.cli.command import Command, add_json, add_overrides, print_json
+from d3etr.cli.progress import progress_bar
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--root", type=Path, metavar="FOLDER", help="parent folder (default data/digit-scenes)"
+    )
+    add_overrides(parser)
+    add_json(parser)
+
+
+def _run(options: Namespace) -> int:
+    from d3etr.config.load import validate
+    from d3etr.data.digit_scenes import VERSION, write_digit_scenes
+
+    root = [] if options.root is None else [f"root={options.root}"]
+    # A recipe's rules apply to its data section; the rest of this one is never used.
+    tree = {"data": {"digit_scenes": {}}, "optimisation": {"steps": 1}}
+    overrides = [f"data.digit_scenes.{value}" for value in [*root, *options.overrides]]
+    config = validate(tree, "the settings", overrides).data.digit_scenes
+    assert config is not None
+    with progress_bar() as progress:
+        splits = write_digit_scenes(config, progress)
+    if options.json:
+        paths = {
+            name: {"images": str(split.images), "annotations": str(split.annotations)}
+            for name, split in splits.items()
+        }
+        print_json({"version": VERSION, "splits": paths})
+        return 0
+    for name, split in splits.items():
+        print(f"{name:<12}{split.annotations}")
+    return 0
+
+
+COMMAND = Command(
+    "render-digit-scenes",
+    "write the embedded benchmark, for example with --set train_images=500",
+    _add_arguments,
+    _run,
+)

@@ -1,0 +1,123 @@
+"""``d3etr train``: one training run, also as ``python trainers/run.py``."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d3etr.cli.command import Command, add_json, add_recipe, print_json
+
+if TYPE_CHECKING:
+    from d3etr.config.tree import Config
+    from d3etr.launch.driver import RunResult
+
+LAUNCHERS = ("ray", "local", "torchrun")
+FAILED = 1
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    add_recipe(parser, optional=True)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration, model sizes, steps and checkpoints; start nothing",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="NAME",
+        help="go on with a run: its folder, or the beginning of its name; needs no recipe",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=LAUNCHERS,
+        default="ray",
+        help="ray: Ray Train (default); local: this process; torchrun: as one of its workers",
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_json(parser)
+
+
+def _run(options: Namespace) -> int:
+    if options.recipe is None and options.resume is None and not options.overrides:
+        from d3etr.cli.demo import run_demo
+
+        return run_demo(options)
+    config, run_dir = _resolve(options)
+    if options.dry_run:
+        return _dry_run(config, options.json)
+    from d3etr.launch.api import launch
+    from d3etr.launch.driver import RunFailedError
+
+    try:
+        result = launch(
+            config,
+            launcher=options.launcher,
+            resume=options.resume is not None,
+            run_dir=run_dir,
+            quiet=options.quiet,
+        )
+    except RunFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    if options.json:
+        print_json(as_json(result))
+    else:
+        _tell(result)
+    return 0
+
+
+def _resolve(options: Namespace) -> tuple[Config, Path | None]:
+    """The configuration, and the folder of a run that was asked for by name."""
+    from d3etr.config.infrastructure import RunConfig
+    from d3etr.config.load import load_config
+    from d3etr.config.overrides import last_override
+    from d3etr.launch.folder import find_run, resumed_config
+
+    if options.resume is None:
+        return load_config(options.recipe, options.overrides), None
+    if options.recipe is not None:
+        config = load_config(options.recipe, options.overrides)
+        return config, find_run(options.resume, config.run.output).path
+    output = last_override(options.overrides, "run.output") or str(RunConfig().output)
+    folder = find_run(options.resume, Path(output))
+    return resumed_config(folder, options.overrides), folder.path
+
+
+def _dry_run(config: Config, as_json: bool) -> int:
+    from d3etr.dry_run import describe, describe_json
+
+    if as_json:
+        print_json(describe_json(config))
+    else:
+        print(describe(config))
+    return 0
+
+
+def as_json(result: RunResult) -> dict[str, object]:
+    """A run's result as plain values."""
+    return {
+        "run_dir": str(result.run_dir),
+        "weights": str(result.weights),
+        "mlflow_run": result.tracked_run,
+        "trained": result.trained,
+        "metrics": result.metrics,
+    }
+
+
+def _tell(result: RunResult) -> None:
+    print("finished" if result.trained else "was finished before: nothing to do")
+    for name in ("mAP", "AP50", "AP75", "test/mAP", "test/AP50"):
+        if name in result.metrics:
+            print(f"  {name:<10}{100 * result.metrics[name]:5.1f} %")
+    print(f"  folder    {result.run_dir}")
+    print(f"  try it    d3etr predict {result.weights} PICTURE --output predictions")
+
+
+COMMAND = Command(
+    "train",
+    "one training run: a teacher, a plain student or a distilled student (no recipe: the demo)",
+    _add_arguments,
+    _run,
+)

@@ -1,0 +1,33 @@
+"""``d3etr.train``: a run from a notebook or a script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from d3etr.config.load import load_config
+from d3etr.config.overrides import as_overrides
+from d3etr.launch.api import LauncherName, launch
+from d3etr.launch.driver import RunResult
+
+
+def train(
+    recipe: str | Path, *, launcher: LauncherName = "ray", quiet: bool = False, **overrides: Any
+) -> RunResult:
+    """Train a recipe; a run that is finished already is returned as it is.
+
+    Args:
+        recipe: a YAML file.
+        launcher: ``ray`` (Ray Train) or ``local`` (this process).
+        quiet: show no progress.
+        **overrides: sections of the configuration, such as ``optimisation={"epochs": 12}`` or
+            ``**{"data.workers": 2}``; they win over the recipe.
+
+    Returns:
+        The run's folder, final metrics and weights.
+
+    Raises:
+        UserError: something that the caller can fix.
+    """
+    config = load_config(Path(recipe), as_overrides(overrides))
+    return launch(config, launcher=launcher, quiet=quiet)
