@@ -61,6 +61,8 @@ def load_image(source: Path | bytes, expected_size: tuple[int, int] | None = Non
             if applies_rotation(image, expected_size):
                 return to_rgb(image.transpose(_UPRIGHT[orientation(image)]))
             return to_rgb(image)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     except FileNotFoundError as error:
         raise UserError(f"{where}: no such image file; check the path") from error
     except _DAMAGE as error:
@@ -100,7 +102,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of an image in any mode.
 
     Raises:
-        ValueError: floating-point pixels.
+        UserError: floating-point pixels.
     """
     if image.mode == "RGB":
         return image.copy()
@@ -109,7 +111,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # 257 maps 65535 to 255; Pillow's own conversion cuts everything above 255.
         image = Image.fromarray((values // 257).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("floating-point pixels have no defined range: convert it to 8 bits")
+        raise UserError("floating-point pixels have no defined range: convert it to 8 bits")
     elif image.mode == "P":
         # Straight to RGB, Pillow warns about palettes with transparency.
         image = image.convert("RGBA")

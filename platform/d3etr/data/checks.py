@@ -1,0 +1,242 @@
+"""Looking at every annotation and every image before anything trains on them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from d3etr.config.data import DataConfig, SplitConfig
+from d3etr.data.coco import DetectionSplit, ImageRecord, parse_split, require_same_categories
+from d3etr.data.images import applies_rotation, load_image, orientation
+from d3etr.data.progress import Progress
+from d3etr.data.report import DataReport, SplitReport, shown_ids
+from d3etr.data.splits import configured_splits
+from d3etr.errors import UserError
+
+# COCO's borders between small, medium and large, square pixels.
+_MEDIUM_AREA, _LARGE_AREA = 32**2, 96**2
+_MOST_THREADS = 8
+_PROGRESS_EVERY = 20
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What one image file showed; ``problem`` is why it cannot be used."""
+
+    record: ImageRecord
+    content: str = ""
+    mode: str = ""
+    size: tuple[int, int] = (0, 0)
+    has_rotation: bool = False
+    rotated: bool = False
+    missing: bool = False
+    problem: str = ""
+
+
+def check_data(data: DataConfig, progress: Progress | None = None) -> DataReport:
+    """Read every annotation and decode every image of all configured splits.
+
+    Args:
+        data: where the splits are; digit scenes are written where they do not exist yet.
+        progress: told how many images are done.
+
+    Raises:
+        UserError: digit scenes cannot be written. What is wrong with splits is in the report.
+    """
+    reports: list[SplitReport] = []
+    parsed: dict[str, DetectionSplit] = {}
+    contents: dict[str, dict[str, int]] = {}
+    for name, config in configured_splits(data, progress).items():
+        try:
+            split = parsed[name] = parse_split(name, config)
+        except UserError as error:
+            reports.append(_failed(name, config, error))
+            continue
+        looks = list(_look_at_all(split, progress))
+        contents[name] = {look.content: look.record.id for look in looks if look.content}
+        reports.append(_with_verdict(_report(split, looks), split))
+    return DataReport(
+        tuple(reports), errors=_category_errors(parsed), warnings=_overlap_warnings(contents)
+    )
+
+
+def _failed(name: str, config: SplitConfig, error: UserError) -> SplitReport:
+    return SplitReport(name, str(config.images), str(config.annotations), errors=(str(error),))
+
+
+def _look_at_all(split: DetectionSplit, progress: Progress | None) -> Iterator[_Look]:
+    def look(record: ImageRecord) -> _Look:
+        return _look_at(split, record)
+
+    total = len(split.records)
+    # Decoders and hashes let other threads run.
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        for done, found in enumerate(pool.map(look, split.records), start=1):
+            if progress is not None and (done % _PROGRESS_EVERY == 0 or done == total):
+                progress(f"checking {split.name} images", done, total)
+            yield found
+
+
+def _look_at(split: DetectionSplit, record: ImageRecord) -> _Look:
+    try:
+        raw = split.path(record).read_bytes()
+    except FileNotFoundError:
+        return _Look(record, missing=True)
+    except OSError as error:
+        return _Look(record, problem=str(error))
+    expected = (record.width, record.height)
+    content = hashlib.sha256(raw).hexdigest()
+    try:
+        pixels = load_image(raw, expected)
+    except UserError as error:
+        return _Look(record, content, problem=str(error))
+    with Image.open(BytesIO(raw)) as image:
+        return _Look(
+            record,
+            content,
+            mode=image.mode,
+            size=pixels.size,
+            has_rotation=orientation(image) != 1,
+            rotated=applies_rotation(image, expected),
+        )
+
+
+def _report(split: DetectionSplit, looks: Sequence[_Look]) -> SplitReport:
+    records = split.records
+    sizes = Counter(f"{record.width} x {record.height}" for record in records)
+    usable = [look for look in looks if look.mode]
+    wrong = [look for look in usable if look.size != (look.record.width, look.record.height)]
+    return SplitReport(
+        name=split.name,
+        images_folder=str(split.images),
+        annotations=str(split.annotations),
+        digest=split.digest,
+        images=len(records),
+        **_object_facts(split),
+        image_sizes=dict(sizes.most_common()),
+        modes=dict(Counter(look.mode for look in usable).most_common()),
+        zero_size=split.cleaning.zero_size,
+        outside=split.cleaning.outside,
+        clipped=split.cleaning.clipped,
+        crowd=split.cleaning.crowd,
+        without_objects=tuple(record.id for record in records if record.crowd.all()),
+        rotated=tuple(look.record.id for look in usable if look.rotated),
+        rotation_ignored=tuple(
+            look.record.id for look in usable if look.has_rotation and not look.rotated
+        ),
+        missing=tuple(look.record.id for look in looks if look.missing),
+        unreadable={look.record.id: look.problem for look in looks if look.problem},
+        wrong_size={look.record.id: _size_text(look) for look in wrong},
+        repeated_files=_repeated_files(records),
+    )
+
+
+def _object_facts(split: DetectionSplit) -> dict[str, Any]:
+    """The fields of the report that count objects."""
+    labels = np.concatenate([record.labels[~record.crowd] for record in split.records])
+    boxes = np.concatenate([record.boxes_xyxy[~record.crowd] for record in split.records])
+    areas = np.concatenate([record.areas[~record.crowd] for record in split.records])
+    counts = np.bincount(labels, minlength=len(split.categories)).tolist()
+    names = [category.name for category in split.categories]
+    sides = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))
+    quantiles = np.quantile(sides, (0, 0.5, 1)).round(1).tolist() if len(sides) else []
+    return {
+        "boxes": len(labels),
+        "boxes_per_category": dict(zip(names, counts, strict=True)),
+        "object_sizes": {
+            "small": int((areas < _MEDIUM_AREA).sum()),
+            "medium": int(((areas >= _MEDIUM_AREA) & (areas < _LARGE_AREA)).sum()),
+            "large": int((areas >= _LARGE_AREA).sum()),
+        },
+        "box_sides": dict(zip(("lowest", "median", "highest"), quantiles, strict=False)),
+    }
+
+
+def _size_text(look: _Look) -> str:
+    record = look.record
+    return f"{look.size[0]} x {look.size[1]}, annotated {record.width} x {record.height}"
+
+
+def _repeated_files(records: Sequence[ImageRecord]) -> dict[str, tuple[int, ...]]:
+    users: dict[str, list[int]] = defaultdict(list)
+    for record in records:
+        users[record.file_name].append(record.id)
+    return {name: tuple(ids) for name, ids in users.items() if len(ids) > 1}
+
+
+def _with_verdict(report: SplitReport, split: DetectionSplit) -> SplitReport:
+    return replace(report, errors=_errors(report), warnings=_warnings(report, split))
+
+
+def _errors(report: SplitReport) -> tuple[str, ...]:
+    found = []
+    if report.missing:
+        found.append(
+            f"{len(report.missing)} images are not in {report.images_folder} "
+            f"(image ids {shown_ids(report.missing)})"
+        )
+    found += [f"image id {number}: {reason}" for number, reason in report.unreadable.items()]
+    found += [
+        f"image id {number}: is {sizes}; correct width and height in {report.annotations}"
+        for number, sizes in report.wrong_size.items()
+    ]
+    if report.boxes == 0:
+        found.append("no image has an object: there is nothing to learn or to measure")
+    return tuple(found)
+
+
+def _warnings(report: SplitReport, split: DetectionSplit) -> tuple[str, ...]:
+    found = []
+    if report.zero_size or report.outside:
+        dropped = len(report.zero_size) + len(report.outside)
+        found.append(f"{dropped} boxes have no area within their image and are dropped")
+    empty = [name for name, count in report.boxes_per_category.items() if count == 0]
+    if empty and report.name == "train":
+        found.append(f"categories without a box to learn from: {', '.join(empty)}")
+    for name, ids in report.repeated_files.items():
+        found.append(f"{name} is the file of several images (ids {shown_ids(ids)})")
+    grey_or_other = [mode for mode in report.modes if mode != "RGB"]
+    if grey_or_other:
+        found.append(f"converted to RGB: {', '.join(grey_or_other)}")
+    if report.rotation_ignored:
+        found.append(
+            f"EXIF asks for a rotation that {split.annotations.name} speaks against: left as "
+            f"stored (image ids {shown_ids(report.rotation_ignored)})"
+        )
+    return tuple(found)
+
+
+def _category_errors(splits: dict[str, DetectionSplit]) -> tuple[str, ...]:
+    parsed = list(splits.values())
+    errors = []
+    for other in parsed[1:]:
+        try:
+            require_same_categories(parsed[0], other)
+        except UserError as error:
+            errors.append(str(error))
+    return tuple(errors)
+
+
+def _overlap_warnings(contents: dict[str, dict[str, int]]) -> tuple[str, ...]:
+    found = []
+    names = list(contents)
+    for position, first in enumerate(names):
+        for second in names[position + 1 :]:
+            shared = sorted(
+                contents[first][key] for key in contents[first].keys() & contents[second].keys()
+            )
+            if shared:
+                found.append(
+                    f"{len(shared)} images are in {first} and in {second}, so results on {second} "
+                    f"are too good (image ids in {first}: {shown_ids(shared)})"
+                )
+    return tuple(found)
