@@ -1,0 +1,102 @@
+"""Launch a run from Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from d3etr.config.tree import Config
+from d3etr.errors import UserError
+from d3etr.launch.console import open_display
+from d3etr.launch.driver import Launcher, OpenTracker, RunResult, Tracker, drive
+from d3etr.launch.folder import RunFolder, folder_of
+from d3etr.launch.task import Task, train
+
+LauncherName = Literal["ray", "local", "torchrun"]
+LAUNCHERS: tuple[LauncherName, ...] = ("ray", "local", "torchrun")
+
+
+def launch(
+    config: Config,
+    *,
+    launcher: LauncherName = "ray",
+    resume: bool = False,
+    run_dir: Path | None = None,
+    quiet: bool = False,
+    task: Task = train,
+    open_tracker: OpenTracker | None = None,
+) -> RunResult:
+    """Train what ``config`` says: start the run, go on with it, or return what it gave.
+
+    The run's folder follows from the configuration, so the same call goes on where an earlier
+    one stopped, and returns at once where it finished.
+
+    Args:
+        config: the run.
+        launcher: ``ray`` (Ray Train), ``local`` (this process) or ``torchrun`` (this is one of
+            its workers).
+        resume: refuse to start afresh.
+        run_dir: a folder found by name, instead of the one that follows from ``config``.
+        quiet: show no progress.
+        task: what each worker runs.
+        open_tracker: starts tracking; by default MLflow, where ``tracking.enabled``.
+
+    Returns:
+        The finished run. Under torchrun, workers other than rank 0 return when they are done,
+        with what rank 0 wrote.
+
+    Raises:
+        UserError: something that the user can fix.
+        RunFailedError: training broke.
+        RunInterrupted: Ctrl-C or a termination signal; the same call goes on with the run.
+    """
+    folder = folder_of(config) if run_dir is None else RunFolder(run_dir.absolute())
+    if resume and not folder.config.exists():
+        raise UserError(
+            f"nothing to resume: there is no run {folder.path.name} in {folder.path.parent}"
+        )
+    if launcher == "torchrun":
+        from d3etr.launch.torchrun import join_rank_0, torchrun_rank
+
+        if torchrun_rank() != 0:
+            join_rank_0(config, folder, task)
+            return RunResult(folder.path, folder.result() or {}, folder.weights, None, True)
+    return drive(
+        config,
+        folder,
+        _launcher(launcher, task),
+        display=open_display(quiet),
+        open_tracker=open_tracker or _mlflow(config),
+    )
+
+
+def _launcher(name: LauncherName, task: Task) -> Launcher:
+    """The launcher of that name; only its own dependencies are imported."""
+    if name == "ray":
+        from d3etr.launch.ray_train import RayLauncher
+
+        return RayLauncher(task)
+    if name == "local":
+        from d3etr.launch.local import LocalLauncher
+
+        return LocalLauncher(task)
+    from d3etr.launch.torchrun import TorchrunLauncher
+
+    return TorchrunLauncher(task)
+
+
+def _mlflow(config: Config) -> OpenTracker | None:
+    if not config.tracking.enabled:
+        return None
+    try:
+        from d3etr.tracking.runs import open_tracker
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"tracking.enabled is true, but {error.name} is not installed: pip install mlflow, or "
+            "--set tracking.enabled=false"
+        ) from error
+
+    def start(config: Config, run_dir: Path) -> Tracker:
+        return open_tracker(config, run_dir)
+
+    return start

@@ -1,0 +1,220 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, else a line per epoch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from d3etr.training.journal import Record
+
+QUIET_SECONDS = 60.0
+"""Without a terminal, a line is written at least this often while steps are made."""
+
+
+class Display(Protocol):
+    """Shows a run to a person."""
+
+    def consume(self, record: Record) -> None:
+        """Show what a journal record says."""
+        ...
+
+    def stage(self, text: str) -> None:
+        """Say what is being waited for before the first record."""
+        ...
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        ...
+
+
+def open_display(quiet: bool = False, stream: TextIO | None = None) -> Display:
+    """The display that fits: none, a bar, or lines (``stream`` defaults to standard error)."""
+    stream = stream or sys.stderr
+    if quiet:
+        return Silence()
+    return Bar(Console(file=stream)) if stream.isatty() else Lines(stream)
+
+
+class Silence:
+    """Shows nothing."""
+
+    def consume(self, record: Record) -> None:
+        """Show nothing."""
+
+    def stage(self, text: str) -> None:
+        """Show nothing."""
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+class Narrator:
+    """Puts journal records into words, where there is something to say."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        """Optimiser steps of the whole run; 0 until known."""
+        self.metrics: dict[str, float] = {}
+        """Newest value of every metric."""
+        self._steps_per_epoch = 1
+        self._began = (time.time(), 0)
+        self._spoken_step = -1
+
+    def tell(self, record: Record) -> str | None:
+        """A line about ``record``, or None."""
+        self.metrics.update(record.get("metrics") or {})
+        kind = record.get("kind")
+        if kind == "start":
+            return self._start(record)
+        if kind == "teacher":
+            return f"teacher: {scores(record['metrics'], 'teacher/')}"
+        if kind == "evaluation":
+            return self.where(record)
+        if kind == "message":
+            mark = "warning: " if record.get("level") == "warning" else ""
+            return f"{mark}{record.get('text', '')}"
+        return None
+
+    def where(self, record: Record) -> str:
+        """A line about how far training is and how well it does."""
+        step = int(record["step"])
+        self._spoken_step = step
+        parts = [self._epoch(record), f"step {step}/{self.steps or '?'}"]
+        if "train/loss" in self.metrics:
+            parts.append(f"loss {self.metrics['train/loss']:.3f}")
+        if record.get("kind") == "evaluation":
+            parts.append(scores(record["metrics"], "val/"))
+        if "time/images_per_second" in self.metrics:
+            parts.append(f"{self.metrics['time/images_per_second']:.0f} images/s")
+        parts.append(self._remaining(record))
+        return " | ".join(part for part in parts if part)
+
+    def silent_epoch(self, record: Record) -> bool:
+        """Whether a step record follows the end of an epoch that no line has told of."""
+        ended = (int(record["step"]) - 1) // self._steps_per_epoch * self._steps_per_epoch
+        return record.get("kind") == "step" and ended > max(self._spoken_step, self._began[1])
+
+    def _start(self, record: Record) -> str:
+        again = self.steps > 0
+        self.steps, step = int(record["steps"]), int(record["step"])
+        self._steps_per_epoch = max(1, int(record.get("steps_per_epoch") or self.steps or 1))
+        self._began = (float(record.get("time") or time.time()), step)
+        self._spoken_step = step
+        if again:
+            return f"training was interrupted; going on from step {step} of {self.steps}"
+        if step:
+            return f"going on from the checkpoint at step {step} of {self.steps}"
+        return f"training {self.steps} steps, {self._steps_per_epoch} an epoch"
+
+    def _epoch(self, record: Record) -> str:
+        epochs = -(-self.steps // self._steps_per_epoch)
+        done = int(record["step"]) / self._steps_per_epoch
+        return f"epoch {done:.4g}/{epochs}"
+
+    def _remaining(self, record: Record) -> str:
+        began, first = self._began
+        done = int(record["step"]) - first
+        left = self.steps - int(record["step"])
+        if done <= 0 or left <= 0:
+            return ""
+        return f"{duration((float(record['time']) - began) / done * left)} left"
+
+
+def scores(metrics: Mapping[str, float], prefix: str) -> str:
+    """The COCO numbers among ``metrics`` (fractions) in percent."""
+    names = [name for name in ("mAP", "AP50", "AP75") if prefix + name in metrics]
+    return "  ".join(f"{name} {100 * metrics[prefix + name]:.1f}" for name in names)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Lines:
+    """A readable line per epoch and evaluation, for logs and pipes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._narrator = Narrator()
+        self._spoken = time.monotonic()
+
+    def consume(self, record: Record) -> None:
+        """Write a line if ``record`` is worth one."""
+        line = self._narrator.tell(record)
+        if line is None and record.get("kind") == "step":
+            long_silence = time.monotonic() - self._spoken > QUIET_SECONDS
+            if long_silence or self._narrator.silent_epoch(record):
+                line = self._narrator.where(record)
+        if line is not None:
+            self.stage(line)
+
+    def stage(self, text: str) -> None:
+        """Write ``text``."""
+        self._spoken = time.monotonic()
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+class Bar:
+    """A progress bar with loss, mAP and the time that is left; lines scroll by above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._narrator = Narrator()
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=300,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting", total=None, state="")
+        self._progress.start()
+
+    def consume(self, record: Record) -> None:
+        """Move the bar; write a line above it if ``record`` is worth one."""
+        line = self._narrator.tell(record)
+        if line is not None:
+            self._progress.console.print(escape(line), highlight=False)
+        kind = record.get("kind")
+        if kind == "start":
+            self._progress.reset(self._task, total=self._narrator.steps, description="training")
+        if kind in ("start", "step", "evaluation"):
+            self._progress.update(self._task, completed=int(record["step"]), state=self._state())
+
+    def stage(self, text: str) -> None:
+        """Put ``text`` beside the bar."""
+        self._progress.update(self._task, description=escape(text))
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._progress.stop()
+
+    def _state(self) -> str:
+        metrics = self._narrator.metrics
+        loss = f"loss {metrics['train/loss']:.3f}" if "train/loss" in metrics else ""
+        return f"{loss}  {scores(metrics, 'val/').partition('  ')[0]}".strip()

@@ -1,0 +1,188 @@
+"""The driver's side of a run, the same under every launcher.
+
+The driver owns the run's folder, holds its lock, follows its journal for people and for
+tracking, and hands the training itself to a launcher.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from d3etr.config.load import load_config
+from d3etr.config.tree import Config
+from d3etr.errors import UserError
+from d3etr.launch.console import Display
+from d3etr.launch.folder import RunFolder, absolute_paths, ensure_same_recipe
+from d3etr.launch.follower import JournalFollower
+from d3etr.launch.lock import RunLock
+from d3etr.launch.signals import terminable
+from d3etr.training.journal import Record
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class Tracker(Protocol):
+    """Takes the journal's records somewhere where runs are compared."""
+
+    @property
+    def run_id(self) -> str:
+        """Id of the tracked run."""
+        ...
+
+    def consume(self, record: Record) -> None:
+        """Take one record."""
+        ...
+
+    def finish(self, status: Status) -> str | None:
+        """Send what is left; a sentence about what is missing, or None."""
+        ...
+
+
+OpenTracker = Callable[[Config, Path], Tracker]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run hands over.
+
+    Attributes:
+        run_dir: its folder.
+        metrics: final metrics, as in summary.json; mAP as fractions.
+        weights: the trained student.
+        tracked_run: id of the run in MLflow, None if it was not tracked.
+        trained: False if the run was finished before and nothing had to be done.
+    """
+
+    run_dir: Path
+    metrics: dict[str, float]
+    weights: Path
+    tracked_run: str | None
+    trained: bool
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """A run was stopped from outside; the same command goes on with it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(f"interrupted: {run_dir}")
+        self.run_dir = run_dir
+
+
+class RunFailedError(Exception):
+    """A run broke for a reason that is no user mistake; the text says what and where."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher needs to know to train.
+
+    Attributes:
+        config: the configuration, with absolute paths.
+        run_dir: the run's folder.
+        token: identity of the driver that holds the folder's lock.
+        stage: takes a sentence about what is being waited for.
+    """
+
+    config: Config
+    run_dir: Path
+    token: str
+    stage: Callable[[str], None]
+
+
+Launcher = Callable[[Launch], None]
+
+
+def drive(
+    config: Config,
+    folder: RunFolder,
+    launcher: Launcher,
+    *,
+    display: Display,
+    open_tracker: OpenTracker | None,
+) -> RunResult:
+    """Bring a run to its end: start it, go on with it, or return what it gave.
+
+    Args:
+        config: what to train.
+        folder: where.
+        launcher: trains until the end, or raises.
+        display: shows progress.
+        open_tracker: starts tracking; None tracks nothing.
+
+    Raises:
+        UserError: something that the user can fix; nothing half-written is left.
+        RunFailedError: training broke.
+        RunInterrupted: Ctrl-C or a termination signal.
+    """
+    if folder.config.exists():
+        ensure_same_recipe(folder, load_config(folder.config), config)
+    folder.prepare(config)
+    try:
+        with terminable(), RunLock(folder.path) as lock:
+            launch = Launch(absolute_paths(config), folder.path, lock.owner.token, display.stage)
+            return _locked_run(launch, folder, launcher, display, open_tracker)
+    except KeyboardInterrupt:
+        if lock.lost:
+            raise UserError(f"stopped: another run took over {folder.path}") from None
+        raise RunInterrupted(folder.path) from None
+    finally:
+        display.close()
+
+
+def _locked_run(
+    launch: Launch,
+    folder: RunFolder,
+    launcher: Launcher,
+    display: Display,
+    open_tracker: OpenTracker | None,
+) -> RunResult:
+    trained = folder.result() is None
+    tracker = None if open_tracker is None else open_tracker(launch.config, folder.path)
+    if trained:
+        _train(launch, folder, launcher, display, tracker)
+    elif tracker is not None:
+        _finish(tracker, "FINISHED", display)
+    metrics = folder.result()
+    if metrics is None:
+        raise RunFailedError(f"training ended without {folder.summary} and {folder.weights.name}")
+    tracked_run = None if tracker is None else tracker.run_id
+    return RunResult(folder.path, metrics, folder.weights, tracked_run, trained)
+
+
+def _train(
+    launch: Launch,
+    folder: RunFolder,
+    launcher: Launcher,
+    display: Display,
+    tracker: Tracker | None,
+) -> None:
+    follower = JournalFollower(folder.journal, display, tracker)
+    follower.start()
+    status: Status = "FAILED"
+    try:
+        launcher(launch)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        follower.stop()
+        if tracker is not None:
+            _finish(tracker, status, display)
+
+
+def _finish(tracker: Tracker, status: Status, display: Display) -> None:
+    """Close the tracked run; what goes wrong is told, and changes nothing for the run."""
+    display.stage("sending results to MLflow")
+    try:
+        missing = tracker.finish(status)
+    except Exception as error:
+        missing = f"tracking failed at the end of the run: {error!r}"
+    if missing is not None:
+        logger.warning("%s", missing)

@@ -1,0 +1,87 @@
+"""How Ray's processes are set up: their environment variables, and where they find d3etr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sysconfig
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import d3etr
+from d3etr.config.infrastructure import ClusterConfig
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in the driver of a submitted job; holds the job's runtime environment."""
+
+
+def ray_settings(cluster: ClusterConfig) -> dict[str, str]:
+    """Environment variables for the driver's Ray; the user's own values win.
+
+    Ray Train hands the ``RAY_TRAIN_*`` ones on to its controller and workers.
+    """
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        # A worker's print would appear twice in the driver's output.
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        # Reports wait for the controller's next look; 2 seconds are long for a short epoch.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.start_timeout_seconds),
+        # Workers stay in the driver's folder.
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        # A worker that asked for no GPU sees none.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    }
+
+
+@contextmanager
+def environment(values: Mapping[str, str], *, override: bool = False) -> Iterator[None]:
+    """Set variables for the time of the block.
+
+    Args:
+        values: name to value.
+        override: also set those that are set already.
+    """
+    changed = {name: value for name, value in values.items() if override or name not in os.environ}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def package_environment() -> dict[str, str]:
+    """PYTHONPATH that lets workers import d3etr; empty where it is installed.
+
+    From a checkout, workers on this machine and on shared storage find the absolute path. A
+    worker of a submitted job starts in its own copy of the working directory, where the
+    relative path leads to the copy.
+    """
+    source = Path(d3etr.__file__).resolve().parent.parent
+    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
+    if source in installed:
+        return {}
+    relative = os.path.relpath(source)
+    entries = [] if relative.startswith(os.pardir) else [relative]
+    before = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    entries += [str(source), *(entry for entry in before if entry != str(source))]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(entries))}
+
+
+def runtime_environment() -> dict[str, dict[str, str]]:
+    """Ray's ``runtime_env`` for joining a running cluster.
+
+    A submitted job that brings its own PYTHONPATH keeps it: Ray refuses two.
+    """
+    variables = package_environment()
+    job = json.loads(os.environ.get(JOB_CONFIG) or "{}")
+    theirs = (job.get("runtime_env") or {}).get("env_vars") or {}
+    kept = {name: value for name, value in variables.items() if name not in theirs}
+    return {"env_vars": kept} if kept else {}

@@ -1,0 +1,198 @@
+"""A run's folder: what it is called, what is in it, how it is found again by name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from d3etr.config.base import Section
+from d3etr.config.load import (
+    SECTIONS_WITHOUT_INFLUENCE,
+    WITHOUT_INFLUENCE,
+    config_digest,
+    load_config,
+    plain_tree,
+    to_yaml,
+)
+from d3etr.config.overrides import Tree
+from d3etr.config.tree import Config
+from d3etr.errors import UserError
+from d3etr.training.storage import clear_disk_errors, write_text
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+CONFIG_FILE = "config.yaml"
+SHOWN_RUNS = 10
+"""So many runs are listed where a name does not fit one."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths in a run's folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, with absolute paths."""
+        return self.path / CONFIG_FILE
+
+    @property
+    def journal(self) -> Path:
+        """The journal that rank 0 writes."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The final metrics; there once the run is finished."""
+        return self.path / "summary.json"
+
+    @property
+    def weights(self) -> Path:
+        """The trained student."""
+        return self.path / "weights.safetensors"
+
+    def result(self) -> dict[str, float] | None:
+        """Final metrics of a finished run, None of any other."""
+        if not (self.summary.exists() and self.weights.exists()):
+            return None
+        summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        values = summary.get("metrics", summary)
+        return {
+            name: float(value)
+            for name, value in values.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+
+    def prepare(self, config: Config) -> None:
+        """Make the folder and keep the configuration in it.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        with clear_disk_errors("the run's folder", self.path.parent):
+            self.path.mkdir(parents=True, exist_ok=True)
+        if not self.config.exists():
+            write_text(self.config, to_yaml(absolute_paths(config)))
+
+
+def folder_of(config: Config) -> RunFolder:
+    """The folder of a configuration's run: its name holds the configuration's digest."""
+    name = f"{config.run.name}-{config_digest(config)}"
+    return RunFolder((config.run.output / name).absolute())
+
+
+def absolute_paths(config: Config) -> Config:
+    """The same configuration with paths that mean the same in every process and folder."""
+    return _absolute(config)
+
+
+def _absolute(section: AnySection) -> AnySection:
+    changes: dict[str, object] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Path):
+            changes[name] = value.expanduser().absolute()
+        elif isinstance(value, Section):
+            changes[name] = _absolute(value)
+    return section.model_copy(update=changes)
+
+
+def find_run(name: str, output: Path) -> RunFolder:
+    """The run that is called ``name``: a folder, or the beginning of its name in ``output``.
+
+    Raises:
+        UserError: no run or several runs fit; the text lists them.
+    """
+    given = Path(name)
+    if (given / CONFIG_FILE).is_file():
+        return RunFolder(given.absolute())
+    runs = sorted(file.parent for file in output.glob(f"*/{CONFIG_FILE}"))
+    fitting = [run for run in runs if run.name == name] or [
+        run for run in runs if run.name.startswith(name)
+    ]
+    if len(fitting) == 1:
+        return RunFolder(fitting[0].absolute())
+    raise UserError(_not_one(name, output, fitting, runs))
+
+
+def _not_one(name: str, output: Path, fitting: list[Path], runs: list[Path]) -> str:
+    if fitting:
+        return f"'{name}' fits {len(fitting)} runs in {output}; say which:{_listed(fitting)}"
+    if not runs:
+        return (
+            f"no run '{name}': there are no runs in {output.absolute()}. "
+            "Point --set run.output=FOLDER at the folder that holds it."
+        )
+    close = difflib.get_close_matches(name, [run.name for run in runs], n=3, cutoff=0.4)
+    shown = [output / match for match in close] or runs
+    return f"no run '{name}' in {output}. There are:{_listed(shown)}"
+
+
+def _listed(runs: list[Path]) -> str:
+    names = [f"\n  {run.name}" for run in runs[:SHOWN_RUNS]]
+    more = len(runs) - len(names)
+    return "".join(names) + (f"\n  and {more} more" if more > 0 else "")
+
+
+def resumed_config(folder: RunFolder, overrides: list[str]) -> Config:
+    """The configuration to go on with, read from the run's folder.
+
+    Args:
+        folder: the run.
+        overrides: ``a.b=c`` texts; only what cannot change results (cluster, tracking, ...).
+
+    Raises:
+        UserError: an override would change the run's results.
+    """
+    kept = load_config(folder.config, [])
+    config = load_config(folder.config, overrides)
+    ensure_same_recipe(folder, kept, config)
+    return config
+
+
+def ensure_same_recipe(folder: RunFolder, kept: Config, config: Config) -> None:
+    """Refuse to go on with a run under a configuration that gives other results.
+
+    Args:
+        folder: the run.
+        kept: what it was started with.
+        config: what is asked for now.
+
+    Raises:
+        UserError: naming the keys that differ.
+    """
+    before, now = absolute_paths(kept), absolute_paths(config)
+    if config_digest(before) == config_digest(now):
+        return
+    changes = [
+        f"\n  {key}: {old!r} there, {new!r} now"
+        for key, old, new in _differences(plain_tree(before), plain_tree(now))
+        if _has_influence(key)
+    ]
+    raise UserError(
+        f"the run {folder.path.name} was started with another configuration and cannot be "
+        f"resumed with this one:{''.join(changes)}\n"
+        "Leave --resume out to start a run of its own."
+    )
+
+
+def _has_influence(path: str) -> bool:
+    section, _, key = path.partition(".")
+    return section not in SECTIONS_WITHOUT_INFLUENCE and key not in WITHOUT_INFLUENCE.get(
+        section, frozenset()
+    )
+
+
+def _differences(before: Tree, now: Tree, at: str = "") -> list[tuple[str, object, object]]:
+    found: list[tuple[str, object, object]] = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{at}{key}.")
+        elif old != new:
+            found.append((f"{at}{key}", old, new))
+    return found

@@ -1,0 +1,42 @@
+"""Train in the driver's own process: no cluster, one worker."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+from d3etr.launch.driver import Launch
+from d3etr.launch.resources import threads_for
+from d3etr.launch.task import Task, train
+from d3etr.training.context import SingleProcess
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LocalLauncher:
+    """Trains in this process.
+
+    Attributes:
+        task: what it runs.
+    """
+
+    task: Task = train
+
+    def __call__(self, launch: Launch) -> None:
+        """Train until the end."""
+        cluster = launch.config.cluster
+        if cluster.workers != 1:
+            logger.warning(
+                "cluster.workers is %d, but the launcher 'local' trains in one process",
+                cluster.workers,
+            )
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads_for(cluster, 1, os.environ.get("OMP_NUM_THREADS")))
+        try:
+            self.task(launch.config, launch.run_dir, SingleProcess())
+        finally:
+            torch.set_num_threads(before)

@@ -1,0 +1,118 @@
+"""Join a Ray cluster, or start one here, and leave it as it was found."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import ray
+
+from d3etr.config.infrastructure import ClusterConfig
+from d3etr.errors import UserError
+from d3etr.launch.environment import (
+    environment,
+    package_environment,
+    ray_settings,
+    runtime_environment,
+)
+from d3etr.launch.resources import Node
+from d3etr.launch.signals import terminable
+
+CONNECT_SECONDS = 60.0
+"""ray.init has no limit of its own: it waits for ever for a cluster that is half reachable."""
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Training passes nothing through Ray's object store."""
+
+
+@contextmanager
+def connected(cluster: ClusterConfig, stage: Callable[[str], None]) -> Iterator[None]:
+    """A Ray connection for the block.
+
+    An existing connection is used and left open. Else ``cluster.address``, the cluster of the
+    submitted job that this is (``RAY_ADDRESS``), or a cluster started here that ends with the
+    block.
+
+    Raises:
+        UserError: the cluster does not answer or refuses.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(environment(ray_settings(cluster)))
+        if not ray.is_initialized():
+            address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+            if address == "local":
+                stack.enter_context(environment(package_environment(), override=True))
+            stack.callback(ray.shutdown)
+            stage("starting Ray" if address == "local" else f"joining the Ray cluster at {address}")
+            _connect(address)
+        # Ray has put its own handler in the place of the driver's.
+        stack.enter_context(terminable())
+        yield
+
+
+def cluster_nodes() -> list[Node]:
+    """The live machines of the connected cluster."""
+    totals = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(total.get("CPU", 0.0), total.get("GPU", 0.0)) for total in totals]
+
+
+def free_resources() -> Node:
+    """What nobody uses at the moment, over the whole cluster."""
+    free = ray.available_resources()
+    return Node(free.get("CPU", 0.0), free.get("GPU", 0.0))
+
+
+def _connect(address: str) -> None:
+    options: dict[str, Any] = {
+        "address": address,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    if address == "local":
+        # In this thread: Ray's processes end with the thread that started them.
+        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        failure = _attempt(partial(ray.init, **options))
+    else:
+        join = partial(ray.init, **options, runtime_env=runtime_environment())
+        failure = _within(CONNECT_SECONDS, join)
+    if failure is not None:
+        raise UserError(_explanation(address, failure)) from failure
+
+
+def _attempt(action: Callable[[], object]) -> Exception | None:
+    try:
+        action()
+    except Exception as error:
+        return error
+    return None
+
+
+def _within(seconds: float, action: Callable[[], object]) -> Exception | None:
+    """Run ``action`` in a thread; what it raised, or TimeoutError if it does not come back."""
+    outcome: list[Exception | None] = []
+    thread = threading.Thread(
+        target=lambda: outcome.append(_attempt(action)), name="ray-init", daemon=True
+    )
+    thread.start()
+    thread.join(seconds)
+    return outcome[0] if outcome else TimeoutError(f"no answer within {seconds:.0f} seconds")
+
+
+def _explanation(address: str, failure: Exception) -> str:
+    reason = str(failure).strip().partition("\n")[0] or type(failure).__name__
+    if address == "local":
+        return f"Ray could not be started on this machine: {reason}"
+    text = f"the Ray cluster at {address} cannot be used: {reason}\n"
+    if "auth" in f"{type(failure).__name__} {failure}".lower():
+        return text + (
+            "It asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or "
+            "RAY_AUTH_TOKEN) to the cluster's on every node and here."
+        )
+    return text + (
+        "Check that it runs (ray status) and that cluster.address is the head node's own "
+        "address and port, not 127.0.0.1; leave cluster.address out to start Ray here."
+    )

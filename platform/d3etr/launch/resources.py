@@ -1,0 +1,110 @@
+"""Does a cluster have room for the workers that a run asks for? Answered before anything starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from d3etr.config.infrastructure import ClusterConfig
+from d3etr.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one machine of the cluster offers."""
+
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Workers, and what each needs on one machine."""
+
+    workers: int
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        each = _amount(self.cpus, "CPU") + (
+            f" and {_amount(self.gpus, 'GPU')}" if self.gpus else ""
+        )
+        return f"{_amount(self.workers, 'worker')} with {each}" + " each" * (self.workers > 1)
+
+
+def room(nodes: Sequence[Node], cpus: float, gpus: float) -> int:
+    """How many workers fit into ``nodes`` if each needs so many CPUs and GPUs on one node."""
+    slack = 1e-6  # three workers of a third of a GPU fit on one
+    return sum(
+        int(min(node.cpus / cpus, node.gpus / gpus if gpus else float("inf")) + slack)
+        for node in nodes
+    )
+
+
+def demand_of(cluster: ClusterConfig, nodes: Sequence[Node]) -> Demand:
+    """What a configuration asks for on this cluster: settles ``gpus_per_worker: auto``."""
+    gpus = cluster.gpus_per_worker
+    if gpus == "auto":
+        present = sum(node.gpus for node in nodes)
+        gpus = 1.0 if room(nodes, cluster.cpus_per_worker, 1.0) >= cluster.workers else 0.0
+        if present and not gpus:
+            logger.warning(
+                "training on CPUs: the cluster has %s, not one for each of %d workers. "
+                "Set cluster.workers or cluster.gpus_per_worker to use them.",
+                describe(nodes),
+                cluster.workers,
+            )
+    return Demand(cluster.workers, cluster.cpus_per_worker, float(gpus))
+
+
+def ensure_room(demand: Demand, nodes: Sequence[Node]) -> None:
+    """Refuse a demand that the cluster can never meet.
+
+    Raises:
+        UserError: saying what is there and what to change.
+    """
+    fitting = room(nodes, demand.cpus, demand.gpus)
+    if fitting >= demand.workers:
+        return
+    change = f"--set cluster.workers={fitting}, or ask for less" if fitting else "Ask for less"
+    raise UserError(
+        f"the cluster has {describe(nodes)}: {demand} do not fit, there is room for "
+        f"{fitting or 'none'}.\n{change} per worker (cluster.cpus_per_worker, "
+        "cluster.gpus_per_worker), or add machines to the cluster."
+    )
+
+
+def describe(nodes: Sequence[Node]) -> str:
+    """The nodes in words."""
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    return f"{_amount(cpus, 'CPU')} and {_amount(gpus, 'GPU')} on {_amount(len(nodes), 'node')}"
+
+
+def threads_for(cluster: ClusterConfig, workers_here: int, wish: str | None) -> int:
+    """Threads of tensor operations for one worker.
+
+    Args:
+        cluster: the configuration.
+        workers_here: workers on this machine.
+        wish: the driver's OMP_NUM_THREADS, which ``auto`` respects.
+    """
+    if cluster.threads_per_worker != "auto":
+        return cluster.threads_per_worker
+    if wish is not None and wish.isdigit() and int(wish) > 0:
+        return int(wish)
+    return max(1, usable_cores() // workers_here)
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _amount(count: float, noun: str) -> str:
+    return f"{count:g} {noun}" + "s" * (count != 1)

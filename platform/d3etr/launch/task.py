@@ -1,0 +1,25 @@
+"""What a launcher makes a worker do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from d3etr.config.tree import Config
+from d3etr.training.context import TrainContext
+
+
+class Task(Protocol):
+    """Trains ``config`` in ``run_dir`` as one worker and returns the final metrics."""
+
+    def __call__(self, config: Config, run_dir: Path, context: TrainContext) -> dict[str, float]:
+        """Train until the end; every worker calls it."""
+        ...
+
+
+def train(config: Config, run_dir: Path, context: TrainContext) -> dict[str, float]:
+    """The task of every real run."""
+    # Imported by the worker: the driver of a cluster needs no data or model code.
+    from d3etr.training.run import run_training
+
+    return run_training(config, run_dir, context)
