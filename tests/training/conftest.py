@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from tiny_runs import DETECTOR, MakeConfig, write_teacher
+
 from d3etr.config.data import AugmentationConfig, DataConfig, DigitScenesConfig, PreprocessingConfig
-from d3etr.config.detector import (
-    BackboneConfig,
-    DetectorConfig,
-    StudentConfig,
-    TeacherConfig,
-)
+from d3etr.config.detector import StudentConfig, TeacherConfig
 from d3etr.config.distillation import DistillationConfig
 from d3etr.config.infrastructure import RunConfig
 from d3etr.config.training import EvaluationConfig, OptimisationConfig, ScheduleConfig
 from d3etr.config.tree import Config
 from d3etr.data.splits import open_split
-from d3etr.detectors.build import build_detector
-from d3etr.detectors.weights import WeightsInfo, save_weights
-
-DETECTOR = DetectorConfig(
-    backbone=BackboneConfig(name="small", stem_width=8, stage_widths=(8, 16, 16)),
-    width=32,
-    heads=2,
-    encoder_layers=1,
-    decoder_layers=2,
-    feedforward=32,
-    queries=6,
-    dropout=0.1,
-    box_size_bias=-1.4,
-)
-
-MakeConfig = Callable[..., Config]
 
 
 @pytest.fixture(scope="session")
@@ -67,20 +46,6 @@ def teacher_weights(tmp_path_factory: pytest.TempPathFactory, scenes: DataConfig
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     write_teacher(path, scenes)
     return path
-
-
-def write_teacher(path: Path, data: DataConfig, **info: Any) -> None:
-    """An untrained teacher's weights file; ``info`` replaces fields of its metadata."""
-    split = open_split(data, "train")
-    config = DETECTOR.model_copy(update={"queries": 8, "dropout": 0.0})
-    torch.default_generator.manual_seed(7)
-    fields: dict[str, Any] = {
-        "detector": config,
-        "categories": tuple((c.id, c.name) for c in split.categories),
-        "preprocessing": data.preprocessing,
-    }
-    detector = build_detector(config, len(split.categories))
-    save_weights(path, detector, WeightsInfo(**(fields | info)))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from d3etr.errors import UserError
 from d3etr.training import checkpoints
 from d3etr.training.checkpoints import MANIFEST, STATE_FILE, WEIGHTS_FILE, CheckpointStore, State
@@ -72,7 +73,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
 
 def test_nothing_but_damaged_checkpoints_is_an_error(store: CheckpointStore) -> None:
     (store.save(1, state(1)) / STATE_FILE).write_bytes(b"")
-    with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
         store.newest()
 
 
@@ -88,7 +89,7 @@ def test_nothing_is_executed_when_a_checkpoint_is_read(store: CheckpointStore) -
     (folder / MANIFEST).write_text(json.dumps(manifest))
     newest = store.newest()
     assert newest is not None
-    with pytest.raises(Exception, match="weights_only|WeightsUnpickler"):
+    with pytest.raises(Exception, match=r"weights_only|WeightsUnpickler"):
         newest.state()
     assert folder.exists()
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from d3etr.training.coco_metrics import GroundTruth
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from d3etr.training.coco_metrics import GroundTruth
 
 CATEGORIES = ((3, "cat"), (7, "dog"), (12, "cow"))
 IMAGES = 9

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from d3etr.training.divergence import LossWindow, TrainingDiverged
 from torch import Tensor
+
+from d3etr.training.divergence import LossWindow, TrainingDiverged
 
 
 def losses(a: float, b: float) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from d3etr.training.ema import WeightAverage
 from torch import nn
+
+from d3etr.training.ema import WeightAverage
 
 
 def module(value: float) -> nn.Linear:

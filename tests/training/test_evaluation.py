@@ -1,9 +1,10 @@
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import DETECTOR, write_teacher
+from tiny_runs import DETECTOR
+from torch import Tensor
+
 from d3etr.config.data import DataConfig
 from d3etr.config.training import EvaluationConfig
 from d3etr.data.splits import open_split
@@ -11,7 +12,6 @@ from d3etr.detectors.build import build_detector
 from d3etr.detectors.conditional_detr import ConditionalDETR
 from d3etr.training.context import SingleProcess
 from d3etr.training.evaluation import Evaluation, Evaluator
-from torch import Tensor
 
 CPU = torch.device("cpu")
 

@@ -3,6 +3,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from d3etr.errors import UserError
 from d3etr.training.journal import Journal, Record, follow_journal, read_journal
 

@@ -2,6 +2,8 @@ import logging
 
 import pytest
 import torch
+from torch import nn
+
 from d3etr.config.training import OptimisationConfig
 from d3etr.training.optimiser import (
     build_optimiser,
@@ -9,7 +11,6 @@ from d3etr.training.optimiser import (
     parameter_groups,
     set_learning_rates,
 )
-from torch import nn
 
 
 def detector() -> nn.Module:
@@ -37,9 +38,7 @@ def test_a_backbone_rate_of_zero_freezes_the_backbone_and_says_so(
 ) -> None:
     module = detector()
     with caplog.at_level(logging.INFO):
-        groups = parameter_groups(
-            module, module.backbone, optimisation(backbone_learning_rate=0.0)
-        )
+        groups = parameter_groups(module, module.backbone, optimisation(backbone_learning_rate=0.0))
     assert len(groups) == 1
     assert not any(p.requires_grad for p in module.backbone.parameters())
     assert "frozen" in caplog.text

@@ -1,4 +1,5 @@
 import pytest
+
 from d3etr.config.training import ScheduleConfig
 from d3etr.training.schedule import distillation_scale, learning_rate_factor
 

@@ -1,4 +1,5 @@
 import torch
+
 from d3etr.training.seeding import derive_seed, seed_generators
 
 

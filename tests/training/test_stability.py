@@ -1,5 +1,6 @@
 import torch
-from conftest import MakeConfig
+from tiny_runs import MakeConfig
+
 from d3etr.training.assembly import build_models, open_splits
 from d3etr.training.context import SingleProcess
 from d3etr.training.evaluation import Evaluator
@@ -34,8 +35,6 @@ def test_stability_compares_consecutive_evaluations(make_config: MakeConfig) -> 
     assert stability.state[:, 0].tolist() == sorted(r.id for r in splits.validation.records)
     assert examine() == 1.0
     with torch.no_grad():
-        models.student.query_embedding.weight.copy_(
-            models.student.query_embedding.weight.flip(0)
-        )
+        models.student.query_embedding.weight.copy_(models.student.query_embedding.weight.flip(0))
     share = examine()
     assert share is not None and share < 0.5

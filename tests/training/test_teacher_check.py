@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_teacher
+from tiny_runs import write_teacher
+
 from d3etr.config.data import DataConfig, PreprocessingConfig
 from d3etr.config.detector import TeacherConfig
 from d3etr.config.training import EvaluationConfig

@@ -1,0 +1,249 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import (
+    MakeConfig,
+    assert_same_run,
+    final_state,
+    losses,
+    records,
+)
+
+from d3etr.config.tree import Config
+from d3etr.detectors.weights import load_weights
+from d3etr.errors import UserError
+from d3etr.training.checkpoints import CheckpointStore
+from d3etr.training.context import SingleProcess
+from d3etr.training.divergence import TrainingDiverged
+from d3etr.training.journal import read_journal
+from d3etr.training.run import run_training
+from d3etr.training.step import TrainingStep
+
+
+def train(config: Config, run_dir: Path) -> dict[str, float]:
+    return run_training(config, run_dir, SingleProcess(torch.device("cpu")))
+
+
+class Interruption(Exception):  # noqa: N818 - it is no mistake
+    """Stands for anything that ends a process."""
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Make a method raise at its n-th call; ``interrupt(None)`` repairs it."""
+
+    def break_at(owner: type, name: str, call: int) -> None:
+        original, calls = getattr(owner, name), [0]
+
+        def broken(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == call:
+                raise Interruption
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, broken)
+
+    return break_at
+
+
+def interrupted_run(
+    config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch, interrupt: Any, *where: Any
+) -> None:
+    with monkeypatch.context():
+        interrupt(*where)
+        with pytest.raises(Interruption):
+            train(config, run_dir)
+    monkeypatch.undo()
+    train(config, run_dir)
+
+
+def test_a_run_leaves_what_its_contract_says(make_config: MakeConfig, tmp_path: Path) -> None:
+    summary = train(make_config(evaluation={"test": True}), tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"journal.jsonl", "checkpoints", "weights.safetensors", "summary.json"}
+    kinds = [record["kind"] for record in read_journal(tmp_path / "run" / "journal.jsonl")]
+    epoch = [*["step"] * 6, "evaluation"]
+    assert kinds == ["start", "teacher", *epoch, *epoch, "end"]
+    assert {"mAP", "test/mAP", "teacher/mAP", "parameters", "images_per_second"} <= summary.keys()
+    written = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (written["role"], written["method"], written["steps"]) == ("student", "d3etr", 12)
+    first, second = records(tmp_path / "run", "evaluation")
+    assert "matching/stability" not in first["metrics"]
+    assert 0 <= second["metrics"]["matching/stability"] <= 1
+    assert (first["step"], first["epoch"], second["step"], second["epoch"]) == (6, 1, 12, 2)
+
+
+def test_the_weights_file_says_what_it_reaches(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(plain=True)
+    summary = train(config, tmp_path / "run")
+    detector, info = load_weights(tmp_path / "run" / "weights.safetensors")
+    assert info.evaluation is not None
+    assert info.evaluation["mAP"] == summary["mAP"]
+    assert info.evaluation["split"] == "validation"
+    assert info.preprocessing == config.data.preprocessing
+    assert info.origin["step"] == summary["kept_step"]
+    assert not detector.training
+
+
+def test_equal_seeds_repeat_a_run_to_the_last_bit(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(run={"seed": 3})
+    train(config, tmp_path / "a")
+    train(config, tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    train(make_config(run={"seed": 4}), tmp_path / "c")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def test_a_finished_run_is_not_trained_again(
+    make_config: MakeConfig, tmp_path: Path, interrupt: Any
+) -> None:
+    summary = train(make_config(), tmp_path / "run")
+    interrupt(TrainingStep, "__call__", 1)
+    assert train(make_config(), tmp_path / "run") == summary
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optimisation": {"ema_decay": 0.9, "accumulation": 2}, "evaluation": {"keep": "last"}},
+        {"run": {"checkpoint_every_steps": 4}},
+        {"run": {"checkpoint_every_epochs": 2}},
+    ],
+    ids=["epochs", "average", "within epochs", "rarely"],
+)
+def test_a_run_broken_off_between_steps_ends_as_if_nothing_had_been(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    interrupt: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+) -> None:
+    config = make_config(**settings)
+    train(config, tmp_path / "whole")
+    interrupted_run(
+        config, tmp_path / "broken", monkeypatch, interrupt, TrainingStep, "__call__", 11
+    )
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("save", [1, 2])
+def test_a_run_broken_off_before_a_checkpoint_repeats_the_epoch(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    interrupt: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    save: int,
+) -> None:
+    config = make_config()
+    train(config, tmp_path / "whole")
+    interrupted_run(
+        config, tmp_path / "broken", monkeypatch, interrupt, CheckpointStore, "save", save
+    )
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_costs_its_epoch_only(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    damaged = tmp_path / "run" / "checkpoints" / "step-00000012" / "state.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    train(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    messages = [
+        record["text"]
+        for record in read_journal(tmp_path / "run" / "journal.jsonl")
+        if record["kind"] == "message"
+    ]
+    assert len(messages) == 1 and "step-00000012 is damaged" in messages[0]
+
+
+def test_a_changed_teacher_is_refused_on_resume(
+    make_config: MakeConfig, tmp_path: Path, teacher_weights: Path
+) -> None:
+    config = make_config()
+    train(config, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    original = teacher_weights.read_bytes()
+    try:
+        teacher_weights.write_bytes(original[:-4] + bytes(4))
+        with pytest.raises(UserError, match=r"teacher\.weights is not what the run .* began with"):
+            train(config, tmp_path / "run")
+    finally:
+        teacher_weights.write_bytes(original)
+
+
+def test_a_teacher_below_the_minimum_stops_the_run_before_it_starts(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"below teacher\.minimum_mAP"):
+        train(make_config(teacher={"minimum_mAP": 0.5}), tmp_path / "run")
+    assert records(tmp_path / "run", "step") == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TrainingStep.__call__
+
+    def poison(self: TrainingStep, step: int, batches: Any) -> None:
+        if step == 8:
+            with torch.no_grad():
+                self._distiller.student.class_head.weight.fill_(float("nan"))
+        original(self, step, batches)
+
+    monkeypatch.setattr(TrainingStep, "__call__", poison)
+    with pytest.raises(TrainingDiverged) as caught:
+        train(make_config(), tmp_path / "run")
+    assert caught.value.step == 8
+    assert len(caught.value.image_ids) == 4
+    assert final_state(tmp_path / "run")["step"] == 6
+
+
+def test_a_gradient_that_explodes_stops_the_run_before_its_weights_are_saved(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TrainingStep._update
+
+    def poison(self: TrainingStep, step: int) -> None:
+        if step == 11:
+            self._distiller.student.class_head.weight.grad.fill_(float("inf"))  # type: ignore
+        original(self, step)
+
+    monkeypatch.setattr(TrainingStep, "_update", poison)
+    with pytest.raises(TrainingDiverged, match=r"gradient's norm .* at optimiser step 11"):
+        train(make_config(), tmp_path / "run")
+    assert final_state(tmp_path / "run")["step"] == 6
+
+
+def test_steps_may_end_a_run_within_an_epoch(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(optimisation={"epochs": None, "steps": 8})
+    assert train(config, tmp_path / "run")["steps"] == 8
+    assert [r["step"] for r in records(tmp_path / "run", "step")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [r["epoch"] for r in records(tmp_path / "run", "evaluation")] == [1, 2]
+
+
+def test_evaluations_come_as_often_as_configured_and_at_the_end(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(optimisation={"epochs": 3}, evaluation={"every_epochs": 2})
+    train(config, tmp_path / "run")
+    assert [r["epoch"] for r in records(tmp_path / "run", "evaluation")] == [2, 3]
+
+
+def test_bfloat16_follows_float32_roughly(make_config: MakeConfig, tmp_path: Path) -> None:
+    for precision in ("float32", "bfloat16"):
+        config = make_config(
+            optimisation={"steps": 4, "epochs": None, "precision": precision},
+            detector={"dropout": 0.0},
+        )
+        train(config, tmp_path / precision)
+    exact, reduced = losses(tmp_path / "float32"), losses(tmp_path / "bfloat16")
+    assert reduced == pytest.approx(exact, rel=0.1)
+    assert reduced != exact

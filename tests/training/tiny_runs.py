@@ -1,0 +1,110 @@
+"""Pieces of the tiny runs that the training tests do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from d3etr.config.data import DataConfig
+from d3etr.config.detector import BackboneConfig, DetectorConfig
+from d3etr.config.tree import Config
+from d3etr.data.splits import open_split
+from d3etr.detectors.build import build_detector
+from d3etr.detectors.weights import WeightsInfo, save_weights
+from d3etr.training.checkpoints import CheckpointStore, State
+from d3etr.training.journal import read_journal
+
+MakeConfig = Callable[..., Config]
+
+DETECTOR = DetectorConfig(
+    backbone=BackboneConfig(name="small", stem_width=8, stage_widths=(8, 16, 16)),
+    width=32,
+    heads=2,
+    encoder_layers=1,
+    decoder_layers=2,
+    feedforward=32,
+    queries=6,
+    dropout=0.1,
+    box_size_bias=-1.4,
+)
+
+
+def write_teacher(path: Path, data: DataConfig, **info: Any) -> None:
+    """An untrained teacher's weights file; ``info`` replaces fields of its metadata."""
+    split = open_split(data, "train")
+    config = DETECTOR.model_copy(update={"queries": 8, "dropout": 0.0})
+    torch.default_generator.manual_seed(7)
+    fields: dict[str, Any] = {
+        "detector": config,
+        "categories": tuple((c.id, c.name) for c in split.categories),
+        "preprocessing": data.preprocessing,
+    }
+    detector = build_detector(config, len(split.categories))
+    save_weights(path, detector, WeightsInfo(**(fields | info)))
+
+
+def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """Step, epoch and metrics of a journal's records of a kind, without anything timed."""
+    return [
+        {
+            "step": record["step"],
+            "epoch": record.get("epoch"),
+            "metrics": {
+                name: value
+                for name, value in record["metrics"].items()
+                if not name.startswith("time/")
+            },
+        }
+        for record in read_journal(run_dir / "journal.jsonl")
+        if record["kind"] == kind
+    ]
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The total loss of every step record."""
+    return [record["metrics"]["train/loss"] for record in records(run_dir, "step")]
+
+
+def final_state(run_dir: Path) -> State:
+    """What the newest checkpoint holds, without anything timed."""
+    checkpoint = CheckpointStore(run_dir / "checkpoints", keep=1).newest()
+    assert checkpoint is not None
+    state = checkpoint.state()
+    for name in ("seconds", "last"):
+        del state[name]
+    if state["kept"] is not None:
+        del state["kept"]["images_per_second"]
+    return state
+
+
+def assert_identical(left: Any, right: Any) -> None:
+    """Equal to the last bit, tensors included."""
+    assert type(left) is type(right)
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_identical(left[key], right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for a, b in zip(left, right, strict=True):
+            assert_identical(a, b)
+    else:
+        assert left == right
+
+
+def assert_same_run(run_dir: Path, reference: Path) -> None:
+    """Two runs ended bit for bit alike, and neither journal has a gap or a repeated step."""
+    assert_identical(final_state(run_dir), final_state(reference))
+    for kind in ("step", "evaluation", "teacher"):
+        assert records(run_dir, kind) == records(reference, kind)
+    for folder in (run_dir, reference):
+        steps = [record["step"] for record in records(folder, "step")]
+        assert steps == sorted(set(steps))
+    weights = [load_file(folder / "weights.safetensors") for folder in (run_dir, reference)]
+    assert_identical(*weights)
