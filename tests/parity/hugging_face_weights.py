@@ -55,6 +55,8 @@ def from_hugging_face(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     transformer = {n: t for n, t in theirs.items() if not n.startswith("model.backbone.")}
     backbone = {n: t for n, t in theirs.items() if n.startswith("model.backbone.")}
     renamed = {_rename(name, RENAMED): tensor for name, tensor in transformer.items()}
+    weight = renamed["projection.weight"]  # a 1x1 convolution is a linear layer of ours
+    renamed["projection.weight"] = weight.flatten(1)
     return _fuse(renamed) | {_resnet_name(name): tensor for name, tensor in backbone.items()}
 
 

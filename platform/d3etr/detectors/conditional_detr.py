@@ -42,7 +42,7 @@ class ConditionalDETR(nn.Module):
         width = config.width
         self.backbone = build_backbone(config.backbone)
         self.stride = self.backbone.stride
-        self.projection = nn.Conv2d(self.backbone.channels, width, 1)
+        self.projection = nn.Linear(self.backbone.channels, width)
         self.position = SineEncoding(width)
         self.encoder = Encoder(config)
         self.decoder = ConditionalDecoder(config)
@@ -72,14 +72,15 @@ class ConditionalDETR(nn.Module):
             features: [B, channels, h, w].
             padding: [B, height, width] bool at the images' resolution, or None.
         """
-        tokens = self.projection(features)
-        grid = (tokens.shape[-2], tokens.shape[-1])
+        grid = (features.shape[-2], features.shape[-1])
+        # A 1x1 convolution; on channels-last features the reordering is free.
+        tokens = self.projection(features.permute(0, 2, 3, 1).flatten(1, 2))
         if padding is not None:
             padding = functional.interpolate(padding[None].float(), size=grid)[0].bool()
         position = self.position.grid(grid, padding)
         if padding is not None:
             padding = padding.flatten(1)
-        tokens = self.encoder(tokens.flatten(2).transpose(1, 2), position, padding)
+        tokens = self.encoder(tokens, position, padding)
         return Memory(tokens, position, padding, grid)
 
     def object_queries(self) -> ObjectQueries:

@@ -24,15 +24,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         path: where to; its folder is made.
         tensors: by name; moved to the CPU and made contiguous.
         metadata: text by key.
+
+    Raises:
+        UserError: the folder can't be written to, or is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(plain, temporary, metadata=dict(metadata))
         os.replace(temporary, path)
-    finally:
+    except (safetensors.SafetensorError, OSError) as error:
         temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path} ({error}): free some space, or choose another folder"
+        ) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -1,0 +1,153 @@
+"""Backbones: shapes, dilation, freezing, and where weights come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from pydantic import ValidationError
+from torchvision.ops import FrozenBatchNorm2d
+
+from d3etr.config.detector import BackboneConfig
+from d3etr.detectors.backbones import (
+    FusedFrozenBatchNorm2d,
+    build_backbone,
+    load_backbone_weights,
+)
+from d3etr.detectors.tensor_files import write_tensors
+from d3etr.errors import UserError
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+SMALL = BackboneConfig(name="small", stem_width=8, stage_widths=(8, 16))
+
+
+@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize("dilation", [False, True])
+def test_every_resnet_has_the_stride_it_says(name: str, dilation: bool) -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(BackboneConfig(name=name, dilation=dilation))
+        features = backbone(torch.empty(2, 3, 100, 64))
+    stride = 16 if dilation else 32
+    assert backbone.stride == stride
+    assert features.shape == (2, backbone.channels, -(-100 // stride), 64 // stride)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (33, 50), (1, 1)])
+def test_small_backbone_rounds_up(height: int, width: int) -> None:
+    backbone = build_backbone(SMALL)
+    features = backbone(torch.randn(2, 3, height, width))
+    assert backbone.stride == 4
+    assert features.shape == (2, 16, -(-height // 4), -(-width // 4))
+
+
+def test_more_blocks_deepen_every_stage_of_the_small_backbone() -> None:
+    deeper = build_backbone(SMALL.model_copy(update={"stage_blocks": 3}))
+    assert len(deeper.blocks) == 3 * len(build_backbone(SMALL).blocks)
+
+
+def test_dilated_bottlenecks_equal_torchvisions() -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True])
+    tensors = {n: t for n, t in theirs.state_dict().items() if not n.startswith("fc.")}
+    ours = build_backbone(BackboneConfig(name="resnet50", dilation=True))
+    ours.load_state_dict({n: t for n, t in tensors.items() if "num_batches" not in n})
+    pixels = torch.randn(1, 3, 64, 64)
+    stages = (theirs.conv1, theirs.bn1, theirs.relu, theirs.maxpool)
+    stages += (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4)
+    with torch.no_grad():
+        expected = torch.nn.Sequential(*stages).eval()(pixels)
+        scale = expected.abs().max()
+        torch.testing.assert_close(ours(pixels) / scale, expected / scale, atol=1e-5, rtol=0)
+
+
+def test_fused_frozen_norm_equals_torchvisions() -> None:
+    torch.manual_seed(0)
+    theirs = FrozenBatchNorm2d(6)
+    for buffer in theirs.buffers():
+        buffer.uniform_(0.5, 2)
+    ours = FusedFrozenBatchNorm2d(6)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 6, 4, 4)
+    torch.testing.assert_close(ours.train()(x), theirs(x))
+
+
+def test_group_norm_resnet_has_no_frozen_statistics() -> None:
+    backbone = build_backbone(BackboneConfig(name="resnet18", norm="group"))
+    assert not list(backbone.buffers())
+    assert backbone(torch.randn(1, 3, 32, 32)).shape == (1, 512, 1, 1)
+
+
+def test_frozen_stages_freeze_from_the_stem_on() -> None:
+    backbone = build_backbone(BackboneConfig(name="resnet18", norm="group", frozen_stages=2))
+    frozen = {name.split(".")[0] for name, p in backbone.named_parameters() if not p.requires_grad}
+    assert frozen == {"conv1", "bn1", "layer1"}
+
+
+def test_a_backbone_that_is_not_trainable_is_frozen_whole() -> None:
+    backbone = build_backbone(SMALL.model_copy(update={"trainable": False}))
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_settings_of_the_other_kind_are_refused() -> None:
+    with pytest.raises(ValidationError, match="frozen_stages is for ResNets"):
+        BackboneConfig(name="small", frozen_stages=1)
+    with pytest.raises(ValidationError, match="dilation"):
+        BackboneConfig(name="small", dilation=True)
+
+
+def test_weights_from_a_file_arrive(tmp_path: Path) -> None:
+    source, target = build_backbone(SMALL), build_backbone(SMALL)
+    path = tmp_path / "backbone.safetensors"
+    write_tensors(path, source.state_dict(), {})
+    load_backbone_weights(target, path)
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name])
+
+
+def test_missing_left_over_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
+    tensors = build_backbone(SMALL).state_dict()
+    del tensors["stem.0.weight"]
+    tensors["extra"] = torch.zeros(1)
+    tensors["stem.1.bias"] = torch.zeros(3)
+    path = tmp_path / "backbone.safetensors"
+    write_tensors(path, tensors, {})
+    backbone = build_backbone(SMALL)
+    before = backbone.state_dict()["blocks.0.norm1.weight"].clone()
+    with pytest.raises(UserError) as caught:
+        load_backbone_weights(backbone, path)
+    for part in (str(path), "missing: stem.0.weight", "left over: extra", "stem.1.bias ([3]"):
+        assert part in str(caught.value)
+    assert torch.equal(backbone.state_dict()["blocks.0.norm1.weight"], before)
+
+
+def test_imagenet_needs_a_resnet_with_batch_norm() -> None:
+    with pytest.raises(UserError, match=r"'small'.*pretrain-backbone"):
+        load_backbone_weights(build_backbone(SMALL), "imagenet")
+    grouped = build_backbone(BackboneConfig(name="resnet18", norm="group"))
+    with pytest.raises(UserError, match="norm 'group'"):
+        load_backbone_weights(grouped, "imagenet")
+
+
+def test_imagenet_offline_says_where_to_put_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_args: object, **_kwargs: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+    with pytest.raises(UserError) as caught:
+        load_backbone_weights(build_backbone(BackboneConfig(name="resnet18")), "imagenet")
+    for part in ("no network", "resnet18-f37072fd.pth", "checkpoints", "backbone_weights"):
+        assert part in str(caught.value)
+
+
+def test_imagenet_weights_fit_without_their_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr(
+        torchvision.models._api, "load_state_dict_from_url", lambda *_a, **_k: theirs
+    )
+    backbone = build_backbone(BackboneConfig(name="resnet18"))
+    load_backbone_weights(backbone, "imagenet")
+    assert torch.equal(backbone.conv1.weight, theirs["conv1.weight"])
