@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 from d3etr.cli.command import Command, add_json, add_recipe
+from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(options: Namespace) -> int:
     from d3etr.data.checks import check_data
 
-    report = check_data(_data(options))
+    with progress_bar() as progress:
+        report = check_data(_data(options), progress)
     print(report.to_json() if options.json else report.text())
     return 0 if report.ok else WOULD_FAIL
 

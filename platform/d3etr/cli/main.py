@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from d3etr.cli import (
     check_data,
+    compare,
     demo,
     evaluate,
     predict,
@@ -26,6 +27,7 @@ COMMANDS: tuple[Command, ...] = (
     train.COMMAND,
     evaluate.COMMAND,
     predict.COMMAND,
+    compare.COMMAND,
     render_digit_scenes.COMMAND,
 )
 USER_MISTAKE = 2

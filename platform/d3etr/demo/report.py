@@ -13,22 +13,26 @@ from rich.table import Table
 
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.demo.runs import DemoRun
+from d3etr.tracking.compare import compare
+from d3etr.tracking.compare_text import RESULT_HEADINGS, result_cells
 from d3etr.tracking.state import read_state
 
 PORT = 5000
 """MLflow's own default."""
+HEADINGS = ("mAP", "gain", "AP50", "parameters", "images/s", "steps", "training")
+"""What of a comparison fits on any terminal."""
 
 
 def comparison_table(runs: list[DemoRun]) -> Table:
     """The three runs side by side; accuracy on the test split, in percent."""
-    teacher, plain, distilled = runs
-    steps = f"{plain.result.metrics['steps']:.0f}"
-    table = Table(title=f"Digit scenes, test split, students after {steps} steps")
+    comparison = compare([run.result.run_dir for run in runs], Path())
+    table = Table(title=f"Digit scenes, {comparison.split} split, %", title_justify="left")
     table.add_column("run")
-    for name in ("mAP", "AP50", "gain", "parameters", "images/s", "training"):
-        table.add_column(name, justify="right")
-    for run in (teacher, plain, distilled):
-        table.add_row(*_row(run, plain if run is distilled else None))
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run, group in zip(runs, comparison.groups, strict=True):
+        cells = dict(zip(RESULT_HEADINGS, result_cells(comparison, group), strict=True))
+        table.add_row(run.title, *(cells[heading] for heading in HEADINGS))
     return table
 
 
@@ -62,29 +66,6 @@ def next_steps(runs: list[DemoRun]) -> str:
     return "\n".join(parts)
 
 
-def _row(run: DemoRun, baseline: DemoRun | None) -> list[str]:
-    metrics = run.result.metrics
-    seconds = metrics.get("training_seconds")
-    return [
-        run.title,
-        _percent(run.metric("mAP")),
-        _percent(run.metric("AP50")),
-        _gain(run, baseline),
-        f"{metrics['parameters'] / 1e6:.2f} M",
-        f"{metrics['images_per_second']:.0f}",
-        "shipped" if seconds is None else f"{seconds:.0f} s",
-    ]
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _gain(run: DemoRun, baseline: DemoRun | None) -> str:
-    ours, theirs = run.metric("mAP"), None if baseline is None else baseline.metric("mAP")
-    return "" if ours is None or theirs is None else f"{100 * (ours - theirs):+.1f}"
-
-
 def _mlflow_commands(runs: list[DemoRun], python: str) -> list[str]:
     states = [state for run in runs if (state := read_state(run.result.run_dir)) is not None]
     if not states:
@@ -92,7 +73,7 @@ def _mlflow_commands(runs: list[DemoRun], python: str) -> list[str]:
     uri = states[0].tracking_uri
     ids = [state.run_id for state in states]
     experiments = sorted({state.experiment_id for state in states})
-    query = f"runs={quote(json.dumps(ids))}&experiments={quote(json.dumps(experiments))}"
+    query = f"runs={_in_address(ids)}&experiments={_in_address(experiments)}"
     page = f"#/compare-runs?{query}"
     if uri.startswith(("http://", "https://")):
         return ["See the runs side by side in MLflow:", f"  {uri.rstrip('/')}/{page}"]
@@ -101,6 +82,10 @@ def _mlflow_commands(runs: list[DemoRun], python: str) -> list[str]:
         f"  {python} -m mlflow ui --backend-store-uri {uri} --port {PORT}",
         f"  http://127.0.0.1:{PORT}/{page}",
     ]
+
+
+def _in_address(names: list[str]) -> str:
+    return quote(json.dumps(names, separators=(",", ":")))
 
 
 def _a_picture(run: DemoRun) -> str:

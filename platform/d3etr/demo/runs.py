@@ -15,7 +15,7 @@ from d3etr.demo.shipped import measure_shipped
 from d3etr.errors import UserError
 from d3etr.launch.api import LauncherName, launch
 from d3etr.launch.driver import RunResult
-from d3etr.launch.task import Task, train
+from d3etr.launch.folder import folder_of
 
 RECIPES = Path("trainers", "recipes", "digits")
 TEACHER_WEIGHTS = Path("trainers", "weights", "digits-teacher.safetensors")
@@ -34,10 +34,6 @@ class DemoRun:
     title: str
     config: Config
     result: RunResult
-
-    def metric(self, name: str) -> float | None:
-        """A COCO metric on the test split, a fraction; None if there is none."""
-        return self.result.metrics.get(f"test/{name}")
 
 
 def run_demo(
@@ -62,14 +58,27 @@ def run_demo(
         UserError: recipes or weights are not where they should be, or a run cannot start.
     """
     root = project_root()
-    stage(f"1/3  teacher: {'training' if train_teacher else 'measuring the shipped weights'}")
-    teacher = _teacher(root, train_teacher, launcher, overrides)
+    shipped = None if train_teacher else _shipped_weights(root)
+    # A run's folder is known before it starts: all three are validated before any does.
+    named = [] if shipped is None else ["run.name=digits-teacher-shipped"]
+    teacher = _config(root, "teacher", [*overrides, *named])
+    plain = _config(root, "plain", overrides)
+    taught_by = f"teacher.weights={folder_of(teacher).weights}"
+    distilled = _config(root, "d3etr", [*overrides, taught_by])
+
+    stage(f"1/3  teacher: {'training' if shipped is None else 'measuring the shipped weights'}")
+    if shipped is None:
+        runs = [DemoRun("teacher", teacher, launch(teacher, launcher=launcher))]
+    else:
+        # No cluster has to start for a few seconds of measuring.
+        measure = partial(measure_shipped, weights=shipped)
+        measured = launch(teacher, launcher="local", task=measure, quiet=True)
+        runs = [DemoRun("teacher", teacher, measured)]
     stage("2/3  plain student")
-    plain = _run("plain student", _config(root, "plain", overrides), launcher)
+    runs.append(DemoRun("plain student", plain, launch(plain, launcher=launcher)))
     stage("3/3  D3ETR student")
-    taught = [*overrides, f"teacher.weights={teacher.result.weights}"]
-    distilled = _run("D3ETR student", _config(root, "d3etr", taught), launcher)
-    return [teacher, plain, distilled]
+    runs.append(DemoRun("D3ETR student", distilled, launch(distilled, launcher=launcher)))
+    return runs
 
 
 def draw_scenes(overrides: Sequence[str] = (), progress: Progress | None = None) -> None:
@@ -77,18 +86,6 @@ def draw_scenes(overrides: Sequence[str] = (), progress: Progress | None = None)
     scenes = _config(project_root(), "teacher", overrides).data.digit_scenes
     assert scenes is not None
     write_digit_scenes(scenes, progress)
-
-
-def _teacher(
-    root: Path, to_train: bool, launcher: LauncherName, overrides: Sequence[str]
-) -> DemoRun:
-    """Train the teacher, or measure the shipped one; both have a run folder of their own."""
-    if to_train:
-        return _run("teacher", _config(root, "teacher", overrides), launcher)
-    config = _config(root, "teacher", [*overrides, "run.name=digits-teacher-shipped"])
-    # No cluster has to start for a few seconds of measuring.
-    measure = partial(measure_shipped, weights=root / TEACHER_WEIGHTS)
-    return _run("teacher", config, "local", measure)
 
 
 def project_root() -> Path:
@@ -106,8 +103,11 @@ def project_root() -> Path:
     )
 
 
-def _run(title: str, config: Config, launcher: LauncherName, task: Task = train) -> DemoRun:
-    return DemoRun(title, config, launch(config, launcher=launcher, task=task))
+def _shipped_weights(root: Path) -> Path:
+    weights = root / TEACHER_WEIGHTS
+    if not weights.is_file():
+        raise UserError(f"{weights} is missing: train the teacher with 'make demo TEACHER=train'")
+    return weights
 
 
 def _config(root: Path, recipe: str, overrides: Sequence[str]) -> Config:
