@@ -189,7 +189,7 @@ def test_a_deleted_experiment_is_a_clear_error(make_config: MakeConfig, make_run
     run_dir = make_run(config, finished=False)
     assert replay(run_dir) is None
     client_of(config).delete_experiment(run_of(config, run_dir).info.experiment_id)
-    with pytest.raises(UserError, match="was deleted.*tracking.experiment"):
+    with pytest.raises(UserError, match=r"was deleted.*tracking.experiment"):
         open_tracker(config, run_dir)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import d3etr
 from d3etr.config.detector import DetectorConfig
 from d3etr.config.tree import Config
-from d3etr.tracking.server import without_secrets
+from d3etr.tracking.address import without_secrets
 from d3etr.tracking.state import read_state
 
 METHOD_TITLES = {"none": "plain", "d3etr": "D3ETR", "kd_detr": "KD-DETR"}

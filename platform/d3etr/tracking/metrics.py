@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 Record = Mapping[str, Any]
+RESULTS = ("mAP", "AP50", "AP75", "parameters", "images_per_second", "training_seconds", "seconds")
+"""What a run's last record says about the weights that were kept."""
 _LONGEST_NAME = 250
 _FORBIDDEN = re.compile(r"[^\w.\- :]")
 _CLASS_PREFIXES = ("val/AP/", "test/AP/", "teacher/AP/")
@@ -49,23 +51,37 @@ class Marks:
 
 
 def metric_points(record: Record) -> list[Point]:
-    """Metrics of one record; values that are not finite (a class without objects) are left out."""
+    """Metrics of one record; values that are not finite are left out.
+
+    Of a run's last record only what no other record says: the test split's metrics, and below
+    ``final/`` those of the weights that were kept.
+    """
     step, time = int(record.get("step", 0)), float(record.get("time", 0.0))
+    metrics = record.get("metrics", {})
+    if record.get("kind") == "end":
+        metrics = {_final_name(key): metrics[key] for key in metrics if _is_result(key)}
     return [
-        Point(metric_name(key, str(record.get("kind"))), float(value), step, time)
-        for key, value in record.get("metrics", {}).items()
+        Point(metric_name(key), float(value), step, time)
+        for key, value in metrics.items()
         if isinstance(value, int | float) and math.isfinite(value)
     ]
 
 
-def metric_name(key: str, kind: str = "step") -> str:
-    """``key`` in MLflow's alphabet; what a run ends with goes below ``final/``."""
+def _is_result(key: str) -> bool:
+    return key in RESULTS or key.startswith("test/")
+
+
+def _final_name(key: str) -> str:
+    return f"final/{key}" if key in RESULTS else key
+
+
+def metric_name(key: str) -> str:
+    """``key`` in MLflow's alphabet."""
     for prefix in _CLASS_PREFIXES:
         if key.startswith(prefix):
             # A class called "and/or" must not become a folder of its own.
             return prefix + _legal(key.removeprefix(prefix).replace("/", "_"))
-    path = key if kind != "end" else f"final/{key}"
-    return "/".join(_legal(part) for part in path.split("/"))[:_LONGEST_NAME]
+    return "/".join(_legal(part) for part in key.split("/"))[:_LONGEST_NAME]
 
 
 def _legal(part: str) -> str:

@@ -14,6 +14,7 @@ from mlflow.tracking import MlflowClient
 from d3etr.config.load import load_config
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
+from d3etr.tracking.address import without_secrets
 from d3etr.tracking.artifacts import log_results
 from d3etr.tracking.description import params, run_name, tags
 from d3etr.tracking.metrics import Record
@@ -24,7 +25,6 @@ from d3etr.tracking.server import (
     open_experiment,
     patience,
     tracking_uri,
-    without_secrets,
 )
 from d3etr.tracking.state import RunState, read_state, write_state
 from d3etr.training.journal import read_journal

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from mlflow.tracking import MlflowClient
 
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
+from d3etr.tracking.address import without_secrets
 
 PROBE_SECONDS = 8.0
 """How long a server may take to accept a connection: one that is just starting gets a chance."""
@@ -44,12 +44,6 @@ def artifact_folder(config: Config, uri: str) -> str | None:
     if not uri.startswith("sqlite"):
         return None
     return (config.run.output.resolve() / "mlartifacts").as_uri()
-
-
-def without_secrets(uri: str) -> str:
-    """``uri`` without user, password, query and fragment, which may hold credentials."""
-    anonymous = re.sub(r"//[^/]*@", "//", uri)
-    return anonymous if uri.startswith("sqlite") else re.split(r"[?#]", anonymous)[0]
 
 
 @contextmanager

@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 
 from d3etr.tracking.figures.predictions import Boxes, draw_boxes, draw_image
 from d3etr.tracking.figures.style import (
+    DETECTORS,
     PLAIN,
     QUIET,
-    STUDENT,
-    TEACHER,
     TEXT_SIZE,
     TRUTH,
     Array,
@@ -27,7 +26,6 @@ from d3etr.tracking.figures.style import (
 )
 
 PANEL_INCHES = 2.6
-COLOURS = {"Teacher": TEACHER, "Student": STUDENT}
 HEAT = LinearSegmentedColormap.from_list(
     "attention", [(1, 1, 1, 0.0), (0.98, 0.85, 0.3, 0.55), (0.85, 0.2, 0.05, 0.85)]
 )
@@ -84,9 +82,9 @@ def draw_attention(views: Sequence[ObjectView], layer: str = "last decoder layer
         draw_image(grid[row, 0], view.image)
         draw_boxes(grid[row, 0], Boxes(np.asarray([view.box_xyxy]), [view.name]), TRUTH, "--")
         for column, name in enumerate(detectors, start=1):
-            _draw_look(grid[row, column], view, view.looks[name], COLOURS.get(name, PLAIN))
+            _draw_look(grid[row, column], view, view.looks[name], DETECTORS.get(name, PLAIN))
     for column, name in enumerate(["Object", *detectors]):
-        panel_title(grid[0, column], name, TRUTH if not column else COLOURS.get(name, PLAIN))
+        panel_title(grid[0, column], name, TRUTH if not column else DETECTORS.get(name, PLAIN))
     headline(
         figure,
         "Cross-attention of the query that detects the object",

@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from d3etr.tracking.figures.style import (
+    DETECTORS,
     PLAIN,
     STUDENT,
-    TEACHER,
     Array,
+    Stroke,
     empty_note,
     headline,
     legend,
@@ -25,7 +26,7 @@ from d3etr.tracking.figures.style import (
 )
 
 RECALLS = np.linspace(0, 1, 101)
-IOU_ROWS = ((0, 0.5, "-"), (5, 0.75, "--"))
+IOU_ROWS: tuple[tuple[int, float, Stroke], ...] = ((0, 0.5, "-"), (5, 0.75, "--"))
 """Row in COCO's ten thresholds, its IoU, the line style."""
 MANY_CLASSES = 10
 
@@ -38,33 +39,32 @@ class Series:
     steps: Sequence[float]
     values: Sequence[float]
     colour: str = STUDENT
-    stroke: str = "-"
+    stroke: Stroke = "-"
 
 
 def draw_precision_recall(
     precisions: Mapping[str, Array], names: Sequence[str], subject: str
 ) -> Figure:
-    """Left: all classes at IoU 0.5 and 0.75 per detector. Right: the run's own per class at 0.5.
+    """Left: all classes at IoU 0.5 and 0.75 per detector. Right: one detector per class at 0.5.
 
     Args:
-        precisions: "Student" (or "Prediction") and maybe "Teacher" -> [10 IoU thresholds, 101 recalls, C], -1
-            for classes without objects.
+        precisions: "Teacher", "Student" -> [10 IoU thresholds, 101 recalls, C], -1
+            for classes without objects. The last one is also drawn per class.
         names: C class names.
         subject: what was measured, as in "validation images".
     """
     figure = new_figure(12, 4.8)
     left, right = figure.subplots(1, 2)
-    colours = {"Teacher": TEACHER}
-    key = []
+    key: list[tuple[str, str, Stroke]] = []
     for label, precision in precisions.items():
         for row, iou, stroke in IOU_ROWS:
             curve = _mean_curve(precision[row])
-            _line(left, curve, colours.get(label, STUDENT), stroke, width=2.2)
+            _line(left, curve, DETECTORS.get(label, PLAIN), stroke, width=2.2)
             text = f"{label}, IoU {iou:g}: AP {_percent(_mean(precision[row]))}"
-            key.append((text, colours.get(label, STUDENT), stroke))
+            key.append((text, DETECTORS.get(label, PLAIN), stroke))
     legend(left, handles=line_key(key), loc="lower left")
     panel_title(left, "All classes")
-    own = next(label for label in precisions if label != "Teacher")
+    own = list(precisions)[-1]
     _draw_classes(right, precisions[own][0], names, own)
     for axes in (left, right):
         plain_axes(axes, "recall", "precision")
@@ -75,27 +75,20 @@ def draw_precision_recall(
 
 
 def draw_training(
-    series: Sequence[Series], levels: Mapping[str, tuple[float, str]] | None = None
+    series: Sequence[Series],
+    levels: Mapping[str, tuple[float, str]] | None = None,
+    title: str = "Validation mAP during training",
 ) -> Figure:
     """Validation mAP over optimiser steps.
 
     Args:
         series: one line per run; values are fractions in [0, 1].
         levels: horizontal lines, label -> (fraction, colour): the teacher's mAP.
+        title: over the figure; empty where the page around it has one.
     """
     figure = new_figure(7.6, 4.4)
     axes = figure.subplots()
-    for line in series:
-        axes.plot(
-            line.steps,
-            100 * np.asarray(line.values, dtype=float),
-            color=line.colour,
-            linestyle=line.stroke,
-            linewidth=2.2,
-            marker="o" if len(line.steps) < 30 else "",
-            markersize=4,
-            label=line.label,
-        )
+    _draw_series(axes, series)
     for label, (value, colour) in (levels or {}).items():
         text = f"{label}: {100 * value:.1f}"
         axes.axhline(100 * value, color=colour, linestyle="--", linewidth=1.5, label=text)
@@ -105,7 +98,8 @@ def draw_training(
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     legend(axes, loc="lower right")
-    headline(figure, "Validation mAP during training")
+    if title:
+        headline(figure, title)
     return figure
 
 
@@ -113,17 +107,7 @@ def draw_stability(series: Sequence[Series]) -> Figure:
     """Share of adaptive pairs that stayed as they were an evaluation before, over epochs."""
     figure = new_figure(7.6, 3.8)
     axes = figure.subplots()
-    for line in series:
-        axes.plot(
-            line.steps,
-            100 * np.asarray(line.values, dtype=float),
-            color=line.colour,
-            linestyle=line.stroke,
-            linewidth=2.2,
-            marker="o" if len(line.steps) < 30 else "",
-            markersize=4,
-            label=line.label,
-        )
+    _draw_series(axes, series)
     if not any(len(line.steps) for line in series):
         empty_note(axes, "no adaptive matching, or fewer than two epochs")
     plain_axes(axes, "epoch", "unchanged pairs (%)")
@@ -136,6 +120,21 @@ def draw_stability(series: Sequence[Series]) -> Figure:
         "teacher-student pairs of Adaptive Matching that are the same as one epoch before",
     )
     return figure
+
+
+def _draw_series(axes: Axes, series: Sequence[Series]) -> None:
+    """Fractions as percent; single measurements are marked while they are few."""
+    for line in series:
+        axes.plot(
+            line.steps,
+            100 * np.asarray(line.values, dtype=float),
+            color=line.colour,
+            linestyle=line.stroke,
+            linewidth=2.2,
+            marker="o" if len(line.steps) < 30 else "",
+            markersize=4,
+            label=line.label,
+        )
 
 
 def _draw_classes(axes: Axes, precision: Array, names: Sequence[str], label: str) -> None:
@@ -160,7 +159,7 @@ def _line(
     axes: Axes,
     curve: Array,
     colour: str,
-    stroke: str,
+    stroke: Stroke,
     width: float = 1.6,
     alpha: float = 1.0,
     label: str | None = None,
@@ -194,4 +193,3 @@ def _percent(value: float | None) -> str:
 
 def _short(name: str, longest: int = 18) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"
-

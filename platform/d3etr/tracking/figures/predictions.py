@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from d3etr.tracking.figures.style import (
+    DETECTORS,
+    PLAIN,
     QUIET,
-    STUDENT,
-    TEACHER,
     TEXT_SIZE,
     TRUTH,
     Array,
@@ -51,43 +51,41 @@ class Scene:
     Attributes:
         image: [height, width, 3] of 0..255.
         truth: annotated objects.
-        student: detections.
-        teacher: detections; None without a teacher.
+        detections: "Teacher", "Student" -> what it detects, in the order of the panels.
         title: what to call the image.
     """
 
     image: Image
     truth: Boxes
-    student: Boxes
-    teacher: Boxes | None = None
+    detections: Mapping[str, Boxes]
     title: str = ""
 
     @property
-    def columns(self) -> list[tuple[str, Boxes, str, str]]:
+    def panels(self) -> list[tuple[str, Boxes, str, str]]:
         """(title, boxes, colour, line style) of each panel of the image's row."""
-        truth = ("Ground truth", self.truth, TRUTH, "--")
-        if self.teacher is None:
-            return [truth, ("Prediction", self.student, STUDENT, "-")]
-        taught = ("Teacher", self.teacher, TEACHER, "-")
-        return [truth, taught, ("Student", self.student, STUDENT, "-")]
+        found = [
+            (name, boxes, DETECTORS.get(name, PLAIN), "-")
+            for name, boxes in self.detections.items()
+        ]
+        return [("Ground truth", self.truth, TRUTH, "--"), *found]
 
 
 def draw_predictions(scenes: Sequence[Scene], threshold: float, subject: str) -> Figure:
-    """A grid: one row per image, columns truth, teacher (if any), student.
+    """A grid: one row per image; columns are the truth and each detector.
 
     Args:
-        scenes: at least one; all with a teacher or all without.
+        scenes: at least one; all with the same detectors.
         threshold: detections below it were left out; the caption says so.
         subject: what the images are, as in "validation images".
     """
-    columns = len(scenes[0].columns)
+    columns = len(scenes[0].panels)
     heights = [
         float(np.clip(scene.image.shape[0] / scene.image.shape[1], 0.4, 2.0)) for scene in scenes
     ]
     figure = new_figure(PANEL_INCHES * columns, PANEL_INCHES * sum(heights) + 0.9)
     grid = figure.subplots(len(scenes), columns, squeeze=False, height_ratios=heights)
     for row, scene in enumerate(scenes):
-        for column, (label, boxes, colour, stroke) in enumerate(scene.columns):
+        for column, (label, boxes, colour, stroke) in enumerate(scene.panels):
             axes = grid[row, column]
             draw_image(axes, scene.image)
             draw_boxes(axes, boxes, colour, stroke)
@@ -131,7 +129,9 @@ def draw_boxes(axes: Axes, boxes: Boxes, colour: str, stroke: str = "-") -> None
             )
         )
         if len(boxes.names) <= MANY_BOXES:
-            _label(axes, left, top, bottom, name if score is None else f"{name} {score:.2f}", colour)
+            _label(
+                axes, left, top, bottom, name if score is None else f"{name} {score:.2f}", colour
+            )
 
 
 def _label(axes: Axes, left: float, top: float, bottom: float, text: str, colour: str) -> None:

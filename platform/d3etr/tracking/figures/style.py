@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,11 +28,14 @@ TRUTH = "#009E73"
 TEACHER = "#0072B2"
 STUDENT = "#D55E00"
 PLAIN = "#7A7A7A"
+DETECTORS = {"Teacher": TEACHER, "Student": STUDENT}
+"""Colour of a detector by its name in a figure; others are ``PLAIN``."""
 INK = "#222222"
 QUIET = "#6B6B6B"
 GRID = "#E3E3E3"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A")
-STROKES = ("-", "--", ":")
+Stroke: TypeAlias = Literal["-", "--", ":"]
+STROKES: tuple[Stroke, ...] = ("-", "--", ":")
 
 TITLE_SIZE = 13
 PANEL_SIZE = 10.5
@@ -55,7 +58,9 @@ def headline(figure: Figure, title: str, below: str = "") -> None:
         # The title's second, empty line makes room for this one.
         height = float(figure.get_figheight())
         offset = 2.35 * TITLE_SIZE / 72 / height
-        figure.text(0.01, 1 - offset, below, ha="left", va="center", fontsize=TEXT_SIZE, color=QUIET)
+        figure.text(
+            0.01, 1 - offset, below, ha="left", va="center", fontsize=TEXT_SIZE, color=QUIET
+        )
 
 
 def panel_title(axes: Axes, text: str, colour: str = INK) -> None:
@@ -78,11 +83,12 @@ def plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
 
 def legend(axes: Axes, **places: Any) -> Legend:
     """A legend that lets lines below it shine through."""
-    looks = {"edgecolor": "none", "facecolor": "white", "framealpha": 0.75, "labelcolor": INK}
-    return axes.legend(fontsize=TEXT_SIZE, **looks, **places)
+    looks: dict[str, Any] = {"edgecolor": "none", "facecolor": "white", "framealpha": 0.75}
+    made: Legend = axes.legend(fontsize=TEXT_SIZE, labelcolor=INK, **looks, **places)
+    return made
 
 
-def line_key(entries: Sequence[tuple[str, str, str]]) -> list[Line2D]:
+def line_key(entries: Sequence[tuple[str, str, Stroke]]) -> list[Line2D]:
     """Legend handles from (label, colour, line style)."""
     return [
         Line2D([], [], color=colour, linestyle=stroke, linewidth=2, label=label)
@@ -90,7 +96,7 @@ def line_key(entries: Sequence[tuple[str, str, str]]) -> list[Line2D]:
     ]
 
 
-def series_styles(count: int) -> list[tuple[str, str]]:
+def series_styles(count: int) -> list[tuple[str, Stroke]]:
     """(colour, line style) of ``count`` series; they repeat after 21."""
     pairs = [(colour, stroke) for stroke in STROKES for colour in SERIES]
     return list(islice(cycle(pairs), count))

@@ -1,0 +1,11 @@
+"""Addresses as they may be shown and stored."""
+
+from __future__ import annotations
+
+import re
+
+
+def without_secrets(uri: str) -> str:
+    """``uri`` without user, password, query and fragment, which may hold credentials."""
+    anonymous = re.sub(r"//[^/]*@", "//", uri)
+    return anonymous if uri.startswith("sqlite") else re.split(r"[?#]", anonymous)[0]

@@ -1,0 +1,201 @@
+"""Runs side by side: what they reached, what it cost, what sets them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from d3etr.errors import UserError
+from d3etr.tracking.folders import FinishedRun, find_folders, read_run
+
+METRICS = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+COSTS = ("parameters", "images_per_second", "training_seconds", "steps")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over runs, and the sample deviation; None for a single run."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    def as_dict(self) -> dict[str, float | None]:
+        """For JSON."""
+        return {"mean": self.mean, "deviation": self.deviation, "runs": self.count}
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs that differ in their seed only.
+
+    Attributes:
+        runs: at least one, by seed.
+        prefix: of the metrics' keys in the summaries: "" (validation) or "test/".
+    """
+
+    runs: tuple[FinishedRun, ...]
+    prefix: str
+
+    @property
+    def title(self) -> str:
+        """Teacher, plain student, D3ETR student."""
+        return self.runs[0].title
+
+    @property
+    def name(self) -> str:
+        """The runs' own name."""
+        return self.runs[0].name
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Their seeds."""
+        return tuple(run.seed for run in self.runs)
+
+    def metric(self, name: str) -> Spread | None:
+        """A metric of the split that is compared, as a fraction."""
+        return self._spread(lambda run: run.number(self.prefix + name))
+
+    def cost(self, name: str) -> Spread | None:
+        """Another number of the summaries."""
+        return self._spread(lambda run: run.number(name))
+
+    def classes(self) -> dict[str, Spread]:
+        """Class name -> average precision."""
+        prefix = f"{self.prefix}AP/"
+        names = [key.removeprefix(prefix) for key in self.runs[0].summary if key.startswith(prefix)]
+        found = {name: self.metric(f"AP/{name}") for name in names}
+        return {name: spread for name, spread in found.items() if spread is not None}
+
+    def gain_over(self, other: RunGroup) -> Spread | None:
+        """Gain in mAP over another group; seed by seed where both have the same seeds."""
+        if self.seeds == other.seeds:
+            pairs = zip(self.runs, other.runs, strict=True)
+            gains = [_difference(one, two, f"{self.prefix}mAP") for one, two in pairs]
+            return _spread([gain for gain in gains if gain is not None])
+        ours, theirs = self.metric("mAP"), other.metric("mAP")
+        if ours is None or theirs is None:
+            return None
+        return Spread(ours.mean - theirs.mean, None, min(ours.count, theirs.count))
+
+    def _spread(self, number: Callable[[FinishedRun], float | None]) -> Spread | None:
+        values = [value for run in self.runs if (value := number(run)) is not None]
+        return _spread(values)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of runs side by side.
+
+    Attributes:
+        groups: in the order asked for.
+        baseline: what gains are measured against: the first plain student, else the first group.
+        split: "test" where every run was measured on it, else "validation".
+    """
+
+    groups: tuple[RunGroup, ...]
+    baseline: RunGroup
+    split: str
+
+    def gain(self, group: RunGroup) -> Spread | None:
+        """Gain in mAP over the baseline; None for itself and for teachers, which are no students."""
+        if group is self.baseline or group.title == "teacher":
+            return None
+        return group.gain_over(self.baseline)
+
+    def differences(self) -> dict[str, list[str]]:
+        """Settings that are not the same everywhere: dotted key -> value of each group."""
+        settings = [group.runs[0].settings() for group in self.groups]
+        keys = dict.fromkeys(key for each in settings for key in each)
+        rows = {key: [each.get(key, "-") for each in settings] for key in keys}
+        return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+    def classes(self) -> dict[str, list[Spread | None]]:
+        """Class name -> average precision of each group."""
+        found = [group.classes() for group in self.groups]
+        names = dict.fromkeys(name for each in found for name in each)
+        return {name: [each.get(name) for each in found] for name in names}
+
+    def cautions(self) -> list[str]:
+        """Why the numbers may not be comparable, one sentence each."""
+        differing = self.differences()
+        found = []
+        if any(key.startswith("data.") and key not in _HARMLESS for key in differing):
+            found.append("The runs differ in their data or its preparation: see the differences.")
+        students = [group for group in self.groups if group.title != "teacher"]
+        if len({group.runs[0].summary.get("steps") for group in students}) > 1:
+            found.append("The students were not trained for the same number of steps.")
+        if len({group.seeds for group in students}) > 1:
+            found.append("The groups do not have the same seeds: gains are differences of means.")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for machines; mAP and AP as fractions."""
+        return {
+            "split": self.split,
+            "baseline": self.baseline.name,
+            "groups": [self._group_json(group) for group in self.groups],
+            "differences": self.differences(),
+            "cautions": self.cautions(),
+        }
+
+    def _group_json(self, group: RunGroup) -> dict[str, Any]:
+        gain = self.gain(group)
+        return {
+            "title": group.title,
+            "name": group.name,
+            "seeds": list(group.seeds),
+            "folders": [str(run.folder) for run in group.runs],
+            "metrics": _as_dicts({name: group.metric(name) for name in METRICS}),
+            "costs": _as_dicts({name: group.cost(name) for name in COSTS}),
+            "classes": _as_dicts(group.classes()),
+            "gain": None if gain is None else gain.as_dict(),
+        }
+
+
+_HARMLESS = ("data.workers",)
+
+
+def compare(runs: Sequence[str | Path], output_root: Path) -> Comparison:
+    """Read runs and put them side by side; those that differ in their seed only are one group.
+
+    Args:
+        runs: run folders, names or beginnings of names of folders in ``output_root``, or run
+            names or ids of MLflow; at least one.
+        output_root: the folder that holds runs.
+
+    Raises:
+        UserError: a run is missing or has not finished.
+    """
+    found = [read_run(folder) for folder in find_folders(runs, output_root)]
+    if not found:
+        raise UserError("nothing to compare: name at least one run folder")
+    tested = all(run.number("test/mAP") is not None for run in found)
+    prefix = "test/" if tested else ""
+    by_recipe: dict[str, list[FinishedRun]] = {}
+    for run in found:
+        by_recipe.setdefault(run.recipe(), []).append(run)
+    groups = tuple(
+        RunGroup(tuple(sorted(members, key=lambda run: run.seed)), prefix)
+        for members in by_recipe.values()
+    )
+    plain = [group for group in groups if group.title == "plain student"]
+    return Comparison(groups, (plain or groups)[0], "test" if tested else "validation")
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    if not values:
+        return None
+    return Spread(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+
+def _difference(one: FinishedRun, two: FinishedRun, key: str) -> float | None:
+    ours, theirs = one.number(key), two.number(key)
+    return None if ours is None or theirs is None else ours - theirs
+
+
+def _as_dicts(spreads: dict[str, Any]) -> dict[str, Any]:
+    return {name: spread.as_dict() for name, spread in spreads.items() if spread is not None}

@@ -1,0 +1,176 @@
+"""From a finished run folder to its figures: a few images on the CPU, within a minute."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from d3etr.config.tree import Config
+from d3etr.data.coco import DetectionSplit, ImageRecord
+from d3etr.data.splits import open_split
+from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.detectors.weights import load_weights
+from d3etr.tracking.description import role, title
+from d3etr.tracking.figures.attention import ObjectView, draw_attention
+from d3etr.tracking.figures.curves import (
+    Series,
+    draw_precision_recall,
+    draw_stability,
+    draw_training,
+)
+from d3etr.tracking.figures.look import (
+    Seen,
+    choose_images,
+    largest_object,
+    look_at,
+    pixels_of,
+    spaced,
+    truth_of,
+)
+from d3etr.tracking.figures.predictions import Scene, draw_predictions
+from d3etr.tracking.figures.style import DETECTORS, PLAIN, TEACHER, Array, save
+from d3etr.training.context import SingleProcess
+from d3etr.training.evaluation import Evaluator
+from d3etr.training.journal import Record, read_journal
+
+logger = logging.getLogger(__name__)
+
+IMAGES = 4
+THRESHOLD = 0.3
+MEASURING_SECONDS = 20.0
+"""Time for precision and recall, per detector; fewer images are measured where that is short."""
+SPLIT: Literal["validation"] = "validation"
+
+
+def draw_figures(
+    config: Config, run_dir: Path, folder: Path, others: Mapping[str, Path] | None = None
+) -> list[Path]:
+    """Draw everything that a run can show.
+
+    Args:
+        config: the run's configuration; relative paths must hold here.
+        run_dir: its folder, with journal and weights.
+        folder: where the PNG files go.
+        others: more detectors for the attention figure, name -> weights file.
+
+    Returns:
+        The files, in the order a reader wants them.
+
+    Raises:
+        UserError: weights or data cannot be read.
+    """
+    own = "Teacher" if role(config) == "teacher" else "Student"
+    files = {own: run_dir / "weights.safetensors"}
+    if config.teacher is not None:
+        files = {"Teacher": config.teacher.weights} | files
+    detectors = {name: load_weights(path)[0] for name, path in files.items()}
+    more = {name: load_weights(path)[0] for name, path in (others or {}).items()}
+    split = open_split(config.data, SPLIT)
+    journal = read_journal(run_dir / "journal.jsonl")
+    return [
+        *_draw_images(config, split, detectors, more, folder),
+        _draw_measured(config, split, detectors, folder / "precision_recall.png"),
+        *_draw_history(config, journal, own, folder),
+    ]
+
+
+def _draw_images(
+    config: Config,
+    split: DetectionSplit,
+    detectors: Mapping[str, ConditionalDETR],
+    more: Mapping[str, ConditionalDETR],
+    folder: Path,
+) -> list[Path]:
+    records = choose_images(split, IMAGES)
+    seen = {
+        name: {one.record.id: one for one in look_at(detector, split, records, config.data)}
+        for name, detector in {**detectors, **more}.items()
+    }
+    names = [category.name for category in split.categories]
+    scenes = [_scene(split, record, seen, list(detectors), names) for record in records]
+    drawn = [
+        save(draw_predictions(scenes, THRESHOLD, f"{SPLIT} images"), folder / "predictions.png")
+    ]
+    views = [view for record in records if (view := _view(split, record, seen, names)) is not None]
+    if views:
+        drawn.append(save(draw_attention(views), folder / "attention.png"))
+    return drawn
+
+
+def _scene(
+    split: DetectionSplit,
+    record: ImageRecord,
+    seen: Mapping[str, Mapping[int, Seen]],
+    shown: Sequence[str],
+    names: Sequence[str],
+) -> Scene:
+    found = {name: seen[name][record.id].boxes(names, THRESHOLD) for name in shown}
+    return Scene(pixels_of(split, record), truth_of(record, names), found, f"image {record.id}")
+
+
+def _view(
+    split: DetectionSplit,
+    record: ImageRecord,
+    seen: Mapping[str, Mapping[int, Seen]],
+    names: Sequence[str],
+) -> ObjectView | None:
+    chosen = largest_object(record)
+    if chosen is None:
+        return None
+    label, box = chosen
+    looks = {name: images[record.id].look(label, box) for name, images in seen.items()}
+    return ObjectView(pixels_of(split, record), box, names[label], looks)
+
+
+def _draw_measured(
+    config: Config, split: DetectionSplit, detectors: Mapping[str, ConditionalDETR], path: Path
+) -> Path:
+    slowest = max(_seconds_per_image(detector, split, config) for detector in detectors.values())
+    count = max(1, min(len(split.records), int(MEASURING_SECONDS / slowest)))
+    part = replace(split, records=tuple(spaced(split.records, count)))
+    data = config.data.model_copy(update={"workers": 0})
+    evaluator = Evaluator(part, data, config.evaluation, SingleProcess(torch.device("cpu")))
+    precisions: dict[str, Array] = {}
+    for name, detector in detectors.items():
+        metrics = evaluator.measure(detector).metrics
+        if metrics is not None:
+            precisions[name] = metrics.precision
+    names = [category.name for category in split.categories]
+    whole = f"{len(part.records)} of {len(split.records)} {SPLIT} images"
+    return save(draw_precision_recall(precisions, names, whole), path)
+
+
+def _seconds_per_image(detector: ConditionalDETR, split: DetectionSplit, config: Config) -> float:
+    """Of the second image: the first one warms up."""
+    clock = time.perf_counter()
+    for _ in look_at(detector, split, spaced(split.records, 2), config.data):
+        elapsed, clock = time.perf_counter() - clock, time.perf_counter()
+    return max(elapsed, 1e-4)
+
+
+def _draw_history(config: Config, journal: Sequence[Record], own: str, folder: Path) -> list[Path]:
+    evaluations = [record for record in journal if record["kind"] == "evaluation"]
+    taught = [record["metrics"] for record in journal if record["kind"] == "teacher"]
+    colour = DETECTORS.get(own, PLAIN)
+    quality = Series(title(config), *_column(evaluations, "step", "val/mAP"), colour)
+    levels = {"teacher": (taught[-1]["teacher/mAP"], TEACHER)} if taught else {}
+    drawn = [save(draw_training([quality], levels), folder / "validation_mAP.png")]
+    if config.distillation.matches_adaptively:
+        stable = Series(title(config), *_column(evaluations, "epoch", "matching/stability"), colour)
+        drawn.append(save(draw_stability([stable]), folder / "matching_stability.png"))
+    return drawn
+
+
+def _column(
+    evaluations: Sequence[Record], position: str, metric: str
+) -> tuple[list[float], list[float]]:
+    """Positions and values of the evaluations that have the metric."""
+    having = [record for record in evaluations if metric in record["metrics"]]
+    places = [record["metrics"].get(position, record.get(position, 0)) for record in having]
+    return places, [record["metrics"][metric] for record in having]

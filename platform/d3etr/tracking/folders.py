@@ -1,0 +1,134 @@
+"""Finished runs read back from their folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d3etr.config.load import config_digest, load_config
+from d3etr.config.tree import Config
+from d3etr.errors import UserError
+from d3etr.tracking.description import params, run_name, title
+from d3etr.tracking.state import read_state
+from d3etr.training.journal import read_journal
+
+UNCOMPARED = ("run", "cluster", "tracking")
+"""Sections that say where and how a run happened, not what it is."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run folder says about a run.
+
+    Attributes:
+        folder: the run folder.
+        config: its resolved configuration.
+        summary: final metrics; mAP and AP as fractions.
+        curve: (optimiser step, validation mAP) of each evaluation.
+    """
+
+    folder: Path
+    config: Config
+    summary: dict[str, Any]
+    curve: tuple[tuple[int, float], ...]
+
+    @property
+    def name(self) -> str:
+        """The run's own name."""
+        return self.config.run.name
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return self.config.run.seed
+
+    @property
+    def title(self) -> str:
+        """Teacher, plain student, D3ETR student."""
+        return title(self.config)
+
+    def number(self, key: str) -> float | None:
+        """A number of the summary, None where it has none."""
+        value = self.summary.get(key)
+        return float(value) if isinstance(value, int | float) else None
+
+    def recipe(self) -> str:
+        """Equal for runs that differ in their seed only."""
+        section = self.config.run.model_copy(update={"seed": 0})
+        return config_digest(self.config.model_copy(update={"run": section}))
+
+    def settings(self) -> dict[str, str]:
+        """Everything that makes the run what it is, with dotted keys."""
+        flat = params(self.config)
+        return {key: flat[key] for key in flat if key.partition(".")[0] not in UNCOMPARED}
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read a run folder.
+
+    Raises:
+        UserError: it is none, or the run has not finished.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+    journal = read_journal(folder / "journal.jsonl")
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        last = max((record.get("step", 0) for record in journal), default=0)
+        raise UserError(
+            f"{folder} has not finished (last step {last}), so there is nothing to compare yet; "
+            f"go on with it: d3etr train --resume {folder.name}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{folder / 'summary.json'} is damaged: {error}") from error
+    curve = tuple(
+        (record["step"], record["metrics"]["val/mAP"])
+        for record in journal
+        if record["kind"] == "evaluation" and "val/mAP" in record["metrics"]
+    )
+    return FinishedRun(folder, load_config(folder / "config.yaml"), summary, curve)
+
+
+def find_folders(runs: Sequence[str | Path], output_root: Path) -> list[Path]:
+    """Folders of the runs that are asked for, in that order, each once.
+
+    Args:
+        runs: each a folder, the name of one in ``output_root`` or the beginning of it (all that
+            fit are meant), an MLflow run id, or a run's name as MLflow shows it.
+        output_root: the folder that holds runs.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    found: dict[Path, None] = {}
+    for run in runs:
+        found |= dict.fromkeys(_folders_of(run, output_root))
+    return list(found)
+
+
+def _folders_of(run: str | Path, output_root: Path) -> list[Path]:
+    if Path(run).is_dir():
+        return [Path(run)]
+    known = [path.parent for path in sorted(output_root.glob("*/config.yaml"))]
+    wanted = str(run)
+    for fits in (
+        [folder for folder in known if folder.name == wanted],
+        [folder for folder in known if folder.name.startswith(wanted)],
+        [folder for folder in known if wanted in _names_in_mlflow(folder)],
+    ):
+        if fits:
+            return fits
+    listed = ", ".join(folder.name for folder in known[:10]) or "none"
+    raise UserError(
+        f"no run '{wanted}': neither a folder nor one of those in {output_root}: {listed}"
+    )
+
+
+def _names_in_mlflow(folder: Path) -> tuple[str, ...]:
+    state = read_state(folder)
+    ids = () if state is None else (state.run_id,)
+    return (run_name(load_config(folder / "config.yaml")), *ids)

@@ -1,0 +1,135 @@
+"""Runs side by side, from synthetic run folders."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tracked_folders import journal_records, write_journal
+
+from d3etr.config.load import to_yaml
+from d3etr.config.tree import Config
+from d3etr.errors import UserError
+from d3etr.tracking.compare import Comparison, compare
+from d3etr.tracking.compare_page import write_page
+from d3etr.tracking.compare_text import as_tables, duration, millions, percent
+
+MakeConfig = Callable[..., Config]
+
+
+def write_run(config: Config, mAP: float, **more: Any) -> Path:
+    folder = config.run.output / f"{config.run.name}-{config.run.seed:08x}"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    write_journal(folder, journal_records(20, mAP))
+    summary = {"mAP": mAP, "AP50": mAP + 0.2, "AP/cat": mAP, "AP/dog": mAP / 2, "steps": 20}
+    summary |= {"parameters": 478000, "images_per_second": 120.0, "training_seconds": 80.0}
+    (folder / "summary.json").write_text(json.dumps(summary | more), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folders(make_config: MakeConfig, tmp_path: Path) -> Path:
+    """Two seeds each of a plain student (20, 22 %) and a D3ETR student (35, 39 %)."""
+    taught: dict[str, Any] = {
+        "teacher": {"weights": "teacher.safetensors"},
+        "distillation": {"method": "d3etr"},
+    }
+    for seed, plain, distilled in ((0, 0.20, 0.35), (1, 0.22, 0.39)):
+        write_run(make_config("digits-plain", seed), plain)
+        write_run(make_config("digits-d3etr", seed, **taught), distilled)
+    return tmp_path / "runs"
+
+
+def shown(comparison: Comparison) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(as_tables(comparison))
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+def test_seeds_of_one_recipe_are_one_group_with_mean_and_spread(folders: Path) -> None:
+    comparison = compare(["digits-d3etr", "digits-plain"], folders)
+    assert [group.seeds for group in comparison.groups] == [(0, 1), (0, 1)]
+    distilled, plain = comparison.groups
+    assert comparison.baseline is plain
+    spread = distilled.metric("mAP")
+    assert spread is not None and spread.mean == pytest.approx(0.37)
+    assert spread.deviation == pytest.approx(0.02 * 2**0.5)
+    gain = comparison.gain(distilled)
+    # Seed by seed: 15 and 17 points.
+    assert gain is not None and gain.mean == pytest.approx(0.16)
+    assert gain.deviation == pytest.approx(0.01 * 2**0.5)
+    assert comparison.gain(plain) is None
+
+
+def test_the_table_says_quality_cost_and_gain(folders: Path) -> None:
+    text = shown(compare(["digits-plain", "digits-d3etr"], folders))
+    for expected in ("37.0 ± 2.8", "+16.0 ± 1.4", "57.0", "0.48 M", "120", "80 s", "0, 1"):
+        assert expected in text
+    assert "D3ETR student (digits-d3etr)" in text and "validation split" in text
+    assert "distillation.method" in text and "run.seed" not in text
+    assert "cat" in text and "18.5 ± 1.4" in text
+
+
+def test_json_holds_everything_and_is_valid(folders: Path) -> None:
+    found = json.loads(json.dumps(compare(["digits-plain", "digits-d3etr"], folders).to_json()))
+    plain, distilled = found["groups"]
+    assert plain["gain"] is None and distilled["gain"]["mean"] == pytest.approx(0.16)
+    assert distilled["metrics"]["mAP"]["runs"] == 2
+    assert found["differences"]["distillation.method"] == ["none", "d3etr"]
+    assert distilled["classes"]["dog"]["mean"] == pytest.approx(0.185)
+
+
+def test_the_test_split_is_compared_where_all_runs_were_measured_on_it(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    write_run(make_config("one"), 0.3, **{"test/mAP": 0.28, "test/AP/cat": 0.4})
+    second = make_config("two", optimisation={"steps": 30})
+    write_run(second, 0.3, **{"test/mAP": 0.29, "steps": 30})
+    comparison = compare(["one", "two"], tmp_path / "runs")
+    assert comparison.split == "test"
+    metric = comparison.groups[0].metric("mAP")
+    assert metric is not None and metric.mean == 0.28 and metric.deviation is None
+    assert any("same number of steps" in caution for caution in comparison.cautions())
+
+
+def test_runs_are_found_by_folder_beginning_or_name_in_mlflow(folders: Path) -> None:
+    folder = folders / "digits-plain-00000001"
+    for asked in (folder, folder.name, "plain student · digits-plain · seed 1"):
+        assert compare([asked], folders).groups[0].runs[0].folder == folder
+    again = compare([folder, folder.name], folders)
+    assert len(again.groups[0].runs) == 1
+
+
+def test_missing_and_unfinished_runs_are_clear_errors(folders: Path) -> None:
+    with pytest.raises(UserError, match=r"no run 'digits-x'.*digits-d3etr-00000000"):
+        compare(["digits-x"], folders)
+    (folders / "digits-plain-00000001" / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"has not finished \(last step 20\)"):
+        compare(["digits-plain"], folders)
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        compare([folders], folders)
+    with pytest.raises(UserError, match="at least one"):
+        compare([], folders)
+
+
+def test_the_page_is_one_whole_file_that_loads_nothing(folders: Path, tmp_path: Path) -> None:
+    comparison = compare(["digits-plain", "digits-d3etr"], folders)
+    path = write_page(comparison, tmp_path / "page" / "compare.html")
+    page = path.read_text(encoding="utf-8")
+    assert "37.0 ± 2.8" in page and "<svg" in page and "D3ETR student (digits-d3etr)" in page
+    assert "<script" not in page and "<img" not in page and "<link" not in page
+    assert [file.name for file in path.parent.iterdir()] == ["compare.html"]
+
+
+def test_numbers_read_well() -> None:
+    assert percent(None) == "-"
+    assert (millions(478e3), millions(41.3e6)) == ("0.48 M", "41.3 M")
+    assert (duration(45), duration(720), duration(12240)) == ("45 s", "12 min", "3.4 h")

@@ -1,0 +1,85 @@
+"""A real MLflow server that goes away during a run and comes back, or does not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from mlflow.tracking import MlflowClient
+from tracked_folders import journal_records
+
+from d3etr.config.tree import Config
+from d3etr.tracking.runs import Tracker, open_tracker, replay
+from d3etr.tracking.state import read_state
+
+if TYPE_CHECKING:
+    from conftest import Server
+
+pytestmark = pytest.mark.slow
+MakeConfig = Callable[..., Config]
+MakeRun = Callable[..., Path]
+
+
+def steps_at(server: Server, run_id: str) -> list[int]:
+    history = MlflowClient(tracking_uri=server.uri).get_metric_history(run_id, "train/loss")
+    return [point.step for point in history]
+
+
+def feed(tracker: Tracker, first: int, last: int) -> None:
+    """The records after step ``first`` up to step ``last``."""
+    for record in journal_records(100):
+        if first < record["step"] <= last:
+            tracker.consume(record)
+
+
+def wait_for_step(server: Server, run_id: str, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while step not in steps_at(server, run_id):
+        assert time.monotonic() < deadline, f"step {step} did not arrive"
+        time.sleep(0.2)
+
+
+def test_nothing_is_lost_or_doubled_when_the_server_comes_back(
+    server: Server, make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    config = make_config(tracking={"uri": server.uri})
+    run_dir = make_run(config, steps=100)
+    tracker = open_tracker(config, run_dir)
+    feed(tracker, 0, 30)
+    wait_for_step(server, tracker.run_id, 30)
+    server.kill()
+    begun = time.monotonic()
+    feed(tracker, 30, 60)
+    assert time.monotonic() - begun < 0.1, "training waited for a dead server"
+    time.sleep(2)
+    server.start()
+    wait_for_step(server, tracker.run_id, 60)
+    feed(tracker, 60, 100)
+    assert tracker.finish("FINISHED") is None
+    assert steps_at(server, tracker.run_id) == list(range(5, 101, 5))
+
+
+def test_a_run_that_ends_without_its_server_says_how_to_send_the_rest(
+    server: Server, make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    config = make_config(tracking={"uri": server.uri})
+    run_dir = make_run(config, steps=100)
+    tracker = open_tracker(config, run_dir)
+    feed(tracker, 0, 30)
+    wait_for_step(server, tracker.run_id, 30)
+    server.kill()
+    feed(tracker, 30, 100)
+    begun = time.monotonic()
+    missing = tracker.finish("FINISHED")
+    assert time.monotonic() - begun < 30
+    assert missing is not None and f"python -m d3etr.tracking {run_dir}" in missing
+    server.start()
+    assert replay(run_dir) is None
+    assert steps_at(server, tracker.run_id) == list(range(5, 101, 5))
+    run = MlflowClient(tracking_uri=server.uri).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    state = read_state(run_dir)
+    assert state is not None and state.complete
