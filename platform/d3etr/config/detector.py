@@ -75,7 +75,9 @@ class StudentConfig(Section):
     """The detector that is trained: a student, or a teacher-to-be with method ``none``."""
 
     detector: DetectorConfig = DetectorConfig()
-    backbone_weights: FilePath | Literal["imagenet"] | None = None
+    backbone_weights: Annotated[
+        Literal["imagenet"] | FilePath | None, Field(union_mode="left_to_right")
+    ] = None
     """Where the backbone starts: torchvision's ImageNet weights, a file that
     ``d3etr pretrain-backbone`` wrote, or None for random numbers."""
 

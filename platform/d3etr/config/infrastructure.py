@@ -28,16 +28,20 @@ class ClusterConfig(Section):
     """What the run asks of Ray."""
 
     address: str | None = None
-    """Ray address; None joins the cluster that a submitted job is in, else starts one here."""
+    """Ray address (``auto``: the cluster on this machine); None joins the cluster that a submitted
+    job is in (``RAY_ADDRESS``), else starts one here that ends with the run."""
     workers: Annotated[int, Field(ge=1)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """auto: 1 where the cluster has a GPU for every worker, else 0."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     threads_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Threads of tensor operations; auto shares a node's cores among its workers."""
+    """Threads of tensor operations; auto is OMP_NUM_THREADS, where that is set, else shares a
+    node's cores among its workers."""
     maximum_failures: Annotated[int, Field(ge=0)] = 3
     """Lost workers or nodes that are survived."""
     start_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """How long to wait for a busy cluster to start the workers; tried maximum_failures + 1 times
+    before the run gives up."""
 
 
 class TrackingConfig(Section):

@@ -112,7 +112,7 @@ class Narrator:
         again = self.steps > 0
         self.steps, step = int(record["steps"]), int(record["step"])
         self._steps_per_epoch = max(1, int(record.get("steps_per_epoch") or self.steps or 1))
-        self._began = (float(record.get("time") or time.time()), step)
+        self._began = (float(record["time"]), step)
         self._spoken_step = step
         if again:
             return f"training was interrupted; going on from step {step} of {self.steps}"

@@ -70,7 +70,10 @@ class RunInterrupted(KeyboardInterrupt):
     """A run was stopped from outside; the same command goes on with it."""
 
     def __init__(self, run_dir: Path) -> None:
-        super().__init__(f"interrupted: {run_dir}")
+        super().__init__(
+            f"interrupted; {run_dir} keeps what was trained. The same command goes on with it, "
+            f"and so does: python trainers/run.py --resume {run_dir}"
+        )
         self.run_dir = run_dir
 
 

@@ -1,0 +1,84 @@
+import io
+
+from rich.console import Console
+
+from d3etr.launch.console import Bar, Lines, Silence, duration, open_display
+from d3etr.training.journal import Record
+
+EPOCH = 10
+
+
+def start(step: int = 0, time: float = 0.0) -> Record:
+    return {"kind": "start", "step": step, "time": time, "steps": 40, "steps_per_epoch": EPOCH}
+
+
+def step(number: int) -> Record:
+    metrics = {"train/loss": 5.0 - number / 10, "time/images_per_second": 80.0}
+    return {"kind": "step", "step": number, "time": float(number), "metrics": metrics}
+
+
+def evaluation(number: int) -> Record:
+    metrics = {"val/mAP": 0.25, "val/AP50": 0.5, "epoch": 1}
+    return {"kind": "evaluation", "step": number, "time": float(number), "metrics": metrics}
+
+
+def lines_of(*records: Record) -> list[str]:
+    stream = io.StringIO()
+    display = Lines(stream)
+    for record in records:
+        display.consume(record)
+    return stream.getvalue().splitlines()
+
+
+def test_an_evaluation_is_a_readable_line_in_percent() -> None:
+    lines = lines_of(start(), step(10), evaluation(10))
+    assert lines == [
+        "training 40 steps, 10 an epoch",
+        "epoch 1/4 | step 10/40 | loss 4.000 | mAP 25.0  AP50 50.0 | 80 images/s | 0:30 left",
+    ]
+
+
+def test_an_epoch_without_evaluation_has_its_line_too() -> None:
+    lines = lines_of(start(), step(5), step(10), step(15), step(20), step(25))
+    assert [line.split(" | ")[1] for line in lines[1:]] == ["step 15/40", "step 25/40"]
+
+
+def test_a_resumed_run_says_where_it_goes_on() -> None:
+    assert lines_of(start(20)) == ["going on from the checkpoint at step 20 of 40"]
+
+
+def test_a_second_start_is_told_as_an_interruption() -> None:
+    lines = lines_of(start(), step(15), start(10))
+    assert lines[-1] == "training was interrupted; going on from step 10 of 40"
+
+
+def test_warnings_are_shown_and_marked() -> None:
+    message = {"kind": "message", "step": 0, "text": "3 boxes dropped", "level": "warning"}
+    assert lines_of(message) == ["warning: 3 boxes dropped"]
+
+
+def test_the_bar_shows_steps_loss_and_accuracy() -> None:
+    stream = io.StringIO()
+    bar = Bar(Console(file=stream, force_terminal=True, width=120))
+    for record in (start(), step(10), evaluation(10)):
+        bar.consume(record)
+    bar.close()
+    shown = stream.getvalue()
+    assert "10/40" in shown and "loss 4.000" in shown and "mAP 25.0" in shown
+
+
+def test_a_name_in_brackets_is_no_markup() -> None:
+    stream = io.StringIO()
+    bar = Bar(Console(file=stream, force_terminal=True, width=120))
+    bar.consume({"kind": "message", "step": 0, "text": "file [red].png"})
+    bar.close()
+    assert "file [red].png" in stream.getvalue()
+
+
+def test_the_display_fits_its_place() -> None:
+    assert isinstance(open_display(stream=io.StringIO()), Lines)
+    assert isinstance(open_display(quiet=True), Silence)
+
+
+def test_durations_are_read_at_a_glance() -> None:
+    assert [duration(seconds) for seconds in (5.4, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
