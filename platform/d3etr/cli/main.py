@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from d3etr.cli import (
+    attention,
     check_data,
     compare,
     demo,
     evaluate,
     predict,
     render_digit_scenes,
+    study,
     train,
 )
 from d3etr.cli.command import Command
@@ -25,9 +27,11 @@ COMMANDS: tuple[Command, ...] = (
     demo.COMMAND,
     check_data.COMMAND,
     train.COMMAND,
+    study.COMMAND,
     evaluate.COMMAND,
     predict.COMMAND,
     compare.COMMAND,
+    attention.COMMAND,
     render_digit_scenes.COMMAND,
 )
 USER_MISTAKE = 2
