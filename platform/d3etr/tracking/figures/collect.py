@@ -97,7 +97,9 @@ def _draw_images(
     drawn = [
         save(draw_predictions(scenes, THRESHOLD, f"{SPLIT} images"), folder / "predictions.png")
     ]
-    views = [view for record in records if (view := _view(split, record, seen, names)) is not None]
+    views = [
+        view for record in records if (view := object_view(split, record, seen, names)) is not None
+    ]
     if views:
         drawn.append(save(draw_attention(views), folder / "attention.png"))
     return drawn
@@ -114,12 +116,20 @@ def _scene(
     return Scene(pixels_of(split, record), truth_of(record, names), found, f"image {record.id}")
 
 
-def _view(
+def object_view(
     split: DetectionSplit,
     record: ImageRecord,
     seen: Mapping[str, Mapping[int, Seen]],
     names: Sequence[str],
 ) -> ObjectView | None:
+    """The image's most visible object through the eyes of each detector; None if it has none.
+
+    Args:
+        split: where the image is.
+        record: the image.
+        seen: detector -> image id -> what it says.
+        names: of the classes.
+    """
     chosen = largest_object(record)
     if chosen is None:
         return None

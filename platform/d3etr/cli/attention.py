@@ -1,0 +1,109 @@
+"""``d3etr attention``: where teacher and student look when they detect the same object."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d3etr.cli.command import Command, add_json, positive, print_json
+from d3etr.errors import UserError
+
+if TYPE_CHECKING:
+    from d3etr.config.tree import Config
+    from d3etr.tracking.figures.attention import ObjectView
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or the beginning of its name")
+    parser.add_argument(
+        "--with",
+        action="append",
+        default=[],
+        dest="others",
+        metavar="NAME=WEIGHTS",
+        help="one more detector, for example 'Plain student=runs/.../weights.safetensors'",
+    )
+    parser.add_argument(
+        "--split",
+        choices=("train", "validation", "test"),
+        default="validation",
+        help="whose images",
+    )
+    parser.add_argument("--objects", type=positive, default=4, metavar="N", help="rows (default 4)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("attention.png"),
+        metavar="FILE",
+        help="the picture (default attention.png)",
+    )
+    parser.add_argument(
+        "--output-root",
+        type=Path,
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="the folder that holds runs (default runs)",
+    )
+    add_json(parser)
+
+
+def _run(options: Namespace) -> int:
+    from d3etr.config.load import load_config
+    from d3etr.launch.folder import find_run
+    from d3etr.tracking.figures.attention import draw_attention
+    from d3etr.tracking.figures.style import save
+
+    folder = find_run(options.run, options.output_root)
+    config = load_config(folder.config)
+    files = _detectors(config, folder.weights, options.others)
+    views = _views(config, files, options.split, options.objects)
+    save(draw_attention(views), options.output)
+    if options.json:
+        print_json({"picture": str(options.output), "objects": [_as_json(view) for view in views]})
+    else:
+        print(f"{len(views)} objects, {', '.join(files)} -> {options.output}")
+    return 0
+
+
+def _detectors(config: Config, weights: Path, others: list[str]) -> dict[str, Path]:
+    """Name -> weights file: the run's teacher, the run itself, and what was asked for."""
+    files = {} if config.teacher is None else {"Teacher": config.teacher.weights}
+    files["Student"] = weights
+    for other in others:
+        name, equals, path = other.partition("=")
+        if not equals or not name or not path:
+            raise UserError(f"--with {other!r}: expected NAME=WEIGHTS")
+        files[name] = Path(path)
+    return files
+
+
+def _views(config: Config, files: dict[str, Path], split_name: Any, count: int) -> list[ObjectView]:
+    from d3etr.data.splits import open_split
+    from d3etr.detectors.weights import load_weights
+    from d3etr.tracking.figures.collect import object_view
+    from d3etr.tracking.figures.look import choose_images, look_at
+
+    split = open_split(config.data, split_name)
+    records = choose_images(split, count)
+    detectors = {name: load_weights(path)[0] for name, path in files.items()}
+    seen = {
+        name: {one.record.id: one for one in look_at(detector, split, records, config.data)}
+        for name, detector in detectors.items()
+    }
+    names = [category.name for category in split.categories]
+    views = [object_view(split, record, seen, names) for record in records]
+    found = [view for view in views if view is not None]
+    if not found:
+        raise UserError(f"{split.annotations} has no objects to look at; choose another --split")
+    return found
+
+
+def _as_json(view: ObjectView) -> dict[str, Any]:
+    scores = {name: None if look is None else look.score for name, look in view.looks.items()}
+    return {"name": view.name, "box_xyxy": view.box_xyxy.tolist(), "scores": scores}
+
+
+COMMAND = Command(
+    "attention", "draw where teacher and student look for the same object", _add_arguments, _run
+)

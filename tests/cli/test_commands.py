@@ -1,0 +1,233 @@
+"""The command line: what it says, what it prints, how it ends."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d3etr.cli.main import COMMANDS, main
+
+SCENES = ("train_images=4", "validation_images=3", "test_images=3")
+
+
+def picture(path: Path, seed: int = 0) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def coco_set(folder: Path, names: tuple[str, ...] = ("tree", "cat", "dog")) -> tuple[Path, Path]:
+    """Two pictures with one object each; returns (images, annotations)."""
+    images = folder / "images"
+    images.mkdir()
+    entries = []
+    for index in (1, 2):
+        picture(images / f"{index}.png", index)
+        entries.append({"id": index, "file_name": f"{index}.png", "width": 56, "height": 40})
+    ids = {"cat": 7, "dog": 90, "tree": 3, "car": 4}
+    content = {
+        "images": entries,
+        "categories": [{"id": ids[name], "name": name} for name in names],
+        "annotations": [
+            {
+                "id": index,
+                "image_id": index,
+                "category_id": ids[names[0]],
+                "bbox": [4, 4, 20, 20],
+                "area": 400,
+                "iscrowd": 0,
+            }
+            for index in (1, 2)
+        ],
+    }
+    (folder / "annotations.json").write_text(json.dumps(content))
+    return images, folder / "annotations.json"
+
+
+def test_help_is_instant_and_lists_every_command(repository: Path) -> None:
+    slow = ["torch", "numpy", "ray", "mlflow", "pydantic", "rich"]
+    code = (
+        "import sys; from d3etr.cli.main import _parser; _parser().format_help(); "
+        f"assert not [name for name in {slow} if name in sys.modules]"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=repository / "platform", check=True)
+
+
+def test_python_m_runs_the_commands(repository: Path) -> None:
+    command = [sys.executable, "-m", "d3etr", "--help"]
+    done = subprocess.run(
+        command, cwd=repository / "platform", check=True, capture_output=True, text=True
+    )
+    assert all(command.name in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_explains_itself(command: object, capsys: pytest.CaptureFixture[str]) -> None:
+    name = command.name  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: d3etr {name}" in text
+    assert "JSON" in text, "every command can talk to a machine"
+
+
+def test_a_user_mistake_is_one_text_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "nowhere.safetensors", "picture.png"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ")
+    assert "nowhere.safetensors" in said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""
+
+
+def test_predict_finds_pictures_in_folders_and_draws_them(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        picture(tmp_path / name / "same.png")
+    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    output = tmp_path / "out"
+    arguments = [tiny_weights, tmp_path / "a", tmp_path / "b" / "same.png"]
+    options = ["--output", str(output), "--threshold", "0", "--json"]
+    assert main(["predict", *map(str, arguments), *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [Path(entry["image"]).parent.name for entry in found] == ["a", "b"]
+    assert len(found[0]["detections"]) == 15
+    drawn = [Path(entry["picture"]) for entry in found]
+    assert sorted(output.iterdir()) == sorted(drawn), "one picture each, nothing half-written"
+    assert all(Image.open(path).format == "PNG" for path in drawn)
+
+
+def test_predict_prints_a_line_per_object(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = picture(tmp_path / "a.png")
+    assert main(["predict", str(tiny_weights), str(path), "--threshold", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{path}: 15 objects"
+    assert len(lines) == 16
+
+
+def test_predict_says_when_a_folder_has_no_pictures(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", str(tiny_weights), str(tmp_path)]) == 2
+    assert "no pictures in this folder" in capsys.readouterr().err
+
+
+def test_predict_says_when_it_cannot_write(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = picture(tmp_path / "a.png")
+    assert main(["predict", str(tiny_weights), str(path), "--output", str(path)]) == 2
+    assert "--output: cannot write" in capsys.readouterr().err
+
+
+def evaluation(weights: Path, images: Path, annotations: Path) -> list[str]:
+    places = ["--images", str(images), "--annotations", str(annotations), "--workers", "0"]
+    return ["evaluate", str(weights), *places]
+
+
+def test_evaluate_gives_cocos_numbers(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, annotations = coco_set(tmp_path)
+    assert main([*evaluation(tiny_weights, images, annotations), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == 2
+    assert 0 <= result["metrics"]["mAP"] <= 1
+    assert main(evaluation(tiny_weights, images, annotations)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("mAP ")
+    assert "AP_large    no such objects" in lines, "a value of 0 would be another statement"
+
+
+@pytest.mark.parametrize("names", [("cat", "dog"), ("tree", "car", "dog")])
+def test_evaluate_refuses_other_categories(
+    names: tuple[str, ...], tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, annotations = coco_set(tmp_path, names)
+    assert main(evaluation(tiny_weights, images, annotations)) == 2
+    assert "Expected the same categories in the same order" in capsys.readouterr().err
+
+
+def test_render_digit_scenes_says_where_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [part for value in SCENES for part in ("--set", value)]
+    arguments = ["render-digit-scenes", "--root", str(tmp_path), *settings, "--json"]
+    assert main(arguments) == 0
+    splits = json.loads(capsys.readouterr().out)["splits"]
+    assert set(splits) == {"train", "validation", "test"}
+    assert len(list(Path(splits["train"]["images"]).iterdir())) == 4
+
+
+def test_render_digit_scenes_refuses_settings_that_are_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["render-digit-scenes", "--set", "trian_images=3"]) == 2
+    assert "did you mean 'train_images'?" in capsys.readouterr().err
+
+
+def test_check_data_ends_with_1_when_training_would_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, annotations = coco_set(tmp_path)
+    place = [str(images), str(annotations)]
+    arguments = ["check-data", "--train", *place, "--validation", *place]
+    assert main([*arguments, "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+    (images / "2.png").unlink()
+    assert main(arguments) == 1
+    assert "ERROR" in capsys.readouterr().out
+
+
+def test_check_data_wants_to_know_what(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-data"]) == 2
+    assert "nothing to check: name a recipe" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sets = ["--set", "data.digit_scenes={}", "--set", "optimisation.steps=5"]
+    assert main(["train", *sets, "--dry-run"]) == 0
+    assert "5 steps" in capsys.readouterr().out
+    assert main(["train", *sets, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_lists_every_mistake_in_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data: {digit_scene: {}}\noptimisation: {stepz: 3}\n")
+    assert main(["train", str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert "did you mean 'digit_scenes'?" in said
+    assert "did you mean 'steps'?" in said
+
+
+def test_resuming_a_run_that_is_not_there_names_those_that_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine-0123abcd").mkdir()
+    (tmp_path / "mine-0123abcd" / "config.yaml").write_text("")
+    arguments = ["train", "--resume", "mein", "--set", f"run.output={tmp_path}"]
+    assert main(arguments) == 2
+    assert "mine-0123abcd" in capsys.readouterr().err
+
+
+def test_comparing_nothing_that_exists_is_a_user_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "nothing", "--output-root", str(tmp_path)]) == 2
+    assert "no run 'nothing'" in capsys.readouterr().err
