@@ -117,8 +117,14 @@ class DetectionDataset(Dataset[Sample]):
 
     def sizes(self, epoch: int) -> NDArray[np.int64]:
         """[images, 2]: (height, width) of every image in ``epoch``, without decoding any."""
-        plans = (self.plan(index, epoch) for index in range(len(self)))
-        return np.array([plan.size for plan in plans], dtype=np.int64)
+        if self.has_random_sizes:
+            sizes = [self.plan(index, epoch).size for index in range(len(self))]
+        else:
+            sizes = [
+                output_size(record.width, record.height, self.preprocessing)
+                for record in self.split.records
+            ]
+        return np.array(sizes, dtype=np.int64)
 
     @property
     def has_random_sizes(self) -> bool:

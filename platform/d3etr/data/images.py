@@ -74,6 +74,9 @@ def load_image(source: Path | bytes, expected_size: tuple[int, int] | None = Non
 
 def orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 is upright."""
+    if not image.info:
+        # Looking for EXIF data takes half as long as decoding a small image.
+        return 1
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _DAMAGE:
@@ -105,7 +108,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         UserError: floating-point pixels.
     """
     if image.mode == "RGB":
-        return image.copy()
+        return image
     if image.mode in _SIXTEEN_BIT:
         values = np.asarray(image).astype(np.int64).clip(0, 0xFFFF)
         # 257 maps 65535 to 255; Pillow's own conversion cuts everything above 255.

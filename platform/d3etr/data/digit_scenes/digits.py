@@ -56,14 +56,17 @@ def divide(labels: NDArray[np.int64]) -> dict[SplitName, NDArray[np.int64]]:
     return {name: np.sort(np.concatenate(part)) for name, part in parts.items()}
 
 
-def load_digits_of(name: SplitName) -> list[Digit]:
-    """The digits of one split."""
+def load_divided_digits() -> dict[SplitName, list[Digit]]:
+    """The digits of every split."""
     # Imported here: it takes a second, and only writing the benchmark needs it.
     from sklearn.datasets import load_digits
 
     data = load_digits()
     images, labels = data.images, data.target.astype(np.int64)
-    return [Digit(int(labels[i]), int(i), _enlarge(images[i])) for i in divide(labels)[name]]
+    return {
+        name: [Digit(int(labels[i]), int(i), _enlarge(images[i])) for i in members]
+        for name, members in divide(labels).items()
+    }
 
 
 def _enlarge(image: NDArray[np.float64]) -> Image.Image:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from d3etr.config.data import DigitScenesConfig, SplitConfig
-from d3etr.data.digit_scenes.digits import CLASSES, SPLITS, SplitName, load_digits_of
+from d3etr.data.digit_scenes.digits import CLASSES, SPLITS, Digit, SplitName, load_divided_digits
 from d3etr.data.digit_scenes.png import png_bytes
 from d3etr.data.digit_scenes.scene import Scene, draw_scene
 from d3etr.data.progress import Progress
@@ -21,6 +21,13 @@ from d3etr.errors import UserError
 
 VERSION = "1"
 """Goes up whenever a setting's pictures change; results of different versions do not compare."""
+
+DEFAULT_DIGESTS = {
+    "train": "5d0714b519b0f7def7492c3fdb1d39859b090949862e91efc12f86dc0fd6cd1f",
+    "validation": "6f81cda4c06274cec215f24c9831958969457d004cd4b7838803d7e81a516dbc",
+    "test": "a10bf247c1ac24461720fc1274d232e4cdb30058d6638aa7e2e60651a3361bb4",
+}
+"""sha256 over the files of each split under the default settings."""
 
 _DIGEST_FILE = "digest.json"
 _LOGGER = logging.getLogger(__name__)
@@ -102,15 +109,26 @@ def _write(config: DigitScenesConfig, folder: Path, progress: Progress | None) -
     config.root.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=config.root))
     try:
-        for name in SPLITS:
-            _write_split(config, temporary, name, progress)
-        splits = {name: {"digest": _split_digest(temporary, name)} for name in SPLITS}
-        digests = {"settings": _settings(config), "splits": splits}
-        (temporary / _DIGEST_FILE).write_text(json.dumps(digests, indent=1) + "\n")
+        for name, digits in load_divided_digits().items():
+            _write_split(config, temporary, name, digits, progress)
+        _write_digests(config, temporary)
         temporary.chmod(0o755)
         _put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_digests(config: DigitScenesConfig, folder: Path) -> None:
+    splits = {name: {"digest": _split_digest(folder, name)} for name in SPLITS}
+    content = {"settings": _settings(config), "splits": splits}
+    (folder / _DIGEST_FILE).write_text(json.dumps(content, indent=1) + "\n")
+    found = {name: split["digest"] for name, split in splits.items()}
+    if _settings(config) == _settings(DigitScenesConfig()) and found != DEFAULT_DIGESTS:
+        _LOGGER.warning(
+            "digit scenes drawn here differ from version %s as published (another version of "
+            "Pillow or NumPy?): results do not compare with published ones",
+            VERSION,
+        )
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
@@ -129,7 +147,11 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def _write_split(
-    config: DigitScenesConfig, folder: Path, name: SplitName, progress: Progress | None
+    config: DigitScenesConfig,
+    folder: Path,
+    name: SplitName,
+    digits: list[Digit],
+    progress: Progress | None,
 ) -> None:
     paths = split_paths(folder)[name]
     paths.images.mkdir(parents=True)
@@ -139,7 +161,6 @@ def _write_split(
         "validation": config.validation_images,
         "test": config.test_images,
     }
-    digits = load_digits_of(name)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(counts[name]):

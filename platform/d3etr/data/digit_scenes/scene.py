@@ -105,7 +105,7 @@ def _draw_stroke(draw: ImageDraw.ImageDraw, side: int, generator: np.random.Gene
     reach = (generator.random((2, 2)) - 0.5) * 28 * side / _REFERENCE_SIDE
     points = [tuple(point) for point in (start, start + reach[0], start + reach[0] + reach[1])]
     width = max(1, round((1 + 2 * generator.random()) * side / _REFERENCE_SIDE))
-    draw.line(points, fill=_translucent(generator, 100, 255), width=width, joint="curve")
+    draw.line(points, fill=_translucent(generator, 100, 255), width=width)
 
 
 def _translucent(

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+import torch
+from coco_files import picture
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d3etr.config.data import PreprocessingConfig
+from d3etr.data.images import to_pixels
+from d3etr.data.transforms import (
+    Sample,
+    collate,
+    normalise,
+    output_size,
+    preprocess,
+    relative_cxcywh,
+)
+
+KEPT = PreprocessingConfig(shortest_side=None, longest_side=None)
+
+
+@pytest.mark.parametrize(
+    ("size", "sides", "expected"),
+    [
+        ((640, 480), (800, 1333), (800, 1066)),
+        ((480, 640), (800, 1333), (1066, 800)),
+        ((1000, 300), (800, 1333), (400, 1333)),
+        ((640, 480), (480, 1333), (480, 640)),
+        ((640, 480), (None, None), (480, 640)),
+        ((640, 480), (None, 320), (240, 320)),
+        ((5000, 2), (16, 100), (1, 2500)),
+    ],
+)
+def test_sizes_follow_detrs_rule(size, sides, expected):
+    config = PreprocessingConfig(shortest_side=sides[0], longest_side=sides[1])
+    assert output_size(*size, config) == expected
+
+
+@given(st.integers(16, 3000), st.integers(16, 3000))
+def test_sizes_keep_to_their_bounds(width, height):
+    config = PreprocessingConfig(shortest_side=800, longest_side=1333)
+    result = output_size(width, height, config)
+    # DETR rounds the short side to whole pixels first, so the long one may pass a little.
+    slack = max(width, height) / min(width, height)
+    assert min(result) <= 800
+    assert max(result) <= 1333 + slack
+    assert min(result) == 800 or max(result) >= 1333 - slack - 1
+
+
+def test_imagenet_normalisation_is_torchvisions():
+    pixels = to_pixels(picture(12, 10))
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    config = KEPT.model_copy(update={"normalisation": "imagenet"})
+    torch.testing.assert_close(normalise(pixels, config), (pixels / 255 - mean) / std)
+
+
+def test_per_image_normalisation_uses_each_channels_own_mean_and_deviation():
+    pixels = to_pixels(picture(12, 10))
+    values = pixels.double() / 255
+    mean = values.mean((1, 2), keepdim=True)
+    std = values.std((1, 2), keepdim=True, correction=0)
+    config = KEPT.model_copy(update={"normalisation": "per_image"})
+    expected = ((values - mean) / (std + 0.02)).float()
+    torch.testing.assert_close(normalise(pixels, config), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_even_image_becomes_zeros():
+    config = KEPT.model_copy(update={"normalisation": "per_image"})
+    assert normalise(torch.full((3, 4, 4), 77, dtype=torch.uint8), config).abs().max() < 1e-5
+
+
+def test_preprocessing_leaves_its_input_as_it_is():
+    pixels = to_pixels(picture(20, 20))
+    before = pixels.clone()
+    result = preprocess(pixels, PreprocessingConfig(shortest_side=16, longest_side=None))
+    assert result.shape == (3, 16, 16)
+    assert torch.equal(pixels, before)
+
+
+def test_relative_boxes_are_centre_and_size():
+    boxes = relative_cxcywh(np.array([[10.0, 20.0, 30.0, 30.0]]), height=40, width=100)
+    np.testing.assert_allclose(boxes, [[0.2, 0.625, 0.2, 0.25]])
+
+
+def _sample(height: int, width: int, objects: int, number: int = 0) -> Sample:
+    return Sample(
+        pixels=torch.ones(3, height, width),
+        labels=np.arange(objects),
+        boxes_cxcywh=np.full((objects, 4), 0.5, dtype=np.float32),
+        image_id=number,
+        original_size=(height, width),
+    )
+
+
+def test_images_of_one_size_have_no_padding():
+    images, targets = collate([_sample(4, 6, 1, 7), _sample(4, 6, 0, 9)])
+    assert images.padding is None
+    assert images.pixels.shape == (2, 3, 4, 6)
+    assert targets.image_ids == (7, 9) and targets.counts == (1, 0)
+
+
+def test_smaller_images_are_padded_right_and_below():
+    images, targets = collate([_sample(4, 6, 3), _sample(2, 8, 1)])
+    assert images.pixels.shape == (2, 3, 4, 8)
+    assert images.padding is not None
+    assert torch.equal(images.pixels[:, 0] == 0, images.padding)
+    assert images.padding[0, :, :6].sum() == 0 and images.padding[0, :, 6:].all()
+    assert images.padding[1, :2].sum() == 0 and images.padding[1, 2:].all()
+    assert targets.labels.tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert targets.boxes_cxcywh[1].tolist() == [[0.5] * 4, [0.0] * 4, [0.0] * 4]
+    assert targets.original_sizes == ((4, 6), (2, 8))
+
+
+def test_a_batch_may_hold_no_object_at_all():
+    _, targets = collate([_sample(4, 4, 0), _sample(4, 4, 0)])
+    assert targets.labels.shape == (2, 0) and targets.boxes_cxcywh.shape == (2, 0, 4)
+
+
+def test_a_given_size_pads_even_equal_images():
+    images, _ = collate([_sample(4, 4, 0)], (5, 4))
+    assert images.padding is not None and images.padding.sum() == 4
