@@ -88,3 +88,20 @@ class EvaluationConfig(Section):
     """After training, measure the kept weights once on the test split."""
     keep: Literal["best", "last"] = "best"
     """Which weights the run hands over: best validation mAP, or the last."""
+
+
+class PretrainingConfig(Section):
+    """Training a backbone to tell objects apart, before it ever detects one."""
+
+    crop_size: Annotated[int, Field(ge=16, le=512)] = 32
+    """Pixels of the square crops that the backbone classifies."""
+    context: Annotated[float, Field(ge=0, le=4)] = 0.25
+    """A crop's side is the object's longer side times 1 + context."""
+    steps: Positive = 800
+    batch_size: Positive = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    weight_decay: Weight = 0.05
+    backgrounds: Annotated[float, Field(ge=0, le=10)] = 0.2
+    """Crops without an object, for each crop with one."""
+    maximum_crops: Annotated[int, Field(ge=1)] = 40_000
+    """Crops kept in memory; more objects than that are sampled."""
