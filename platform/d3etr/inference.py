@@ -181,7 +181,7 @@ def load(weights: str | Path, device: str | torch.device | None = None) -> Predi
         UserError: the file is missing, damaged or not d3etr's, or there is no such device.
     """
     detector, info = load_weights(Path(weights))
-    chosen = _device(device)
+    chosen = usable_device(device)
     return Predictor(detector.to(chosen), info, chosen)
 
 
@@ -210,7 +210,12 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
         raise UserError(f"a PIL image of mode {image.mode} cannot be used: {error}") from error
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None: the first GPU, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

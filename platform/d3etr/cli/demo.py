@@ -32,13 +32,14 @@ def run_demo(options: Namespace) -> int:
     """Run it with the options of this command, or the defaults for those that are missing."""
     from rich.console import Console
 
-    from d3etr.demo import draw_scenes, report
+    from d3etr.demo import prepare, report
     from d3etr.demo import run_demo as make_runs
 
+    train_teacher = getattr(options, "teacher", "shipped") == "train"
     with progress_bar() as progress:
-        draw_scenes(options.overrides, progress)
+        prepare(train_teacher=train_teacher, overrides=options.overrides, progress=progress)
     runs = make_runs(
-        train_teacher=getattr(options, "teacher", "shipped") == "train",
+        train_teacher=train_teacher,
         launcher=options.launcher,
         overrides=options.overrides,
         stage=_say,

@@ -16,6 +16,7 @@ from d3etr.cli import (
     demo,
     evaluate,
     predict,
+    pretrain_backbone,
     render_digit_scenes,
     study,
     train,
@@ -26,6 +27,7 @@ from d3etr.errors import UserError
 COMMANDS: tuple[Command, ...] = (
     demo.COMMAND,
     check_data.COMMAND,
+    pretrain_backbone.COMMAND,
     train.COMMAND,
     study.COMMAND,
     evaluate.COMMAND,

@@ -18,15 +18,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(options: Namespace) -> int:
-    from d3etr.config.load import validate
+    from d3etr.config.data import DigitScenesConfig
+    from d3etr.config.load import validate_section
     from d3etr.data.digit_scenes import VERSION, write_digit_scenes
 
     root = [] if options.root is None else [f"root={options.root}"]
-    # A recipe's rules apply to its data section; the rest of this one is never used.
-    tree = {"data": {"digit_scenes": {}}, "optimisation": {"steps": 1}}
-    overrides = [f"data.digit_scenes.{value}" for value in [*root, *options.overrides]]
-    config = validate(tree, "the settings", overrides).data.digit_scenes
-    assert config is not None
+    config = validate_section(DigitScenesConfig, {}, "the settings", [*root, *options.overrides])
     with progress_bar() as progress:
         splits = write_digit_scenes(config, progress)
     if options.json:

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -15,6 +15,8 @@ from d3etr.config.overrides import Tree, apply_overrides, merge, overridden_path
 from d3etr.config.problems import ConfigError, Problem, problems_of, shown
 from d3etr.config.tree import Config
 from d3etr.config.yaml_text import dump_yaml, parse_yaml
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 WITHOUT_INFLUENCE: Mapping[str, frozenset[str]] = {
     "run": frozenset(RunConfig.model_fields) - {"seed"},
@@ -52,15 +54,26 @@ def validate(tree: Tree, source: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: listing every problem.
     """
+    return validate_section(Config, tree, source, overrides)
+
+
+def validate_section(
+    section: type[SectionType], tree: Tree, source: str, overrides: Sequence[str] = ()
+) -> SectionType:
+    """``validate`` for a section that stands alone.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
     tree, problems = apply_overrides(tree, overrides)
     try:
-        config = Config.model_validate_json(json.dumps(tree))
+        validated = section.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         set_paths = overridden_paths(overrides)
-        problems += [_with_origin(problem, set_paths) for problem in problems_of(error, Config)]
+        problems += [_with_origin(problem, set_paths) for problem in problems_of(error, section)]
     if problems:
         raise ConfigError(f"{source} with --set" if overrides else source, problems)
-    return config
+    return validated
 
 
 def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> Tree:

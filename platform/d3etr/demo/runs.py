@@ -16,6 +16,7 @@ from d3etr.errors import UserError
 from d3etr.launch.api import LauncherName, launch
 from d3etr.launch.driver import RunResult
 from d3etr.launch.folder import folder_of
+from d3etr.training.pretraining import pretrain_backbone
 
 RECIPES = Path("trainers", "recipes", "digits")
 TEACHER_WEIGHTS = Path("trainers", "weights", "digits-teacher.safetensors")
@@ -81,11 +82,33 @@ def run_demo(
     return runs
 
 
-def draw_scenes(overrides: Sequence[str] = (), progress: Progress | None = None) -> None:
-    """Write the embedded data, if it is not there, before a run would do it without a word."""
-    scenes = _config(project_root(), "teacher", overrides).data.digit_scenes
-    assert scenes is not None
-    write_digit_scenes(scenes, progress)
+def prepare(
+    *,
+    train_teacher: bool = False,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> None:
+    """Make what the runs need and is not there: the embedded data, pre-trained backbones.
+
+    Args:
+        train_teacher: as for ``run_demo``.
+        overrides: as for ``run_demo``.
+        progress: told of scenes and steps.
+
+    Raises:
+        UserError: something cannot be written.
+    """
+    root = project_root()
+    for recipe in ("teacher", "plain") if train_teacher else ("plain",):
+        config = _config(root, recipe, overrides)
+        if config.data.digit_scenes is not None:
+            write_digit_scenes(config.data.digit_scenes, progress)
+        weights = config.student.backbone_weights
+        if isinstance(weights, Path) and not weights.exists():
+            backbone = config.student.detector.backbone
+            pretrain_backbone(
+                config.data, backbone, weights, seed=config.run.seed, progress=progress
+            )
 
 
 def project_root() -> Path:
@@ -112,11 +135,8 @@ def _shipped_weights(root: Path) -> Path:
 
 def _config(root: Path, recipe: str, overrides: Sequence[str]) -> Config:
     """A recipe whose weights are found from any working directory."""
-    config = load_config(root / RECIPES / f"{recipe}.yaml", overrides)
-    weights = config.student.backbone_weights
-    if not isinstance(weights, Path) or weights.exists():
-        return config
-    return load_config(
-        root / RECIPES / f"{recipe}.yaml",
-        [*overrides, f"student.backbone_weights={root / weights}"],
-    )
+    path = root / RECIPES / f"{recipe}.yaml"
+    weights = load_config(path, overrides).student.backbone_weights
+    if not isinstance(weights, Path) or weights.is_absolute():
+        return load_config(path, overrides)
+    return load_config(path, [*overrides, f"student.backbone_weights={root / weights}"])

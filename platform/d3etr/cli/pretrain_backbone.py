@@ -1,0 +1,89 @@
+"""``d3etr pretrain-backbone``: give a backbone a start where ImageNet weights are out of reach."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d3etr.cli.command import Command, add_device, add_json, add_recipe, print_json
+from d3etr.cli.progress import progress_bar
+from d3etr.errors import UserError
+
+if TYPE_CHECKING:
+    from d3etr.config.tree import Config
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the file to write (default: the recipe's student.backbone_weights)",
+    )
+    parser.add_argument(
+        "--pretraining",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="how to pre-train, for example --pretraining steps=500; repeatable",
+    )
+    add_device(parser)
+    add_json(parser)
+
+
+def _run(options: Namespace) -> int:
+    from d3etr.config.load import load_config, validate_section
+    from d3etr.config.training import PretrainingConfig
+    from d3etr.inference import usable_device
+    from d3etr.training.pretraining import pretrain_backbone
+
+    config = load_config(options.recipe, options.overrides)
+    settings = validate_section(PretrainingConfig, {}, "--pretraining", options.pretraining)
+    output = options.output or _place(config)
+    with progress_bar() as progress:
+        result = pretrain_backbone(
+            config.data,
+            config.student.detector.backbone,
+            output,
+            settings,
+            seed=config.run.seed,
+            device=usable_device(options.device),
+            progress=progress,
+        )
+    if options.json:
+        print_json(
+            {
+                "output": str(result.path),
+                "accuracy": result.accuracy,
+                "accuracy_on_objects": result.objects,
+                "crops": result.crops,
+                "seconds": result.seconds,
+            }
+        )
+        return 0
+    print(
+        f"{result.path}: classifies {100 * result.accuracy:.1f} % of validation crops "
+        f"({100 * result.objects:.1f} % of objects), from {result.crops:,} crops in "
+        f"{result.seconds:.0f} s"
+    )
+    return 0
+
+
+def _place(config: Config) -> Path:
+    weights = config.student.backbone_weights
+    if not isinstance(weights, Path):
+        raise UserError(
+            f"the recipe's student.backbone_weights is {weights or 'null'}, no file: say where "
+            "to write with --output FILE, and set student.backbone_weights to it"
+        )
+    return weights
+
+
+COMMAND = Command(
+    "pretrain-backbone",
+    "train a recipe's backbone on crops of its data, in place of ImageNet weights",
+    _add_arguments,
+    _run,
+)
