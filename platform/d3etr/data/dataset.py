@@ -69,7 +69,7 @@ class DetectionDataset(Dataset[Sample]):
         if self._cache is None:
             return self._decode(self.split.records[index])
         if index not in self._cache:
-            self._cache[index] = self._decode(self.split.records[index])
+            self._cache[index] = self._decode(self.split.records[index]).contiguous()
         return self._cache[index]
 
     def plan(self, index: int, epoch: int) -> Augmentation:

@@ -96,9 +96,9 @@ def applies_rotation(image: Image.Image, expected_size: tuple[int, int] | None) 
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """[3, height, width] uint8 of an RGB image."""
-    array = np.asarray(image, dtype=np.uint8)
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    """[3, height, width] uint8 of an RGB image; in memory a pixel's channels are together."""
+    # Left in that order: resizing takes half the time on it.
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
