@@ -101,7 +101,7 @@ class Comparison:
     split: str
 
     def gain(self, group: RunGroup) -> Spread | None:
-        """Gain in mAP over the baseline; None for itself and for teachers, which are no students."""
+        """Gain in mAP over the baseline; None for itself and for teachers."""
         if group is self.baseline or group.title == "teacher":
             return None
         return group.gain_over(self.baseline)

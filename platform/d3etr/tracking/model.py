@@ -113,6 +113,7 @@ def _log(client: MlflowClient, weights: Path, run_id: str, step: int) -> ModelIn
             python_model=str(Path(__file__).with_name("served_student.py")),
             artifacts={"weights": str(weights)},
             signature=signature(),
+            model_config={ALLOW_PATHS: False},
             code_paths=[str(Path(d3etr.__file__).parent)],
             pip_requirements=_pinned(),
         )
