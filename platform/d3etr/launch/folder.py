@@ -73,8 +73,14 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be written to.
         """
-        with clear_disk_errors("the run's folder", self.path.parent):
-            self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with clear_disk_errors("the run's folder", self.path.parent):
+                self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the run's folder {self.path} cannot be made: {error.strerror}. "
+                "Choose another place with run.output."
+            ) from error
         if not self.config.exists():
             write_text(self.config, to_yaml(absolute_paths(config)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,7 @@ from d3etr.launch.signals import terminable
 
 CONNECT_SECONDS = 60.0
 """ray.init has no limit of its own: it waits for ever for a cluster that is half reachable."""
+PROBE_SECONDS = 10.0
 OBJECT_STORE_BYTES = 128 * 2**20
 """Training passes nothing through Ray's object store."""
 
@@ -67,6 +69,7 @@ def free_resources() -> Node:
 
 
 def _connect(address: str) -> None:
+    failure: Exception | None
     options: dict[str, Any] = {
         "address": address,
         "log_to_driver": False,
@@ -76,11 +79,21 @@ def _connect(address: str) -> None:
         # In this thread: Ray's processes end with the thread that started them.
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         failure = _attempt(partial(ray.init, **options))
-    else:
+    elif (failure := _probe(address)) is None:
         join = partial(ray.init, **options, runtime_env=runtime_environment())
         failure = _within(CONNECT_SECONDS, join)
     if failure is not None:
         raise UserError(_explanation(address, failure)) from failure
+
+
+def _probe(address: str) -> Exception | None:
+    """Whether anything listens at ``address``: known in seconds, where Ray tries for a minute."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not (host and port.isdigit()):
+        return None
+    return _attempt(
+        lambda: socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
+    )
 
 
 def _attempt(action: Callable[[], object]) -> Exception | None:

@@ -1,0 +1,172 @@
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fake_training
+import pytest
+
+from d3etr.config.tree import Config
+from d3etr.errors import UserError
+from d3etr.launch.api import launch
+from d3etr.launch.driver import RunFailedError, RunInterrupted, RunResult
+from d3etr.launch.folder import folder_of
+from d3etr.launch.lock import RunLock, RunLockedError
+from d3etr.training.context import TrainContext
+from d3etr.training.journal import Record
+
+MakeConfig = Callable[..., Config]
+
+
+class Tracker:
+    """Counts records; breaks where it is told to."""
+
+    run_id = "tracked"
+
+    def __init__(self, breaks: bool = False) -> None:
+        self.records: list[Record] = []
+        self.statuses: list[str] = []
+        self._breaks = breaks
+
+    def consume(self, record: Record) -> None:
+        self.records.append(record)
+        if self._breaks:
+            raise ConnectionError("server gone")
+
+    def finish(self, status: str) -> str | None:
+        self.statuses.append(status)
+        if self._breaks:
+            raise ConnectionError("server gone")
+        return None
+
+
+def run(config: Config, tracker: Tracker | None = None, **arguments: object) -> RunResult:
+    def open_tracker(config: Config, run_dir: Path) -> Tracker:
+        assert tracker is not None
+        return tracker
+
+    settings = {"task": fake_training.train, "launcher": "local", "quiet": True, **arguments}
+    if tracker is not None:
+        settings["open_tracker"] = open_tracker
+    return launch(config, **settings)  # type: ignore[arg-type]
+
+
+def test_a_run_hands_over_its_folder_metrics_and_weights(make_config: MakeConfig) -> None:
+    config, tracker = make_config(), Tracker()
+    result = run(config, tracker)
+    assert result.run_dir == folder_of(config).path
+    assert result.metrics["mAP"] == 1.0
+    assert result.weights.exists()
+    assert (result.tracked_run, result.trained) == ("tracked", True)
+    assert tracker.statuses == ["FINISHED"]
+    assert [record["kind"] for record in tracker.records].count("evaluation") == 3
+    assert not (result.run_dir / "lock").exists()
+
+
+def test_a_finished_run_returns_its_result_at_once(make_config: MakeConfig) -> None:
+    first = run(make_config())
+
+    def must_not_run(config: Config, run_dir: Path, context: TrainContext) -> dict[str, float]:
+        raise AssertionError("trained again")
+
+    second = run(make_config(), task=must_not_run)
+    assert second.metrics == first.metrics
+    assert not second.trained
+
+
+def test_a_run_that_finished_untracked_is_tracked_when_asked_again(make_config: MakeConfig) -> None:
+    run(make_config())
+    tracker = Tracker()
+    run(make_config(), tracker)
+    assert tracker.statuses == ["FINISHED"]
+
+
+def test_the_same_call_goes_on_after_a_failure(make_config: MakeConfig) -> None:
+    config, tracker = make_config(), Tracker()
+    config.run.output.mkdir()
+    order = config.run.output / "order.json"
+    order.write_text('["raise", 0, 6]')
+    with pytest.raises(ZeroDivisionError):
+        run(config, tracker)
+    order.unlink()
+    run(config, tracker)
+    starts = [record["step"] for record in tracker.records if record["kind"] == "start"]
+    assert tracker.statuses == ["FAILED", "FINISHED"]
+    assert starts[-1] == fake_training.STEPS_PER_EPOCH
+
+
+def test_a_tracker_that_breaks_costs_no_training(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(make_config(), Tracker(breaks=True)).metrics["mAP"] == 1.0
+    assert "server gone" in caplog.text
+
+
+def test_tracking_that_cannot_start_stops_the_run_before_training(make_config: MakeConfig) -> None:
+    def refuse(config: Config, run_dir: Path) -> Tracker:
+        raise UserError("MLflow does not answer")
+
+    with pytest.raises(UserError, match="does not answer"):
+        run(make_config(), open_tracker=refuse)
+    folder = folder_of(make_config())
+    assert not folder.journal.exists()
+    assert not (folder.path / "lock").exists()
+
+
+def test_a_run_that_is_going_on_is_left_alone(make_config: MakeConfig) -> None:
+    config = make_config()
+    folder = folder_of(config)
+    folder.prepare(config)
+    with RunLock(folder.path), pytest.raises(RunLockedError):
+        run(config)
+    assert not folder.journal.exists()
+
+
+def test_resume_without_a_run_is_refused_and_makes_nothing(make_config: MakeConfig) -> None:
+    config = make_config()
+    with pytest.raises(UserError, match="nothing to resume"):
+        run(config, resume=True)
+    assert not config.run.output.exists()
+
+
+def test_a_folder_found_by_name_is_not_given_to_another_recipe(make_config: MakeConfig) -> None:
+    first = run(make_config())
+    with pytest.raises(UserError, match="another configuration"):
+        run(make_config("run.seed=5"), run_dir=first.run_dir, resume=True)
+
+
+def test_training_that_leaves_no_result_is_a_failure(make_config: MakeConfig) -> None:
+    with pytest.raises(RunFailedError, match=r"summary\.json"):
+        run(make_config(), task=lambda config, run_dir, context: {})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_in_order_and_says_how_to_go_on(
+    make_config: MakeConfig, number: signal.Signals
+) -> None:
+    config, tracker = make_config(), Tracker()
+    config.run.output.mkdir()
+    (config.run.output / "order.json").write_text('["sleep", 0, 6]')
+    asleep = folder_of(config).path / "asleep"
+
+    def interrupt() -> None:
+        while not asleep.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(RunInterrupted, match=r"trainers/run\.py --resume .*tiny-"):
+        run(config, tracker)
+    assert tracker.statuses == ["KILLED"]
+    assert not (folder_of(config).path / "lock").exists()
+    assert run(config).trained
+
+
+@pytest.mark.parametrize("place", ["/proc/runs", __file__])
+def test_a_place_that_cannot_hold_runs_is_one_clear_error(
+    make_config: MakeConfig, place: str
+) -> None:
+    with pytest.raises(UserError, match=r"cannot be made.*run\.output"):
+        run(make_config(f"run.output={place}"))
