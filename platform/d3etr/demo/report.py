@@ -19,6 +19,15 @@ from d3etr.tracking.state import read_state
 
 PORT = 5000
 """MLflow's own default."""
+OWN_DATA = """\
+The same on data of your own (COCO format; put your paths into the first two lines):
+  TRAIN="data.train={{images: photos/train, annotations: photos/train.json}}"
+  VALIDATION="data.validation={{images: photos/val, annotations: photos/val.json}}"
+  {python} -m d3etr check-data --set "$TRAIN" --set "$VALIDATION"
+  {python} trainers/run.py trainers/recipes/own/teacher.yaml --set "$TRAIN" --set "$VALIDATION"
+  {python} trainers/run.py trainers/recipes/own/plain.yaml --set "$TRAIN" --set "$VALIDATION"
+  {python} trainers/run.py trainers/recipes/own/d3etr.yaml --set "$TRAIN" --set "$VALIDATION" \\
+    --set teacher.weights="$(ls -t runs/own-teacher-*/weights.safetensors | head -n 1)\""""
 HEADINGS = ("mAP", "gain", "AP50", "parameters", "images/s", "steps", "training")
 """What of a comparison fits on any terminal."""
 
@@ -53,15 +62,15 @@ def as_json(runs: list[DemoRun]) -> list[dict[str, Any]]:
 def next_steps(runs: list[DemoRun]) -> str:
     """Commands that can be pasted: the comparison in MLflow, a picture, own data."""
     python = _shown_path(Path(sys.executable))
-    distilled = runs[-1]
-    picture = _a_picture(distilled)
-    weights = _shown_path(distilled.result.weights)
+    weights = _shown_path(runs[-1].result.weights)
+    folders = " ".join(_shown_path(run.result.run_dir) for run in runs)
     parts = [
         *_mlflow_commands(runs, python),
         "Detect digits on a picture, drawn into predictions/:",
-        f"  {python} -m d3etr predict {weights} {picture} --output predictions",
-        "Compare the runs here:",
-        f"  {python} -m d3etr compare {' '.join(_shown_path(r.result.run_dir) for r in runs)}",
+        f"  {python} -m d3etr predict {weights} {_a_picture(runs[-1])} --output predictions",
+        "Compare the runs here, setting by setting and class by class:",
+        f"  {python} -m d3etr compare {folders}",
+        OWN_DATA.format(python=python),
     ]
     return "\n".join(parts)
 

@@ -1,0 +1,42 @@
+"""Every recipe that is shipped can be read."""
+
+from pathlib import Path
+
+import pytest
+
+from d3etr.config.load import load_config
+
+RECIPES = Path(__file__).resolve().parents[2] / "trainers" / "recipes"
+NEEDED = {
+    "own": (
+        "data.train={images: a, annotations: a.json}",
+        "data.validation={images: b, annotations: b.json}",
+    ),
+    "own/d3etr.yaml": ("teacher.weights=teacher.safetensors",),
+}
+"""What a person has to add on the command line, by folder or recipe."""
+
+
+def names() -> list[str]:
+    found = (path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml"))
+    return sorted(name for name in found if not name.endswith("base.yaml"))
+
+
+@pytest.mark.parametrize("name", names())
+def test_recipes_are_valid(name: str) -> None:
+    added = [*NEEDED.get(name.split("/")[0], ()), *NEEDED.get(name, ())]
+    config = load_config(RECIPES / name, added)
+    assert config.run.name != "run", "a recipe names its runs"
+
+
+def test_students_of_one_comparison_differ_in_nothing_but_the_teaching() -> None:
+    for folder in ("digits", "own"):
+        added = NEEDED.get(folder, ())
+        plain = load_config(RECIPES / folder / "plain.yaml", added)
+        more = (*added, *NEEDED.get(f"{folder}/d3etr.yaml", ()))
+        taught = load_config(RECIPES / folder / "d3etr.yaml", more)
+        assert plain.data == taught.data
+        assert plain.student == taught.student
+        assert plain.optimisation == taught.optimisation
+        assert plain.evaluation == taught.evaluation
+        assert plain.run.seed == taught.run.seed
