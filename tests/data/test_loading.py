@@ -1,4 +1,10 @@
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +130,64 @@ def test_loading_processes_give_what_one_process_gives(config, split):
     loader.close()
     with pytest.raises(UserError, match=r"^image id 4: .*4\.png: cannot be decoded"):
         list(_loader(split, _data(config, workers=1)).epoch(0))
+
+
+_ENDLESS = """
+import sys, time
+from pathlib import Path
+from d3etr.config.data import DataConfig, SplitConfig
+from d3etr.data.coco import read_split
+from d3etr.data.loading import EpochLoader
+
+def main():
+    config = SplitConfig(images=Path(sys.argv[1]), annotations=Path(sys.argv[2]))
+    data = DataConfig(train=config, validation=config, workers=2)
+    split = read_split("train", config)
+    loader = EpochLoader(
+        split, data, batch_size=4, accumulation=1, rank=0, world_size=1, seed=0
+    )
+    steps = loader.epoch(0)
+    next(steps)
+    print("loading", flush=True)
+    time.sleep(300)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+def test_loading_processes_end_when_the_training_process_is_killed(config, tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text(_ENDLESS)
+    command = [sys.executable, str(script), str(config.images), str(config.annotations)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"loading\n"
+    assert len(_session(process.pid)) >= 4  # itself, the fork server, two loading processes
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while _session(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    left = _session(process.pid)
+    for number in left:
+        os.kill(number, signal.SIGKILL)
+    assert left == []
+
+
+def _session(number: int) -> list[int]:
+    """Processes of a session that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == number and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 9])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterable, Iterator
 from multiprocessing.context import BaseContext
+from threading import Thread
 from typing import Any
 
 import torch
@@ -172,6 +174,7 @@ class _BatchSource:
                 persistent_workers=self._persistent,
                 pin_memory=torch.cuda.is_available(),
                 multiprocessing_context=_safe_context(),
+                worker_init_fn=_end_with_parent,
             )
         return self._loader
 
@@ -235,3 +238,19 @@ def _safe_context() -> BaseContext:
     # Imported once in the server instead of in every loading process.
     context.set_forkserver_preload([__name__])
     return context
+
+
+def _end_with_parent(_worker: int) -> None:
+    """Ends this loading process when the training process is killed.
+
+    PyTorch's own watch looks at the process that forked it. Here that is the fork server, which
+    lives until its children end: without this they would wait for each other for ever.
+    """
+    Thread(target=_exit_after_parent, daemon=True).start()
+
+
+def _exit_after_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
