@@ -12,6 +12,9 @@ from torch.nn import functional
 
 from d3etr.structures import MASKED_SCORE
 
+SMALL_MEMORY = 256
+"""Keys up to which plain matrix products beat the CPU's fused attention on padded values."""
+
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N, H*E] -> [B, H, N, E]."""
@@ -33,11 +36,13 @@ def attend(
     Returns:
         [B, N, H*E'].
     """
-    visible = None if padding is None else ~padding[:, None, None]
     width = value.shape[-1]
     if width != query.shape[-1] and query.device.type == "cpu":
-        # The CPU's fused kernel wants one width; zeros cost less than leaving it.
+        # The CPU's fused kernel wants one width: widen with zeros where it pays, else do without.
+        if key.shape[-2] <= SMALL_MEMORY:
+            return attend_with_scores(query, key, value, padding, dropout)[0]
         value = functional.pad(value, (0, query.shape[-1] - width))
+    visible = None if padding is None else ~padding[:, None, None]
     mixed = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=visible, dropout_p=dropout
     )

@@ -11,6 +11,7 @@ import torch
 
 from d3etr.config.tree import Config
 from d3etr.detectors.build import count_parameters
+from d3etr.training.allocator import keep_freed_memory
 from d3etr.training.assembly import (
     Models,
     Splits,
@@ -59,6 +60,7 @@ def run_training(config: Config, run_dir: Path, context: TrainContext) -> dict[s
     if context.rank == 0:
         with clear_disk_errors("the run", run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
     run = _Run(config, run_dir, context)
     try:
         run.train()
