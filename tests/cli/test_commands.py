@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from d3etr.cli.main import COMMANDS, main
+from d3etr.errors import RunFailedError, UserError
 
 SCENES = ("train_images=4", "validation_images=3", "test_images=3")
 
@@ -231,3 +232,39 @@ def test_comparing_nothing_that_exists_is_a_user_mistake(
 ) -> None:
     assert main(["compare", "nothing", "--output-root", str(tmp_path)]) == 2
     assert "no run 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (UserError("fix this"), 2, "error: fix this\n"),
+        (RunFailedError("worker 1 died"), 1, "error: worker 1 died\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt("go on with --resume"), 130, "go on with --resume\n"),
+    ],
+)
+def test_every_end_has_its_exit_code_and_text(
+    error: BaseException,
+    code: int,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("d3etr.data.checks.check_data", fail)
+    sets = ["--set", "data.digit_scenes={}"]
+    assert main(["check-data", *sets]) == code
+    assert capsys.readouterr().err == text
+
+
+def test_errors_of_the_program_itself_keep_their_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("d3etr.data.checks.check_data", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["check-data", "--set", "data.digit_scenes={}"])

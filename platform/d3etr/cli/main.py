@@ -22,7 +22,7 @@ from d3etr.cli import (
     train,
 )
 from d3etr.cli.command import Command
-from d3etr.errors import UserError
+from d3etr.errors import RunFailedError, UserError
 
 COMMANDS: tuple[Command, ...] = (
     demo.COMMAND,
@@ -36,6 +36,7 @@ COMMANDS: tuple[Command, ...] = (
     attention.COMMAND,
     render_digit_scenes.COMMAND,
 )
+FAILED = 1
 USER_MISTAKE = 2
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
@@ -48,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None: those of this process.
 
     Returns:
-        The exit code: 0, 2 for a mistake that the user can fix (said in one text on standard
-        error, without a traceback), 130 after Ctrl-C, or the command's own.
+        The exit code: 0, 1 for a run that broke, 2 for a mistake that the user can fix (each
+        said in one text on standard error), 130 after Ctrl-C, or the command's own.
     """
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_MISTAKE
+    except RunFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt as stop:
         print(stop if str(stop) else "interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from d3etr.launch.driver import RunResult
 
 LAUNCHERS = ("ray", "local", "torchrun")
-FAILED = 1
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -48,19 +46,14 @@ def _run(options: Namespace) -> int:
     if options.dry_run:
         return _dry_run(config, options.json)
     from d3etr.launch.api import launch
-    from d3etr.launch.driver import RunFailedError
 
-    try:
-        result = launch(
-            config,
-            launcher=options.launcher,
-            resume=options.resume is not None,
-            run_dir=run_dir,
-            quiet=options.quiet,
-        )
-    except RunFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+    result = launch(
+        config,
+        launcher=options.launcher,
+        resume=options.resume is not None,
+        run_dir=run_dir,
+        quiet=options.quiet,
+    )
     if options.json:
         print_json(as_json(result))
     else:

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 from d3etr.config.load import load_config
 from d3etr.config.tree import Config
+from d3etr.errors import RunFailedError as RunFailedError
 from d3etr.errors import UserError
 from d3etr.launch.console import Display
 from d3etr.launch.folder import RunFolder, absolute_paths, ensure_same_recipe
@@ -75,10 +76,6 @@ class RunInterrupted(KeyboardInterrupt):
             f"and so does: python trainers/run.py --resume {run_dir}"
         )
         self.run_dir = run_dir
-
-
-class RunFailedError(Exception):
-    """A run broke for a reason that is no user mistake; the text says what and where."""
 
 
 @dataclass(frozen=True)
