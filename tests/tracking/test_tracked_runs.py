@@ -61,6 +61,7 @@ def test_a_finished_run_has_metrics_params_tags_files_and_a_model(
     assert run.data.tags["role"] == "student" and run.data.tags["method"] == "none"
     assert run.data.tags["backbone"] == "small-8-8-8"
     assert run.data.tags["data_digest"] == "d" * 16
+    assert [used.dataset.name for used in run.inputs.dataset_inputs] == ["digit-scenes"]
     assert "Plain student" in run.data.tags["mlflow.note.content"]
     names = {file.path for file in client_of(config).list_artifacts(run.info.run_id)}
     assert {"config.yaml", "summary.json", "journal.jsonl", "weights"} <= names
@@ -153,8 +154,22 @@ def test_a_student_names_its_teachers_run(make_config: MakeConfig, make_run: Mak
     tags = run_of(student, student_dir).data.tags
     assert tags["teacher_run"] == run_of(teacher, teacher_dir).info.run_id
     assert tags["title"] == "D3ETR student"
-    assert run_of(student, student_dir).info.run_name == "D3ETR student · digits-d3etr · seed 0"
+    assert run_of(student, student_dir).info.run_name == "D3ETR student · digits · seed 0"
     assert run_of(teacher, teacher_dir).data.tags["role"] == "teacher"
+
+
+def test_the_last_record_adds_the_test_split_and_the_kept_weights_results(
+    make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    config = make_config()
+    run_dir = make_run(config, finished=False)
+    ended = {"mAP": 0.3, "test/mAP": 0.28, "parameters": 1000, "seed": 0, "train/loss": 9.0}
+    end = {"kind": "end", "step": 20, "time": 1e9, "metrics": ended}
+    write_journal(run_dir, [*journal_records(20), end])
+    assert open_tracker(config, run_dir).finish("FINISHED") is None
+    metrics = run_of(config, run_dir).data.metrics
+    assert metrics["final/mAP"] == 0.3 and metrics["test/mAP"] == 0.28
+    assert metrics["train/loss"] == 0.5 and "final/seed" not in metrics
 
 
 def test_a_run_that_is_gone_from_mlflow_is_sent_anew(
@@ -210,6 +225,7 @@ def test_a_server_that_is_down_at_the_start_is_one_error_within_15_seconds(
     assert not (run_dir / "mlflow_run.json").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_accepts_and_says_nothing_is_one_error_within_15_seconds(
     make_config: MakeConfig, make_run: MakeRun
 ) -> None:

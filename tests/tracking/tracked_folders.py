@@ -45,7 +45,12 @@ def write_journal(folder: Path, records: list[dict[str, Any]]) -> None:
     (folder / "journal.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def write_weights(path: Path, mAP: float = 0.25, seed: int = 0) -> None:
+def write_weights(
+    path: Path,
+    mAP: float = 0.25,
+    seed: int = 0,
+    classes: tuple[tuple[int, str], ...] = CLASSES,
+) -> None:
     """A tiny detector with random weights."""
     torch.manual_seed(seed)
     evaluation = {"split": "validation", "data_digest": "d" * 64, "mAP": mAP}
@@ -54,11 +59,11 @@ def write_weights(path: Path, mAP: float = 0.25, seed: int = 0) -> None:
         json.dumps(
             {
                 "detector": TINY.model_dump(mode="json"),
-                "categories": CLASSES,
+                "categories": classes,
                 "preprocessing": config,
                 "evaluation": evaluation,
                 "origin": {},
             }
         )
     )
-    save_weights(path, build_detector(TINY, len(CLASSES)), info)
+    save_weights(path, build_detector(TINY, len(classes)), info)

@@ -7,10 +7,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.tracking import MlflowClient
 
 from d3etr.config.tree import Config
 from d3etr.detectors.weights import file_digest, read_info
+from d3etr.tracking.description import role
 from d3etr.tracking.model import log_student
 from d3etr.tracking.state import RunState
 
@@ -54,12 +56,14 @@ def log_results(
     data_digest = str(evaluation.get("data_digest", ""))[:DIGEST_LENGTH]
     if data_digest:
         client.set_tag(state.run_id, "data_digest", data_digest)
+        client.log_inputs(state.run_id, datasets=[_dataset(config, data_digest)])
     if config.tracking.figures:
         _log_figures(client, config, run_dir, state.run_id)
     model_uri = log_student(
         weights,
         state.run_id,
         uri,
+        name=role(config),
         step=max(0, state.sent_step),
         register_as=config.tracking.register_as,
         quality=evaluation.get("mAP"),
@@ -75,6 +79,16 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _dataset(config: Config, digest: str) -> DatasetInput:
+    """What the run was measured on, as MLflow's tables show it."""
+    name, source = "digit-scenes", "made by d3etr"
+    if config.data.validation is not None:
+        file = config.data.validation.annotations
+        name, source = f"{file.parent.name}/{file.stem}", str(file)
+    dataset = Dataset(name, digest, source_type="local", source=json.dumps({"uri": source}))
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "validation")])
 
 
 def _log_figures(client: MlflowClient, config: Config, run_dir: Path, run_id: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import colorsys
 import getpass
+import hashlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,6 +19,9 @@ from d3etr.tracking.address import without_secrets
 from d3etr.tracking.state import read_state
 
 METHOD_TITLES = {"none": "plain", "d3etr": "D3ETR", "kd_detr": "KD-DETR"}
+PLAIN_HUE = 0.6
+HUES = {"teacher": 0.56, "plain student": PLAIN_HUE, "D3ETR student": 0.07}
+"""Blue, grey and orange as in the figures."""
 _GIT_SECONDS = 5
 
 
@@ -34,11 +40,21 @@ def title(config: Config) -> str:
 
 
 def run_name(config: Config) -> str:
-    """Name in MLflow's table: the title, the run's own name if it says more, the seed."""
-    parts = [title(config)]
-    if _letters(config.run.name) != _letters(parts[0]):
-        parts.append(config.run.name)
-    return " · ".join([*parts, f"seed {config.run.seed}"])
+    """Name in MLflow's table: the title, what the run's own name says besides, the seed.
+
+    ``digits-plain`` becomes ``plain student · digits · seed 0``.
+    """
+    known = {*title(config).lower().split(), role(config), config.distillation.method}
+    words = [word for word in re.split(r"[-_.]+", config.run.name) if word.lower() not in known]
+    return " · ".join([title(config), *filter(None, ["-".join(words)]), f"seed {config.run.seed}"])
+
+
+def colour(config: Config, run_dir: Path) -> str:
+    """Colour in MLflow's charts: a hue for each title, lighter or darker for each run."""
+    hue = HUES.get(title(config), 0.78)
+    shade = int(hashlib.sha256(run_dir.name.encode()).hexdigest()[:4], 16) / 0xFFFF
+    parts = colorsys.hls_to_rgb(hue, 0.30 + 0.25 * shade, 0.08 if hue == PLAIN_HUE else 0.9)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
 
 
 def params(config: Config) -> dict[str, str]:
@@ -59,7 +75,8 @@ def tags(config: Config, run_dir: Path) -> dict[str, str]:
         "run_folder": run_dir.name,
         "mlflow.note.content": note(config, run_dir),
         "mlflow.user": _user(),
-        "mlflow.source.name": Path(sys.argv[0]).name or "python",
+        "mlflow.runColor": colour(config, run_dir),
+        "mlflow.source.name": _program(),
         "mlflow.source.type": "LOCAL",
     }
     commit = git_commit()
@@ -147,8 +164,10 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
         yield prefix, str(value)
 
 
-def _letters(text: str) -> str:
-    return "".join(character for character in text.lower() if character.isalnum())
+def _program() -> str:
+    """``trainers/run.py``, or d3etr where the package itself was started."""
+    script = Path(sys.argv[0])
+    return "d3etr" if script.stem in ("__main__", "d3etr", "") else "/".join(script.parts[-2:])
 
 
 def _user() -> str:

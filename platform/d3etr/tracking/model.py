@@ -25,7 +25,6 @@ import d3etr
 
 logger = logging.getLogger(__name__)
 
-MODEL_NAME = "student"
 NEWEST_ALIAS = "newest"
 BEST_ALIAS = "best"
 DEFAULT_THRESHOLD = 0.5
@@ -67,6 +66,7 @@ def log_student(
     run_id: str,
     uri: str,
     *,
+    name: str = "student",
     step: int = 0,
     register_as: str | None = None,
     quality: float | None = None,
@@ -78,6 +78,7 @@ def log_student(
         weights: a d3etr weights file.
         run_id: the MLflow run that made it.
         uri: MLflow's address.
+        name: what the run's page calls it.
         step: optimiser step of the weights; the run's metrics of this step become the model's.
         register_as: also register it under this name. Alias ``newest`` then points at it, and
             alias ``best`` if no registered student of the same data has a higher quality.
@@ -89,7 +90,7 @@ def log_student(
     """
     client = MlflowClient(tracking_uri=uri)
     with _default_uri(uri):
-        model = _log(client, weights, run_id, step)
+        model = _log(client, name, weights, run_id, step)
         if register_as is None:
             return str(model.model_uri)
         version = _register(client, register_as, model, run_id)
@@ -97,11 +98,11 @@ def log_student(
     return f"models:/{register_as}/{version}"
 
 
-def _log(client: MlflowClient, weights: Path, run_id: str, step: int) -> ModelInfo:
+def _log(client: MlflowClient, name: str, weights: Path, run_id: str, step: int) -> ModelInfo:
     run = client.get_run(run_id)
     # Made by hand, since MLflow would put the model into the process's own experiment.
     model = mlflow.initialize_logged_model(
-        MODEL_NAME, source_run_id=run_id, experiment_id=run.info.experiment_id
+        name, source_run_id=run_id, experiment_id=run.info.experiment_id
     )
     with warnings.catch_warnings(record=True) as said:
         info = Model.log(

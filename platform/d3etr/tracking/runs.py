@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from mlflow.entities import Param, Run, RunTag
+from mlflow.entities import Param, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -224,8 +224,6 @@ def _complete_params(client: MlflowClient, run_id: str, config: Config) -> None:
     lacking = [Param(key, value) for key, value in params(config).items() if key not in known]
     for start in range(0, len(lacking), PARAMS_PER_REQUEST):
         client.log_batch(run_id, params=lacking[start : start + PARAMS_PER_REQUEST])
-    if lacking:
-        client.log_batch(run_id, tags=[RunTag("configuration", "complete")])
 
 
 def _status_to_report(run_dir: Path) -> Status:

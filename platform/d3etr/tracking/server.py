@@ -27,6 +27,8 @@ PROBE_SECONDS = 8.0
 """How long a server may take to accept a connection: one that is just starting gets a chance."""
 CONNECT_TIMEOUT_SECONDS = 2.0
 ANSWER_TIMEOUT_SECONDS = 5
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Tells MLflow's pages that models are trained here: they show runs, not traces of chats."""
 QUIET_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -96,7 +98,8 @@ def open_experiment(client: MlflowClient, name: str, artifacts: str | None) -> s
         found = client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(client.create_experiment(name, artifact_location=artifacts))
+                made = client.create_experiment(name, artifact_location=artifacts, tags=KIND)
+                return str(made)
             except MlflowException:  # another run made it in the meantime
                 found = client.get_experiment_by_name(name)
                 if found is None:

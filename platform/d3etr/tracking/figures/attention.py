@@ -87,8 +87,8 @@ def draw_attention(views: Sequence[ObjectView], layer: str = "last decoder layer
         panel_title(grid[0, column], name, TRUTH if not column else DETECTORS.get(name, PLAIN))
     headline(
         figure,
-        "Cross-attention of the query that detects the object",
-        f"{layer}, mean over heads; each map from its lowest to its highest value",
+        "Where the detecting query looks",
+        f"cross-attention of the {layer}, mean over heads",
     )
     return figure
 

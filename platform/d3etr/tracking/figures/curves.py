@@ -95,7 +95,8 @@ def draw_training(
     if not any(len(line.steps) for line in series):
         empty_note(axes, "not measured yet")
     plain_axes(axes, "optimiser step", "mAP (%)")
-    axes.set_ylim(bottom=0)
+    # A detector that has learnt nothing yet must not look like a mountain range.
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     axes.set_xlim(left=0)
     legend(axes, loc="lower right")
     if title:

@@ -89,6 +89,8 @@ def draw_predictions(scenes: Sequence[Scene], threshold: float, subject: str) ->
             axes = grid[row, column]
             draw_image(axes, scene.image)
             draw_boxes(axes, boxes, colour, stroke)
+            if not len(boxes.names):
+                axes.set_xlabel("nothing", fontsize=TEXT_SIZE, color=QUIET)
             panel_title(axes, label if row == 0 else "", colour)
         grid[row, 0].set_ylabel(scene.title, fontsize=TEXT_SIZE, color=QUIET)
     headline(
