@@ -176,9 +176,10 @@ def test_a_killed_drivers_run_is_finished_by_the_same_command(
     assert again.returncode == 0, again.stderr
     assert "took over" in again.stderr and "going on from" in again.stderr
     run_dir = journal.parent
-    assert losses(run_dir) == losses(undisturbed.run_dir)
+    # Not to the last digit: another process may add up in another order.
+    assert losses(run_dir) == pytest.approx(losses(undisturbed.run_dir), rel=1e-6)
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["train/loss"] == undisturbed.metrics["train/loss"]
+    assert summary["train/loss"] == pytest.approx(undisturbed.metrics["train/loss"], rel=1e-6)
 
 
 def wait_for_step(config: Config, step: int) -> Path:

@@ -85,3 +85,11 @@ def runtime_environment() -> dict[str, dict[str, str]]:
     theirs = (job.get("runtime_env") or {}).get("env_vars") or {}
     kept = {name: value for name, value in variables.items() if name not in theirs}
     return {"env_vars": kept} if kept else {}
+
+
+def in_temporary_copy(folder: Path) -> bool:
+    """Whether ``folder`` is inside the copy of a working directory that Ray makes for a job.
+
+    The copy is on one machine only and is removed some time after the job.
+    """
+    return bool(os.environ.get(JOB_CONFIG)) and "working_dir_files" in folder.parts

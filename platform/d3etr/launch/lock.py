@@ -7,10 +7,10 @@ live; elsewhere the age of the last touch does, measured by the storage's own cl
 
 from __future__ import annotations
 
-import _thread
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -216,5 +216,5 @@ class RunLock:
             if owner != self.owner:
                 self.lost = True
                 logger.error("%s was taken over by another run (%s)", self.path, owner)
-                _thread.interrupt_main()
+                os.kill(os.getpid(), signal.SIGINT)
                 return

@@ -6,6 +6,7 @@ their history are in the run's folder and not Ray's affair, so that a run can ch
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Mapping
@@ -19,12 +20,15 @@ import ray.train.torch
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.errors import UserError
 from d3etr.launch.driver import Launch, RunFailedError
+from d3etr.launch.environment import in_temporary_copy
 from d3etr.launch.notes import Notes, Reason
 from d3etr.launch.ray_cluster import cluster_nodes, connected, free_resources
 from d3etr.launch.ray_worker import Assignment, work
 from d3etr.launch.resources import Demand, demand_of, describe, ensure_room
 from d3etr.launch.task import Task, train
 from d3etr.training.context import COLLECTIVE_TIMEOUT_SECONDS
+
+logger = logging.getLogger(__name__)
 
 ORDERLY_SECONDS = 10.0
 """After a worker said why the run must end, the others get so long to end in order."""
@@ -48,6 +52,12 @@ class RayLauncher:
             RunFailedError: workers kept failing.
         """
         cluster = launch.config.cluster
+        if in_temporary_copy(launch.run_dir):
+            logger.warning(
+                "the run's folder %s is inside Ray's temporary copy of the working directory and "
+                "will be removed with it: --set run.output=FOLDER on shared storage keeps it",
+                launch.run_dir,
+            )
         with connected(cluster, launch.stage):
             nodes = cluster_nodes()
             demand = demand_of(cluster, nodes)
@@ -112,8 +122,13 @@ def _fit(
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
-    while thread.is_alive() and notes.reason() is None:
-        thread.join(0.3)
+    try:
+        while thread.is_alive() and notes.reason() is None:
+            thread.join(0.3)
+    except KeyboardInterrupt:
+        # Where the connection to Ray outlives the run, workers must know not to start again.
+        notes.end(Reason("failure", "interrupted"))
+        raise
     reason = notes.reason()
     if reason is not None:
         thread.join(ORDERLY_SECONDS)
