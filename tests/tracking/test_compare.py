@@ -83,6 +83,7 @@ def test_json_holds_everything_and_is_valid(folders: Path) -> None:
     plain, distilled = found["groups"]
     assert plain["gain"] is None and distilled["gain"]["mean"] == pytest.approx(0.16)
     assert distilled["metrics"]["mAP"]["runs"] == 2
+    assert next(iter(found["differences"])) == "teacher.weights"
     assert found["differences"]["distillation.method"] == ["none", "d3etr"]
     assert distilled["classes"]["dog"]["mean"] == pytest.approx(0.185)
 

@@ -109,9 +109,16 @@ class Comparison:
     def differences(self) -> dict[str, list[str]]:
         """Settings that are not the same everywhere: dotted key -> value of each group."""
         settings = [group.runs[0].settings() for group in self.groups]
-        keys = dict.fromkeys(key for each in settings for key in each)
+        longest_first = sorted(settings, key=len, reverse=True)
+        keys = dict.fromkeys(key for each in longest_first for key in each)
+        sections = {key.rpartition(".")[0] for key in keys}
         rows = {key: [each.get(key, "-") for each in settings] for key in keys}
-        return {key: values for key, values in rows.items() if len(set(values)) > 1}
+        # A section that is null in one run only repeats what its keys say in the others.
+        return {
+            key: values
+            for key, values in rows.items()
+            if len(set(values)) > 1 and key not in sections
+        }
 
     def classes(self) -> dict[str, list[Spread | None]]:
         """Class name -> average precision of each group."""
