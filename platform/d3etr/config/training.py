@@ -95,12 +95,12 @@ class PretrainingConfig(Section):
 
     crop_size: Annotated[int, Field(ge=16, le=512)] = 32
     """Pixels of the square crops that the backbone classifies."""
-    context: Annotated[float, Field(ge=0, le=4)] = 0.25
+    context: Annotated[float, Field(ge=0, le=4)] = 0.1
     """A crop's side is the object's longer side times 1 + context."""
-    steps: Positive = 800
-    batch_size: Positive = 64
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
-    weight_decay: Weight = 0.05
+    steps: Positive = 1500
+    batch_size: Positive = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    weight_decay: Weight = 1e-3
     backgrounds: Annotated[float, Field(ge=0, le=10)] = 0.2
     """Crops without an object, for each crop with one."""
     maximum_crops: Annotated[int, Field(ge=1)] = 40_000

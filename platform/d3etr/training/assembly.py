@@ -16,6 +16,7 @@ from d3etr.detectors.build import build_detector
 from d3etr.detectors.conditional_detr import ConditionalDETR
 from d3etr.detectors.weights import WeightsInfo, file_digest, load_weights
 from d3etr.distillation.distiller import Distiller
+from d3etr.errors import UserError
 from d3etr.training.context import TrainContext
 from d3etr.training.ema import WeightAverage
 from d3etr.training.optimiser import build_optimiser
@@ -131,11 +132,24 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
 
 
 def _build_student(config: Config, classes: int) -> ConditionalDETR:
+    _require_start(config)
     _seed(config, "student")
     student = build_detector(config.student.detector, classes)
     if config.student.backbone_weights is not None:
         load_backbone_weights(student.backbone, config.student.backbone_weights)
     return student.train()
+
+
+def _require_start(config: Config) -> None:
+    backbone = config.student.detector.backbone
+    frozen = backbone.name != "small" and backbone.norm == "frozen"
+    if frozen and config.student.backbone_weights is None:
+        raise UserError(
+            f"student.backbone_weights is null, but backbone '{backbone.name}' has norm 'frozen': "
+            "random weights would keep batch statistics that were never taken. Set "
+            "student.backbone_weights to 'imagenet' or a file, or student.detector.backbone.norm "
+            "to 'group'"
+        )
 
 
 def _load_teacher(

@@ -8,6 +8,7 @@ what is none) is a task that it learns in minutes.
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from d3etr.training.schedule import learning_rate_factor
 from d3etr.training.seeding import derive_seed, seed_generators
 from d3etr.training.storage import clear_disk_errors
 
-_SHIFT, _SCALE = 0.12, 0.2
+_SHIFT, _SCALE = 0.06, 0.15
 """Largest shift (in crop sides) and change of scale of a crop in training."""
 _CPU = torch.device("cpu")
 
@@ -89,7 +90,8 @@ def pretrain_backbone(
     require_same_categories(train, validation)
     crops = cut_crops(train, config, seed, progress)
     _require_objects(crops, train)
-    classifier = _Classifier(network, len(train.categories) + 1).to(device or _CPU)
+    classifier = _Classifier(network, len(train.categories) + 1, config.crop_size)
+    classifier.to(device or _CPU)
     _fit(classifier, crops, data, config, seed, progress)
     accuracy, objects = _measure(
         classifier, cut_crops(validation, config, seed, progress), data.preprocessing, config
@@ -101,16 +103,23 @@ def pretrain_backbone(
 
 
 class _Classifier(nn.Module):
-    """A linear classifier on the mean of a backbone's features."""
+    """A linear classifier on a backbone's whole feature map.
 
-    def __init__(self, backbone: SmallBackbone | ResNetBackbone, classes: int) -> None:
+    Not on its mean: parts of neighbouring objects reach into many crops, and where something
+    is tells them apart from the object in the middle.
+    """
+
+    def __init__(
+        self, backbone: SmallBackbone | ResNetBackbone, classes: int, crop_size: int
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.channels, classes)
+        cells = math.ceil(crop_size / backbone.stride) ** 2
+        self.head = nn.Linear(backbone.channels * cells, classes)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[B, 3, side, side] -> logits [B, classes]."""
-        logits: Tensor = self.head(self.backbone(pixels).mean((2, 3)))
+        """[B, 3, crop_size, crop_size] -> logits [B, classes]."""
+        logits: Tensor = self.head(self.backbone(pixels).flatten(1))
         return logits
 
 
