@@ -14,6 +14,7 @@ from d3etr.launch.api import launch
 from d3etr.launch.driver import RunFailedError, RunInterrupted, RunResult
 from d3etr.launch.folder import folder_of
 from d3etr.launch.lock import RunLock, RunLockedError
+from d3etr.tracking.state import RunState, write_state
 from d3etr.training.context import TrainContext
 from d3etr.training.journal import Record
 
@@ -81,6 +82,29 @@ def test_a_run_that_finished_untracked_is_tracked_when_asked_again(make_config: 
     tracker = Tracker()
     run(make_config(), tracker)
     assert tracker.statuses == ["FINISHED"]
+
+
+def test_a_run_that_mlflow_has_all_of_needs_no_mlflow(make_config: MakeConfig) -> None:
+    config = make_config("tracking.enabled=true", "tracking.uri=http://127.0.0.1:1")
+    result = run(make_config())
+    state = RunState(
+        tracking_uri="http://127.0.0.1:1", experiment_id="1", run_id="all", complete=True
+    )
+    write_state(result.run_dir, state)
+    assert run(config).tracked_run == "all"
+    write_state(result.run_dir, state.model_copy(update={"complete": False}))
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:1"):
+        run(config)
+
+
+def test_tracking_without_mlflow_is_refused_before_anything_is_made(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d3etr.launch.api.find_spec", lambda name: None)
+    config = make_config("tracking.enabled=true")
+    with pytest.raises(UserError, match=r"pip install mlflow.*tracking\.enabled=false"):
+        run(config)
+    assert not config.run.output.exists()
 
 
 def test_the_same_call_goes_on_after_a_failure(make_config: MakeConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,8 @@ def _run(options: Namespace) -> int:
         run_dir=run_dir,
         quiet=options.quiet,
     )
+    if options.launcher == "torchrun" and os.environ["RANK"] != "0":
+        return 0  # the first worker speaks for all
     if options.json:
         print_json(as_json(result))
     else:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.launch.console import open_display
-from d3etr.launch.driver import Launcher, OpenTracker, RunResult, Tracker, drive
+from d3etr.launch.driver import Launcher, OpenTracker, RunResult, Status, Tracker, drive
 from d3etr.launch.folder import RunFolder, folder_of
 from d3etr.launch.task import Task, train
+from d3etr.tracking.address import without_secrets
+from d3etr.tracking.state import read_state
+from d3etr.training.journal import Record
 
 LauncherName = Literal["ray", "local", "torchrun"]
 LAUNCHERS: tuple[LauncherName, ...] = ("ray", "local", "torchrun")
@@ -86,17 +92,47 @@ def _launcher(name: LauncherName, task: Task) -> Launcher:
 
 
 def _mlflow(config: Config) -> OpenTracker | None:
+    """Tracking in MLflow, where it is enabled."""
     if not config.tracking.enabled:
         return None
-    try:
-        from d3etr.tracking.runs import open_tracker
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"tracking.enabled is true, but {error.name} is not installed: pip install mlflow, or "
-            "--set tracking.enabled=false"
-        ) from error
 
     def start(config: Config, run_dir: Path) -> Tracker:
+        told = _told_before(config, RunFolder(run_dir))
+        if told is not None:
+            return told
+        # Slow to import, and not needed for a run that MLflow knows all about.
+        from d3etr.tracking.runs import open_tracker
+
         return open_tracker(config, run_dir)
 
+    if find_spec("mlflow") is None:
+        raise UserError(
+            "tracking.enabled is true, but mlflow is not installed: pip install mlflow, or "
+            "--set tracking.enabled=false"
+        )
     return start
+
+
+@dataclass(frozen=True)
+class Told:
+    """Stands for a tracked run that has everything."""
+
+    run_id: str
+
+    def consume(self, record: Record) -> None:
+        """Nothing is new."""
+
+    def finish(self, status: Status) -> str | None:
+        """Nothing is missing."""
+        return None
+
+
+def _told_before(config: Config, folder: RunFolder) -> Told | None:
+    """The MLflow run of a finished run, if it has everything and is where it should be."""
+    state = None if folder.result() is None else read_state(folder.path)
+    if state is None or not state.complete:
+        return None
+    wanted = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if wanted and without_secrets(wanted) != state.tracking_uri:
+        return None
+    return Told(state.run_id)
