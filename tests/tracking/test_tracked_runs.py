@@ -114,7 +114,9 @@ def test_the_journal_alone_is_enough(make_config: MakeConfig, make_run: MakeRun)
     run_dir = make_run(config)
     assert replay(run_dir) is None
     assert steps_of(config, run_dir, "val/mAP") == [10, 20]
-    assert run_of(config, run_dir).info.status == "FINISHED"
+    info = run_of(config, run_dir).info
+    assert info.status == "FINISHED"
+    assert info.end_time - info.start_time == 20_000, "times of the run, not of the sending"
 
 
 def test_a_model_is_logged_once_and_best_stays_with_the_best(

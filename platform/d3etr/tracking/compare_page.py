@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from d3etr.tracking.compare import Comparison
 from d3etr.tracking.compare_text import (
@@ -16,6 +17,9 @@ from d3etr.tracking.compare_text import (
     percent,
     result_cells,
 )
+
+if TYPE_CHECKING:
+    from d3etr.tracking.figures.style import Stroke
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto;
@@ -66,6 +70,19 @@ def as_page(comparison: Comparison) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>'
 
 
+def _styles(titles: Sequence[str]) -> list[tuple[str, Stroke]]:
+    """Colours of teacher, plain and distilled student while few groups share one."""
+    from d3etr.tracking.figures.style import PLAIN, STROKES, STUDENT, TEACHER, series_styles
+
+    if max(titles.count(title) for title in titles) > len(STROKES):
+        return series_styles(len(titles))
+    known = {"teacher": TEACHER, "plain student": PLAIN}
+    return [
+        (known.get(title, STUDENT), STROKES[titles[:place].count(title)])
+        for place, title in enumerate(titles)
+    ]
+
+
 def _section(title: str, headings: Sequence[str], rows: list[list[str]], kind: str = "") -> str:
     return f"<h2>{escape(title)}</h2>{_table(headings, rows, kind)}" if rows else ""
 
@@ -73,17 +90,25 @@ def _section(title: str, headings: Sequence[str], rows: list[list[str]], kind: s
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     head = "".join(f"<th>{escape(text)}</th>" for text in headings)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{_breakable(text)}</td>" for text in row) + "</tr>" for row in rows
     )
     return f'<div class="wide"><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
+
+
+def _breakable(text: str) -> str:
+    """Escaped; long dotted keys may break where a person would break them."""
+    return (
+        re.sub(r"(?<=\w)([._/])(?=\w)", r"\1<wbr>", escape(text))
+        if len(text) > 24
+        else escape(text)
+    )
 
 
 def _curves(comparison: Comparison) -> str:
     # matplotlib takes a second to import: only who draws pays.
     from d3etr.tracking.figures.curves import Series, draw_training
-    from d3etr.tracking.figures.style import series_styles
 
-    styles = series_styles(len(comparison.groups))
+    styles = _styles([group.title for group in comparison.groups])
     series = [
         Series(
             label(group) if number == 0 else "",

@@ -69,7 +69,7 @@ def result_cells(comparison: Comparison, group: RunGroup) -> list[str]:
 def differences_table(comparison: Comparison) -> Table:
     """Settings that are not the same everywhere."""
     table = Table(title="\nwhat sets them apart", title_justify="left", box=None)
-    table.add_column("setting")
+    table.add_column("setting", no_wrap=True, min_width=24)
     for group in comparison.groups:
         table.add_column(label(group), overflow="fold")
     for key, values in comparison.differences().items():

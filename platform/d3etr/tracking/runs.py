@@ -147,7 +147,8 @@ class Tracker:
                     self._client, self._config, self._run_dir, self._state, self._uri
                 )
                 write_state(self._run_dir, self._state)
-                self._client.set_terminated(self.run_id, status)
+                ended = _journal_milliseconds(self._run_dir, -1)
+                self._client.set_terminated(self.run_id, status, end_time=ended)
         except Exception as error:  # whatever MLflow, its artifact stores or the network raise
             logger.debug("MLflow could not be told the results", exc_info=True)
             return error
@@ -210,12 +211,20 @@ def _create(
     named = tags(config, run_dir)
     if parent_run is not None:
         named["mlflow.parentRunId"] = parent_run
-    run = client.create_run(experiment, tags=named, run_name=run_name(config))
+    begun = _journal_milliseconds(run_dir, 0)
+    name = run_name(config)
+    run = client.create_run(experiment, start_time=begun, tags=named, run_name=name)
     state = RunState(
         tracking_uri=without_secrets(uri), experiment_id=experiment, run_id=run.info.run_id
     )
     write_state(run_dir, state)
     return state
+
+
+def _journal_milliseconds(run_dir: Path, place: int) -> int | None:
+    """When a record was written, so that a run that is sent late shows its own times."""
+    journal = read_journal(run_dir / JOURNAL)
+    return int(1000 * journal[place]["time"]) if journal else None
 
 
 def _complete_params(client: MlflowClient, run_id: str, config: Config) -> None:

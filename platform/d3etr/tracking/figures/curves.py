@@ -98,7 +98,7 @@ def draw_training(
     # A detector that has learnt nothing yet must not look like a mountain range.
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     axes.set_xlim(left=0)
-    legend(axes, loc="lower right")
+    legend(axes, loc="best")
     if title:
         headline(figure, title)
     return figure
