@@ -109,12 +109,15 @@ def test_a_finished_run_is_not_trained_again(
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"optimisation": {"ema_decay": 0.9, "accumulation": 2}, "evaluation": {"keep": "last"}},
-        {"run": {"checkpoint_every_steps": 4}},
-        {"run": {"checkpoint_every_epochs": 2}},
+        pytest.param({}, marks=pytest.mark.slow, id="epochs"),
+        pytest.param(
+            {"optimisation": {"ema_decay": 0.9, "accumulation": 2}, "evaluation": {"keep": "last"}},
+            marks=pytest.mark.slow,
+            id="average",
+        ),
+        pytest.param({"run": {"checkpoint_every_steps": 4}}, id="within epochs"),
+        pytest.param({"run": {"checkpoint_every_epochs": 2}}, marks=pytest.mark.slow, id="rarely"),
     ],
-    ids=["epochs", "average", "within epochs", "rarely"],
 )
 def test_a_run_broken_off_between_steps_ends_as_if_nothing_had_been(
     make_config: MakeConfig,
@@ -131,6 +134,7 @@ def test_a_run_broken_off_between_steps_ends_as_if_nothing_had_been(
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [1, 2])
 def test_a_run_broken_off_before_a_checkpoint_repeats_the_epoch(
     make_config: MakeConfig,
@@ -147,6 +151,7 @@ def test_a_run_broken_off_before_a_checkpoint_repeats_the_epoch(
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_its_epoch_only(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     train(config, tmp_path / "whole")

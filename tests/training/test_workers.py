@@ -75,6 +75,7 @@ def train_alone(config: Config, run_dir: Path) -> None:
     run_training(config, run_dir, SingleProcess(torch.device("cpu")))
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_losses(make_config: MakeConfig, tmp_path: Path) -> None:
     for accumulation in (1, 2, 4):
         config = make_config(optimisation={"accumulation": accumulation}, detector={"dropout": 0.0})
