@@ -137,6 +137,8 @@ def server(tmp_path: Path, empty_database: Path) -> Iterator[Server]:
     folder.mkdir()
     shutil.copy(empty_database, folder / "server.db")
     running = Server(folder)
-    running.start()
-    yield running
-    running.kill()
+    try:
+        running.start()
+        yield running
+    finally:
+        running.kill()
