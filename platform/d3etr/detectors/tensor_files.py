@@ -33,6 +33,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(plain, temporary, metadata=dict(metadata))
+        temporary.chmod(0o644)  # the library writes for the owner only; storage is shared
         os.replace(temporary, path)
     except (safetensors.SafetensorError, OSError) as error:
         temporary.unlink(missing_ok=True)
