@@ -48,6 +48,9 @@ def _run(options: Namespace) -> int:
         return _dry_run(config, options.json)
     from d3etr.launch.api import launch
 
+    if options.launcher != "torchrun":  # there, the first worker makes it while others wait
+        _write_data(config)
+
     result = launch(
         config,
         launcher=options.launcher,
@@ -79,6 +82,16 @@ def _resolve(options: Namespace) -> tuple[Config, Path | None]:
     output = last_override(options.overrides, "run.output") or str(RunConfig().output)
     folder = find_run(options.resume, Path(output))
     return resumed_config(folder, options.overrides), folder.path
+
+
+def _write_data(config: Config) -> None:
+    """Make the embedded data where it is asked for and not there, with a progress bar."""
+    if config.data.digit_scenes is not None:
+        from d3etr.cli.progress import progress_bar
+        from d3etr.data.digit_scenes import write_digit_scenes
+
+        with progress_bar() as progress:
+            write_digit_scenes(config.data.digit_scenes, progress)
 
 
 def _dry_run(config: Config, as_json: bool) -> int:
