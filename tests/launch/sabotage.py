@@ -33,6 +33,7 @@ def _kill_later(run_dir: Path) -> None:
 def mistake_on_one_worker(config: Config, run_dir: Path, context: TrainContext) -> dict[str, float]:
     """Worker 1 meets a user's mistake while worker 0 waits for it."""
     (run_dir / f"attempt-{context.rank}-{os.getpid()}").touch()
+    context.barrier()
     if context.rank == RANK:
         raise UserError("image 17 is truncated")
     context.barrier()

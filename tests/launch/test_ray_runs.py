@@ -174,7 +174,9 @@ def test_a_killed_drivers_run_is_finished_by_the_same_command(
         driver.send_signal(signal.SIGKILL)
     again = subprocess.run(line, env=settings, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
-    assert "took over" in again.stderr and "going on from" in again.stderr
+    assert "took over" in again.stderr
+    # Ray's workers outlive their driver for some seconds and may even finish so short a run.
+    assert "going on from" in again.stderr or launcher == "ray"
     run_dir = journal.parent
     # Not to the last digit: another process may add up in another order.
     assert losses(run_dir) == pytest.approx(losses(undisturbed.run_dir), rel=1e-6)
