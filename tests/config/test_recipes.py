@@ -7,12 +7,16 @@ import pytest
 from d3etr.config.load import load_config
 
 RECIPES = Path(__file__).resolve().parents[2] / "trainers" / "recipes"
+DATA = (
+    "data.train={images: a, annotations: a.json}",
+    "data.validation={images: b, annotations: b.json}",
+)
+TEACHER = ("teacher.weights=teacher.safetensors",)
 NEEDED = {
-    "own": (
-        "data.train={images: a, annotations: a.json}",
-        "data.validation={images: b, annotations: b.json}",
-    ),
-    "own/d3etr.yaml": ("teacher.weights=teacher.safetensors",),
+    "own": DATA,
+    "own/d3etr.yaml": TEACHER,
+    "bccd": DATA,
+    "bccd/d3etr.yaml": TEACHER,
 }
 """What a person has to add on the command line, by folder or recipe."""
 
@@ -30,7 +34,7 @@ def test_recipes_are_valid(name: str) -> None:
 
 
 def test_students_of_one_comparison_differ_in_nothing_but_the_teaching() -> None:
-    for folder in ("digits", "own"):
+    for folder in ("digits", "own", "bccd"):
         added = NEEDED.get(folder, ())
         plain = load_config(RECIPES / folder / "plain.yaml", added)
         more = (*added, *NEEDED.get(f"{folder}/d3etr.yaml", ()))
