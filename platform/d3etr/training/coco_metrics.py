@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections import defaultdict
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools.cocoeval import COCOeval, Params
+
+from d3etr.training.coco_matching import Boxes, Matches, match, ranks
 
 Array = NDArray[np.float64]
+Entry = dict[str, NDArray[Any]]
 
 AREAS = ("all", "small", "medium", "large")
 
@@ -62,8 +64,8 @@ class GroundTruth:
 
     Args:
         annotations: COCO detection JSON.
-        image_ids: the images that count; None: all in the file.
         categories: (id, name) of each class, in the order of the detector's labels.
+        image_ids: the images that count; None: all in the file.
     """
 
     def __init__(
@@ -72,44 +74,79 @@ class GroundTruth:
         categories: Sequence[tuple[int, str]],
         image_ids: Sequence[int] | None = None,
     ) -> None:
-        self._categories = tuple(categories)
-        self._coco = _read(annotations)
-        self._image_ids = list(self._coco.getImgIds() if image_ids is None else image_ids)
+        content = json.loads(annotations.read_text(encoding="utf-8"))
+        self._names = [name for _, name in categories]
+        ids = image_ids if image_ids is not None else [i["id"] for i in content["images"]]
+        self._image_ids = np.unique(np.array(ids, dtype=np.int64))
+        self._objects = self._read(content.get("annotations", []), [i for i, _ in categories])
 
     def measure(self, detections: Array, maximum: int) -> CocoMetrics:
         """Measure detections.
 
         Args:
             detections: [n, 7]: image id, label, score, x1, y1, x2, y2 in pixels of the
-                original image. The rows of an image are together.
+                original image; those of other images do not count.
             maximum: detections per image and class that count, best first.
         """
-        evaluator = _Evaluator(self._coco, self._detections_by_image(detections))
-        evaluator.params.imgIds = self._image_ids
-        evaluator.params.catIds = [identity for identity, _ in self._categories]
-        evaluator.params.maxDets = [maximum]
-        with contextlib.redirect_stdout(io.StringIO()):
-            evaluator.evaluate()
-            evaluator.accumulate()
-        return self._metrics(evaluator)
+        params = Params("bbox")
+        found = self._detections(detections, maximum)
+        ranges = np.array(params.areaRng, dtype=np.float64)
+        matches = match(found, self._objects, ranges, params.iouThrs)
+        entries = self._entries(found, matches, self._objects.crowd | self._objects.outside(ranges))
+        return self._metrics(_precision(params, entries, len(self._names)))
 
-    def _detections_by_image(self, rows: Array) -> dict[tuple[int, int], list[dict[str, Any]]]:
-        identities = [identity for identity, _ in self._categories]
-        corners, sizes = rows[:, 3:5], rows[:, 5:7] - rows[:, 3:5]
-        boxes = np.concatenate([corners, sizes], axis=1).tolist()
-        columns = (rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2])
-        found: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
-        lists = zip(*(column.tolist() for column in columns), boxes, strict=True)
-        for number, (image, label, score, box) in enumerate(lists, start=1):
-            found[image, identities[label]].append(
-                {"id": number, "score": score, "bbox": box, "area": box[2] * box[3]}
-            )
-        return found
+    def _read(self, entries: Sequence[dict[str, Any]], category_ids: Sequence[int]) -> Boxes:
+        """Objects, with what COCO takes for granted filled in where it lacks."""
+        classes = {identity: index for index, identity in enumerate(category_ids)}
+        images = {identity: index for index, identity in enumerate(self._image_ids.tolist())}
+        counted = [e for e in entries if e["image_id"] in images and e["category_id"] in classes]
+        boxes = np.array([e["bbox"] for e in counted], dtype=np.float64).reshape(-1, 4)
+        areas = [e.get("area", e["bbox"][2] * e["bbox"][3]) for e in counted]
+        pairs = [images[e["image_id"]] * len(classes) + classes[e["category_id"]] for e in counted]
+        order = np.argsort(np.array(pairs, dtype=np.int64), kind="stable")
+        return Boxes(
+            pair=np.array(pairs, dtype=np.int64)[order],
+            xywh=boxes[order],
+            area=np.array(areas, dtype=np.float64)[order],
+            score=np.zeros(len(counted)),
+            crowd=np.array([bool(e.get("iscrowd", 0)) for e in counted], dtype=bool)[order],
+        )
 
-    def _metrics(self, evaluator: _Evaluator) -> CocoMetrics:
-        precision: Array = evaluator.eval["precision"][..., 0]  # [T, 101, C, areas]
-        order = [evaluator.params.catIds.index(i) for i, _ in self._categories]
-        precision = precision[:, :, order]
+    def _detections(self, rows: Array, maximum: int) -> Boxes:
+        """Detections by pair and falling score, the best ``maximum`` of each pair."""
+        rows = rows[np.isin(rows[:, 0], self._image_ids)]
+        images = np.searchsorted(self._image_ids, rows[:, 0].astype(np.int64))
+        pair = images * len(self._names) + rows[:, 1].astype(np.int64)
+        order = np.lexsort((-rows[:, 2], pair))
+        order = order[ranks(pair[order]) < maximum]
+        xywh = np.concatenate([rows[:, 3:5], rows[:, 5:7] - rows[:, 3:5]], axis=1)[order]
+        return Boxes(
+            pair=pair[order],
+            xywh=xywh,
+            area=xywh[:, 2] * xywh[:, 3],
+            score=rows[order, 2],
+            crowd=np.zeros(len(order), dtype=bool),
+        )
+
+    def _entries(self, found: Boxes, matches: Matches, skipped: NDArray[np.bool_]) -> list[Entry]:
+        """One entry per class and area range, over all images."""
+        found_class = found.pair % len(self._names)
+        true_class = self._objects.pair % len(self._names)
+        entries = []
+        for k in range(len(self._names)):
+            mine, truth = np.flatnonzero(found_class == k), np.flatnonzero(true_class == k)
+            for area in range(len(AREAS)):
+                entries.append(
+                    {
+                        "dtScores": found.score[mine],
+                        "dtMatches": matches.matched[area][:, mine],
+                        "dtIgnore": matches.ignored[area][:, mine],
+                        "gtIgnore": skipped[area, truth],
+                    }
+                )
+        return entries
+
+    def _metrics(self, precision: Array) -> CocoMetrics:
         by_area = [_mean(precision[..., area]) for area in range(len(AREAS))]
         whole = precision[..., 0]
         return CocoMetrics(
@@ -119,67 +156,23 @@ class GroundTruth:
             AP_small=by_area[1],
             AP_medium=by_area[2],
             AP_large=by_area[3],
-            per_class={name: _mean(whole[:, :, k]) for k, (_, name) in enumerate(self._categories)},
+            per_class={name: _mean(whole[:, :, k]) for k, name in enumerate(self._names)},
             precision=whole,
             images=len(self._image_ids),
-            objects=evaluator.objects,
+            objects=int((~self._objects.crowd).sum()),
         )
 
 
-class _Evaluator(COCOeval):  # type: ignore[misc]
-    """COCOeval that takes detections as they are, and skips area ranges without objects."""
-
-    def __init__(
-        self, truth: COCO, detections: dict[tuple[int, int], list[dict[str, Any]]]
-    ) -> None:
-        super().__init__(truth, None, "bbox")
-        self._detections = detections
-        self._inhabited: set[tuple[int, tuple[float, float]]] = set()
-        self.objects = 0
-
-    def _prepare(self) -> None:
-        p = self.params
-        truth = self.cocoGt.loadAnns(self.cocoGt.getAnnIds(imgIds=p.imgIds, catIds=p.catIds))
-        self._dts = self._detections
-        self._gts = defaultdict(list)
-        for entry in truth:
-            entry["ignore"] = entry["iscrowd"]
-            self._gts[entry["image_id"], entry["category_id"]].append(entry)
-        counted = [entry for entry in truth if not entry["ignore"]]
-        self.objects = len(counted)
-        self._inhabited = {
-            (entry["category_id"], (low, high))
-            for entry in counted
-            for low, high in p.areaRng
-            if low <= entry["area"] <= high
-        }
-
-    def evaluateImg(  # noqa: N802 - the name that pycocotools calls
-        self,
-        imgId: int,  # noqa: N803
-        catId: int,  # noqa: N803
-        aRng: Sequence[float],  # noqa: N803
-        maxDet: int,  # noqa: N803
-    ) -> dict[str, Any] | None:
-        # Without objects of this class and size the precision is -1 whatever was detected.
-        if (catId, (aRng[0], aRng[1])) not in self._inhabited:
-            return None
-        result: dict[str, Any] | None = super().evaluateImg(imgId, catId, aRng, maxDet)
-        return result
-
-
-def _read(annotations: Path) -> COCO:
-    """The file as a COCO object, with what COCO takes for granted filled in where it lacks."""
-    coco = COCO()
-    coco.dataset = json.loads(annotations.read_text(encoding="utf-8"))
-    # Numbered anew from 1: pycocotools takes a match with an annotation of id 0 for none.
-    for number, entry in enumerate(coco.dataset.setdefault("annotations", []), start=1):
-        entry["id"] = number
-        entry.setdefault("iscrowd", 0)
-        entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
+def _precision(params: Params, entries: list[Entry], classes: int) -> Array:
+    """[T, 101, C, areas] by pycocotools, which takes all images together for one."""
+    params.imgIds, params.catIds = [0], list(range(classes))
+    params.maxDets = [sys.maxsize]  # what is too much per image is gone already
+    evaluator = COCOeval()
+    evaluator.params, evaluator._paramsEval, evaluator.evalImgs = params, params, entries
     with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
+        evaluator.accumulate()
+    precision: Array = evaluator.eval["precision"][..., 0]
+    return precision
 
 
 def _mean(precision: Array) -> float | None:
