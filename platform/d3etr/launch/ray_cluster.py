@@ -27,6 +27,8 @@ from d3etr.launch.signals import terminable
 CONNECT_SECONDS = 60.0
 """ray.init has no limit of its own: it waits for ever for a cluster that is half reachable."""
 PROBE_SECONDS = 10.0
+NO_PREEMPTION = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""A cluster of one's own loses no node to others: one process less to start."""
 OBJECT_STORE_BYTES = 128 * 2**20
 """Training passes nothing through Ray's object store."""
 
@@ -48,6 +50,7 @@ def connected(cluster: ClusterConfig, stage: Callable[[str], None]) -> Iterator[
             address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
             if address == "local":
                 stack.enter_context(environment(package_environment(), override=True))
+                stack.enter_context(environment(NO_PREEMPTION))
             stack.callback(ray.shutdown)
             stage("starting Ray" if address == "local" else f"joining the Ray cluster at {address}")
             _connect(address)
