@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,11 +78,23 @@ def run_demo(
         runs = [DemoRun("teacher", teacher, measured)]
         mAP = 100 * measured.metrics.get("mAP", 0.0)
         stage(f"     it reaches {mAP:.1f} mAP on the validation split")
-    stage("2/3  plain student")
-    runs.append(DemoRun("plain student", plain, launch(plain, launcher=launcher)))
-    stage("3/3  D3ETR student")
-    runs.append(DemoRun("D3ETR student", distilled, launch(distilled, launcher=launcher)))
+    with _one_cluster(plain, launcher, stage):
+        stage("2/3  plain student")
+        runs.append(DemoRun("plain student", plain, launch(plain, launcher=launcher)))
+        stage("3/3  D3ETR student")
+        runs.append(DemoRun("D3ETR student", distilled, launch(distilled, launcher=launcher)))
     return runs
+
+
+def _one_cluster(
+    config: Config, launcher: LauncherName, stage: Callable[[str], None]
+) -> AbstractContextManager[None]:
+    """A cluster for both students, so that Ray starts once."""
+    if launcher != "ray" or folder_of(config).result() is not None:
+        return nullcontext()
+    from d3etr.launch.ray_cluster import connected
+
+    return connected(config.cluster, stage)
 
 
 def prepare(

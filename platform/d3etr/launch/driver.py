@@ -123,8 +123,9 @@ def drive(
     if folder.config.exists():
         ensure_same_recipe(folder, load_config(folder.config), config)
     folder.prepare(config)
+    lock = RunLock(folder.path)
     try:
-        with terminable(), RunLock(folder.path) as lock:
+        with terminable(), lock:
             launch = Launch(absolute_paths(config), folder.path, lock.owner.token, display.stage)
             return _locked_run(launch, folder, launcher, display, open_tracker)
     except KeyboardInterrupt:
