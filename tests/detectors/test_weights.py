@@ -130,7 +130,7 @@ def test_another_format_is_not_executed(tmp_path: Path) -> None:
 def test_a_foreign_safetensors_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "foreign.safetensors"
     safetensors.torch.save_file({"weight": torch.zeros(3)}, path)
-    with pytest.raises(UserError, match=r"not one of d3etr's.*import-weights"):
+    with pytest.raises(UserError, match=r"not one of d3etr's"):
         load_weights(path)
 
 

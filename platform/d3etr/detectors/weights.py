@@ -84,7 +84,7 @@ def read_info(path: Path) -> WeightsInfo:
     if INFO_KEY not in metadata:
         raise UserError(
             f"{path}: a safetensors file, but not one of d3etr's: its metadata has no "
-            f"'{INFO_KEY}'. Convert detectors of other projects with 'd3etr import-weights'."
+            f"'{INFO_KEY}'. Expected a file that a run of d3etr wrote (weights.safetensors)."
         )
     if metadata.get(FORMAT_KEY) != FORMAT:
         raise UserError(

@@ -1,0 +1,37 @@
+"""``d3etr export``: a weights file in half the space, to ship."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from d3etr.cli.command import Command
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="a run's weights.safetensors")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="the file to write")
+    parser.add_argument(
+        "--half",
+        action="store_true",
+        help="store matrices and kernels as float16; the recorded evaluation is left out, as "
+        "it was of other numbers",
+    )
+
+
+def _run(options: Namespace) -> int:
+    import torch
+
+    from d3etr.detectors.weights import load_weights, save_weights
+
+    detector, info = load_weights(options.weights)
+    if options.half:
+        info = info.model_copy(update={"evaluation": None})
+    save_weights(options.output, detector, info, torch.float16 if options.half else None)
+    print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+COMMAND = Command(
+    "export", "copy a weights file, in half the space if asked to", _add_arguments, _run
+)
