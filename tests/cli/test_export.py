@@ -29,7 +29,7 @@ def test_half_the_space_same_detector_no_evaluation_of_other_numbers(tmp_path: P
     loaded, found = load_weights(target)
     assert found.evaluation is None and found.detector == config
     for name, tensor in detector.state_dict().items():
-        assert torch.allclose(loaded.state_dict()[name], tensor, atol=1e-3), name
+        assert torch.allclose(loaded.state_dict()[name], tensor, rtol=1e-3, atol=1e-6), name
 
 
 def test_a_plain_copy_keeps_the_evaluation(tmp_path: Path) -> None:

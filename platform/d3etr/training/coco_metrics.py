@@ -101,7 +101,9 @@ class GroundTruth:
         images = {identity: index for index, identity in enumerate(self._image_ids.tolist())}
         counted = [e for e in entries if e["image_id"] in images and e["category_id"] in classes]
         boxes = np.array([e["bbox"] for e in counted], dtype=np.float64).reshape(-1, 4)
-        areas = [e.get("area", e["bbox"][2] * e["bbox"][3]) for e in counted]
+        areas = [
+            e["bbox"][2] * e["bbox"][3] if e.get("area") is None else e["area"] for e in counted
+        ]
         pairs = [images[e["image_id"]] * len(classes) + classes[e["category_id"]] for e in counted]
         order = np.argsort(np.array(pairs, dtype=np.int64), kind="stable")
         return Boxes(
