@@ -50,6 +50,7 @@ VARIANTS = {
     "part of the pairs": {"matched_pair_ratio": 0.4},
     "bce matching": {"matching_cost": {"class_distance": "bce"}},
     "uniform pairs": {"prediction": {"pair_weights": "uniform"}},
+    "confident classes": {"prediction": {"class_pair_weights": "confidence"}},
     "confident attention": {"cross_attention": {"pair_weights": "confidence"}},
 }
 
@@ -89,7 +90,12 @@ def test_soft_target_bce_reaches_the_entropy_of_the_teacher(
     tiny_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
     teacher = tiny_detector()
-    prediction = {"class_loss": "bce", "pair_weights": "uniform", "weight": 1.0}
+    prediction = {
+        "class_loss": "bce",
+        "class_pair_weights": "uniform",
+        "class_weight": 1.0,
+        "weight": 1.0,
+    }
     module = distiller(copy.deepcopy(teacher), teacher, adaptive_ratio=0.0, prediction=prediction)
     taught = module.teach(images)
     assert taught is not None

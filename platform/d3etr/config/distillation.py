@@ -35,11 +35,15 @@ class PredictionConfig(Section):
     """focal: |p' - p|^2 BCE(z, p'). bce: soft-target BCE. kl: softmax KL with temperature."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Used by ``kl`` only."""
-    class_weight: Weight = 1.0
+    class_weight: Weight = 4.0
     l1_weight: Weight = 5.0
     giou_weight: Weight = 2.0
     pair_weights: Literal["confidence", "uniform"] = "confidence"
-    """confidence: a pair counts as much as the teacher is sure of its query."""
+    """Of boxes. confidence: a pair counts as much as the teacher is sure of its query."""
+    class_pair_weights: Literal["every", "confidence", "uniform"] = "every"
+    """Of classes. every: each pair counts 1 and the sum is divided by the teacher's total
+    confidence, as the focal loss is by the number of objects; a query that says "nothing here"
+    teaches as much about classes as one that is sure."""
 
     @model_validator(mode="after")
     def _temperature_has_effect(self) -> Self:
@@ -53,7 +57,7 @@ class PredictionConfig(Section):
 
 
 class AttentionConfig(Section):
-    """Distillation of one kind of attention map."""
+    """Distillation of one kind of attention map; the mean over layers, heads and pairs."""
 
     weight: Weight = 2.0
     distance: Literal["kl", "mse"] = "kl"

@@ -93,7 +93,7 @@ DISTANCES = {"kl": _kl_rows, "mse": _mse_rows}
 def attention_loss(
     scores: Tensor, teacher: Tensor, weights: Tensor, config: AttentionConfig
 ) -> Tensor:
-    """Distance of attention maps: weighted sum over layers, images, pairs; mean over heads.
+    """Distance of attention maps: weighted sum over images and pairs, mean over layers and heads.
 
     Args:
         scores: [L, B, H, P, K] student attention scores of the pairs.
@@ -107,4 +107,5 @@ def attention_loss(
     scores, teacher = scores.float(), teacher.float()
     if config.heads == "averaged":
         scores, teacher = _average_heads(scores), _average_heads(teacher)
-    return (DISTANCES[config.distance](scores, teacher).mean(2) * weights).sum()
+    rows = DISTANCES[config.distance](scores, teacher).mean(2)
+    return (rows * weights).sum() / len(rows)

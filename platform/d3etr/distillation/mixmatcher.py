@@ -40,10 +40,11 @@ class Branch:
     def weights(self, kind: str) -> Tensor:
         """[L, B, P] weight of each pair divided by its normaliser."""
         confidence = self.pairs.of_teacher(self.teacher.confidence().float()[..., None])[..., 0]
-        if kind == "confidence":
-            smallest = torch.finfo(confidence.dtype).tiny
-            return confidence / self.confidence.clamp(min=smallest)[:, None, None]
-        return (torch.ones_like(confidence) / confidence.shape[-1]) / self.images
+        if kind == "uniform":
+            return torch.ones_like(confidence) / (confidence.shape[-1] * self.images)
+        smallest = torch.finfo(confidence.dtype).tiny
+        divisor = self.confidence.clamp(min=smallest)[:, None, None]
+        return (confidence if kind == "confidence" else torch.ones_like(confidence)) / divisor
 
 
 def _prediction(branch: Branch, config: DistillationConfig) -> dict[str, Tensor]:
@@ -53,6 +54,7 @@ def _prediction(branch: Branch, config: DistillationConfig) -> dict[str, Tensor]
         pairs.of_student(student.boxes_cxcywh).float(),
         pairs.of_teacher(teacher.logits).float(),
         pairs.of_teacher(teacher.boxes_cxcywh).float(),
+        branch.weights(config.prediction.class_pair_weights),
         branch.weights(config.prediction.pair_weights),
         config.prediction,
     )

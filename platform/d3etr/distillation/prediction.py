@@ -1,7 +1,7 @@
 """Distillation of predictions: class logits and boxes of corresponding queries.
 
 The terms are D3ETR's (predictions of matched queries); their form is our choice, the paper's is
-not known: a focal-weighted soft-target BCE, L1 and GIoU, each pair weighted by the teacher's
+not known: a focal-weighted soft-target BCE over every pair, L1 and GIoU weighted by the teacher's
 confidence.
 """
 
@@ -72,6 +72,7 @@ def prediction_losses(
     boxes: Tensor,
     teacher_logits: Tensor,
     teacher_boxes: Tensor,
+    class_weights: Tensor,
     weights: Tensor,
     config: PredictionConfig,
 ) -> dict[str, Tensor]:
@@ -82,7 +83,8 @@ def prediction_losses(
         boxes: [L, B, P, 4] student, cxcywh.
         teacher_logits: [L, B, P, C].
         teacher_boxes: [L, B, P, 4] cxcywh.
-        weights: [L, B, P] weight of each pair, already divided by its normaliser.
+        class_weights: [L, B, P] weight of each pair's class loss, already normalised.
+        weights: [L, B, P] the same of its box losses.
         config: form of the class loss, and which terms are on.
 
     Returns:
@@ -91,7 +93,7 @@ def prediction_losses(
     losses = {}
     if config.class_weight:
         pairs = class_loss(logits, teacher_logits, config)
-        losses["class"] = config.class_weight * (pairs * weights).sum()
+        losses["class"] = config.class_weight * (pairs * class_weights).sum()
     if config.l1_weight:
         distance = (boxes - teacher_boxes).abs().sum(-1)
         losses["l1"] = config.l1_weight * (distance * weights).sum()
