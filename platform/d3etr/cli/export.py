@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from d3etr.cli.command import Command
+from d3etr.cli.command import Command, add_json, print_json
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -17,6 +17,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="store matrices and kernels as float16; the recorded evaluation is left out, as "
         "it was of other numbers",
     )
+    add_json(parser)
 
 
 def _run(options: Namespace) -> int:
@@ -28,7 +29,11 @@ def _run(options: Namespace) -> int:
     if options.half:
         info = info.model_copy(update={"evaluation": None})
     save_weights(options.output, detector, info, torch.float16 if options.half else None)
-    print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB")
+    size = options.output.stat().st_size
+    if options.json:
+        print_json({"output": str(options.output), "bytes": size})
+    else:
+        print(f"{options.output}: {size / 1e6:.1f} MB")
     return 0
 
 

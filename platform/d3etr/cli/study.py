@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
 from pathlib import Path
 
-from d3etr.cli.command import Command, positive
+from d3etr.cli.command import Command, add_json, positive, print_json
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -22,6 +24,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="where the table goes, as Markdown and JSON (default docs/results)",
     )
     parser.add_argument("--dry-run", action="store_true", help="only print what would be trained")
+    add_json(parser)
 
 
 def _run(options: Namespace) -> int:
@@ -38,9 +41,12 @@ def _run(options: Namespace) -> int:
         options.output,
         parallel=options.parallel,
         threads=options.threads,
-        tell=lambda line: print(line, flush=True),
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    print(table(study, rows))
+    if options.json:
+        print_json([asdict(row) for row in rows])
+    else:
+        print(table(study, rows))
     return 1 if any(row.failures for row in rows) else 0
 
 
