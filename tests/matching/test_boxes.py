@@ -8,7 +8,6 @@ from d3etr.matching.boxes import (
     cxcywh_to_xyxy,
     generalised_iou,
     pairwise_generalised_iou,
-    xyxy_to_cxcywh,
 )
 
 
@@ -19,9 +18,9 @@ def random_boxes(*shape: int, seed: int = 0) -> Tensor:
     return boxes
 
 
-def test_formats_are_inverse() -> None:
-    boxes = random_boxes(50)
-    assert torch.allclose(xyxy_to_cxcywh(cxcywh_to_xyxy(boxes)), boxes)
+def test_corners_are_half_a_side_from_the_centre() -> None:
+    corners = cxcywh_to_xyxy(torch.tensor([0.5, 0.4, 0.2, 0.6]))
+    assert torch.allclose(corners, torch.tensor([0.4, 0.1, 0.6, 0.7]))
 
 
 def test_pairwise_equals_torchvision() -> None:

@@ -9,9 +9,13 @@ from d3etr.config.distillation import DistillationConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.criterion import detection_problem, set_losses
 from d3etr.distillation.compatibility import check_compatible
-from d3etr.distillation.correspondence import adaptive_correspondence, adaptive_problem
+from d3etr.distillation.correspondence import (
+    FIXED,
+    adaptive_correspondence,
+    adaptive_problem,
+)
 from d3etr.distillation.layers import teacher_layers
-from d3etr.distillation.mixmatcher import Branch, fixed_branch, mix
+from d3etr.distillation.mixmatcher import Branch, mix
 from d3etr.distillation.queries import RandomQueries, TeacherQueries
 from d3etr.distillation.teaching import Normalisers, Taught, map_layers, normalisers, teaching
 from d3etr.matching.assignment import Assignment, CostBlock, assign
@@ -233,5 +237,5 @@ class Distiller(nn.Module):
             )
             adaptive = Branch(main, taught.outputs, pairs, divisors.adaptive, divisors.images)
         if auxiliary is not None:
-            fixed = fixed_branch(auxiliary, taught.group, divisors.fixed, divisors.images)
+            fixed = Branch(auxiliary, taught.group, FIXED, divisors.fixed, divisors.images)
         return mix(adaptive, fixed, config)

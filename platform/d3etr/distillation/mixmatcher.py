@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d3etr.config.distillation import AttentionConfig, DistillationConfig
 from d3etr.distillation.attention import attention_loss, resize_maps, select_pairs, select_rows
-from d3etr.distillation.correspondence import FIXED, Correspondence
+from d3etr.distillation.correspondence import Correspondence
 from d3etr.distillation.prediction import prediction_losses
 from d3etr.structures import DecoderOutputs
 
@@ -119,10 +119,3 @@ def mix(
             terms = branch_losses(branch, config)
             losses |= {f"{name}/{term}": shares[name] * loss for term, loss in terms.items()}
     return losses
-
-
-def fixed_branch(
-    auxiliary: DecoderOutputs, teacher: DecoderOutputs, confidence: Tensor, images: Tensor
-) -> Branch:
-    """Fixed Matching: the auxiliary group against the teacher, query by query."""
-    return Branch(auxiliary, teacher, FIXED, confidence, images)
