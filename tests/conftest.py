@@ -22,23 +22,14 @@ def repository() -> Path:
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights file of a tiny detector of trees (3), cats (7) and dogs (90), random weights."""
     import torch
+    from tiny import tiny_detector_config
 
     from d3etr.config.data import PreprocessingConfig
-    from d3etr.config.detector import BackboneConfig, DetectorConfig
     from d3etr.detectors.build import build_detector
     from d3etr.detectors.weights import WeightsInfo, save_weights
 
     torch.manual_seed(0)
-    config = DetectorConfig(
-        backbone=BackboneConfig(name="small", stem_width=8, stage_widths=(8, 8, 16)),
-        width=16,
-        heads=2,
-        encoder_layers=1,
-        decoder_layers=2,
-        feedforward=16,
-        queries=5,
-        dropout=0.0,
-    )
+    config = tiny_detector_config()
     info = WeightsInfo(
         detector=config,
         categories=((3, "tree"), (7, "cat"), (90, "dog")),

@@ -115,8 +115,8 @@ def test_missing_backbones_are_pretrained(
     place = project / "weights" / "backbone.safetensors"
     sets = [part for value in TINY for part in ("--set", value)]
     sets += ["--set", f"student.backbone_weights={place}"]
-    few = ["--pretraining", "steps=2", "--pretraining", "batch_size=4", "--json"]
-    assert main(["pretrain-backbone", str(recipe), *sets, *few]) == 0
+    sets += ["--set", "student.pretraining.steps=2", "--set", "student.pretraining.batch_size=4"]
+    assert main(["pretrain-backbone", str(recipe), *sets, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["output"] == str(place)
     assert place.exists()
 
@@ -126,4 +126,4 @@ def test_pretraining_without_a_place_to_write_says_so(
 ) -> None:
     recipe = str(project / demo.RECIPES / "plain.yaml")
     assert main(["pretrain-backbone", recipe, "--set", "student.backbone_weights=null"]) == 2
-    assert "--output FILE" in capsys.readouterr().err
+    assert "--set student.backbone_weights=FILE" in capsys.readouterr().err

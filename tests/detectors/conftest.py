@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import tiny_detector_config
 
-from d3etr.config.detector import BackboneConfig, DetectorConfig
+from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.conditional_detr import ConditionalDETR
 
@@ -14,8 +15,7 @@ CLASSES = 5
 
 @pytest.fixture
 def tiny_config() -> DetectorConfig:
-    return DetectorConfig(
-        backbone=BackboneConfig(name="small", stem_width=8, stage_widths=(8, 16, 16)),
+    return tiny_detector_config(
         width=32,
         heads=4,
         encoder_layers=2,

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny import tiny_detector_config
 from torch import nn
 
-from d3etr.config.detector import BackboneConfig, DetectorConfig
 from d3etr.detectors.conditional_detr import ConditionalDETR
 from d3etr.structures import ImageBatch, Targets
 
@@ -15,17 +15,8 @@ CLASSES = 3
 
 def _tiny(seed: int = 0, **changes: object) -> ConditionalDETR:
     torch.manual_seed(seed)
-    settings: dict[str, object] = {
-        "backbone": BackboneConfig(name="small", stem_width=8, stage_widths=(8, 8, 16)),
-        "width": 32,
-        "heads": 4,
-        "encoder_layers": 1,
-        "decoder_layers": 2,
-        "feedforward": 32,
-        "queries": 6,
-        "dropout": 0.0,
-    }
-    config = DetectorConfig.model_validate(settings | changes)
+    wider = {"width": 32, "heads": 4, "feedforward": 32, "queries": 6}
+    config = tiny_detector_config(**(wider | changes))
     detector = ConditionalDETR(config, classes=CLASSES)
     _spread(detector)
     return detector.eval()

@@ -56,7 +56,7 @@ def test_a_finished_run_has_metrics_params_tags_files_and_a_model(
     assert steps_of(config, run_dir, "val/mAP") == [10, 20]
     assert run.data.metrics["val/mAP"] == 0.25 and run.data.metrics["epoch"] == 2
     assert run.data.params["optimisation.batch_size"] == "4"
-    assert run.data.params["student.detector.backbone.stage_widths"] == "[8, 8, 8]"
+    assert run.data.params["student.detector.backbone.stage_widths"] == "[8, 8, 16]"
     assert run.data.params["teacher"] == "null"
     assert run.data.tags["role"] == "student" and run.data.tags["method"] == "none"
     assert run.data.tags["backbone"] == "small-8-8-8"

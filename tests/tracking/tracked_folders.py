@@ -7,21 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import tiny_detector_config
 
-from d3etr.config.detector import BackboneConfig, DetectorConfig
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import WeightsInfo, save_weights
 
 CLASSES = ((1, "cat"), (3, "dog"))
-TINY = DetectorConfig(
-    backbone=BackboneConfig(name="small", stem_width=8, stage_widths=(8, 8, 8)),
-    width=16,
-    heads=2,
-    encoder_layers=1,
-    decoder_layers=2,
-    feedforward=16,
-    queries=5,
-)
+TINY = tiny_detector_config()
 
 
 def journal_records(steps: int, final: float = 0.25) -> list[dict[str, Any]]:

@@ -70,7 +70,7 @@ def test_a_run_leaves_what_its_contract_says(make_config: MakeConfig, tmp_path: 
     assert kinds == ["start", "teacher", *epoch, *epoch, "end"]
     assert {"mAP", "test/mAP", "teacher/mAP", "parameters", "images_per_second"} <= summary.keys()
     written = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (written["role"], written["method"], written["steps"]) == ("student", "d3etr", 12)
+    assert (written["method"], written["steps"]) == ("d3etr", 12)
     first, second = records(tmp_path / "run", "evaluation")
     assert "matching/stability" not in first["metrics"]
     assert 0 <= second["metrics"]["matching/stability"] <= 1

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_detector_config
 
 from d3etr.config.data import DataConfig
-from d3etr.config.detector import BackboneConfig, DetectorConfig
 from d3etr.config.tree import Config
 from d3etr.data.splits import open_split
 from d3etr.detectors.build import build_detector
@@ -20,16 +20,8 @@ from d3etr.training.journal import read_journal
 
 MakeConfig = Callable[..., Config]
 
-DETECTOR = DetectorConfig(
-    backbone=BackboneConfig(name="small", stem_width=8, stage_widths=(8, 16, 16)),
-    width=32,
-    heads=2,
-    encoder_layers=1,
-    decoder_layers=2,
-    feedforward=32,
-    queries=6,
-    dropout=0.1,
-    box_size_bias=-1.4,
+DETECTOR = tiny_detector_config(
+    width=32, feedforward=32, queries=6, dropout=0.1, box_size_bias=-1.4
 )
 
 

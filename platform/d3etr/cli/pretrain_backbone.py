@@ -16,38 +16,22 @@ if TYPE_CHECKING:
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="the file to write (default: the recipe's student.backbone_weights)",
-    )
-    parser.add_argument(
-        "--pretraining",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="how to pre-train, for example --pretraining steps=500; repeatable",
-    )
     add_device(parser)
     add_json(parser)
 
 
 def _run(options: Namespace) -> int:
-    from d3etr.config.load import load_config, validate_section
-    from d3etr.config.training import PretrainingConfig
+    from d3etr.config.load import load_config
     from d3etr.inference import usable_device
     from d3etr.training.pretraining import pretrain_backbone
 
     config = load_config(options.recipe, options.overrides)
-    settings = validate_section(PretrainingConfig, {}, "--pretraining", options.pretraining)
-    output = options.output or _place(config)
     with progress_bar() as progress:
         result = pretrain_backbone(
             config.data,
             config.student.detector.backbone,
-            output,
-            settings,
+            _place(config),
+            config.student.pretraining,
             seed=config.run.seed,
             device=usable_device(options.device),
             progress=progress,
@@ -76,7 +60,7 @@ def _place(config: Config) -> Path:
     if not isinstance(weights, Path):
         raise UserError(
             f"the recipe's student.backbone_weights is {weights or 'null'}, no file: say where "
-            "to write with --output FILE, and set student.backbone_weights to it"
+            "to write it, and where training finds it, with --set student.backbone_weights=FILE"
         )
     return weights
 

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from d3etr.config.base import Section
 from d3etr.config.data import FilePath
+from d3etr.config.training import PretrainingConfig
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -80,6 +81,8 @@ class StudentConfig(Section):
     ] = None
     """Where the backbone starts: torchvision's ImageNet weights, a file that
     ``d3etr pretrain-backbone`` wrote, or None for random numbers."""
+    pretraining: PretrainingConfig = PretrainingConfig()
+    """How ``d3etr pretrain-backbone`` makes that file; training does not look at it."""
 
 
 class TeacherConfig(Section):

@@ -120,9 +120,13 @@ def prepare(
             write_digit_scenes(config.data.digit_scenes, progress)
         weights = config.student.backbone_weights
         if isinstance(weights, Path) and not weights.exists():
-            backbone = config.student.detector.backbone
             pretrain_backbone(
-                config.data, backbone, weights, seed=config.run.seed, progress=progress
+                config.data,
+                config.student.detector.backbone,
+                weights,
+                config.student.pretraining,
+                seed=config.run.seed,
+                progress=progress,
             )
 
 

@@ -78,7 +78,6 @@ def _summary(
     """The same names as in a trained run's summary; nothing was trained, so nothing about that."""
     on_test = {} if test is None else test.as_dict()
     return {
-        "role": "plain",
         "method": config.distillation.method,
         "seed": config.run.seed,
         "steps": step,

@@ -196,7 +196,6 @@ class _Run:
         kept = self.examination.kept or {"step": 0, "metrics": {}, "images_per_second": 0.0}
         config = self.config
         summary: dict[str, Any] = {
-            "role": "student" if config.teacher is not None else "plain",
             "method": config.distillation.method,
             "seed": config.run.seed,
             "steps": self.progress.step,
