@@ -45,6 +45,19 @@ def test_commands_repeat_a_run(study_file: Path) -> None:
     assert "--set run.seed=1" in command
 
 
+def test_overrides_of_the_command_line_reach_every_run_below_its_row(study_file: Path) -> None:
+    cells = cells_of(read_study(study_file, ["optimisation.learning_rate=3.0e-5"]))
+    assert [cell.overrides for cell in cells[:2]] == [
+        ("optimisation.steps=5", "optimisation.learning_rate=3.0e-5", "run.seed=0"),
+        (
+            "optimisation.steps=5",
+            "optimisation.learning_rate=3.0e-5",
+            "optimisation.learning_rate=1.0e-5",
+            "run.seed=0",
+        ),
+    ]
+
+
 def test_table_shows_mean_spread_gain_and_failures(study_file: Path) -> None:
     study = read_study(study_file)
     cells = cells_of(study)

@@ -7,11 +7,12 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from d3etr.cli.command import Command, add_json, positive, print_json
+from d3etr.cli.command import Command, add_json, add_overrides, positive, print_json
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("study", type=Path, metavar="STUDY", help="YAML file of rows and seeds")
+    add_overrides(parser)
     parser.add_argument("--parallel", type=positive, default=1, help="runs at a time (default 1)")
     parser.add_argument(
         "--threads", type=positive, default=1, help="threads of each run (default 1)"
@@ -30,7 +31,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(options: Namespace) -> int:
     from d3etr.launch.study import cells_of, read_study, run_study, table
 
-    study = read_study(options.study)
+    study = read_study(options.study, options.overrides)
     if options.dry_run:
         for cell in cells_of(study):
             done = "done" if (cell.folder() / "summary.json").exists() else "to train"
@@ -39,6 +40,7 @@ def _run(options: Namespace) -> int:
     rows = run_study(
         options.study,
         options.output,
+        overrides=options.overrides,
         parallel=options.parallel,
         threads=options.threads,
         tell=lambda line: print(line, file=sys.stderr, flush=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -56,7 +57,7 @@ class Cell:
 
     def command(self) -> list[str]:
         """What trains it; the interpreter is to be put before."""
-        settings = [part for override in self.overrides for part in ("--set", override)]
+        settings = _set_arguments(self.overrides)
         return ["-m", "d3etr", "train", str(self.recipe), *settings, "--launcher", "local"]
 
     def folder(self) -> Path:
@@ -64,8 +65,12 @@ class Cell:
         return folder_of(load_config(self.recipe, self.overrides)).path
 
 
-def read_study(path: Path) -> Study:
+def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """Read a study file.
+
+    Args:
+        path: YAML.
+        overrides: ``a.b=c`` texts for every run, below those of its row.
 
     Raises:
         UserError: it cannot be read, or is no study.
@@ -77,7 +82,7 @@ def read_study(path: Path) -> Study:
         raise UserError(f"{path} is no study: {error}") from error
     if study.baseline not in study.rows:
         raise UserError(f"{path}: baseline '{study.baseline}' is none of {', '.join(study.rows)}")
-    return study
+    return study.model_copy(update={"set": (*study.set, *overrides)})
 
 
 def cells_of(study: Study) -> list[Cell]:
@@ -94,6 +99,10 @@ def cells_of(study: Study) -> list[Cell]:
     for cell in cells:
         cell.folder()
     return cells
+
+
+def _set_arguments(overrides: Sequence[str]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -209,6 +218,7 @@ def run_study(
     path: Path,
     output: Path,
     *,
+    overrides: Sequence[str] = (),
     parallel: int,
     threads: int,
     tell: Callable[[str], None],
@@ -218,6 +228,7 @@ def run_study(
     Args:
         path: the study file.
         output: folder for ``NAME.md`` and ``NAME.json``.
+        overrides: as for ``read_study``.
         parallel: runs at a time.
         threads: threads of tensor operations for each.
         tell: takes a line whenever a run is done.
@@ -225,31 +236,31 @@ def run_study(
     Raises:
         UserError: the study or one of its configurations is not valid.
     """
-    study = read_study(path)
+    study = read_study(path, overrides)
     cells = cells_of(study)
+    command = shlex.join(["python", "trainers/study.py", str(path), *_set_arguments(overrides)])
     results: list[tuple[Cell, dict[str, Any] | str]] = []
     for cell, result in run_cells(cells, parallel, threads):
         results.append((cell, result))
         said = f"{result[study.metric]:.4f}" if isinstance(result, dict) else f"failed: {result}"
         tell(f"[{len(results)}/{len(cells)}] {cell.row}, seed {cell.seed}: {said}")
-        _write(study, path, output, results)
+        _write(study, command, output / path.stem, results)
     return collect(study, results)
 
 
 def _write(
     study: Study,
-    path: Path,
-    output: Path,
+    command: str,
+    stem: Path,
     results: Sequence[tuple[Cell, dict[str, Any] | str]],
 ) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    command = f"python trainers/study.py {path}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
     text = f"# {study.title}\n\n`{command}`\n\n{table(study, collect(study, results))}\n"
-    write_text(output / f"{path.stem}.md", text)
+    write_text(stem.with_suffix(".md"), text)
     runs = [
-        {"row": cell.row, "seed": cell.seed, "command": "python " + " ".join(cell.command())}
+        {"row": cell.row, "seed": cell.seed, "command": shlex.join(["python", *cell.command()])}
         | ({"summary": result} if isinstance(result, dict) else {"failure": result})
         for cell, result in results
     ]
     content = {"title": study.title, "command": command, "runs": runs}
-    write_text(output / f"{path.stem}.json", json.dumps(content, indent=1) + "\n")
+    write_text(stem.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
