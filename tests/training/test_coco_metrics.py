@@ -143,3 +143,14 @@ def test_only_the_best_detections_of_an_image_count(tmp_path: Path) -> None:
     rows = np.array([[100, 1, 0.9, 90, 90, 99, 99], [100, 1, 0.8, 10, 10, 50, 50]])
     assert truth.measure(rows, maximum=1).mAP == 0.0
     assert truth.measure(rows, maximum=2).mAP == pytest.approx(0.5)
+
+
+def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    entries = annotations(random)
+    plain = write(tmp_path / "plain.json", entries)
+    marked = tmp_path / "marked.json"
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    rows = detections(random, entries)
+    measured = [GroundTruth(file, CATEGORIES).measure(rows, 100) for file in (plain, marked)]
+    assert measured[0].as_dict() == measured[1].as_dict()

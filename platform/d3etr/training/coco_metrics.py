@@ -74,7 +74,7 @@ class GroundTruth:
         categories: Sequence[tuple[int, str]],
         image_ids: Sequence[int] | None = None,
     ) -> None:
-        content = json.loads(annotations.read_text(encoding="utf-8"))
+        content = json.loads(annotations.read_bytes())
         self._names = [name for _, name in categories]
         ids = image_ids if image_ids is not None else [i["id"] for i in content["images"]]
         self._image_ids = np.unique(np.array(ids, dtype=np.int64))
