@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from d3etr.launch.folder import folder_of
 from d3etr.launch.lock import RunLock, RunLockedError
 from d3etr.tracking.state import RunState, write_state
 from d3etr.training.context import TrainContext
+from d3etr.training.inputs import weight_digests
 from d3etr.training.journal import Record
 
 MakeConfig = Callable[..., Config]
@@ -194,3 +196,21 @@ def test_a_place_that_cannot_hold_runs_is_one_clear_error(
 ) -> None:
     with pytest.raises(UserError, match=r"cannot be made.*run\.output"):
         run(make_config(f"run.output={place}"))
+
+
+def test_a_result_is_not_taken_for_that_of_other_weights(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    backbone = tmp_path / "backbone.safetensors"
+    backbone.write_bytes(b"first")
+    config = make_config(f"student.backbone_weights={backbone}")
+    folder = folder_of(config)
+    run(config)
+    summary = json.loads(folder.summary.read_text()) | {"inputs": weight_digests(config)}
+    folder.summary.write_text(json.dumps(summary))
+    assert not run(config).trained
+    backbone.write_bytes(b"second")
+    with pytest.raises(UserError, match=r"student\.backbone_weights is not what the run .* began"):
+        run(config)
+    backbone.unlink()
+    assert not run(config).trained, "results outlive the files"

@@ -13,6 +13,7 @@ from d3etr.config.tree import Config
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.data.progress import Progress
 from d3etr.demo.shipped import measure_shipped
+from d3etr.detectors.weights import file_digest
 from d3etr.errors import UserError
 from d3etr.launch.api import LauncherName, launch
 from d3etr.launch.driver import RunResult
@@ -62,7 +63,8 @@ def run_demo(
     root = project_root()
     shipped = None if train_teacher else _shipped_weights(root)
     # A run's folder is known before it starts: all three are validated before any does.
-    named = [] if shipped is None else ["run.name=digits-teacher-shipped"]
+    # Other shipped weights are another run, and what they teach is another student.
+    named = [] if shipped is None else [f"run.name=digits-teacher-{file_digest(shipped)[:8]}"]
     teacher = _config(root, "teacher", [*overrides, *named])
     plain = _config(root, "plain", overrides)
     taught_by = f"teacher.weights={folder_of(teacher).weights}"

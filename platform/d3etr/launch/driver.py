@@ -21,6 +21,7 @@ from d3etr.launch.folder import RunFolder, absolute_paths, ensure_same_recipe
 from d3etr.launch.follower import JournalFollower
 from d3etr.launch.lock import RunLock
 from d3etr.launch.signals import terminable
+from d3etr.training.inputs import ensure_result_is_of
 from d3etr.training.journal import Record
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,8 @@ def _locked_run(
     open_tracker: OpenTracker | None,
 ) -> RunResult:
     trained = folder.result() is None
+    if not trained:
+        ensure_result_is_of(launch.config, folder.summary)
     tracker = None if open_tracker is None else open_tracker(launch.config, folder.path)
     if trained:
         _train(launch, folder, launcher, display, tracker)

@@ -14,11 +14,12 @@ from d3etr.data.splits import open_split
 from d3etr.detectors.backbones import load_backbone_weights
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.conditional_detr import ConditionalDETR
-from d3etr.detectors.weights import WeightsInfo, file_digest, load_weights
+from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.distillation.distiller import Distiller
 from d3etr.errors import UserError
 from d3etr.training.context import TrainContext
 from d3etr.training.ema import WeightAverage
+from d3etr.training.inputs import weight_digests
 from d3etr.training.optimiser import build_optimiser
 from d3etr.training.seeding import derive_seed, seed_generators
 from d3etr.training.teacher import check_same_classes, check_same_input
@@ -176,10 +177,8 @@ def _compile(detector: ConditionalDETR | None) -> None:
 
 
 def _digests(config: Config, splits: Splits) -> dict[str, str]:
-    digests = {
+    return {
         "the training data": splits.train.digest,
         "the validation data": splits.validation.digest,
+        **weight_digests(config),
     }
-    if config.teacher is not None:
-        digests["teacher.weights"] = file_digest(config.teacher.weights)
-    return digests

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from d3etr.training.assembly import Models
 from d3etr.training.checkpoints import Checkpoint, CheckpointStore, State
 from d3etr.training.context import TrainContext
 from d3etr.training.examination import Examination
+from d3etr.training.inputs import ensure_same_inputs
 from d3etr.training.steplog import StepLog
 from d3etr.training.storage import clear_disk_errors, link_or_copy, temporary_beside
 
@@ -85,7 +85,7 @@ def restore_state(
     """
     state = checkpoint.state()
     _check_format(state, checkpoint.folder)
-    _check_digests(state["digests"], models.digests, checkpoint.folder)
+    ensure_same_inputs(state["digests"], models.digests, checkpoint.folder.parent.parent)
     models.distiller.load_state_dict(state["model"])
     models.optimiser.load_state_dict(state["optimiser"])
     if models.average is not None:
@@ -119,15 +119,4 @@ def _check_format(state: State, folder: Path) -> None:
         raise UserError(
             f"{folder} has format {state.get('format')}, this d3etr writes {FORMAT}: finish the "
             "run with the d3etr that began it, or give it another name to start anew"
-        )
-
-
-def _check_digests(before: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
-    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if changed:
-        verb = "is" if len(changed) == 1 else "are"
-        raise UserError(
-            f"{' and '.join(changed)} {verb} not what the run in {folder.parent.parent} began "
-            "with: its results would belong to neither. Put the old files back, or give the run "
-            "another name (run.name) to start anew"
         )

@@ -25,6 +25,7 @@ from d3etr.training.context import TrainContext
 from d3etr.training.divergence import LossWindow
 from d3etr.training.evaluation import Evaluator
 from d3etr.training.examination import Examination
+from d3etr.training.inputs import SUMMARY_KEY
 from d3etr.training.journal import Journal
 from d3etr.training.loop import TrainingLoop
 from d3etr.training.resume import Progress, find_checkpoint, restore_state
@@ -208,6 +209,7 @@ class _Run:
             "training_seconds": self.log.seconds,
             "seconds": time.perf_counter() - self.begun,
             "train/loss": self.log.last.get("train/loss", 0.0),
+            SUMMARY_KEY: dict(self.models.digests),
         }
         if self.progress.teacher_mAP is not None:
             summary["teacher/mAP"] = self.progress.teacher_mAP
