@@ -20,6 +20,7 @@ from d3etr.cli import (
     pretrain_backbone,
     render_digit_scenes,
     study,
+    sweep,
     train,
 )
 from d3etr.cli.command import Command
@@ -31,6 +32,7 @@ COMMANDS: tuple[Command, ...] = (
     pretrain_backbone.COMMAND,
     train.COMMAND,
     study.COMMAND,
+    sweep.COMMAND,
     evaluate.COMMAND,
     export.COMMAND,
     predict.COMMAND,

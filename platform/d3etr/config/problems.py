@@ -53,7 +53,7 @@ class ConfigError(UserError):
     """A configuration that cannot be used; lists every problem at once."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
-        self.problems = tuple(problems)
+        self.source, self.problems = source, tuple(problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = [f"Found {count} in {source}:", *(f"  - {problem}" for problem in problems)]
         super().__init__("\n".join(lines))

@@ -91,19 +91,24 @@ def folder_of(config: Config) -> RunFolder:
     return RunFolder((config.run.output / name).absolute())
 
 
-def absolute_paths(config: Config) -> Config:
-    """The same configuration with paths that mean the same in every process and folder."""
-    return _absolute(config)
+def absolute_paths(config: Config, root: Path | None = None) -> Config:
+    """The same configuration with paths that mean the same in every process and folder.
+
+    Args:
+        config: with paths that are absolute or relative to ``root``.
+        root: a folder; the working directory by default.
+    """
+    return _absolute(config, root or Path.cwd())
 
 
-def _absolute(section: AnySection) -> AnySection:
+def _absolute(section: AnySection, root: Path) -> AnySection:
     changes: dict[str, object] = {}
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, Path):
-            changes[name] = value.expanduser().absolute()
+            changes[name] = root / value.expanduser()
         elif isinstance(value, Section):
-            changes[name] = _absolute(value)
+            changes[name] = _absolute(value, root)
     return section.model_copy(update=changes)
 
 

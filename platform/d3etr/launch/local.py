@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from d3etr.launch.driver import Launch
 from d3etr.launch.resources import threads_for
 from d3etr.launch.task import Task, train
-from d3etr.training.context import SingleProcess
+from d3etr.training.context import SingleProcess, TrainContext
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +23,11 @@ class LocalLauncher:
 
     Attributes:
         task: what it runs.
+        context: makes what the task knows of the world around it.
     """
 
     task: Task = train
+    context: Callable[[], TrainContext] = SingleProcess
 
     def __call__(self, launch: Launch) -> None:
         """Train until the end."""
@@ -37,6 +40,6 @@ class LocalLauncher:
         before = torch.get_num_threads()
         torch.set_num_threads(threads_for(cluster, 1, os.environ.get("OMP_NUM_THREADS")))
         try:
-            self.task(launch.config, launch.run_dir, SingleProcess())
+            self.task(launch.config, launch.run_dir, self.context())
         finally:
             torch.set_num_threads(before)

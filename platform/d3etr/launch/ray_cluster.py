@@ -47,7 +47,7 @@ def connected(cluster: ClusterConfig, stage: Callable[[str], None]) -> Iterator[
     with ExitStack() as stack:
         stack.enter_context(environment(ray_settings(cluster)))
         if not ray.is_initialized():
-            address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+            address = joined_address(cluster) or "local"
             if address == "local":
                 stack.enter_context(environment(package_environment(), override=True))
                 stack.enter_context(environment(NO_PREEMPTION))
@@ -57,6 +57,11 @@ def connected(cluster: ClusterConfig, stage: Callable[[str], None]) -> Iterator[
         # Ray has put its own handler in the place of the driver's.
         stack.enter_context(terminable())
         yield
+
+
+def joined_address(cluster: ClusterConfig) -> str | None:
+    """The running cluster that a run joins; None where it starts one of its own."""
+    return cluster.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def cluster_nodes() -> list[Node]:

@@ -93,7 +93,7 @@ class TrainingLoop:
         """Examine, save and report, as often as configured and always at the end."""
         done = -(-progress.step // self._per_epoch)
         ends = progress.step >= self._steps
-        metrics: dict[str, float] = {"step": progress.step, "epoch": done}
+        metrics: dict[str, float] = {"step": progress.step, "epoch": done, "final": ends}
         if ends or done % self._config.evaluation.every_epochs == 0:
             mAP = self._examination.examine(progress.step, done)
             metrics |= {} if mAP is None else {"val/mAP": mAP}

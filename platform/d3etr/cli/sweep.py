@@ -1,0 +1,134 @@
+"""``d3etr sweep``: many trials of one recipe, also as ``python sweeps/run.py``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d3etr.cli.command import Command, add_json, add_overrides, print_json
+from d3etr.errors import UserError
+
+if TYPE_CHECKING:
+    from d3etr.launch.sweeps.plan import Plan
+    from d3etr.launch.sweeps.trials import Trial
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "sweep",
+        type=Path,
+        nargs="?",
+        metavar="SWEEP",
+        help="YAML file, for example sweeps/matching_ratios.yaml",
+    )
+    add_overrides(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the trials; start nothing")
+    parser.add_argument(
+        "--resume",
+        metavar="NAME",
+        help="go on with a sweep: its folder, or the beginning of its name; needs no file",
+    )
+    parser.add_argument(
+        "--table",
+        type=Path,
+        metavar="FOLDER",
+        help="also write the table there, as Markdown and JSON",
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_json(parser)
+
+
+def _run(options: Namespace) -> int:
+    plan = _plan(options)
+    if options.dry_run:
+        return _dry_run(plan, options.json)
+    from d3etr.launch.sweeps.driver import run_sweep
+    from d3etr.launch.sweeps.folder import write_table
+    from d3etr.launch.sweeps.outcome import as_json, table
+
+    command = _command(options)
+    result = run_sweep(plan, command=command, tell=_quiet if options.quiet else _tell)
+    if options.table is not None:
+        place = options.table / plan.sweep.name
+        write_table(
+            plan.sweep,
+            result.trials,
+            command,
+            place.with_suffix(".md"),
+            place.with_suffix(".json"),
+        )
+    if options.json:
+        print_json(as_json(plan.sweep, result.trials, command))
+    else:
+        print(table(plan.sweep, result.trials))
+        for failed in (trial for trial in result.trials if trial.state == "failed"):
+            print(f"failed: {failed.trial.title(plan.sweep)}: {failed.reason}", file=sys.stderr)
+        print(f"folder  {result.folder}")
+    return 0 if all(trial.state in ("finished", "pruned") for trial in result.trials) else 1
+
+
+def _plan(options: Namespace) -> Plan:
+    from d3etr.config.infrastructure import RunConfig
+    from d3etr.config.overrides import last_override
+    from d3etr.config.sweep import load_sweep
+    from d3etr.launch.sweeps.folder import SWEEP_FILE, find_sweep
+    from d3etr.launch.sweeps.plan import make_plan
+
+    if options.resume is None:
+        if options.sweep is None:
+            raise UserError("which sweep? Give its file, for example sweeps/matching_ratios.yaml")
+        return make_plan(load_sweep(options.sweep, options.overrides))
+    output = last_override(options.overrides, "run.output") or str(RunConfig().output)
+    folder = find_sweep(options.resume, Path(output))
+    plan = make_plan(load_sweep(folder / SWEEP_FILE))
+    if plan.folder != folder:
+        raise UserError(
+            f"the sweep {folder.name} cannot be resumed: its recipe has changed since, or this is "
+            f"another working directory. As it is now it would be {plan.folder}"
+        )
+    return plan
+
+
+def _dry_run(plan: Plan, as_json: bool) -> int:
+    trials = [
+        {"number": trial.number, "trial": trial.title(plan.sweep), "run": _run_name(plan, trial)}
+        for trial in plan.trials
+    ]
+    if as_json:
+        print_json({"folder": str(plan.folder), "trials": trials})
+        return 0
+    print(f"folder  {plan.folder}")
+    if plan.searched:
+        search = plan.sweep.search
+        print(f"{search.trials} trials, proposed by '{search.method}' from:")
+        for key, domain in plan.sweep.space.items():
+            print(f"  {key}: {domain.model_dump(exclude_unset=True)}")
+    for trial in trials:
+        print(f"{trial['number']:4d}  {trial['trial']}")
+    return 0
+
+
+def _run_name(plan: Plan, trial: Trial) -> str:
+    from d3etr.launch.folder import folder_of
+
+    return folder_of(plan.config(trial)).path.name
+
+
+def _command(options: Namespace) -> str:
+    sets = [part for override in options.overrides for part in ("--set", override)]
+    named = ["--resume", options.resume] if options.resume else [str(options.sweep)]
+    return shlex.join(["python", "sweeps/run.py", *named, *sets])
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _quiet(line: str) -> None:
+    pass
+
+
+COMMAND = Command("sweep", "many trials of one recipe on Ray Tune, one table", _add_arguments, _run)

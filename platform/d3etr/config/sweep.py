@@ -1,0 +1,202 @@
+"""Configuration of a sweep: one recipe, many settings, and how to choose among them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from d3etr.config.base import Section
+from d3etr.config.data import FilePath
+from d3etr.config.problems import ConfigError, problems_of
+from d3etr.config.yaml_text import parse_yaml
+from d3etr.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Values = Annotated[tuple[Any, ...], Field(min_length=1)]
+Range = tuple[float, float]
+Kind = Literal["grid", "choice", "uniform", "loguniform"]
+KINDS: tuple[Kind, ...] = ("grid", "choice", "uniform", "loguniform")
+
+
+class Domain(Section):
+    """The values that one configuration key may take; exactly one kind."""
+
+    grid: Values | None = None
+    """Every value is tried, in combination with every value of the other grids."""
+    choice: Values | None = None
+    """One of these."""
+    uniform: Range | None = None
+    """A number between two."""
+    loguniform: Range | None = None
+    """A number between two, its logarithm evenly spread."""
+    when: dict[str, Values] = Field(default_factory=dict)
+    """Only where these keys, which stand above, have one of these values; else the key stays what
+    the recipe says."""
+
+    @property
+    def kind(self) -> Kind:
+        """Which of the four it is."""
+        return next(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    def applies(self, chosen: Mapping[str, Any]) -> bool:
+        """Whether the key is set at all, given what the keys above it are."""
+        return all(chosen.get(key) in values for key, values in self.when.items())
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        given = [
+            kind for kind in ("grid", "choice", "uniform", "loguniform") if getattr(self, kind)
+        ]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"needs one of {', '.join(KINDS)}; found {found}")
+        low, high = self.uniform or self.loguniform or (0.0, 1.0)
+        if low >= high:
+            raise ValueError(f"the range goes from {low:g} to {high:g}: give the smaller one first")
+        if self.loguniform is not None and low <= 0:
+            raise ValueError("loguniform needs numbers above 0")
+        return self
+
+
+class Case(Section):
+    """A configuration with a name of its own, such as a row of an ablation."""
+
+    recipe: FilePath | None = None
+    """In place of the sweep's."""
+    set: tuple[str, ...] = ()
+    """Overrides, as after ``--set``."""
+
+
+class SearchConfig(Section):
+    """How points of the space are chosen."""
+
+    method: Literal["grid", "random", "optuna", "population"] = "grid"
+    """grid: every combination. random: ``trials`` samples of what is no grid, for every
+    combination of the grids. optuna: a tree-structured Parzen estimator (TPE) proposes from what
+    it has seen. population: ``trials`` students train together; the worst copy the weights of the
+    best and change settings (population based training)."""
+    trials: Positive = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    startup_trials: Positive = 8
+    """optuna only: so many random points before it proposes."""
+    perturb_every_epochs: Positive = 1
+    """population only: how long a student trains before it is compared."""
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """Keys that belong to another method."""
+        others = {"optuna": "startup_trials", "population": "perturb_every_epochs"}
+        keys = {key for method, key in others.items() if method != self.method}
+        return frozenset(keys | ({"trials", "seed"} if self.method == "grid" else set()))
+
+    @model_validator(mode="after")
+    def _every_setting_counts(self) -> Self:
+        extra = sorted(self.model_fields_set & self.without_effect)
+        if extra:
+            raise ValueError(f"method '{self.method}' has no use for {', '.join(extra)}")
+        return self
+
+
+class PruningConfig(Section):
+    """Stop trials early that are worse than others were at the same epoch (ASHA)."""
+
+    grace_epochs: Positive = 1
+    """No trial is stopped before."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """One of so many goes on at each rung."""
+
+
+class SweepConfig(Section):
+    """One sweep: everything that is needed to repeat it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$")]
+    title: str = ""
+    recipe: FilePath
+    set: tuple[str, ...] = ()
+    """Overrides of every trial, as after ``--set``."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Every configuration is trained with each."""
+    space: dict[str, Domain] = Field(default_factory=dict)
+    """Configuration key to the values it may take."""
+    cases: dict[str, Case] = Field(default_factory=dict)
+    """Named configurations; with a space as well, the space is searched in each."""
+    baseline: str | None = None
+    """The case that gains are counted from."""
+    search: SearchConfig = SearchConfig()
+    pruning: PruningConfig | None = None
+    maximum_concurrent: Positive | None = None
+    """Trials at a time; None: as many as the cluster has room for."""
+
+    @model_validator(mode="after")
+    def _is_a_sweep(self) -> Self:
+        if not self.space and not self.cases:
+            raise ValueError("nothing to sweep over: give a space, or cases")
+        if self.baseline is not None and self.baseline not in self.cases:
+            raise ValueError(f"baseline '{self.baseline}' is none of the cases")
+        self._check_conditions()
+        self._check_method()
+        return self
+
+    def _check_conditions(self) -> None:
+        above: list[str] = []
+        for key, domain in self.space.items():
+            for other in domain.when:
+                if other not in above:
+                    raise ValueError(f"space.{key}.when names '{other}', which is not above it")
+            above.append(key)
+
+    def _check_method(self) -> None:
+        method = self.search.method
+        grids = [key for key, domain in self.space.items() if domain.kind == "grid"]
+        sampled = [key for key in self.space if key not in grids]
+        if method == "grid" and sampled:
+            raise ValueError(
+                f"search.method 'grid' tries every value, but {sampled[0]} is no grid: use "
+                "search.method random or optuna, or give it a grid"
+            )
+        if method in ("optuna", "population"):
+            self._check_sequential(method, grids)
+        if method != "grid" and not sampled:
+            raise ValueError(f"search.method '{method}' has nothing to sample: use grid")
+
+    def _check_sequential(self, method: str, grids: Sequence[str]) -> None:
+        if grids:
+            raise ValueError(f"search.method '{method}' chooses: make {grids[0]} a choice")
+        if self.cases or len(self.seeds) > 1:
+            raise ValueError(f"search.method '{method}' searches one case with one seed")
+        if method == "population":
+            if any(domain.when for domain in self.space.values()):
+                raise ValueError("search.method 'population' cannot have conditions (when)")
+            if self.pruning is not None:
+                raise ValueError("search.method 'population' stops nobody: leave pruning out")
+            if self.search.trials < 2:
+                raise ValueError("search.method 'population' needs search.trials of 2 or more")
+            if self.maximum_concurrent is not None:
+                raise ValueError("search.method 'population' has no use for maximum_concurrent")
+
+
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Read a sweep file.
+
+    Args:
+        path: YAML.
+        overrides: ``a.b=c`` texts for the recipe of every trial, on top of the file's ``set``.
+
+    Raises:
+        ConfigError: listing every problem with its dotted path.
+        UserError: the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    tree = parse_yaml(text, str(path))
+    try:
+        sweep = SweepConfig.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise ConfigError(str(path), problems_of(error, SweepConfig)) from error
+    return sweep.model_copy(update={"set": (*sweep.set, *overrides)})

@@ -1,0 +1,189 @@
+"""What runs inside a Ray Tune trial: the same training as everywhere else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from d3etr.config.tree import Config
+from d3etr.launch.console import Silence
+from d3etr.launch.driver import Launcher, RunResult, drive
+from d3etr.launch.folder import RunFolder, folder_of
+from d3etr.launch.local import LocalLauncher
+from d3etr.launch.lock import RunLockedError
+from d3etr.launch.sweeps.plan import Plan
+from d3etr.training.checkpoints import CheckpointStore
+from d3etr.training.context import SingleProcess
+from d3etr.training.journal import Record, read_journal
+from d3etr.training.run import CHECKPOINTS
+from d3etr.training.storage import link_or_copy, write_text
+
+LOCK_SECONDS = 60.0
+"""After a driver's death its trials go on for some seconds and hold their folders."""
+ORIGIN = "origin.json"
+
+
+def run_trial(parameters: dict[str, Any], plan: Plan) -> None:
+    """Train one trial; called by Ray Tune.
+
+    Args:
+        parameters: the number of a planned trial, or the point that the search proposes.
+        plan: the sweep.
+
+    Raises:
+        Exception: whatever training raises; the same again on further attempts, without
+            training, as only a lost process or node is worth another one.
+    """
+    trial_dir = tune.get_context().get_trial_dir()
+    assert trial_dir is not None
+    trial = plan.trial(parameters, int(Path(trial_dir).name))  # see numbers.py
+    number = trial.number
+    note = failure_note(plan, number)
+    if note.exists():
+        raise RuntimeError(note.read_text(encoding="utf-8"))
+    try:
+        config, folder = _place(number, plan.config(trial))
+        final = _final(_train(config, folder, _reporter(plan, number, folder)))
+    except Exception as error:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_text(note, str(error) or repr(error))
+        raise
+    tune.report(final)
+
+
+def failure_note(plan: Plan, number: int) -> Path:
+    """Where a trial says why it cannot succeed."""
+    return plan.folder / "failures" / f"{number:03d}.txt"
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Tells Ray Tune what an evaluation found.
+
+    Attributes:
+        number: of the trial.
+        folder: of its run.
+        with_weights: hand over the checkpoint too, for others to copy.
+    """
+
+    number: int
+    folder: RunFolder
+    with_weights: bool
+
+    def __call__(self, metrics: dict[str, float]) -> None:
+        """Report an epoch in which the student was evaluated; returns when Tune has heard.
+
+        The last epoch is left to ``run_trial``, which knows the run's result.
+        """
+        if "val/mAP" not in metrics or metrics["final"]:
+            return
+        told = {"mAP": metrics["val/mAP"], "epoch": int(metrics["epoch"])}
+        with tempfile.TemporaryDirectory() as scratch:
+            checkpoint = self._checkpoint(Path(scratch)) if self.with_weights else None
+            place = {"run_dir": str(self.folder.path), "final": False}
+            tune.report(told | place, checkpoint=checkpoint)
+
+    def _checkpoint(self, scratch: Path) -> tune.Checkpoint:
+        newest = CheckpointStore(self.folder.path / CHECKPOINTS, keep=1).newest()
+        assert newest is not None, "the loop saves before it reports"
+        for file in newest.folder.iterdir():
+            link_or_copy(file, scratch / file.name)
+        origin = {"trial": self.number, "run_dir": str(self.folder.path), "step": newest.step}
+        write_text(scratch / ORIGIN, json.dumps(origin))
+        return tune.Checkpoint.from_directory(scratch)
+
+
+class TrialContext(SingleProcess):
+    """A world of one that reports to Ray Tune."""
+
+    def __init__(self, reporter: Callable[[dict[str, float]], None]) -> None:
+        super().__init__()
+        self._reporter = reporter
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Tell Tune of an epoch; it may end the trial here."""
+        self._reporter(metrics)
+
+
+class JournalReporter(Silence):
+    """Reports from the journal, where the training is in processes of its own."""
+
+    def __init__(self, reporter: Callable[[dict[str, float]], None]) -> None:
+        self._reporter = reporter
+        self._steps = 0
+
+    def consume(self, record: Record) -> None:
+        """Pass an evaluation on."""
+        if record["kind"] == "start":
+            self._steps = record["steps"]
+        if record["kind"] == "evaluation":
+            self._reporter(record["metrics"] | {"final": record["step"] >= self._steps})
+
+
+def _reporter(plan: Plan, number: int, folder: RunFolder) -> Reporter:
+    return Reporter(number, folder, plan.sweep.search.method == "population")
+
+
+def _place(number: int, config: Config) -> tuple[Config, RunFolder]:
+    """Where a trial trains: its folder, or a new one that starts from another trial's weights."""
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None:
+        return config, folder_of(config)
+    with checkpoint.as_directory() as given:
+        origin = json.loads((Path(given) / ORIGIN).read_text(encoding="utf-8"))
+        if origin["trial"] == number:
+            return config, RunFolder(Path(origin["run_dir"]))
+        suffix = f"_from-{origin['trial']:03d}-at-{origin['step']}"
+        run = config.run.model_copy(update={"name": config.run.name + suffix})
+        heir = config.model_copy(update={"run": run})
+        folder = folder_of(heir)
+        _inherit(Path(given), folder.path / CHECKPOINTS / f"step-{origin['step']:08d}")
+        return heir, folder
+
+
+def _inherit(source: Path, target: Path) -> None:
+    """Copy a checkpoint, unless it was done before; it appears only when it is complete."""
+    if target.parent.exists() and any(target.parent.glob("step-*")):
+        return
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(ORIGIN))
+    temporary.rename(target)
+
+
+def _train(config: Config, folder: RunFolder, reporter: Reporter) -> RunResult:
+    if config.cluster.workers == 1:
+        launcher: Launcher = LocalLauncher(context=lambda: TrialContext(reporter))
+        display = Silence()
+    else:
+        from d3etr.launch.ray_train import RayLauncher
+
+        launcher, display = RayLauncher(), JournalReporter(reporter)
+    give_up = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return drive(config, folder, launcher, display=display, open_tracker=None)
+        except RunLockedError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(1.0)
+
+
+def _final(result: RunResult) -> dict[str, Any]:
+    """The last report: what the finished run found, at the epoch that it reached."""
+    journal = read_journal(result.run_dir / "journal.jsonl")
+    start = next(record for record in journal if record["kind"] == "start")
+    return {
+        "mAP": result.metrics["mAP"],
+        "epoch": -(-start["steps"] // start["steps_per_epoch"]),
+        "run_dir": str(result.run_dir),
+        "final": True,
+    }

@@ -1,0 +1,112 @@
+"""Watches a sweep from its driver: tells a person, and has MLflow follow every run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial as TuneTrial
+
+from d3etr.launch.driver import Status
+from d3etr.launch.sweeps.actor import failure_note
+from d3etr.launch.sweeps.numbers import number_of
+from d3etr.launch.sweeps.plan import Plan
+from d3etr.launch.sweeps.trials import Trial
+
+
+class Children(Protocol):
+    """Tracks the runs of a sweep."""
+
+    def follow(self, run_dir: Path, title: str) -> None:
+        """Follow a run's journal from now on."""
+        ...
+
+    def end(self, run_dir: Path, status: Status) -> None:
+        """The run has ended; returns at once."""
+        ...
+
+
+class Observer(Callback):  # type: ignore[misc]
+    """Takes Tune's events.
+
+    Args:
+        plan: the sweep.
+        tell: takes a line for a person.
+        children: tracks runs; None tracks nothing.
+    """
+
+    def __init__(self, plan: Plan, tell: Callable[[str], None], children: Children | None) -> None:
+        self._plan, self._tell, self._children = plan, tell, children
+        self._folders: dict[int, Path] = {}
+        self._began = time.monotonic()
+        self._ended: set[int] = set()
+
+    def on_trial_result(
+        self,
+        iteration: int,
+        trials: list[TuneTrial],
+        trial: TuneTrial,
+        result: dict[str, Any],
+        **info: Any,
+    ) -> None:
+        """An evaluation of a trial."""
+        number, run_dir = trial_of(self._plan, trial).number, Path(result["run_dir"])
+        before = self._folders.get(number)
+        if before != run_dir:
+            if before is not None:
+                self._tell(f"{self._title(trial)} goes on from another trial's weights")
+                self._end(before, "KILLED")
+            self._folders[number] = run_dir
+            self._follow(run_dir, trial)
+        self._tell(
+            f"{self._title(trial)} | epoch {result['epoch']} | mAP {100 * result['mAP']:.1f}"
+        )
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """A trial has come to its end, or was stopped early."""
+        run_dir = self._folders.get(trial_of(self._plan, trial).number)
+        finished = run_dir is not None and (run_dir / "summary.json").exists()
+        self._tell(f"{self._count(trial, trials)} {'finished' if finished else 'stopped early'}")
+        if run_dir is not None:
+            self._end(run_dir, "FINISHED" if finished else "KILLED")
+
+    def on_trial_error(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """A trial has failed for good."""
+        note = failure_note(self._plan, trial_of(self._plan, trial).number)
+        reason = note.read_text(encoding="utf-8") if note.exists() else "its process was lost"
+        self._tell(f"{self._count(trial, trials)} failed: {reason.splitlines()[0]}")
+        run_dir = self._folders.get(trial_of(self._plan, trial).number)
+        if run_dir is not None:
+            self._end(run_dir, "FAILED")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune saves its callbacks; a resumed sweep has a driver and an observer of its own."""
+        return {"_plan": self._plan}
+
+    def _follow(self, run_dir: Path, trial: TuneTrial) -> None:
+        if self._children is not None:
+            self._children.follow(run_dir, self._title(trial))
+
+    def _end(self, run_dir: Path, status: Status) -> None:
+        if self._children is not None:
+            self._children.end(run_dir, status)
+
+    def _count(self, trial: TuneTrial, trials: list[TuneTrial]) -> str:
+        self._ended.add(trial_of(self._plan, trial).number)
+        known = len(self._plan.trials) or self._plan.sweep.search.trials
+        return f"[{len(self._ended)}/{known}] {self._title(trial)}"
+
+    def _title(self, trial: TuneTrial) -> str:
+        return trial_of(self._plan, trial).title(self._plan.sweep)
+
+
+def trial_of(plan: Plan, trial: TuneTrial) -> Trial:
+    """Ours for Tune's."""
+    return plan.trial(trial.config, number_of(trial))

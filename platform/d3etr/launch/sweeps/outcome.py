@@ -1,0 +1,175 @@
+"""What a sweep found: every trial's result, the table, the best configuration."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from d3etr.config.sweep import SweepConfig
+from d3etr.launch.sweeps.trials import Trial
+
+State = Literal["finished", "pruned", "failed", "unfinished"]
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a trial ended.
+
+    Attributes:
+        trial: which.
+        state: finished; pruned (stopped early); failed; or unfinished.
+        run_dir: its run's folder; None if it never began.
+        summary: of the finished run: metrics as in summary.json.
+        mAP: newest on the validation split, None if never evaluated.
+        epoch: at which that was.
+        reason: why it failed.
+    """
+
+    trial: Trial
+    state: State
+    run_dir: Path | None = None
+    summary: dict[str, Any] | None = None
+    mAP: float | None = None
+    epoch: int | None = None
+    reason: str | None = None
+
+    def metric(self, name: str) -> float | None:
+        """A number of the finished run, None if it is not finished or has no such number."""
+        value = None if self.summary is None else self.summary.get(name)
+        return float(value) if isinstance(value, int | float) else None
+
+
+def best(results: Sequence[TrialResult]) -> TrialResult | None:
+    """The finished trial with the highest validation mAP; the first of equal ones."""
+    finished = [r for r in results if r.state == "finished" and r.mAP is not None]
+    return max(finished, key=lambda r: r.mAP or 0.0, default=None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration over its seeds.
+
+    Attributes:
+        title: what tells it apart.
+        values: mAP by seed, of finished trials.
+        failures: reason by seed.
+        states: of its trials.
+        steps: optimiser steps of a finished trial.
+    """
+
+    title: str
+    case: str | None
+    values: dict[int, float]
+    failures: dict[int, str]
+    states: tuple[State, ...]
+    steps: int
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return statistics.fmean(self.values.values())
+
+    @property
+    def spread(self) -> float:
+        """Sample standard deviation over seeds, 0 for one."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else 0.0
+
+
+def table_metric(results: Sequence[TrialResult]) -> str:
+    """The metric that is published: of the test split where every finished trial has it."""
+    finished = [result for result in results if result.state == "finished"]
+    has = bool(finished) and all(result.metric("test/mAP") is not None for result in finished)
+    return "test/mAP" if has else "mAP"
+
+
+def rows(sweep: SweepConfig, results: Sequence[TrialResult], metric: str) -> list[Row]:
+    """Trials of one configuration together, in the order of the sweep."""
+    groups: dict[str, list[TrialResult]] = {}
+    for result in results:
+        groups.setdefault(_title(sweep, result.trial), []).append(result)
+    return [_row(title, own, metric) for title, own in groups.items()]
+
+
+def _title(sweep: SweepConfig, trial: Trial) -> str:
+    title = trial.title(sweep.model_copy(update={"seeds": (trial.seed,)}))
+    return title if sweep.search.method in ("grid", "random") else f"{trial.number}: {title}"
+
+
+def _row(title: str, own: Sequence[TrialResult], metric: str) -> Row:
+    values = {r.trial.seed: value for r in own if (value := r.metric(metric)) is not None}
+    steps = [steps for r in own if (steps := r.metric("steps")) is not None]
+    return Row(
+        title,
+        own[0].trial.case,
+        values,
+        {r.trial.seed: r.reason or "" for r in own if r.state == "failed"},
+        tuple(r.state for r in own),
+        int(max(steps, default=0)),
+    )
+
+
+def table(sweep: SweepConfig, results: Sequence[TrialResult]) -> str:
+    """The sweep as a Markdown table, in percent."""
+    metric = table_metric(results)
+    grouped = rows(sweep, results, metric)
+    base = next((r for r in grouped if r.case == sweep.baseline and r.values), None)
+    gains = sweep.baseline is not None
+    lines = [
+        f"| configuration | steps | {metric} by seed | mean | spread |" + " gain |" * gains,
+        "| --- | ---: | --- | ---: | ---: |" + " ---: |" * gains,
+    ]
+    for row in grouped:
+        gain = "" if base is None or row is base or not row.values else _signed(row, base)
+        lines.append(_line(row) + f" {gain} |" * gains)
+    return "\n".join(lines)
+
+
+def _signed(row: Row, base: Row) -> str:
+    return f"{100 * (row.mean - base.mean):+.1f}"
+
+
+def _line(row: Row) -> str:
+    seeds = sorted({*row.values, *row.failures})
+    cells = [f"{100 * row.values[s]:.1f}" if s in row.values else "failed" for s in seeds]
+    cells += [state for state in row.states if state in ("pruned", "unfinished")]
+    if not row.values:
+        return f"| {row.title} | | {' / '.join(cells)} | | |"
+    numbers = f"{100 * row.mean:.1f} | {100 * row.spread:.1f}"
+    return f"| {row.title} | {row.steps:,} | {' / '.join(cells)} | {numbers} |"
+
+
+def as_json(sweep: SweepConfig, results: Sequence[TrialResult], command: str) -> dict[str, Any]:
+    """The sweep as plain values, with the command that repeats it."""
+    return {
+        "name": sweep.name,
+        "title": sweep.title,
+        "command": command,
+        "trials": [_trial_json(result) for result in results],
+    }
+
+
+def _trial_json(result: TrialResult) -> dict[str, Any]:
+    return {
+        "number": result.trial.number,
+        "case": result.trial.case,
+        "point": result.trial.point,
+        "seed": result.trial.seed,
+        "state": result.state,
+        "run": None if result.run_dir is None else result.run_dir.name,
+        "mAP": result.mAP,
+        "epoch": result.epoch,
+        "reason": result.reason,
+        "summary": result.summary,
+    }
+
+
+def read_summary(run_dir: Path | None) -> dict[str, Any] | None:
+    """The summary of a finished run, None of any other."""
+    if run_dir is None or not (run_dir / "summary.json").exists():
+        return None
+    content: dict[str, Any] = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    return content

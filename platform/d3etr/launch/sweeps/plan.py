@@ -1,0 +1,122 @@
+"""A sweep as every process of it sees it: what each trial trains, and in which folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d3etr.config.load import config_digest, read_recipe, validate
+from d3etr.config.overrides import Tree
+from d3etr.config.problems import ConfigError, Problem
+from d3etr.config.sweep import SweepConfig
+from d3etr.config.tree import Config
+from d3etr.launch.folder import absolute_paths
+from d3etr.launch.sweeps.trials import Trial, planned_trials, random_points
+
+CHECKED_POINTS = 50
+"""So many random points of a space that is searched are validated before anything starts."""
+NOT_SWEPT = ("run", "cluster", "tracking")
+TRIAL_KEY = "trial"
+"""Tune's parameter that names a planned trial by its number."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What trials need to know, wherever they run.
+
+    Attributes:
+        sweep: the configuration.
+        trees: the recipes by their path, read where the sweep was started.
+        root: working directory of the driver, which relative paths in recipes mean.
+        folder: of the sweep, absolute, on storage that all nodes share.
+        trials: every trial; empty where a search proposes them.
+    """
+
+    sweep: SweepConfig
+    trees: Mapping[Path, Tree]
+    root: Path
+    folder: Path
+    trials: tuple[Trial, ...]
+
+    @property
+    def searched(self) -> bool:
+        """Whether trials are proposed one after the other instead of planned."""
+        return self.sweep.search.method in ("optuna", "population")
+
+    def trial(self, parameters: Mapping[str, Any], number: int) -> Trial:
+        """The trial that Tune gave ``parameters`` to.
+
+        Args:
+            parameters: the number of a planned trial, or the point that a search proposed.
+            number: of a proposed one.
+        """
+        if TRIAL_KEY in parameters:
+            return self.trials[int(parameters[TRIAL_KEY])]
+        return Trial(number, dict(parameters), self.sweep.seeds[0])
+
+    def config(self, trial: Trial, suffix: str = "") -> Config:
+        """What a trial trains, in a folder below the sweep's, with absolute paths.
+
+        Args:
+            trial: which.
+            suffix: of the run's name.
+
+        Raises:
+            ConfigError: the combination is not valid.
+        """
+        recipe, name = trial.recipe(self.sweep), trial.name(self.sweep) + suffix
+        place = (f"run.name={json.dumps(name)}", f"run.output={json.dumps(str(self.folder))}")
+        try:
+            config = validate(
+                self.trees[recipe], str(recipe), (*trial.overrides(self.sweep), *place)
+            )
+        except ConfigError as error:
+            title = trial.title(self.sweep)
+            raise ConfigError(f"{error.source}, trial '{title}'", error.problems) from error
+        return absolute_paths(config, self.root)
+
+
+def make_plan(sweep: SweepConfig) -> Plan:
+    """Work out a sweep and refuse it if one of its trials could not start.
+
+    The folder's name holds a digest of the sweep and of what its recipes say.
+
+    Raises:
+        ConfigError: a planned trial's configuration is not valid; where trials are searched,
+            that of one of ``CHECKED_POINTS`` random points.
+    """
+    for key in sweep.space:
+        if key.partition(".")[0] in NOT_SWEPT:
+            text = "changes where or how a run happens, not what comes out: nothing to sweep over"
+            raise ConfigError(f"sweep '{sweep.name}'", [Problem(f"space.{key}", text)])
+    cases = (case.recipe for case in sweep.cases.values())
+    recipes = {recipe for recipe in (sweep.recipe, *cases) if recipe is not None}
+    trees = {recipe: read_recipe(recipe) for recipe in recipes}
+    planned = sweep.search.method in ("grid", "random")
+    trials = tuple(planned_trials(sweep)) if planned else ()
+    draft = Plan(sweep, trees, Path.cwd(), Path.cwd(), trials)
+    configs = [draft.config(trial) for trial in trials or _samples(sweep)]
+    output = validate(trees[sweep.recipe], str(sweep.recipe), sweep.set).run.output
+    digest = _digest(sweep, sorted({config_digest(config) for config in configs}))
+    folder = absolute_output(output) / f"{sweep.name}-{digest}"
+    return Plan(sweep, trees, Path.cwd(), folder, trials)
+
+
+def absolute_output(output: Path) -> Path:
+    """The folder that holds sweeps, absolute."""
+    return output.expanduser().absolute()
+
+
+def _samples(sweep: SweepConfig) -> list[Trial]:
+    points = random_points(sweep, CHECKED_POINTS)
+    return [Trial(number, point, sweep.seeds[0]) for number, point in enumerate(points)]
+
+
+def _digest(sweep: SweepConfig, configs: list[str]) -> str:
+    kept = sweep.model_dump(mode="json", exclude={"title", "maximum_concurrent", "baseline"})
+    content = json.dumps([kept, configs], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:8]

@@ -1,0 +1,128 @@
+"""The trials of a sweep, as plain values: what is set, what it is called, what it trains."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from d3etr.config.overrides import as_overrides
+from d3etr.config.sweep import Domain, SweepConfig
+
+Point = dict[str, Any]
+"""Configuration key -> value; keys whose condition does not hold are missing."""
+NAME_LENGTH = 80
+"""A trial's name becomes a folder's, with a number before and a digest behind it."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration and seed.
+
+    Attributes:
+        number: within the sweep.
+        point: what the search chose.
+        seed: of the run.
+        case: its name, None without cases.
+    """
+
+    number: int
+    point: Point
+    seed: int
+    case: str | None = None
+
+    def title(self, sweep: SweepConfig) -> str:
+        """What tells it apart, for people: ``adaptive_ratio=0.5, prediction.weight=2``."""
+        short = short_names(list(sweep.space))
+        parts = [self.case] if self.case is not None else []
+        parts += [f"{short[key]}={shown(value)}" for key, value in self.point.items()]
+        parts += [f"seed={self.seed}"] if len(sweep.seeds) > 1 else []
+        return ", ".join(parts)
+
+    def name(self, sweep: SweepConfig) -> str:
+        """The same as a run's name: ``003_adaptive_ratio-0.5_prediction.weight-2``."""
+        words = re.sub(r"[^A-Za-z0-9._-]+", "-", self.title(sweep).replace(", ", "_"))
+        return f"{self.number:03d}_{words}"[:NAME_LENGTH].rstrip("-_.")
+
+    def recipe(self, sweep: SweepConfig) -> Path:
+        """The recipe file that it starts from."""
+        case = None if self.case is None else sweep.cases[self.case]
+        return sweep.recipe if case is None or case.recipe is None else case.recipe
+
+    def overrides(self, sweep: SweepConfig) -> tuple[str, ...]:
+        """Everything on top of the recipe: the sweep's, the case's, the point, the seed."""
+        case = () if self.case is None else sweep.cases[self.case].set
+        return (*sweep.set, *case, *as_overrides(self.point), f"run.seed={self.seed}")
+
+
+def planned_trials(sweep: SweepConfig) -> list[Trial]:
+    """Every trial of a grid or random sweep, seeds first: an interrupted one has whole seeds."""
+    points = list(planned_points(sweep))
+    cases: Sequence[str | None] = list(sweep.cases) or [None]
+    combinations = itertools.product(sweep.seeds, cases, points)
+    return [
+        Trial(number, point, seed, case) for number, (seed, case, point) in enumerate(combinations)
+    ]
+
+
+def planned_points(sweep: SweepConfig) -> Iterator[Point]:
+    """Points of the space: all of its grids, ``search.trials`` samples of the rest."""
+    samples = 1 if sweep.search.method == "grid" else sweep.search.trials
+    for number in range(samples):
+        random = Random(f"{sweep.search.seed} {number}")
+        yield from _expand(list(sweep.space.items()), {}, random)
+
+
+def random_points(sweep: SweepConfig, count: int) -> list[Point]:
+    """Points at random, for any method."""
+    random = Random(sweep.search.seed)
+    return [next(_expand(list(sweep.space.items()), {}, random)) for _ in range(count)]
+
+
+def _expand(
+    domains: Sequence[tuple[str, Domain]], chosen: Point, random: Random
+) -> Iterator[Point]:
+    if not domains:
+        yield chosen
+        return
+    (key, domain), *rest = domains
+    if not domain.applies(chosen):
+        yield from _expand(rest, chosen, random)
+        return
+    for value in domain.grid or (sample(domain, random),):
+        yield from _expand(rest, {**chosen, key: value}, random)
+
+
+def sample(domain: Domain, random: Random) -> Any:
+    """A value of a domain that is no grid."""
+    if domain.choice is not None:
+        return random.choice(domain.choice)
+    if domain.uniform is not None:
+        return random.uniform(*domain.uniform)
+    assert domain.loguniform is not None
+    low, high = domain.loguniform
+    return math.exp(random.uniform(math.log(low), math.log(high)))
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Each key's shortest ending that no other key has: ``prediction.weight``."""
+    return {key: _ending(key, [other for other in keys if other != key]) for key in keys}
+
+
+def _ending(key: str, others: Sequence[str]) -> str:
+    parts = key.split(".")
+    for count in range(1, len(parts)):
+        ending = ".".join(parts[-count:])
+        if not any(other == ending or other.endswith(f".{ending}") for other in others):
+            return ending
+    return key
+
+
+def shown(value: Any) -> str:
+    """A value in a few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
