@@ -1,12 +1,15 @@
-"""Every recipe that is shipped can be read."""
+"""Every recipe and every sweep that is shipped can be read."""
 
 from pathlib import Path
 
 import pytest
 
 from d3etr.config.load import load_config
+from d3etr.config.sweep import load_sweep
+from d3etr.launch.sweeps.plan import make_plan
 
-RECIPES = Path(__file__).resolve().parents[2] / "trainers" / "recipes"
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "trainers" / "recipes"
 DATA = (
     "data.train={images: a, annotations: a.json}",
     "data.validation={images: b, annotations: b.json}",
@@ -15,8 +18,6 @@ TEACHER = ("teacher.weights=teacher.safetensors",)
 NEEDED = {
     "own": DATA,
     "own/d3etr.yaml": TEACHER,
-    "bccd": DATA,
-    "bccd/d3etr.yaml": TEACHER,
 }
 """What a person has to add on the command line, by folder or recipe."""
 
@@ -44,3 +45,11 @@ def test_students_of_one_comparison_differ_in_nothing_but_the_teaching() -> None
         assert plain.optimisation == taught.optimisation
         assert plain.evaluation == taught.evaluation
         assert plain.run.seed == taught.run.seed
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "sweeps").glob("*.yaml")))
+def test_sweeps_are_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = load_sweep(ROOT / "sweeps" / name)
+    assert sweep.name.replace("-", "_") == name.removesuffix(".yaml")
+    assert sweep.title and (make_plan(sweep).trials or sweep.search.trials > 1)

@@ -151,7 +151,8 @@ def test_relative_paths_mean_the_drivers_folder_wherever_a_trial_runs(
     here = Path.cwd()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert plan.config(plan.trials[0]).student.backbone_weights == here / "weights" / "backbone"
+    config = plan.placed(plan.config(plan.trials[0]))
+    assert config.student.backbone_weights == here / "weights" / "backbone"
 
 
 @pytest.mark.parametrize(

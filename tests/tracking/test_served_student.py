@@ -47,7 +47,7 @@ def as_base64(image: Image.Image) -> str:
 
 def test_it_detects_on_base64_arrays_and_allowed_paths_alike(registry: str, tmp_path: Path) -> None:
     picture().save(tmp_path / "picture.png")
-    model = mlflow.pyfunc.load_model("models:/tiny@best", model_config={ALLOW_PATHS: True})
+    model = mlflow.pyfunc.load_model("models:/tiny@champion", model_config={ALLOW_PATHS: True})
     images = [as_base64(picture()), np.asarray(picture()).tolist(), str(tmp_path / "picture.png")]
     answers = model.predict([{"image": image, "threshold": 0.0} for image in images])
     assert [answer["error"] for answer in answers] == [None] * 3
@@ -85,7 +85,7 @@ class NoRay:
             raise ImportError(name + " is not there")
 sys.meta_path.insert(0, NoRay())
 import mlflow
-model = mlflow.pyfunc.load_model("models:/tiny@best")
+model = mlflow.pyfunc.load_model("models:/tiny@champion")
 answers = model.predict([json.loads(sys.stdin.read())])
 import d3etr
 print(json.dumps({"answers": answers, "code": d3etr.__file__}))

@@ -59,7 +59,7 @@ def test_a_finished_run_has_metrics_params_tags_files_and_a_model(
     assert run.data.params["student.detector.backbone.stage_widths"] == "[8, 8, 16]"
     assert run.data.params["teacher"] == "null"
     assert run.data.tags["role"] == "student" and run.data.tags["method"] == "none"
-    assert run.data.tags["backbone"] == "small-8-8-8"
+    assert run.data.tags["backbone"] == "small-8-8-16"
     assert run.data.tags["data_digest"] == "d" * 16
     assert [used.dataset.name for used in run.inputs.dataset_inputs] == ["digit-scenes"]
     assert "Plain student" in run.data.tags["mlflow.note.content"]
@@ -68,8 +68,8 @@ def test_a_finished_run_has_metrics_params_tags_files_and_a_model(
     state = read_state(run_dir)
     assert state is not None and state.complete and state.sent_step == 20
     assert state.model_uri == "models:/tiny-student/1"
-    best = client_of(config).get_model_version_by_alias("tiny-student", "best")
-    assert str(best.version) == "1" and best.tags["mAP"] == "0.2500"
+    champion = client_of(config).get_model_version_by_alias("tiny-student", "champion")
+    assert str(champion.version) == "1" and champion.tags["mAP"] == "0.2500"
 
 
 def test_going_on_and_replaying_makes_no_duplicates(
@@ -130,7 +130,7 @@ def test_a_model_is_logged_once_and_best_stays_with_the_best(
         assert replay(run_dir) is None
     client = client_of(good)
     assert len(client.search_model_versions("name='tiny-student'")) == 2
-    assert str(client.get_model_version_by_alias("tiny-student", "best").version) == "1"
+    assert str(client.get_model_version_by_alias("tiny-student", "champion").version) == "1"
     assert str(client.get_model_version_by_alias("tiny-student", "newest").version) == "2"
 
 

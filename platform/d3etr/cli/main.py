@@ -19,7 +19,6 @@ from d3etr.cli import (
     predict,
     pretrain_backbone,
     render_digit_scenes,
-    study,
     sweep,
     train,
 )
@@ -31,7 +30,6 @@ COMMANDS: tuple[Command, ...] = (
     check_data.COMMAND,
     pretrain_backbone.COMMAND,
     train.COMMAND,
-    study.COMMAND,
     sweep.COMMAND,
     evaluate.COMMAND,
     export.COMMAND,

@@ -50,7 +50,8 @@ def _run(options: Namespace) -> int:
     from d3etr.launch.sweeps.outcome import as_json, table
 
     command = _command(options)
-    result = run_sweep(plan, command=command, tell=_quiet if options.quiet else _tell)
+    tell = _quiet if options.quiet else _tell
+    result = run_sweep(plan, command=command, tell=tell)
     if options.table is not None:
         place = options.table / plan.sweep.name
         write_table(

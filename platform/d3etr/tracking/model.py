@@ -1,6 +1,6 @@
 """The student as an MLflow model: logged with its run, registered on request.
 
-Other code loads it with ``mlflow.pyfunc.load_model("models:/NAME@best")``; ``mlflow models
+Other code loads it with ``mlflow.pyfunc.load_model("models:/NAME@champion")``; ``mlflow models
 serve`` serves it. Loading executes the code stored with the model: trust the registry.
 """
 
@@ -26,7 +26,7 @@ import d3etr
 logger = logging.getLogger(__name__)
 
 NEWEST_ALIAS = "newest"
-BEST_ALIAS = "best"
+CHAMPION_ALIAS = "champion"
 DEFAULT_THRESHOLD = 0.5
 ALLOW_PATHS = "allow_paths"
 """``model_config`` key that lets the model read image paths. Off by default, since whoever
@@ -81,7 +81,7 @@ def log_student(
         name: what the run's page calls it.
         step: optimiser step of the weights; the run's metrics of this step become the model's.
         register_as: also register it under this name. Alias ``newest`` then points at it, and
-            alias ``best`` if no registered student of the same data has a higher quality.
+            alias ``champion`` if it beats the registered student of the same data that has it.
         quality: mAP in [0, 1].
         data_digest: what ``quality`` was measured on.
 
@@ -90,12 +90,38 @@ def log_student(
     """
     client = MlflowClient(tracking_uri=uri)
     with _default_uri(uri):
-        model = _log(client, name, weights, run_id, step)
-        if register_as is None:
-            return str(model.model_uri)
-        version = _register(client, register_as, model, run_id)
-    _set_aliases(client, register_as, version, quality, data_digest)
-    return f"models:/{register_as}/{version}"
+        model_uri = str(_log(client, name, weights, run_id, step).model_uri)
+    if register_as is None:
+        return model_uri
+    return register(uri, register_as, model_uri, run_id, quality, data_digest)
+
+
+def register(
+    uri: str,
+    name: str,
+    model_uri: str,
+    run_id: str,
+    quality: float | None,
+    data_digest: str,
+) -> str:
+    """Register a logged model and set the aliases, as ``log_student`` says.
+
+    Args:
+        uri: MLflow's address.
+        name: of the registered model.
+        model_uri: the logged model, ``models:/m-...``.
+        run_id: the run that made it.
+        quality: mAP in [0, 1].
+        data_digest: what it was measured on.
+
+    Returns:
+        Address of the registered version.
+    """
+    client = MlflowClient(tracking_uri=uri)
+    with _default_uri(uri):
+        version = _register(client, name, model_uri, run_id)
+    _set_aliases(client, name, version, quality, data_digest)
+    return f"models:/{name}/{version}"
 
 
 def _log(client: MlflowClient, name: str, weights: Path, run_id: str, step: int) -> ModelInfo:
@@ -123,15 +149,18 @@ def _log(client: MlflowClient, name: str, weights: Path, run_id: str, step: int)
     return info
 
 
-def _register(client: MlflowClient, name: str, model: ModelInfo, run_id: str) -> str:
-    """Version that the model got."""
+def _register(client: MlflowClient, name: str, model_uri: str, run_id: str) -> str:
+    """Version that the model got; the one that it has where it was registered before."""
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    for known in client.search_model_versions(f"name = '{name}'"):
+        if known.source == model_uri:
+            return str(known.version)
     version = client.create_model_version(
-        name, source=model.model_uri, run_id=run_id, model_id=model.model_id
+        name, source=model_uri, run_id=run_id, model_id=model_uri.rpartition("/")[2]
     )
     return str(version.version)
 
@@ -145,19 +174,19 @@ def _set_aliases(
     client.set_model_version_tag(name, version, "mAP", f"{quality:.4f}")
     client.set_model_version_tag(name, version, "data_digest", data_digest)
     try:
-        best = client.get_model_version_by_alias(name, BEST_ALIAS).tags
+        champion = client.get_model_version_by_alias(name, CHAMPION_ALIAS).tags
     except MlflowException:  # the first one
-        best = {}
-    if best.get("data_digest", data_digest) != data_digest:
+        champion = {}
+    if champion.get("data_digest", data_digest) != data_digest:
         logger.warning(
             "model %s: version %s was measured on other data than the version with alias '%s', "
             "which is left where it is",
             name,
             version,
-            BEST_ALIAS,
+            CHAMPION_ALIAS,
         )
-    elif quality >= float(best.get("mAP", 0)):
-        client.set_registered_model_alias(name, BEST_ALIAS, version)
+    elif quality > float(champion.get("mAP", -1)):
+        client.set_registered_model_alias(name, CHAMPION_ALIAS, version)
 
 
 @contextmanager

@@ -37,13 +37,16 @@ PARAMS_PER_REQUEST = 100
 UPLOAD_TIMEOUT_SECONDS = 60
 
 
-def open_tracker(config: Config, run_dir: Path, *, parent_run: str | None = None) -> Tracker:
+def open_tracker(
+    config: Config, run_dir: Path, *, parent_run: str | None = None, name: str | None = None
+) -> Tracker:
     """Start the folder's MLflow run, or go on with it if the folder has one.
 
     Args:
         config: the run's configuration.
         run_dir: its folder, which must exist.
         parent_run: id of the MLflow run that this one is listed under (a sweep's).
+        name: what MLflow's table calls it; by default what the configuration says it is.
 
     Raises:
         UserError: MLflow does not answer (known within 15 seconds) or refuses.
@@ -56,7 +59,7 @@ def open_tracker(config: Config, run_dir: Path, *, parent_run: str | None = None
                 client, config.tracking.experiment, artifact_folder(config, uri)
             )
             state = _existing(client, run_dir, uri) or _create(
-                client, config, run_dir, experiment, parent_run, uri
+                client, config, run_dir, experiment, parent_run, name, uri
             )
             _complete_params(client, state.run_id, config)
     except MlflowException as error:
@@ -206,14 +209,15 @@ def _create(
     run_dir: Path,
     experiment: str,
     parent_run: str | None,
+    name: str | None,
     uri: str,
 ) -> RunState:
     named = tags(config, run_dir)
     if parent_run is not None:
         named["mlflow.parentRunId"] = parent_run
     begun = _journal_milliseconds(run_dir, 0)
-    name = run_name(config)
-    run = client.create_run(experiment, start_time=begun, tags=named, run_name=name)
+    shown = name or run_name(config)
+    run = client.create_run(experiment, start_time=begun, tags=named, run_name=shown)
     state = RunState(
         tracking_uri=without_secrets(uri), experiment_id=experiment, run_id=run.info.run_id
     )

@@ -21,7 +21,7 @@ from mlflow.tracking import MlflowClient
 
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
-from d3etr.tracking.address import without_secrets
+from d3etr.tracking.address import embedded_uri, without_secrets
 
 PROBE_SECONDS = 8.0
 """How long a server may take to accept a connection: one that is just starting gets a chance."""
@@ -38,7 +38,7 @@ QUIET_ENVIRONMENT = {
 def tracking_uri(config: Config) -> str:
     """Where the run is tracked: ``tracking.uri``, MLFLOW_TRACKING_URI, else an SQLite file."""
     chosen = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return chosen or f"sqlite:///{config.run.output.resolve() / 'mlflow.db'}"
+    return chosen or embedded_uri(config.run.output)
 
 
 def artifact_folder(config: Config, uri: str) -> str | None:

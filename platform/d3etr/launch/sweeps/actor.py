@@ -20,10 +20,11 @@ from d3etr.launch.folder import RunFolder, folder_of
 from d3etr.launch.local import LocalLauncher
 from d3etr.launch.lock import RunLockedError
 from d3etr.launch.sweeps.plan import Plan
+from d3etr.launch.sweeps.trials import Trial
 from d3etr.training.checkpoints import CheckpointStore
 from d3etr.training.context import SingleProcess
 from d3etr.training.journal import Record, read_journal
-from d3etr.training.run import CHECKPOINTS
+from d3etr.training.run import CHECKPOINTS, read_summary
 from d3etr.training.storage import link_or_copy, write_text
 
 LOCK_SECONDS = 60.0
@@ -50,13 +51,24 @@ def run_trial(parameters: dict[str, Any], plan: Plan) -> None:
     if note.exists():
         raise RuntimeError(note.read_text(encoding="utf-8"))
     try:
-        config, folder = _place(number, plan.config(trial))
-        final = _final(_train(config, folder, _reporter(plan, number, folder)))
+        final = _final(_result(plan, trial))
     except Exception as error:
         note.parent.mkdir(parents=True, exist_ok=True)
         write_text(note, str(error) or repr(error))
         raise
     tune.report(final)
+
+
+def _result(plan: Plan, trial: Trial) -> Path:
+    """Folder of the finished run: one that was there before, or the trial's own."""
+    config = plan.config(trial)
+    population = plan.sweep.search.method == "population"
+    twin = None if population else plan.finished_twin(config)
+    if twin is not None:
+        return twin
+    config, folder = _place(trial.number, config)
+    reporter = Reporter(trial.number, folder, with_weights=population)
+    return _train(plan.placed(config), folder, reporter).run_dir
 
 
 def failure_note(plan: Plan, number: int) -> Path:
@@ -128,10 +140,6 @@ class JournalReporter(Silence):
             self._reporter(record["metrics"] | {"final": record["step"] >= self._steps})
 
 
-def _reporter(plan: Plan, number: int, folder: RunFolder) -> Reporter:
-    return Reporter(number, folder, plan.sweep.search.method == "population")
-
-
 def _place(number: int, config: Config) -> tuple[Config, RunFolder]:
     """Where a trial trains: its folder, or a new one that starts from another trial's weights."""
     checkpoint = tune.get_checkpoint()
@@ -177,13 +185,13 @@ def _train(config: Config, folder: RunFolder, reporter: Reporter) -> RunResult:
             time.sleep(1.0)
 
 
-def _final(result: RunResult) -> dict[str, Any]:
+def _final(run_dir: Path) -> dict[str, Any]:
     """The last report: what the finished run found, at the epoch that it reached."""
-    journal = read_journal(result.run_dir / "journal.jsonl")
+    journal = read_journal(run_dir / "journal.jsonl")
     start = next(record for record in journal if record["kind"] == "start")
     return {
-        "mAP": result.metrics["mAP"],
+        "mAP": read_summary(run_dir)["mAP"],
         "epoch": -(-start["steps"] // start["steps_per_epoch"]),
-        "run_dir": str(result.run_dir),
+        "run_dir": str(run_dir),
         "final": True,
     }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ import ray
 from ray import tune
 
 from d3etr.config.infrastructure import ClusterConfig
-from d3etr.config.load import validate
 from d3etr.config.sweep import SweepConfig
 from d3etr.errors import UserError
 from d3etr.launch.environment import environment
@@ -22,6 +23,7 @@ from d3etr.launch.ray_cluster import cluster_nodes, connected, joined_address
 from d3etr.launch.resources import Demand, Node, demand_of, describe, ensure_room, room
 from d3etr.launch.signals import terminable
 from d3etr.launch.sweeps.actor import failure_note, run_trial
+from d3etr.launch.sweeps.children import SweepTracking
 from d3etr.launch.sweeps.folder import write_results, write_sweep
 from d3etr.launch.sweeps.leaks import free_leaked_groups
 from d3etr.launch.sweeps.numbers import Numbers
@@ -40,8 +42,8 @@ TUNE_SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
 }
-SUPERVISOR_CPUS = 0.01
-"""A trial whose workers are processes of their own only waits."""
+SUPERVISOR = {"memory": 1.0}
+"""A trial whose workers are processes of their own only waits: a byte, as nothing is refused."""
 TUNE_FOLDER = "tune"
 
 
@@ -75,7 +77,6 @@ def run_sweep(
     *,
     command: str,
     tell: Callable[[str], None],
-    children: Children | None = None,
 ) -> SweepResult:
     """Run a sweep to its end: start it, or go on where it stopped.
 
@@ -83,7 +84,6 @@ def run_sweep(
         plan: what to train.
         command: what repeats it, for the record.
         tell: takes a line for a person.
-        children: tracks the trials' runs.
 
     Returns:
         Every trial; a failed one does not stop the others.
@@ -93,20 +93,33 @@ def run_sweep(
         SweepInterrupted: Ctrl-C or a termination signal.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    cluster = _cluster(plan)
+    tracking: SweepTracking | None = None
     try:
         with terminable(), RunLock(plan.folder), environment(TUNE_SETTINGS):
             write_sweep(plan)
-            joins = ray.is_initialized() or joined_address(cluster) is not None
-            with connected(cluster, tell):
-                if joins:
-                    free_leaked_groups()
-                grid = _fit(plan, cluster, tell, children)
-                results = collect(plan, grid)
+            tracking = SweepTracking(plan) if plan.base.tracking.enabled else None
+            results = _trials(plan, tell, None if tracking is None else tracking.children)
+            files = write_results(plan, results, command)
+            if tracking is not None:
+                tell("sending results to MLflow")
+                tracking.finish(results, files)
     except KeyboardInterrupt:
+        if tracking is not None:
+            tracking.interrupted()
         raise SweepInterrupted(plan.folder) from None
-    write_results(plan, results, command)
     return SweepResult(plan.folder, tuple(results), best(results))
+
+
+def _trials(
+    plan: Plan, tell: Callable[[str], None], children: Children | None
+) -> list[TrialResult]:
+    """Run all trials on the cluster."""
+    cluster = plan.base.cluster
+    joins = ray.is_initialized() or joined_address(cluster) is not None
+    with connected(cluster, tell):
+        if joins:
+            free_leaked_groups()
+        return collect(plan, _fit(plan, cluster, tell, children))
 
 
 def trials_at_a_time(sweep: SweepConfig, demand: Demand, nodes: Sequence[Node]) -> int:
@@ -124,11 +137,6 @@ def trials_at_a_time(sweep: SweepConfig, demand: Demand, nodes: Sequence[Node]) 
             "workers must train all at once. Ask for fewer, or for cluster.workers=1"
         )
     return min(fitting, sweep.maximum_concurrent or fitting)
-
-
-def _cluster(plan: Plan) -> ClusterConfig:
-    sweep = plan.sweep
-    return validate(plan.trees[sweep.recipe], str(sweep.recipe), sweep.set).cluster
 
 
 def _fit(
@@ -153,12 +161,25 @@ def _fit(
     else:
         shutil.rmtree(place, ignore_errors=True)
         tuner = _tuner(plan, trainable, observer, at_a_time, cluster)
-    return tuner.fit()
+    with _silenced("ray.tune"):
+        return tuner.fit()
+
+
+@contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """No word from a logger: Tune prints the stack of every failed trial, we say why it failed."""
+    ours = logging.getLogger(name)
+    before = ours.level
+    ours.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        ours.setLevel(before)
 
 
 def _resources(demand: Demand) -> dict[str, float]:
     if demand.workers > 1:
-        return {"CPU": SUPERVISOR_CPUS}
+        return SUPERVISOR
     return {"CPU": demand.cpus} | ({"GPU": demand.gpus} if demand.gpus else {})
 
 

@@ -28,12 +28,14 @@ def write_sweep(plan: Plan) -> None:
     write_text(plan.folder / SWEEP_FILE, dump_yaml(tree))
 
 
-def write_results(plan: Plan, results: Sequence[TrialResult], command: str) -> None:
-    """Write table, results and the best recipe."""
-    write_table(plan.sweep, results, command, plan.folder / TABLE_FILE, plan.folder / RESULTS_FILE)
+def write_results(plan: Plan, results: Sequence[TrialResult], command: str) -> list[Path]:
+    """Write table, results and the best recipe; returns these files and the sweep's."""
+    markdown, data, recipe = (plan.folder / name for name in (TABLE_FILE, RESULTS_FILE, BEST_FILE))
+    write_table(plan.sweep, results, command, markdown, data)
     winner = best(results)
     if winner is not None:
-        write_text(plan.folder / BEST_FILE, best_recipe(plan, winner))
+        write_text(recipe, best_recipe(plan, winner))
+    return [plan.folder / SWEEP_FILE, markdown, data, *([recipe] if winner is not None else [])]
 
 
 def write_table(

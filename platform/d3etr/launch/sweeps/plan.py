@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from d3etr.config.load import config_digest, read_recipe, validate
-from d3etr.config.overrides import Tree
+from d3etr.config.overrides import Tree, as_overrides
 from d3etr.config.problems import ConfigError, Problem
 from d3etr.config.sweep import SweepConfig
 from d3etr.config.tree import Config
 from d3etr.launch.folder import absolute_paths
 from d3etr.launch.sweeps.trials import Trial, planned_trials, random_points
+from d3etr.tracking.address import embedded_uri
+from d3etr.training.inputs import ensure_result_is_of
 
+SUMMARY_FILE = "summary.json"
 CHECKED_POINTS = 50
 """So many random points of a space that is searched are validated before anything starts."""
 NOT_SWEPT = ("run", "cluster", "tracking")
@@ -34,6 +38,7 @@ class Plan:
         root: working directory of the driver, which relative paths in recipes mean.
         folder: of the sweep, absolute, on storage that all nodes share.
         trials: every trial; empty where a search proposes them.
+        tracking_uri: the SQLite file of sweep and trials, where no other MLflow is named.
     """
 
     sweep: SweepConfig
@@ -41,11 +46,19 @@ class Plan:
     root: Path
     folder: Path
     trials: tuple[Trial, ...]
+    tracking_uri: str | None = None
 
     @property
     def searched(self) -> bool:
         """Whether trials are proposed one after the other instead of planned."""
         return self.sweep.search.method in ("optuna", "population")
+
+    @property
+    def base(self) -> Config:
+        """The recipe without any trial's values: what holds for the sweep as a whole."""
+        sweep = self.sweep
+        config = validate(self.trees[sweep.recipe], str(sweep.recipe), sweep.set)
+        return absolute_paths(config, self.root)
 
     def trial(self, parameters: Mapping[str, Any], number: int) -> Trial:
         """The trial that Tune gave ``parameters`` to.
@@ -59,7 +72,10 @@ class Plan:
         return Trial(number, dict(parameters), self.sweep.seeds[0])
 
     def config(self, trial: Trial, suffix: str = "") -> Config:
-        """What a trial trains, in a folder below the sweep's, with absolute paths.
+        """What a trial trains, in a folder below the sweep's.
+
+        Paths are as the recipe has them, so that the run's digest is that of the same run
+        outside of a sweep; ``placed`` makes them absolute.
 
         Args:
             trial: which.
@@ -69,15 +85,31 @@ class Plan:
             ConfigError: the combination is not valid.
         """
         recipe, name = trial.recipe(self.sweep), trial.name(self.sweep) + suffix
-        place = (f"run.name={json.dumps(name)}", f"run.output={json.dumps(str(self.folder))}")
+        place = {"run.name": name, "run.output": str(self.folder)}
+        if self.tracking_uri is not None:
+            place["tracking.uri"] = self.tracking_uri
         try:
-            config = validate(
-                self.trees[recipe], str(recipe), (*trial.overrides(self.sweep), *place)
+            return validate(
+                self.trees[recipe],
+                str(recipe),
+                (*trial.overrides(self.sweep), *as_overrides(place)),
             )
         except ConfigError as error:
             title = trial.title(self.sweep)
             raise ConfigError(f"{error.source}, trial '{title}'", error.problems) from error
+
+    def placed(self, config: Config) -> Config:
+        """The same with paths that mean the same in every process and folder."""
         return absolute_paths(config, self.root)
+
+    def finished_twin(self, config: Config) -> Path | None:
+        """A run of the same configuration that has finished, by itself or in another sweep."""
+        digest = config_digest(config)
+        for pattern in (f"*-{digest}/{SUMMARY_FILE}", f"*/*-{digest}/{SUMMARY_FILE}"):
+            for summary in sorted(self.folder.parent.glob(pattern)):
+                ensure_result_is_of(self.placed(config), summary)
+                return summary.parent
+        return None
 
 
 def make_plan(sweep: SweepConfig) -> Plan:
@@ -100,15 +132,13 @@ def make_plan(sweep: SweepConfig) -> Plan:
     trials = tuple(planned_trials(sweep)) if planned else ()
     draft = Plan(sweep, trees, Path.cwd(), Path.cwd(), trials)
     configs = [draft.config(trial) for trial in trials or _samples(sweep)]
-    output = validate(trees[sweep.recipe], str(sweep.recipe), sweep.set).run.output
     digest = _digest(sweep, sorted({config_digest(config) for config in configs}))
-    folder = absolute_output(output) / f"{sweep.name}-{digest}"
-    return Plan(sweep, trees, Path.cwd(), folder, trials)
-
-
-def absolute_output(output: Path) -> Path:
-    """The folder that holds sweeps, absolute."""
-    return output.expanduser().absolute()
+    base = draft.base
+    folder = base.run.output / f"{sweep.name}-{digest}"
+    named = base.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    embedded = base.tracking.enabled and not named
+    uri = embedded_uri(base.run.output) if embedded else None
+    return replace(draft, folder=folder, tracking_uri=uri)
 
 
 def _samples(sweep: SweepConfig) -> list[Trial]:

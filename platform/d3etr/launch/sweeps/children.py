@@ -1,0 +1,164 @@
+"""Tracks a sweep: MLflow follows the journal of every trial's run, from the driver."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d3etr.config.load import load_config
+from d3etr.config.tree import Config
+from d3etr.launch.console import Silence
+from d3etr.launch.driver import Status, Tracker
+from d3etr.launch.folder import RunFolder
+from d3etr.launch.follower import JournalFollower
+from d3etr.launch.sweeps.outcome import TrialResult, best, table_metric
+from d3etr.launch.sweeps.plan import Plan
+from d3etr.launch.sweeps.trials import short_names
+from d3etr.tracking.state import read_state
+
+if TYPE_CHECKING:
+    from d3etr.tracking.sweeps import Swept
+
+logger = logging.getLogger(__name__)
+
+OpenChild = Callable[[Config, Path, str], Tracker]
+"""Starts tracking of a run, under a name."""
+
+
+@dataclass(frozen=True)
+class _Child:
+    tracker: Tracker
+    follower: JournalFollower
+
+
+class TrackedChildren:
+    """Runs that are followed, and ended in the background: a sweep never waits for MLflow.
+
+    Args:
+        open_child: starts tracking a run; what it raises is a warning.
+    """
+
+    def __init__(self, open_child: OpenChild) -> None:
+        self._open = open_child
+        self._followed: dict[Path, _Child] = {}
+        self._pool = ThreadPoolExecutor(1, "tracking")
+
+    def follow(self, run_dir: Path, title: str) -> None:
+        """Follow a run's journal from its beginning on."""
+        if run_dir in self._followed:
+            return
+        state, folder = read_state(run_dir), RunFolder(run_dir)
+        if state is not None and state.complete and folder.result() is not None:
+            return
+        try:
+            tracker = self._open(load_config(folder.config), run_dir, title)
+        except Exception as error:
+            logger.warning("%s is not tracked: %s", run_dir.name, error)
+            return
+        child = _Child(tracker, JournalFollower(folder.journal, Silence(), tracker))
+        child.follower.start()
+        self._followed[run_dir] = child
+
+    def end(self, run_dir: Path, status: Status) -> None:
+        """Send the rest in the background."""
+        child = self._followed.pop(run_dir, None)
+        if child is not None:
+            self._pool.submit(_end, child, status)
+
+    def close(self, status: Status) -> None:
+        """End what is left and wait until everything was sent."""
+        for run_dir in list(self._followed):
+            self.end(run_dir, status)
+        self._pool.shutdown()
+
+
+def _end(child: _Child, status: Status) -> None:
+    try:
+        child.follower.stop()
+        missing = child.tracker.finish(status)
+    except Exception as error:
+        missing = f"tracking failed at the end of a run: {error!r}"
+    if missing is not None:
+        logger.warning("%s", missing)
+
+
+class SweepTracking:
+    """A sweep's run in MLflow and those of its trials below it.
+
+    Args:
+        plan: the sweep, whose folder is there.
+
+    Raises:
+        UserError: MLflow does not answer or refuses.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        from d3etr.tracking.sweeps import SweepRun
+
+        self._plan = plan
+        self._run = SweepRun(plan.base, plan.folder, plan.folder.name, _params(plan))
+        self.children = TrackedChildren(self._open)
+
+    def finish(self, results: list[TrialResult], files: list[Path]) -> None:
+        """Send what the sweep found; register the best student."""
+        from d3etr.tracking.sweeps import Swept
+
+        self.children.close("KILLED")
+        metric = table_metric(results)
+        short = short_names(list(self._plan.sweep.space))
+        swept = {
+            result.trial.number: Swept(
+                result.trial.title(self._plan.sweep),
+                result.trial.case,
+                {short[key]: value for key, value in result.trial.point.items()},
+                result.mAP,
+                result.metric(metric) or 0.0,
+                result.run_dir,
+            )
+            for result in results
+            if result.state == "finished" and result.mAP is not None and result.run_dir is not None
+        }
+        missing = self._run.finish(
+            "FINISHED",
+            list(swept.values()),
+            files,
+            keys=list(short.values()),
+            baseline=self._plan.sweep.baseline,
+        )
+        if missing is not None:
+            logger.warning("%s", missing)
+            return
+        winner = best(results)
+        if winner is not None:
+            self._register(swept[winner.trial.number])
+
+    def interrupted(self) -> None:
+        """Send what there is; the same command goes on with the sweep's run."""
+        self.children.close("KILLED")
+        self._run.interrupted()
+
+    def _register(self, chosen: Swept) -> None:
+        try:
+            self._run.register_best(chosen)
+        except Exception as error:
+            logger.warning("the best student could not be registered: %s", error)
+
+    def _open(self, config: Config, run_dir: Path, title: str) -> Tracker:
+        from d3etr.tracking.runs import open_tracker
+
+        return open_tracker(config, run_dir, parent_run=self._run.run_id, name=title)
+
+
+def _params(plan: Plan) -> dict[str, str]:
+    sweep = plan.sweep
+    params = {"recipe": str(sweep.recipe), "search.method": sweep.search.method}
+    params |= {"seeds": ", ".join(map(str, sweep.seeds))}
+    for key, domain in sweep.space.items():
+        params[f"space.{key}"] = str(domain.model_dump(mode="json", exclude_unset=True))
+    if sweep.cases:
+        params["cases"] = ", ".join(sweep.cases)
+    return params

@@ -1,0 +1,201 @@
+"""A sweep in MLflow: a parent run, above the runs of its trials."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+
+from d3etr.config.tree import Config
+from d3etr.errors import UserError
+from d3etr.tracking.address import without_secrets
+from d3etr.tracking.importance import importance
+from d3etr.tracking.model import register
+from d3etr.tracking.server import artifact_folder, connect, open_experiment, patience, tracking_uri
+from d3etr.tracking.state import RunState, read_state, write_state
+
+logger = logging.getLogger(__name__)
+
+UPLOAD_TIMEOUT_SECONDS = 60
+DEFAULT_MODEL = "d3etr-student"
+"""The best student is registered under this name, where ``tracking.register_as`` gives none."""
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A finished trial, as MLflow is told of it.
+
+    Attributes:
+        title: what tells it apart.
+        case: its name, None without cases.
+        values: short key -> value.
+        mAP: on the validation split, in [0, 1].
+        published: mAP that tables show, of the test split where there is one.
+        run_dir: its folder.
+    """
+
+    title: str
+    case: str | None
+    values: Mapping[str, Any]
+    mAP: float
+    published: float
+    run_dir: Path
+
+
+class SweepRun:
+    """The parent run of a sweep; made, or gone on with after a restart.
+
+    Args:
+        config: a trial's; says where MLflow is.
+        folder: of the sweep.
+        name: what MLflow's table calls it.
+        params: what the sweep is.
+
+    Raises:
+        UserError: MLflow does not answer (known within 15 seconds) or refuses.
+    """
+
+    def __init__(self, config: Config, folder: Path, name: str, params: Mapping[str, str]) -> None:
+        self._config, self._folder = config, folder
+        self._uri = tracking_uri(config)
+        self._client = connect(self._uri)
+        try:
+            with patience():
+                self._state = self._known() or self._create(name, params)
+        except MlflowException as error:
+            place = without_secrets(self._uri)
+            raise UserError(f"MLflow at {place} refuses the sweep: {error}") from error
+
+    @property
+    def run_id(self) -> str:
+        """Id of the parent run."""
+        return self._state.run_id
+
+    def finish(
+        self,
+        status: Literal["FINISHED", "FAILED", "KILLED"],
+        trials: Sequence[Swept],
+        files: Sequence[Path],
+        *,
+        keys: Sequence[str],
+        baseline: str | None = None,
+    ) -> str | None:
+        """Log what the sweep found and close its run; a failure is told, not raised.
+
+        Args:
+            status: how it ended.
+            trials: the finished ones.
+            files: table, results, best recipe.
+            keys: short keys of the space.
+            baseline: the case that others are compared with.
+
+        Returns:
+            None when MLflow has everything, else a sentence about what is missing.
+        """
+        try:
+            with patience(UPLOAD_TIMEOUT_SECONDS, retries=1):
+                self._log(trials, [*files, *self._figures(trials, keys, baseline)])
+                self._client.set_terminated(self.run_id, status)
+        except Exception as error:  # whatever MLflow, its stores or the network raise
+            reason = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
+            return (
+                f"MLflow at {without_secrets(self._uri)} lacks the sweep's results ({reason}); "
+                f"everything is kept in {self._folder}: the same command sends it again"
+            )
+        return None
+
+    def interrupted(self) -> None:
+        """Say that the sweep was stopped; never raises."""
+        try:
+            with patience():
+                self._client.set_terminated(self.run_id, "KILLED")
+        except Exception as error:
+            logger.warning("MLflow was not told that the sweep was stopped: %s", error)
+
+    def register_best(self, best: Swept) -> None:
+        """Register the best student's model; it becomes champion if it beats the one that is."""
+        state = read_state(best.run_dir)
+        if state is None or state.model_uri is None:
+            logger.warning("the best student has no model in MLflow: nothing is registered")
+            return
+        if self._config.tracking.register_as is not None:
+            return  # each trial was, when it ended
+        with patience(UPLOAD_TIMEOUT_SECONDS, retries=1):
+            digest = self._client.get_run(state.run_id).data.tags.get("data_digest", "")
+            register(self._uri, DEFAULT_MODEL, state.model_uri, state.run_id, best.mAP, digest)
+
+    def _known(self) -> RunState | None:
+        state = read_state(self._folder)
+        if state is None or state.tracking_uri != without_secrets(self._uri):
+            return None
+        try:
+            self._client.update_run(state.run_id, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return state
+
+    def _create(self, name: str, params: Mapping[str, str]) -> RunState:
+        tracking = self._config.tracking
+        place = artifact_folder(self._config, self._uri)
+        experiment = open_experiment(self._client, tracking.experiment, place)
+        tags = {"role": "sweep", "mlflow.source.name": "sweeps/run.py"}
+        run = self._client.create_run(experiment, tags=tags, run_name=name)
+        given = [Param(key, value) for key, value in params.items()]
+        self._client.log_batch(run.info.run_id, params=given)
+        state = RunState(
+            tracking_uri=without_secrets(self._uri),
+            experiment_id=experiment,
+            run_id=run.info.run_id,
+        )
+        write_state(self._folder, state)
+        return state
+
+    def _log(self, trials: Sequence[Swept], files: Sequence[Path]) -> None:
+        metrics = {"trials/finished": float(len(trials))}
+        if trials:
+            best = max(trials, key=lambda trial: trial.mAP)
+            metrics["val/mAP"] = best.mAP
+            self._client.set_tag(self.run_id, "best", best.title)
+        now = self._client.get_run(self.run_id).info.start_time
+        logged = [Metric(key, value, now, 0) for key, value in metrics.items()]
+        self._client.log_batch(self.run_id, metrics=logged)
+        for file in files:
+            if file.exists():
+                self._client.log_artifact(self.run_id, str(file))
+
+    def _figures(
+        self, trials: Sequence[Swept], keys: Sequence[str], baseline: str | None
+    ) -> list[Path]:
+        if not trials:
+            return []
+        # matplotlib takes a second to import: only who draws pays.
+        from d3etr.tracking.figures.style import save
+        from d3etr.tracking.figures.sweeps import (
+            Point,
+            draw_cases,
+            draw_importance,
+            draw_parallel_coordinates,
+        )
+
+        drawn = {}
+        if any(trial.case is not None for trial in trials):
+            cases: dict[str, list[float]] = {}
+            for trial in trials:
+                cases.setdefault(trial.case or "", []).append(trial.published)
+            drawn["cases"] = draw_cases(cases, baseline)
+        if keys:
+            points = [Point(trial.values, trial.mAP) for trial in trials]
+            drawn["parallel_coordinates"] = draw_parallel_coordinates(
+                points, keys, self._folder.name
+            )
+            found = importance([p.values for p in points], [p.mAP for p in points], keys)
+            if found is not None:
+                drawn["importance"] = draw_importance(*found, len(points))
+        return [save(figure, self._folder / f"{name}.png") for name, figure in drawn.items()]

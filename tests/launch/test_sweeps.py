@@ -1,0 +1,219 @@
+"""Sweeps on a real Ray: failures, resume after SIGKILL, pruning, populations, several workers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from d3etr.config.load import load_config
+from d3etr.config.sweep import load_sweep
+from d3etr.launch.sweeps.driver import SweepResult, run_sweep
+from d3etr.launch.sweeps.outcome import TrialResult
+from d3etr.launch.sweeps.plan import Plan, make_plan
+from d3etr.training.journal import read_journal
+
+pytestmark = pytest.mark.slow
+
+RATE = "optimisation.learning_rate"
+MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture
+def make_plan_of(tmp_path: Path, recipe: Path, scenes: Path) -> MakePlan:
+    """A sweep over the tiny recipe in this test's folder; keyword arguments are its keys."""
+
+    def make(*overrides: str, **keys: Any) -> Plan:
+        places = [f"run.output={tmp_path / 'runs'}", f"data.digit_scenes.root={scenes}"]
+        tree = {"name": "tried", "recipe": str(recipe), "set": places, **keys}
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+        return make_plan(load_sweep(path, overrides))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One local Ray for all sweeps but the killed one."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def run(plan: Plan) -> tuple[SweepResult, list[str]]:
+    said: list[str] = []
+    return run_sweep(plan, command="test", tell=said.append), said
+
+
+def steps(run_dir: Path, kind: str = "step") -> list[int]:
+    return [r["step"] for r in read_journal(run_dir / "journal.jsonl") if r["kind"] == kind]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_trial_that_fails_stops_no_other_and_says_why(
+    make_plan_of: MakePlan, tmp_path: Path
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    missing = tmp_path / "missing.safetensors"
+    cases = {"as it is": {}, "broken": {"set": [f"student.backbone_weights={missing}"]}}
+    plan = make_plan_of("tracking.enabled=true", "tracking.figures=false", cases=cases, seeds=[1])
+    result, said = run(plan)
+    good, broken = result.trials
+    assert (good.state, broken.state) == ("finished", "failed")
+    assert "missing.safetensors" in (broken.reason or "")
+    assert any("broken failed" in line and "missing" in line for line in said)
+    assert result.best == good
+
+    best = load_config(plan.folder / "best.yaml")
+    assert best.run.seed == 1 and best.run.name == "tried-best"
+    assert "| as it is | 18 |" in (plan.folder / "table.md").read_text()
+    content = json.loads((plan.folder / "results.json").read_text())
+    assert [trial["state"] for trial in content["trials"]] == ["finished", "failed"]
+
+    client = MlflowClient(f"sqlite:///{plan.folder.parent / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'd3etr'")
+    runs = client.search_runs([experiment.experiment_id])
+    parent = next(run for run in runs if run.data.tags["role"] == "sweep")
+    children = [
+        run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    ]
+    assert [child.info.run_name for child in children] == ["as it is"]
+    assert children[0].info.status == parent.info.status == "FINISHED"
+    assert parent.data.metrics["val/mAP"] == good.mAP
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert {"best.yaml", "table.md", "results.json", "cases.png", "sweep.yaml"} <= files
+    champion = client.get_model_version_by_alias("d3etr-student", "champion")
+    assert champion.run_id == children[0].info.run_id
+
+    # Again: what finished is not trained again, what failed is tried again.
+    begun = (good.run_dir or Path()).stat().st_mtime
+    again, _ = run(plan)
+    assert [trial.state for trial in again.trials] == ["finished", "failed"]
+    assert steps(again.trials[0].run_dir or Path(), "start") == [0]
+    assert (good.run_dir or Path()).stat().st_mtime >= begun
+
+
+def test_a_killed_driver_loses_no_trial_and_no_epoch(
+    make_plan_of: MakePlan, tmp_path: Path
+) -> None:
+    space = {RATE: {"grid": [1e-3, 1e-4]}}
+    sets = ["optimisation.epochs=40", "run.checkpoint_every_epochs=1"]
+    plan = make_plan_of(*sets, space=space, maximum_concurrent=1)
+    arguments = [str(tmp_path / "sweep.yaml"), *(p for s in sets for p in ("--set", s))]
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, str(root / "sweeps" / "run.py"), *arguments]
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True)
+    _wait_for(lambda: len(list(plan.folder.glob("001_*/checkpoints/step-*"))) > 1)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    (first,) = plan.folder.glob("000_*")
+    finished_at = (first / "summary.json").stat().st_mtime_ns
+
+    resumed = [*command[:2], "--resume", str(plan.folder), "--json"]
+    done = subprocess.run(resumed, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    states = [trial["state"] for trial in json.loads(done.stdout)["trials"]]
+    assert states == ["finished", "finished"]
+    assert (first / "summary.json").stat().st_mtime_ns == finished_at
+    (other,) = plan.folder.glob("001_*")
+    starts = steps(other, "start")
+    assert len(starts) == 2 and starts[1] >= 6, "went on from a checkpoint"
+    assert steps(other) == sorted(set(steps(other))) and steps(other)[-1] == 240
+    evaluations = steps(other, "evaluation")
+    assert evaluations == list(range(6, 241, 6)), "no epoch is missing, none is there twice"
+
+
+def _wait_for(happened: Callable[[], bool], seconds: float = 300.0) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_optuna_proposes_and_asha_stops_the_worse(make_plan_of: MakePlan) -> None:
+    space = {
+        RATE: {"loguniform": [1e-6, 1e-2]},
+        "optimisation.schedule.kind": {"choice": ["constant", "cosine"]},
+        "optimisation.schedule.final_factor": {
+            "uniform": [0.0, 0.5],
+            "when": {"optimisation.schedule.kind": ["cosine"]},
+        },
+    }
+    search = {"method": "optuna", "trials": 6, "startup_trials": 3}
+    plan = make_plan_of(space=space, search=search, pruning={"reduction": 2})
+    result, _ = run(plan)
+    assert [trial.trial.number for trial in result.trials] == list(range(6))
+    states = [trial.state for trial in result.trials]
+    assert set(states) <= {"finished", "pruned"} and "finished" in states
+    for trial in result.trials:
+        point = trial.trial.point
+        conditional = "optimisation.schedule.final_factor" in point
+        assert conditional == (point["optimisation.schedule.kind"] == "cosine")
+        assert trial.run_dir is not None
+        assert load_config(trial.run_dir / "config.yaml").optimisation.learning_rate == point[RATE]
+        assert (trial.state == "finished") == (steps(trial.run_dir)[-1] == 18)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_population_copies_the_weights_of_its_best(make_plan_of: MakePlan) -> None:
+    space = {RATE: {"choice": [1e-3, 1e-9]}}
+    search = {"method": "population", "trials": 4, "seed": 3}
+    result, said = run(make_plan_of("optimisation.epochs=4", space=space, search=search))
+    assert [trial.state for trial in result.trials] == ["finished"] * 4
+    heirs = [trial for trial in result.trials if "_from-" in (trial.run_dir or Path()).name]
+    assert heirs, "nobody copied anybody"
+    assert any("goes on from another trial's weights" in line for line in said)
+    for heir in heirs:
+        _assert_inherited(heir, result)
+
+
+def _assert_inherited(heir: TrialResult, result: SweepResult) -> None:
+    run_dir = heir.run_dir or Path()
+    step = int(run_dir.name.rpartition("-at-")[2].partition("-")[0])
+    origin = int(run_dir.name.rpartition("_from-")[2].partition("-")[0])
+    assert steps(run_dir, "start")[0] == step, "it begins where the other one was"
+    given = [*result.folder.glob(f"{origin:03d}_*/checkpoints/step-{step:08d}")]
+    kept = run_dir / "checkpoints" / f"step-{step:08d}"
+    if not given or not kept.exists():
+        return  # pruned since, as checkpoints are
+    ours, theirs = (load_file(folder / "weights.safetensors") for folder in (kept, given[0]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_trials_with_several_workers_take_turns_where_there_is_room_for_one(
+    make_plan_of: MakePlan,
+) -> None:
+    space = {RATE: {"grid": [1e-3, 1e-4]}}
+    result, said = run(make_plan_of("cluster.workers=2", "optimisation.epochs=1", space=space))
+    assert any("2 trials, 1 at a time, each 2 workers with 1 CPU" in line for line in said)
+    assert [trial.state for trial in result.trials] == ["finished", "finished"]
+    for trial in result.trials:
+        start = read_journal((trial.run_dir or Path()) / "journal.jsonl")[0]
+        assert start["workers"] == 2
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_another_sweep_or_run_has_trained_is_not_trained_again(
+    make_plan_of: MakePlan,
+) -> None:
+    first = run(make_plan_of(space={RATE: {"grid": [1e-3]}}))[0]
+    second = run(make_plan_of(space={RATE: {"grid": [1e-4, 1e-3]}}))[0]
+    assert second.folder != first.folder
+    assert [trial.state for trial in second.trials] == ["finished", "finished"]
+    assert second.trials[1].run_dir == first.trials[0].run_dir
+    assert second.trials[1].mAP == first.trials[0].mAP
