@@ -1,0 +1,178 @@
+"""What docker/compose.yaml describes, with real processes: jobs are submitted, run and tracked."""
+
+import http.client
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+from processes import running
+from topology import Topology, postgres_programs
+
+from d3etr.training.journal import read_journal
+
+pytestmark = pytest.mark.slow
+
+RECIPE = """
+run: {name: tiny}
+data:
+  digit_scenes: {train_images: 24, validation_images: 8, test_images: 4, image_size: 32,
+                 minimum_scale: 8, maximum_scale: 16}
+  preprocessing: {normalisation: per_image, shortest_side: null, longest_side: null}
+  augmentation: {horizontal_flip: 0.0}
+  bucket_by_aspect: false
+  workers: 0
+student:
+  detector:
+    backbone: {name: small, stem_width: 8, stage_widths: [8, 8, 16]}
+    width: 16
+    heads: 2
+    encoder_layers: 1
+    decoder_layers: 2
+    feedforward: 16
+    queries: 6
+    dropout: 0.0
+optimisation: {epochs: 2, batch_size: 4, learning_rate: 1.0e-3, backbone_learning_rate: 1.0e-3}
+# Each node has two CPUs: one worker on each.
+cluster: {workers: 2, cpus_per_worker: 2, maximum_failures: 1, threads_per_worker: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def services() -> Iterator[Topology]:
+    if postgres_programs() is None:
+        pytest.skip("no PostgreSQL server programs here (Debian: apt-get install postgresql)")
+    if find_spec("moto") is None:
+        pytest.skip("moto, the stand-in for the S3 store, is not installed (pip install moto[s3])")
+    # Ray's sockets are in it, and their paths may have 107 characters: not pytest's long folder.
+    folder = Path(tempfile.mkdtemp(prefix="d3etr-"))
+    topology = Topology(folder)
+    try:
+        with topology:
+            (topology.project / "trainers" / "recipes" / "tiny.yaml").write_text(RECIPE)
+            yield topology
+        assert topology.ended and not topology.ended & running()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def complete_run(job: CompletedProcess[str], output: Path) -> Path:
+    """The folder of the one run in ``output``, which has everything that a run leaves."""
+    assert job.returncode == 0, job.stdout + job.stderr
+    (run_dir,) = (path.parent for path in output.glob("tiny-*/config.yaml"))
+    for name in ("weights.safetensors", "summary.json", "journal.jsonl", "mlflow_run.json"):
+        assert (run_dir / name).stat().st_size > 0
+    assert list((run_dir / "checkpoints").glob("step-*/manifest.json"))
+    assert not (run_dir / "lock").exists()
+    assert json.loads((run_dir / "mlflow_run.json").read_text())["complete"], job.stdout
+    steps = [r["step"] for r in read_journal(run_dir / "journal.jsonl") if r["kind"] == "step"]
+    assert steps == list(range(1, steps[-1] + 1))
+    return run_dir
+
+
+def tracked_run(services: Topology, run_dir: Path) -> Run:
+    """The run in MLflow that belongs to the folder."""
+    run_id = json.loads((run_dir / "mlflow_run.json").read_text())["run_id"]
+    return MlflowClient(services.tracking_uri).get_run(run_id)
+
+
+def test_a_job_runs_from_the_project_on_the_nodes(services: Topology) -> None:
+    # Its paths are relative to the folder that the nodes started in, where volumes are mounted.
+    job = services.submit("python", "trainers/run.py", "trainers/recipes/tiny.yaml")
+    run_dir = complete_run(job, services.project / "runs")
+    assert "succeeded" in job.stdout
+    assert "2 workers with 2 CPUs each (4 CPUs and 0 GPUs on 3 nodes)" in job.stdout
+    run = tracked_run(services, run_dir)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optimisation.epochs"] == "2"
+    assert {"train/loss", "val/mAP", "final/mAP"} <= set(run.data.metrics)
+    history = MlflowClient(services.tracking_uri).get_metric_history(run.info.run_id, "train/loss")
+    assert [point.step for point in history] == list(range(1, 13))
+
+    # Not only MLflow's word: the row is in PostgreSQL, the files are in the S3 store.
+    query = f"select status from runs where run_uuid = '{run.info.run_id}'"
+    assert services.query(query) == [("FINISHED",)]
+    stored = objects(services, f"1/{run.info.run_id}/artifacts/")
+    assert {"config.yaml", "summary.json", "journal.jsonl"} <= stored
+    assert {"weights/weights.safetensors", "figures/precision_recall.png"} <= stored
+
+
+def objects(services: Topology, prefix: str) -> set[str]:
+    """Names of what the S3 store holds below a prefix."""
+    import boto3
+
+    store = boto3.client(
+        "s3",
+        endpoint_url=services.settings("mlflow")["MLFLOW_S3_ENDPOINT_URL"],
+        region_name="us-east-1",
+        aws_access_key_id="any",
+        aws_secret_access_key="any",
+    )
+    found = store.list_objects_v2(Bucket="mlflow", Prefix=prefix).get("Contents", [])
+    return {entry["Key"].removeprefix(prefix) for entry in found}
+
+
+def test_a_job_brings_its_own_code(services: Topology, repository: Path, tmp_path: Path) -> None:
+    checkout, shared = tmp_path / "checkout", tmp_path / "shared"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.safetensors")
+    for name in ("platform", "trainers"):
+        shutil.copytree(repository / name, checkout / name, ignore=ignored)
+    (checkout / "tiny.yaml").write_text(RECIPE)
+    settings = [f"run.output={shared / 'runs'}", f"data.digit_scenes.root={shared / 'data'}"]
+    settings += ["run.seed=1", "optimisation.epochs=1", "tracking.figures=false"]
+    run = ["python", "trainers/run.py", "tiny.yaml"]
+    run += [part for setting in settings for part in ("--set", setting)]
+    where = "python -c 'import d3etr; print(d3etr.__file__)'"
+    job = services.submit(
+        "sh",
+        "-c",
+        f"{where} && {' '.join(run)}",
+        # d3etr may be installed on the nodes: the code that comes along must win.
+        options=[
+            f"--working-dir={checkout}",
+            '--runtime-env-json={"env_vars": {"PYTHONPATH": "platform"}}',
+        ],
+    )
+    run_dir = complete_run(job, shared / "runs")
+    assert "working_dir_files" in job.stdout.partition("d3etr/__init__.py")[0]
+    assert tracked_run(services, run_dir).info.status == "FINISHED"
+
+
+def test_a_client_without_the_token_is_refused(services: Topology) -> None:
+    refused = services.run(["ray", "job", "submit", "--", "true"], services.tokenless)
+    assert refused.returncode != 0
+    assert "AuthenticationError: Authentication required" in refused.stderr
+    assert "RAY_AUTH_TOKEN_PATH" in refused.stderr
+
+
+def test_a_run_without_the_token_is_told_what_is_missing(
+    services: Topology, repository: Path
+) -> None:
+    recipe = services.project / "trainers" / "recipes" / "tiny.yaml"
+    settings = [f"cluster.address={services.gcs_address}", "tracking.enabled=false"]
+    run = ["python", str(repository / "trainers" / "run.py"), str(recipe)]
+    run += [part for setting in settings for part in ("--set", setting)]
+    refused = services.run(run, services.tokenless)
+    assert refused.returncode == 2
+    assert "It asks for a token: set RAY_AUTH_MODE=token" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("mlflow", 200), ("127.0.0.1", 200), ("evil.example", 403)]
+)
+def test_mlflow_answers_by_its_names_and_no_others(
+    services: Topology, name: str, status: int
+) -> None:
+    port = int(services.ports["5000"])
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    path = "/api/2.0/mlflow/experiments/get?experiment_id=0"
+    connection.request("GET", path, headers={"Host": f"{name}:{port}"})
+    assert connection.getresponse().status == status
+    connection.close()
