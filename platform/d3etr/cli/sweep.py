@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d3etr.cli.command import Command, add_json, add_overrides, print_json
+from d3etr.cli.train import write_data
 from d3etr.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def _run(options: Namespace) -> int:
     from d3etr.launch.sweeps.folder import write_table
     from d3etr.launch.sweeps.outcome import as_json, table
 
+    write_data(plan.config(trial) for trial in plan.examples())
     command = _command(options)
     tell = _quiet if options.quiet else _tell
     result = run_sweep(plan, command=command, tell=tell)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ def _run(options: Namespace) -> int:
     from d3etr.launch.api import launch
 
     if options.launcher != "torchrun":  # there, the first worker makes it while others wait
-        _write_data(config)
+        write_data([config])
 
     result = launch(
         config,
@@ -84,14 +85,20 @@ def _resolve(options: Namespace) -> tuple[Config, Path | None]:
     return resumed_config(folder, options.overrides), folder.path
 
 
-def _write_data(config: Config) -> None:
-    """Make the embedded data where it is asked for and not there, with a progress bar."""
-    if config.data.digit_scenes is not None:
+def write_data(configs: Iterable[Config]) -> None:
+    """Make the embedded data that is asked for and not there, with a progress bar.
+
+    Before workers start: several at once would each make it.
+    """
+    wanted = {config.data.digit_scenes for config in configs} - {None}
+    if wanted:
         from d3etr.cli.progress import progress_bar
         from d3etr.data.digit_scenes import write_digit_scenes
 
         with progress_bar() as progress:
-            write_digit_scenes(config.data.digit_scenes, progress)
+            for scenes in wanted:
+                assert scenes is not None
+                write_digit_scenes(scenes, progress)
 
 
 def _dry_run(config: Config, as_json: bool) -> int:

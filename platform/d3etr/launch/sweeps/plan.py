@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,13 @@ class Plan:
             return self.trials[int(parameters[TRIAL_KEY])]
         return Trial(number, dict(parameters), self.sweep.seeds[0])
 
+    def examples(self) -> Sequence[Trial]:
+        """Every planned trial, or ``CHECKED_POINTS`` random ones of a space that is searched."""
+        if self.trials:
+            return self.trials
+        points = random_points(self.sweep, CHECKED_POINTS)
+        return [Trial(number, point, self.sweep.seeds[0]) for number, point in enumerate(points)]
+
     def config(self, trial: Trial, suffix: str = "") -> Config:
         """What a trial trains, in a folder below the sweep's.
 
@@ -131,7 +138,7 @@ def make_plan(sweep: SweepConfig) -> Plan:
     planned = sweep.search.method in ("grid", "random")
     trials = tuple(planned_trials(sweep)) if planned else ()
     draft = Plan(sweep, trees, Path.cwd(), Path.cwd(), trials)
-    configs = [draft.config(trial) for trial in trials or _samples(sweep)]
+    configs = [draft.config(trial) for trial in draft.examples()]
     digest = _digest(sweep, sorted({config_digest(config) for config in configs}))
     base = draft.base
     folder = base.run.output / f"{sweep.name}-{digest}"
@@ -139,11 +146,6 @@ def make_plan(sweep: SweepConfig) -> Plan:
     embedded = base.tracking.enabled and not named
     uri = embedded_uri(base.run.output) if embedded else None
     return replace(draft, folder=folder, tracking_uri=uri)
-
-
-def _samples(sweep: SweepConfig) -> list[Trial]:
-    points = random_points(sweep, CHECKED_POINTS)
-    return [Trial(number, point, sweep.seeds[0]) for number, point in enumerate(points)]
 
 
 def _digest(sweep: SweepConfig, configs: list[str]) -> str:
