@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 Process = tuple[int, str]
 """Id and start time: an id alone may be another process's by now."""
 STOP_SECONDS = 10.0
+KILLED_SECONDS = 10.0
+"""A killed process may take a moment to give its memory back."""
 
 
 def running() -> set[Process]:
@@ -45,6 +48,9 @@ def end(process: subprocess.Popen[bytes]) -> set[Process]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + KILLED_SECONDS
+    while family & running() and time.monotonic() < deadline:
+        time.sleep(0.1)
     return family
 
 

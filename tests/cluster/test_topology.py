@@ -13,7 +13,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from processes import running
-from topology import Topology, postgres_programs
+from topology import Topology, copy_project, postgres_programs
 
 from d3etr.training.journal import read_journal
 
@@ -83,6 +83,8 @@ def tracked_run(services: Topology, run_dir: Path) -> Run:
 
 
 def test_a_job_runs_from_the_project_on_the_nodes(services: Topology) -> None:
+    imported = services.run(["python", "-c", "import d3etr"], services.client)
+    assert "No module named 'd3etr'" in imported.stderr, "it is installed: this proves nothing"
     # Its paths are relative to the folder that the nodes started in, where volumes are mounted.
     job = services.submit("python", "trainers/run.py", "trainers/recipes/tiny.yaml")
     run_dir = complete_run(job, services.project / "runs")
@@ -118,30 +120,24 @@ def objects(services: Topology, prefix: str) -> set[str]:
     return {entry["Key"].removeprefix(prefix) for entry in found}
 
 
-def test_a_job_brings_its_own_code(services: Topology, repository: Path, tmp_path: Path) -> None:
+def test_a_job_brings_its_own_code(services: Topology, tmp_path: Path) -> None:
     checkout, shared = tmp_path / "checkout", tmp_path / "shared"
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.safetensors")
-    for name in ("platform", "trainers"):
-        shutil.copytree(repository / name, checkout / name, ignore=ignored)
+    copy_project(checkout)
     (checkout / "tiny.yaml").write_text(RECIPE)
     settings = [f"run.output={shared / 'runs'}", f"data.digit_scenes.root={shared / 'data'}"]
     settings += ["run.seed=1", "optimisation.epochs=1", "tracking.figures=false"]
-    run = ["python", "trainers/run.py", "tiny.yaml"]
-    run += [part for setting in settings for part in ("--set", setting)]
-    where = "python -c 'import d3etr; print(d3etr.__file__)'"
     job = services.submit(
-        "sh",
-        "-c",
-        f"{where} && {' '.join(run)}",
-        # d3etr may be installed on the nodes: the code that comes along must win.
-        options=[
-            f"--working-dir={checkout}",
-            '--runtime-env-json={"env_vars": {"PYTHONPATH": "platform"}}',
-        ],
+        *["python", "trainers/run.py", "tiny.yaml", *with_settings(settings)],
+        options=[f"--working-dir={checkout}"],
     )
+    # d3etr is installed nowhere: without the code that came along nothing could run.
     run_dir = complete_run(job, shared / "runs")
-    assert "working_dir_files" in job.stdout.partition("d3etr/__init__.py")[0]
     assert tracked_run(services, run_dir).info.status == "FINISHED"
+
+
+def with_settings(settings: list[str]) -> list[str]:
+    """``--set`` before each."""
+    return [part for setting in settings for part in ("--set", setting)]
 
 
 def test_a_client_without_the_token_is_refused(services: Topology) -> None:
@@ -151,16 +147,23 @@ def test_a_client_without_the_token_is_refused(services: Topology) -> None:
     assert "RAY_AUTH_TOKEN_PATH" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ({}, "InvalidAuthToken: Authentication token is missing"),
+        ({"RAY_AUTH_MODE": "token"}, "It asks for a token: set RAY_AUTH_MODE=token"),
+    ],
+    ids=["mode not set", "no token"],
+)
 def test_a_run_without_the_token_is_told_what_is_missing(
-    services: Topology, repository: Path
+    services: Topology, mode: dict[str, str], reason: str
 ) -> None:
-    recipe = services.project / "trainers" / "recipes" / "tiny.yaml"
     settings = [f"cluster.address={services.gcs_address}", "tracking.enabled=false"]
-    run = ["python", str(repository / "trainers" / "run.py"), str(recipe)]
-    run += [part for setting in settings for part in ("--set", setting)]
-    refused = services.run(run, services.tokenless)
+    project = services.project / "trainers"
+    run = ["python", str(project / "run.py"), str(project / "recipes" / "tiny.yaml")]
+    refused = services.run([*run, *with_settings(settings)], services.tokenless | mode)
     assert refused.returncode == 2
-    assert "It asks for a token: set RAY_AUTH_MODE=token" in refused.stderr
+    assert reason in refused.stderr
     assert "Traceback" not in refused.stderr
 
 

@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ import docker_files
 import processes
 import psycopg2
 import ray
+from environment import make_environment
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORKERS = 2
@@ -58,6 +58,13 @@ def answers(address: str) -> bool:
         return False
 
 
+def copy_project(folder: Path) -> None:
+    """Copy what the image holds, without weights."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.safetensors")
+    for name in ("platform", "trainers", "sweeps"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+
+
 class Topology:
     """Starts the services on entering and ends every process of theirs on leaving.
 
@@ -71,7 +78,7 @@ class Topology:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.project = folder / "d3etr"
+        self.project = folder / "project"
         self.ended: set[processes.Process] = set()
         self.ports = {port: str(free_port()) for port in PORTS}
         self._host = ray.util.get_node_ip_address()
@@ -80,7 +87,7 @@ class Topology:
         foreign = ("RAY_", "AWS_", "MLFLOW_", "PYTHONPATH")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         self.tokenless = kept | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{folder / 'environment' / 'bin'}:{os.environ['PATH']}",
             "HOME": str(folder / "home"),
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.ports['8265']}",
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -202,8 +209,8 @@ class Topology:
             (self.folder / name).mkdir()
         maker = ["sh", str(ROOT / "docker" / "make-secrets.sh"), str(self.folder / "secrets")]
         subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
-        ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
-        shutil.copytree(ROOT / "trainers", self.project / "trainers", ignore=ignored)
+        make_environment(self.folder / "environment")
+        copy_project(self.project)
 
     def _start_postgres(self) -> None:
         programs = postgres_programs()
@@ -288,8 +295,8 @@ class Topology:
 
 def main() -> None:
     """Start everything, say how to use it, and end it on Ctrl-C or when asked to end."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="d3etr-") as folder, Topology(Path(folder)) as services:
         names = ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
         for name in (*names, "MLFLOW_TRACKING_URI"):
