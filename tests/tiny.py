@@ -6,9 +6,31 @@ from typing import Any
 
 from d3etr.config.detector import DetectorConfig
 
+FAMILY: dict[str, dict[str, Any]] = {
+    "detr": {"name": "detr"},
+    "detr-softmax": {"name": "detr", "classification": "softmax"},
+    "conditional_detr": {"name": "conditional_detr"},
+    "dab_detr": {"name": "dab_detr"},
+    "deformable_detr": {"name": "deformable_detr", "levels": 2, "points": 2},
+    "deformable-refined": {
+        "name": "deformable_detr",
+        "levels": 2,
+        "points": 2,
+        "box_refinement": True,
+    },
+    "deformable-two-stage": {
+        "name": "deformable_detr",
+        "levels": 2,
+        "points": 2,
+        "box_refinement": True,
+        "two_stage": True,
+    },
+}
+"""What tells the detectors of the family apart, by name of the variant."""
+
 
 def tiny_detector_config(**changes: Any) -> DetectorConfig:
-    """A Conditional DETR of 16 channels; keyword arguments change its architecture."""
+    """By default a Conditional DETR of 16 channels; keyword arguments change its architecture."""
     settings: dict[str, Any] = {
         "backbone": {"name": "small", "stem_width": 8, "stage_widths": (8, 8, 16)},
         "width": 16,

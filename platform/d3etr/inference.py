@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d3etr.data.images import load_image, to_rgb
 from d3etr.data.transforms import Sample, collate, preprocess
-from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.postprocess import top_detections
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.errors import UserError
@@ -69,7 +69,7 @@ class Predictor:
 
     def __init__(
         self,
-        detector: ConditionalDETR,
+        detector: DetectionTransformer,
         info: WeightsInfo,
         device: torch.device,
         maximum: int = 100,
@@ -131,7 +131,7 @@ class Predictor:
     def _predict_batch(self, samples: Sequence[Sample], threshold: float) -> list[Detections]:
         batch, targets = collate(samples)
         memory = self.detector.encode(batch.to(self.device))
-        [outputs] = self.detector.decode(memory, [self.detector.object_queries()])
+        [outputs] = self.detector.decode(memory, [self.detector.object_queries(memory)])
         sizes = targets.original_sizes
         columns = top_detections(outputs, sizes, self._maximum)
         images = zip(*(column.cpu() for column in columns), sizes, strict=True)

@@ -76,13 +76,16 @@ class ObjectQueries:
     A leading B dimension means that each image has its own queries.
 
     Attributes:
-        embedding: [N, D] or [B, N, D].
+        embedding: [N, D] or [B, N, D], the positional part that attention adds to states.
         reference_logits: reference points [.., N, 2] or anchor boxes [.., N, 4] before the
             sigmoid (a saturated point has no finite inverse); None where a detector has none.
+        content: [.., N, D] what the decoder's state starts from; None starts from zeros, as
+            all but Deformable DETR do.
     """
 
     embedding: Tensor
     reference_logits: Tensor | None = None
+    content: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -91,8 +94,15 @@ class ObjectQueries:
 
     def detach(self) -> ObjectQueries:
         """The same queries outside the autograd graph."""
-        reference = None if self.reference_logits is None else self.reference_logits.detach()
-        return ObjectQueries(self.embedding.detach(), reference)
+        reference, content = (
+            None if part is None else part.detach()
+            for part in (self.reference_logits, self.content)
+        )
+        return ObjectQueries(self.embedding.detach(), reference, content)
+
+
+Levels = tuple[tuple[int, int], ...]
+"""(height, width) of each feature level, finest first; S is the sum of their areas."""
 
 
 @dataclass(frozen=True)
@@ -100,17 +110,20 @@ class Memory:
     """Encoder output.
 
     Attributes:
-        tokens: [B, S, D], row-major over the grid.
+        tokens: [B, S, D], level by level, row-major over each level's grid.
         position: [B, S, D] position encoding of each token, or [1, S, D] where no image is
             padded and all share it.
         padding: [B, S] bool, True under padding, or None.
-        grid: (height, width) with S = height * width.
+        levels: the grids that S runs over; one for all but multi-scale detectors.
+        proposals: what a two-stage detector's encoder says about each token, one layer
+            [1, B, S, ..]; None for other detectors.
     """
 
     tokens: Tensor
     position: Tensor
     padding: Tensor | None
-    grid: tuple[int, int]
+    levels: Levels
+    proposals: DecoderOutputs | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ class DecoderOutputs:
         boxes_cxcywh: [L, B, N, 4] in [0, 1].
         self_attention_scores: [L, B, H, N, N], rows are queries; None unless asked for.
         cross_attention_scores: [L, B, H, N, S]; None unless asked for.
-        grid: (height, width) of the memory that S runs over.
+        levels: the grids of the memory that S runs over.
         padding: [B, S] bool, True under padding, or None.
     """
 
@@ -133,7 +146,7 @@ class DecoderOutputs:
     boxes_cxcywh: Tensor
     self_attention_scores: Tensor | None = None
     cross_attention_scores: Tensor | None = None
-    grid: tuple[int, int] = (0, 0)
+    levels: Levels = ()
     padding: Tensor | None = None
 
     @property
@@ -186,6 +199,9 @@ class Detector(Protocol):
         """Decode each group; groups share weights and memory and never see each other."""
         ...
 
-    def object_queries(self) -> ObjectQueries:
-        """The detector's own queries: its main group."""
+    def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
+        """The detector's own queries: its main group.
+
+        Two-stage detectors make them from ``memory``, for each image its own, and need it.
+        """
         ...

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from d3etr.config.data import PreprocessingConfig
-from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.tensor_files import write_tensors
 from d3etr.detectors.weights import (
     FORMAT_KEY,
@@ -26,7 +26,7 @@ from d3etr.errors import UserError
 from d3etr.structures import ImageBatch
 
 
-def _info(detector: ConditionalDETR) -> WeightsInfo:
+def _info(detector: DetectionTransformer) -> WeightsInfo:
     return WeightsInfo(
         detector=detector.config,
         categories=tuple((3 * index + 1, f"class {index}") for index in range(detector.classes)),
@@ -37,56 +37,60 @@ def _info(detector: ConditionalDETR) -> WeightsInfo:
 
 
 @pytest.fixture
-def path(tmp_path: Path, tiny_detector: ConditionalDETR) -> Path:
+def path(tmp_path: Path, conditional_detr: DetectionTransformer) -> Path:
     path = tmp_path / "new" / "weights.safetensors"
-    save_weights(path, tiny_detector, _info(tiny_detector))
+    save_weights(path, conditional_detr, _info(conditional_detr))
     return path
 
 
 @torch.no_grad()
-def test_a_detector_comes_back_bit_for_bit(path: Path, tiny_detector: ConditionalDETR) -> None:
+def test_a_detector_comes_back_bit_for_bit(
+    path: Path, conditional_detr: DetectionTransformer
+) -> None:
     loaded, info = load_weights(path)
-    assert info == _info(tiny_detector) == read_info(path)
+    assert info == _info(conditional_detr) == read_info(path)
     assert not loaded.training
     images = ImageBatch(torch.randn(2, 3, 32, 32))
     before, after = (
         model.decode(model.encode(images), [model.object_queries()])[0]
-        for model in (tiny_detector, loaded)
+        for model in (conditional_detr, loaded)
     )
     assert torch.equal(before.logits, after.logits)
     assert torch.equal(before.boxes_cxcywh, after.boxes_cxcywh)
 
 
 def test_half_precision_halves_the_file_and_loads_as_float32(
-    path: Path, tmp_path: Path, tiny_detector: ConditionalDETR
+    path: Path, tmp_path: Path, conditional_detr: DetectionTransformer
 ) -> None:
     half = tmp_path / "half.safetensors"
-    save_weights(half, tiny_detector, _info(tiny_detector), dtype=torch.float16)
+    save_weights(half, conditional_detr, _info(conditional_detr), dtype=torch.float16)
     assert half.stat().st_size < 0.7 * path.stat().st_size
     loaded, _ = load_weights(half)
-    for name, tensor in tiny_detector.state_dict().items():
+    for name, tensor in conditional_detr.state_dict().items():
         assert loaded.state_dict()[name].dtype == torch.float32
         torch.testing.assert_close(loaded.state_dict()[name], tensor, atol=1e-3, rtol=1e-3)
 
 
 def test_values_that_half_precision_cannot_hold_are_refused(
-    tmp_path: Path, tiny_detector: ConditionalDETR
+    tmp_path: Path, conditional_detr: DetectionTransformer
 ) -> None:
-    tiny_detector.projection.weight.data[0, 0] = 1e6
+    conditional_detr.projection.weight.data[0, 0] = 1e6
     path = tmp_path / "half.safetensors"
     with pytest.raises(UserError, match=r"projection\.weight.*float16"):
-        save_weights(path, tiny_detector, _info(tiny_detector), dtype=torch.float16)
+        save_weights(path, conditional_detr, _info(conditional_detr), dtype=torch.float16)
     assert not list(tmp_path.iterdir()), "nothing half-written"
 
 
-def test_info_must_describe_the_detector(tmp_path: Path, tiny_detector: ConditionalDETR) -> None:
-    info = _info(tiny_detector).model_copy(update={"categories": ((1, "one"),)})
+def test_info_must_describe_the_detector(
+    tmp_path: Path, conditional_detr: DetectionTransformer
+) -> None:
+    info = _info(conditional_detr).model_copy(update={"categories": ((1, "one"),)})
     with pytest.raises(ValueError, match="does not describe"):
-        save_weights(tmp_path / "x.safetensors", tiny_detector, info)
+        save_weights(tmp_path / "x.safetensors", conditional_detr, info)
 
 
 def test_a_write_that_fails_keeps_the_old_file(
-    path: Path, tiny_detector: ConditionalDETR, monkeypatch: pytest.MonkeyPatch
+    path: Path, conditional_detr: DetectionTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = path.read_bytes()
 
@@ -95,7 +99,7 @@ def test_a_write_that_fails_keeps_the_old_file(
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(UserError, match=r"cannot write.*weights\.safetensors.*no space"):
-        save_weights(path, tiny_detector, _info(tiny_detector))
+        save_weights(path, conditional_detr, _info(conditional_detr))
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 

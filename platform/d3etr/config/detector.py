@@ -48,7 +48,7 @@ class BackboneConfig(Section):
 class DetectorConfig(Section):
     """Architecture of one detector. The number of classes comes from the data."""
 
-    name: Literal["conditional_detr"] = "conditional_detr"
+    name: Literal["detr", "conditional_detr", "dab_detr", "deformable_detr"] = "conditional_detr"
     backbone: BackboneConfig = BackboneConfig()
     width: Positive = 256
     """Model width D, the channels of encoder and decoder."""
@@ -59,7 +59,50 @@ class DetectorConfig(Section):
     queries: Positive = 300
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     box_size_bias: float = 0.0
-    """Initial bias of the width and height logits of the box head; negative starts small."""
+    """Initial bias of the width and height logits of boxes (DAB-DETR: of its anchors);
+    negative starts small."""
+    classification: Literal["sigmoid", "softmax"] = "sigmoid"
+    """softmax: over classes and "no object", the official DETR's; ``detr`` only."""
+    levels: Positive = 4
+    """``deformable_detr`` only: feature levels; up to three are the backbone's last stages,
+    each further one halves the resolution again."""
+    points: Positive = 4
+    """``deformable_detr`` only: places that each head samples on each level."""
+    box_refinement: bool = False
+    """``deformable_detr`` only: every decoder layer moves the boxes of the one before."""
+    two_stage: bool = False
+    """``deformable_detr`` only: the encoder proposes the boxes that queries start from;
+    needs box_refinement."""
+
+    @property
+    def feature_levels(self) -> int:
+        """Feature levels that cross-attention maps run over."""
+        return self.levels if self.name == "deformable_detr" else 1
+
+    @property
+    def reference_size(self) -> int:
+        """Numbers of a query's reference that the decoder takes: a point's 2, a box's 4, or 0."""
+        sizes = {"detr": 0, "conditional_detr": 2, "dab_detr": 4, "deformable_detr": 2}
+        return 4 if self.two_stage else sizes[self.name]
+
+    @model_validator(mode="after")
+    def _settings_belong_to_the_detector(self) -> Self:
+        multi_scale = ("levels", "points", "box_refinement", "two_stage")
+        owners = {"classification": "detr", **dict.fromkeys(multi_scale, "deformable_detr")}
+        fields = type(self).model_fields
+        for key, owner in owners.items():
+            if self.name != owner and getattr(self, key) != fields[key].default:
+                raise ValueError(
+                    f"{key} has no effect on detector '{self.name}', only on '{owner}'"
+                )
+        if self.two_stage and not self.box_refinement:
+            raise ValueError("two_stage needs box_refinement: set it to true, as in the paper")
+        if self.name == "deformable_detr" and self.width % 32:
+            raise ValueError(
+                f"width {self.width} must be a multiple of 32 for detector 'deformable_detr' "
+                "(GroupNorm of its feature levels)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:

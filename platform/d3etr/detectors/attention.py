@@ -67,6 +67,39 @@ def attend_with_scores(
     return mixed.transpose(1, 2).flatten(2), scores
 
 
+def attend_within(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sizes: list[int],
+    dropout: float,
+    attention: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Attention of each query group among itself.
+
+    Args:
+        query: [B, H, N, E].
+        key: [B, H, N, E].
+        value: [B, H, N, E].
+        sizes: queries of each group, in the order of N.
+        dropout: probability on the attention weights.
+        attention: return scores.
+
+    Returns:
+        [B, N, H*E], and per group its scores [B, H, n, n] (or nothing).
+    """
+    mixed, scores = [], []
+    parts = (torch.split(x, sizes, 2) for x in (query, key, value))
+    for one_query, one_key, one_value in zip(*parts, strict=True):
+        if attention:
+            group, own = attend_with_scores(one_query, one_key, one_value, None, dropout)
+            scores.append(own)
+        else:
+            group = attend(one_query, one_key, one_value, None, dropout)
+        mixed.append(group)
+    return torch.cat(mixed, 1) if len(mixed) > 1 else mixed[0], scores
+
+
 class EncoderSelfAttention(nn.Module):
     """DETR's encoder attention: positions join queries and keys, not values.
 
@@ -131,17 +164,10 @@ class DecoderSelfAttention(nn.Module):
         content = self.content(hidden)
         query, key = (content[..., : 2 * width] + self.position(embedding)).chunk(2, -1)
         value = content[..., 2 * width :].expand(query.shape)
-        heads = [split_heads(x, self.heads) for x in (query, key, value)]
         dropout = self.dropout if self.training else 0.0
-        mixed, scores = [], []
-        for query, key, value in zip(*(torch.split(x, sizes, 2) for x in heads), strict=True):
-            if attention:
-                group, group_scores = attend_with_scores(query, key, value, None, dropout)
-                scores.append(group_scores)
-            else:
-                group = attend(query, key, value, None, dropout)
-            mixed.append(group)
-        return self.output(torch.cat(mixed, 1) if len(mixed) > 1 else mixed[0]), scores
+        heads = [split_heads(x, self.heads) for x in (query, key, value)]
+        mixed, scores = attend_within(*heads, sizes, dropout, attention)
+        return self.output(mixed), scores
 
 
 class ConditionalCrossAttention(nn.Module):

@@ -42,6 +42,8 @@ class ResNetBackbone(nn.Module):
         config: what it was built from.
         channels: channels of the output.
         stride: pixels per output cell: 32, or 16 with dilation (DC5).
+        stage_channels: channels of each stage's output.
+        stage_strides: pixels per cell of each stage's output.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -51,6 +53,8 @@ class ResNetBackbone(nn.Module):
         resnet = torchvision.models.get_model(config.name, weights=None, norm_layer=norm)
         self.channels: int = resnet.fc.in_features
         self.stride = 16 if config.dilation else 32
+        self.stage_channels = tuple(self.channels // 2**k for k in (3, 2, 1, 0))
+        self.stage_strides = (4, 8, 16, self.stride)
         self.conv1, self.bn1, self.relu = resnet.conv1, resnet.bn1, resnet.relu
         self.maxpool = resnet.maxpool
         self.layer1, self.layer2 = resnet.layer1, resnet.layer2
@@ -64,9 +68,17 @@ class ResNetBackbone(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, height, width] -> [B, channels, ceil(height / stride), ceil(width / stride)]."""
+        return self.pyramid(pixels, 1)[0]
+
+    def pyramid(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """Feature maps [B, channels, h, w] of the last ``count`` stages, finest first."""
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(self.relu(self.bn1(self.conv1(pixels))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[no-any-return]
+        maps = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            maps.append(x)
+        return maps[-count:]
 
 
 def _dilate(stage: nn.Module) -> None:

@@ -6,48 +6,35 @@ A leading 1 instead of B means that all images share it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.attention import ConditionalCrossAttention, DecoderSelfAttention
+from d3etr.detectors.groups import AttentionScores, zero_states
 from d3etr.detectors.layers import MLP, FeedForward
 from d3etr.structures import Memory
 
 
-@dataclass
-class AttentionScores:
-    """Scores of every layer so far.
+class DecoderLayer(nn.Module):
+    """Self-attention, conditional cross-attention, feed-forward, all post-norm.
 
-    Attributes:
-        within: per layer and group [B or 1, H, n, n].
-        across: per layer [B, H, N, S].
+    Args:
+        config: uses width, heads, feedforward and dropout.
+        first: whether it is the decoder's first layer.
+        learned_slope: PReLU instead of ReLU.
     """
 
-    within: list[list[Tensor]] = field(default_factory=list)
-    across: list[Tensor] = field(default_factory=list)
-
-    def stacked_within(self, images: int) -> list[Tensor]:
-        """Per group [L, B, H, n, n]."""
-        return [
-            torch.stack([layer.expand(images, -1, -1, -1) for layer in layers])
-            for layers in zip(*self.within, strict=True)
-        ]
-
-
-class DecoderLayer(nn.Module):
-    """Self-attention, conditional cross-attention, feed-forward, all post-norm."""
-
-    def __init__(self, config: DetectorConfig, first: bool) -> None:
+    def __init__(self, config: DetectorConfig, first: bool, learned_slope: bool = False) -> None:
         super().__init__()
         sizes = (config.width, config.heads, config.dropout)
         self.self_attention = DecoderSelfAttention(*sizes)
         self.self_norm = nn.LayerNorm(config.width)
         self.cross_attention = ConditionalCrossAttention(*sizes, first)
         self.cross_norm = nn.LayerNorm(config.width)
-        self.feedforward = FeedForward(config.width, config.feedforward, config.dropout)
+        self.feedforward = FeedForward(
+            config.width, config.feedforward, config.dropout, learned_slope
+        )
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -128,7 +115,9 @@ class ConditionalDecoder(nn.Module):
             [L, B, N, D] normalised states, and the scores or None.
         """
         scores = AttentionScores() if attention else None
-        hidden = self._start(embedding, len(memory.tokens))
+        # Dropout tells images apart.
+        apart = self.training and self.dropout > 0
+        hidden = zero_states(embedding, len(memory.tokens), apart)
         states = []
         for index, layer in enumerate(self.layers):
             # lambda_q of equation 3 is 1 in the first layer: queries have no content yet.
@@ -136,10 +125,3 @@ class ConditionalDecoder(nn.Module):
             hidden = layer(hidden, embedding, spatial, memory, sizes, scores)
             states.append(hidden)
         return self.norm(torch.stack(states)), scores
-
-    def _start(self, embedding: Tensor, images: int) -> Tensor:
-        """Zeros; shared until images meet their memory, unless dropout tells them apart."""
-        hidden = torch.zeros_like(embedding)
-        if self.training and self.dropout > 0:
-            hidden = hidden.expand(images, -1, -1)
-        return hidden

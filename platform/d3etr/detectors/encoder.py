@@ -6,18 +6,20 @@ from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.attention import EncoderSelfAttention
-from d3etr.detectors.layers import FeedForward
+from d3etr.detectors.layers import MLP, FeedForward
 
 
 class EncoderLayer(nn.Module):
     """Self-attention, then feed-forward, each with residual and layer norm."""
 
-    def __init__(self, config: DetectorConfig) -> None:
+    def __init__(self, config: DetectorConfig, learned_slope: bool = False) -> None:
         super().__init__()
         self.attention = EncoderSelfAttention(config.width, config.heads, config.dropout)
         self.norm = nn.LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
-        self.feedforward = FeedForward(config.width, config.feedforward, config.dropout)
+        self.feedforward = FeedForward(
+            config.width, config.feedforward, config.dropout, learned_slope
+        )
 
     def forward(self, tokens: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
         """Map [B, S, D] tokens to [B, S, D]."""
@@ -30,11 +32,14 @@ class Encoder(nn.Module):
 
     Args:
         config: uses width, heads, feedforward, dropout and encoder_layers.
+        learned_slope: PReLU instead of ReLU.
     """
 
-    def __init__(self, config: DetectorConfig) -> None:
+    def __init__(self, config: DetectorConfig, learned_slope: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.layers = nn.ModuleList(
+            EncoderLayer(config, learned_slope) for _ in range(config.encoder_layers)
+        )
 
     def forward(self, tokens: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
         """Encode memory tokens.
@@ -49,4 +54,22 @@ class Encoder(nn.Module):
         """
         for layer in self.layers:
             tokens = layer(tokens, position, padding)
+        return tokens
+
+
+class ScaledPositionEncoder(Encoder):
+    """DAB-DETR's: positions are scaled by what tokens hold, and ReLU has a learned slope.
+
+    Args:
+        config: as ``Encoder``'s.
+    """
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__(config, learned_slope=True)
+        self.position_scale = MLP((config.width, config.width, config.width))
+
+    def forward(self, tokens: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
+        """Encode memory tokens, as ``Encoder.forward``."""
+        for layer in self.layers:
+            tokens = layer(tokens, position * self.position_scale(tokens), padding)
         return tokens

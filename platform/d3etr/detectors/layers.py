@@ -35,16 +35,20 @@ class FeedForward(nn.Module):
         width: D.
         hidden: channels between the two layers.
         dropout: probability, after the activation and before the sum.
+        learned_slope: PReLU instead of ReLU, as in DAB-DETR.
     """
 
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(
+        self, width: int, hidden: int, dropout: float, learned_slope: bool = False
+    ) -> None:
         super().__init__()
         self.inner = nn.Linear(width, hidden)
         self.outer = nn.Linear(hidden, width)
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
+        self.activation = nn.PReLU() if learned_slope else nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""
-        hidden = self.dropout(functional.relu(self.inner(x), inplace=True))
+        hidden = self.dropout(self.activation(self.inner(x)))
         return self.norm(x + self.dropout(self.outer(hidden)))  # type: ignore[no-any-return]

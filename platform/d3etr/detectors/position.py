@@ -23,14 +23,18 @@ class SineEncoding(nn.Module):
 
     Args:
         width: D, a multiple of 4.
+        temperature: the longest period; DAB-DETR's grid has 20 (arXiv 2201.12329, section 4.4).
+        centred: encode cells by their centres, as Deformable DETR does, and not by their far
+            edges, as the others do.
     """
 
     periods: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, temperature: float = TEMPERATURE, centred: bool = False) -> None:
         super().__init__()
         exponents = torch.arange(width // 4, dtype=torch.float32) * (4 / width)
-        self.register_buffer("periods", TEMPERATURE**exponents, persistent=False)
+        self.register_buffer("periods", temperature**exponents, persistent=False)
+        self.shift = 0.5 if centred else 0.0
 
     def grid(self, grid: tuple[int, int], padding: Tensor | None) -> Tensor:
         """Encode the cells of a grid, row-major.
@@ -46,28 +50,36 @@ class SineEncoding(nn.Module):
             return self._shared_grid(*grid)
         valid = (~padding).float()
         y, x = valid.cumsum(1), valid.cumsum(2)
-        y = y / (y[:, -1:] + EPSILON)
-        x = x / (x[:, :, -1:] + EPSILON)
+        y = (y - self.shift) / (y[:, -1:] + EPSILON)
+        x = (x - self.shift) / (x[:, :, -1:] + EPSILON)
         return self.points(torch.stack([x, y], -1).flatten(1, 2))
 
     def _shared_grid(self, height: int, width: int) -> Tensor:
-        y = torch.arange(1, height + 1, device=self.periods.device) / (height + EPSILON)
-        x = torch.arange(1, width + 1, device=self.periods.device) / (width + EPSILON)
+        y = (torch.arange(1, height + 1, device=self.periods.device) - self.shift) / (
+            height + EPSILON
+        )
+        x = (torch.arange(1, width + 1, device=self.periods.device) - self.shift) / (
+            width + EPSILON
+        )
         rows = self._axis(y)[:, None].expand(-1, width, -1)
         columns = self._axis(x)[None].expand(height, -1, -1)
         return torch.cat([rows, columns], -1).view(1, height * width, -1)
 
     def points(self, points: Tensor) -> Tensor:
-        """Encode points.
+        """Encode points, or boxes.
 
         Args:
-            points: [..., 2] as (x, y), normalised.
+            points: [..., 2] as (x, y), or [..., 4] as (x, y, width, height), normalised.
 
         Returns:
-            [..., D], float32.
+            [..., D], float32; of boxes [..., 2 D], width and height behind the point.
         """
-        x, y = self._axis(points.float()).unbind(-2)
-        return torch.cat([y, x], -1)
+        x, y, *sides = self._axis(points.float()).unbind(-2)
+        return torch.cat([y, x, *sides], -1)
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """Encode numbers in [0, 1] one after the other: [..., k] to float32 [..., k D / 2]."""
+        return self._axis(values.float()).flatten(-2)
 
     def _axis(self, coordinates: Tensor) -> Tensor:
         angles = coordinates[..., None] * (2 * math.pi) / self.periods

@@ -55,13 +55,17 @@ class SmallBackbone(nn.Module):
         config: what it was built from.
         channels: channels of the output.
         stride: pixels per output cell.
+        stage_channels: channels of each stage's output.
+        stage_strides: pixels per cell of each stage's output.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
         self.channels = config.stage_widths[-1]
-        self.stride: int = 2 ** len(config.stage_widths)
+        self.stage_channels = config.stage_widths
+        self.stage_strides = tuple(2 ** (k + 1) for k in range(len(config.stage_widths)))
+        self.stride: int = self.stage_strides[-1]
         self.stem = nn.Sequential(
             _convolution(3, config.stem_width), nn.GroupNorm(GROUPS, config.stem_width)
         )
@@ -79,6 +83,15 @@ class SmallBackbone(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, height, width] -> [B, channels, ceil(height / stride), ceil(width / stride)]."""
+        return self.pyramid(pixels, 1)[0]
+
+    def pyramid(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """Feature maps [B, channels, h, w] of the last ``count`` stages, finest first."""
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         x = functional.relu(self.stem(pixels), inplace=True)
-        return self.blocks(x)  # type: ignore[no-any-return]
+        maps = []
+        for index, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            if index % self.config.stage_blocks == 0:
+                maps.append(x)
+        return maps[-count:]

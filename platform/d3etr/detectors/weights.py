@@ -16,8 +16,8 @@ from torch import Tensor
 from d3etr.config.base import Section
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import DetectorConfig
+from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
-from d3etr.detectors.conditional_detr import ConditionalDETR
 from d3etr.detectors.tensor_files import (
     file_digest,
     load_strictly,
@@ -48,7 +48,7 @@ class WeightsInfo(Section):
 
 
 def save_weights(
-    path: Path, detector: ConditionalDETR, info: WeightsInfo, dtype: torch.dtype | None = None
+    path: Path, detector: DetectionTransformer, info: WeightsInfo, dtype: torch.dtype | None = None
 ) -> None:
     """Write a detector, whole or not at all.
 
@@ -97,7 +97,7 @@ def read_info(path: Path) -> WeightsInfo:
         raise UserError(f"{path}: its '{INFO_KEY}' metadata is broken: {error}") from error
 
 
-def load_weights(path: Path) -> tuple[ConditionalDETR, WeightsInfo]:
+def load_weights(path: Path) -> tuple[DetectionTransformer, WeightsInfo]:
     """Build the detector of a weights file.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, log_softmax
 
 from d3etr.config.distillation import AttentionConfig
-from d3etr.structures import MASKED_SCORE
+from d3etr.structures import MASKED_SCORE, Levels
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -45,26 +45,35 @@ def select_pairs(scores: Tensor, index: Tensor | None) -> Tensor:
     return select_columns(select_rows(scores, index), index)
 
 
-def resize_maps(
-    scores: Tensor, grid: tuple[int, int], target: tuple[int, int], padding: Tensor | None
-) -> Tensor:
-    """Teacher maps on the student's grid, over its valid tokens, as scores again.
+def resize_maps(scores: Tensor, levels: Levels, target: Levels, padding: Tensor | None) -> Tensor:
+    """Teacher maps on the student's grids, over its valid tokens, as scores again.
 
     Args:
-        scores: [L, B, H, P, S'] on ``grid``.
-        grid: (height, width) with S' = height * width.
-        target: (height, width) of the student's memory.
+        scores: [L, B, H, P, S'] on ``levels``.
+        levels: (height, width) of each of the teacher's feature levels.
+        target: those of the student's, as many.
         padding: [B, S] bool, True under the student's padding, or None.
 
     Returns:
         [L, B, H, P, S] logarithms of the resized probabilities.
     """
-    planes = scores.softmax(-1).reshape(-1, 1, *grid)
-    resized: Tensor = interpolate(planes, size=target, mode="bilinear", antialias=True)
-    maps = resized.reshape(*scores.shape[:4], -1).clamp(min=_TINY).log()
+    parts = scores.softmax(-1).split([height * width for height, width in levels], -1)
+    resized = [
+        _resize_plane(part, grid, size)
+        for part, grid, size in zip(parts, levels, target, strict=True)
+    ]
+    maps = torch.cat(resized, -1).clamp(min=_TINY).log()
     if padding is None:
         return maps
     return maps.masked_fill(padding[None, :, None, None], MASKED_SCORE)
+
+
+def _resize_plane(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """[L, B, H, P, s'] on ``grid`` to [L, B, H, P, s] on ``size``; mass follows the area."""
+    planes = maps.reshape(-1, 1, *grid)
+    resized: Tensor = interpolate(planes, size=size, mode="bilinear", antialias=True)
+    share = grid[0] * grid[1] / (size[0] * size[1])
+    return resized.reshape(*maps.shape[:4], -1) * share
 
 
 def _kl_rows(scores: Tensor, teacher: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ def check_compatible(
     """Refuse a pair that a configured loss cannot bridge.
 
     Different widths are bridged by an adapter, different depths by the layer map, different
-    strides by resizing the teacher's cross-attention; different head counts only by averaging.
+    strides by resizing the teacher's cross-attention, different kinds of references by a learned
+    map; different head counts only by averaging, different numbers of feature levels by nothing.
 
     Raises:
         UserError: names the losses and the settings that would help.
     """
     teacher_layers(distillation.layer_map, student.decoder_layers, teacher.decoder_layers)
+    _check_levels(student, teacher, distillation)
     if student.heads == teacher.heads:
         return
     terms = {"self": distillation.self_attention, "cross": distillation.cross_attention}
@@ -33,4 +35,19 @@ def check_compatible(
             f"{' and '.join(blocked)} compare attention head by head, but the student has "
             f"{student.heads} heads and the teacher {teacher.heads}: set heads to 'averaged' "
             "there, set weight to 0, or give the student the teacher's number of heads"
+        )
+
+
+def _check_levels(
+    student: DetectorConfig, teacher: DetectorConfig, distillation: DistillationConfig
+) -> None:
+    if not distillation.cross_attention.weight:
+        return
+    ours, theirs = student.feature_levels, teacher.feature_levels
+    if ours != theirs:
+        raise UserError(
+            "distillation.cross_attention compares maps level by level, but the student "
+            f"({student.name}) has {ours} feature level{'s' * (ours > 1)} and the teacher "
+            f"({teacher.name}) {theirs}: set distillation.cross_attention.weight to 0, or give "
+            "both as many levels"
         )

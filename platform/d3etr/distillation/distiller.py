@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -77,10 +79,10 @@ class Distiller(nn.Module):
             return
         if config.auxiliary_group.queries == "random":
             self.auxiliary = RandomQueries(
-                teacher.object_queries(), student.config.width, config.teacher_query_ratio, seed
+                teacher.config, student.config, config.teacher_query_ratio, seed
             )
         else:
-            self.auxiliary = TeacherQueries(teacher.config.width, student.config.width)
+            self.auxiliary = TeacherQueries(teacher.config, student.config)
 
     @property
     def teacher(self) -> Detector | None:
@@ -95,7 +97,12 @@ class Distiller(nn.Module):
             return False
         supervised = config.auxiliary_group.ground_truth and config.has_auxiliary_group
         by_teacher = supervised and config.auxiliary_group.assignment == "teacher"
-        return config.distils or by_teacher or config.teacher_query_ratio < 1
+        selects = config.teacher_query_ratio < 1 or self._queries_need_images
+        return config.distils or by_teacher or selects
+
+    @property
+    def _queries_need_images(self) -> bool:
+        return self.teacher is not None and self.teacher.config.two_stage
 
     @property
     def _needs_attention(self) -> bool:
@@ -111,8 +118,8 @@ class Distiller(nn.Module):
         teacher = self.teacher
         if teacher is None or not self.needs_teacher_outputs:
             return None
-        queries = teacher.object_queries().detach()
         memory = teacher.encode(images)
+        queries = teacher.object_queries(memory).detach()
         (outputs,) = teacher.decode(memory, [queries], attention=self._needs_attention)
         mapped = map_layers(outputs, self._layers)
         return teaching(mapped, queries, self.distillation.teacher_query_ratio)
@@ -123,7 +130,7 @@ class Distiller(nn.Module):
         return normalisers(
             targets,
             taught,
-            self.student.object_queries().count,
+            self.student.config.queries,
             self.student.config.decoder_layers,
             self.distillation,
         ).pack()
@@ -146,17 +153,27 @@ class Distiller(nn.Module):
             distillation_scale: warm-up factor on the distillation terms.
 
         Returns:
-            Named scalars: ``detection/..`` and ``auxiliary/..`` against ground truth,
-            ``adaptive/..`` and ``fixed/..`` against the teacher.
+            Named scalars: ``detection/..``, ``auxiliary/..`` and, of a two-stage student,
+            ``proposals/..`` against ground truth, ``adaptive/..`` and ``fixed/..`` against the
+            teacher.
 
         Raises:
             NonFiniteCostError: an output is NaN or infinite.
         """
         divisors = Normalisers.unpack(normalisers)
-        main, auxiliary = self._decode(images, taught)
+        main, auxiliary, proposals = self._decode(images, taught)
         problems = self._problems(main, auxiliary, taught, targets)
+        some_object = replace(targets, labels=torch.zeros_like(targets.labels))
+        if proposals is not None:
+            problems["proposals"] = detection_problem(
+                "proposals against objects", proposals, some_object, self.criterion
+            )
         solved = dict(zip(problems, assign(list(problems.values())), strict=True))
         losses = self._set_losses("detection", main, targets, solved["detection"], divisors)
+        if proposals is not None:
+            losses |= self._set_losses(
+                "proposals", proposals, some_object, solved["proposals"], divisors
+            )
         if auxiliary is not None and "auxiliary" in solved:
             losses |= self._set_losses(
                 "auxiliary", auxiliary, targets, solved["auxiliary"], divisors
@@ -168,12 +185,12 @@ class Distiller(nn.Module):
 
     def _decode(
         self, images: ImageBatch, taught: Taught | None
-    ) -> tuple[DecoderOutputs, DecoderOutputs | None]:
-        """Main and auxiliary group in one pass over one memory."""
-        groups = [self.student.object_queries(), *self._auxiliary_queries(taught)]
+    ) -> tuple[DecoderOutputs, DecoderOutputs | None, DecoderOutputs | None]:
+        """Main and auxiliary group in one pass over one memory, and its proposals."""
         memory = self.student.encode(images)
+        groups = [self.student.object_queries(memory), *self._auxiliary_queries(taught)]
         outputs = self.student.decode(memory, groups, attention=self._needs_attention)
-        return outputs[0], outputs[1] if len(outputs) > 1 else None
+        return outputs[0], outputs[1] if len(outputs) > 1 else None, memory.proposals
 
     def _auxiliary_queries(self, taught: Taught | None) -> list[ObjectQueries]:
         if self.auxiliary is None or self.teacher is None:

@@ -75,12 +75,12 @@ def _self_attention(branch: Branch, config: AttentionConfig) -> Tensor:
 
 
 def _cross_attention(branch: Branch, config: AttentionConfig) -> Tensor:
-    """Rows follow the correspondence; a teacher's map on another grid is resized."""
+    """Rows follow the correspondence; a teacher's map on other grids is resized."""
     pairs, student, teacher = branch.pairs, branch.student, branch.teacher
     scores = select_rows(_scores(student.cross_attention_scores), pairs.student)
     target = select_rows(_scores(teacher.cross_attention_scores), pairs.teacher)
-    if teacher.grid != student.grid:
-        target = resize_maps(target, teacher.grid, student.grid, student.padding)
+    if teacher.levels != student.levels:
+        target = resize_maps(target, teacher.levels, student.levels, student.padding)
     return attention_loss(scores, target, branch.weights(config.pair_weights), config)
 
 

@@ -5,43 +5,85 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from d3etr.config.detector import DetectorConfig
 from d3etr.distillation.teaching import group_size
 from d3etr.structures import ObjectQueries
 
 
 class TeacherQueries(nn.Module):
-    """Fixed Matching: the teacher's object queries and reference points in the student's decoder.
+    """Fixed Matching: the teacher's object queries and references in the student's decoder.
 
-    Where the widths differ, a learned linear map bridges them; it is dropped after training.
-    That the queries are the teacher's is D3ETR's; that their reference points come along and
-    the linear map are our choices.
+    Where the widths differ, a learned linear map bridges them; where the student wants more
+    numbers of a reference than the teacher has (an anchor box of a point, say), another one
+    reads the missing logits from the teacher's embedding. Both are dropped after training.
+    That the queries are the teacher's is D3ETR's; that their references come along and the
+    linear maps are our choices.
+
+    Args:
+        teacher: the teacher's architecture.
+        student: the student's.
     """
 
-    def __init__(self, teacher_width: int, width: int) -> None:
+    def __init__(self, teacher: DetectorConfig, student: DetectorConfig) -> None:
         super().__init__()
-        same = teacher_width == width
-        self.adapter: nn.Module = nn.Identity() if same else nn.Linear(teacher_width, width)
+        self.size = student.reference_size
+        same = teacher.width == student.width
+        # DAB-DETR computes its embeddings from its anchors.
+        unused = student.name == "dab_detr"
+        self.adapter: nn.Module = (
+            nn.Identity() if same or unused else nn.Linear(teacher.width, student.width)
+        )
+        missing = self.size - teacher.reference_size
+        # A detector that makes reference points from embeddings does so for these too.
+        makes_points = self.size == 2
+        self.reference: nn.Linear | None = None
+        if missing > 0 and not makes_points:
+            self.reference = nn.Linear(teacher.width, missing)
+        self.content: nn.Module | None = None
+        if student.name == "deformable_detr" and teacher.name == "deformable_detr":
+            self.content = nn.Identity() if same else nn.Linear(teacher.width, student.width)
 
     def forward(self, queries: ObjectQueries) -> ObjectQueries:
-        """The group with the student's width."""
-        return ObjectQueries(self.adapter(queries.embedding), queries.reference_logits)
+        """The group as the student's decoder takes it."""
+        content = queries.content
+        return ObjectQueries(
+            self.adapter(queries.embedding),
+            self._references(queries),
+            None if self.content is None or content is None else self.content(content),
+        )
+
+    def _references(self, queries: ObjectQueries) -> Tensor | None:
+        given = queries.reference_logits
+        if self.reference is not None:
+            missing = self.reference(queries.embedding)
+            return missing if given is None else torch.cat([given, missing], -1)
+        return None if given is None or self.size == 0 else given[..., : self.size]
 
 
 class RandomQueries(nn.Module):
-    """A control: frozen random queries, drawn once from a seed."""
+    """A control: frozen random queries, drawn once from a seed.
+
+    Args:
+        teacher: the teacher's architecture: as many queries as it has.
+        student: the student's, which says what references look like.
+        ratio: share of them that is drawn.
+        seed: of the generator.
+    """
 
     embedding: Tensor
     reference_logits: Tensor | None
 
-    def __init__(self, like: ObjectQueries, width: int, ratio: float, seed: int) -> None:
+    def __init__(
+        self, teacher: DetectorConfig, student: DetectorConfig, ratio: float, seed: int
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        count = group_size(like.count, ratio)
-        self.register_buffer("embedding", torch.randn(count, width, generator=generator))
+        count = group_size(teacher.queries, ratio)
+        self.register_buffer("embedding", torch.randn(count, student.width, generator=generator))
         reference = None
-        if like.reference_logits is not None:
-            size = like.reference_logits.shape[-1]
-            reference = torch.rand(count, size, generator=generator).logit(eps=1e-3)
+        if student.reference_size:
+            places = torch.rand(count, student.reference_size, generator=generator)
+            reference = places.logit(eps=1e-3)
         self.register_buffer("reference_logits", reference)
 
     def forward(self, queries: ObjectQueries) -> ObjectQueries:

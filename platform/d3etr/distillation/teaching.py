@@ -70,9 +70,19 @@ def group_size(queries: int, ratio: float) -> int:
 
 
 def _most_confident(queries: ObjectQueries, index: Tensor) -> ObjectQueries:
-    """[N, D] queries at [B, K] indices to [B, K, D]."""
-    reference = queries.reference_logits
-    return ObjectQueries(queries.embedding[index], None if reference is None else reference[index])
+    """Queries at [B, K] indices: [N, D] or [B, N, D] to [B, K, D]."""
+
+    def pick(part: Tensor) -> Tensor:
+        if part.dim() == 2:
+            return part[index]
+        return part.gather(1, index[..., None].expand(-1, -1, part.shape[-1]))
+
+    reference, content = queries.reference_logits, queries.content
+    return ObjectQueries(
+        pick(queries.embedding),
+        None if reference is None else pick(reference),
+        None if content is None else pick(content),
+    )
 
 
 def teaching(outputs: DecoderOutputs, queries: ObjectQueries, ratio: float) -> Taught:

@@ -12,8 +12,8 @@ from d3etr.data.coco import DetectionSplit, require_same_categories
 from d3etr.data.loading import EpochLoader
 from d3etr.data.splits import open_split
 from d3etr.detectors.backbones import load_backbone_weights
+from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
-from d3etr.detectors.conditional_detr import ConditionalDETR
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.distillation.distiller import Distiller
 from d3etr.errors import UserError
@@ -48,8 +48,8 @@ class Models:
         digests: what a resume must find unchanged: name -> SHA-256.
     """
 
-    student: ConditionalDETR
-    teacher: ConditionalDETR | None
+    student: DetectionTransformer
+    teacher: DetectionTransformer | None
     teacher_info: WeightsInfo | None
     distiller: Distiller
     optimiser: AdamW
@@ -132,7 +132,7 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
     )
 
 
-def _build_student(config: Config, classes: int) -> ConditionalDETR:
+def _build_student(config: Config, classes: int) -> DetectionTransformer:
     _require_start(config)
     _seed(config, "student")
     student = build_detector(config.student.detector, classes)
@@ -155,7 +155,7 @@ def _require_start(config: Config) -> None:
 
 def _load_teacher(
     config: Config, split: DetectionSplit, context: TrainContext
-) -> tuple[ConditionalDETR | None, WeightsInfo | None]:
+) -> tuple[DetectionTransformer | None, WeightsInfo | None]:
     if config.teacher is None:
         return None, None
     teacher, info = load_weights(config.teacher.weights)
@@ -169,7 +169,7 @@ def _seed(config: Config, purpose: str) -> None:
     seed_generators(derive_seed(config.run.seed, purpose), torch.device("cpu"))
 
 
-def _compile(detector: ConditionalDETR | None) -> None:
+def _compile(detector: DetectionTransformer | None) -> None:
     """Compile the two methods that a detector is used by; ``forward`` is not one of them."""
     if detector is not None:
         for name in ("encode", "decode"):

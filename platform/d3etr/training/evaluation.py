@@ -13,7 +13,7 @@ from d3etr.config.data import DataConfig
 from d3etr.config.training import EvaluationConfig
 from d3etr.data.coco import DetectionSplit
 from d3etr.data.loading import evaluation_batches
-from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.postprocess import top_detections
 from d3etr.structures import DecoderOutputs, ImageBatch, Targets
 from d3etr.training.coco_metrics import CocoMetrics, GroundTruth
@@ -75,7 +75,9 @@ class Evaluator:
         )
         self._truth: GroundTruth | None = None
 
-    def measure(self, detector: ConditionalDETR, observe: Observer | None = None) -> Evaluation:
+    def measure(
+        self, detector: DetectionTransformer, observe: Observer | None = None
+    ) -> Evaluation:
         """Evaluate in float32; the detector's mode (training or not) is restored.
 
         Args:
@@ -96,7 +98,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _detect_all(
-        self, detector: ConditionalDETR, observe: Observer | None
+        self, detector: DetectionTransformer, observe: Observer | None
     ) -> tuple[Tensor, float]:
         """[n, 7] detections of this worker's images, and images per second."""
         device = self._context.device
@@ -110,7 +112,7 @@ class Evaluator:
                 images_seen = 0
             with timer.phase("forward"):
                 memory = detector.encode(images)
-                (outputs,) = detector.decode(memory, [detector.object_queries()])
+                (outputs,) = detector.decode(memory, [detector.object_queries(memory)])
                 found.append(_rows(outputs, targets, self._maximum))
             images_seen += len(targets.image_ids)
             if observe is not None:

@@ -72,7 +72,7 @@ class MatchingStability:
         """What a worker without watched images brings along."""
         teacher = self._distiller.teacher
         assert teacher is not None
-        pairs = self._distiller.student.config.decoder_layers * teacher.object_queries().count
+        pairs = self._distiller.student.config.decoder_layers * teacher.config.queries
         return torch.zeros(0, 1 + pairs, dtype=torch.int64, device=self._context.device)
 
 

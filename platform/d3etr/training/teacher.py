@@ -7,7 +7,7 @@ from pathlib import Path
 from d3etr.config.data import DataConfig
 from d3etr.config.detector import TeacherConfig
 from d3etr.data.coco import DetectionSplit
-from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo
 from d3etr.errors import UserError
 from d3etr.training.evaluation import Evaluator
@@ -60,7 +60,7 @@ def recorded_mAP(info: WeightsInfo, evaluator: Evaluator, data: DataConfig) -> f
 
 
 def qualify_teacher(
-    teacher: ConditionalDETR,
+    teacher: DetectionTransformer,
     info: WeightsInfo,
     config: TeacherConfig,
     data: DataConfig,

@@ -14,7 +14,7 @@ import torch
 from d3etr.config.tree import Config
 from d3etr.data.coco import DetectionSplit, ImageRecord
 from d3etr.data.splits import open_split
-from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import load_weights
 from d3etr.tracking.description import role, title
 from d3etr.tracking.figures.attention import ObjectView, draw_attention
@@ -83,8 +83,8 @@ def draw_figures(
 def _draw_images(
     config: Config,
     split: DetectionSplit,
-    detectors: Mapping[str, ConditionalDETR],
-    more: Mapping[str, ConditionalDETR],
+    detectors: Mapping[str, DetectionTransformer],
+    more: Mapping[str, DetectionTransformer],
     folder: Path,
 ) -> list[Path]:
     records = choose_images(split, IMAGES)
@@ -139,7 +139,7 @@ def object_view(
 
 
 def _draw_measured(
-    config: Config, split: DetectionSplit, detectors: Mapping[str, ConditionalDETR], path: Path
+    config: Config, split: DetectionSplit, detectors: Mapping[str, DetectionTransformer], path: Path
 ) -> Path:
     slowest = max(_seconds_per_image(detector, split, config) for detector in detectors.values())
     count = max(1, min(len(split.records), int(MEASURING_SECONDS / slowest)))
@@ -156,7 +156,9 @@ def _draw_measured(
     return save(draw_precision_recall(precisions, names, whole), path)
 
 
-def _seconds_per_image(detector: ConditionalDETR, split: DetectionSplit, config: Config) -> float:
+def _seconds_per_image(
+    detector: DetectionTransformer, split: DetectionSplit, config: Config
+) -> float:
     """Of the second image: the first one warms up."""
     clock = time.perf_counter()
     for _ in look_at(detector, split, spaced(split.records, 2), config.data):

@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
 from torchvision.ops import box_iou
 
 from d3etr.config.data import DataConfig
 from d3etr.data.coco import DetectionSplit, ImageRecord
 from d3etr.data.images import load_image
 from d3etr.data.loading import evaluation_batches
-from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.postprocess import top_detections
 from d3etr.matching.boxes import cxcywh_to_xyxy
-from d3etr.structures import DecoderOutputs
+from d3etr.structures import DecoderOutputs, Levels
 from d3etr.tracking.figures.attention import Look
 from d3etr.tracking.figures.predictions import Boxes
 from d3etr.tracking.figures.style import Array, Image
@@ -67,13 +69,24 @@ class Seen:
         if scores[query] < LOWEST_SCORE:
             return None
         attention = self.outputs.cross_attention[-1, 0, :, query].mean(0)
-        heat = attention.reshape(self.outputs.grid).double().numpy()
+        heat = on_finest_level(attention, self.outputs.levels)
         return Look(heat, boxes[query].double().numpy(), float(scores[query]))
+
+
+def on_finest_level(attention: Tensor, levels: Levels) -> Array:
+    """One map of a map over all feature levels, [S] to [h, w]: each token's mass on its place."""
+    height, width = levels[0]
+    heat = torch.zeros(height, width)
+    for part, (h, w) in zip(attention.split([h * w for h, w in levels]), levels, strict=True):
+        # Nearest neighbours repeat a cell: its mass is shared among the copies.
+        plane = functional.interpolate(part.reshape(1, 1, h, w), size=(height, width))
+        heat += plane[0, 0] * (h * w / (height * width))
+    return heat.double().numpy()
 
 
 @torch.no_grad()
 def look_at(
-    detector: ConditionalDETR,
+    detector: DetectionTransformer,
     split: DetectionSplit,
     records: Sequence[ImageRecord],
     data: DataConfig,
@@ -91,7 +104,7 @@ def look_at(
     by_id = {record.id: record for record in records}
     for images, targets in evaluation_batches(chosen, alone, batch_size=1, rank=0, world_size=1):
         memory = detector.encode(images)
-        [outputs] = detector.decode(memory, [detector.object_queries()], attention=True)
+        [outputs] = detector.decode(memory, [detector.object_queries(memory)], attention=True)
         yield Seen(by_id[targets.image_ids[0]], outputs)
 
 

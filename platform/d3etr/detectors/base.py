@@ -1,0 +1,119 @@
+"""What every detector of the family is, and what those with one feature level share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from d3etr.config.detector import DetectorConfig
+from d3etr.detectors.backbones import build_backbone
+from d3etr.detectors.encoder import Encoder
+from d3etr.detectors.position import TEMPERATURE, SineEncoding
+from d3etr.structures import DecoderOutputs, ImageBatch, Memory, ObjectQueries
+
+
+class DetectionTransformer(nn.Module, ABC):
+    """A detector of the DETR family as a module; implements ``structures.Detector``.
+
+    Args:
+        config: architecture.
+        classes: C.
+
+    Attributes:
+        config: the architecture.
+        classes: C.
+        backbone: the convolutional network.
+        stride: pixels per cell of the finest feature level.
+    """
+
+    stride: int
+
+    def __init__(self, config: DetectorConfig, classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.classes = classes
+        self.backbone = build_backbone(config.backbone)
+
+    @abstractmethod
+    def encode(self, images: ImageBatch) -> Memory:
+        """Run backbone and encoder on B padded images."""
+
+    @abstractmethod
+    def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
+        """The main group; a two-stage detector makes it from ``memory``."""
+
+    @abstractmethod
+    def decode(
+        self, memory: Memory, groups: Sequence[ObjectQueries], *, attention: bool = False
+    ) -> list[DecoderOutputs]:
+        """Decode query groups side by side in one pass; groups never see each other.
+
+        Args:
+            memory: encoder output.
+            groups: a group's reference points are used as they are, whoever made them.
+            attention: also return the attention scores of every layer.
+
+        Returns:
+            One entry per group.
+        """
+
+
+class SingleScaleDetector(DetectionTransformer):
+    """Encoder over the backbone's last feature map: DETR, Conditional DETR, DAB-DETR.
+
+    Args:
+        config: architecture.
+        classes: C.
+        encoder: makes the encoder.
+        temperature: of the position encoding of grid cells.
+    """
+
+    def __init__(
+        self,
+        config: DetectorConfig,
+        classes: int,
+        encoder: Callable[[DetectorConfig], Encoder] = Encoder,
+        temperature: float = TEMPERATURE,
+    ) -> None:
+        super().__init__(config, classes)
+        self.stride = self.backbone.stride
+        self.projection = nn.Linear(self.backbone.channels, config.width)
+        self.position = SineEncoding(config.width, temperature)
+        self.encoder = encoder(config)
+
+    def encode(self, images: ImageBatch) -> Memory:
+        """Run backbone and encoder.
+
+        Args:
+            images: B padded images.
+
+        Returns:
+            Memory of S = ceil(height / stride) * ceil(width / stride) tokens.
+        """
+        return self.encode_features(self.backbone(images.pixels), images.padding)
+
+    def encode_features(self, features: Tensor, padding: Tensor | None) -> Memory:
+        """Run the encoder on backbone features.
+
+        Args:
+            features: [B, channels, h, w].
+            padding: [B, height, width] bool at the images' resolution, or None.
+        """
+        grid = (features.shape[-2], features.shape[-1])
+        # A 1x1 convolution; on channels-last features the reordering is free.
+        tokens = self.projection(features.permute(0, 2, 3, 1).flatten(1, 2))
+        padding = shrink_padding(padding, grid)
+        position = self.position.grid(grid, padding)
+        if padding is not None:
+            padding = padding.flatten(1)
+        return Memory(self.encoder(tokens, position, padding), position, padding, (grid,))
+
+
+def shrink_padding(padding: Tensor | None, grid: tuple[int, int]) -> Tensor | None:
+    """[B, height, width] bool at the images' resolution to [B, *grid], by nearest neighbours."""
+    if padding is None:
+        return None
+    return functional.interpolate(padding[None].float(), size=grid)[0].bool()

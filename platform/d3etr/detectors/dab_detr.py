@@ -1,0 +1,171 @@
+"""DAB-DETR (Liu et al., arXiv 2201.12329): queries are anchor boxes, refined layer by layer.
+
+Shapes: B images · L decoder layers · N queries · C classes · S memory tokens · D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from d3etr.config.detector import DetectorConfig
+from d3etr.detectors.base import SingleScaleDetector
+from d3etr.detectors.conditional_decoder import DecoderLayer
+from d3etr.detectors.encoder import ScaledPositionEncoder
+from d3etr.detectors.groups import AttentionScores, side_by_side, split_groups, zero_states
+from d3etr.detectors.heads import moved, predict_boxes
+from d3etr.detectors.initialisation import (
+    initialise_box_head,
+    initialise_class_head,
+    initialise_transformer,
+)
+from d3etr.detectors.layers import MLP
+from d3etr.detectors.position import SineEncoding
+from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
+
+GRID_TEMPERATURE = 20.0
+"""Of the position encoding of grid cells (section 4.4)."""
+
+
+class DABDecoder(nn.Module):
+    """Conditional attention around anchor boxes that every layer moves.
+
+    Args:
+        config: uses width, heads, feedforward, dropout and decoder_layers.
+    """
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, first=index == 0, learned_slope=True)
+            for index in range(config.decoder_layers)
+        )
+        self.query_scale = MLP((width, width, width))
+        self.size_head = MLP((width, width, 2))
+        self.anchor_head = MLP((2 * width, width, width))
+        self.norm = nn.LayerNorm(width)
+        self.encoding = SineEncoding(width)
+        self.dropout = config.dropout
+
+    def embed(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Query embedding [.., N, D] of anchors [.., N, 4] in [0, 1], and their encoding."""
+        encoded = self.encoding.points(anchors)
+        return self.anchor_head(encoded), encoded
+
+    def forward(
+        self,
+        anchors: Tensor,
+        memory: Memory,
+        sizes: list[int],
+        box_head: MLP,
+        attention: bool,
+    ) -> tuple[Tensor, Tensor, AttentionScores | None]:
+        """Decode all groups side by side.
+
+        Args:
+            anchors: [B or 1, N, 4] logits.
+            memory: encoder output.
+            sizes: queries of each group, N in total.
+            box_head: D to 4, moves the anchors after each layer.
+            attention: keep scores.
+
+        Returns:
+            [L, B, N, D] normalised states, [L, B, N, 4] logits of the anchors that each layer
+            started from, and the scores or None.
+        """
+        scores = AttentionScores() if attention else None
+        images = len(memory.tokens)
+        hidden = zero_states(
+            anchors.new_zeros(*anchors.shape[:2], self.norm.normalized_shape[0]),
+            images,
+            self.training and self.dropout > 0,
+        )
+        states, starts = [], []
+        for index, layer in enumerate(self.layers):
+            starts.append(anchors.expand(images, -1, -1))
+            embedding, spatial = self._look(hidden, anchors.detach() if index else anchors, index)
+            hidden = layer(hidden, embedding, spatial, memory, sizes, scores)
+            states.append(hidden)
+            if index + 1 < len(self.layers):
+                # Detached as a start of the next move, not as what this layer's boxes teach.
+                start = anchors.detach() if index else anchors
+                anchors = moved(box_head, hidden, start)
+        return self.norm(torch.stack(states)), torch.stack(starts), scores
+
+    def _look(self, hidden: Tensor, anchors: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Query embedding and spatial query of one layer, both [B or 1, N, D].
+
+        The spatial query's x part is scaled by reference width over anchor width, its y part by
+        the heights (equation 6): attention that fits the object's shape.
+        """
+        boxes = anchors.sigmoid()
+        embedding, encoded = self.embed(boxes)
+        width = embedding.shape[-1]
+        spatial = encoded[..., :width]
+        if index:
+            spatial = spatial * self.query_scale(hidden)
+        stretch = self.size_head(hidden).sigmoid() / boxes[..., 2:]
+        y, x = spatial.split(width // 2, -1)
+        return embedding, torch.cat([y * stretch[..., 1:], x * stretch[..., :1]], -1)
+
+
+class DABDETR(SingleScaleDetector):
+    """Queries are anchor boxes; what attention adds to their states is computed from those.
+
+    Args:
+        config: architecture.
+        classes: C.
+    """
+
+    def __init__(self, config: DetectorConfig, classes: int) -> None:
+        super().__init__(config, classes, ScaledPositionEncoder, GRID_TEMPERATURE)
+        width = config.width
+        self.decoder = DABDecoder(config)
+        self.anchors = nn.Embedding(config.queries, 4)
+        self.class_head = nn.Linear(width, classes)
+        self.box_head = MLP((width, width, width, 4))
+        for part in (self.encoder, self.decoder):
+            initialise_transformer(part)
+        initialise_class_head(self.class_head)
+        initialise_box_head(self.box_head, 0.0)
+        nn.init.uniform_(self.anchors.weight[:, :2], 0.05, 0.95)
+        with torch.no_grad():
+            self.anchors.weight[:, :2].logit_()
+            self.anchors.weight[:, 2:] = config.box_size_bias
+
+    def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
+        """The detector's own queries: anchors [N, 4] as logits.
+
+        Their embedding [N, D], which the first layer computes from them, is for other decoders.
+        """
+        anchors = self.anchors.weight
+        return ObjectQueries(self.decoder.embed(anchors.sigmoid())[0], anchors)
+
+    def decode(
+        self, memory: Memory, groups: Sequence[ObjectQueries], *, attention: bool = False
+    ) -> list[DecoderOutputs]:
+        """Decode query groups side by side.
+
+        Args:
+            memory: encoder output.
+            groups: their anchors are used as they are; their embeddings are not used.
+            attention: also return the attention scores of every layer.
+
+        Returns:
+            One entry per group.
+        """
+        sizes = [group.count for group in groups]
+        anchors = side_by_side([_anchors_of(group) for group in groups]).float()
+        states, starts, scores = self.decoder(anchors, memory, sizes, self.box_head, attention)
+        boxes = predict_boxes(self.box_head, states, starts)
+        return split_groups(memory, sizes, self.class_head(states).float(), boxes, scores)
+
+
+def _anchors_of(group: ObjectQueries) -> Tensor:
+    reference = group.reference_logits
+    if reference is None or reference.shape[-1] != 4:
+        raise ValueError("DAB-DETR takes anchor boxes [.., N, 4] as reference_logits")
+    return reference

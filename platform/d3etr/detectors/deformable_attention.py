@@ -1,0 +1,190 @@
+"""Multi-scale deformable attention (Zhu et al., arXiv 2010.04159, section 4.1).
+
+Shapes: B images · N queries · H heads · V feature levels · P points per level · S memory tokens
+of all levels · D width · E = D / H.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from d3etr.structures import MASKED_SCORE, Levels
+
+SPREAD = 1e-2
+"""Share of a splatted map's mass that is spread evenly over all tokens (our choice): where a
+query samples nothing, its score is low but finite, and losses stay bounded."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where each head of each query looks, and how much.
+
+    Attributes:
+        places: [B, N, H, V, P, 2] as (x, y), normalised to the padded feature level; samples
+            may lie outside.
+        weights: [B, N, H, V, P], their sum over V and P is 1.
+    """
+
+    places: Tensor
+    weights: Tensor
+
+
+class DeformableAttention(nn.Module):
+    """Each query reads a few places around its reference, on every feature level.
+
+    Args:
+        width: D.
+        heads: H.
+        levels: V.
+        points: P.
+    """
+
+    def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.offsets = nn.Linear(width, heads * levels * points * 2)
+        self.weights = nn.Linear(width, heads * levels * points)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        tokens: Tensor,
+        padding: Tensor | None,
+        levels: Levels,
+    ) -> tuple[Tensor, Samples]:
+        """Read the memory.
+
+        Args:
+            query: [B, N, D].
+            reference: [B, N, V, 2] points or [B, N, V, 4] boxes, normalised to the padded level.
+            tokens: [B, S, D].
+            padding: [B, S] bool, True for tokens that hold nothing, or None.
+            levels: the V grids that S runs over.
+
+        Returns:
+            [B, N, D], and what was sampled.
+        """
+        samples = self._samples(query, reference, levels)
+        value = self.value(tokens)
+        if padding is not None:
+            value = value.masked_fill(padding[..., None], 0.0)
+        return self.output(read(value, samples, levels)), samples
+
+    def _samples(self, query: Tensor, reference: Tensor, levels: Levels) -> Samples:
+        shape = (*query.shape[:2], self.heads, self.levels, self.points)
+        offsets = self.offsets(query).view(*shape, 2).float()
+        weights = self.weights(query).view(*shape[:3], -1).softmax(-1).view(shape)
+        anchor = reference[:, :, None, :, None].float()
+        if reference.shape[-1] == 4:
+            places = anchor[..., :2] + offsets / self.points * anchor[..., 2:] * 0.5
+        else:
+            sizes = torch.tensor([(w, h) for h, w in levels], dtype=torch.float32)
+            cells = sizes.to(query.device, non_blocking=True)[None, None, None, :, None]
+            places = anchor + offsets / cells
+        return Samples(places, weights)
+
+
+def read(value: Tensor, samples: Samples, levels: Levels) -> Tensor:
+    """Weighted sum of bilinear samples; outside the levels is zero.
+
+    Args:
+        value: [B, S, D].
+        samples: places and weights.
+        levels: the V grids that S runs over.
+
+    Returns:
+        [B, N, D].
+    """
+    images, queries, heads = samples.weights.shape[:3]
+    grids = 2 * samples.places.transpose(1, 2).flatten(0, 1) - 1  # [B*H, N, V, P, 2]
+    parts = []
+    for level, part in enumerate(value.split([h * w for h, w in levels], dim=1)):
+        planes = part.view(images, -1, heads, part.shape[-1] // heads).permute(0, 2, 3, 1)
+        planes = planes.reshape(images * heads, -1, *levels[level])
+        sampled = functional.grid_sample(
+            planes, grids[:, :, level].to(planes.dtype), align_corners=False
+        )
+        parts.append(sampled)  # [B*H, E, N, P]
+    weights = samples.weights.transpose(1, 2).reshape(images * heads, 1, queries, -1)
+    mixed = (torch.cat(parts, -1) * weights.to(value.dtype)).sum(-1)
+    return mixed.view(images, -1, queries).transpose(1, 2)
+
+
+def splat(samples: Samples, levels: Levels) -> Tensor:
+    """Attention maps of sampled weights: each is spread over the four cells that it was read from.
+
+    Args:
+        samples: places and weights.
+        levels: the V grids that S runs over.
+
+    Returns:
+        [B, H, N, S]; rows sum to 1 less what was sampled outside.
+    """
+    places, weights = samples.places, samples.weights.float()
+    shape = weights.shape
+    maps = []
+    for level, (height, width) in enumerate(levels):
+        size = places.new_tensor([width, height])
+        at = places[:, :, :, level] * size - 0.5  # [B, N, H, P, 2] in cells
+        first = at.floor()
+        plane = weights.new_zeros(*shape[:3], height * width)
+        for corner in ((0, 0), (1, 0), (0, 1), (1, 1)):
+            cell = first + places.new_tensor(corner)
+            inside = ((cell >= 0) & (cell < size)).all(-1)
+            share = (1 - (at - cell).abs()).prod(-1) * inside * weights[:, :, :, level]
+            index = (cell[..., 1] * width + cell[..., 0]).long()
+            plane = plane.scatter_add(3, index.where(inside, 0), share)
+        maps.append(plane)
+    return torch.cat(maps, -1).transpose(1, 2)
+
+
+def splatted_scores(samples: Samples, padding: Tensor | None, levels: Levels) -> Tensor:
+    """Scores whose softmax is the splatted map, renormalised to tokens that hold something.
+
+    Args:
+        samples: places and weights.
+        padding: [B, S] bool or None.
+        levels: the V grids that S runs over.
+
+    Returns:
+        [B, H, N, S] float32, ``MASKED_SCORE`` under padding.
+    """
+    maps = splat(samples, levels)
+    if padding is None:
+        count: Tensor | int = maps.shape[-1]
+    else:
+        hidden = padding[:, None, None]
+        maps = maps.masked_fill(hidden, 0.0)
+        count = (~hidden).sum(-1, keepdim=True)
+    maps = maps / maps.sum(-1, keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+    scores = ((1 - SPREAD) * maps + SPREAD / count).log()
+    return scores if padding is None else scores.masked_fill(hidden, MASKED_SCORE)
+
+
+def initialise_deformable(attention: DeformableAttention) -> None:
+    """Start with every head looking into a direction of its own, point by point further away.
+
+    Args:
+        attention: changed in place (official code, ``ms_deform_attn.py``).
+    """
+    nn.init.zeros_(attention.offsets.weight)
+    nn.init.zeros_(attention.weights.weight)
+    nn.init.zeros_(attention.weights.bias)
+    angles = torch.arange(attention.heads) * (2 * math.pi / attention.heads)
+    directions = torch.stack([angles.cos(), angles.sin()], -1)
+    directions = directions / directions.abs().amax(-1, keepdim=True)
+    steps = torch.arange(1, attention.points + 1)[None, None, :, None]
+    bias = directions[:, None, None] * steps
+    with torch.no_grad():
+        attention.offsets.bias.copy_(bias.expand(-1, attention.levels, -1, -1).flatten())
+    for linear in (attention.value, attention.output):
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)

@@ -1,0 +1,147 @@
+"""Deformable DETR (Zhu et al., arXiv 2010.04159), with box refinement and two stages on request.
+
+Shapes: B images · L decoder layers · N queries · C classes · S memory tokens of all feature
+levels · D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from d3etr.config.detector import DetectorConfig
+from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.deformable_attention import DeformableAttention, initialise_deformable
+from d3etr.detectors.deformable_decoder import DeformableDecoder
+from d3etr.detectors.deformable_encoder import DeformableEncoder
+from d3etr.detectors.feature_levels import FeatureLevels, LevelPositions, level_paddings
+from d3etr.detectors.groups import side_by_side, split_groups
+from d3etr.detectors.initialisation import (
+    initialise_box_head,
+    initialise_class_head,
+    initialise_transformer,
+)
+from d3etr.detectors.proposals import Proposals
+from d3etr.structures import DecoderOutputs, ImageBatch, Memory, ObjectQueries
+
+
+class DeformableDETR(DetectionTransformer):
+    """Queries sample few places around their references, on several feature levels.
+
+    Args:
+        config: architecture.
+        classes: C.
+    """
+
+    def __init__(self, config: DetectorConfig, classes: int) -> None:
+        super().__init__(config, classes)
+        width = config.width
+        self.levels = FeatureLevels(config, self.backbone)
+        self.stride = self.backbone.stage_strides[-self.levels.stages]
+        self.position = LevelPositions(width, config.levels)
+        self.encoder = DeformableEncoder(config)
+        self.decoder = DeformableDecoder(config, classes)
+        self.proposals = Proposals(config, classes) if config.two_stage else None
+        if self.proposals is None:
+            self.query_embedding = nn.Embedding(config.queries, width)
+            self.query_content = nn.Embedding(config.queries, width)
+            self.reference_head = nn.Linear(width, 2)
+        self._initialise(config)
+
+    def _initialise(self, config: DetectorConfig) -> None:
+        for part in (self.encoder, self.decoder):
+            initialise_transformer(part)
+        heads = [*self.decoder.class_heads], [*self.decoder.box_heads]
+        if self.proposals is None:
+            nn.init.xavier_uniform_(self.reference_head.weight)
+            nn.init.zeros_(self.reference_head.bias)
+        else:
+            initialise_transformer(self.proposals)
+            heads = [*heads[0], self.proposals.class_head], [*heads[1], self.proposals.box_head]
+        for module in chain(self.encoder.modules(), self.decoder.modules()):
+            if isinstance(module, DeformableAttention):
+                initialise_deformable(module)
+        for class_head in heads[0]:
+            initialise_class_head(class_head)
+        for index, box_head in enumerate(heads[1]):
+            # Only what starts from points needs a size; later layers move whole boxes.
+            first = index == 0 and self.proposals is None
+            initialise_box_head(box_head, config.box_size_bias if first else 0.0)
+
+    def encode(self, images: ImageBatch) -> Memory:
+        """Run backbone and encoder on all feature levels.
+
+        Args:
+            images: B padded images.
+        """
+        maps = self.levels(self.backbone.pyramid(images.pixels, self.levels.stages))
+        levels = tuple((part.shape[-2], part.shape[-1]) for part in maps)
+        paddings = level_paddings(images.padding, levels)
+        position = self.position(levels, paddings)
+        tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in maps], 1)
+        shrunk = [part.flatten(1) for part in paddings if part is not None]
+        padding = torch.cat(shrunk, 1) if shrunk else None
+        tokens = self.encoder(tokens, position, padding, levels)
+        proposals = None if self.proposals is None else self.proposals(tokens, padding, levels)
+        return Memory(tokens, position, padding, levels, proposals)
+
+    def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
+        """The main group: learned, or the best proposals of each image in ``memory``."""
+        if self.proposals is not None:
+            if memory is None:
+                raise ValueError("two-stage queries are made from the memory of their images")
+            return self.proposals.object_queries(memory)
+        embedding = self.query_embedding.weight
+        return ObjectQueries(
+            embedding, self._reference_logits(embedding), self.query_content.weight
+        )
+
+    def _reference_logits(self, embedding: Tensor) -> Tensor:
+        with torch.autocast(embedding.device.type, enabled=False):
+            return self.reference_head(embedding.float())  # type: ignore[no-any-return]
+
+    def decode(
+        self, memory: Memory, groups: Sequence[ObjectQueries], *, attention: bool = False
+    ) -> list[DecoderOutputs]:
+        """Decode query groups side by side in one pass; groups never see each other.
+
+        Args:
+            memory: encoder output.
+            groups: references are used as they are, all of one size; a group without content
+                starts from zeros.
+            attention: also return the attention scores of every layer; of deformable attention
+                they are maps of what was sampled.
+
+        Returns:
+            One entry per group.
+        """
+        sizes = [group.count for group in groups]
+        images = len(memory.tokens)
+        parts = [self._complete(group) for group in groups]
+        embedding, reference, content = (side_by_side(part) for part in zip(*parts, strict=True))
+        decoded = self.decoder(
+            content.expand(images, -1, -1),
+            embedding,
+            reference.float().expand(images, -1, -1),
+            memory,
+            sizes,
+            attention,
+        )
+        return split_groups(memory, sizes, decoded.logits, decoded.boxes, decoded.scores)
+
+    def _complete(self, group: ObjectQueries) -> tuple[Tensor, Tensor, Tensor]:
+        reference, content = group.reference_logits, group.content
+        if reference is None:
+            reference = self._reference_logits(group.embedding)
+        if reference.shape[-1] != self.config.reference_size:
+            raise ValueError(
+                f"this Deformable DETR takes references [.., N, {self.config.reference_size}]"
+            )
+        return (
+            group.embedding,
+            reference,
+            torch.zeros_like(group.embedding) if content is None else content,
+        )

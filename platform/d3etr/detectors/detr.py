@@ -1,0 +1,125 @@
+"""DETR (Carion et al., arXiv 2005.12872).
+
+Shapes: B images · L decoder layers · N queries · C classes · S memory tokens · D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from d3etr.config.detector import DetectorConfig
+from d3etr.detectors.base import SingleScaleDetector
+from d3etr.detectors.groups import AttentionScores, side_by_side, split_groups, zero_states
+from d3etr.detectors.heads import predict_boxes, sigmoid_logits
+from d3etr.detectors.initialisation import (
+    initialise_class_head,
+    initialise_sizes,
+    initialise_transformer,
+)
+from d3etr.detectors.layers import MLP, FeedForward
+from d3etr.detectors.query_attention import MemoryAttention, QuerySelfAttention
+from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
+
+
+class DETRDecoderLayer(nn.Module):
+    """Self-attention, cross-attention, feed-forward, all post-norm.
+
+    Args:
+        config: uses width, heads, feedforward and dropout.
+    """
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        sizes = (config.width, config.heads, config.dropout)
+        self.self_attention = QuerySelfAttention(*sizes)
+        self.self_norm = nn.LayerNorm(config.width)
+        self.cross_attention = MemoryAttention(*sizes)
+        self.cross_norm = nn.LayerNorm(config.width)
+        self.feedforward = FeedForward(config.width, config.feedforward, config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        embedding: Tensor,
+        memory: Memory,
+        sizes: list[int],
+        scores: AttentionScores | None,
+    ) -> Tensor:
+        """One layer for all groups.
+
+        Args:
+            hidden: [B or 1, N, D].
+            embedding: [B or 1, N, D].
+            memory: encoder output.
+            sizes: queries of each group.
+            scores: this layer's scores are appended to it; None computes no maps.
+
+        Returns:
+            [B, N, D].
+        """
+        attention = scores is not None
+        mixed, within = self.self_attention(hidden, embedding, sizes, attention)
+        hidden = self.self_norm(hidden + self.dropout(mixed))
+        mixed, across = self.cross_attention(
+            hidden, embedding, memory.tokens, memory.position, memory.padding, attention
+        )
+        hidden = self.cross_norm(hidden + self.dropout(mixed))
+        if scores is not None and across is not None:
+            scores.within.append(within)
+            scores.across.append(across)
+        return self.feedforward(hidden)  # type: ignore[no-any-return]
+
+
+class DETR(SingleScaleDetector):
+    """Queries are learned embeddings without a place of their own.
+
+    The official detector tells classes and "no object" apart by one softmax. Its probabilities
+    are handed on as the logits whose sigmoids they are, so that everything behind a detector
+    reads all of them alike; ``classification: sigmoid`` is Conditional DETR's head instead.
+
+    Args:
+        config: architecture.
+        classes: C.
+    """
+
+    def __init__(self, config: DetectorConfig, classes: int) -> None:
+        super().__init__(config, classes)
+        width = config.width
+        self.decoder = nn.ModuleList(DETRDecoderLayer(config) for _ in range(config.decoder_layers))
+        self.decoder_norm = nn.LayerNorm(width)
+        self.query_embedding = nn.Embedding(config.queries, width)
+        self.exclusive = config.classification == "softmax"
+        self.class_head = nn.Linear(width, classes + self.exclusive)
+        self.box_head = MLP((width, width, width, 4))
+        for part in (self.encoder, self.decoder):
+            initialise_transformer(part)
+        if not self.exclusive:
+            initialise_class_head(self.class_head)
+        initialise_sizes(self.box_head, config.box_size_bias)
+
+    def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
+        """The detector's own queries: embedding [N, D]."""
+        return ObjectQueries(self.query_embedding.weight)
+
+    def decode(
+        self, memory: Memory, groups: Sequence[ObjectQueries], *, attention: bool = False
+    ) -> list[DecoderOutputs]:
+        """Decode query groups side by side; reference points are not used."""
+        sizes = [group.count for group in groups]
+        embedding = side_by_side([group.embedding for group in groups])
+        scores = AttentionScores() if attention else None
+        apart = self.training and self.config.dropout > 0
+        hidden = zero_states(embedding, len(memory.tokens), apart)
+        states = []
+        for layer in self.decoder:
+            hidden = layer(hidden, embedding, memory, sizes, scores)
+            states.append(hidden)
+        normed = self.decoder_norm(torch.stack(states))
+        logits = self.class_head(normed).float()
+        if self.exclusive:
+            logits = sigmoid_logits(logits)
+        return split_groups(memory, sizes, logits, predict_boxes(self.box_head, normed), scores)

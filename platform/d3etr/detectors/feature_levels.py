@@ -1,0 +1,148 @@
+"""From backbone features to the tokens of several feature levels, and where those lie.
+
+Shapes: B images · V feature levels · S tokens of all levels · D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from d3etr.config.detector import DetectorConfig
+from d3etr.detectors.backbones import ResNetBackbone
+from d3etr.detectors.base import shrink_padding
+from d3etr.detectors.position import SineEncoding
+from d3etr.detectors.small_backbone import SmallBackbone
+from d3etr.structures import Levels
+
+BACKBONE_LEVELS = 3
+"""Stages that a backbone gives at most; further levels are strided convolutions of the last."""
+GROUPS = 32
+
+
+class FeatureLevels(nn.Module):
+    """Projects the backbone's last stages to one width and adds coarser levels.
+
+    Args:
+        config: uses width and levels.
+        backbone: gives the stages.
+
+    Attributes:
+        stages: number of the backbone's stages that are used.
+    """
+
+    def __init__(self, config: DetectorConfig, backbone: ResNetBackbone | SmallBackbone) -> None:
+        super().__init__()
+        width = config.width
+        self.stages = min(config.levels, BACKBONE_LEVELS, len(backbone.stage_channels))
+        channels = backbone.stage_channels[-self.stages :]
+        layers = [nn.Conv2d(count, width, 1) for count in channels]
+        coarser = [channels[-1], *[width] * config.levels]
+        layers += [
+            nn.Conv2d(coarser[index], width, 3, stride=2, padding=1)
+            for index in range(config.levels - self.stages)
+        ]
+        self.projections = nn.ModuleList(
+            nn.Sequential(layer, nn.GroupNorm(GROUPS, width)) for layer in layers
+        )
+        for layer in layers:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Backbone maps [B, channels, h, w], finest first, to V maps [B, D, h, w]."""
+        outputs = [
+            project(features) for project, features in zip(self.projections, maps, strict=False)
+        ]
+        source = maps[-1]
+        for project in self.projections[len(maps) :]:
+            source = project(source)
+            outputs.append(source)
+        return outputs
+
+
+class LevelPositions(nn.Module):
+    """Position encoding of tokens: their cell's, plus a learned embedding of their level.
+
+    Args:
+        width: D.
+        levels: V.
+    """
+
+    def __init__(self, width: int, levels: int) -> None:
+        super().__init__()
+        self.encoding = SineEncoding(width, centred=True)
+        self.level = nn.Parameter(torch.empty(levels, width).normal_())
+
+    def forward(self, levels: Levels, paddings: list[Tensor | None]) -> Tensor:
+        """[B, S, D], or [1, S, D] without padding.
+
+        Args:
+            levels: the V grids.
+            paddings: per level [B, h, w] bool, or None.
+        """
+        parts = [
+            self.encoding.grid(grid, padding) + embedding
+            for grid, padding, embedding in zip(levels, paddings, self.level, strict=True)
+        ]
+        return torch.cat(parts, 1)
+
+
+def level_paddings(padding: Tensor | None, levels: Levels) -> list[Tensor | None]:
+    """The images' padding [B, height, width] on each level's grid."""
+    return [shrink_padding(padding, grid) for grid in levels]
+
+
+def valid_ratios(padding: Tensor | None, levels: Levels) -> Tensor | None:
+    """Share of each padded level that the image itself covers, [B, V, 2] as (x, y).
+
+    Args:
+        padding: [B, S] bool, or None: everything is covered.
+        levels: the V grids that S runs over.
+    """
+    if padding is None:
+        return None
+    ratios = []
+    for part, (height, width) in zip(
+        padding.split([h * w for h, w in levels], 1), levels, strict=True
+    ):
+        visible = ~part.view(-1, height, width)
+        ratios.append(
+            torch.stack([visible[:, 0].sum(1) / width, visible[:, :, 0].sum(1) / height], -1)
+        )
+    return torch.stack(ratios, 1)
+
+
+def on_levels(reference: Tensor, ratios: Tensor | None, levels: int) -> Tensor:
+    """References relative to the image as references relative to each padded level.
+
+    Args:
+        reference: [B, N, 2] points or [B, N, 4] boxes in [0, 1].
+        ratios: [B, V, 2], or None where nothing is padded.
+        levels: V.
+
+    Returns:
+        [B, N, V, 2] or [B, N, V, 4].
+    """
+    if ratios is None:
+        return reference[:, :, None].expand(-1, -1, levels, -1)
+    repeated = ratios.repeat(1, 1, reference.shape[-1] // 2)
+    return reference[:, :, None] * repeated[:, None]
+
+
+def cell_centres(ratios: Tensor | None, levels: Levels, like: Tensor) -> Tensor:
+    """Centre of each token's cell relative to its image, [B or 1, S, 2] as (x, y).
+
+    Args:
+        ratios: [B, V, 2], or None where nothing is padded.
+        levels: the V grids that S runs over.
+        like: gives the device.
+    """
+    parts = []
+    for index, (height, width) in enumerate(levels):
+        y = (torch.arange(height, device=like.device) + 0.5) / height
+        x = (torch.arange(width, device=like.device) + 0.5) / width
+        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+        centres = torch.stack([grid_x.flatten(), grid_y.flatten()], -1)[None]
+        parts.append(centres if ratios is None else centres / ratios[:, index, None])
+    return torch.cat(parts, 1)

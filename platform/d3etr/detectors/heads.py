@@ -1,0 +1,65 @@
+"""From decoder states to class logits and boxes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from d3etr.detectors.layers import MLP
+
+LOGIT_LIMIT = math.log((1 - 1e-5) / 1e-5)
+"""Of references that layers hand on: a saturated one could never move again."""
+
+
+def box_logits(head: MLP, states: Tensor, reference: Tensor | None = None) -> Tensor:
+    """Boxes before the sigmoid, as offsets from references.
+
+    In float32 also under autocast: 8 bits of mantissa are 1/256 of the image.
+
+    Args:
+        head: D to 4.
+        states: [..., N, D].
+        reference: [..., N, 2] or [..., N, 4] logits that broadcast against the states, or None.
+
+    Returns:
+        [..., N, 4].
+    """
+    with torch.autocast(states.device.type, enabled=False):
+        offsets: Tensor = head(states.float())
+        if reference is None:
+            return offsets
+        reference = reference.float()
+        return offsets + functional.pad(reference, (0, 4 - reference.shape[-1]))
+
+
+def predict_boxes(head: MLP, states: Tensor, reference: Tensor | None = None) -> Tensor:
+    """Boxes [..., N, 4] cxcywh in [0, 1]; arguments as of ``box_logits``."""
+    return box_logits(head, states, reference).sigmoid()
+
+
+def moved(head: MLP, states: Tensor, reference: Tensor) -> Tensor:
+    """References [..., N, 4] moved by one layer, as logits of [1e-5, 1 - 1e-5]."""
+    return box_logits(head, states, reference).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+
+def sigmoid_logits(logits: Tensor) -> Tensor:
+    """Logits whose sigmoids are the probabilities of a softmax over classes and "no object".
+
+    logit(p_c) = z_c - log sum_{j != c} exp(z_j), without cancellation: where a class has most
+    of the mass, the others are summed up without it.
+
+    Args:
+        logits: [..., C + 1], "no object" last.
+
+    Returns:
+        [..., C].
+    """
+    total = logits.logsumexp(-1, keepdim=True)
+    top = logits.argmax(-1, keepdim=True)
+    without_top = logits.scatter(-1, top, float("-inf")).logsumexp(-1, keepdim=True)
+    share = (logits - total).clamp(max=-1e-6)  # of the top one, which is replaced below
+    others = total + torch.log1p(-share.exp())
+    return (logits - others.scatter(-1, top, without_top))[..., :-1]

@@ -1,0 +1,92 @@
+"""The first stage of two-stage Deformable DETR: every memory token proposes a box.
+
+(Zhu et al., arXiv 2010.04159, appendix A.4.)
+
+Shapes: B images · S tokens of all levels · N queries · C classes · D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from d3etr.config.detector import DetectorConfig
+from d3etr.detectors.feature_levels import cell_centres, valid_ratios
+from d3etr.detectors.heads import box_logits
+from d3etr.detectors.layers import MLP
+from d3etr.detectors.position import SineEncoding
+from d3etr.structures import DecoderOutputs, Levels, Memory, ObjectQueries
+
+FINEST_SIZE = 0.05
+"""Width and height that tokens of the finest level propose before they have learned; each
+further level proposes twice as much."""
+MARGIN = 0.01
+"""Tokens whose first box has a side or centre this close to 0 or 1 propose nothing."""
+
+
+class Proposals(nn.Module):
+    """Scores every token as "some object" and moves a box of its place and level.
+
+    Args:
+        config: uses width and queries.
+        classes: C; as in the official code, class 0's score stands for "some object".
+    """
+
+    def __init__(self, config: DetectorConfig, classes: int) -> None:
+        super().__init__()
+        width = config.width
+        self.queries = config.queries
+        self.projection = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.class_head = nn.Linear(width, classes)
+        self.box_head = MLP((width, width, width, 4))
+        self.embed = nn.Linear(2 * width, 2 * width)
+        self.embed_norm = nn.LayerNorm(2 * width)
+        self.encoding = SineEncoding(width)
+
+    def forward(self, tokens: Tensor, padding: Tensor | None, levels: Levels) -> DecoderOutputs:
+        """What each token proposes: logits [1, B, S, C], boxes [1, B, S, 4]."""
+        start, silent = first_boxes(tokens, padding, levels)
+        states = self.norm(self.projection(tokens.masked_fill(silent[..., None], 0.0)))
+        boxes = box_logits(self.box_head, states, start).sigmoid()
+        # As in the official code: what proposes nothing covers everything.
+        boxes = torch.where(silent[..., None], torch.ones_like(boxes), boxes)
+        logits = self.class_head(states).float()
+        return DecoderOutputs(logits[None], boxes[None], levels=levels, padding=padding)
+
+    def object_queries(self, memory: Memory) -> ObjectQueries:
+        """The best proposals of each image as queries: embedding, anchors and content [B, N, ..].
+
+        Gradients do not pass: proposals learn from their own loss.
+        """
+        proposals = memory.proposals
+        if proposals is None:
+            raise ValueError("two-stage queries are made from the memory that 'encode' returned")
+        scores, boxes = proposals.logits[0, ..., 0], proposals.boxes_cxcywh[0]
+        best = scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
+        anchors = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
+        embedded = self.embed_norm(self.embed(self.encoding.in_order(anchors)))
+        embedding, content = embedded.chunk(2, -1)
+        return ObjectQueries(embedding, anchors.logit(eps=1e-5), content)
+
+
+def first_boxes(tokens: Tensor, padding: Tensor | None, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Boxes at the tokens' places before they have learned anything.
+
+    Args:
+        tokens: [B, S, D].
+        padding: [B, S] bool or None.
+        levels: the grids that S runs over.
+
+    Returns:
+        [B or 1, S, 4] logits, and [B or 1, S] bool: tokens that propose nothing.
+    """
+    centres = cell_centres(valid_ratios(padding, levels), levels, tokens)
+    areas = torch.tensor([h * w for h, w in levels])
+    sizes = FINEST_SIZE * 2.0 ** torch.arange(len(levels)).repeat_interleave(areas)
+    sides = sizes.to(tokens.device)[None, :, None].expand(len(centres), -1, 2)
+    boxes = torch.cat([centres, sides], -1)
+    silent = ~((boxes > MARGIN) & (boxes < 1 - MARGIN)).all(-1)
+    if padding is not None:
+        silent = silent | padding
+    return boxes.clamp(MARGIN, 1 - MARGIN).logit(), silent
