@@ -68,19 +68,12 @@ def attend_with_scores(
 
 
 def attend_within(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sizes: list[int],
-    dropout: float,
-    attention: bool,
+    heads: tuple[Tensor, ...], sizes: list[int], dropout: float, attention: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Attention of each query group among itself.
 
     Args:
-        query: [B, H, N, E].
-        key: [B, H, N, E].
-        value: [B, H, N, E].
+        heads: query, key and value, each [B, H, N, E].
         sizes: queries of each group, in the order of N.
         dropout: probability on the attention weights.
         attention: return scores.
@@ -89,13 +82,13 @@ def attend_within(
         [B, N, H*E], and per group its scores [B, H, n, n] (or nothing).
     """
     mixed, scores = [], []
-    parts = (torch.split(x, sizes, 2) for x in (query, key, value))
-    for one_query, one_key, one_value in zip(*parts, strict=True):
+    parts = (torch.split(x, sizes, 2) for x in heads)
+    for query, key, value in zip(*parts, strict=True):
         if attention:
-            group, own = attend_with_scores(one_query, one_key, one_value, None, dropout)
+            group, own = attend_with_scores(query, key, value, None, dropout)
             scores.append(own)
         else:
-            group = attend(one_query, one_key, one_value, None, dropout)
+            group = attend(query, key, value, None, dropout)
         mixed.append(group)
     return torch.cat(mixed, 1) if len(mixed) > 1 else mixed[0], scores
 
@@ -165,8 +158,8 @@ class DecoderSelfAttention(nn.Module):
         query, key = (content[..., : 2 * width] + self.position(embedding)).chunk(2, -1)
         value = content[..., 2 * width :].expand(query.shape)
         dropout = self.dropout if self.training else 0.0
-        heads = [split_heads(x, self.heads) for x in (query, key, value)]
-        mixed, scores = attend_within(*heads, sizes, dropout, attention)
+        heads = (split_heads(x, self.heads) for x in (query, key, value))
+        mixed, scores = attend_within(tuple(heads), sizes, dropout, attention)
         return self.output(mixed), scores
 
 

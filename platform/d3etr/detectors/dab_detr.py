@@ -108,7 +108,7 @@ class DABDecoder(nn.Module):
         if index:
             spatial = spatial * self.query_scale(hidden)
         stretch = self.size_head(hidden).sigmoid() / boxes[..., 2:]
-        y, x = spatial.split(width // 2, -1)
+        y, x = spatial.chunk(2, -1)
         return embedding, torch.cat([y * stretch[..., 1:], x * stretch[..., :1]], -1)
 
 

@@ -106,7 +106,7 @@ def read(value: Tensor, samples: Samples, levels: Levels) -> Tensor:
     images, queries, heads = samples.weights.shape[:3]
     grids = 2 * samples.places.transpose(1, 2).flatten(0, 1) - 1  # [B*H, N, V, P, 2]
     parts = []
-    for level, part in enumerate(value.split([h * w for h, w in levels], dim=1)):
+    for level, part in enumerate(torch.split(value, [h * w for h, w in levels], 1)):
         planes = part.view(images, -1, heads, part.shape[-1] // heads).permute(0, 2, 3, 1)
         planes = planes.reshape(images * heads, -1, *levels[level])
         sampled = functional.grid_sample(

@@ -104,7 +104,7 @@ def valid_ratios(padding: Tensor | None, levels: Levels) -> Tensor | None:
         return None
     ratios = []
     for part, (height, width) in zip(
-        padding.split([h * w for h, w in levels], 1), levels, strict=True
+        torch.split(padding, [h * w for h, w in levels], 1), levels, strict=True
     ):
         visible = ~part.view(-1, height, width)
         ratios.append(

@@ -45,8 +45,8 @@ class QuerySelfAttention(nn.Module):
         query, key = self.query_key(hidden + embedding).chunk(2, -1)
         value = self.value(hidden).expand(query.shape)
         dropout = self.dropout if self.training else 0.0
-        heads = [split_heads(x, self.heads) for x in (query, key, value)]
-        mixed, scores = attend_within(*heads, sizes, dropout, attention)
+        heads = (split_heads(x, self.heads) for x in (query, key, value))
+        mixed, scores = attend_within(tuple(heads), sizes, dropout, attention)
         return self.output(mixed), scores
 
 

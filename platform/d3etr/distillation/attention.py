@@ -57,7 +57,7 @@ def resize_maps(scores: Tensor, levels: Levels, target: Levels, padding: Tensor 
     Returns:
         [L, B, H, P, S] logarithms of the resized probabilities.
     """
-    parts = scores.softmax(-1).split([height * width for height, width in levels], -1)
+    parts = torch.split(scores.softmax(-1), [height * width for height, width in levels], -1)
     resized = [
         _resize_plane(part, grid, size)
         for part, grid, size in zip(parts, levels, target, strict=True)

@@ -77,7 +77,9 @@ def on_finest_level(attention: Tensor, levels: Levels) -> Array:
     """One map of a map over all feature levels, [S] to [h, w]: each token's mass on its place."""
     height, width = levels[0]
     heat = torch.zeros(height, width)
-    for part, (h, w) in zip(attention.split([h * w for h, w in levels]), levels, strict=True):
+    for part, (h, w) in zip(
+        torch.split(attention, [h * w for h, w in levels]), levels, strict=True
+    ):
         # Nearest neighbours repeat a cell: its mass is shared among the copies.
         plane = functional.interpolate(part.reshape(1, 1, h, w), size=(height, width))
         heat += plane[0, 0] * (h * w / (height * width))

@@ -1,0 +1,113 @@
+"""Deformable attention against plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from d3etr.detectors.deformable_attention import (
+    SPREAD,
+    DeformableAttention,
+    Samples,
+    initialise_deformable,
+    read,
+    splat,
+    splatted_scores,
+)
+from d3etr.structures import MASKED_SCORE, Levels
+
+LEVELS: Levels = ((4, 6), (2, 3))
+TOKENS = 4 * 6 + 2 * 3
+
+
+def _samples(seed: int = 0, low: float = -0.2, high: float = 1.2) -> Samples:
+    """Two images, three queries, two heads, two levels, three points; some outside."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.rand(2, 3, 2, 2, 3, 2, generator=generator) * (high - low) + low
+    weights = torch.randn(2, 3, 2, 6, generator=generator).softmax(-1).view(2, 3, 2, 2, 3)
+    return Samples(places, weights)
+
+
+def _splat_by_loops(samples: Samples) -> Tensor:
+    """Every sample's weight on the four cells around it, by their areas."""
+    maps = torch.zeros(2, 2, 3, TOKENS)
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in (2, 3, 2, 2, 3))).tolist():
+        image, query, head, level, point = index
+        height, width = LEVELS[level]
+        start = sum(h * w for h, w in LEVELS[:level])
+        x, y = samples.places[image, query, head, level, point].tolist()
+        x, y = x * width - 0.5, y * height - 0.5
+        for column in (math.floor(x), math.floor(x) + 1):
+            for row in (math.floor(y), math.floor(y) + 1):
+                if 0 <= column < width and 0 <= row < height:
+                    share = (1 - abs(x - column)) * (1 - abs(y - row))
+                    weight = samples.weights[image, query, head, level, point]
+                    maps[image, head, query, start + row * width + column] += share * weight
+    return maps
+
+
+def test_splatted_maps_equal_a_loop_over_samples() -> None:
+    samples = _samples()
+    torch.testing.assert_close(splat(samples, LEVELS), _splat_by_loops(samples))
+
+
+def test_maps_say_what_was_read() -> None:
+    """Reading values is a product with the map: each is the other's proof."""
+    samples = _samples(1)
+    value = torch.randn(2, TOKENS, 8)
+    heads = value.view(2, TOKENS, 2, 4).transpose(1, 2)
+    expected = (splat(samples, LEVELS) @ heads).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(read(value, samples, LEVELS), expected)
+
+
+def test_maps_of_samples_inside_keep_all_mass() -> None:
+    maps = splat(_samples(2, low=0.3, high=0.7), LEVELS)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 3))
+
+
+def test_scores_are_the_maps_and_little_else() -> None:
+    samples = _samples(3)
+    maps = splat(samples, LEVELS)
+    maps = maps / maps.sum(-1, keepdim=True)
+    found = splatted_scores(samples, None, LEVELS).softmax(-1)
+    torch.testing.assert_close(found, (1 - SPREAD) * maps + SPREAD / TOKENS)
+
+
+def test_scores_hide_padding_and_renormalise() -> None:
+    padding = torch.zeros(2, TOKENS, dtype=torch.bool)
+    padding[1, 4 * 6 + 3 :] = True
+    scores = splatted_scores(_samples(4), padding, LEVELS)
+    assert (scores[1, ..., padding[1]] == MASKED_SCORE).all()
+    torch.testing.assert_close(scores.exp().sum(-1), torch.ones(2, 2, 3))
+
+
+def test_a_query_that_samples_nothing_looks_everywhere_alike() -> None:
+    scores = splatted_scores(_samples(5, low=2.0, high=3.0), None, LEVELS)
+    torch.testing.assert_close(scores.softmax(-1), torch.full((2, 2, 3, TOKENS), 1 / TOKENS))
+
+
+def test_maps_teach_where_to_sample() -> None:
+    samples = _samples(6, low=0.3, high=0.7)
+    places = samples.places.requires_grad_()
+    splatted_scores(Samples(places, samples.weights), None, LEVELS)[..., 5].sum().backward()
+    assert places.grad is not None
+    assert places.grad.abs().max() > 0
+    assert places.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_heads_start_in_directions_of_their_own(size: int) -> None:
+    attention = DeformableAttention(32, 4, 2, 3)
+    initialise_deformable(attention)
+    reference = torch.full((1, 1, 2, size), 0.5)
+    _, samples = attention(torch.randn(1, 1, 32), reference, torch.randn(1, TOKENS, 32), None, LEVELS)
+    steps = (samples.places - 0.5)[0, 0, :, 0]  # [H, P, 2] on the first level
+    cells = torch.tensor([6.0, 4.0]) if size == 2 else torch.tensor([3 / 0.25, 3 / 0.25])
+    right = (steps * cells)[0]
+    torch.testing.assert_close(right, torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]))
+    down = (steps * cells)[1]
+    torch.testing.assert_close(down, torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]]))
+    torch.testing.assert_close(samples.weights, torch.full((1, 1, 4, 2, 3), 1 / 6))
