@@ -71,12 +71,12 @@ def test_maps_of_samples_inside_keep_all_mass() -> None:
 def test_scores_are_the_maps_and_little_else() -> None:
     samples = _samples(3)
     maps = splat(samples, LEVELS)
-    maps = maps / maps.sum(-1, keepdim=True)
+    maps = maps + (1 - maps.sum(-1, keepdim=True)) / TOKENS
     found = splatted_scores(samples, None, LEVELS).softmax(-1)
     torch.testing.assert_close(found, (1 - SPREAD) * maps + SPREAD / TOKENS)
 
 
-def test_scores_hide_padding_and_renormalise() -> None:
+def test_scores_hide_padding_and_keep_all_mass() -> None:
     padding = torch.zeros(2, TOKENS, dtype=torch.bool)
     padding[1, 4 * 6 + 3 :] = True
     scores = splatted_scores(_samples(4), padding, LEVELS)
@@ -92,7 +92,7 @@ def test_a_query_that_samples_nothing_looks_everywhere_alike() -> None:
 def test_maps_teach_where_to_sample() -> None:
     samples = _samples(6, low=0.3, high=0.7)
     places = samples.places.requires_grad_()
-    splatted_scores(Samples(places, samples.weights), None, LEVELS)[..., 5].sum().backward()
+    splatted_scores(Samples(places, samples.weights), None, LEVELS)[..., 8].sum().backward()
     assert places.grad is not None
     assert places.grad.abs().max() > 0
     assert places.grad.isfinite().all()
@@ -103,7 +103,9 @@ def test_heads_start_in_directions_of_their_own(size: int) -> None:
     attention = DeformableAttention(32, 4, 2, 3)
     initialise_deformable(attention)
     reference = torch.full((1, 1, 2, size), 0.5)
-    _, samples = attention(torch.randn(1, 1, 32), reference, torch.randn(1, TOKENS, 32), None, LEVELS)
+    _, samples = attention(
+        torch.randn(1, 1, 32), reference, torch.randn(1, TOKENS, 32), None, LEVELS
+    )
     steps = (samples.places - 0.5)[0, 0, :, 0]  # [H, P, 2] on the first level
     cells = torch.tensor([6.0, 4.0]) if size == 2 else torch.tensor([3 / 0.25, 3 / 0.25])
     right = (steps * cells)[0]

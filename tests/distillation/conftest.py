@@ -1,23 +1,25 @@
 """Tiny detectors and batches for the core's tests."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from tiny import tiny_detector_config
+from tiny import FAMILY, tiny_detector_config
 from torch import nn
 
-from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.build import build_detector
 from d3etr.structures import ImageBatch, Targets
 
 CLASSES = 3
 
 
-def _tiny(seed: int = 0, **changes: object) -> ConditionalDETR:
+def _tiny(seed: int = 0, **changes: object) -> DetectionTransformer:
     torch.manual_seed(seed)
     wider = {"width": 32, "heads": 4, "feedforward": 32, "queries": 6}
     config = tiny_detector_config(**(wider | changes))
-    detector = ConditionalDETR(config, classes=CLASSES)
+    detector = build_detector(config, classes=CLASSES)
     _spread(detector)
     return detector.eval()
 
@@ -26,14 +28,22 @@ def _spread(detector: nn.Module) -> None:
     """Random heads, so that boxes and classes of different queries differ."""
     with torch.no_grad():
         for name, parameter in detector.named_parameters():
-            if "head" in name:
+            if "head" in name or "anchors" in name:
                 parameter.normal_(std=0.2)
+            elif name.endswith(("offsets.weight", "attention.weights.weight")):
+                parameter.normal_(std=0.2)  # of deformable attention: they start at zero
 
 
 @pytest.fixture
-def tiny_detector() -> Callable[..., ConditionalDETR]:
+def tiny_detector() -> Callable[..., DetectionTransformer]:
     """Build a small random Conditional DETR; keyword arguments change its architecture."""
     return _tiny
+
+
+@pytest.fixture(params=FAMILY)
+def any_detector(request: pytest.FixtureRequest) -> Callable[..., DetectionTransformer]:
+    """The same for each detector of the family."""
+    return partial(_tiny, **FAMILY[request.param])
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_resized_maps_keep_the_place_and_skip_padding() -> None:
     maps = torch.full((1, 1, 1, 1, 16), -20.0)
     maps[..., 5] = 0.0  # row 1, column 1 of a 4 x 4 grid
     padding = torch.tensor([[False, False, False, True]])
-    resized = resize_maps(maps, (4, 4), (2, 2), padding).softmax(-1)
+    resized = resize_maps(maps, ((4, 4),), ((2, 2),), padding).softmax(-1)
     assert resized.argmax().item() == 0
     assert resized[..., 3].item() == 0
     assert resized.sum().item() == pytest.approx(1.0)
@@ -102,6 +102,15 @@ def test_resized_maps_keep_the_place_and_skip_padding() -> None:
 
 def test_resizing_to_the_same_grid_is_the_identity() -> None:
     maps = torch.randn(1, 2, 3, 4, 12)
+    same = ((3, 4),)
     assert torch.allclose(
-        resize_maps(maps, (3, 4), (3, 4), None).softmax(-1), maps.softmax(-1), atol=1e-5
+        resize_maps(maps, same, same, None).softmax(-1), maps.softmax(-1), atol=1e-5
     )
+
+
+def test_resizing_keeps_the_mass_of_each_level() -> None:
+    maps = torch.randn(1, 2, 3, 4, 8 * 12 + 4 * 6)
+    resized = resize_maps(maps, ((8, 12), (4, 6)), ((4, 6), (2, 3)), None).softmax(-1)
+    fine, coarse = maps.softmax(-1).split([96, 24], -1)
+    assert torch.allclose(resized[..., :24].sum(-1), fine.sum(-1), atol=0.05)
+    assert torch.allclose(resized[..., 24:].sum(-1), coarse.sum(-1), atol=0.05)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from d3etr.config.distillation import DistillationConfig
 from d3etr.config.training import SetCriterionConfig
-from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.detectors.base import DetectionTransformer
 from d3etr.distillation.distiller import Distiller
 from d3etr.structures import ImageBatch, Targets
 
-Build = Callable[..., ConditionalDETR]
+Build = Callable[..., DetectionTransformer]
 DISTILLATION_TERMS = {"class", "l1", "giou", "self_attention", "cross_attention"}
 
 
@@ -57,9 +57,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
 def test_all_losses_are_zero_when_student_is_teacher(
-    tiny_detector: Build, images: ImageBatch, targets: Targets, settings: dict[str, object]
+    any_detector: Build, images: ImageBatch, targets: Targets, settings: dict[str, object]
 ) -> None:
-    teacher = tiny_detector()
+    teacher = any_detector()
     module = distiller(copy.deepcopy(teacher), teacher, **settings)
     losses = distilled(losses_of(module, images, targets))
     assert {name.split("/")[1] for name in losses} == DISTILLATION_TERMS
@@ -67,10 +67,10 @@ def test_all_losses_are_zero_when_student_is_teacher(
 
 
 def test_adaptive_losses_are_zero_whatever_part_of_the_queries_is_passed_on(
-    tiny_detector: Build, images: ImageBatch, targets: Targets
+    any_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
     # Fixed ones are not: the group lacks the other queries that the teacher's attended to.
-    teacher = tiny_detector()
+    teacher = any_detector()
     module = distiller(copy.deepcopy(teacher), teacher, teacher_query_ratio=0.5)
     losses = distilled(losses_of(module, images, targets))
     adaptive = [loss.item() for name, loss in losses.items() if name.startswith("adaptive/")]
@@ -78,18 +78,18 @@ def test_adaptive_losses_are_zero_whatever_part_of_the_queries_is_passed_on(
 
 
 def test_losses_are_positive_when_student_differs(
-    tiny_detector: Build, images: ImageBatch, targets: Targets
+    any_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
-    module = distiller(tiny_detector(seed=1), tiny_detector())
+    module = distiller(any_detector(seed=1), any_detector())
     losses = distilled(losses_of(module, images, targets))
     assert len(losses) == 10
     assert all(loss.item() > 1e-4 for loss in losses.values()), losses
 
 
 def test_soft_target_bce_reaches_the_entropy_of_the_teacher(
-    tiny_detector: Build, images: ImageBatch, targets: Targets
+    any_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
-    teacher = tiny_detector()
+    teacher = any_detector()
     prediction = {
         "class_loss": "bce",
         "class_pair_weights": "uniform",
@@ -107,19 +107,23 @@ def test_soft_target_bce_reaches_the_entropy_of_the_teacher(
     )
 
 
-def permuted(teacher: ConditionalDETR, order: Tensor) -> ConditionalDETR:
+def permuted(teacher: DetectionTransformer, order: Tensor) -> DetectionTransformer:
     """The same teacher with its queries in another order."""
     other = copy.deepcopy(teacher)
     with torch.no_grad():
-        other.query_embedding.weight.copy_(teacher.query_embedding.weight[order])
+        for name, parameter in other.named_parameters():
+            if name.startswith(("query_", "anchors")):
+                parameter.copy_(parameter[order])
     return other
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.5])
 def test_order_of_the_teachers_queries_changes_no_adaptive_loss(
-    tiny_detector: Build, images: ImageBatch, targets: Targets, ratio: float
+    any_detector: Build, images: ImageBatch, targets: Targets, ratio: float
 ) -> None:
-    teacher, student = tiny_detector(), tiny_detector(seed=1)
+    teacher, student = any_detector(), any_detector(seed=1)
+    if teacher.config.two_stage:
+        return  # its queries come in the order of their scores
     settings = {"adaptive_ratio": 1.0, "matched_pair_ratio": ratio}
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     first = losses_of(distiller(student, teacher, **settings), images, targets)
@@ -129,13 +133,13 @@ def test_order_of_the_teachers_queries_changes_no_adaptive_loss(
 
 
 def test_auxiliary_outputs_are_the_teachers_when_the_student_is_the_teacher(
-    tiny_detector: Build, images: ImageBatch
+    any_detector: Build, images: ImageBatch
 ) -> None:
-    teacher = tiny_detector()
+    teacher = any_detector()
     module = distiller(copy.deepcopy(teacher), teacher)
     taught = module.teach(images)
     assert taught is not None
-    _, auxiliary = module._decode(images, taught)
+    _, auxiliary, _ = module._decode(images, taught)
     assert auxiliary is not None
     for mine, theirs in (
         (auxiliary.logits, taught.outputs.logits),
@@ -147,9 +151,9 @@ def test_auxiliary_outputs_are_the_teachers_when_the_student_is_the_teacher(
 
 
 def test_gradients_reach_the_student_only(
-    tiny_detector: Build, images: ImageBatch, targets: Targets
+    any_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
-    student, teacher = tiny_detector(seed=1).train(), tiny_detector()
+    student, teacher = any_detector(seed=1).train(), any_detector()
     before = copy.deepcopy(teacher.state_dict())
     module = distiller(student, teacher)
     torch.stack(list(losses_of(module, images, targets).values())).sum().backward()
@@ -159,8 +163,8 @@ def test_gradients_reach_the_student_only(
     assert not teacher.training
 
 
-def test_the_teacher_is_no_part_of_the_module(tiny_detector: Build) -> None:
-    student, teacher = tiny_detector(seed=1), tiny_detector()
+def test_the_teacher_is_no_part_of_the_module(any_detector: Build) -> None:
+    student, teacher = any_detector(seed=1), any_detector()
     module = distiller(student, teacher)
     own = {id(p) for p in student.parameters()}
     assert {id(p) for p in module.parameters()} == own
@@ -168,9 +172,9 @@ def test_the_teacher_is_no_part_of_the_module(tiny_detector: Build) -> None:
 
 
 def test_ratio_one_is_adaptive_matching_alone(
-    tiny_detector: Build, images: ImageBatch, targets: Targets
+    any_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
-    student, teacher = tiny_detector(seed=1), tiny_detector()
+    student, teacher = any_detector(seed=1), any_detector()
     pure = losses_of(distiller(student, teacher, adaptive_ratio=1.0), images, targets)
     half = losses_of(distiller(student, teacher, adaptive_ratio=0.5), images, targets)
     assert not any(name.startswith(("fixed/", "auxiliary/")) for name in pure)
@@ -179,9 +183,9 @@ def test_ratio_one_is_adaptive_matching_alone(
 
 
 def test_ratio_zero_is_fixed_matching_alone(
-    tiny_detector: Build, images: ImageBatch, targets: Targets
+    any_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
-    student, teacher = tiny_detector(seed=1), tiny_detector()
+    student, teacher = any_detector(seed=1), any_detector()
     pure = losses_of(distiller(student, teacher, adaptive_ratio=0.0), images, targets)
     half = losses_of(distiller(student, teacher, adaptive_ratio=0.5), images, targets)
     assert not any(name.startswith("adaptive/") for name in pure)
@@ -190,20 +194,21 @@ def test_ratio_zero_is_fixed_matching_alone(
 
 
 def test_detection_losses_are_those_of_the_plain_student(
-    tiny_detector: Build, images: ImageBatch, targets: Targets
+    any_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
-    student = tiny_detector(seed=1)
+    student = any_detector(seed=1)
     plain = losses_of(distiller(student, None), images, targets)
-    with_teacher = losses_of(distiller(student, tiny_detector()), images, targets)
-    assert set(plain) == {"detection/class", "detection/l1", "detection/giou"}
+    with_teacher = losses_of(distiller(student, any_detector()), images, targets)
+    groups = ["detection", "proposals"] if student.config.two_stage else ["detection"]
+    assert set(plain) == {f"{group}/{term}" for group in groups for term in ("class", "l1", "giou")}
     for name, loss in plain.items():
         assert with_teacher[name].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_warm_up_scales_distillation_only(
-    tiny_detector: Build, images: ImageBatch, targets: Targets
+    any_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
-    module = distiller(tiny_detector(seed=1), tiny_detector())
+    module = distiller(any_detector(seed=1), any_detector())
     full, half = (losses_of(module, images, targets, scale) for scale in (1.0, 0.5))
     for name, loss in full.items():
         factor = 0.5 if name.startswith(("adaptive/", "fixed/")) else 1.0
@@ -223,9 +228,9 @@ def part(targets: Targets, index: slice) -> Targets:
 
 @pytest.mark.parametrize("settings", [{}, {"matched_pair_ratio": 0.5}], ids=["all", "half"])
 def test_losses_of_micro_batches_add_up_to_those_of_the_batch(
-    tiny_detector: Build, images: ImageBatch, targets: Targets, settings: dict[str, object]
+    any_detector: Build, images: ImageBatch, targets: Targets, settings: dict[str, object]
 ) -> None:
-    module = distiller(tiny_detector(seed=1), tiny_detector(), **settings)
+    module = distiller(any_detector(seed=1), any_detector(), **settings)
     whole = losses_of(module, images, targets)
     assert images.padding is not None
     pieces = [
@@ -242,7 +247,7 @@ def test_losses_of_micro_batches_add_up_to_those_of_the_batch(
 
 
 def test_a_batch_without_objects_has_finite_losses_and_gradients(
-    tiny_detector: Build, images: ImageBatch
+    any_detector: Build, images: ImageBatch
 ) -> None:
     empty = Targets(
         torch.zeros(3, 0, dtype=torch.int64),
@@ -251,8 +256,8 @@ def test_a_batch_without_objects_has_finite_losses_and_gradients(
         (1, 2, 3),
         ((32, 40),) * 3,
     )
-    student = tiny_detector(seed=1).train()
-    losses = losses_of(distiller(student, tiny_detector()), images, empty)
+    student = any_detector(seed=1).train()
+    losses = losses_of(distiller(student, any_detector()), images, empty)
     torch.stack(list(losses.values())).sum().backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
@@ -264,38 +269,39 @@ SHAPES = {
     "one query": {"queries": 1},
     "fewer layers": {"decoder_layers": 1},
     "more layers": {"decoder_layers": 4},
-    "narrower": {"width": 16},
-    "wider": {"width": 64},
+    "narrower": {"width": 32},
+    "wider": {"width": 96},
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("ratios", [(1.0, 1.0), (0.5, 0.7)], ids=["all", "part"])
 def test_teacher_and_student_of_other_shapes(
-    tiny_detector: Build,
+    any_detector: Build,
     images: ImageBatch,
     targets: Targets,
     shape: dict[str, object],
     ratios: tuple[float, float],
 ) -> None:
-    student = tiny_detector(seed=1, **shape).train()
+    student = any_detector(seed=1, **({"width": 64} | shape)).train()
+    teacher = any_detector(width=64)
     module = distiller(
-        student, tiny_detector(), teacher_query_ratio=ratios[0], matched_pair_ratio=ratios[1]
+        student, teacher, teacher_query_ratio=ratios[0], matched_pair_ratio=ratios[1]
     )
     losses = losses_of(module, images, targets)
-    assert len(losses) == 16
+    assert len(losses) == (19 if student.config.two_stage else 16)
     assert all(torch.isfinite(loss) and loss >= -1e-5 for loss in losses.values()), losses
     torch.stack(list(losses.values())).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
 
 
 def test_other_head_counts_are_averaged(
-    tiny_detector: Build, images: ImageBatch, targets: Targets
+    any_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
     averaged = {"heads": "averaged"}
     module = distiller(
-        tiny_detector(seed=1, heads=2),
-        tiny_detector(),
+        any_detector(seed=1, heads=2),
+        any_detector(),
         self_attention=averaged,
         cross_attention=averaged,
     )
@@ -303,9 +309,9 @@ def test_other_head_counts_are_averaged(
 
 
 def test_other_strides_resize_the_teachers_maps(
-    tiny_detector: Build, images: ImageBatch, targets: Targets
+    any_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
     coarse = {"name": "small", "stem_width": 8, "stage_widths": (8, 8, 8, 16)}
-    module = distiller(tiny_detector(seed=1, backbone=coarse), tiny_detector())
+    module = distiller(any_detector(seed=1, backbone=coarse), any_detector())
     losses = distilled(losses_of(module, images, targets))
     assert len(losses) == 10 and all(torch.isfinite(loss) for loss in losses.values())

@@ -240,9 +240,7 @@ TOLERANCES = {
 
 def _assert_equal(ours: DecoderOutputs, theirs: dict[str, Tensor], names: list[str]) -> None:
     for name in names:
-        torch.testing.assert_close(
-            getattr(ours, name), theirs[name], atol=TOLERANCES[name], rtol=0
-        )
+        torch.testing.assert_close(getattr(ours, name), theirs[name], atol=TOLERANCES[name], rtol=0)
 
 
 def test_every_detector_is_compared() -> None:

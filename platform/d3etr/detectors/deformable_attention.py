@@ -16,8 +16,8 @@ from torch.nn import functional
 from d3etr.structures import MASKED_SCORE, Levels
 
 SPREAD = 1e-2
-"""Share of a splatted map's mass that is spread evenly over all tokens (our choice): where a
-query samples nothing, its score is low but finite, and losses stay bounded."""
+"""Share of a splatted map's mass that is spread evenly over all tokens, as is what was sampled
+outside (our choice): where a query samples nothing, its score is low but finite."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def splat(samples: Samples, levels: Levels) -> Tensor:
 
 
 def splatted_scores(samples: Samples, padding: Tensor | None, levels: Levels) -> Tensor:
-    """Scores whose softmax is the splatted map, renormalised to tokens that hold something.
+    """Scores whose softmax is the splatted map over the tokens that hold something.
 
     Args:
         samples: places and weights.
@@ -164,8 +164,8 @@ def splatted_scores(samples: Samples, padding: Tensor | None, levels: Levels) ->
         hidden = padding[:, None, None]
         maps = maps.masked_fill(hidden, 0.0)
         count = (~hidden).sum(-1, keepdim=True)
-    maps = maps / maps.sum(-1, keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
-    scores = ((1 - SPREAD) * maps + SPREAD / count).log()
+    lost = 1 - maps.sum(-1, keepdim=True)
+    scores = ((1 - SPREAD) * maps + ((1 - SPREAD) * lost + SPREAD) / count).log()
     return scores if padding is None else scores.masked_fill(hidden, MASKED_SCORE)
 
 
