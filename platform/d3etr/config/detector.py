@@ -61,6 +61,10 @@ class DetectorConfig(Section):
     box_size_bias: float = 0.0
     """Initial bias of the width and height logits of boxes (DAB-DETR: of its anchors);
     negative starts small."""
+    first_looks: Literal["anywhere", "reference"] = "anywhere"
+    """``conditional_detr`` only: where untrained cross-attention looks. anywhere: random
+    projections, the official code's. reference: around each query's reference point (our choice),
+    which spares small data sets the steps that it takes to find out."""
     classification: Literal["sigmoid", "softmax"] = "sigmoid"
     """softmax: over classes and "no object", the official DETR's; ``detr`` only."""
     levels: Positive = 4
@@ -88,7 +92,11 @@ class DetectorConfig(Section):
     @model_validator(mode="after")
     def _settings_belong_to_the_detector(self) -> Self:
         multi_scale = ("levels", "points", "box_refinement", "two_stage")
-        owners = {"classification": "detr", **dict.fromkeys(multi_scale, "deformable_detr")}
+        owners = {
+            "classification": "detr",
+            "first_looks": "conditional_detr",
+            **dict.fromkeys(multi_scale, "deformable_detr"),
+        }
         fields = type(self).model_fields
         for key, owner in owners.items():
             if self.name != owner and getattr(self, key) != fields[key].default:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import SingleScaleDetector
 from d3etr.detectors.conditional_decoder import ConditionalDecoder
+from d3etr.detectors.first_looks import look_at_references
 from d3etr.detectors.groups import side_by_side, split_groups
 from d3etr.detectors.heads import predict_boxes
 from d3etr.detectors.initialisation import (
@@ -44,6 +45,8 @@ class ConditionalDETR(SingleScaleDetector):
             initialise_transformer(part)
         initialise_class_head(self.class_head)
         initialise_box_head(self.box_head, config.box_size_bias)
+        if config.first_looks == "reference":
+            look_at_references(self.decoder)
 
     def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
         """The detector's own queries: embedding [N, D], reference points [N, 2] as logits."""
