@@ -140,6 +140,7 @@ class DecoderOutputs:
         cross_attention_scores: [L, B, H, N, S]; None unless asked for.
         levels: the grids of the memory that S runs over.
         padding: [B, S] bool, True under padding, or None.
+        states: [B, N, D] decoder states that the last layer's logits are read from.
     """
 
     logits: Tensor
@@ -148,6 +149,7 @@ class DecoderOutputs:
     cross_attention_scores: Tensor | None = None
     levels: Levels = ()
     padding: Tensor | None = None
+    states: Tensor | None = None
 
     @property
     def self_attention(self) -> Tensor:

@@ -122,4 +122,5 @@ class DETR(SingleScaleDetector):
         logits = self.class_head(normed).float()
         if self.exclusive:
             logits = sigmoid_logits(logits)
-        return split_groups(memory, sizes, logits, predict_boxes(self.box_head, normed), scores)
+        boxes = predict_boxes(self.box_head, normed)
+        return split_groups(memory, sizes, logits, boxes, normed[-1], scores)

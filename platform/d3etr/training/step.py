@@ -71,17 +71,19 @@ class TrainingStep:
         device = self._context.device
         batches = [(images.to(device), targets.to(device)) for images, targets in batches]
         with self._timer.phase("teacher"):
-            taught, normalisers = self._teach(batches)
+            taught, normalisers = self._teach(step, batches)
         for index, (batch, known) in enumerate(zip(batches, taught, strict=True)):
             with self._synchronised_if(index == len(batches) - 1):
                 self._accumulate(step, index, batch, known, normalisers)
         with self._timer.phase("optimiser"):
             self._update(step)
 
-    def _teach(self, batches: Sequence[MicroBatch]) -> tuple[list[Taught | None], Tensor]:
+    def _teach(
+        self, step: int, batches: Sequence[MicroBatch]
+    ) -> tuple[list[Taught | None], Tensor]:
         """The teacher's outputs per micro-batch, and the global batch's normalisers."""
         with self._autocast():
-            taught = [self._distiller.teach(images) for images, _ in batches]
+            taught = [self._distiller.teach(images, step) for images, _ in batches]
         sums = [
             self._distiller.normalisers(targets, known)
             for (_, targets), known in zip(batches, taught, strict=True)
