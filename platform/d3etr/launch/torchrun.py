@@ -82,7 +82,7 @@ def _work(config: Config, folder: RunFolder, task: Task) -> None:
 
 def _ensure_divisible(config: Config, workers: int) -> None:
     optimisation = config.optimisation
-    if optimisation.batch_size % (workers * optimisation.accumulation):
+    if optimisation.batch_size % config.micro_batches(workers):
         raise UserError(
             f"optimisation.batch_size {optimisation.batch_size} is not a multiple of torchrun's "
             f"{workers} workers x optimisation.accumulation {optimisation.accumulation}"
