@@ -76,7 +76,14 @@ def _same(first: dict[int, tuple], second: dict[int, tuple]) -> bool:
 
 @pytest.mark.parametrize(
     ("world_size", "parts", "shares"),
-    [(2, 2, [1, 1]), (1, 2, [2]), (2, 4, [2, 2]), (3, 4, [1, 1, 2]), (3, 8, [2, 3, 3]), (1, 8, [8])],
+    [
+        (2, 2, [1, 1]),
+        (1, 2, [2]),
+        (2, 4, [2, 2]),
+        (3, 4, [1, 1, 2]),
+        (3, 8, [2, 3, 3]),
+        (1, 8, [8]),
+    ],
 )
 def test_a_step_shows_the_same_however_it_is_cut(config, split, world_size, parts, shares):
     data = _data(config)

@@ -6,7 +6,7 @@ import pytest
 
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.errors import UserError
-from d3etr.launch import ray_cluster, ray_train
+from d3etr.launch import ray_cluster, ray_failures
 from d3etr.launch.driver import RunFailedError
 from d3etr.launch.notes import Notes, Reason
 from d3etr.launch.resources import Demand, Node
@@ -32,7 +32,7 @@ class WorkerGroupStartupTimeoutError(Exception):
 
 
 def translate(failure: Exception, folder: Path) -> Exception:
-    return ray_train.translate(failure, CLUSTER, DEMAND, Notes(folder))
+    return ray_failures.translate(failure, CLUSTER, DEMAND, Notes(folder))
 
 
 def raised(error: Exception) -> Exception:
@@ -71,8 +71,8 @@ def test_a_worker_that_left_nothing_is_still_named(tmp_path: Path) -> None:
 def test_a_busy_cluster_is_the_users_to_solve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_train, "cluster_nodes", lambda: [Node(4, 0)])
-    monkeypatch.setattr(ray_train, "free_resources", lambda: Node(1, 0))
+    monkeypatch.setattr(ray_failures, "cluster_nodes", lambda: [Node(4, 0)])
+    monkeypatch.setattr(ray_failures, "free_resources", lambda: Node(1, 0))
     answer = translate(ControllerError(WorkerGroupStartupTimeoutError("timed out")), tmp_path)
     assert isinstance(answer, UserError)
     for part in ("2 workers with 1 CPU each", "30 seconds", "4 CPUs", "1 CPUs", "4 times"):

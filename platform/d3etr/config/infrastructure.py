@@ -35,7 +35,8 @@ class ClusterConfig(Section):
     """Elastic training: where a node goes, train on with what is left, at least so many workers,
     and grow back to ``workers`` at a checkpoint. None: always ``workers``."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """auto: 1 where the cluster has a GPU for every worker, else 0."""
+    """auto: 1 where the cluster has a GPU for every worker (or, elastic, for minimum_workers of
+    them), else 0."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     threads_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Threads of tensor operations; auto is OMP_NUM_THREADS, where that is set, else shares a
