@@ -53,6 +53,10 @@ class TorchrunLauncher:
                 launch.config.cluster.workers,
                 workers,
             )
+        if launch.config.cluster.minimum_workers is not None:
+            logger.warning(
+                "cluster.minimum_workers has no effect: elastic training needs the launcher 'ray'"
+            )
         launch.stage(f"waiting for {workers} workers")
         _work(launch.config, RunFolder(launch.run_dir), self.task)
 
