@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_nodes import RayNodes, ray_nodes, wait_until
+from ray_nodes import START_SECONDS, RayNodes, ray_nodes, wait_until
 from tiny import save_untrained
 
 from d3etr.config.load import load_config
@@ -142,26 +142,30 @@ def lose_a_node(nodes: RayNodes, recipe: Path, folder: Path, *overrides: str) ->
     config, elastic = load_config(recipe, settings), "cluster.minimum_workers=1" in overrides
     journal, log = folder_of(config).journal, nodes.folder / f"{folder.name}.log"
 
-    def reached(step: int, workers: int) -> bool:
+    def reached(step: int, *workers: int) -> bool:
         records = read_journal(journal)
-        group = [record["workers"] for record in records if record["kind"] == "start"]
-        return group[-1:] == [workers] and records[-1]["step"] >= step
+        groups = [record["workers"] for record in records if record["kind"] == "start"]
+        return groups == list(workers) and records[-1]["step"] >= step
 
-    _open(folder, LOST_AT)
-    driver = nodes.start(_command(recipe, folder, settings), folder.name)
+    open_gate(folder, LOST_AT)
+    driver = nodes.start(driver_command(recipe, folder, settings), folder.name)
     try:
         wait_until(lambda: reached(LOST_AT, 2), driver, log)
         nodes.kill_node(1)
         lost = time.time()
         if elastic:
-            _open(folder, FOUND_AT)
-            wait_until(lambda: reached(FOUND_AT, 1), driver, log)
+            wait_until(lambda: reached(LOST_AT, 2, 1), driver, log)
+            open_gate(folder, FOUND_AT)
+            wait_until(lambda: reached(FOUND_AT, 2, 1), driver, log)
         nodes.start_node(1)
         found = time.time()
         if elastic:
             wait_until(lambda: "there is room for 2 workers" in log.read_text(), driver, log)
-        _open(folder, END)
-        driver.wait(240)
+        else:
+            # The gate stays closed until the workers of before are gone.
+            wait_until(lambda: reached(LOST_AT, 2, 2), driver, log)
+        open_gate(folder, END)
+        driver.wait(START_SECONDS)
     finally:
         driver.kill()
     text = log.read_text()
@@ -169,12 +173,13 @@ def lose_a_node(nodes: RayNodes, recipe: Path, folder: Path, *overrides: str) ->
     return Loss(journal.parent, folder, text, lost, found)
 
 
-def _command(recipe: Path, folder: Path, settings: list[str]) -> list[str]:
+def driver_command(recipe: Path, folder: Path, settings: list[str]) -> list[str]:
+    """The command of a driver whose workers wait at the gate in ``folder``."""
     script = str(Path(__file__).with_name("gated_run.py"))
     return [sys.executable, script, str(recipe), str(folder), *settings]
 
 
-def _open(folder: Path, step: int) -> None:
+def open_gate(folder: Path, step: int) -> None:
     """Let the workers train until ``step``."""
     (folder / "gate.new").write_text(str(step))
     (folder / "gate.new").replace(folder / "gate")

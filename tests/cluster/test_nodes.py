@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 from hosts import why_no_namespaces
 from mlflow.tracking import MlflowClient
-from node_loss import END, LOST_AT, STEPS_PER_EPOCH, Loss, lose_a_node, write_recipe
-from ray_nodes import RayNodes, ray_nodes
+from node_loss import (
+    END,
+    LOST_AT,
+    STEPS_PER_EPOCH,
+    Loss,
+    driver_command,
+    lose_a_node,
+    open_gate,
+    write_recipe,
+)
+from ray_nodes import ROOT, START_SECONDS, RayNodes, ray_nodes
 
 from d3etr.config.load import load_config
 from d3etr.launch.api import launch
@@ -103,3 +112,23 @@ def test_machines_whose_name_means_themselves_find_each_other(nodes: RayNodes) -
     asked = nodes.start(["python3", "-c", question], "name", nodes.hosts[1])
     assert asked.wait(30) == 0
     assert (nodes.folder / "name.log").read_text().startswith("127.")
+
+
+def test_a_node_without_the_package_is_one_clear_sentence(
+    nodes: RayNodes, recipe: Path, folder: Path
+) -> None:
+    reason = why_no_namespaces()
+    if reason is not None:
+        pytest.skip(f"only root can hide files from one node: {reason}")
+    nodes.kill_node(1)
+    nodes.start_node(1, without=ROOT / "platform")
+    own = folder / "lacking"
+    own.mkdir()
+    open_gate(own, END)
+    settings = [f"run.output={own}", f"cluster.address={nodes.address}"]
+    driver = nodes.start(driver_command(recipe, own, settings), "lacking")
+    assert driver.wait(START_SECONDS) != 0
+    said = (nodes.folder / "lacking.log").read_text()
+    assert f"the node {nodes.hosts[1].address} cannot import 'd3etr'" in said
+    nodes.kill_node(1)
+    nodes.start_node(1)

@@ -79,6 +79,17 @@ def test_a_busy_cluster_is_the_users_to_solve(
         assert part in str(answer)
 
 
+def test_a_node_without_the_package_is_named(tmp_path: Path) -> None:
+    said = (
+        "ray::RayTrainWorker.init_train_context() (pid=7, ip=10.77.0.2, actor_id=ab)\n"
+        "ray.exceptions.RaySystemError: System error: No module named 'd3etr'"
+    )
+    answer = translate(ControllerError(RuntimeError(said)), tmp_path)
+    assert isinstance(answer, UserError)
+    assert str(answer).startswith("the node 10.77.0.2 cannot import 'd3etr'")
+    assert "--working-dir" in str(answer)
+
+
 def test_any_other_failure_is_named(tmp_path: Path) -> None:
     answer = translate(ControllerError(OSError("disk")), tmp_path)
     assert isinstance(answer, RunFailedError) and "OSError: disk" in str(answer)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.errors import RunFailedError, UserError
@@ -10,6 +11,9 @@ from d3etr.launch.notes import Notes, Reason
 from d3etr.launch.ray_cluster import cluster_nodes, free_resources
 from d3etr.launch.resources import Demand, describe
 
+MISSING = re.compile(r"No module named '([\w.]+)'")
+PLACE = re.compile(r"\bip=([\w.:]+)")
+"""How Ray names the node that an exception comes from."""
 NOT_STARTED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
 
 
@@ -33,9 +37,12 @@ def translate(
         mistake = _user_error(error)
         if mistake is not None:
             return UserError(str(mistake))
+    cause = getattr(failure, "controller_failure", failure)
+    lacking = _missing_package(workers.values() if workers else [cause])
+    if lacking is not None:
+        return UserError(lacking)
     if workers:
         return _worker_failure(workers, cluster, notes)
-    cause = getattr(failure, "controller_failure", failure)
     if not_started(failure):
         return UserError(no_room(cluster, demand, str(cause)))
     return RunFailedError(f"Ray Train failed: {type(cause).__name__}: {cause}")
@@ -82,6 +89,22 @@ def _worker_failure(
         f"worker {rank} failed once more than cluster.maximum_failures "
         f"({cluster.maximum_failures}) allows:\n{texts[rank] or workers[rank]}"
     )
+
+
+def _missing_package(errors: Iterable[object]) -> str | None:
+    """What to do about a node that cannot import d3etr, or what d3etr needs, to start a worker."""
+    for text in map(str, errors):
+        module, place = MISSING.search(text), PLACE.search(text)
+        # An import that fails later, in training, is the traceback's to explain.
+        if module is not None and ("d3etr" in module[1] or "init_train_context" in text):
+            where = f"the node {place[1]}" if place else "a node of the cluster"
+            return (
+                f"{where} cannot import '{module[1]}': every node needs d3etr and what it needs. "
+                "Install the same environment there (pip install, or the image), put the checkout "
+                "on storage that all nodes share, or send it along: ray job submit "
+                "--working-dir . -- python trainers/run.py ..."
+            )
+    return None
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
