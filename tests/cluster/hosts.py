@@ -7,6 +7,7 @@ A namespace has a network of its own: an address, an interface, ports, and a hos
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -86,6 +87,11 @@ def _ip(*arguments: str) -> None:
 
 
 def _remove(name: str) -> None:
+    """Remove a namespace and every process in it."""
+    inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+    for pid in inside.stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
     subprocess.run(["ip", "netns", "delete", name], capture_output=True)
     shutil.rmtree(NAMES / name, ignore_errors=True)
     with contextlib.suppress(OSError):

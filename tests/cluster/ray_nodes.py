@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(sys.executable).parent
 START_SECONDS = 600.0
 """Long: where other things take the machine, a slow start is no failure."""
+START_ATTEMPTS = 4
+"""Ray itself gives up on a node that is not ready within 30 seconds."""
 
 
 @dataclass
@@ -51,19 +53,30 @@ class RayNodes:
             index: of the host.
             without: a folder whose files the node does not see; root only.
         """
-        self._started += 1
-        host, agent = self.hosts[index], self.folder / f"ray{self._started}"
-        place = [f"--port={self.port}", "--head"] if index == 0 else [f"--address={self.address}"]
-        command = [str(PROGRAMS / "ray"), "start", "--block", *place]
-        command += [f"--node-ip-address={host.address}", f"--temp-dir={agent}"]
+        for attempt in range(START_ATTEMPTS):
+            self._started += 1
+            log = self.folder / f"node{self._started}.log"
+            node = self.start(self._ray_start(index, without), log.stem, self.hosts[index])
+            self._nodes[index] = node
+            try:
+                wait_until(lambda log=log: "Ray runtime started" in log.read_text(), node, log)
+                return
+            except AssertionError:
+                self.kill_node(index)
+                if attempt == START_ATTEMPTS - 1:
+                    raise
+
+    def _ray_start(self, index: int, without: Path | None) -> list[str]:
+        address, place = self.hosts[index].address, self.folder / f"ray{self._started}"
+        joins = [f"--port={self.port}", "--head"] if index == 0 else [f"--address={self.address}"]
+        command = [str(PROGRAMS / "ray"), "start", "--block", *joins]
+        command += [f"--node-ip-address={address}", f"--temp-dir={place}"]
         command += ["--num-cpus=1", "--disable-usage-stats", f"--object-store-memory={2**27}"]
         command += ["--include-dashboard=false"] if index == 0 else []
-        if without is not None:
-            hide = 'mount -t tmpfs none "$0" && exec "$@"'
-            command = ["unshare", "--mount", "sh", "-c", hide, str(without), *command]
-        self._nodes[index] = self.start(command, f"node{self._started}", host)
-        log = self.folder / f"node{self._started}.log"
-        wait_until(lambda: "Ray runtime started" in log.read_text(), self._nodes[index], log)
+        if without is None:
+            return command
+        hide = 'mount -t tmpfs none "$0" && exec "$@"'
+        return ["unshare", "--mount", "sh", "-c", hide, str(without), *command]
 
     def kill_node(self, index: int) -> None:
         """SIGKILL for all processes of a node."""
