@@ -172,7 +172,7 @@ def _draw_history(config: Config, journal: Sequence[Record], own: str, folder: P
     levels = {"teacher": (taught[-1]["teacher/mAP"], TEACHER)} if taught else {}
     drawn = [save(draw_training([quality], levels), folder / "validation_mAP.png")]
     if config.distillation.matches_adaptively:
-        stable = Series(title(config), *_column(evaluations, "epoch", "matching/stability"), colour)
+        stable = Series(title(config), *_column(evaluations, "step", "matching/stability"), colour)
         drawn.append(save(draw_stability([stable]), folder / "matching_stability.png"))
     return drawn
 
