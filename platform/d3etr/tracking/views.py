@@ -48,17 +48,19 @@ OTHER_SECTIONS = (
     MODEL_METRICS,
 )
 """Below the results, folded: one a prefix of the metrics' names."""
-COLUMNS = (
-    "attributes.`Duration`",
-    "metrics.`val/mAP`",
-    "metrics.`test/mAP`",
-    "metrics.`test/AP50`",
-    "metrics.`final/parameters`",
-    "metrics.`final/images_per_second`",
-    "params.`optimisation.steps`",
-    "tags.`title`",
-    "tags.`seed`",
-)
+COLUMNS = {
+    "metrics.`val/mAP`": 100,
+    "metrics.`test/mAP`": 100,
+    "metrics.`test/AP50`": 100,
+    "metrics.`final/parameters`": 130,
+    "metrics.`final/images_per_second`": 180,
+    "params.`optimisation.steps`": 150,
+    "tags.`backbone`": 130,
+}
+"""Of the table of runs, in order: widths in pixels."""
+FIRST_COLUMNS = {"attributes.`Run Name`": 290, "runDateAndNestInfo": 130, "duration": 80}
+"""Which MLflow's table always has, by the names it has for them itself."""
+WIDTH = 160
 
 View = Mapping[str, Any]
 
@@ -93,7 +95,7 @@ def sweep_view(parent: str, keys: Sequence[str]) -> View:
     charts = [_bar("val/mAP"), _bar("test/mAP"), _line("val/mAP")]
     if keys:
         charts.insert(0, _parallel(keys, "val/mAP"))
-    columns = [*COLUMNS, *(f"params.`{key}`" for key in keys)]
+    columns = COLUMNS | {f"params.`{key}`": WIDTH for key in keys}
     order = {"orderByKey": "metrics.`val/mAP`", "orderByAsc": False}
     return _view(f"tags.`mlflow.parentRunId` = '{parent}'", charts, columns) | order
 
@@ -137,16 +139,16 @@ def comparison_page(config: Config, runs: Sequence[RunState], last_step: int | N
         return f"#/compare-runs?runs={listed}&experiments={experiments}"
 
 
-def _view(searched: str, charts: Sequence[View], columns: Sequence[str]) -> dict[str, Any]:
+def _view(searched: str, charts: Sequence[View], columns: Mapping[str, int]) -> dict[str, Any]:
     sections = [_section(RESULTS, display=True)]
     sections += [_section(name, display=False) for name in OTHER_SECTIONS]
     return {
         "searchFilter": searched,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
-        "selectedColumns": list(columns),
-        "columnOrder": [],
-        "columnWidths": {},
+        "selectedColumns": ["attributes.`Duration`", *columns],
+        "columnOrder": [*FIRST_COLUMNS, *columns],
+        "columnWidths": FIRST_COLUMNS | dict(columns),
         "runsHiddenMode": "FIRST_20_RUNS",
         "compareRunCharts": list(charts),
         "compareRunSections": sections,

@@ -26,15 +26,14 @@ from d3etr.tracking.figures.curves import (
 )
 from d3etr.tracking.figures.look import (
     Seen,
-    choose_images,
     largest_object,
     look_at,
     pixels_of,
-    spaced,
     truth_of,
 )
 from d3etr.tracking.figures.predictions import Scene, draw_predictions
 from d3etr.tracking.figures.style import DETECTORS, PLAIN, TEACHER, Array, save
+from d3etr.tracking.selection import choose_images, spaced
 from d3etr.training.context import SingleProcess
 from d3etr.training.evaluation import Evaluator
 from d3etr.training.journal import Record, read_journal
