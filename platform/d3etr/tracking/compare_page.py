@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def _results(comparison: Comparison, styles: Styles) -> str:
 
 def _curves(comparison: Comparison, styles: Styles) -> list[str]:
     curves = [_curve(group, style) for group, style in zip(comparison.groups, styles, strict=True)]
+    if not any(curve.points and not curve.level for curve in curves):
+        curves = [replace(curve, level=False) for curve in curves]
     drawn = [curve for curve in curves if curve.points]
     if not drawn:
         return ["<p>No run was measured on the validation split while it trained.</p>"]
