@@ -103,6 +103,8 @@ def run_sweep(
             if tracking is not None:
                 tell("sending results to MLflow")
                 tracking.finish(results, files)
+                for line in tracking.how_to_open():
+                    tell(line)
     except KeyboardInterrupt:
         if tracking is not None:
             tracking.interrupted()
