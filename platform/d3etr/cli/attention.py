@@ -82,7 +82,8 @@ def _views(config: Config, files: dict[str, Path], split_name: Any, count: int) 
     from d3etr.data.splits import open_split
     from d3etr.detectors.weights import load_weights
     from d3etr.tracking.figures.collect import object_view
-    from d3etr.tracking.figures.look import choose_images, look_at
+    from d3etr.tracking.figures.look import look_at
+    from d3etr.tracking.selection import choose_images
 
     split = open_split(config.data, split_name)
     records = choose_images(split, count)

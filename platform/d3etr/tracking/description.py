@@ -44,9 +44,14 @@ def run_name(config: Config) -> str:
 
     ``digits-plain`` becomes ``plain student · digits · seed 0``.
     """
+    return f"{recipe_name(config)} · seed {config.run.seed}"
+
+
+def recipe_name(config: Config) -> str:
+    """A run's name without its seed: ``plain student · digits``."""
     known = {*title(config).lower().split(), role(config), config.distillation.method}
     words = [word for word in re.split(r"[-_.]+", config.run.name) if word.lower() not in known]
-    return " · ".join([title(config), *filter(None, ["-".join(words)]), f"seed {config.run.seed}"])
+    return " · ".join([title(config), *filter(None, ["-".join(words)])])
 
 
 def colour(config: Config, run_dir: Path) -> str:

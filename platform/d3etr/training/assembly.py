@@ -82,7 +82,7 @@ def open_loader(config: Config, split: DetectionSplit, context: TrainContext) ->
         split,
         config.data,
         batch_size=config.optimisation.batch_size,
-        accumulation=config.optimisation.accumulation,
+        parts=config.micro_batches(context.world_size),
         rank=context.rank,
         world_size=context.world_size,
         seed=config.run.seed,

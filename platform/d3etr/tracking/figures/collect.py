@@ -26,15 +26,14 @@ from d3etr.tracking.figures.curves import (
 )
 from d3etr.tracking.figures.look import (
     Seen,
-    choose_images,
     largest_object,
     look_at,
     pixels_of,
-    spaced,
     truth_of,
 )
 from d3etr.tracking.figures.predictions import Scene, draw_predictions
 from d3etr.tracking.figures.style import DETECTORS, PLAIN, TEACHER, Array, save
+from d3etr.tracking.selection import choose_images, spaced
 from d3etr.training.context import SingleProcess
 from d3etr.training.evaluation import Evaluator
 from d3etr.training.journal import Record, read_journal
@@ -174,7 +173,7 @@ def _draw_history(config: Config, journal: Sequence[Record], own: str, folder: P
     levels = {"teacher": (taught[-1]["teacher/mAP"], TEACHER)} if taught else {}
     drawn = [save(draw_training([quality], levels), folder / "validation_mAP.png")]
     if config.distillation.matches_adaptively:
-        stable = Series(title(config), *_column(evaluations, "epoch", "matching/stability"), colour)
+        stable = Series(title(config), *_column(evaluations, "step", "matching/stability"), colour)
         drawn.append(save(draw_stability([stable]), folder / "matching_stability.png"))
     return drawn
 
