@@ -222,7 +222,7 @@ class Distiller(nn.Module):
         said = self._decode(images, taught)
         problems = self._problems(said, taught, targets)
         solved = dict(zip(problems, assign(list(problems.values())), strict=True))
-        losses = {}
+        losses: dict[str, Tensor] = {}
         for name, outputs in said.supervised.items():
             if name in solved:
                 truth = said.truth(name, targets)
