@@ -14,8 +14,10 @@ from d3etr.launch.console import open_display
 from d3etr.launch.driver import Launcher, OpenTracker, RunResult, Status, Tracker, drive
 from d3etr.launch.folder import RunFolder, folder_of
 from d3etr.launch.task import Task, train
+from d3etr.storage.reach import ensure_reachable
 from d3etr.tracking.address import without_secrets
 from d3etr.tracking.state import read_state
+from d3etr.training.inputs import remote_files, remote_folders
 from d3etr.training.journal import Record
 
 LauncherName = Literal["ray", "local", "torchrun"]
@@ -67,6 +69,8 @@ def launch(
         if torchrun_rank() != 0:
             join_rank_0(config, folder, task)
             return RunResult(folder.path, folder.result() or {}, folder.weights, None, True)
+    if folder.result() is None:
+        ensure_reachable(remote_files(config), remote_folders(config))
     return drive(
         config,
         folder,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.optim import AdamW
 
+from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.data.coco import DetectionSplit, require_same_categories
 from d3etr.data.loading import EpochLoader
+from d3etr.data.progress import Progress
 from d3etr.data.splits import open_split
 from d3etr.detectors.backbones import load_backbone_weights
 from d3etr.detectors.build import build_detector
@@ -17,9 +20,11 @@ from d3etr.detectors.conditional_detr import ConditionalDETR
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.distillation.distiller import Distiller
 from d3etr.errors import UserError
+from d3etr.storage.fetch import fetch_file, local_file
 from d3etr.training.context import TrainContext
 from d3etr.training.ema import WeightAverage
-from d3etr.training.inputs import weight_digests
+from d3etr.training.fetching import together
+from d3etr.training.inputs import remote_files, remote_folders, weight_digests
 from d3etr.training.optimiser import build_optimiser
 from d3etr.training.seeding import derive_seed, seed_generators
 from d3etr.training.teacher import check_same_classes, check_same_input
@@ -57,23 +62,47 @@ class Models:
     digests: dict[str, str]
 
 
-def open_splits(config: Config, context: TrainContext) -> Splits:
+def open_splits(config: Config, context: TrainContext, progress: Progress | None = None) -> Splits:
     """Open the run's image sets; worker 0 first, as it may have to make the embedded ones.
+
+    What URLs name is fetched before training, not when an image is first needed: a file that is
+    missing stops the run at its start, epochs take the same time, and a storage that goes away
+    costs nothing. The first worker of a machine fetches, the others find it in the cache.
+
+    Args:
+        config: the run.
+        context: the workers.
+        progress: told of what is fetched.
 
     Raises:
         UserError: anything is wrong with them, or they have different categories.
     """
-    if context.rank != 0:
-        context.barrier()
-    train = open_split(config.data, "train")
-    validation = open_split(config.data, "validation")
-    test = open_split(config.data, "test") if config.evaluation.test else None
-    if context.rank == 0:
-        context.barrier()
-    require_same_categories(train, validation)
-    if test is not None:
-        require_same_categories(train, test)
-    return Splits(train, validation, test)
+    if remote_files(config) or remote_folders(config):
+        splits = together(lambda: _fetch_and_read(config, progress), context)
+    else:
+        if context.rank != 0:
+            context.barrier()
+        splits = _read_splits(config)
+        if context.rank == 0:
+            context.barrier()
+    require_same_categories(splits.train, splits.validation)
+    if splits.test is not None:
+        require_same_categories(splits.train, splits.test)
+    return splits
+
+
+def _fetch_and_read(config: Config, progress: Progress | None) -> Splits:
+    for url in remote_files(config).values():
+        fetch_file(url, progress)
+    return _read_splits(config, progress)
+
+
+def _read_splits(config: Config, progress: Progress | None = None) -> Splits:
+    return Splits(
+        train=open_split(config.data, "train", progress),
+        validation=open_split(config.data, "validation", progress),
+        test=open_split(config.data, "test", progress) if config.evaluation.test else None,
+    )
 
 
 def open_loader(config: Config, split: DetectionSplit, context: TrainContext) -> EpochLoader:
@@ -136,8 +165,12 @@ def _build_student(config: Config, classes: int) -> ConditionalDETR:
     _require_start(config)
     _seed(config, "student")
     student = build_detector(config.student.detector, classes)
-    if config.student.backbone_weights is not None:
-        load_backbone_weights(student.backbone, config.student.backbone_weights)
+    weights = config.student.backbone_weights
+    if isinstance(weights, Url | Path):
+        with local_file(weights) as file:
+            load_backbone_weights(student.backbone, file)
+    elif weights is not None:
+        load_backbone_weights(student.backbone, weights)
     return student.train()
 
 
@@ -158,7 +191,8 @@ def _load_teacher(
 ) -> tuple[ConditionalDETR | None, WeightsInfo | None]:
     if config.teacher is None:
         return None, None
-    teacher, info = load_weights(config.teacher.weights)
+    with local_file(config.teacher.weights) as file:
+        teacher, info = load_weights(file)
     check_same_classes(info, config.teacher.weights, split)
     check_same_input(info, config.teacher.weights, config.data)
     return teacher.to(context.device).requires_grad_(False), info
