@@ -20,8 +20,7 @@ from d3etr.errors import UserError
 from d3etr.launch.folder import folder_of
 from d3etr.storage.cache import open_cache
 from d3etr.storage.fetch import local_file
-from d3etr.storage.reach import ensure_reachable
-from d3etr.training.inputs import remote_files, remote_folders
+from d3etr.training.inputs import ensure_inputs_answer, remote_files
 
 DIGIT_CLASSES = 10
 SHOWN_CHECKPOINTS = 4
@@ -61,7 +60,7 @@ def make_plan(config: Config) -> Plan:
     Raises:
         UserError: the training images or the teacher's weights would stop the run.
     """
-    ensure_reachable(remote_files(config), remote_folders(config))
+    ensure_inputs_answer([config])
     images, classes = _count(config.data)
     batch_size = config.optimisation.batch_size
     if images < batch_size:

@@ -14,10 +14,9 @@ from d3etr.launch.console import open_display
 from d3etr.launch.driver import Launcher, OpenTracker, RunResult, Status, Tracker, drive
 from d3etr.launch.folder import RunFolder, folder_of
 from d3etr.launch.task import Task, train
-from d3etr.storage.reach import ensure_reachable
 from d3etr.tracking.address import without_secrets
 from d3etr.tracking.state import read_state
-from d3etr.training.inputs import remote_files, remote_folders
+from d3etr.training.inputs import ensure_inputs_answer
 from d3etr.training.journal import Record
 
 LauncherName = Literal["ray", "local", "torchrun"]
@@ -70,7 +69,7 @@ def launch(
             join_rank_0(config, folder, task)
             return RunResult(folder.path, folder.result() or {}, folder.weights, None, True)
     if folder.result() is None:
-        ensure_reachable(remote_files(config), remote_folders(config))
+        ensure_inputs_answer([config])
     return drive(
         config,
         folder,

@@ -33,6 +33,7 @@ _NO_CREDENTIALS = {
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (401, 403)
+_NOT_FOUND = 404
 
 
 class MissingFileError(UserError):
@@ -53,13 +54,12 @@ def is_final(error: BaseException) -> bool:
     return not isinstance(explained(Url("any://"), error), UnreachableError)
 
 
-def explained(url: Url, error: BaseException, note: str = "") -> UserError:
+def explained(url: Url, error: BaseException) -> UserError:
     """What an exception of fsspec's, or of the package behind it, means to the user.
 
     Args:
         url: what was to be read.
         error: the exception; HTTP hides the true one behind a FileNotFoundError.
-        note: added to what is said about a file that is not there.
     """
     chain = list(_causes(error))
     if any(isinstance(one, UserError) for one in chain):
@@ -73,9 +73,16 @@ def explained(url: Url, error: BaseException, note: str = "") -> UserError:
             f"{url.shown}: access refused ({_said(chain)}). The credentials on this machine do "
             f"not give it, or there are none: {_keys(url)}"
         )
-    hidden = [one for one in chain[1:] if not isinstance(one, FileNotFoundError)]
-    if isinstance(error, FileNotFoundError) and (not hidden or status == 404):
-        return MissingFileError(f"{url.shown} does not exist{note}: check the URL")
+    if "NoSuchBucket" in names:
+        bucket = url.path.parts[0]
+        return MissingFileError(
+            f"{url.shown}: there is no bucket '{bucket}' where this machine looks: check the URL, "
+            "and AWS_ENDPOINT_URL if the store is not Amazon's"
+        )
+    # Over HTTP every failure looks like a missing file; its cause tells.
+    hidden = url.protocol in ("http", "https") and len(chain) > 1 and status != _NOT_FOUND
+    if isinstance(error, FileNotFoundError) and not hidden:
+        return MissingFileError(f"{url.shown} does not exist: check the URL")
     return UnreachableError(
         f"{url.shown} cannot be read ({_said(chain)}): check the URL, this machine's network, and "
         "the endpoint and credentials in its environment"

@@ -127,7 +127,9 @@ class Remote:
         folders = {name: posixpath.dirname(name) for name in dict.fromkeys(names)}
         if not folders:
             return
-        self._first_answer(next(iter(folders)))
+        first = next(iter(folders))
+        yield first, self._first_answer(first)
+        del folders[first]
         sizes = Counter(folders.values())
         listed = {f for f, count in sizes.items() if count >= LISTED_FROM and not self._over_http}
         for folder in sorted(listed):
@@ -183,15 +185,16 @@ class Remote:
             return self.url_of(name).text
         return self._root if self._single else f"{self._root.rstrip('/')}/{name}"
 
-    def _first_answer(self, name: str) -> None:
-        """Find out within the time limit whether the storage answers at all."""
+    def _first_answer(self, name: str) -> Stamp | None:
+        """A file's stamp; finds out within the time limit whether the storage answers at all."""
         try:
-            self.ensure_answer(name)
+            return self.ensure_answer(name)
         except MissingFileError:
             if not self._single and not self.folder_exists():
                 raise MissingFileError(
                     f"{self.url.shown} is no folder with files in it: check the URL"
                 ) from None
+            return None
 
     def _stamp(self, name: str) -> Stamp:
         with _explained(self.url_of(name)):

@@ -24,7 +24,12 @@ from d3etr.storage.fetch import fetch_file, local_file
 from d3etr.training.context import TrainContext
 from d3etr.training.ema import WeightAverage
 from d3etr.training.fetching import together
-from d3etr.training.inputs import remote_files, remote_folders, weight_digests
+from d3etr.training.inputs import (
+    ensure_same_everywhere,
+    remote_files,
+    remote_folders,
+    weight_digests,
+)
 from d3etr.training.optimiser import build_optimiser
 from d3etr.training.seeding import derive_seed, seed_generators
 from d3etr.training.teacher import check_same_classes, check_same_input
@@ -147,6 +152,8 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
     if config.optimisation.compile:
         for detector in (student, teacher):
             _compile(detector)
+    digests = _digests(config, splits)
+    ensure_same_everywhere(digests, context)
     # First, as it may freeze the backbone: what is frozen has no average and no gradient.
     optimiser = build_optimiser(distiller, student.backbone, config.optimisation)
     decay = config.optimisation.ema_decay
@@ -157,7 +164,7 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
         distiller,
         optimiser,
         None if decay is None else WeightAverage(student, decay),
-        _digests(config, splits),
+        digests,
     )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+import torch
 
 from d3etr.config.data import SplitConfig
 from d3etr.config.location import Url
@@ -14,6 +16,8 @@ from d3etr.detectors.weights import file_digest
 from d3etr.errors import UserError
 from d3etr.storage.fetch import fetch_file
 from d3etr.storage.problems import MissingFileError, UnreachableError
+from d3etr.storage.reach import ensure_reachable
+from d3etr.training.context import TrainContext
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,19 @@ def remote_folders(config: Config) -> dict[str, Url]:
     """The URLs of image folders that a run reads, by key."""
     places = {f"data.{name}.images": split.images for name, split in _splits(config)}
     return {key: place for key, place in places.items() if isinstance(place, Url)}
+
+
+def ensure_inputs_answer(configs: Iterable[Config]) -> None:
+    """Make sure, within seconds, that storage has what runs read; nothing is fetched.
+
+    Raises:
+        UserError: naming every URL that is not there or does not answer.
+    """
+    files, folders = set[tuple[str, Url]](), set[tuple[str, Url]]()
+    for config in configs:
+        files.update(remote_files(config).items())
+        folders.update(remote_folders(config).items())
+    ensure_reachable(files, folders)
 
 
 def _splits(config: Config) -> list[tuple[str, SplitConfig]]:
@@ -88,6 +105,35 @@ def ensure_same_inputs(before: Mapping[str, str], now: Mapping[str, str], run_di
             f"{' and '.join(changed)} {verb} not what the run in {run_dir} began with: its "
             "results would belong to neither. Put the old files back, or give the run another "
             "name (run.name) to start anew"
+        )
+
+
+def ensure_same_everywhere(digests: Mapping[str, str], context: TrainContext) -> None:
+    """Make sure that all workers read the same files: paths and caches are each machine's own.
+
+    Args:
+        digests: SHA-256 by name, hex, of what this worker reads; all workers have these names.
+        context: the workers.
+
+    Raises:
+        UserError: at rank 0, naming what differs.
+    """
+    names = sorted(digests)
+    # 15 hex digits fit into an int64.
+    ours = torch.tensor([[int(digests[name][:15], 16) for name in names]], device=context.device)
+    every = context.gather(ours)
+    if every is None:
+        return
+    differ = [
+        name
+        for name, column in zip(names, torch.cat(every).T, strict=True)
+        if column.unique().numel() > 1
+    ]
+    if differ:
+        raise UserError(
+            f"workers on different machines do not read the same files: {' and '.join(differ)} "
+            "differ. A path must lead to the same content on every machine; what a URL names "
+            "may have changed while machines fetched it: start the run again"
         )
 
 
