@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from d3etr.config.location import Url, parse_location
+from d3etr.config.location import Url, named_location
 from d3etr.data.images import load_image, to_rgb
 from d3etr.data.transforms import Sample, collate, preprocess
 from d3etr.detectors.conditional_detr import ConditionalDETR
@@ -182,18 +182,11 @@ def load(weights: str | Path | Url, device: str | torch.device | None = None) ->
     Raises:
         UserError: the file is missing, damaged or not d3etr's, or there is no such device.
     """
-    location = weights if isinstance(weights, Url | Path) else _location(weights)
+    location = weights if isinstance(weights, Url | Path) else named_location(weights)
     with local_file(location) as file:
         detector, info = load_weights(file)
     chosen = usable_device(device)
     return Predictor(detector.to(chosen), info, chosen)
-
-
-def _location(text: str) -> Url | Path:
-    try:
-        return parse_location(text)
-    except ValueError as error:
-        raise UserError(f"weights: {error}") from error
 
 
 def read_image(image: ImageLike) -> Image.Image:

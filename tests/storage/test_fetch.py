@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from file_server import FileServer, fetching
 
 from d3etr.config.location import Url
 from d3etr.errors import UserError
-from d3etr.storage import fetch, remote
+from d3etr.storage import remote
 from d3etr.storage.cache import sha256
 from d3etr.storage.fetch import fetch_file, fetch_folder, local_file
 from d3etr.storage.problems import MissingFileError, UnreachableError
@@ -104,18 +105,24 @@ def test_a_folder_is_looked_up_by_listing_or_one_by_one(
     assert fetched.path("below/3.bin").read_bytes() == bytes([3])
 
 
-def test_a_folder_is_not_looked_through_again_at_once(
-    server: FileServer, served: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = write(served, 3)
+def test_who_waited_for_another_does_not_ask_again(server: FileServer, served: Path) -> None:
+    names = write(served, 12)
+    server.delay = 0.05
+    together = threading.Barrier(4)
+
+    def fetch() -> None:
+        together.wait()
+        assert len(fetch_folder(Url(server.url), names).known) == 12
+
+    threads = [threading.Thread(target=fetch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.asked.total() == 2 * 12, "one HEAD and one GET each"
     fetch_folder(Url(server.url), names)
-    asked = server.asked.total()
-    fetch_folder(Url(server.url), names)
-    assert server.asked.total() == asked
-    monkeypatch.setattr(fetch, "TRUST_SECONDS", 0.0)
-    fetch_folder(Url(server.url), names)
-    assert server.asked.total() == asked + 3
-    assert server.fetched() == 3
+    assert server.asked.total() == 3 * 12
+    assert server.fetched() == 12
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut off", "removed"])
@@ -147,6 +154,7 @@ def test_a_copy_that_was_only_touched_is_read_and_kept(
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_processes_that_ask_at_once_fetch_once(
     server: FileServer, served: Path, cache: Path
 ) -> None:
@@ -159,8 +167,9 @@ def test_processes_that_ask_at_once_fetch_once(
     assert server.fetched() == 20
 
 
+@pytest.mark.slow
 def test_a_fetch_that_was_killed_goes_on_where_it_was(
-    server: FileServer, served: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    server: FileServer, served: Path, cache: Path
 ) -> None:
     names = write(served, 60, size=4000)
     server.delay = 0.1
@@ -195,10 +204,7 @@ def test_a_torn_index_loses_only_its_last_line(
     assert server.fetched() == 3
 
 
-def test_an_index_does_not_grow_without_end(
-    memory: fsspec.AbstractFileSystem, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fetch, "TRUST_SECONDS", 0.0)
+def test_an_index_does_not_grow_without_end(memory: fsspec.AbstractFileSystem, cache: Path) -> None:
     memory.pipe("/place/a.bin", b"a")
     first = fetch_folder(Url("memory://place"), ["a.bin"])
     for _ in range(80):

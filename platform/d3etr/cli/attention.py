@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d3etr.cli.command import Command, add_json, location, positive, print_json
+from d3etr.cli.command import Command, add_json, positive, print_json
 from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
 
@@ -70,6 +70,8 @@ def _run(options: Namespace) -> int:
 
 def _detectors(config: Config, weights: Path, others: list[str]) -> dict[str, Url | Path]:
     """Name -> weights file: the run's teacher, the run itself, and what was asked for."""
+    from d3etr.config.location import named_location
+
     files: dict[str, Url | Path] = {}
     if config.teacher is not None:
         files["Teacher"] = config.teacher.weights
@@ -78,7 +80,7 @@ def _detectors(config: Config, weights: Path, others: list[str]) -> dict[str, Ur
         name, equals, place = other.partition("=")
         if not equals or not name or not place:
             raise UserError(f"--with {other!r}: expected NAME=WEIGHTS")
-        files[name] = location(place)
+        files[name] = named_location(place)
     return files
 
 

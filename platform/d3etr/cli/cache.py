@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 
-from d3etr.cli.command import Command, add_json, location, print_json
+from d3etr.cli.command import Command, add_json, print_json
 from d3etr.errors import UserError
 
 EVERYTHING = "everything"
@@ -51,11 +51,11 @@ def _list(options: Namespace) -> int:
 
 
 def _clear(options: Namespace) -> int:
-    from d3etr.config.location import Url
+    from d3etr.config.location import Url, named_location
     from d3etr.storage.cache import megabytes, open_cache
     from d3etr.storage.inventory import clear
 
-    url = None if options.clear == EVERYTHING else location(options.clear)
+    url = None if options.clear == EVERYTHING else named_location(options.clear)
     if url is not None and not isinstance(url, Url):
         raise UserError(f"--clear {url}: expected a URL that 'd3etr cache' lists, or {EVERYTHING}")
     freed = clear(open_cache(), url)

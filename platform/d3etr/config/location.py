@@ -11,6 +11,8 @@ from urllib.parse import unquote, urlsplit
 from pydantic import PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from d3etr.errors import UserError
+
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # One letter and a colon is a Windows drive.
 _TORN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
@@ -66,6 +68,18 @@ def parse_location(text: str) -> Url | Path:
     if not text.partition("://")[2].strip("/"):
         raise ValueError(f"found '{text}', expected a host or bucket and a path after it")
     return url
+
+
+def named_location(text: str) -> Url | Path:
+    """``parse_location`` for what a user named outside of a recipe.
+
+    Raises:
+        UserError: see ``parse_location``.
+    """
+    try:
+        return parse_location(text)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _from_recipe(value: object) -> Url | Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 Tell: TypeAlias = Callable[[str, int, int], None]
 """Takes what is being done, how much of it is done, and how much there is."""
-TRUST_SECONDS = 300.0
-"""A folder is not looked through again so soon: several workers and trials ask for the same one."""
 _MEGABYTE = 10**6
 
 
@@ -98,15 +97,16 @@ def fetch_folder(url: Url, names: Iterable[str], tell: Tell | None = None) -> Fe
 
 
 def _fetch(url: Url, names: Sequence[str], tell: Tell | None, *, single: bool) -> Fetched:
-    cache = open_cache()
+    cache, begun = open_cache(), time.time()
     with clear_cache_errors(cache):
         cache.make()
         lock = cache.index(url).with_suffix(".lock")
         with locked(lock, lambda: _say_waiting(url, tell)):
             index = Index(cache, url)
             cache.remove_partials(index.file)
-            trusted = not single and index.seconds_since_check(names) < TRUST_SECONDS
-            if not (trusted and all(index.intact(name) for name in names)):
+            # While this process waited, another one may have done all there is to do.
+            done = index.checked_at(names) >= begun
+            if not (done and all(index.intact(name) for name in names)):
                 names = _update(index, names, tell, single=single)
     return Fetched(cache, {name: index.known[name] for name in names})
 

@@ -53,16 +53,18 @@ class Index:
         self.file = cache.index(url)
         self.known: dict[str, Known] = {}
         """By name."""
-        self._checked: tuple[float, str] = (0.0, "")
+        self._checked: dict[str, float] = {}
         self._lines = 0
         for record in read_records(self.file):
             self._lines += 1
             self._take(record)
 
-    def seconds_since_check(self, names: Iterable[str]) -> float:
-        """How long ago the storage was asked about exactly these names and had them all."""
-        moment, which = self._checked
-        return time.time() - moment if which == _digest_of(names) else float("inf")
+    def checked_at(self, names: Iterable[str]) -> float:
+        """When the storage was last asked about exactly these names, and had them all.
+
+        In seconds of ``time.time``; 0 for never.
+        """
+        return self._checked.get(_digest_of(names), 0.0)
 
     def add(self, name: str, known: Known) -> None:
         """Note a file that is complete."""
@@ -79,9 +81,10 @@ class Index:
 
     def note_check(self, names: Iterable[str]) -> None:
         """Note that the storage has all of these as they are here."""
-        self._checked = (time.time(), _digest_of(names))
-        self._append({"checked": self._checked[0], "names": self._checked[1]})
-        if self._lines > 2 * len(self.known) + _SPARE_LINES:
+        which = _digest_of(names)
+        self._checked[which] = time.time()
+        self._append({"checked": self._checked[which], "names": which})
+        if self._lines > 2 * (len(self.known) + len(self._checked)) + _SPARE_LINES:
             self._rewrite()
 
     def intact(self, name: str) -> bool:
@@ -115,7 +118,7 @@ class Index:
 
     def _take(self, record: dict[str, Any]) -> None:
         if "checked" in record:
-            self._checked = (float(record["checked"]), str(record["names"]))
+            self._checked[str(record["names"])] = float(record["checked"])
         elif "name" in record:
             stamp = Stamp(record["size"], record["mark"])
             self.known[record["name"]] = Known(stamp, record["digest"], Seal(*record["seal"]))
@@ -138,7 +141,8 @@ class Index:
         self._lines = 0
         for name, one in known.items():
             self.add(name, one)
-        self._append({"checked": self._checked[0], "names": self._checked[1]})
+        for which, moment in self._checked.items():
+            self._append({"checked": moment, "names": which})
         os.replace(self.file, self.cache.index(self.url))
         self.file = self.cache.index(self.url)
 
