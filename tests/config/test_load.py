@@ -172,6 +172,15 @@ def test_the_digest_changes_with_what_changes_results(change: str) -> None:
     assert config_digest(minimal(change)) != config_digest(minimal())
 
 
+def test_the_digest_knows_no_defaults() -> None:
+    """So that a setting which a later version adds leaves it as it is."""
+    config = minimal()
+    told_apart = set(config.student.detector.model_dump(exclude_defaults=True))
+    assert "heads" not in told_apart
+    spelled_out = minimal("student.detector.heads=8", "optimisation.clip_norm=0.1")
+    assert config_digest(spelled_out) == config_digest(config)
+
+
 def test_the_digest_is_eight_hex_digits() -> None:
     digest = config_digest(minimal())
     assert len(digest) == 8

@@ -60,6 +60,10 @@ class DetectorConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     box_size_bias: float = 0.0
     """Initial bias of the width and height logits of the box head; negative starts small."""
+    first_looks: Literal["anywhere", "reference"] = "anywhere"
+    """Where untrained cross-attention looks. anywhere: random projections, the official code's.
+    reference: around each query's reference point (our choice), which spares small data sets the
+    steps that it takes to find out."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:

@@ -121,14 +121,35 @@ def plain_tree(config: Section) -> Tree:
 
 
 def config_digest(config: Config) -> str:
-    """8 hex digits over everything that changes a run's results."""
-    tree: dict[str, Any] = plain_tree(config)
+    """8 hex digits over everything that changes a run's results.
+
+    Values that are the default's are left out: a setting that a later version adds does not turn
+    the runs of before into others.
+    """
+    tree: dict[str, Any] = _told_apart(config)
     kept = {
         section: _without(value, WITHOUT_INFLUENCE.get(section, frozenset()))
         for section, value in tree.items()
         if section not in SECTIONS_WITHOUT_INFLUENCE
     }
+    # What is left of a section may be nothing: then it is as if it were not there.
+    kept = {section: value for section, value in kept.items() if value != {}}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _told_apart(config: Section) -> Tree:
+    """The values in effect that are not the defaults."""
+    tree = plain_tree(config)
+    fields = type(config).model_fields
+    for name in list(tree):
+        value, default = getattr(config, name), fields[name].default
+        if isinstance(value, Section):
+            tree[name] = _told_apart(value)
+            if not tree[name] and isinstance(default, Section):
+                del tree[name]
+        elif not fields[name].is_required() and value == default:
+            del tree[name]
+    return tree
 
 
 def _without(section: Any, keys: frozenset[str]) -> Any:

@@ -44,7 +44,7 @@ class OptimisationConfig(Section):
     batch_size: Positive = 16
     """Images per optimiser step over all workers and accumulated micro-batches."""
     accumulation: Positive = 1
-    """Micro-batches per optimiser step on each worker."""
+    """Micro-batches per optimiser step on each worker, while all workers are there."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     backbone_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
     weight_decay: Weight = 1e-4

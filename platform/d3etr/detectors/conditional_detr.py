@@ -16,6 +16,7 @@ from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.conditional_decoder import AttentionScores, ConditionalDecoder
 from d3etr.detectors.encoder import Encoder
+from d3etr.detectors.first_looks import look_at_references
 from d3etr.detectors.initialisation import initialise_heads, initialise_transformer
 from d3etr.detectors.layers import MLP
 from d3etr.detectors.position import SineEncoding
@@ -53,6 +54,8 @@ class ConditionalDETR(nn.Module):
         for part in (self.encoder, self.decoder, self.ref_point_head):
             initialise_transformer(part)
         initialise_heads(self.class_head, self.box_head, config.box_size_bias)
+        if config.first_looks == "reference":
+            look_at_references(self.decoder)
 
     def encode(self, images: ImageBatch) -> Memory:
         """Run backbone and encoder.

@@ -82,8 +82,11 @@ def open_splits(config: Config, context: TrainContext, progress: Progress | None
     Raises:
         UserError: anything is wrong with them, or they have different categories.
     """
-    if remote_files(config) or remote_folders(config):
-        splits = together(lambda: _fetch_and_read(config, progress), context)
+    files, folders = remote_files(config), remote_folders(config)
+    if files:
+        together(lambda: [fetch_file(url, progress) for url in files.values()], context)
+    if folders:
+        splits = together(lambda: _read_splits(config, progress), context)
     else:
         if context.rank != 0:
             context.barrier()
@@ -94,12 +97,6 @@ def open_splits(config: Config, context: TrainContext, progress: Progress | None
     if splits.test is not None:
         require_same_categories(splits.train, splits.test)
     return splits
-
-
-def _fetch_and_read(config: Config, progress: Progress | None) -> Splits:
-    for url in remote_files(config).values():
-        fetch_file(url, progress)
-    return _read_splits(config, progress)
 
 
 def _read_splits(config: Config, progress: Progress | None = None) -> Splits:
@@ -116,7 +113,7 @@ def open_loader(config: Config, split: DetectionSplit, context: TrainContext) ->
         split,
         config.data,
         batch_size=config.optimisation.batch_size,
-        accumulation=config.optimisation.accumulation,
+        parts=config.micro_batches(context.world_size),
         rank=context.rank,
         world_size=context.world_size,
         seed=config.run.seed,

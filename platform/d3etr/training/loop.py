@@ -82,6 +82,7 @@ class TrainingLoop:
             if saves and progress.step < last:
                 self._log.pause_clock()
                 self._save(progress)
+                self._context.saved()
                 self._log.resume_clock()
         self._log.write(progress.step)
 
@@ -97,9 +98,12 @@ class TrainingLoop:
         if ends or done % self._config.evaluation.every_epochs == 0:
             mAP = self._examination.examine(progress.step, done)
             metrics |= {} if mAP is None else {"val/mAP": mAP}
-        if ends or done % self._config.run.checkpoint_every_epochs == 0:
+        saves = ends or done % self._config.run.checkpoint_every_epochs == 0
+        if saves:
             self._save(progress)
         self._context.report(metrics)
+        if saves and not ends:
+            self._context.saved()
 
     def _save(self, progress: Progress) -> None:
         if self._context.rank != 0:

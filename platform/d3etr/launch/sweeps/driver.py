@@ -128,8 +128,13 @@ def trials_at_a_time(sweep: SweepConfig, demand: Demand, nodes: Sequence[Node]) 
     """How many trials the cluster has room for, at most what the sweep wants.
 
     Raises:
-        UserError: there is no room for one.
+        UserError: there is no room for one, or trials would take each other's room.
     """
+    if demand.elastic:
+        raise UserError(
+            "cluster.minimum_workers is for single runs: trials of a sweep that grew would take "
+            "the room of others. Leave it out; a lost worker or node is replaced within its trial"
+        )
     ensure_room(demand, nodes)
     fitting = room(nodes, demand.cpus, demand.gpus) // demand.workers
     if sweep.search.method == "population" and demand.workers > 1 and fitting < sweep.search.trials:
