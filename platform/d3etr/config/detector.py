@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from d3etr.config.base import Section
-from d3etr.config.data import FilePath
+from d3etr.config.location import Location
 from d3etr.config.training import PretrainingConfig
 
 Positive = Annotated[int, Field(ge=1)]
@@ -128,10 +128,10 @@ class StudentConfig(Section):
 
     detector: DetectorConfig = DetectorConfig()
     backbone_weights: Annotated[
-        Literal["imagenet"] | FilePath | None, Field(union_mode="left_to_right")
+        Literal["imagenet"] | Location | None, Field(union_mode="left_to_right")
     ] = None
-    """Where the backbone starts: torchvision's ImageNet weights, a file that
-    ``d3etr pretrain-backbone`` wrote, or None for random numbers."""
+    """Where the backbone starts: torchvision's ImageNet weights, a file (or its URL)
+    that ``d3etr pretrain-backbone`` wrote, or None for random numbers."""
     pretraining: PretrainingConfig = PretrainingConfig()
     """How ``d3etr pretrain-backbone`` makes that file; training does not look at it."""
 
@@ -139,8 +139,8 @@ class StudentConfig(Section):
 class TeacherConfig(Section):
     """The frozen detector that teaches."""
 
-    weights: FilePath
-    """A d3etr weights file; its architecture is read from the file."""
+    weights: Location
+    """A d3etr weights file, or its URL; its architecture is read from the file."""
     minimum_mAP: Annotated[float, Field(ge=0, le=1)] = 0.0
     """A teacher below this on the validation split stops the run before it starts."""
     evaluation: Literal["verify", "measure"] = "verify"

@@ -92,7 +92,9 @@ def _mlflow_commands(runs: list[DemoRun], python: str) -> list[str]:
 def _a_picture(run: DemoRun) -> str:
     scenes = run.config.data.digit_scenes
     assert scenes is not None
-    return _shown_path(min(write_digit_scenes(scenes)["test"].images.iterdir()))
+    images = write_digit_scenes(scenes)["test"].images
+    assert isinstance(images, Path)
+    return _shown_path(min(images.iterdir()))
 
 
 def _shown_path(path: Path) -> str:

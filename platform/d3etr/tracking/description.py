@@ -14,6 +14,7 @@ from typing import Any
 
 import d3etr
 from d3etr.config.detector import DetectorConfig
+from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.tracking.address import without_secrets
 from d3etr.tracking.state import read_state
@@ -96,6 +97,8 @@ def teacher_tags(config: Config) -> dict[str, str]:
         return {}
     weights = config.teacher.weights
     found = {"teacher_weights": weights.name}
+    if isinstance(weights, Url):
+        return found
     state = read_state(weights.parent)
     if state is not None:
         found |= {"teacher_weights": weights.parent.name, "teacher_run": state.run_id}
@@ -112,7 +115,9 @@ def note(config: Config, run_dir: Path) -> str:
         f"{detector.queries} queries."
     ]
     if config.teacher is not None:
-        lines.append(f"Taught by `{config.teacher.weights}`: {_what_is_distilled(config)}.")
+        weights = config.teacher.weights
+        place = weights.shown if isinstance(weights, Url) else weights
+        lines.append(f"Taught by `{place}`: {_what_is_distilled(config)}.")
     lines.append(f"Run folder: `{run_dir.resolve()}`")
     return "\n\n".join(lines)
 

@@ -32,6 +32,7 @@ from d3etr.launch.sweeps.outcome import State, TrialResult, best, read_summary
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.search import METRIC, MODE, parameters, scheduler, searcher
 from d3etr.launch.sweeps.trials import Trial
+from d3etr.training.inputs import ensure_inputs_answer
 
 TUNE_SETTINGS = {
     # Ctrl-C is the driver's to handle; Tune would save and go on to the results.
@@ -92,6 +93,7 @@ def run_sweep(
         UserError: something that the user can fix.
         SweepInterrupted: Ctrl-C or a termination signal.
     """
+    ensure_inputs_answer(plan.config(trial) for trial in plan.examples())
     plan.folder.mkdir(parents=True, exist_ok=True)
     tracking: SweepTracking | None = None
     try:

@@ -16,6 +16,7 @@ from d3etr.data.coco import DetectionSplit, ImageRecord
 from d3etr.data.splits import open_split
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import load_weights
+from d3etr.storage.fetch import local_file
 from d3etr.tracking.description import role, title
 from d3etr.tracking.figures.attention import ObjectView, draw_attention
 from d3etr.tracking.figures.curves import (
@@ -65,10 +66,11 @@ def draw_figures(
         UserError: weights or data cannot be read.
     """
     own = "Teacher" if role(config) == "teacher" else "Student"
-    files = {own: run_dir / "weights.safetensors"}
+    detectors = {}
     if config.teacher is not None:
-        files = {"Teacher": config.teacher.weights} | files
-    detectors = {name: load_weights(path)[0] for name, path in files.items()}
+        with local_file(config.teacher.weights) as file:
+            detectors["Teacher"] = load_weights(file)[0]
+    detectors[own] = load_weights(run_dir / "weights.safetensors")[0]
     more = {name: load_weights(path)[0] for name, path in (others or {}).items()}
     split = open_split(config.data, SPLIT)
     journal = read_journal(run_dir / "journal.jsonl")
