@@ -65,8 +65,8 @@ def next_steps(runs: list[DemoRun]) -> str:
         *_mlflow_commands(runs, python),
         "Detect digits on a picture, drawn into predictions/:",
         f"  {python} -m d3etr predict {weights} {_a_picture(runs[-1])} --output predictions",
-        "Compare the runs here, setting by setting and class by class:",
-        f"  {python} -m d3etr compare {folders}",
+        "Compare the runs here; the page adds curves and what each detects on the same images:",
+        f"  {python} -m d3etr compare {folders} --html comparison.html",
         OWN_DATA.format(python=python),
     ]
     return "\n".join(parts)
