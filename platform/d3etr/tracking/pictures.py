@@ -161,7 +161,7 @@ def _open(data: DataConfig, name: Literal["validation", "test"]) -> DetectionSpl
     else:
         folder = scenes_folder(data.digit_scenes)
         place = split_paths(folder)[name]
-        if not place.annotations.is_file():
+        if not Path(str(place.annotations)).is_file():
             raise UserError(
                 f"the digit scenes are not in {folder}; d3etr render-digit-scenes makes them"
             )
