@@ -147,9 +147,11 @@ def test_recipes_of_one_name_are_told_apart_by_what_differs(
     for seed, steps in ((7, 20), (8, 30)):
         config = make_config("a", seed, optimisation={"steps": steps, "weight_decay": 0.01})
         write_run(config, 0.3)
-    labels = [group.label for group in compare(["a"], tmp_path / "runs").groups]
+    comparison = compare(["a"], tmp_path / "runs")
+    labels = [group.label for group in comparison.groups]
     assert labels[0] == "plain student · a, weight_decay=0.0001"
     assert labels[1:] == ["plain student · a", "plain student · a, steps=30"]
+    assert comparison.baseline is comparison.groups[1], "the usual one, not the first"
 
 
 def test_labels_are_distinct_whatever_differs() -> None:
@@ -157,7 +159,7 @@ def test_labels_are_distinct_whatever_differs() -> None:
     assert distinct_labels(["x", "x"], measured, ["x-1", "x-2"]) == ["x", "x, every_epochs=5"]
     assert distinct_labels(["x", "x"], [{}, {}], ["x-1", "x-2"]) == ["x (x-1)", "x (x-2)"]
     many = [{}, {}, {"a.b": "1", "a.c": "y" * 30}]
-    assert distinct_labels(["x"] * 3, many, ["1", "2", "3"])[2] == "x, b=1, ..."
+    assert distinct_labels(["x"] * 3, many, ["1", "2", "3"])[2] == "x, b=1, \N{HORIZONTAL ELLIPSIS}"
     assert distinct_labels(["x", "y"], [{}, {"a": "1"}], ["1", "2"]) == ["x", "y"]
 
 

@@ -109,7 +109,7 @@ class Comparison:
 
     Attributes:
         groups: in the order asked for.
-        baseline: what gains are measured against: the first plain student, else the first group.
+        baseline: what gains are measured against: the plain student, else the first group.
         split: "test" where every run was measured on it, else "validation".
     """
 
@@ -220,8 +220,14 @@ def compare(runs: Sequence[str | Path], output_root: Path) -> Comparison:
     groups = tuple(
         RunGroup(runs, prefix, label) for runs, label in zip(members, labels, strict=True)
     )
+    return Comparison(groups, _baseline(groups), "test" if tested else "validation")
+
+
+def _baseline(groups: Sequence[RunGroup]) -> RunGroup:
+    """The first plain student; of several variants the one that is named without an addition."""
     plain = [group for group in groups if group.title == "plain student"]
-    return Comparison(groups, (plain or groups)[0], "test" if tested else "validation")
+    usual = [group for group in plain if group.label == recipe_name(group.runs[0].config)]
+    return [*usual, *plain, *groups][0]
 
 
 def _spread(values: Sequence[float]) -> Spread | None:

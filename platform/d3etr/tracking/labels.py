@@ -57,7 +57,7 @@ def _unusual(settings: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 
 def _named(values: Mapping[str, str]) -> list[str]:
     named = [f"{key.rpartition('.')[2]}={_short(value)}" for key, value in values.items()]
-    return named if len(named) <= MOST_KEYS else [*named[:MOST_KEYS], "..."]
+    return named if len(named) <= MOST_KEYS else [*named[:MOST_KEYS], "\N{HORIZONTAL ELLIPSIS}"]
 
 
 def _short(value: str) -> str:

@@ -89,7 +89,8 @@ def _grid(frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> 
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     for step in (tick for tick in x_ticks if tick <= frame.last):
         x, y = frame.x(step), bottom + 16
-        parts.append(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{step:,.0f}</text>')
+        anchor = "middle" if x < right - 12 else "end"  # the last would be cut off
+        parts.append(f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}">{step:,.0f}</text>')
     middle = (LEFT + right) / 2
     parts.append(
         f'<text x="{middle}" y="{frame.height - 6}" text-anchor="middle">optimiser step</text>'

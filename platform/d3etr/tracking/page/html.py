@@ -87,7 +87,7 @@ def note(text: str) -> str:
 
 def breakable(text: str) -> str:
     """Escaped; long dotted keys and paths may break where a person would break them."""
-    if len(text) <= LONGEST_WORD:
+    if len(text) <= LONGEST_WORD or " " in text:
         return escape(text)
     return re.sub(r"(?<=\w)([._/])(?=\w)", r"\1<wbr>", escape(text))
 

@@ -69,7 +69,7 @@ th, td {{ padding: .35rem .8rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); font-weight: normal; }}
 thead th {{ font-weight: 600; color: var(--quiet); vertical-align: bottom; }}
 th:first-child {{ text-align: left; padding-left: 0; position: sticky; left: 0;
-  background: var(--ground); max-width: 60vw; }}
+  background: var(--ground); max-width: 50vw; white-space: normal; }}
 td.best {{ font-weight: 700; }}
 td.bar {{ background: linear-gradient(to right, color-mix(in srgb, var(--c) 26%, transparent)
   calc(var(--v) * 1%), transparent 0); border-left: .5rem solid var(--ground); min-width: 7rem; }}
@@ -102,8 +102,8 @@ details {{ margin: .6rem 0; }} summary {{ cursor: pointer; color: var(--quiet); 
   background: var(--panel); max-height: 26rem; }}
 .sharp {{ image-rendering: pixelated; }}
 .box {{ fill: none; vector-effect: non-scaling-stroke; stroke-width: 2; }}
-.rim {{ stroke: #fff; stroke-width: 4.5; opacity: .75; }}
-.right, .truth {{ stroke: #00d79a; }} .wrong {{ stroke: #ff3b30; stroke-dasharray: 5 3; }}
+.rim {{ stroke: #111; stroke-width: 4.5; opacity: .7; }}
+.right, .truth {{ stroke: #5dffc0; }} .wrong {{ stroke: #ff6b5e; stroke-dasharray: 5 3; }}
 .panel svg text {{ fill: #fff; stroke: #111; stroke-width: .22em; paint-order: stroke;
   font-weight: 600; }}
 .absent {{ display: grid; place-items: center; aspect-ratio: 1; background: var(--panel);
