@@ -65,7 +65,7 @@ def test_a_look_is_the_attention_of_the_query_with_the_best_score_on_the_object(
     look = seen.look(label, box)
     assert look is not None and look.score == pytest.approx(1 / (1 + np.exp(-2.0)))
     assert look.box_xyxy == pytest.approx(box, abs=1e-3)
-    expected = seen.outputs.cross_attention[-1, 0, :, 3].mean(0).reshape(seen.outputs.grid)
+    expected = seen.outputs.cross_attention[-1, 0, :, 3].mean(0).reshape(seen.outputs.levels[0])
     assert look.attention == pytest.approx(expected.numpy())
     assert look.attention.sum() == pytest.approx(1.0)
     assert seen.look((label + 1) % 10, box + 1000.0) is None
