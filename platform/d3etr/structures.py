@@ -140,6 +140,7 @@ class DecoderOutputs:
         cross_attention_scores: [L, B, H, N, S]; None unless asked for.
         levels: the grids of the memory that S runs over.
         padding: [B, S] bool, True under padding, or None.
+        exclusive: an object has one class: the probabilities of all classes sum to 1 at most.
     """
 
     logits: Tensor
@@ -148,6 +149,7 @@ class DecoderOutputs:
     cross_attention_scores: Tensor | None = None
     levels: Levels = ()
     padding: Tensor | None = None
+    exclusive: bool = False
 
     @property
     def self_attention(self) -> Tensor:

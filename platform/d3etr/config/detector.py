@@ -67,6 +67,12 @@ class DetectorConfig(Section):
     which spares small data sets the steps that it takes to find out."""
     classification: Literal["sigmoid", "softmax"] = "sigmoid"
     """softmax: over classes and "no object", the official DETR's; ``detr`` only."""
+    unused_outputs: Annotated[int, Field(ge=0)] = 0
+    """With softmax only: outputs that take part in it and are no class; imported weights have
+    them where ids of COCO's list belong to no category."""
+    grid_temperature: Annotated[float, Field(gt=0)] = 20.0
+    """``dab_detr`` only: longest period of the position encoding of grid cells; one of the
+    official detectors has 10."""
     levels: Positive = 4
     """``deformable_detr`` only: feature levels; up to three are the backbone's last stages,
     each further one halves the resolution again."""
@@ -94,6 +100,8 @@ class DetectorConfig(Section):
         multi_scale = ("levels", "points", "box_refinement", "two_stage")
         owners = {
             "classification": "detr",
+            "unused_outputs": "detr",
+            "grid_temperature": "dab_detr",
             "first_looks": "conditional_detr",
             **dict.fromkeys(multi_scale, "deformable_detr"),
         }
@@ -103,6 +111,8 @@ class DetectorConfig(Section):
                 raise ValueError(
                     f"{key} has no effect on detector '{self.name}', only on '{owner}'"
                 )
+        if self.unused_outputs and self.classification != "softmax":
+            raise ValueError("unused_outputs has no effect without classification 'softmax'")
         if self.two_stage and not self.box_refinement:
             raise ValueError("two_stage needs box_refinement: set it to true, as in the paper")
         if self.name == "deformable_detr" and self.width % 32:

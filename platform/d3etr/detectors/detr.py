@@ -6,6 +6,7 @@ Shapes: B images · L decoder layers · N queries · C classes · S memory token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,8 @@ class DETR(SingleScaleDetector):
         self.decoder_norm = nn.LayerNorm(width)
         self.query_embedding = nn.Embedding(config.queries, width)
         self.exclusive = config.classification == "softmax"
-        self.class_head = nn.Linear(width, classes + self.exclusive)
+        others = config.unused_outputs + self.exclusive
+        self.class_head = nn.Linear(width, classes + others)
         self.box_head = MLP((width, width, width, 4))
         for part in (self.encoder, self.decoder):
             initialise_transformer(part)
@@ -121,5 +123,7 @@ class DETR(SingleScaleDetector):
         normed = self.decoder_norm(torch.stack(states))
         logits = self.class_head(normed).float()
         if self.exclusive:
-            logits = sigmoid_logits(logits)
-        return split_groups(memory, sizes, logits, predict_boxes(self.box_head, normed), scores)
+            logits = sigmoid_logits(logits, self.classes)
+        boxes = predict_boxes(self.box_head, normed)
+        groups_outputs = split_groups(memory, sizes, logits, boxes, scores)
+        return [replace(outputs, exclusive=self.exclusive) for outputs in groups_outputs]
