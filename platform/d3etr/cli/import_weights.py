@@ -39,6 +39,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
         action=BooleanOptionalAction,
         help="whether the backbone's last stage is dilated (DC5), where nothing says",
     )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="of DAB-DETR's position encoding, where nothing says (20; official R50-DC5: 10)",
+    )
     add_json(parser)
 
 
@@ -50,7 +56,7 @@ def _run(options: Namespace) -> int:
     if options.categories is not None:
         known = read_annotations(options.categories).categories
         categories = tuple((category.id, category.name) for category in known)
-    said = Said(options.heads, options.dilation, categories)
+    said = Said(options.heads, options.dilation, options.temperature, categories)
     imported = import_weights(options.source, options.target, said)
     if options.json:
         print_json(imported.as_dict())

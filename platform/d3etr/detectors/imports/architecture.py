@@ -112,7 +112,9 @@ def _assumptions(name: str, unseen: Unseen) -> list[str]:
             "one, import it with --dilation, or its detections will be wrong"
         )
     if name == "dab_detr" and unseen.temperature is None:
-        notes.append("the position encoding's temperature cannot be seen: assumed 20")
+        notes.append(
+            "the position encoding's temperature cannot be seen: assumed 20 (--temperature)"
+        )
     return notes
 
 

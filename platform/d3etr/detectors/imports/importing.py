@@ -18,7 +18,13 @@ from d3etr.detectors.imports import official, reading
 from d3etr.detectors.imports.architecture import infer_backbone, infer_detector
 from d3etr.detectors.imports.categories import choose_rows, slots_of
 from d3etr.detectors.imports.reading import Found
-from d3etr.detectors.imports.sources import Said, TheirDetector, from_checkpoint, from_folder
+from d3etr.detectors.imports.sources import (
+    UNSEEN,
+    Said,
+    TheirDetector,
+    from_checkpoint,
+    from_folder,
+)
 from d3etr.detectors.tensor_files import file_digest, load_strictly, write_tensors
 from d3etr.detectors.weights import WeightsInfo, load_weights, save_weights
 from d3etr.errors import UserError
@@ -148,7 +154,7 @@ def _outputs(source: Path, tensors: Mapping[str, Tensor]) -> int:
 
 def _import_backbone(source: Path, target: Path, said: Said, found: Found) -> Imported:
     """A torchvision ResNet's file as ``student.backbone_weights`` takes it."""
-    said.refuse(source, "it is a backbone", "heads", "dilation", "categories")
+    said.refuse(source, "it is a backbone", *UNSEEN, "categories")
     name = infer_backbone(found.tensors)
     backbone = BackboneConfig.model_validate({"name": name})
     tensors = {
@@ -178,7 +184,7 @@ def _copy_ours(source: Path, target: Path, said: Said) -> Imported:
     if (source.parent / reading.CONFIG).is_file():
         folder = source.parent
         raise UserError(f"{source}: part of a folder of Hugging Face's: give the folder, {folder}")
-    said.refuse(source, "a file of d3etr says all of it", "heads", "dilation", "categories")
+    said.refuse(source, "a file of d3etr says all of it", *UNSEEN, "categories")
     detector, info = load_weights(source)
     save_weights(target, detector, info)
     notes = ["checked and copied; it could be used as it is"]

@@ -16,6 +16,9 @@ from d3etr.detectors.imports.categories import Categories
 from d3etr.detectors.imports.reading import Found
 from d3etr.errors import UserError
 
+UNSEEN = ("heads", "dilation", "temperature")
+"""What of ``Said`` stands in for a checkpoint's missing ``args``."""
+
 
 @dataclass(frozen=True)
 class Said:
@@ -24,11 +27,13 @@ class Said:
     Attributes:
         heads: attention heads H.
         dilation: whether the backbone's last stage is dilated (DC5).
+        temperature: of DAB-DETR's position encoding.
         categories: (id, name) of each category, by rising id.
     """
 
     heads: int | None = None
     dilation: bool | None = None
+    temperature: float | None = None
     categories: Categories | None = None
 
     def refuse(self, source: Path, why: str, *options: str) -> None:
@@ -80,7 +85,7 @@ def from_folder(source: Path, said: Said) -> TheirDetector:
     found = reading.read_folder(source)
     config = found.settings
     name, unseen = settings.from_config(config, f"{source}: {reading.CONFIG}")
-    said.refuse(source, f"{reading.CONFIG} says it", "heads", "dilation")
+    said.refuse(source, f"{reading.CONFIG} says it", *UNSEEN)
     try:
         tensors = hugging_face.from_hugging_face(
             found.tensors, name, box_refinement=bool(config.get("with_box_refine"))
@@ -109,7 +114,10 @@ def from_checkpoint(source: Path, found: Found, said: Said) -> TheirDetector | N
     name = official.official_detector(found.tensors)
     if name is None:
         return None
+    if name != "dab_detr":
+        said.refuse(source, f"{name} has no such setting", "temperature")
     unseen = _with_said(source, settings.from_args(found.settings, str(source)), said)
+    _require_certainty(source, name, unseen)
     try:
         tensors = official.from_official(found.tensors, name)
     except ValueError as error:
@@ -126,16 +134,24 @@ def from_checkpoint(source: Path, found: Found, said: Said) -> TheirDetector | N
 
 
 def _with_said(source: Path, unseen: Unseen, said: Said) -> Unseen:
-    values: dict[str, Any] = {"heads": said.heads, "dilation": said.dilation}
+    values = {name: getattr(said, name) for name in UNSEEN}
     for key, value in values.items():
         theirs = getattr(unseen, key)
         if None not in (value, theirs) and value != theirs:
             raise UserError(f"{source}: its args say {key} {theirs}, but --{key} says {value}")
     changes = {key: value for key, value in values.items() if value is not None}
-    unseen = unseen.model_copy(update=changes)
+    return unseen.model_copy(update=changes)
+
+
+def _require_certainty(source: Path, name: str, unseen: Unseen) -> None:
+    """Ask where a default would be a guess that spoils every detection."""
     if unseen.dilation is None and "dc5" in source.name.lower():
         raise UserError(
             f"{source}: named like a detector with dilation (DC5), which weights do not show: say "
             "--dilation or --no-dilation"
         )
-    return unseen
+    if name == "dab_detr" and unseen.dilation and unseen.temperature is None:
+        raise UserError(
+            f"{source}: the temperature of a dilated DAB-DETR's position encoding is 20, or 10 "
+            "(official R50-DC5), which weights do not show: say --temperature 20 or 10"
+        )
