@@ -8,6 +8,7 @@ IDEA-Research/DAB-DETR and fundamentalvision/Deformable-DETR, as Hugging Face's 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torchvision
@@ -28,7 +29,7 @@ def norm(name: str, width: int = D) -> Shapes:
 
 
 def mlp(name: str, *widths: int) -> Shapes:
-    for index, (into, out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for index, (into, out) in enumerate(pairwise(widths)):
         yield from linear(f"{name}.layers.{index}", out, into)
 
 
@@ -173,7 +174,7 @@ def official_state(kind: str, outputs: int = 7, seed: int = 0) -> dict[str, Tens
     if kind == "dab_detr":
         _share(state, r"bbox_embed.", "transformer.decoder.bbox_embed.")
     if make is deformable_detr:
-        _share_heads(state, **options)
+        _share_heads(state, options.get("refined", False), options.get("two_stage", False))
     return state
 
 
@@ -189,13 +190,7 @@ def resnet18_state() -> dict[str, Tensor]:
     return state
 
 
-def _share_heads(
-    state: dict[str, Tensor],
-    *,
-    levels: int = LEVELS,
-    refined: bool = False,
-    two_stage: bool = False,
-) -> None:
+def _share_heads(state: dict[str, Tensor], refined: bool, two_stage: bool) -> None:
     """The official code holds shared heads once for each layer, and refined ones twice."""
     for name in list(state):
         head, _, rest = name.partition(".0.")

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from d3etr.detectors.imports.heads_and_queries import settle
+from d3etr.detectors.imports.heads_and_queries import decoder_depth, settle
 from d3etr.detectors.imports.renaming import Scheme, rename
 
 BACKBONE = (
@@ -171,7 +171,19 @@ def from_hugging_face(
     """
     tensors = rename(theirs, SCHEMES[name])
     renamed = {_stage(ours): tensor for ours, tensor in tensors.items()}
+    if box_refinement:
+        _untie(renamed)
     return settle(renamed, name, box_refinement)
+
+
+def _untie(tensors: dict[str, Tensor]) -> None:
+    """Give each layer its class head where a file holds one that all layers share."""
+    first = "decoder.class_heads.0."
+    if "decoder.class_heads.1.weight" in tensors:
+        return
+    for name in [name for name in tensors if name.startswith(first)]:
+        for index in range(1, decoder_depth(tensors)):
+            tensors[f"decoder.class_heads.{index}.{name.removeprefix(first)}"] = tensors[name]
 
 
 def _stage(name: str) -> str:
