@@ -114,12 +114,12 @@ def _build(
 ) -> tuple[DetectionTransformer, WeightsInfo, list[str]]:
     """Our detector with their weights, and what to know about it."""
     tensors = dict(theirs.tensors)
+    exclusive = theirs.name == "detr"  # all others were trained with a sigmoid for each class
     try:
         config, notes = infer_detector(theirs.name, tensors, theirs.unseen)
+        slots = slots_of(_outputs(tensors) - exclusive, said.categories, theirs.names)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    exclusive = theirs.name == "detr"  # all others were trained with a sigmoid for each class
-    slots = slots_of(_outputs(source, tensors) - exclusive, said.categories, theirs.names)
     choose_rows(tensors, slots, exclusive)
     unused = len(slots.unused)
     if exclusive:
@@ -145,11 +145,11 @@ def _exclusive(config: DetectorConfig, unused: int) -> DetectorConfig:
     return DetectorConfig.model_validate(config.model_dump() | changes)
 
 
-def _outputs(source: Path, tensors: Mapping[str, Tensor]) -> int:
+def _outputs(tensors: Mapping[str, Tensor]) -> int:
     for name in ("class_head.bias", "decoder.class_heads.0.bias"):
         if name in tensors:
             return len(tensors[name])
-    raise UserError(f"{source}: no class head: expected a whole detector")
+    raise UserError("no class head: expected a whole detector")
 
 
 def _import_backbone(source: Path, target: Path, said: Said, found: Found) -> Imported:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +126,8 @@ def _load(path: Path) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    names = _foreign_objects(path)
+    # Files of before PyTorch 1.6 cannot be listed, but their reader stops at the first one.
+    names = _foreign_objects(path) or re.findall(r"GLOBAL (\S+) was not", str(error))[:1]
     if names:
         return (
             f"{path}: refused, as it holds more than weights: {', '.join(names)}. Reading those "
@@ -144,7 +146,7 @@ def _foreign_objects(path: Path) -> list[str]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # of a damaged file, or of the format before PyTorch 1.6
+    except Exception:  # of a damaged file, or of the old format
         return []
 
 
