@@ -133,6 +133,25 @@ class DetectorConfig(Section):
         return self
 
 
+DetectorPart = Literal["backbone", "encoder", "decoder", "heads", "queries"]
+
+
+class InitialiseFromConfig(Section):
+    """Another detector whose parts a student starts from."""
+
+    weights: FilePath
+    """A d3etr weights file, for example the teacher's."""
+    parts: Annotated[tuple[DetectorPart, ...], Field(min_length=1)]
+    """Which: ``backbone``, ``encoder`` (with the projection of features), ``decoder``, ``heads``,
+    ``queries`` (with what places them). Tensors of the same name and shape are taken."""
+
+    @model_validator(mode="after")
+    def _each_part_once(self) -> Self:
+        if len({*self.parts}) < len(self.parts):
+            raise ValueError("parts names one twice")
+        return self
+
+
 class StudentConfig(Section):
     """The detector that is trained: a student, or a teacher-to-be with method ``none``."""
 
@@ -141,9 +160,21 @@ class StudentConfig(Section):
         Literal["imagenet"] | FilePath | None, Field(union_mode="left_to_right")
     ] = None
     """Where the backbone starts: torchvision's ImageNet weights, a file that
-    ``d3etr pretrain-backbone`` wrote, or None for random numbers."""
+    ``d3etr pretrain-backbone`` or ``d3etr import-weights`` wrote, or None for random numbers."""
+    initialise_from: InitialiseFromConfig | None = None
+    """Parts of another detector that this one starts from."""
     pretraining: PretrainingConfig = PretrainingConfig()
     """How ``d3etr pretrain-backbone`` makes that file; training does not look at it."""
+
+    @model_validator(mode="after")
+    def _one_start_of_the_backbone(self) -> Self:
+        start = self.initialise_from
+        if start is not None and "backbone" in start.parts and self.backbone_weights is not None:
+            raise ValueError(
+                "backbone_weights and initialise_from both start the backbone: set "
+                "backbone_weights to null, or take 'backbone' out of initialise_from.parts"
+            )
+        return self
 
 
 class TeacherConfig(Section):

@@ -16,8 +16,10 @@ SUMMARY_KEY = "inputs"
 
 def weight_digests(config: Config) -> dict[str, str]:
     """SHA-256 of the weights files that a run begins with and that are there, by key."""
+    start = config.student.initialise_from
     files = {
         "student.backbone_weights": config.student.backbone_weights,
+        "student.initialise_from.weights": None if start is None else start.weights,
         "teacher.weights": None if config.teacher is None else config.teacher.weights,
     }
     return {

@@ -127,7 +127,7 @@ def _load(path: Path) -> Any:
 
 def _unreadable(path: Path, error: Exception) -> str:
     # Files of before PyTorch 1.6 cannot be listed, but their reader stops at the first one.
-    names = _foreign_objects(path) or re.findall(r"GLOBAL (\S+) was not", str(error))[:1]
+    names = _foreign_objects(path) or re.findall(r"GLOBAL (\S+)", str(error))[:1]
     if names:
         return (
             f"{path}: refused, as it holds more than weights: {', '.join(names)}. Reading those "
