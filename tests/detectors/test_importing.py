@@ -21,6 +21,7 @@ from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.backbones import build_backbone, load_backbone_weights
 from d3etr.detectors.heads import sigmoid_logits
 from d3etr.detectors.imports import coco
+from d3etr.detectors.imports.hugging_face import from_hugging_face
 from d3etr.detectors.imports.importing import Said, import_weights
 from d3etr.detectors.imports.settings import from_config, preprocessing_of
 from d3etr.detectors.weights import load_weights, read_info
@@ -337,6 +338,19 @@ def test_dilation_is_read_where_hugging_face_has_it() -> None:
     assert dilation(backbone_config={"model_type": "timm_backbone", "output_stride": 16})
     assert dilation(backbone_kwargs={"output_stride": 16})
     assert not dilation(dilation=True, backbone_config={"model_type": "resnet"})
+
+
+def test_timms_backbones_have_torchvisions_names() -> None:
+    names = (
+        "conv1.weight",
+        "bn1.running_var",
+        "layer2.1.conv2.weight",
+        "layer3.0.downsample.1.bias",
+    )
+    for prefix in ("backbone.conv_encoder.model.", "backbone.model._backbone.", "backbone.model."):
+        theirs = {f"model.{prefix}{name}": torch.zeros(1) for name in names}
+        found = from_hugging_face(theirs, "dab_detr")
+        assert set(found) == {f"backbone.{name}" for name in names}
 
 
 def test_preprocessing_is_the_folders() -> None:

@@ -6,7 +6,6 @@ Shapes: B images · L decoder layers · N queries · C classes · S memory token
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -125,5 +124,4 @@ class DETR(SingleScaleDetector):
         if self.exclusive:
             logits = sigmoid_logits(logits, self.classes)
         boxes = predict_boxes(self.box_head, normed)
-        groups_outputs = split_groups(memory, sizes, logits, boxes, scores)
-        return [replace(outputs, exclusive=self.exclusive) for outputs in groups_outputs]
+        return split_groups(memory, sizes, logits, boxes, scores, self.exclusive)

@@ -57,6 +57,7 @@ def split_groups(
     logits: Tensor,
     boxes: Tensor,
     scores: AttentionScores | None,
+    exclusive: bool = False,
 ) -> list[DecoderOutputs]:
     """Cut the outputs of all groups into one entry per group.
 
@@ -66,13 +67,15 @@ def split_groups(
         logits: [L, B, N, C].
         boxes: [L, B, N, 4] cxcywh in [0, 1].
         scores: of all layers, or None.
+        exclusive: an object has one class.
     """
+    rest = (memory.levels, memory.padding, exclusive)
     whole = zip(torch.split(logits, sizes, 2), torch.split(boxes, sizes, 2), strict=True)
     if scores is None:
-        return [DecoderOutputs(z, b, None, None, memory.levels, memory.padding) for z, b in whole]
+        return [DecoderOutputs(z, b, None, None, *rest) for z, b in whole]
     within = scores.stacked_within(len(memory.tokens))
     across = torch.split(torch.stack(scores.across), sizes, 3)
     return [
-        DecoderOutputs(z, b, own, other, memory.levels, memory.padding)
+        DecoderOutputs(z, b, own, other, *rest)
         for (z, b), own, other in zip(whole, within, across, strict=True)
     ]
