@@ -18,6 +18,7 @@ MODULES = sorted(LIBRARY.rglob("*.py"))
 TIERS = (
     {"errors"},
     {"config"},
+    {"storage"},
     {"structures"},
     {"matching"},
     {"data", "detectors"},
@@ -35,11 +36,12 @@ THIRD_PARTY = {
     "errors": set[str](),
     "structures": {"torch"},
     "config": {"pydantic", "pydantic_core", "yaml"},
+    "storage": {"fsspec", "aiohttp"},
     "matching": ARRAYS,
     "distillation": ARRAYS,
     "detectors": ARRAYS | {"safetensors", "pydantic"},
 }
-ONLY_IN = {"ray": "launch", "mlflow": "tracking"}
+ONLY_IN = {"ray": "launch", "mlflow": "tracking", "fsspec": "storage"}
 
 
 def package_of(path: Path) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from d3etr.config.data import DataConfig
 from d3etr.config.detector import DetectorConfig
 
 FAMILY: dict[str, dict[str, Any]] = {
@@ -42,3 +44,22 @@ def tiny_detector_config(**changes: Any) -> DetectorConfig:
         "dropout": 0.0,
     }
     return DetectorConfig.model_validate(settings | changes)
+
+
+def save_untrained(path: Path, config: DetectorConfig, data: DataConfig, **info: Any) -> None:
+    """Weights file of a detector of the data's classes; ``info`` replaces what it says."""
+    import torch
+
+    from d3etr.data.splits import open_split
+    from d3etr.detectors.build import build_detector
+    from d3etr.detectors.weights import WeightsInfo, save_weights
+
+    split = open_split(data, "train")
+    torch.default_generator.manual_seed(7)
+    fields: dict[str, Any] = {
+        "detector": config,
+        "categories": tuple((c.id, c.name) for c in split.categories),
+        "preprocessing": data.preprocessing,
+    }
+    detector = build_detector(config, len(split.categories))
+    save_weights(path, detector, WeightsInfo(**(fields | info)))

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 
 from d3etr.config.data import DataConfig
-from d3etr.config.detector import DetectorConfig
+from d3etr.config.detector import DetectorConfig, TeacherConfig
 from d3etr.config.infrastructure import RunConfig
 from d3etr.config.load import plain_tree, to_yaml
 from d3etr.config.tree import Config
 from d3etr.data.coco import read_split
 from d3etr.detectors.build import build_detector, count_parameters
-from d3etr.detectors.weights import read_info
+from d3etr.detectors.weights import WeightsInfo, read_info
 from d3etr.errors import UserError
 from d3etr.launch.folder import folder_of
+from d3etr.storage.cache import open_cache
+from d3etr.storage.fetch import local_file
+from d3etr.training.inputs import ensure_inputs_answer, remote_files
 
 DIGIT_CLASSES = 10
 SHOWN_CHECKPOINTS = 4
@@ -52,9 +55,12 @@ class Plan:
 def make_plan(config: Config) -> Plan:
     """Work out the size of a run; reads annotation and weights files, writes nothing.
 
+    Files that URLs name are fetched into the cache for that, images are not.
+
     Raises:
         UserError: the training images or the teacher's weights would stop the run.
     """
+    ensure_inputs_answer([config])
     images, classes = _count(config.data)
     batch_size = config.optimisation.batch_size
     if images < batch_size:
@@ -64,7 +70,7 @@ def make_plan(config: Config) -> Plan:
         )
     per_epoch = images // batch_size
     steps = config.optimisation.steps or (config.optimisation.epochs or 0) * per_epoch
-    teacher = None if config.teacher is None else read_info(config.teacher.weights)
+    teacher = None if config.teacher is None else _teacher_info(config.teacher)
     return Plan(
         run_dir=folder_of(config).path,
         images=images,
@@ -95,7 +101,7 @@ def describe(config: Config) -> str:
         f"teacher      {_millions(plan.teacher_parameters)}",
         f"length       {plan.steps:,} steps, {epochs:.3g} epochs of {plan.steps_per_epoch:,}",
         f"checkpoints  {_checkpoints(plan)}; the newest {config.run.keep_checkpoints} are kept",
-        "Nothing was started or written.",
+        _nothing_done(config),
     ]
     return "\n".join(lines)
 
@@ -125,8 +131,13 @@ def _count(data: DataConfig) -> tuple[int, int]:
     if data.digit_scenes is not None:
         return data.digit_scenes.train_images, DIGIT_CLASSES
     assert data.train is not None
-    split = read_split("train", data.train)
+    split = read_split("train", data.train, fetch=False)
     return len(split.records), len(split.categories)
+
+
+def _teacher_info(teacher: TeacherConfig) -> WeightsInfo:
+    with local_file(teacher.weights) as file:
+        return read_info(file)
 
 
 def _checkpoint_steps(run: RunConfig, per_epoch: int, steps: int) -> tuple[int, ...]:
@@ -140,6 +151,13 @@ def _checkpoint_steps(run: RunConfig, per_epoch: int, steps: int) -> tuple[int, 
 def _parameters(config: DetectorConfig, classes: int) -> int:
     with torch.device("meta"):
         return count_parameters(build_detector(config, classes))
+
+
+def _nothing_done(config: Config) -> str:
+    if remote_files(config):
+        cache = open_cache().folder
+        return f"Nothing was started; annotations and weights are in the cache {cache}."
+    return "Nothing was started or written."
 
 
 def _millions(parameters: int | None) -> str:

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from d3etr.config.location import Url, named_location
 from d3etr.data.images import load_image, to_rgb
 from d3etr.data.transforms import Sample, collate, preprocess
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.postprocess import top_detections
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.errors import UserError
+from d3etr.storage.fetch import local_file
 
 ImageLike: TypeAlias = str | Path | Image.Image | NDArray[np.uint8]
 """A file, a PIL image, or RGB pixels [height, width, 3]."""
@@ -170,17 +172,19 @@ class Predictor:
         )
 
 
-def load(weights: str | Path, device: str | torch.device | None = None) -> Predictor:
+def load(weights: str | Path | Url, device: str | torch.device | None = None) -> Predictor:
     """Read a weights file for detecting.
 
     Args:
-        weights: a file that a run, or ``d3etr`` itself, wrote.
+        weights: a file that a run, or ``d3etr`` itself, wrote, or its URL.
         device: where to run; None: the first GPU, else the CPU.
 
     Raises:
         UserError: the file is missing, damaged or not d3etr's, or there is no such device.
     """
-    detector, info = load_weights(Path(weights))
+    location = weights if isinstance(weights, Url | Path) else named_location(weights)
+    with local_file(location) as file:
+        detector, info = load_weights(file)
     chosen = usable_device(device)
     return Predictor(detector.to(chosen), info, chosen)
 

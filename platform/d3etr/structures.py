@@ -140,6 +140,7 @@ class DecoderOutputs:
         cross_attention_scores: [L, B, H, N, S]; None unless asked for.
         levels: the grids of the memory that S runs over.
         padding: [B, S] bool, True under padding, or None.
+        states: [B, N, D] decoder states that the last layer's logits are read from.
         exclusive: an object has one class: the probabilities of all classes sum to 1 at most.
     """
 
@@ -149,6 +150,7 @@ class DecoderOutputs:
     cross_attention_scores: Tensor | None = None
     levels: Levels = ()
     padding: Tensor | None = None
+    states: Tensor | None = None
     exclusive: bool = False
 
     @property

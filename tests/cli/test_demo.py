@@ -84,6 +84,12 @@ def test_three_runs_are_made_once_and_put_side_by_side(
     words = shlex.split(commands[0])
     assert main(words[words.index("d3etr") + 1 :]) == 0, "the printed command works"
     assert list((project / "predictions").glob("*.png"))
+    assert "viewStateShareKey=d3etr-" in said.out, "MLflow's page with the right charts"
+    commands = [line.strip() for line in said.out.splitlines() if " -m d3etr compare " in line]
+    words = shlex.split(commands[0])
+    assert main(words[words.index("d3etr") + 1 :]) == 0
+    page = (project / "comparison.html").read_text(encoding="utf-8")
+    assert "The same test images" in page and "D3ETR student" in page
 
 
 def test_without_shipped_weights_it_says_how_to_train_them(project: Path) -> None:

@@ -44,6 +44,19 @@ def end(process: subprocess.Popen[bytes]) -> set[Process]:
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
+    return _kill(process, family)
+
+
+def kill(process: subprocess.Popen[bytes]) -> set[Process]:
+    """Make a process and all that came from it end at once, as a power cut would.
+
+    Returns:
+        All of them.
+    """
+    return _kill(process, descendants(process.pid))
+
+
+def _kill(process: subprocess.Popen[bytes], family: set[Process]) -> set[Process]:
     for pid, _ in family & running():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -76,7 +76,8 @@ def test_everything_that_the_image_installs_is_pinned() -> None:
     installs = re.findall(r"pip install ([^&]*)", " ".join(instructions("RUN")))
     assert len(installs) == 2
     assert all("-c constraints.txt" in install for install in installs)
-    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["server"]]
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"], *extras["server"], *extras["s3"]]
     names = {re.split(r"[\[><=]", requirement)[0].lower() for requirement in wanted}
     assert names <= set(CONSTRAINTS)
 

@@ -85,7 +85,7 @@ def test_a_bad_value_is_shown_with_what_is_allowed(override: str, line: str) -> 
         ("optimization={}", "did you mean 'optimisation'?"),
         ("epochs=1", "did you mean 'optimisation.epochs'?"),
         ("student.heads=1", "did you mean 'student.detector.heads'?"),
-        ("evaluation.zzz=1", "expected one of: every_epochs, batch_size, maximum_detections"),
+        ("evaluation.zzz=1", "expected one of: every_epochs, every_steps, batch_size"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_valid_one(override: str, advice: str) -> None:

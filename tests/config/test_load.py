@@ -158,6 +158,7 @@ def test_yaml_holds_values_in_effect_that_nobody_set() -> None:
         "cluster.workers=2",
         "tracking.enabled=false",
         "data.workers=0",
+        "evaluation.every_steps=null",
     ],
 )
 def test_the_digest_ignores_where_and_how_fast(change: str) -> None:
@@ -166,7 +167,13 @@ def test_the_digest_ignores_where_and_how_fast(change: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["run.seed=1", "optimisation.steps=11", "data.digit_scenes.seed=1", "student.detector.heads=4"],
+    [
+        "run.seed=1",
+        "optimisation.steps=11",
+        "data.digit_scenes.seed=1",
+        "student.detector.heads=4",
+        "evaluation.every_steps=5",
+    ],
 )
 def test_the_digest_changes_with_what_changes_results(change: str) -> None:
     assert config_digest(minimal(change)) != config_digest(minimal())

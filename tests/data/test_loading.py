@@ -42,12 +42,12 @@ def _data(config, **changes) -> DataConfig:
     return DataConfig(**(settings | changes))
 
 
-def _loader(split, data, *, rank=0, world_size=1, accumulation=1) -> EpochLoader:
+def _loader(split, data, *, rank=0, world_size=1, parts=1) -> EpochLoader:
     return EpochLoader(
         split,
         data,
         batch_size=8,
-        accumulation=accumulation,
+        parts=parts,
         rank=rank,
         world_size=world_size,
         seed=5,
@@ -74,19 +74,29 @@ def _same(first: dict[int, tuple], second: dict[int, tuple]) -> bool:
     )
 
 
-@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (1, 2), (2, 2), (4, 2), (1, 8)])
-def test_a_step_shows_the_same_however_it_is_cut(config, split, world_size, accumulation):
+@pytest.mark.parametrize(
+    ("world_size", "parts", "shares"),
+    [
+        (2, 2, [1, 1]),
+        (1, 2, [2]),
+        (2, 4, [2, 2]),
+        (3, 4, [1, 1, 2]),
+        (3, 8, [2, 3, 3]),
+        (1, 8, [8]),
+    ],
+)
+def test_a_step_shows_the_same_however_it_is_cut(config, split, world_size, parts, shares):
     data = _data(config)
     whole = [_images(step) for step in _loader(split, data).epoch(1)]
     loaders = [
-        _loader(split, data, rank=rank, world_size=world_size, accumulation=accumulation)
+        _loader(split, data, rank=rank, world_size=world_size, parts=parts)
         for rank in range(world_size)
     ]
     steps = list(zip(*(loader.epoch(1) for loader in loaders), strict=True))
     assert len(steps) == len(whole) == 3
-    for expected, parts in zip(whole, steps, strict=True):
-        assert all(len(part) == accumulation for part in parts)
-        assert _same(expected, _images(itertools.chain(*parts)))
+    for expected, step in zip(whole, steps, strict=True):
+        assert [len(own) for own in step] == shares
+        assert _same(expected, _images(itertools.chain(*step)))
 
 
 def test_epochs_differ_and_repeat_exactly(config, split):
@@ -119,8 +129,8 @@ def test_padding_is_none_where_nothing_is_padded(write_split):
 
 @pytest.mark.slow
 def test_loading_processes_give_what_one_process_gives(config, split):
-    expected = [_images(s) for s in _loader(split, _data(config), accumulation=2).epoch(0)]
-    loader = _loader(split, _data(config, workers=2), accumulation=2)
+    expected = [_images(s) for s in _loader(split, _data(config), parts=2).epoch(0)]
+    loader = _loader(split, _data(config, workers=2), parts=2)
     # An epoch that is left half-way must not disturb the next.
     next(loader.epoch(1))
     found = [_images(step) for step in loader.epoch(0)]
@@ -144,7 +154,7 @@ def main():
     data = DataConfig(train=config, validation=config, workers=2)
     split = read_split("train", config)
     loader = EpochLoader(
-        split, data, batch_size=4, accumulation=1, rank=0, world_size=1, seed=0
+        split, data, batch_size=4, parts=1, rank=0, world_size=1, seed=0
     )
     steps = loader.epoch(0)
     next(steps)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d3etr.data.sampling import epoch_batches, evaluation_keys, micro_batches
+from d3etr.data.sampling import epoch_batches, evaluation_keys, micro_batches, share
 
 
 def _sizes(count: int, seed: int = 0) -> np.ndarray:
@@ -69,7 +69,7 @@ def test_workers_and_accumulation_only_cut_the_global_batch(world, parts, micro,
     sizes = _sizes(100)
     batches = epoch_batches(sizes, world * parts * micro, 3, epoch, bucket)
     keys = [
-        micro_batches(batches, sizes, epoch, accumulation=parts, rank=rank, world_size=world)
+        micro_batches(batches, sizes, epoch, world * parts, share(world * parts, rank, world))
         for rank in range(world)
     ]
     for step, batch in enumerate(batches):
@@ -77,6 +77,15 @@ def test_workers_and_accumulation_only_cut_the_global_batch(world, parts, micro,
         assert sorted(index for key in mine for index in key.indices) == sorted(batch)
         assert {key.size for key in mine} == {tuple(sizes[batch].max(0))}
         assert {len(key.indices) for key in mine} == {micro}
+
+
+@given(st.integers(1, 9), st.integers(0, 20))
+def test_any_number_of_workers_shares_all_micro_batches_evenly(world, more):
+    parts = world + more
+    shares = [share(parts, rank, world) for rank in range(world)]
+    assert [index for own in shares for index in own] == list(range(parts))
+    sizes = [len(own) for own in shares]
+    assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 5), st.booleans())

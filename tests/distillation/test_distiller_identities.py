@@ -139,8 +139,7 @@ def test_auxiliary_outputs_are_the_teachers_when_the_student_is_the_teacher(
     module = distiller(copy.deepcopy(teacher), teacher)
     taught = module.teach(images)
     assert taught is not None
-    _, auxiliary, _ = module._decode(images, taught)
-    assert auxiliary is not None
+    auxiliary = module._decode(images, taught).groups["auxiliary"]
     for mine, theirs in (
         (auxiliary.logits, taught.outputs.logits),
         (auxiliary.boxes_cxcywh, taught.outputs.boxes_cxcywh),

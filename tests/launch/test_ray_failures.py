@@ -6,7 +6,7 @@ import pytest
 
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.errors import UserError
-from d3etr.launch import ray_cluster, ray_train
+from d3etr.launch import ray_cluster, ray_failures
 from d3etr.launch.driver import RunFailedError
 from d3etr.launch.notes import Notes, Reason
 from d3etr.launch.resources import Demand, Node
@@ -32,7 +32,7 @@ class WorkerGroupStartupTimeoutError(Exception):
 
 
 def translate(failure: Exception, folder: Path) -> Exception:
-    return ray_train.translate(failure, CLUSTER, DEMAND, Notes(folder))
+    return ray_failures.translate(failure, CLUSTER, DEMAND, Notes(folder))
 
 
 def raised(error: Exception) -> Exception:
@@ -71,12 +71,23 @@ def test_a_worker_that_left_nothing_is_still_named(tmp_path: Path) -> None:
 def test_a_busy_cluster_is_the_users_to_solve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_train, "cluster_nodes", lambda: [Node(4, 0)])
-    monkeypatch.setattr(ray_train, "free_resources", lambda: Node(1, 0))
+    monkeypatch.setattr(ray_failures, "cluster_nodes", lambda: [Node(4, 0)])
+    monkeypatch.setattr(ray_failures, "free_resources", lambda: Node(1, 0))
     answer = translate(ControllerError(WorkerGroupStartupTimeoutError("timed out")), tmp_path)
     assert isinstance(answer, UserError)
     for part in ("2 workers with 1 CPU each", "30 seconds", "4 CPUs", "1 CPUs", "4 times"):
         assert part in str(answer)
+
+
+def test_a_node_without_the_package_is_named(tmp_path: Path) -> None:
+    said = (
+        "ray::RayTrainWorker.init_train_context() (pid=7, ip=10.77.0.2, actor_id=ab)\n"
+        "ray.exceptions.RaySystemError: System error: No module named 'd3etr'"
+    )
+    answer = translate(ControllerError(RuntimeError(said)), tmp_path)
+    assert isinstance(answer, UserError)
+    assert str(answer).startswith("the node 10.77.0.2 cannot import 'd3etr'")
+    assert "--working-dir" in str(answer)
 
 
 def test_any_other_failure_is_named(tmp_path: Path) -> None:

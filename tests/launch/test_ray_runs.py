@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 import ray.cloudpickle
+import ray.util
 import sabotage
 
 from d3etr.config.infrastructure import ClusterConfig
@@ -152,6 +154,29 @@ def test_a_cluster_that_does_not_answer_is_one_clear_error(
     assert ended.returncode == 2
     assert "the Ray cluster at 127.0.0.1:1 cannot be used" in ended.stderr
     assert "Connection refused" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_waiting_for_a_cluster_that_takes_connections_but_says_nothing_has_an_end(
+    make_config: MakeConfig, repository: Path
+) -> None:
+    shorter = (
+        "import sys, d3etr.cli, d3etr.launch.ray_cluster as ray_cluster\n"
+        "ray_cluster.CONNECT_SECONDS = 3.0\n"
+        "sys.exit(d3etr.cli.main(['train', sys.argv[1]]))"
+    )
+    with socket.create_server((ray.util.get_node_ip_address(), 0)) as silent:
+        host, port = silent.getsockname()
+        recipe = command(repository, make_config(f"cluster.address={host}:{port}"))[-1]
+        ended = subprocess.run(
+            [sys.executable, "-c", shorter, recipe],
+            env=os.environ | package_environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert ended.returncode == 2
+    assert f"{host}:{port} cannot be used: no answer within 3 seconds" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def command(repository: Path, config: Config, *arguments: str) -> list[str]:

@@ -46,6 +46,15 @@ def test_too_few_gpus_say_what_is_there_and_what_was_asked() -> None:
     assert "there is room for 2" in text and "cluster.workers=2" in text
 
 
+def test_an_elastic_run_needs_room_for_its_minimum() -> None:
+    demand = Demand(4, 1, 1, 2)
+    ensure_room(demand, MIXED)
+    assert str(demand) == "2 to 4 workers with 1 CPU and 1 GPU each"
+    with pytest.raises(UserError, match=r"cluster\.minimum_workers=2"):
+        ensure_room(Demand(4, 1, 1, 3), MIXED)
+    assert demand_of(ClusterConfig(workers=4, minimum_workers=2), MIXED).gpus == 1.0
+
+
 def test_no_room_at_all_asks_for_less() -> None:
     with pytest.raises(UserError, match="room for none"):
         ensure_room(Demand(1, 16, 0), CPUS)

@@ -16,8 +16,8 @@ from d3etr.config.load import to_yaml
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.tracking.compare import Comparison, compare
-from d3etr.tracking.compare_page import write_page
-from d3etr.tracking.compare_text import as_tables, duration, millions, percent
+from d3etr.tracking.compare_text import as_tables, blocks, duration, millions, percent
+from d3etr.tracking.labels import distinct_labels
 
 MakeConfig = Callable[..., Config]
 
@@ -73,9 +73,10 @@ def test_the_table_says_quality_cost_and_gain(folders: Path) -> None:
     text = shown(compare(["digits-plain", "digits-d3etr"], folders))
     for expected in ("37.0 ± 2.8", "+16.0 ± 1.4", "57.0", "0.48 M", "120", "80 s", "0, 1"):
         assert expected in text
-    assert "D3ETR student (digits-d3etr)" in text and "validation split" in text
+    assert "D3ETR student · digits" in text and "validation split" in text
     assert "distillation.method" in text and "run.seed" not in text
     assert "cat" in text and "18.5 ± 1.4" in text
+    assert "▅█" in text and "2 times" in text, "how D3ETR's mAP grew, from half of it"
 
 
 def test_json_holds_everything_and_is_valid(folders: Path) -> None:
@@ -86,6 +87,12 @@ def test_json_holds_everything_and_is_valid(folders: Path) -> None:
     assert next(iter(found["differences"])) == "teacher.weights"
     assert found["differences"]["distillation.method"] == ["none", "d3etr"]
     assert distilled["classes"]["dog"]["mean"] == pytest.approx(0.185)
+    assert plain["label"] == "plain student · digits"
+    assert distilled["curves"][1] == {
+        "seed": 1,
+        "steps": [10, 20],
+        "val/mAP": pytest.approx([0.195, 0.39]),
+    }
 
 
 def test_the_test_split_is_compared_where_all_runs_were_measured_on_it(
@@ -121,16 +128,45 @@ def test_missing_and_unfinished_runs_are_clear_errors(folders: Path) -> None:
         compare([], folders)
 
 
-def test_the_page_is_one_whole_file_that_loads_nothing(folders: Path, tmp_path: Path) -> None:
-    comparison = compare(["digits-plain", "digits-d3etr"], folders)
-    path = write_page(comparison, tmp_path / "page" / "compare.html")
-    page = path.read_text(encoding="utf-8")
-    assert "37.0 ± 2.8" in page and "<svg" in page and "D3ETR student (digits-d3etr)" in page
-    assert "<script" not in page and "<img" not in page and "<link" not in page
-    assert [file.name for file in path.parent.iterdir()] == ["compare.html"]
+def test_runs_measured_at_different_steps_have_the_curve_of_their_shared_ones(
+    folders: Path,
+) -> None:
+    write_journal(folders / "digits-plain-00000001", journal_records(30, 0.22))
+    [plain] = compare(["digits-plain"], folders).groups
+    curve = plain.curve()
+    assert list(curve) == [10, 20] and all(at.count == 2 for at in curve.values())
+    write_journal(folders / "digits-plain-00000001", journal_records(5))
+    [plain] = compare(["digits-plain"], folders).groups
+    assert [at.count for at in plain.curve().values()] == [1, 1], "one was never measured"
+
+
+def test_recipes_of_one_name_are_told_apart_by_what_differs(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    write_run(make_config("a"), 0.3)
+    for seed, steps in ((7, 20), (8, 30)):
+        config = make_config("a", seed, optimisation={"steps": steps, "weight_decay": 0.01})
+        write_run(config, 0.3)
+    comparison = compare(["a"], tmp_path / "runs")
+    labels = [group.label for group in comparison.groups]
+    assert labels[0] == "plain student · a, weight_decay=0.0001"
+    assert labels[1:] == ["plain student · a", "plain student · a, steps=30"]
+    assert comparison.baseline is comparison.groups[1], "the usual one, not the first"
+
+
+def test_labels_are_distinct_whatever_differs() -> None:
+    measured = [{"evaluation.every_epochs": "1"}, {"evaluation.every_epochs": "5"}]
+    assert distinct_labels(["x", "x"], measured, ["x-1", "x-2"]) == ["x", "x, every_epochs=5"]
+    assert distinct_labels(["x", "x"], [{}, {}], ["x-1", "x-2"]) == ["x (x-1)", "x (x-2)"]
+    many = [{}, {}, {"a.b": "1", "a.c": "y" * 30}]
+    assert distinct_labels(["x"] * 3, many, ["1", "2", "3"])[2] == "x, b=1, \N{HORIZONTAL ELLIPSIS}"
+    assert distinct_labels(["x", "y"], [{}, {"a": "1"}], ["1", "2"]) == ["x", "y"]
 
 
 def test_numbers_read_well() -> None:
     assert percent(None) == "-"
     assert (millions(478e3), millions(41.3e6)) == ("0.48 M", "41.3 M")
+    assert blocks([0.0, 0.1, 0.2], 0.2) == "▁▅█" and blocks([0.0], 0.0) == "▁"
+    many = blocks([step / 100 for step in range(101)], 1.0)
+    assert len(many) <= 24 and many[-1] == "█"
     assert (duration(45), duration(720), duration(12240)) == ("45 s", "12 min", "3.4 h")

@@ -116,6 +116,11 @@ def test_a_finished_run_is_not_trained_again(
             id="average",
         ),
         pytest.param({"run": {"checkpoint_every_steps": 4}}, id="within epochs"),
+        pytest.param(
+            {"run": {"checkpoint_every_steps": 4}, "evaluation": {"every_steps": 2}},
+            marks=pytest.mark.slow,
+            id="measured within epochs",
+        ),
         pytest.param({"run": {"checkpoint_every_epochs": 2}}, marks=pytest.mark.slow, id="rarely"),
     ],
 )
@@ -240,6 +245,16 @@ def test_evaluations_come_as_often_as_configured_and_at_the_end(
     config = make_config(optimisation={"epochs": 3}, evaluation={"every_epochs": 2})
     train(config, tmp_path / "run")
     assert [r["epoch"] for r in records(tmp_path / "run", "evaluation")] == [2, 3]
+
+
+def test_measurements_within_epochs_change_nothing_else(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    train(make_config(), tmp_path / "rarely")
+    train(make_config(evaluation={"every_steps": 4}), tmp_path / "often")
+    found = [(r["step"], r["epoch"]) for r in records(tmp_path / "often", "evaluation")]
+    assert found == [(4, 1), (6, 1), (8, 2), (12, 2)]
+    assert losses(tmp_path / "often") == losses(tmp_path / "rarely")
 
 
 def test_bfloat16_follows_float32_roughly(make_config: MakeConfig, tmp_path: Path) -> None:

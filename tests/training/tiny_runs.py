@@ -8,13 +8,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_detector_config
+from tiny import save_untrained, tiny_detector_config
 
 from d3etr.config.data import DataConfig
 from d3etr.config.tree import Config
-from d3etr.data.splits import open_split
-from d3etr.detectors.build import build_detector
-from d3etr.detectors.weights import WeightsInfo, save_weights
 from d3etr.training.checkpoints import CheckpointStore, State
 from d3etr.training.journal import read_journal
 
@@ -27,16 +24,8 @@ DETECTOR = tiny_detector_config(
 
 def write_teacher(path: Path, data: DataConfig, **info: Any) -> None:
     """An untrained teacher's weights file; ``info`` replaces fields of its metadata."""
-    split = open_split(data, "train")
-    config = DETECTOR.model_copy(update={"queries": 8, "dropout": 0.0})
-    torch.default_generator.manual_seed(7)
-    fields: dict[str, Any] = {
-        "detector": config,
-        "categories": tuple((c.id, c.name) for c in split.categories),
-        "preprocessing": data.preprocessing,
-    }
-    detector = build_detector(config, len(split.categories))
-    save_weights(path, detector, WeightsInfo(**(fields | info)))
+    detector = DETECTOR.model_copy(update={"queries": 8, "dropout": 0.0})
+    save_untrained(path, detector, data, **info)
 
 
 def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3etr.cli.command import Command, add_json, positive, print_json
+from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
 
 if TYPE_CHECKING:
+    from d3etr.config.location import Url
     from d3etr.config.tree import Config
     from d3etr.tracking.figures.attention import ObjectView
 
@@ -66,27 +68,35 @@ def _run(options: Namespace) -> int:
     return 0
 
 
-def _detectors(config: Config, weights: Path, others: list[str]) -> dict[str, Path]:
+def _detectors(config: Config, weights: Path, others: list[str]) -> dict[str, Url | Path]:
     """Name -> weights file: the run's teacher, the run itself, and what was asked for."""
-    files = {} if config.teacher is None else {"Teacher": config.teacher.weights}
+    from d3etr.config.location import named_location
+
+    files: dict[str, Url | Path] = {}
+    if config.teacher is not None:
+        files["Teacher"] = config.teacher.weights
     files["Student"] = weights
     for other in others:
-        name, equals, path = other.partition("=")
-        if not equals or not name or not path:
+        name, equals, place = other.partition("=")
+        if not equals or not name or not place:
             raise UserError(f"--with {other!r}: expected NAME=WEIGHTS")
-        files[name] = Path(path)
+        files[name] = named_location(place)
     return files
 
 
-def _views(config: Config, files: dict[str, Path], split_name: Any, count: int) -> list[ObjectView]:
+def _views(
+    config: Config, files: dict[str, Url | Path], split_name: Any, count: int
+) -> list[ObjectView]:
     from d3etr.data.splits import open_split
-    from d3etr.detectors.weights import load_weights
+    from d3etr.inference import load
     from d3etr.tracking.figures.collect import object_view
-    from d3etr.tracking.figures.look import choose_images, look_at
+    from d3etr.tracking.figures.look import look_at
+    from d3etr.tracking.selection import choose_images
 
-    split = open_split(config.data, split_name)
+    with progress_bar() as progress:
+        split = open_split(config.data, split_name, progress)
     records = choose_images(split, count)
-    detectors = {name: load_weights(path)[0] for name, path in files.items()}
+    detectors = {name: load(place, "cpu").detector for name, place in files.items()}
     seen = {
         name: {one.record.id: one for one in look_at(detector, split, records, config.data)}
         for name, detector in detectors.items()

@@ -7,7 +7,10 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from d3etr.config.location import Url
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,13 @@ def add_overrides(parser: ArgumentParser) -> None:
     )
 
 
+def add_weights(parser: ArgumentParser) -> None:
+    """The weights file that a command is about."""
+    parser.add_argument(
+        "weights", type=location, metavar="WEIGHTS", help="a run's weights.safetensors, or its URL"
+    )
+
+
 def add_json(parser: ArgumentParser) -> None:
     """``--json`` for machines."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -61,6 +71,16 @@ def add_device(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--device", help="for example cpu or cuda:1; default: the first GPU, if any"
     )
+
+
+def location(text: str) -> Url | Path:
+    """A path or a URL, as an argument's type."""
+    from d3etr.config.location import parse_location
+
+    try:
+        return parse_location(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
 
 
 def positive(text: str) -> int:

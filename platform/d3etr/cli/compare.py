@@ -5,10 +5,16 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from d3etr.cli.command import Command, add_json, print_json
+from d3etr.cli.command import Command, add_json, positive, print_json
+
+if TYPE_CHECKING:
+    from d3etr.tracking.compare import Comparison
+    from d3etr.tracking.pictures import Pictures
 
 PIPE_WIDTH = 140
+IMAGES_ON_PAGE = 6
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -27,7 +33,17 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="the folder that holds runs (default runs)",
     )
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page with training curves as well"
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="also write everything, with curves and images, as one page that needs nothing else",
+    )
+    parser.add_argument(
+        "--images",
+        type=positive,
+        metavar="N",
+        help="detect on N images with every run; text and JSON then name what was found "
+        f"(default {IMAGES_ON_PAGE} with --html, else none)",
     )
     add_json(parser)
 
@@ -36,22 +52,37 @@ def _run(options: Namespace) -> int:
     from d3etr.tracking.compare import compare
 
     comparison = compare(options.runs, options.output_root)
+    pictures = _pictures(comparison, options)
     if options.html is not None:
         from d3etr.tracking.compare_page import write_page
 
-        write_page(comparison, options.html)
+        write_page(comparison, options.html, pictures)
+    # The page shows images without being asked; a terminal does not.
+    told = pictures if options.images is not None else None
     if options.json:
-        print_json(comparison.to_json())
+        found = comparison.to_json()
+        names = [group.label for group in comparison.groups]
+        print_json(found if told is None else found | {"pictures": told.as_json(names)})
         return 0
     from rich.console import Console
 
     from d3etr.tracking.compare_text import as_tables
 
     # A pipe has no width: rich would cut the table for 80 columns.
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(as_tables(comparison))
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console.print(as_tables(comparison, pictures=told))
     if options.html is not None:
         print(f"page: {options.html}")
     return 0
+
+
+def _pictures(comparison: Comparison, options: Namespace) -> Pictures | None:
+    if options.images is None and options.html is None:
+        return None
+    # The detectors take seconds to import and to run: only who wants images pays.
+    from d3etr.tracking.pictures import look_at_pictures
+
+    return look_at_pictures(comparison, options.images or IMAGES_ON_PAGE)
 
 
 COMMAND = Command("compare", "finished runs side by side", _add_arguments, _run)

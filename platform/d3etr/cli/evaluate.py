@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import Any
 
-from d3etr.cli.command import Command, add_device, add_json, positive, print_json
+from d3etr.cli.command import (
+    Command,
+    add_device,
+    add_json,
+    add_weights,
+    location,
+    positive,
+    print_json,
+)
+from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
 
 COCO_NAMES = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="a run's weights.safetensors")
+    add_weights(parser)
     parser.add_argument(
-        "--annotations", type=Path, required=True, metavar="FILE", help="COCO detection JSON"
+        "--annotations",
+        type=location,
+        required=True,
+        metavar="FILE",
+        help="COCO detection JSON, or its URL",
     )
     parser.add_argument(
-        "--images", type=Path, required=True, metavar="FOLDER", help="where its images are"
+        "--images",
+        type=location,
+        required=True,
+        metavar="FOLDER",
+        help="where its images are: a folder or a URL",
     )
     parser.add_argument(
         "--batch-size", type=positive, default=16, metavar="N", help="images at once (default 16)"
@@ -56,7 +72,8 @@ def _measure(options: Namespace) -> dict[str, Any]:
 
     predictor = load(options.weights, options.device)
     place = SplitConfig(images=options.images, annotations=options.annotations)
-    split = read_split("evaluation", place)
+    with progress_bar() as progress:
+        split = read_split("evaluation", place, progress)
     theirs = [category.name for category in split.categories]
     _require_same_names([name for _, name in predictor.info.categories], theirs, options)
     data = DataConfig(

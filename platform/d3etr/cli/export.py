@@ -5,11 +5,11 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from d3etr.cli.command import Command, add_json, print_json
+from d3etr.cli.command import Command, add_json, add_weights, print_json
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="a run's weights.safetensors")
+    add_weights(parser)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the file to write")
     parser.add_argument(
         "--half",
@@ -24,8 +24,10 @@ def _run(options: Namespace) -> int:
     import torch
 
     from d3etr.detectors.weights import load_weights, save_weights
+    from d3etr.storage.fetch import local_file
 
-    detector, info = load_weights(options.weights)
+    with local_file(options.weights) as file:
+        detector, info = load_weights(file)
     if options.half:
         info = info.model_copy(update={"evaluation": None})
     save_weights(options.output, detector, info, torch.float16 if options.half else None)

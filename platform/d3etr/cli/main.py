@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from d3etr.cli import (
     attention,
+    cache,
     check_data,
     compare,
     demo,
@@ -38,6 +39,7 @@ COMMANDS: tuple[Command, ...] = (
     predict.COMMAND,
     compare.COMMAND,
     attention.COMMAND,
+    cache.COMMAND,
     render_digit_scenes.COMMAND,
 )
 FAILED = 1

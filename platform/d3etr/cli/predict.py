@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d3etr.cli.command import Command, add_device, add_json, print_json
+from d3etr.cli.command import Command, add_device, add_json, add_weights, print_json
 from d3etr.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="a run's weights.safetensors")
+    add_weights(parser)
     parser.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE", help="picture files, or folders of them"
     )

@@ -129,6 +129,19 @@ def _tell(result: RunResult) -> None:
             print(f"  {name:<10}{100 * result.metrics[name]:5.1f} %")
     print(f"  folder    {result.run_dir}")
     print(f"  try it    d3etr predict {result.weights} PICTURE --output predictions")
+    for mark, line in zip(("MLflow", ""), _mlflow_page(result), strict=False):
+        print(f"  {mark:<10}{line}")
+
+
+def _mlflow_page(result: RunResult) -> list[str]:
+    """How to see the run in MLflow, if it is there."""
+    from d3etr.tracking.address import how_to_open, run_page
+    from d3etr.tracking.state import read_state
+
+    state = None if result.tracked_run is None else read_state(result.run_dir)
+    if state is None:
+        return []
+    return how_to_open(state.tracking_uri, run_page(state.experiment_id, state.run_id))
 
 
 COMMAND = Command(

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from d3etr.config.base import Section
+from d3etr.config.location import Location, refuse_url
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 FilePath = Annotated[
@@ -13,6 +14,7 @@ FilePath = Annotated[
     Field(strict=False),
     # A default is a Path already; reading JSON accepts text only.
     BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
+    BeforeValidator(refuse_url),
 ]
 """A path written as text; relative ones start at the working directory."""
 
@@ -20,10 +22,10 @@ FilePath = Annotated[
 class SplitConfig(Section):
     """One COCO-format split."""
 
-    images: FilePath
-    """Folder that the annotation file's ``file_name`` entries are relative to."""
-    annotations: FilePath
-    """COCO detection JSON."""
+    images: Location
+    """Folder, or its URL, that the annotation file's ``file_name`` entries are relative to."""
+    annotations: Location
+    """COCO detection JSON, or its URL."""
 
 
 class DigitScenesConfig(Section):

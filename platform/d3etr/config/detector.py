@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from d3etr.config.base import Section
-from d3etr.config.data import FilePath
+from d3etr.config.location import Location
 from d3etr.config.training import PretrainingConfig
 
 Positive = Annotated[int, Field(ge=1)]
@@ -139,8 +139,8 @@ DetectorPart = Literal["backbone", "encoder", "decoder", "heads", "queries"]
 class InitialiseFromConfig(Section):
     """Another detector whose parts a student starts from."""
 
-    weights: FilePath
-    """A d3etr weights file, for example the teacher's."""
+    weights: Location
+    """A d3etr weights file or its URL, for example the teacher's."""
     parts: Annotated[tuple[DetectorPart, ...], Field(min_length=1)]
     """Which: ``backbone``, ``encoder`` (with the projection of features), ``decoder``, ``heads``,
     ``queries`` (with what places them). Tensors of the same name and shape are taken."""
@@ -157,9 +157,9 @@ class StudentConfig(Section):
 
     detector: DetectorConfig = DetectorConfig()
     backbone_weights: Annotated[
-        Literal["imagenet"] | FilePath | None, Field(union_mode="left_to_right")
+        Literal["imagenet"] | Location | None, Field(union_mode="left_to_right")
     ] = None
-    """Where the backbone starts: torchvision's ImageNet weights, a file that
+    """Where the backbone starts: torchvision's ImageNet weights, a file (or its URL) that
     ``d3etr pretrain-backbone`` or ``d3etr import-weights`` wrote, or None for random numbers."""
     initialise_from: InitialiseFromConfig | None = None
     """Parts of another detector that this one starts from."""
@@ -180,8 +180,8 @@ class StudentConfig(Section):
 class TeacherConfig(Section):
     """The frozen detector that teaches."""
 
-    weights: FilePath
-    """A d3etr weights file; its architecture is read from the file."""
+    weights: Location
+    """A d3etr weights file, or its URL; its architecture is read from the file."""
     minimum_mAP: Annotated[float, Field(ge=0, le=1)] = 0.0
     """A teacher below this on the validation split stops the run before it starts."""
     evaluation: Literal["verify", "measure"] = "verify"

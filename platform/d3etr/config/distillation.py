@@ -1,11 +1,15 @@
 """Configuration of what is distilled, over which pairs, and how strongly."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from d3etr.config.base import Section
+from d3etr.config.methods import with_method
 
+# YAML knows lists only, and what a method has been put under is no JSON any more.
+LayerList = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
 Weight = Annotated[float, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -75,12 +79,38 @@ class AuxiliaryGroupConfig(Section):
     """Whose Hungarian assignment supervises the group with ground truth."""
     ground_truth: bool = True
     """Supervise the group with ground truth at all."""
+    always: bool = False
+    """Build the group also where adaptive_ratio 1 distils nothing over it."""
+
+
+class GeneralPointsConfig(Section):
+    """Fresh random queries that both models decode in each step (KD-DETR's general points)."""
+
+    count: Annotated[int, Field(ge=0)] = 0
+    """How many; 0 draws none."""
+    weight: Weight = 1.0
+    """Of their losses beside those of the other pairs."""
+
+    @model_validator(mode="after")
+    def _weight_has_effect(self) -> Self:
+        if self.count and not self.weight:
+            raise ValueError("points are drawn but their weight is 0: set count to 0")
+        return self
+
+
+class FeatureConfig(Section):
+    """Distillation of memory tokens where the teacher sees objects (DETRDistill's)."""
+
+    weight: Weight = 0.0
+    queries: Annotated[int, Field(ge=1)] = 100
+    """The teacher's best queries, whose likeness to a token says how much it counts."""
 
 
 class DistillationConfig(Section):
     """Method, matching ratios, loss terms."""
 
-    method: Literal["none", "d3etr"] = "none"
+    method: Literal["none", "d3etr", "kd_detr", "detrdistill"] = "none"
+    """What the settings below are unless a recipe says otherwise (config/methods.py)."""
     adaptive_ratio: Ratio = 0.5
     """r: L = r * L_adaptive + (1 - r) * L_fixed. 1 builds no auxiliary group, 0 runs no
     bipartite matching."""
@@ -93,10 +123,17 @@ class DistillationConfig(Section):
     self_attention: AttentionConfig = AttentionConfig()
     cross_attention: AttentionConfig = AttentionConfig()
     auxiliary_group: AuxiliaryGroupConfig = AuxiliaryGroupConfig()
-    layer_map: Literal["uniform", "last"] | tuple[Annotated[int, Field(ge=0)], ...] = "uniform"
+    general_points: GeneralPointsConfig = GeneralPointsConfig()
+    features: FeatureConfig = FeatureConfig()
+    layer_map: Literal["uniform", "last"] | LayerList = "uniform"
     """Teacher layer for each student layer; a list names them, last must map to last."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Distillation weights grow linearly from 0 over this many optimiser steps."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_the_method(cls, settings: object) -> object:
+        return with_method(settings) if isinstance(settings, Mapping) else settings
 
     @property
     def terms(self) -> tuple[float, float, float]:
@@ -106,24 +143,25 @@ class DistillationConfig(Section):
     @property
     def distils(self) -> bool:
         """Whether any distillation term is on; the controls of the ablation have none."""
-        return any(self.terms)
+        return any(self.terms) or bool(self.features.weight)
 
     @property
     def has_auxiliary_group(self) -> bool:
-        """Whether a second query group runs through the student's decoder."""
-        return self.method == "d3etr" and self.adaptive_ratio < 1
+        """Whether the teacher's queries run through the student's decoder."""
+        wanted = self.adaptive_ratio < 1 or self.auxiliary_group.always
+        return self.method != "none" and wanted
 
     @property
     def matches_adaptively(self) -> bool:
         """Whether bipartite matching between teacher and student runs."""
-        return self.method == "d3etr" and self.adaptive_ratio > 0 and self.distils
+        return self.method != "none" and self.adaptive_ratio > 0 and any(self.terms)
 
     @property
     def without_effect(self) -> frozenset[str]:
         """Keys that the method or a ratio of 0 or 1 switches off; setting them is an error."""
         if self.method == "none":
             return frozenset(type(self).model_fields) - {"method"}
-        if self.adaptive_ratio == 1:
+        if not self.has_auxiliary_group:
             return frozenset({"auxiliary_group", "teacher_query_ratio"})
         if self.adaptive_ratio == 0:
             return frozenset({"matching_cost", "matched_pair_ratio"})
@@ -133,8 +171,15 @@ class DistillationConfig(Section):
     def _every_setting_fires(self) -> Self:
         if self.method == "none":
             return self._plain_has_nothing_set()
-        if self.adaptive_ratio == 1:
+        if not self.has_auxiliary_group:
             self._adaptive_only_is_whole()
+        if self.auxiliary_group.always and not self.auxiliary_group.ground_truth:
+            raise ValueError(
+                "auxiliary_group.always without ground_truth: where adaptive_ratio is 1 the group "
+                "would learn nothing"
+            )
+        if self.general_points.count and not any(self.terms):
+            raise ValueError("general_points have no effect: all term weights are 0")
         if (
             self.adaptive_ratio == 0
             and {"matching_cost", "matched_pair_ratio"} & self.model_fields_set
@@ -171,6 +216,8 @@ class DistillationConfig(Section):
                 "random auxiliary queries have no teacher outputs to distil: "
                 "set all term weights to 0, or auxiliary_group.queries to 'teacher'"
             )
+        if self.general_points.count:
+            raise ValueError("random auxiliary queries and general_points exclude each other")
         if self.auxiliary_group.assignment == "teacher":
             raise ValueError(
                 "random auxiliary queries have no teacher assignment: "

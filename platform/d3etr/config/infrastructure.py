@@ -1,9 +1,9 @@
 """Configuration of a run's name and place, the cluster under it and its tracking."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from d3etr.config.base import Section
 from d3etr.config.data import FilePath
@@ -31,8 +31,12 @@ class ClusterConfig(Section):
     """Ray address (``auto``: the cluster on this machine); None joins the cluster that a submitted
     job is in (``RAY_ADDRESS``), else starts one here that ends with the run."""
     workers: Annotated[int, Field(ge=1)] = 1
+    minimum_workers: Annotated[int, Field(ge=1)] | None = None
+    """Elastic training: where a node goes, train on with what is left, at least so many workers,
+    and grow back to ``workers`` at a checkpoint. None: always ``workers``."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """auto: 1 where the cluster has a GPU for every worker, else 0."""
+    """auto: 1 where the cluster has a GPU for every worker (or, elastic, for minimum_workers of
+    them), else 0."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     threads_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Threads of tensor operations; auto is OMP_NUM_THREADS, where that is set, else shares a
@@ -42,6 +46,14 @@ class ClusterConfig(Section):
     start_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
     """How long to wait for a busy cluster to start the workers; tried maximum_failures + 1 times
     before the run gives up."""
+
+    @model_validator(mode="after")
+    def _minimum_is_one(self) -> Self:
+        if self.minimum_workers is not None and self.minimum_workers > self.workers:
+            raise ValueError(
+                f"minimum_workers {self.minimum_workers} is above workers {self.workers}"
+            )
+        return self
 
 
 class TrackingConfig(Section):

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from d3etr.config.location import Url
 from d3etr.config.problems import ConfigError, Problem, shown
 from d3etr.config.yaml_text import dump_yaml, parse_yaml
 
@@ -69,7 +70,7 @@ def _leaves(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _as_text(value: Any) -> str:
-    plain = str(value) if isinstance(value, PurePath) else value
+    plain = str(value) if isinstance(value, PurePath | Url) else value
     plain = list(plain) if isinstance(plain, tuple) else plain
     return dump_yaml(plain).removesuffix("...\n").strip()
 

@@ -21,6 +21,7 @@ EXPECTATIONS: Mapping[str, str] = {
     "int_from_float": "an integer",
     "string_type": "text",
     "path_type": "a path",
+    "location_type": "a path or URL",
     "tuple_type": "a list",
     "model_type": "a section",
     "finite_number": "a finite number",

@@ -44,7 +44,7 @@ class OptimisationConfig(Section):
     batch_size: Positive = 16
     """Images per optimiser step over all workers and accumulated micro-batches."""
     accumulation: Positive = 1
-    """Micro-batches per optimiser step on each worker."""
+    """Micro-batches per optimiser step on each worker, while all workers are there."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     backbone_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
     weight_decay: Weight = 1e-4
@@ -80,6 +80,8 @@ class EvaluationConfig(Section):
 
     every_epochs: Positive = 1
     """Measure on the validation split after every so many epochs, and after the last."""
+    every_steps: Positive | None = None
+    """Measure also within epochs, every so many optimiser steps; None does not."""
     batch_size: Positive = 16
     """Images per forward pass and worker."""
     maximum_detections: Positive = 100
@@ -88,6 +90,11 @@ class EvaluationConfig(Section):
     """After training, measure the kept weights once on the test split."""
     keep: Literal["best", "last"] = "best"
     """Which weights the run hands over: best validation mAP, or the last."""
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """Unset, ``every_steps`` is no part of a configuration's digest."""
+        return frozenset() if self.every_steps else frozenset({"every_steps"})
 
 
 class PretrainingConfig(Section):

@@ -25,6 +25,17 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    def micro_batches(self, workers: int) -> int:
+        """Micro-batches per optimiser step over all workers.
+
+        Fewer workers than configured share the same micro-batches: memory per worker, random
+        numbers and losses stay what they are.
+
+        Args:
+            workers: that are there.
+        """
+        return max(workers, self.cluster.workers) * self.optimisation.accumulation
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         if self.distillation.method == "none" and self.teacher is not None:
@@ -35,7 +46,7 @@ class Config(Section):
             raise ValueError(
                 f"distillation.method '{self.distillation.method}' needs a teacher.weights"
             )
-        parts = self.cluster.workers * self.optimisation.accumulation
+        parts = self.micro_batches(self.cluster.workers)
         if self.optimisation.batch_size % parts:
             raise ValueError(
                 f"optimisation.batch_size {self.optimisation.batch_size} is not a multiple of "

@@ -57,7 +57,7 @@ def check_data(data: DataConfig, progress: Progress | None = None) -> DataReport
     contents: dict[str, dict[str, int]] = {}
     for name, config in configured_splits(data, progress).items():
         try:
-            split = parsed[name] = parse_split(name, config)
+            split = parsed[name] = parse_split(name, config, progress)
         except UserError as error:
             reports.append(_failed(name, config, error))
             continue
@@ -88,9 +88,9 @@ def _look_at_all(split: DetectionSplit, progress: Progress | None) -> Iterator[_
 
 def _look_at(split: DetectionSplit, record: ImageRecord) -> _Look:
     try:
+        if split.images.size(record.file_name) is None:
+            return _Look(record, missing=True)
         raw = split.path(record).read_bytes()
-    except FileNotFoundError:
-        return _Look(record, missing=True)
     except OSError as error:
         return _Look(record, problem=str(error))
     expected = (record.width, record.height)

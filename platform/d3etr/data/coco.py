@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d3etr.config.data import SplitConfig
+from d3etr.config.location import Location, Url
 from d3etr.data.coco_json import Category, RawAnnotations, RawImage, read_annotations
+from d3etr.data.progress import Progress
 from d3etr.errors import UserError
+from d3etr.storage.fetch import local_file
+from d3etr.storage.images import ImageFolder, open_folder
 
 __all__ = [
     "Category",
@@ -86,8 +89,9 @@ class DetectionSplit:
 
     Attributes:
         name: train, validation or test.
-        images: folder that file names are relative to.
-        annotations: the COCO JSON.
+        images: the folder that file names are relative to.
+        annotations: the COCO JSON, as configured.
+        annotation_file: the COCO JSON on this machine.
         categories: by rising id; a contiguous label is an index into this tuple.
         records: one per image, in the file's order.
         cleaning: what was dropped, clipped or set aside.
@@ -95,25 +99,34 @@ class DetectionSplit:
     """
 
     name: str
-    images: Path
-    annotations: Path
+    images: ImageFolder
+    annotations: Location
+    annotation_file: Path
     categories: tuple[Category, ...]
     records: tuple[ImageRecord, ...]
     cleaning: Cleaning
     digest: str
 
     def path(self, record: ImageRecord) -> Path:
-        """Where the image of ``record`` lies."""
-        return self.images / record.file_name
+        """Where the image of ``record`` lies on this machine."""
+        return self.images.path(record.file_name)
 
 
-def read_split(name: str, split: SplitConfig) -> DetectionSplit:
+def read_split(
+    name: str, split: SplitConfig, progress: Progress | None = None, *, fetch: bool = True
+) -> DetectionSplit:
     """Read one split for training or evaluation, saying in the log what was dropped.
+
+    Args:
+        name: train, validation or test.
+        split: where it is; what a URL names is fetched into this machine's cache.
+        progress: told of the fetching.
+        fetch: False leaves a URL's images where they are and only makes sure that they exist.
 
     Raises:
         UserError: the annotation file cannot be used, or images are missing.
     """
-    parsed = parse_split(name, split)
+    parsed = parse_split(name, split, progress, fetch=fetch)
     missing = missing_images(parsed)
     if missing:
         raise UserError(_missing_text(parsed, missing))
@@ -121,33 +134,41 @@ def read_split(name: str, split: SplitConfig) -> DetectionSplit:
     return parsed
 
 
-def parse_split(name: str, split: SplitConfig) -> DetectionSplit:
+def parse_split(
+    name: str, split: SplitConfig, progress: Progress | None = None, *, fetch: bool = True
+) -> DetectionSplit:
     """Read one split whose images may be missing; ``check_data`` names them one by one.
+
+    Arguments are those of ``read_split``.
 
     Raises:
         UserError: the annotation file cannot be used, or there is no image folder.
     """
-    if not split.images.is_dir():
+    if not isinstance(split.images, Url) and not split.images.is_dir():
         raise UserError(
             f"data.{name}.images: {split.images} is not a folder; expected the folder that the "
             f"file names in {split.annotations} are relative to"
         )
-    raw = read_annotations(split.annotations)
+    with local_file(split.annotations, progress) as file:
+        raw = read_annotations(file)
     records, cleaning = _clean(raw)
+    names = [image.file_name for image in raw.images]
+    images = open_folder(split.images, names, progress, fetch=fetch)
     return DetectionSplit(
         name=name,
-        images=split.images,
+        images=images,
         annotations=split.annotations,
+        annotation_file=file,
         categories=raw.categories,
         records=records,
         cleaning=cleaning,
-        digest=_digest(raw, split.images),
+        digest=_digest(raw, images),
     )
 
 
 def missing_images(split: DetectionSplit) -> tuple[ImageRecord, ...]:
     """Records whose image file does not exist."""
-    return tuple(record for record in split.records if not split.path(record).is_file())
+    return tuple(record for record in split.records if split.images.size(record.file_name) is None)
 
 
 def require_same_categories(expected: DetectionSplit, found: DetectionSplit) -> None:
@@ -211,13 +232,12 @@ def _record(
     )
 
 
-def _digest(raw: RawAnnotations, images: Path) -> str:
+def _digest(raw: RawAnnotations, images: ImageFolder) -> str:
+    """The same wherever the files are."""
     digest = hashlib.sha256(raw.digest.encode())
     for image in raw.images:
-        try:
-            size = os.stat(images / image.file_name).st_size
-        except OSError:
-            size = -1
+        found = images.size(image.file_name)
+        size = -1 if found is None else found
         digest.update(f"{image.file_name}\0{size}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 

@@ -135,15 +135,16 @@ class DetectionDataset(Dataset[Sample]):
         return augmentation.crop > 0 or augmentation.shortest_sides is not None
 
     def _decode(self, record: ImageRecord) -> Tensor:
-        path = self.split.path(record)
+        path, shown = self.split.path(record), self.split.images.shown(record.file_name)
         expected = (record.width, record.height)
         try:
             image = load_image(path, expected)
         except UserError as error:
-            raise UserError(f"image id {record.id}: {error}") from error
+            text = str(error).replace(str(path), shown)
+            raise UserError(f"image id {record.id}: {text}") from error
         if image.size != expected:
             raise UserError(
-                f"image id {record.id}: {path} is {image.size[0]} x {image.size[1]} pixels, but "
+                f"image id {record.id}: {shown} is {image.size[0]} x {image.size[1]} pixels, but "
                 f"{self.split.annotations} says {record.width} x {record.height}, so its boxes "
                 "cannot be trusted: correct width and height, or use the image that was annotated"
             )

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from d3etr.config.data import DataConfig
 from d3etr.data.coco import DetectionSplit
 from d3etr.data.dataset import CACHE_BYTES, DetectionDataset
-from d3etr.data.sampling import BatchKey, epoch_batches, evaluation_keys, micro_batches
+from d3etr.data.sampling import BatchKey, epoch_batches, evaluation_keys, micro_batches, share
 from d3etr.data.transforms import collate
 from d3etr.errors import UserError
 from d3etr.structures import ImageBatch, Targets
@@ -40,7 +40,7 @@ class EpochLoader:
         split: the training split.
         data: transforms, buckets and the number of loading processes.
         batch_size: images per optimiser step over all workers and micro-batches.
-        accumulation: micro-batches per optimiser step on each worker.
+        parts: micro-batches per optimiser step over all workers.
         rank: this worker.
         world_size: number of workers.
         seed: of the run.
@@ -55,20 +55,20 @@ class EpochLoader:
         data: DataConfig,
         *,
         batch_size: int,
-        accumulation: int,
+        parts: int,
         rank: int,
         world_size: int,
         seed: int,
     ) -> None:
-        if batch_size % (accumulation * world_size):
-            raise ValueError("batch_size must be a multiple of accumulation * world_size")
+        if batch_size % parts or parts < world_size:
+            raise ValueError("batch_size must be a multiple of parts, one for each worker or more")
         if len(split.records) < batch_size:
             raise UserError(
                 f"{split.annotations}: the {split.name} split has {len(split.records)} images, "
                 f"fewer than one batch: set optimisation.batch_size ({batch_size}) to at most that"
             )
-        self.batch_size, self.accumulation = batch_size, accumulation
-        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.batch_size, self.parts, self.seed = batch_size, parts, seed
+        self.mine = share(parts, rank, world_size)
         self.bucket = data.bucket_by_aspect
         self.steps_per_epoch = len(split.records) // batch_size
         self.dataset = DetectionDataset(
@@ -82,7 +82,7 @@ class EpochLoader:
         self._source = _BatchSource(self.dataset, data.workers, persistent=True)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """The batches of one epoch: ``accumulation`` of them for each optimiser step.
+        """The batches of one epoch: this worker's micro-batches of each optimiser step.
 
         Args:
             epoch: from 0.
@@ -91,10 +91,10 @@ class EpochLoader:
         Raises:
             UserError: an image is missing or damaged.
         """
-        keys = self._keys(epoch)[start_step * self.accumulation :]
+        keys = self._keys(epoch)[start_step * len(self.mine) :]
         batches = self._source.batches(keys)
         for _ in range(start_step, self.steps_per_epoch):
-            yield [next(batches) for _ in range(self.accumulation)]
+            yield [next(batches) for _ in self.mine]
 
     def close(self) -> None:
         """End the loading processes."""
@@ -103,14 +103,7 @@ class EpochLoader:
     def _keys(self, epoch: int) -> list[BatchKey]:
         sizes = self.dataset.sizes(epoch) if self._static_sizes is None else self._static_sizes
         batches = epoch_batches(sizes, self.batch_size, self.seed, epoch, self.bucket)
-        return micro_batches(
-            batches,
-            sizes,
-            epoch,
-            accumulation=self.accumulation,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+        return micro_batches(batches, sizes, epoch, self.parts, self.mine)
 
 
 class EvaluationBatches:

@@ -67,21 +67,37 @@ def _by_shape(sizes: NDArray[np.int64]) -> NDArray[np.intp]:
     return np.lexsort((sizes.min(1), sizes.max(1), orientation))
 
 
+def share(micro_batches: int, rank: int, world_size: int) -> range:
+    """Which of a step's micro-batches are one worker's; workers differ by one at most.
+
+    Args:
+        micro_batches: per optimiser step over all workers, at least ``world_size``.
+        rank: the worker.
+        world_size: number of workers.
+    """
+    return range(
+        micro_batches * rank // world_size,
+        micro_batches * (rank + 1) // world_size,
+    )
+
+
 def micro_batches(
-    batches: NDArray[np.int64],
-    sizes: NDArray[np.int64],
-    epoch: int,
-    *,
-    accumulation: int,
-    rank: int,
-    world_size: int,
+    batches: NDArray[np.int64], sizes: NDArray[np.int64], epoch: int, parts: int, mine: range
 ) -> list[BatchKey]:
-    """The keys of one worker, ``accumulation`` for each global batch."""
+    """The keys of one worker: ``len(mine)`` for each global batch.
+
+    Args:
+        batches: [steps, batch_size] image indices.
+        sizes: [images, 2] (height, width) after transforms.
+        epoch: from 0.
+        parts: micro-batches of a global batch.
+        mine: those of the worker.
+    """
     keys = []
     for batch in batches:
         height, width = sizes[batch].max(0).tolist()
-        parts = batch.reshape(world_size, accumulation, -1)[rank]
-        keys += [BatchKey(tuple(part.tolist()), epoch, (height, width)) for part in parts]
+        own = batch.reshape(parts, -1)[mine.start : mine.stop]
+        keys += [BatchKey(tuple(part.tolist()), epoch, (height, width)) for part in own]
     return keys
 
 

@@ -38,7 +38,7 @@ def open_split(
     name: Literal["train", "validation", "test"],
     progress: Progress | None = None,
 ) -> DetectionSplit:
-    """Read one split of ``data``.
+    """Read one split of ``data``; ``progress`` is told of what is written or fetched for it.
 
     Raises:
         UserError: the split is not configured or cannot be used.
@@ -49,4 +49,4 @@ def open_split(
             f"data.{name} is not set, but the {name} split is needed: set data.{name}.images and "
             f"data.{name}.annotations (configured: {', '.join(splits)})"
         )
-    return read_split(name, splits[name])
+    return read_split(name, splits[name], progress)

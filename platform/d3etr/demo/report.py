@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from rich.table import Table
 
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.demo.runs import DemoRun
+from d3etr.tracking.address import how_to_open
 from d3etr.tracking.compare import compare
 from d3etr.tracking.compare_text import RESULT_HEADINGS, result_cells
 from d3etr.tracking.state import read_state
 
-PORT = 5000
-"""MLflow's own default."""
 OWN_DATA = """\
 The same on data of your own (COCO format; put your paths into the first two lines):
   TRAIN="data.train={{images: photos/train, annotations: photos/train.json}}"
@@ -68,39 +65,36 @@ def next_steps(runs: list[DemoRun]) -> str:
         *_mlflow_commands(runs, python),
         "Detect digits on a picture, drawn into predictions/:",
         f"  {python} -m d3etr predict {weights} {_a_picture(runs[-1])} --output predictions",
-        "Compare the runs here, setting by setting and class by class:",
-        f"  {python} -m d3etr compare {folders}",
+        "Compare the runs here; the page adds curves and what each detects on the same images:",
+        f"  {python} -m d3etr compare {folders} --html comparison.html",
         OWN_DATA.format(python=python),
     ]
     return "\n".join(parts)
 
 
 def _mlflow_commands(runs: list[DemoRun], python: str) -> list[str]:
-    states = [state for run in runs if (state := read_state(run.result.run_dir)) is not None]
+    folders = [run.result.run_dir for run in runs if run.result.tracked_run is not None]
+    states = [state for folder in folders if (state := read_state(folder)) is not None]
     if not states:
         return []
-    uri = states[0].tracking_uri
-    ids = [state.run_id for state in states]
-    experiments = sorted({state.experiment_id for state in states})
-    query = f"runs={_in_address(ids)}&experiments={_in_address(experiments)}"
-    page = f"#/compare-runs?{query}"
-    if uri.startswith(("http://", "https://")):
-        return ["See the runs side by side in MLflow:", f"  {uri.rstrip('/')}/{page}"]
-    return [
-        "See the runs side by side in MLflow: start it, then open the address",
-        f"  {python} -m mlflow ui --backend-store-uri {uri} --port {PORT}",
-        f"  http://127.0.0.1:{PORT}/{page}",
-    ]
+    # mlflow takes a second to import: only who has tracked pays.
+    from d3etr.tracking.views import comparison_page
 
-
-def _in_address(names: list[str]) -> str:
-    return quote(json.dumps(names, separators=(",", ":")))
+    students = (run.result.metrics.get("steps", 0) for run in runs[1:])
+    page = comparison_page(runs[-1].config, states, last_step=int(max(students)))
+    lines = how_to_open(states[0].tracking_uri, page, python)
+    title = "See the runs side by side in MLflow:"
+    if len(lines) > 1:
+        title = "See the runs side by side in MLflow: start it, then open the address"
+    return [title, *(f"  {line}" for line in lines)]
 
 
 def _a_picture(run: DemoRun) -> str:
     scenes = run.config.data.digit_scenes
     assert scenes is not None
-    return _shown_path(min(write_digit_scenes(scenes)["test"].images.iterdir()))
+    images = write_digit_scenes(scenes)["test"].images
+    assert isinstance(images, Path)
+    return _shown_path(min(images.iterdir()))
 
 
 def _shown_path(path: Path) -> str:

@@ -79,7 +79,7 @@ class ConditionalDETR(SingleScaleDetector):
         states, scores = self.decoder(embedding, encoded, memory, sizes, attention)
         logits = self.class_head(states).float()
         boxes = predict_boxes(self.box_head, states, reference)
-        return split_groups(memory, sizes, logits, boxes, scores)
+        return split_groups(memory, sizes, logits, boxes, states[-1], scores)
 
     def _reference_of(self, group: ObjectQueries) -> Tensor:
         if group.reference_logits is None:

@@ -158,7 +158,8 @@ class DABDETR(SingleScaleDetector):
         anchors = side_by_side([_anchors_of(group) for group in groups]).float()
         states, starts, scores = self.decoder(anchors, memory, sizes, self.box_head, attention)
         boxes = predict_boxes(self.box_head, states, starts)
-        return split_groups(memory, sizes, self.class_head(states).float(), boxes, scores)
+        logits = self.class_head(states).float()
+        return split_groups(memory, sizes, logits, boxes, states[-1], scores)
 
 
 def _anchors_of(group: ObjectQueries) -> Tensor:

@@ -27,11 +27,13 @@ class Decoded:
     Attributes:
         logits: [L, B, N, C].
         boxes: [L, B, N, 4] cxcywh in [0, 1].
+        states: [B, N, D] of the last layer.
         scores: of all layers, or None.
     """
 
     logits: Tensor
     boxes: Tensor
+    states: Tensor
     scores: AttentionScores | None
 
 
@@ -139,4 +141,4 @@ class DeformableDecoder(nn.Module):
             if self.refines:
                 # Each layer learns its own move, not to make up for later ones.
                 reference = moved(box_head, hidden, reference).detach()
-        return Decoded(torch.stack(logits), torch.stack(boxes), scores)
+        return Decoded(torch.stack(logits), torch.stack(boxes), hidden, scores)

@@ -130,7 +130,9 @@ class DeformableDETR(DetectionTransformer):
             sizes,
             attention,
         )
-        return split_groups(memory, sizes, decoded.logits, decoded.boxes, decoded.scores)
+        return split_groups(
+            memory, sizes, decoded.logits, decoded.boxes, decoded.states, decoded.scores
+        )
 
     def _complete(self, group: ObjectQueries) -> tuple[Tensor, Tensor, Tensor]:
         reference, content = group.reference_logits, group.content

@@ -124,4 +124,4 @@ class DETR(SingleScaleDetector):
         if self.exclusive:
             logits = sigmoid_logits(logits, self.classes)
         boxes = predict_boxes(self.box_head, normed)
-        return split_groups(memory, sizes, logits, boxes, scores, self.exclusive)
+        return split_groups(memory, sizes, logits, boxes, normed[-1], scores, self.exclusive)

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from d3etr.detectors.attention import ConditionalCrossAttention
 from d3etr.detectors.conditional_decoder import ConditionalDecoder
 
 PEAK = 6.0
@@ -29,8 +30,9 @@ def look_at_references(decoder: ConditionalDecoder) -> None:
     Args:
         decoder: changed in place; its transformation of reference points starts as 1.
     """
-    for layer in decoder.layers:
-        attention = layer.cross_attention
+    for attention in decoder.modules():
+        if not isinstance(attention, ConditionalCrossAttention):
+            continue
         shared = _projection(attention.query_spatial.in_features, attention.heads)
         for linear in (attention.query_spatial, attention.key_position):
             linear.weight.data.copy_(shared)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ def split_groups(
     sizes: list[int],
     logits: Tensor,
     boxes: Tensor,
+    states: Tensor,
     scores: AttentionScores | None,
     exclusive: bool = False,
 ) -> list[DecoderOutputs]:
@@ -66,16 +67,24 @@ def split_groups(
         sizes: queries of each group, N in total.
         logits: [L, B, N, C].
         boxes: [L, B, N, 4] cxcywh in [0, 1].
+        states: [B, N, D] of the last layer.
         scores: of all layers, or None.
         exclusive: an object has one class.
     """
-    rest = (memory.levels, memory.padding, exclusive)
-    whole = zip(torch.split(logits, sizes, 2), torch.split(boxes, sizes, 2), strict=True)
+    groups = [
+        DecoderOutputs(*parts[:2], None, None, memory.levels, memory.padding, parts[2], exclusive)
+        for parts in zip(
+            torch.split(logits, sizes, 2),
+            torch.split(boxes, sizes, 2),
+            torch.split(states, sizes, 1),
+            strict=True,
+        )
+    ]
     if scores is None:
-        return [DecoderOutputs(z, b, None, None, *rest) for z, b in whole]
+        return groups
     within = scores.stacked_within(len(memory.tokens))
     across = torch.split(torch.stack(scores.across), sizes, 3)
     return [
-        DecoderOutputs(z, b, own, other, *rest)
-        for (z, b), own, other in zip(whole, within, across, strict=True)
+        replace(group, self_attention_scores=own, cross_attention_scores=other)
+        for group, own, other in zip(groups, within, across, strict=True)
     ]

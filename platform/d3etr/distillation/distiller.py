@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,52 @@ from d3etr.distillation.correspondence import (
     adaptive_correspondence,
     adaptive_problem,
 )
+from d3etr.distillation.features import feature_loss, query_quality, target_weights
 from d3etr.distillation.layers import teacher_layers
 from d3etr.distillation.mixmatcher import Branch, mix
-from d3etr.distillation.queries import RandomQueries, TeacherQueries
-from d3etr.distillation.teaching import Normalisers, Taught, map_layers, normalisers, teaching
+from d3etr.distillation.queries import GeneralPoints, RandomQueries, TeacherQueries
+from d3etr.distillation.teaching import Normalisers, Taught, map_layers, normalisers, passed_on
 from d3etr.matching.assignment import Assignment, CostBlock, assign
-from d3etr.structures import DecoderOutputs, Detector, ImageBatch, ObjectQueries, Targets
+from d3etr.structures import (
+    DecoderOutputs,
+    Detector,
+    ImageBatch,
+    Memory,
+    ObjectQueries,
+    Targets,
+)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the student says about a batch.
+
+    Attributes:
+        memory: its encoder output.
+        groups: outputs of each query group by name; ``detection`` is the main one.
+    """
+
+    memory: Memory
+    groups: dict[str, DecoderOutputs]
+
+    @property
+    def main(self) -> DecoderOutputs:
+        """Outputs of the student's own queries."""
+        return self.groups["detection"]
+
+    @property
+    def supervised(self) -> dict[str, DecoderOutputs]:
+        """What may learn from ground truth, a two-stage detector's proposals included."""
+        found = {name: part for name, part in self.groups.items() if name != "general"}
+        if self.memory.proposals is not None:
+            found["proposals"] = self.memory.proposals
+        return found
+
+    def truth(self, name: str, targets: Targets) -> Targets:
+        """A group's ground truth: proposals only tell objects from background, as class 0."""
+        if name != "proposals":
+            return targets
+        return replace(targets, labels=torch.zeros_like(targets.labels))
 
 
 class Distiller(nn.Module):
@@ -64,6 +104,8 @@ class Distiller(nn.Module):
         self.criterion = criterion
         self._teacher = (teacher,)  # inside a tuple, nn.Module does not register it
         self.auxiliary: nn.Module | None = None
+        self.feature_adapter: nn.Module | None = None
+        self._points: GeneralPoints | None = None
         if teacher is not None:
             self._prepare(student, teacher, seed)
 
@@ -75,7 +117,13 @@ class Distiller(nn.Module):
         self._layers = teacher_layers(
             config.layer_map, student.config.decoder_layers, teacher.config.decoder_layers
         )
-        if not config.has_auxiliary_group:
+        if config.features.weight:
+            widths = student.config.width, teacher.config.width
+            same = widths[0] == widths[1]
+            self.feature_adapter = nn.Identity() if same else nn.Linear(*widths)
+        if config.general_points.count:
+            self._points = GeneralPoints(config.general_points.count, seed)
+        if not config.has_auxiliary_group and self._points is None:
             return
         if config.auxiliary_group.queries == "random":
             self.auxiliary = RandomQueries(
@@ -110,23 +158,33 @@ class Distiller(nn.Module):
         return self.teacher is not None and bool(self_attention or cross_attention)
 
     @torch.no_grad()
-    def teach(self, images: ImageBatch) -> Taught | None:
+    def teach(self, images: ImageBatch, step: int = 0) -> Taught | None:
         """Run the teacher on a batch; None when nothing needs its outputs.
 
         Not in inference mode: such tensors cannot take part in the student's graph.
+
+        Args:
+            images: B padded images.
+            step: optimiser step, of which general points are drawn.
         """
         teacher = self.teacher
         if teacher is None or not self.needs_teacher_outputs:
             return None
         memory = teacher.encode(images)
         queries = teacher.object_queries(memory).detach()
-        (outputs,) = teacher.decode(memory, [queries], attention=self._needs_attention)
-        mapped = map_layers(outputs, self._layers)
-        return teaching(mapped, queries, self.distillation.teacher_query_ratio)
+        groups = [queries]
+        if self._points is not None:
+            groups.append(self._points.draw(queries, step))
+        decoded = teacher.decode(memory, groups, attention=self._needs_attention)
+        outputs, *general = [map_layers(part, self._layers) for part in decoded]
+        group, passed = passed_on(outputs, queries, self.distillation.teacher_query_ratio)
+        if not general:
+            return Taught(outputs, group, passed, memory.tokens)
+        return Taught(outputs, group, passed, memory.tokens, general[0], groups[1])
 
     @torch.no_grad()
     def normalisers(self, targets: Targets, taught: Taught | None) -> Tensor:
-        """[2 + 2 L] sums that the losses of the global batch are divided by; add them up."""
+        """[2 + 3 L] sums that the losses of the global batch are divided by; add them up."""
         return normalisers(
             targets,
             taught,
@@ -154,64 +212,68 @@ class Distiller(nn.Module):
 
         Returns:
             Named scalars: ``detection/..``, ``auxiliary/..`` and, of a two-stage student,
-            ``proposals/..`` against ground truth, ``adaptive/..`` and ``fixed/..`` against the
-            teacher.
+            ``proposals/..`` against ground truth, ``adaptive/..``, ``fixed/..``, ``general/..``
+            and ``features`` against the teacher.
 
         Raises:
             NonFiniteCostError: an output is NaN or infinite.
         """
         divisors = Normalisers.unpack(normalisers)
-        main, auxiliary, proposals = self._decode(images, taught)
-        problems = self._problems(main, auxiliary, taught, targets)
-        some_object = replace(targets, labels=torch.zeros_like(targets.labels))
-        if proposals is not None:
-            problems["proposals"] = detection_problem(
-                "proposals against objects", proposals, some_object, self.criterion
-            )
+        said = self._decode(images, taught)
+        problems = self._problems(said, taught, targets)
         solved = dict(zip(problems, assign(list(problems.values())), strict=True))
-        losses = self._set_losses("detection", main, targets, solved["detection"], divisors)
-        if proposals is not None:
-            losses |= self._set_losses(
-                "proposals", proposals, some_object, solved["proposals"], divisors
-            )
-        if auxiliary is not None and "auxiliary" in solved:
-            losses |= self._set_losses(
-                "auxiliary", auxiliary, targets, solved["auxiliary"], divisors
-            )
+        losses: dict[str, Tensor] = {}
+        for name, outputs in said.supervised.items():
+            if name in solved:
+                truth = said.truth(name, targets)
+                losses |= self._set_losses(name, outputs, truth, solved[name], divisors)
         if taught is not None and self.distillation.distils:
-            terms = self._distil(main, auxiliary, taught, solved.get("adaptive"), divisors)
+            terms = self._distil(said, taught, solved.get("adaptive"), divisors)
+            if self.feature_adapter is not None:
+                terms["features"] = self._features(said, taught, targets, divisors)
             losses |= {name: distillation_scale * loss for name, loss in terms.items()}
         return losses
 
-    def _decode(
-        self, images: ImageBatch, taught: Taught | None
-    ) -> tuple[DecoderOutputs, DecoderOutputs | None, DecoderOutputs | None]:
-        """Main and auxiliary group in one pass over one memory, and its proposals."""
+    def _decode(self, images: ImageBatch, taught: Taught | None) -> Said:
+        """All query groups in one pass over one memory."""
         memory = self.student.encode(images)
-        groups = [self.student.object_queries(memory), *self._auxiliary_queries(taught)]
-        outputs = self.student.decode(memory, groups, attention=self._needs_attention)
-        return outputs[0], outputs[1] if len(outputs) > 1 else None, memory.proposals
+        groups = {"detection": self.student.object_queries(memory)}
+        groups |= self._further_queries(taught)
+        decoded = self.student.decode(
+            memory, list(groups.values()), attention=self._needs_attention
+        )
+        return Said(memory, dict(zip(groups, decoded, strict=True)))
 
-    def _auxiliary_queries(self, taught: Taught | None) -> list[ObjectQueries]:
+    def _further_queries(self, taught: Taught | None) -> dict[str, ObjectQueries]:
+        """The training-only groups: the teacher's queries, and general points."""
         if self.auxiliary is None or self.teacher is None:
-            return []
-        queries = self.teacher.object_queries().detach() if taught is None else taught.queries
-        return [self.auxiliary(queries)]
+            return {}
+        groups = {}
+        if self.distillation.has_auxiliary_group:
+            queries = self.teacher.object_queries().detach() if taught is None else taught.queries
+            groups["auxiliary"] = self.auxiliary(queries)
+        if taught is not None and taught.points is not None:
+            groups["general"] = self.auxiliary(taught.points)
+        return groups
 
     def _problems(
-        self,
-        main: DecoderOutputs,
-        auxiliary: DecoderOutputs | None,
-        taught: Taught | None,
-        targets: Targets,
+        self, said: Said, taught: Taught | None, targets: Targets
     ) -> dict[str, CostBlock]:
         """Every bipartite problem of this batch, to be solved together."""
         config, criterion = self.distillation, self.criterion
+        main, auxiliary = said.main, said.groups.get("auxiliary")
         problems = {
             "detection": detection_problem(
                 "student queries against objects", main, targets, criterion
             )
         }
+        if said.memory.proposals is not None:
+            problems["proposals"] = detection_problem(
+                "proposals against objects",
+                said.memory.proposals,
+                said.truth("proposals", targets),
+                criterion,
+            )
         if auxiliary is not None and config.auxiliary_group.ground_truth:
             by_teacher = config.auxiliary_group.assignment == "teacher" and taught is not None
             whose = taught.group if by_teacher and taught is not None else auxiliary
@@ -240,19 +302,38 @@ class Distiller(nn.Module):
 
     def _distil(
         self,
-        main: DecoderOutputs,
-        auxiliary: DecoderOutputs | None,
+        said: Said,
         taught: Taught,
         assignment: Assignment | None,
         divisors: Normalisers,
     ) -> dict[str, Tensor]:
-        config = self.distillation
-        adaptive = fixed = None
+        config, images = self.distillation, divisors.images
+        branches = {}
         if assignment is not None:
             pairs = adaptive_correspondence(
-                assignment, main, taught.outputs, config.matched_pair_ratio
+                assignment, said.main, taught.outputs, config.matched_pair_ratio
             )
-            adaptive = Branch(main, taught.outputs, pairs, divisors.adaptive, divisors.images)
-        if auxiliary is not None:
-            fixed = Branch(auxiliary, taught.group, FIXED, divisors.fixed, divisors.images)
-        return mix(adaptive, fixed, config)
+            branches["adaptive"] = Branch(
+                said.main, taught.outputs, pairs, divisors.adaptive, images
+            )
+        if "auxiliary" in said.groups and config.adaptive_ratio < 1:
+            branches["fixed"] = Branch(
+                said.groups["auxiliary"], taught.group, FIXED, divisors.fixed, images
+            )
+        if taught.general is not None:
+            branches["general"] = Branch(
+                said.groups["general"], taught.general, FIXED, divisors.general, images
+            )
+        return mix(branches, config)
+
+    def _features(
+        self, said: Said, taught: Taught, targets: Targets, divisors: Normalisers
+    ) -> Tensor:
+        config, memory = self.distillation.features, said.memory
+        assert self.feature_adapter is not None and taught.outputs.states is not None
+        quality = query_quality(taught.outputs, targets)
+        weights = target_weights(taught.outputs.states, taught.tokens, quality, config.queries)
+        tokens = self.feature_adapter(memory.tokens)
+        return config.weight * feature_loss(
+            tokens, taught.tokens, weights, memory.padding, divisors.images
+        )

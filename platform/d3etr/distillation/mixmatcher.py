@@ -104,18 +104,23 @@ def branch_losses(branch: Branch, config: DistillationConfig) -> dict[str, Tenso
     return losses
 
 
-def mix(
-    adaptive: Branch | None, fixed: Branch | None, config: DistillationConfig
-) -> dict[str, Tensor]:
-    """Mix the branches: r L_adaptive + (1 - r) L_fixed.
+def mix(branches: dict[str, Branch], config: DistillationConfig) -> dict[str, Tensor]:
+    """Mix the branches: r L_adaptive + (1 - r) L_fixed + w L_general.
+
+    Args:
+        branches: ``adaptive``, ``fixed`` and ``general``, those that there are.
+        config: ratio and weights.
 
     Returns:
-        Named scalars ``adaptive/..`` and ``fixed/..``.
+        Named scalars ``adaptive/..``, ``fixed/..`` and ``general/..``.
     """
     losses: dict[str, Tensor] = {}
-    shares = {"adaptive": config.adaptive_ratio, "fixed": 1 - config.adaptive_ratio}
-    for name, branch in {"adaptive": adaptive, "fixed": fixed}.items():
-        if branch is not None:
-            terms = branch_losses(branch, config)
-            losses |= {f"{name}/{term}": shares[name] * loss for term, loss in terms.items()}
+    shares = {
+        "adaptive": config.adaptive_ratio,
+        "fixed": 1 - config.adaptive_ratio,
+        "general": config.general_points.weight,
+    }
+    for name, branch in branches.items():
+        terms = branch_losses(branch, config)
+        losses |= {f"{name}/{term}": shares[name] * loss for term, loss in terms.items()}
     return losses

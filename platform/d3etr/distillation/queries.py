@@ -89,3 +89,44 @@ class RandomQueries(nn.Module):
     def forward(self, queries: ObjectQueries) -> ObjectQueries:
         """The random group; the teacher's ``queries`` are not used."""
         return ObjectQueries(self.embedding, self.reference_logits)
+
+
+class GeneralPoints:
+    """Fresh random queries in each step, like the teacher's own (KD-DETR's general points).
+
+    Embeddings and contents are normal with the mean and deviation of the teacher's, places are
+    uniform over the image, as the paper says, and sizes of anchors are the teacher's, shuffled.
+
+    Args:
+        count: how many.
+        seed: with the step, all that a draw depends on: workers and micro-batches share it.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+
+    def draw(self, like: ObjectQueries, step: int) -> ObjectQueries:
+        """The points of one step, [count, ..], shared by all images.
+
+        Args:
+            like: the teacher's queries, [M, ..] or [B, M, ..].
+            step: optimiser step.
+        """
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step)
+        reference = like.reference_logits
+        return ObjectQueries(
+            self._normal(like.embedding, generator),
+            None if reference is None else self._places(reference, generator),
+            None if like.content is None else self._normal(like.content, generator),
+        )
+
+    def _normal(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        flat = like.flatten(0, -2)
+        drawn = torch.randn(self._count, flat.shape[-1], generator=generator).to(flat)
+        return drawn * flat.std(0) + flat.mean(0)
+
+    def _places(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        flat = like.flatten(0, -2)
+        places = torch.rand(self._count, 2, generator=generator).logit(eps=1e-3).to(flat)
+        chosen = torch.randint(len(flat), (self._count,), generator=generator)
+        return torch.cat([places, flat[chosen.to(flat.device), 2:]], -1)

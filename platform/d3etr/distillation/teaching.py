@@ -23,11 +23,17 @@ class Taught:
         outputs: all M queries, one teacher layer per student layer.
         group: the outputs of the queries that form the auxiliary group.
         queries: those queries themselves, with the teacher's width.
+        tokens: [B, S, D'] memory.
+        general: of the general points, the same layers; None without any.
+        points: the general points.
     """
 
     outputs: DecoderOutputs
     group: DecoderOutputs
     queries: ObjectQueries
+    tokens: Tensor
+    general: DecoderOutputs | None = None
+    points: ObjectQueries | None = None
 
 
 def map_layers(outputs: DecoderOutputs, layers: list[int]) -> DecoderOutputs:
@@ -85,20 +91,22 @@ def _most_confident(queries: ObjectQueries, index: Tensor) -> ObjectQueries:
     )
 
 
-def teaching(outputs: DecoderOutputs, queries: ObjectQueries, ratio: float) -> Taught:
-    """Put the teacher's outputs together with the share of its queries that is passed on.
+def passed_on(
+    outputs: DecoderOutputs, queries: ObjectQueries, ratio: float
+) -> tuple[DecoderOutputs, ObjectQueries]:
+    """The share of the teacher's queries that forms the auxiliary group, and its outputs.
 
     Args:
         outputs: all M queries, mapped to the student's layers.
-        queries: the teacher's own queries [M, D].
+        queries: the teacher's own queries [M, D] or [B, M, D].
         ratio: ``teacher_query_ratio`` q; below 1, each image keeps its most confident queries
             by the last layer.
     """
     kept = group_size(outputs.queries, ratio)
     if kept == outputs.queries:
-        return Taught(outputs, outputs, queries)
+        return outputs, queries
     index = outputs.confidence()[-1].topk(kept, dim=1).indices
-    return Taught(outputs, select_queries(outputs, index), _most_confident(queries, index))
+    return select_queries(outputs, index), _most_confident(queries, index)
 
 
 @dataclass(frozen=True)
@@ -111,22 +119,24 @@ class Normalisers:
         fixed: [L] teacher confidence summed over the auxiliary group's queries.
         adaptive: [L] teacher confidence summed over the queries that can be matched: the most
             confident ones, so that the divisor does not depend on the student.
+        general: [L] teacher confidence summed over the general points.
     """
 
     objects: Tensor
     images: Tensor
     fixed: Tensor
     adaptive: Tensor
+    general: Tensor
 
     def pack(self) -> Tensor:
-        """One vector [2 + 2 L], so that adding over workers takes one reduction."""
-        return torch.cat([self.objects[None], self.images[None], self.fixed, self.adaptive])
+        """One vector [2 + 3 L], so that adding over workers takes one reduction."""
+        scalars = (self.objects[None], self.images[None])
+        return torch.cat([*scalars, self.fixed, self.adaptive, self.general])
 
     @staticmethod
     def unpack(packed: Tensor) -> Normalisers:
         """Inverse of ``pack``."""
-        fixed, adaptive = packed[2:].chunk(2)
-        return Normalisers(packed[0], packed[1], fixed, adaptive)
+        return Normalisers(packed[0], packed[1], *packed[2:].chunk(3))
 
 
 def normalisers(
@@ -140,9 +150,9 @@ def normalisers(
     device = targets.labels.device
     sizes = torch.tensor([sum(targets.counts), len(targets.counts)], dtype=torch.float32)
     objects, images = sizes.to(device, non_blocking=True)
+    nothing = torch.zeros(layers, device=device)
     if taught is None:
-        nothing = torch.zeros(layers, device=device)
-        return Normalisers(objects, images, nothing, nothing)
+        return Normalisers(objects, images, nothing, nothing, nothing)
     kept = kept_pairs(student_queries, taught.outputs.queries, config.matched_pair_ratio)
     confidence = taught.outputs.confidence().float()
     return Normalisers(
@@ -150,4 +160,7 @@ def normalisers(
         images,
         fixed=taught.group.confidence().float().sum((1, 2)),
         adaptive=confidence.topk(kept, dim=2).values.sum((1, 2)),
+        general=(
+            nothing if taught.general is None else taught.general.confidence().float().sum((1, 2))
+        ),
     )

@@ -16,6 +16,7 @@ from d3etr.launch.folder import RunFolder, folder_of
 from d3etr.launch.task import Task, train
 from d3etr.tracking.address import without_secrets
 from d3etr.tracking.state import read_state
+from d3etr.training.inputs import ensure_inputs_answer
 from d3etr.training.journal import Record
 
 LauncherName = Literal["ray", "local", "torchrun"]
@@ -67,6 +68,8 @@ def launch(
         if torchrun_rank() != 0:
             join_rank_0(config, folder, task)
             return RunResult(folder.path, folder.result() or {}, folder.weights, None, True)
+    if folder.result() is None:
+        ensure_inputs_answer([config])
     return drive(
         config,
         folder,

@@ -37,6 +37,10 @@ class LocalLauncher:
                 "cluster.workers is %d, but the launcher 'local' trains in one process",
                 cluster.workers,
             )
+        if cluster.minimum_workers is not None:
+            logger.warning(
+                "cluster.minimum_workers has no effect: elastic training needs the launcher 'ray'"
+            )
         before = torch.get_num_threads()
         torch.set_num_threads(threads_for(cluster, 1, os.environ.get("OMP_NUM_THREADS")))
         try:

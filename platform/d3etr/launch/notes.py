@@ -79,6 +79,35 @@ class Notes:
             return None
         return str(json.loads(file.read_text(encoding="utf-8"))["text"])
 
+    def ask_to_regroup(self) -> None:
+        """The driver wants to start the workers as another number of them."""
+        write_text(self._regroup_file, "")
+
+    def withdraw(self) -> None:
+        """The driver does not want that any more, or it was done."""
+        self._regroup_file.unlink(missing_ok=True)
+        self._regrouping_file.unlink(missing_ok=True)
+
+    def regroup_asked(self) -> bool:
+        """Whether the driver wants it."""
+        return self._regroup_file.exists()
+
+    def leave_to_regroup(self) -> None:
+        """The workers end, for the driver to start others."""
+        write_text(self._regrouping_file, "")
+
+    def left_to_regroup(self) -> bool:
+        """Whether the workers did."""
+        return self._regrouping_file.exists()
+
+    @property
+    def _regroup_file(self) -> Path:
+        return self.folder / "regroup"
+
+    @property
+    def _regrouping_file(self) -> Path:
+        return self.folder / "regrouping"
+
     @staticmethod
     def text(error: Exception) -> str:
         """The traceback of ``error``."""

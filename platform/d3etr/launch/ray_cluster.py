@@ -6,7 +6,8 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from d3etr.launch.signals import terminable
 CONNECT_SECONDS = 60.0
 """ray.init has no limit of its own: it waits for ever for a cluster that is half reachable."""
 PROBE_SECONDS = 10.0
+ANSWER_SECONDS = 2.0
 NO_PREEMPTION = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """A cluster of one's own loses no node to others: one process less to start."""
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -65,9 +67,27 @@ def joined_address(cluster: ClusterConfig) -> str | None:
 
 
 def cluster_nodes() -> list[Node]:
-    """The live machines of the connected cluster."""
-    totals = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(total.get("CPU", 0.0), total.get("GPU", 0.0)) for total in totals]
+    """The machines of the connected cluster; Ray takes some 15 seconds to miss a lost one."""
+    return [_offer(node) for node in ray.nodes() if node["Alive"]]
+
+
+def answering_nodes() -> list[Node]:
+    """Those machines of the connected cluster that answer at this moment."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    with ThreadPoolExecutor(max_workers=max(1, len(alive))) as pool:
+        answers = list(pool.map(_answers, alive))
+    return [_offer(node) for node, answer in zip(alive, answers, strict=True) if answer]
+
+
+def _offer(node: Mapping[str, Any]) -> Node:
+    total = node["Resources"]
+    return Node(total.get("CPU", 0.0), total.get("GPU", 0.0))
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    """Whether the node's Ray process takes connections."""
+    place = (node["NodeManagerAddress"], int(node["NodeManagerPort"]))
+    return _attempt(lambda: socket.create_connection(place, ANSWER_SECONDS).close()) is None
 
 
 def free_resources() -> Node:

@@ -51,16 +51,42 @@ class Assignment:
     threads_wish: str | None
 
 
-class RayContext(ProcessGroup):
-    """A Ray Train worker's view of the run; Ray has made the process group."""
+class Regroup(Exception):  # noqa: N818 - not an error
+    """The workers end in order, for the driver to start another number of them."""
 
-    def __init__(self, gpu: bool) -> None:
+
+class RayContext(ProcessGroup):
+    """A Ray Train worker's view of the run; Ray has made the process group.
+
+    Args:
+        assignment: what the worker was told.
+    """
+
+    def __init__(self, assignment: Assignment) -> None:
         # Without GPUs asked for, Ray would still offer the machine's first one.
+        gpu = assignment.gpu
         super().__init__(ray.train.torch.get_device() if gpu else torch.device("cpu"))
+        self._notes = assignment.notes
+        self._elastic = assignment.config.cluster.minimum_workers is not None
 
     def report(self, metrics: dict[str, float]) -> None:
         """Tell the controller that an epoch is done; also Ray's sign of life."""
         ray.train.report({name: float(value) for name, value in metrics.items()})
+
+    def saved(self) -> None:
+        """Leave here if the driver wants another number of workers: nothing is lost.
+
+        Raises:
+            Regroup: on all workers alike.
+        """
+        if not self._elastic:
+            return
+        asked = self.rank == 0 and self._notes.regroup_asked()
+        if not self.all_reduce(torch.tensor(int(asked), device=self.device)):
+            return
+        if self.rank == 0:
+            self._notes.leave_to_regroup()
+        raise Regroup
 
 
 def work(settings: dict[str, Assignment]) -> None:
@@ -74,11 +100,13 @@ def work(settings: dict[str, Assignment]) -> None:
         return
     _ensure_shared_folder(assignment)
     _set_threads(assignment)
-    context = RayContext(assignment.gpu)
+    context = RayContext(assignment)
     fence = Fence(assignment.run_dir, assignment.token, assignment.notes)
     with fence, relayed_warnings(assignment.run_dir, context.rank):
         try:
             assignment.task(assignment.config, assignment.run_dir, context)
+        except Regroup:
+            return
         except Exception as error:
             if not _ends_in_order(assignment, context, error):
                 raise

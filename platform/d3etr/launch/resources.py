@@ -23,17 +23,37 @@ class Node:
 
 @dataclass(frozen=True)
 class Demand:
-    """Workers, and what each needs on one machine."""
+    """Workers, and what each needs on one machine.
+
+    Attributes:
+        workers: how many.
+        cpus: for each.
+        gpus: for each.
+        minimum: train also with fewer workers, at least so many; None: never.
+    """
 
     workers: int
     cpus: float
     gpus: float
+    minimum: int | None = None
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change."""
+        return self.minimum is not None
+
+    @property
+    def least(self) -> int:
+        """So many workers must fit."""
+        return self.workers if self.minimum is None else self.minimum
 
     def __str__(self) -> str:
         each = _amount(self.cpus, "CPU") + (
             f" and {_amount(self.gpus, 'GPU')}" if self.gpus else ""
         )
-        return f"{_amount(self.workers, 'worker')} with {each}" + " each" * (self.workers > 1)
+        several = self.workers > 1
+        count = f"{self.minimum} to {self.workers} workers" if self.elastic and several else ""
+        return f"{count or _amount(self.workers, 'worker')} with {each}" + " each" * several
 
 
 def room(nodes: Sequence[Node], cpus: float, gpus: float) -> int:
@@ -47,18 +67,18 @@ def room(nodes: Sequence[Node], cpus: float, gpus: float) -> int:
 
 def demand_of(cluster: ClusterConfig, nodes: Sequence[Node]) -> Demand:
     """What a configuration asks for on this cluster: settles ``gpus_per_worker: auto``."""
-    gpus = cluster.gpus_per_worker
+    gpus, least = cluster.gpus_per_worker, cluster.minimum_workers or cluster.workers
     if gpus == "auto":
         present = sum(node.gpus for node in nodes)
-        gpus = 1.0 if room(nodes, cluster.cpus_per_worker, 1.0) >= cluster.workers else 0.0
+        gpus = 1.0 if room(nodes, cluster.cpus_per_worker, 1.0) >= least else 0.0
         if present and not gpus:
             logger.warning(
                 "training on CPUs: the cluster has %s, not one for each of %d workers. "
                 "Set cluster.workers or cluster.gpus_per_worker to use them.",
                 describe(nodes),
-                cluster.workers,
+                least,
             )
-    return Demand(cluster.workers, cluster.cpus_per_worker, float(gpus))
+    return Demand(cluster.workers, cluster.cpus_per_worker, float(gpus), cluster.minimum_workers)
 
 
 def ensure_room(demand: Demand, nodes: Sequence[Node]) -> None:
@@ -68,9 +88,10 @@ def ensure_room(demand: Demand, nodes: Sequence[Node]) -> None:
         UserError: saying what is there and what to change.
     """
     fitting = room(nodes, demand.cpus, demand.gpus)
-    if fitting >= demand.workers:
+    if fitting >= demand.least:
         return
-    change = f"--set cluster.workers={fitting}, or ask for less" if fitting else "Ask for less"
+    key = "minimum_workers" if demand.elastic else "workers"
+    change = f"--set cluster.{key}={fitting}, or ask for less" if fitting else "Ask for less"
     raise UserError(
         f"the cluster has {describe(nodes)}: {demand} do not fit, there is room for "
         f"{fitting or 'none'}.\n{change} per worker (cluster.cpus_per_worker, "

@@ -53,6 +53,10 @@ class TorchrunLauncher:
                 launch.config.cluster.workers,
                 workers,
             )
+        if launch.config.cluster.minimum_workers is not None:
+            logger.warning(
+                "cluster.minimum_workers has no effect: elastic training needs the launcher 'ray'"
+            )
         launch.stage(f"waiting for {workers} workers")
         _work(launch.config, RunFolder(launch.run_dir), self.task)
 
@@ -82,7 +86,7 @@ def _work(config: Config, folder: RunFolder, task: Task) -> None:
 
 def _ensure_divisible(config: Config, workers: int) -> None:
     optimisation = config.optimisation
-    if optimisation.batch_size % (workers * optimisation.accumulation):
+    if optimisation.batch_size % config.micro_batches(workers):
         raise UserError(
             f"optimisation.batch_size {optimisation.batch_size} is not a multiple of torchrun's "
             f"{workers} workers x optimisation.accumulation {optimisation.accumulation}"

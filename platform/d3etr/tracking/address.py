@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
+
+PORT = 5000
+"""MLflow's own default."""
+TRAINING_MENU = "workflowType=machine_learning"
+"""Models are trained here: MLflow's menu is otherwise that of chats and agents."""
 
 
 def without_secrets(uri: str) -> str:
@@ -15,3 +21,25 @@ def without_secrets(uri: str) -> str:
 def embedded_uri(output: Path) -> str:
     """Address of the SQLite file beside the runs in ``output``."""
     return f"sqlite:///{output.resolve() / 'mlflow.db'}"
+
+
+def run_page(experiment: str, run: str) -> str:
+    """Where a run is on MLflow's server: the part of the address that begins with ``#``."""
+    return f"#/experiments/{experiment}/runs/{run}?{TRAINING_MENU}"
+
+
+def how_to_open(uri: str, page: str, python: str = "python") -> list[str]:
+    """What a person types and opens to see a page of MLflow; nothing typed if a server runs.
+
+    Args:
+        uri: MLflow's address.
+        page: the part of a page's address that begins with ``#``.
+        python: how to call the interpreter.
+    """
+    place = without_secrets(uri)
+    if place.startswith(("http://", "https://")):
+        return [f"{place.rstrip('/')}/{page}"]
+    return [
+        f"{python} -m mlflow ui --backend-store-uri {shlex.quote(place)} --port {PORT}",
+        f"http://127.0.0.1:{PORT}/{page}",
+    ]

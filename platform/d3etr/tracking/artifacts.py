@@ -10,6 +10,7 @@ from typing import Any
 from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.tracking import MlflowClient
 
+from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.detectors.weights import file_digest, read_info
 from d3etr.tracking.description import role
@@ -83,11 +84,13 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 def _dataset(config: Config, digest: str) -> DatasetInput:
     """What the run was measured on, as MLflow's tables show it."""
-    name, source = "digit-scenes", "made by d3etr"
+    name, kind, source = "digit-scenes", "local", "made by d3etr"
     if config.data.validation is not None:
-        file = config.data.validation.annotations
-        name, source = f"{file.parent.name}/{file.stem}", str(file)
-    dataset = Dataset(name, digest, source_type="local", source=json.dumps({"uri": source}))
+        place = config.data.validation.annotations
+        file, source = (place.path, place.shown) if isinstance(place, Url) else (place, str(place))
+        name = f"{file.parent.name}/{file.stem}"
+        kind = place.protocol if isinstance(place, Url) else kind
+    dataset = Dataset(name, digest, source_type=kind, source=json.dumps({"uri": source}))
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "validation")])
 
 

@@ -9,7 +9,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from d3etr.errors import UserError
+from d3etr.tracking.description import recipe_name
 from d3etr.tracking.folders import FinishedRun, find_folders, read_run
+from d3etr.tracking.labels import distinct_labels
 
 METRICS = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 COSTS = ("parameters", "images_per_second", "training_seconds", "steps")
@@ -35,10 +37,12 @@ class RunGroup:
     Attributes:
         runs: at least one, by seed.
         prefix: of the metrics' keys in the summaries: "" (validation) or "test/".
+        label: what no other group of the comparison is called.
     """
 
     runs: tuple[FinishedRun, ...]
     prefix: str
+    label: str
 
     @property
     def title(self) -> str:
@@ -70,6 +74,19 @@ class RunGroup:
         found = {name: self.metric(f"AP/{name}") for name in names}
         return {name: spread for name, spread in found.items() if spread is not None}
 
+    def curve(self) -> dict[int, Spread]:
+        """Optimiser step -> validation mAP there, at the steps where all runs were measured."""
+        measured = [dict(run.curve) for run in self.runs if run.curve]
+        shared = set.intersection(*(set(each) for each in measured)) if measured else set()
+        if not shared:  # measured at different steps: a mean would be of nothing
+            measured = measured[:1]
+            shared = set(measured[0]) if measured else set()
+        return {
+            step: Spread(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+            for step in sorted(shared)
+            if (values := [each[step] for each in measured])
+        }
+
     def gain_over(self, other: RunGroup) -> Spread | None:
         """Gain in mAP over another group; seed by seed where both have the same seeds."""
         if self.seeds == other.seeds:
@@ -92,7 +109,7 @@ class Comparison:
 
     Attributes:
         groups: in the order asked for.
-        baseline: what gains are measured against: the first plain student, else the first group.
+        baseline: what gains are measured against: the plain student, else the first group.
         split: "test" where every run was measured on it, else "validation".
     """
 
@@ -143,7 +160,7 @@ class Comparison:
         """Everything, for machines; mAP and AP as fractions."""
         return {
             "split": self.split,
-            "baseline": self.baseline.name,
+            "baseline": self.baseline.label,
             "groups": [self._group_json(group) for group in self.groups],
             "differences": self.differences(),
             "cautions": self.cautions(),
@@ -152,6 +169,7 @@ class Comparison:
     def _group_json(self, group: RunGroup) -> dict[str, Any]:
         gain = self.gain(group)
         return {
+            "label": group.label,
             "title": group.title,
             "name": group.name,
             "seeds": list(group.seeds),
@@ -159,6 +177,14 @@ class Comparison:
             "metrics": _as_dicts({name: group.metric(name) for name in METRICS}),
             "costs": _as_dicts({name: group.cost(name) for name in COSTS}),
             "classes": _as_dicts(group.classes()),
+            "curves": [
+                {
+                    "seed": run.seed,
+                    "steps": [step for step, _ in run.curve],
+                    "val/mAP": [value for _, value in run.curve],
+                }
+                for run in group.runs
+            ],
             "gain": None if gain is None else gain.as_dict(),
         }
 
@@ -185,12 +211,23 @@ def compare(runs: Sequence[str | Path], output_root: Path) -> Comparison:
     by_recipe: dict[str, list[FinishedRun]] = {}
     for run in found:
         by_recipe.setdefault(run.recipe(), []).append(run)
-    groups = tuple(
-        RunGroup(tuple(sorted(members, key=lambda run: run.seed)), prefix)
-        for members in by_recipe.values()
+    members = [tuple(sorted(runs, key=lambda run: run.seed)) for runs in by_recipe.values()]
+    labels = distinct_labels(
+        [recipe_name(runs[0].config) for runs in members],
+        [runs[0].settings() for runs in members],
+        [runs[0].folder.name for runs in members],
     )
+    groups = tuple(
+        RunGroup(runs, prefix, label) for runs, label in zip(members, labels, strict=True)
+    )
+    return Comparison(groups, _baseline(groups), "test" if tested else "validation")
+
+
+def _baseline(groups: Sequence[RunGroup]) -> RunGroup:
+    """The first plain student; of several variants the one that is named without an addition."""
     plain = [group for group in groups if group.title == "plain student"]
-    return Comparison(groups, (plain or groups)[0], "test" if tested else "validation")
+    usual = [group for group in plain if group.label == recipe_name(group.runs[0].config)]
+    return [*usual, *plain, *groups][0]
 
 
 def _spread(values: Sequence[float]) -> Spread | None:

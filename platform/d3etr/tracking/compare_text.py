@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from d3etr.tracking.compare import Comparison, RunGroup, Spread
 
+if TYPE_CHECKING:
+    from d3etr.tracking.pictures import Objects, Pictures
+
 MANY_CLASSES = 20
 LONGEST_VALUE = 40
+BLOCKS = "▁▂▃▄▅▆▇█"
+LONGEST_CURVE = 24
 
 
-def as_tables(comparison: Comparison, *, classes: bool = True, differences: bool = True) -> Group:
-    """Results; and, on request, average precision per class and what sets the runs apart."""
+def as_tables(comparison: Comparison, pictures: Pictures | None = None) -> Group:
+    """Results, curves, settings that differ, average precision per class, and detections.
+
+    Args:
+        comparison: of the runs.
+        pictures: what the runs detect on some images; None leaves the part out.
+    """
     parts: list[RenderableType] = [results_table(comparison)]
     parts += [Text(caution, style="yellow") for caution in comparison.cautions()]
-    if differences and comparison.differences():
+    if any(len(group.curve()) > 1 for group in comparison.groups):
+        parts.append(curves_table(comparison))
+    if comparison.differences():
         parts.append(differences_table(comparison))
-    if classes and comparison.classes():
+    if comparison.classes():
         parts.append(classes_table(comparison))
+    if pictures is not None:
+        parts += [Text(sentence, style="yellow") for sentence in pictures.missing]
+        if pictures.pictures:
+            parts.append(pictures_table(comparison, pictures))
     return Group(*parts)
 
 
@@ -32,7 +51,7 @@ def results_table(comparison: Comparison) -> Table:
     for heading in RESULT_HEADINGS:
         table.add_column(heading, justify="right")
     for group in comparison.groups:
-        table.add_row(label(group), *result_cells(comparison, group))
+        table.add_row(group.label, *result_cells(comparison, group))
     return table
 
 
@@ -66,12 +85,68 @@ def result_cells(comparison: Comparison, group: RunGroup) -> list[str]:
     ]
 
 
+def curves_table(comparison: Comparison) -> Table:
+    """Validation mAP during training as a row of blocks, with its first and last value."""
+    table = Table(title="\nvalidation mAP during training, %", title_justify="left", box=None)
+    for heading in ("run", "first", "", "last", "measured"):
+        table.add_column(heading, justify="right" if heading in ("first", "measured") else "left")
+    curves = [(group, group.curve()) for group in comparison.groups]
+    highest = max((at.mean for _, curve in curves for at in curve.values()), default=0.0)
+    for group, curve in curves:
+        values = [at.mean for at in curve.values()]
+        if values:
+            ends = [f"{100 * value:.1f}" for value in (values[0], values[-1])]
+            times = f"{len(values)} times" if len(values) > 1 else "once"
+            table.add_row(group.label, ends[0], blocks(values, highest), ends[1], times)
+    return table
+
+
+def blocks(values: Sequence[float], highest: float) -> str:
+    """Values as a row of blocks; of many, evenly spaced ones and the last.
+
+    Args:
+        values: at least 0.
+        highest: that the highest block stands for.
+    """
+    stride = -(-len(values) // LONGEST_CURVE)
+    chosen = list(values[::-1][::stride][::-1])
+    top = len(BLOCKS) - 1
+    return "".join(BLOCKS[round(top * value / highest) if highest > 0 else 0] for value in chosen)
+
+
+def pictures_table(comparison: Comparison, pictures: Pictures) -> Table:
+    """What each group detects on the same images: class and score; a wrong one in brackets."""
+    table = Table(
+        title=f"\nthe same {pictures.split} images (wrong detections in brackets)",
+        title_justify="left",
+        box=None,
+    )
+    table.add_column("image", no_wrap=True)
+    table.add_column("annotated")
+    for group in comparison.groups:
+        table.add_column(group.label)
+    for picture in pictures.pictures:
+        found = ["no weights" if each is None else _detected(each) for each in picture.detections]
+        names = ", ".join(picture.truth.names) or "nothing"
+        table.add_row(*(Text(text) for text in (picture.title, names, *found)))
+    return table
+
+
+def _detected(objects: Objects) -> str:
+    scores, right = objects.scores or (), objects.right or ()
+    parts = [
+        f"{name} {score:.2f}" if is_right else f"({name} {score:.2f})"
+        for name, score, is_right in zip(objects.names, scores, right, strict=True)
+    ]
+    return ", ".join(parts) or "nothing"
+
+
 def differences_table(comparison: Comparison) -> Table:
     """Settings that are not the same everywhere."""
     table = Table(title="\nwhat sets them apart", title_justify="left", box=None)
     table.add_column("setting", no_wrap=True, min_width=24)
     for group in comparison.groups:
-        table.add_column(label(group), overflow="fold")
+        table.add_column(group.label, overflow="fold")
     for key, values in comparison.differences().items():
         table.add_row(key, *(shortened(value) for value in values))
     return table
@@ -83,20 +158,13 @@ def classes_table(comparison: Comparison) -> Table:
     table = Table(title="\nAP per class, %", title_justify="left", box=None)
     table.add_column("class")
     for group in comparison.groups:
-        table.add_column(label(group), justify="right")
+        table.add_column(group.label, justify="right")
     widest = sorted(rows, key=lambda name: -_range(rows[name]))[:MANY_CLASSES]
     for name in (name for name in rows if name in set(widest)):
         table.add_row(name, *(percent(spread) for spread in rows[name]))
     if len(rows) > MANY_CLASSES:
         table.caption = f"the {MANY_CLASSES} of {len(rows)} classes that differ most"
     return table
-
-
-def label(group: RunGroup) -> str:
-    """Title and name, if the name says more."""
-    squeezed = "".join(filter(str.isalnum, group.name.lower()))
-    known = squeezed == "".join(filter(str.isalnum, group.title.lower()))
-    return group.title if known else f"{group.title} ({group.name})"
 
 
 def percent(spread: Spread | None, *, signed: bool = False) -> str:

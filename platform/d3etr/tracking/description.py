@@ -14,6 +14,7 @@ from typing import Any
 
 import d3etr
 from d3etr.config.detector import DetectorConfig
+from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.tracking.address import without_secrets
 from d3etr.tracking.state import read_state
@@ -44,9 +45,14 @@ def run_name(config: Config) -> str:
 
     ``digits-plain`` becomes ``plain student · digits · seed 0``.
     """
+    return f"{recipe_name(config)} · seed {config.run.seed}"
+
+
+def recipe_name(config: Config) -> str:
+    """A run's name without its seed: ``plain student · digits``."""
     known = {*title(config).lower().split(), role(config), config.distillation.method}
     words = [word for word in re.split(r"[-_.]+", config.run.name) if word.lower() not in known]
-    return " · ".join([title(config), *filter(None, ["-".join(words)]), f"seed {config.run.seed}"])
+    return " · ".join([title(config), *filter(None, ["-".join(words)])])
 
 
 def colour(config: Config, run_dir: Path) -> str:
@@ -91,6 +97,8 @@ def teacher_tags(config: Config) -> dict[str, str]:
         return {}
     weights = config.teacher.weights
     found = {"teacher_weights": weights.name}
+    if isinstance(weights, Url):
+        return found
     state = read_state(weights.parent)
     if state is not None:
         found |= {"teacher_weights": weights.parent.name, "teacher_run": state.run_id}
@@ -107,7 +115,9 @@ def note(config: Config, run_dir: Path) -> str:
         f"{detector.queries} queries."
     ]
     if config.teacher is not None:
-        lines.append(f"Taught by `{config.teacher.weights}`: {_what_is_distilled(config)}.")
+        weights = config.teacher.weights
+        place = weights.shown if isinstance(weights, Url) else weights
+        lines.append(f"Taught by `{place}`: {_what_is_distilled(config)}.")
     lines.append(f"Run folder: `{run_dir.resolve()}`")
     return "\n\n".join(lines)
 

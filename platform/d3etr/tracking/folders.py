@@ -15,8 +15,8 @@ from d3etr.tracking.description import params, run_name, title
 from d3etr.tracking.state import read_state
 from d3etr.training.journal import read_journal
 
-UNCOMPARED = ("run", "cluster", "tracking")
-"""Sections that say where and how a run happened, not what it is."""
+UNCOMPARED = ("run.", "cluster.", "tracking.", "data.workers", "student.pretraining.")
+"""What says where and how a run happened, or a backbone before it: not what the run is."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class FinishedRun:
     def settings(self) -> dict[str, str]:
         """Everything that makes the run what it is, with dotted keys."""
         flat = params(self.config)
-        return {key: flat[key] for key in flat if key.partition(".")[0] not in UNCOMPARED}
+        return {key: flat[key] for key in flat if not key.startswith(UNCOMPARED)}
 
 
 def read_run(folder: Path) -> FinishedRun:

@@ -116,13 +116,6 @@ class Tracker:
         """Id of its experiment."""
         return self._state.experiment_id
 
-    def view_command(self) -> str:
-        """What a person types or opens to see the run."""
-        page = f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        if self._uri.startswith(("http://", "https://")):
-            return f"{without_secrets(self._uri).rstrip('/')}/{page}"
-        return f"mlflow ui --backend-store-uri {without_secrets(self._uri)}"
-
     def consume(self, record: Record) -> None:
         """Take a journal record; returns at once and never raises."""
         self._sender.put(record)

@@ -32,6 +32,8 @@ KIND = {"mlflow.experimentKind": "custom_model_development"}
 QUIET_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Where to look is said once, at the end, and with a page that reads well.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 

@@ -13,15 +13,18 @@ from mlflow.exceptions import MlflowException
 
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
-from d3etr.tracking.address import without_secrets
+from d3etr.tracking.address import how_to_open, without_secrets
 from d3etr.tracking.importance import importance
 from d3etr.tracking.model import register
 from d3etr.tracking.server import artifact_folder, connect, open_experiment, patience, tracking_uri
 from d3etr.tracking.state import RunState, read_state, write_state
+from d3etr.tracking.views import share, sweep_view
 
 logger = logging.getLogger(__name__)
 
 UPLOAD_TIMEOUT_SECONDS = 60
+NOTE = "mlflow.note.content"
+COLOUR = "#009e73"
 DEFAULT_MODEL = "d3etr-student"
 """The best student is registered under this name, where ``tracking.register_as`` gives none."""
 
@@ -53,20 +56,29 @@ class SweepRun:
     Args:
         config: a trial's; says where MLflow is.
         folder: of the sweep.
-        name: what MLflow's table calls it.
+        title: a line that says what is swept.
         params: what the sweep is.
+        keys: dotted keys of the space; none for named cases.
 
     Raises:
         UserError: MLflow does not answer (known within 15 seconds) or refuses.
     """
 
-    def __init__(self, config: Config, folder: Path, name: str, params: Mapping[str, str]) -> None:
-        self._config, self._folder = config, folder
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        title: str,
+        params: Mapping[str, str],
+        keys: Sequence[str] = (),
+    ) -> None:
+        self._config, self._folder, self._title, self._keys = config, folder, title, keys
         self._uri = tracking_uri(config)
         self._client = connect(self._uri)
         try:
             with patience():
-                self._state = self._known() or self._create(name, params)
+                self._state = self._known() or self._create(params)
+                self._page = self._share()
         except MlflowException as error:
             place = without_secrets(self._uri)
             raise UserError(f"MLflow at {place} refuses the sweep: {error}") from error
@@ -75,6 +87,10 @@ class SweepRun:
     def run_id(self) -> str:
         """Id of the parent run."""
         return self._state.run_id
+
+    def how_to_open(self) -> list[str]:
+        """What a person types and opens to see the trials, best first."""
+        return how_to_open(self._uri, self._page)
 
     def finish(
         self,
@@ -141,11 +157,20 @@ class SweepRun:
             raise
         return state
 
-    def _create(self, name: str, params: Mapping[str, str]) -> RunState:
+    def _share(self) -> str:
+        """The page with the sweep's trials; the parent's description leads there."""
+        view = sweep_view(self.run_id, self._keys)
+        page = share(self._client, self._state.experiment_id, view)
+        self._client.set_tag(self.run_id, NOTE, f"**{self._title}**\n\n{_link(page)}")
+        return page
+
+    def _create(self, params: Mapping[str, str]) -> RunState:
         tracking = self._config.tracking
         place = artifact_folder(self._config, self._uri)
         experiment = open_experiment(self._client, tracking.experiment, place)
-        tags = {"role": "sweep", "mlflow.source.name": "sweeps/run.py"}
+        tags = {"role": "sweep", "title": "sweep", "mlflow.runColor": COLOUR}
+        tags |= {"mlflow.source.name": "sweeps/run.py", "mlflow.source.type": "LOCAL"}
+        name = f"sweep · {self._folder.name}"
         run = self._client.create_run(experiment, tags=tags, run_name=name)
         given = [Param(key, value) for key, value in params.items()]
         self._client.log_batch(run.info.run_id, params=given)
@@ -163,6 +188,9 @@ class SweepRun:
             best = max(trials, key=lambda trial: trial.mAP)
             metrics["val/mAP"] = best.mAP
             self._client.set_tag(self.run_id, "best", best.title)
+            found = f"Best of {len(trials)}: {best.title}, {100 * best.mAP:.1f} mAP on validation."
+            note = f"**{self._title}**\n\n{found}\n\n{_link(self._page)}"
+            self._client.set_tag(self.run_id, NOTE, note)
         now = self._client.get_run(self.run_id).info.start_time
         logged = [Metric(key, value, now, 0) for key, value in metrics.items()]
         self._client.log_batch(self.run_id, metrics=logged)
@@ -199,3 +227,7 @@ class SweepRun:
             if found is not None:
                 drawn["importance"] = draw_importance(*found, len(points))
         return [save(figure, self._folder / f"{name}.png") for name, figure in drawn.items()]
+
+
+def _link(page: str) -> str:
+    return f"[The trials, best first, with charts]({page})"

@@ -10,13 +10,21 @@ from torch.optim import AdamW
 from d3etr.config.tree import Config
 from d3etr.data.coco import DetectionSplit, require_same_categories
 from d3etr.data.loading import EpochLoader
+from d3etr.data.progress import Progress
 from d3etr.data.splits import open_split
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.distillation.distiller import Distiller
+from d3etr.storage.fetch import fetch_file, local_file
 from d3etr.training.context import TrainContext
 from d3etr.training.ema import WeightAverage
-from d3etr.training.inputs import weight_digests
+from d3etr.training.fetching import together
+from d3etr.training.inputs import (
+    ensure_same_everywhere,
+    remote_files,
+    remote_folders,
+    weight_digests,
+)
 from d3etr.training.optimiser import build_optimiser
 from d3etr.training.seeding import derive_seed, seed_generators
 from d3etr.training.start import build_student
@@ -55,23 +63,44 @@ class Models:
     digests: dict[str, str]
 
 
-def open_splits(config: Config, context: TrainContext) -> Splits:
+def open_splits(config: Config, context: TrainContext, progress: Progress | None = None) -> Splits:
     """Open the run's image sets; worker 0 first, as it may have to make the embedded ones.
+
+    What URLs name is fetched before training, not when an image is first needed: a file that is
+    missing stops the run at its start, epochs take the same time, and a storage that goes away
+    costs nothing. The first worker of a machine fetches, the others find it in the cache.
+
+    Args:
+        config: the run.
+        context: the workers.
+        progress: told of what is fetched.
 
     Raises:
         UserError: anything is wrong with them, or they have different categories.
     """
-    if context.rank != 0:
-        context.barrier()
-    train = open_split(config.data, "train")
-    validation = open_split(config.data, "validation")
-    test = open_split(config.data, "test") if config.evaluation.test else None
-    if context.rank == 0:
-        context.barrier()
-    require_same_categories(train, validation)
-    if test is not None:
-        require_same_categories(train, test)
-    return Splits(train, validation, test)
+    files, folders = remote_files(config), remote_folders(config)
+    if files:
+        together(lambda: [fetch_file(url, progress) for url in files.values()], context)
+    if folders:
+        splits = together(lambda: _read_splits(config, progress), context)
+    else:
+        if context.rank != 0:
+            context.barrier()
+        splits = _read_splits(config)
+        if context.rank == 0:
+            context.barrier()
+    require_same_categories(splits.train, splits.validation)
+    if splits.test is not None:
+        require_same_categories(splits.train, splits.test)
+    return splits
+
+
+def _read_splits(config: Config, progress: Progress | None = None) -> Splits:
+    return Splits(
+        train=open_split(config.data, "train", progress),
+        validation=open_split(config.data, "validation", progress),
+        test=open_split(config.data, "test", progress) if config.evaluation.test else None,
+    )
 
 
 def open_loader(config: Config, split: DetectionSplit, context: TrainContext) -> EpochLoader:
@@ -80,7 +109,7 @@ def open_loader(config: Config, split: DetectionSplit, context: TrainContext) ->
         split,
         config.data,
         batch_size=config.optimisation.batch_size,
-        accumulation=config.optimisation.accumulation,
+        parts=config.micro_batches(context.world_size),
         rank=context.rank,
         world_size=context.world_size,
         seed=config.run.seed,
@@ -118,6 +147,8 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
     if config.optimisation.compile:
         for detector in (student, teacher):
             _compile(detector)
+    digests = _digests(config, splits)
+    ensure_same_everywhere(digests, context)
     # First, as it may freeze the backbone: what is frozen has no average and no gradient.
     optimiser = build_optimiser(distiller, student.backbone, config.optimisation)
     decay = config.optimisation.ema_decay
@@ -128,7 +159,7 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
         distiller,
         optimiser,
         None if decay is None else WeightAverage(student, decay),
-        _digests(config, splits),
+        digests,
     )
 
 
@@ -137,7 +168,8 @@ def _load_teacher(
 ) -> tuple[DetectionTransformer | None, WeightsInfo | None]:
     if config.teacher is None:
         return None, None
-    teacher, info = load_weights(config.teacher.weights)
+    with local_file(config.teacher.weights) as file:
+        teacher, info = load_weights(file)
     check_same_classes(info, config.teacher.weights, split)
     check_same_input(info, config.teacher.weights, config.data)
     return teacher.to(context.device).requires_grad_(False), info

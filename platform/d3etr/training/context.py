@@ -52,6 +52,10 @@ class TrainContext(Protocol):
         """Say that an epoch is done."""
         ...
 
+    def saved(self) -> None:
+        """Say that a checkpoint was saved and training goes on: a good place to be stopped."""
+        ...
+
 
 class SingleProcess:
     """A world of one.
@@ -84,6 +88,9 @@ class SingleProcess:
 
     def report(self, metrics: dict[str, float]) -> None:
         """Nobody to tell."""
+
+    def saved(self) -> None:
+        """Nobody who would stop it."""
 
 
 class ProcessGroup:
@@ -139,6 +146,9 @@ class ProcessGroup:
 
     def report(self, metrics: dict[str, float]) -> None:
         """Nobody to tell."""
+
+    def saved(self) -> None:
+        """Nobody who would stop it."""
 
 
 class Torchrun(ProcessGroup):

@@ -122,7 +122,7 @@ class Evaluator:
     def _score(self, rows: Tensor) -> CocoMetrics:
         if self._truth is None:
             self._truth = GroundTruth(
-                self.split.annotations,
+                self.split.annotation_file,
                 [(category.id, category.name) for category in self.split.categories],
                 [record.id for record in self.split.records],
             )

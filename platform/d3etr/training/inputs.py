@@ -3,30 +3,90 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
+
+from d3etr.config.data import SplitConfig
+from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.detectors.weights import file_digest
 from d3etr.errors import UserError
+from d3etr.storage.fetch import fetch_file
+from d3etr.storage.problems import MissingFileError, UnreachableError
+from d3etr.storage.reach import ensure_reachable
+from d3etr.training.context import TrainContext
+
+logger = logging.getLogger(__name__)
 
 SUMMARY_KEY = "inputs"
 """Where a run's summary keeps them."""
 
 
 def weight_digests(config: Config) -> dict[str, str]:
-    """SHA-256 of the weights files that a run begins with and that are there, by key."""
+    """SHA-256 of the weights files that a run begins with and that are there, by key.
+
+    Raises:
+        UserError: a storage does not answer, or refuses.
+    """
+    found = {key: _digest_of(file) for key, file in _weights(config).items()}
+    return {key: digest for key, digest in found.items() if digest is not None}
+
+
+def remote_files(config: Config) -> dict[str, Url]:
+    """The URLs of single files that a run reads, by key."""
+    places = {f"data.{name}.annotations": split.annotations for name, split in _splits(config)}
+    places |= _weights(config)
+    return {key: place for key, place in places.items() if isinstance(place, Url)}
+
+
+def remote_folders(config: Config) -> dict[str, Url]:
+    """The URLs of image folders that a run reads, by key."""
+    places = {f"data.{name}.images": split.images for name, split in _splits(config)}
+    return {key: place for key, place in places.items() if isinstance(place, Url)}
+
+
+def ensure_inputs_answer(configs: Iterable[Config]) -> None:
+    """Make sure, within seconds, that storage has what runs read; nothing is fetched.
+
+    Raises:
+        UserError: naming every URL that is not there or does not answer.
+    """
+    files, folders = set[tuple[str, Url]](), set[tuple[str, Url]]()
+    for config in configs:
+        files.update(remote_files(config).items())
+        folders.update(remote_folders(config).items())
+    ensure_reachable(files, folders)
+
+
+def _splits(config: Config) -> list[tuple[str, SplitConfig]]:
+    data = config.data
+    splits = {"train": data.train, "validation": data.validation}
+    if config.evaluation.test:
+        splits["test"] = data.test
+    return [(name, split) for name, split in splits.items() if split is not None]
+
+
+def _weights(config: Config) -> dict[str, Url | Path]:
     start = config.student.initialise_from
     files = {
         "student.backbone_weights": config.student.backbone_weights,
         "student.initialise_from.weights": None if start is None else start.weights,
         "teacher.weights": None if config.teacher is None else config.teacher.weights,
     }
-    return {
-        key: file_digest(file)
-        for key, file in files.items()
-        if isinstance(file, Path) and file.is_file()
-    }
+    return {key: file for key, file in files.items() if isinstance(file, Url | Path)}
+
+
+def _digest_of(file: Url | Path) -> str | None:
+    """SHA-256 of a file, wherever it is; None if it is gone."""
+    if isinstance(file, Path):
+        return file_digest(file) if file.is_file() else None
+    try:
+        return fetch_file(file).known[file.name].digest
+    except MissingFileError:
+        return None
 
 
 def ensure_same_inputs(before: Mapping[str, str], now: Mapping[str, str], run_dir: Path) -> None:
@@ -50,6 +110,35 @@ def ensure_same_inputs(before: Mapping[str, str], now: Mapping[str, str], run_di
         )
 
 
+def ensure_same_everywhere(digests: Mapping[str, str], context: TrainContext) -> None:
+    """Make sure that all workers read the same files: paths and caches are each machine's own.
+
+    Args:
+        digests: SHA-256 by name, hex, of what this worker reads; all workers have these names.
+        context: the workers.
+
+    Raises:
+        UserError: at rank 0, naming what differs.
+    """
+    names = sorted(digests)
+    # 15 hex digits fit into an int64.
+    ours = torch.tensor([[int(digests[name][:15], 16) for name in names]], device=context.device)
+    every = context.gather(ours)
+    if every is None:
+        return
+    differ = [
+        name
+        for name, column in zip(names, torch.cat(every).T, strict=True)
+        if column.unique().numel() > 1
+    ]
+    if differ:
+        raise UserError(
+            f"workers on different machines do not read the same files: {' and '.join(differ)} "
+            "differ. A path must lead to the same content on every machine; what a URL names "
+            "may have changed while machines fetched it: start the run again"
+        )
+
+
 def ensure_result_is_of(config: Config, summary: Path) -> None:
     """Refuse a finished run's result when a weights file that it began with has changed since.
 
@@ -63,5 +152,10 @@ def ensure_result_is_of(config: Config, summary: Path) -> None:
         UserError: naming what changed.
     """
     recorded = json.loads(summary.read_text(encoding="utf-8")).get(SUMMARY_KEY, {})
-    now = {key: value for key, value in weight_digests(config).items() if key in recorded}
+    try:
+        found = weight_digests(config)
+    except UnreachableError as error:
+        logger.warning("%s; the result in %s is taken to be of the same files", error, summary)
+        return
+    now = {key: value for key, value in found.items() if key in recorded}
     ensure_same_inputs({key: recorded[key] for key in now}, now, summary.parent)

@@ -71,19 +71,34 @@ class TrainingLoop:
         epoch, offset = divmod(progress.step, self._per_epoch)
         last = min(self._steps, (epoch + 1) * self._per_epoch)
         every = max(1, self._per_epoch // RECORDS_PER_EPOCH)
-        save_every = self._config.run.checkpoint_every_steps
         batches = self._loader.epoch(epoch, offset)
         for _ in range(progress.step, last):
             self._step(progress.step, self._next(batches))
             progress.step += 1
-            saves = bool(save_every) and progress.step % (save_every or 1) == 0
-            if (progress.step - epoch * self._per_epoch) % every == 0 or saves:
+            pauses = self._saves_at(progress.step) or self._examines_at(progress.step)
+            if (progress.step - epoch * self._per_epoch) % every == 0 or pauses:
                 self._log.write(progress.step)
-            if saves and progress.step < last:
+            if pauses and progress.step < last:
                 self._log.pause_clock()
-                self._save(progress)
+                self._pause(progress, epoch + 1)
                 self._log.resume_clock()
         self._log.write(progress.step)
+
+    def _pause(self, progress: Progress, epoch: int) -> None:
+        """Examine before saving: a run that resumes there has its measurement."""
+        if self._examines_at(progress.step):
+            self._examination.examine(progress.step, epoch)
+        if self._saves_at(progress.step):
+            self._save(progress)
+            self._context.saved()
+
+    def _examines_at(self, step: int) -> bool:
+        """Whether a measurement within epochs is due."""
+        return _is_due(step, self._config.evaluation.every_steps)
+
+    def _saves_at(self, step: int) -> bool:
+        """Whether a checkpoint within epochs is due."""
+        return _is_due(step, self._config.run.checkpoint_every_steps)
 
     def _next(self, batches: Iterator[list[MicroBatch]]) -> list[MicroBatch]:
         with self._timer.phase("data", host=True):
@@ -94,12 +109,16 @@ class TrainingLoop:
         done = -(-progress.step // self._per_epoch)
         ends = progress.step >= self._steps
         metrics: dict[str, float] = {"step": progress.step, "epoch": done, "final": ends}
-        if ends or done % self._config.evaluation.every_epochs == 0:
+        every = self._config.evaluation.every_epochs
+        if ends or done % every == 0 or self._examines_at(progress.step):
             mAP = self._examination.examine(progress.step, done)
             metrics |= {} if mAP is None else {"val/mAP": mAP}
-        if ends or done % self._config.run.checkpoint_every_epochs == 0:
+        saves = ends or done % self._config.run.checkpoint_every_epochs == 0
+        if saves:
             self._save(progress)
         self._context.report(metrics)
+        if saves and not ends:
+            self._context.saved()
 
     def _save(self, progress: Progress) -> None:
         if self._context.rank != 0:
@@ -107,3 +126,7 @@ class TrainingLoop:
         state = collect_state(progress, self._models, self._examination, self._log)
         weights = self._examination.weights
         self._store.save(progress.step, state, weights if weights.exists() else None)
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

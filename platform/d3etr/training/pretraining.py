@@ -86,7 +86,7 @@ def pretrain_backbone(
     begin = time.perf_counter()
     config = config or PretrainingConfig()
     network = _fresh_backbone(backbone, seed)
-    train, validation = open_split(data, "train", progress), open_split(data, "validation")
+    train, validation = (open_split(data, name, progress) for name in ("train", "validation"))
     require_same_categories(train, validation)
     crops = cut_crops(train, config, seed, progress)
     _require_objects(crops, train)

@@ -25,6 +25,7 @@ from d3etr.training.context import TrainContext
 from d3etr.training.divergence import LossWindow
 from d3etr.training.evaluation import Evaluator
 from d3etr.training.examination import Examination
+from d3etr.training.fetching import JournalProgress
 from d3etr.training.inputs import SUMMARY_KEY
 from d3etr.training.journal import Journal
 from d3etr.training.loop import TrainingLoop
@@ -97,7 +98,7 @@ class _Run:
         self.store = CheckpointStore(
             run_dir / CHECKPOINTS, config.run.keep_checkpoints, self.warnings.append
         )
-        self.splits: Splits = open_splits(config, context)
+        self.splits: Splits = open_splits(config, context, JournalProgress(self.journal))
         self.loader = open_loader(config, self.splits.train, context)
         self.steps = total_steps(config, self.loader.steps_per_epoch)
         self.models: Models = build_models(config, self.splits, context)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.data.coco import Category
 from d3etr.detectors.backbones import load_backbone_weights
@@ -14,6 +15,7 @@ from d3etr.detectors.build import build_detector
 from d3etr.detectors.parts import Taken, take_parts
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.errors import UserError
+from d3etr.storage.fetch import local_file
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -33,8 +35,12 @@ def build_student(
     """
     _require_start(config)
     student = build_detector(config.student.detector, len(categories))
-    if config.student.backbone_weights is not None:
-        load_backbone_weights(student.backbone, config.student.backbone_weights)
+    weights = config.student.backbone_weights
+    if isinstance(weights, Url | Path):
+        with local_file(weights) as file:
+            load_backbone_weights(student.backbone, file)
+    elif weights is not None:
+        load_backbone_weights(student.backbone, weights)
     if config.student.initialise_from is not None:
         taken = _take(student, config, categories)
         if taken.left and not quiet:
@@ -45,7 +51,8 @@ def build_student(
 def _take(student: DetectionTransformer, config: Config, categories: Sequence[Category]) -> Taken:
     start = config.student.initialise_from
     assert start is not None
-    source, info = load_weights(start.weights)
+    with local_file(start.weights) as file:
+        source, info = load_weights(file)
     if "backbone" in start.parts:
         _require_same_normalisation(info, start.weights, config)
     same_classes = [name for _, name in info.categories] == [c.name for c in categories]
@@ -55,7 +62,7 @@ def _take(student: DetectionTransformer, config: Config, categories: Sequence[Ca
         raise UserError(f"student.initialise_from.weights {start.weights}: {error}") from error
 
 
-def _require_same_normalisation(info: WeightsInfo, weights: Path, config: Config) -> None:
+def _require_same_normalisation(info: WeightsInfo, weights: Url | Path, config: Config) -> None:
     theirs, ours = info.preprocessing.normalisation, config.data.preprocessing.normalisation
     if theirs != ours:
         raise UserError(
@@ -65,7 +72,7 @@ def _require_same_normalisation(info: WeightsInfo, weights: Path, config: Config
         )
 
 
-def _warn(taken: Taken, weights: Path) -> None:
+def _warn(taken: Taken, weights: Url | Path) -> None:
     names = ", ".join(f"{name} ({why})" for name, why in taken.left.items())
     _LOGGER.warning(
         "student.initialise_from: %d tensors taken from %s; %d of the same parts start at random: "

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from d3etr.config.tree import Config
+from d3etr.data.sampling import share
 from d3etr.distillation.distiller import Distiller
 from d3etr.distillation.teaching import Taught
 from d3etr.matching.assignment import NonFiniteCostError
@@ -59,6 +60,8 @@ class TrainingStep:
         self._distiller, self._optimiser, self._average = distiller, optimiser, average
         self._model = context.wrap(distiller)
         self._config, self._context, self._steps = config, context, steps
+        parts = config.micro_batches(context.world_size)
+        self._mine = share(parts, context.rank, context.world_size)
         self._window, self._timer = window, timer
 
     def __call__(self, step: int, batches: Sequence[MicroBatch]) -> None:
@@ -71,17 +74,19 @@ class TrainingStep:
         device = self._context.device
         batches = [(images.to(device), targets.to(device)) for images, targets in batches]
         with self._timer.phase("teacher"):
-            taught, normalisers = self._teach(batches)
+            taught, normalisers = self._teach(step, batches)
         for index, (batch, known) in enumerate(zip(batches, taught, strict=True)):
             with self._synchronised_if(index == len(batches) - 1):
                 self._accumulate(step, index, batch, known, normalisers)
         with self._timer.phase("optimiser"):
             self._update(step)
 
-    def _teach(self, batches: Sequence[MicroBatch]) -> tuple[list[Taught | None], Tensor]:
+    def _teach(
+        self, step: int, batches: Sequence[MicroBatch]
+    ) -> tuple[list[Taught | None], Tensor]:
         """The teacher's outputs per micro-batch, and the global batch's normalisers."""
         with self._autocast():
-            taught = [self._distiller.teach(images) for images, _ in batches]
+            taught = [self._distiller.teach(images, step) for images, _ in batches]
         sums = [
             self._distiller.normalisers(targets, known)
             for (_, targets), known in zip(batches, taught, strict=True)
@@ -98,8 +103,7 @@ class TrainingStep:
         normalisers: Tensor,
     ) -> None:
         images, targets = batch
-        accumulation = self._config.optimisation.accumulation
-        micro = self._context.rank * accumulation + index
+        micro = self._mine[index]
         seed_generators(
             derive_seed(self._config.run.seed, "step", step, micro), self._context.device
         )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from d3etr.config.data import DataConfig
 from d3etr.config.detector import TeacherConfig
+from d3etr.config.location import Location
 from d3etr.data.coco import DetectionSplit
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo
@@ -15,7 +14,7 @@ from d3etr.training.evaluation import Evaluator
 _SHOWN = 5
 
 
-def check_same_classes(info: WeightsInfo, weights: Path, split: DetectionSplit) -> None:
+def check_same_classes(info: WeightsInfo, weights: Location, split: DetectionSplit) -> None:
     """Check that label k means the same to the teacher and in the data.
 
     Ids may differ, names and their order may not.
@@ -34,7 +33,7 @@ def check_same_classes(info: WeightsInfo, weights: Path, split: DetectionSplit) 
     )
 
 
-def check_same_input(info: WeightsInfo, weights: Path, data: DataConfig) -> None:
+def check_same_input(info: WeightsInfo, weights: Location, data: DataConfig) -> None:
     """Check that the teacher can use the images as the student gets them.
 
     Raises:

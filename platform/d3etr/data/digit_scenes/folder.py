@@ -75,12 +75,16 @@ def scenes_folder(config: DigitScenesConfig) -> Path:
 
 def split_paths(folder: Path) -> dict[str, SplitConfig]:
     """Images and annotations of each split in ``folder``."""
+    places = {name: _places(folder, name) for name in SPLITS}
     return {
-        name: SplitConfig(
-            images=folder / "images" / name, annotations=folder / "annotations" / f"{name}.json"
-        )
-        for name in SPLITS
+        name: SplitConfig(images=images, annotations=annotations)
+        for name, (images, annotations) in places.items()
     }
+
+
+def _places(folder: Path, name: str) -> tuple[Path, Path]:
+    """Image folder and annotation file of a split."""
+    return folder / "images" / name, folder / "annotations" / f"{name}.json"
 
 
 def find_damage(folder: Path, splits: Sequence[str]) -> str | None:
@@ -153,9 +157,9 @@ def _write_split(
     digits: list[Digit],
     progress: Progress | None,
 ) -> None:
-    paths = split_paths(folder)[name]
-    paths.images.mkdir(parents=True)
-    paths.annotations.parent.mkdir(exist_ok=True)
+    image_folder, annotation_file = _places(folder, name)
+    image_folder.mkdir(parents=True)
+    annotation_file.parent.mkdir(exist_ok=True)
     counts = {
         "train": config.train_images,
         "validation": config.validation_images,
@@ -166,7 +170,7 @@ def _write_split(
     for index in range(counts[name]):
         scene = draw_scene(config, name, index, digits)
         file_name = f"{index + 1:06d}.png"
-        (paths.images / file_name).write_bytes(png_bytes(scene.pixels))
+        (image_folder / file_name).write_bytes(png_bytes(scene.pixels))
         size = {"width": config.image_size, "height": config.image_size}
         images.append({"id": index + 1, "file_name": file_name, **size})
         annotations += _annotations(scene, index + 1, len(annotations) + 1)
@@ -178,7 +182,7 @@ def _write_split(
         "annotations": annotations,
         "categories": [{"id": label, "name": str(label)} for label in range(CLASSES)],
     }
-    paths.annotations.write_text(json.dumps(content))
+    annotation_file.write_text(json.dumps(content))
 
 
 def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
@@ -202,9 +206,9 @@ def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, A
 
 def _split_digest(folder: Path, name: str) -> str:
     """sha256 over names and bytes of one split's files."""
-    paths = split_paths(folder)[name]
-    digest = hashlib.sha256(paths.annotations.read_bytes())
-    for file_name in sorted(os.listdir(paths.images)):
+    images, annotations = _places(folder, name)
+    digest = hashlib.sha256(annotations.read_bytes())
+    for file_name in sorted(os.listdir(images)):
         digest.update(file_name.encode())
-        digest.update((paths.images / file_name).read_bytes())
+        digest.update((images / file_name).read_bytes())
     return digest.hexdigest()

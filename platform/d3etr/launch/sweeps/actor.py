@@ -130,14 +130,17 @@ class JournalReporter(Silence):
 
     def __init__(self, reporter: Callable[[dict[str, float]], None]) -> None:
         self._reporter = reporter
-        self._steps = 0
+        self._steps, self._per_epoch = 0, 1
 
     def consume(self, record: Record) -> None:
-        """Pass an evaluation on."""
+        """Pass an evaluation on, but for those within epochs: Tune counts in epochs."""
         if record["kind"] == "start":
-            self._steps = record["steps"]
-        if record["kind"] == "evaluation":
-            self._reporter(record["metrics"] | {"final": record["step"] >= self._steps})
+            self._steps, self._per_epoch = record["steps"], record["steps_per_epoch"]
+        if record["kind"] != "evaluation":
+            return
+        final = record["step"] >= self._steps
+        if final or record["step"] % self._per_epoch == 0:
+            self._reporter(record["metrics"] | {"final": final})
 
 
 def _place(number: int, config: Config) -> tuple[Config, RunFolder]:

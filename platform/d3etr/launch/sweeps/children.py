@@ -100,7 +100,8 @@ class SweepTracking:
         from d3etr.tracking.sweeps import SweepRun
 
         self._plan = plan
-        self._run = SweepRun(plan.base, plan.folder, plan.folder.name, _params(plan))
+        title, keys = plan.sweep.title or plan.sweep.name, list(plan.sweep.space)
+        self._run = SweepRun(plan.base, plan.folder, title, _params(plan), keys)
         self.children = TrackedChildren(self._open)
 
     def finish(self, results: list[TrialResult], files: list[Path]) -> None:
@@ -135,6 +136,10 @@ class SweepTracking:
         winner = best(results)
         if winner is not None:
             self._register(swept[winner.trial.number])
+
+    def how_to_open(self) -> list[str]:
+        """What a person types and opens to see the trials in MLflow."""
+        return self._run.how_to_open()
 
     def interrupted(self) -> None:
         """Send what there is; the same command goes on with the sweep's run."""

@@ -32,6 +32,7 @@ from d3etr.launch.sweeps.outcome import State, TrialResult, best, read_summary
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.search import METRIC, MODE, parameters, scheduler, searcher
 from d3etr.launch.sweeps.trials import Trial
+from d3etr.training.inputs import ensure_inputs_answer
 
 TUNE_SETTINGS = {
     # Ctrl-C is the driver's to handle; Tune would save and go on to the results.
@@ -92,6 +93,7 @@ def run_sweep(
         UserError: something that the user can fix.
         SweepInterrupted: Ctrl-C or a termination signal.
     """
+    ensure_inputs_answer(plan.config(trial) for trial in plan.examples())
     plan.folder.mkdir(parents=True, exist_ok=True)
     tracking: SweepTracking | None = None
     try:
@@ -103,6 +105,8 @@ def run_sweep(
             if tracking is not None:
                 tell("sending results to MLflow")
                 tracking.finish(results, files)
+                for line in tracking.how_to_open():
+                    tell(line)
     except KeyboardInterrupt:
         if tracking is not None:
             tracking.interrupted()
@@ -126,8 +130,13 @@ def trials_at_a_time(sweep: SweepConfig, demand: Demand, nodes: Sequence[Node]) 
     """How many trials the cluster has room for, at most what the sweep wants.
 
     Raises:
-        UserError: there is no room for one.
+        UserError: there is no room for one, or trials would take each other's room.
     """
+    if demand.elastic:
+        raise UserError(
+            "cluster.minimum_workers is for single runs: trials of a sweep that grew would take "
+            "the room of others. Leave it out; a lost worker or node is replaced within its trial"
+        )
     ensure_room(demand, nodes)
     fitting = room(nodes, demand.cpus, demand.gpus) // demand.workers
     if sweep.search.method == "population" and demand.workers > 1 and fitting < sweep.search.trials:

@@ -16,6 +16,7 @@ from d3etr.data.coco import DetectionSplit, ImageRecord
 from d3etr.data.splits import open_split
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import load_weights
+from d3etr.storage.fetch import local_file
 from d3etr.tracking.description import role, title
 from d3etr.tracking.figures.attention import ObjectView, draw_attention
 from d3etr.tracking.figures.curves import (
@@ -26,15 +27,14 @@ from d3etr.tracking.figures.curves import (
 )
 from d3etr.tracking.figures.look import (
     Seen,
-    choose_images,
     largest_object,
     look_at,
     pixels_of,
-    spaced,
     truth_of,
 )
 from d3etr.tracking.figures.predictions import Scene, draw_predictions
 from d3etr.tracking.figures.style import DETECTORS, PLAIN, TEACHER, Array, save
+from d3etr.tracking.selection import choose_images, spaced
 from d3etr.training.context import SingleProcess
 from d3etr.training.evaluation import Evaluator
 from d3etr.training.journal import Record, read_journal
@@ -66,10 +66,11 @@ def draw_figures(
         UserError: weights or data cannot be read.
     """
     own = "Teacher" if role(config) == "teacher" else "Student"
-    files = {own: run_dir / "weights.safetensors"}
+    detectors = {}
     if config.teacher is not None:
-        files = {"Teacher": config.teacher.weights} | files
-    detectors = {name: load_weights(path)[0] for name, path in files.items()}
+        with local_file(config.teacher.weights) as file:
+            detectors["Teacher"] = load_weights(file)[0]
+    detectors[own] = load_weights(run_dir / "weights.safetensors")[0]
     more = {name: load_weights(path)[0] for name, path in (others or {}).items()}
     split = open_split(config.data, SPLIT)
     journal = read_journal(run_dir / "journal.jsonl")
@@ -174,7 +175,7 @@ def _draw_history(config: Config, journal: Sequence[Record], own: str, folder: P
     levels = {"teacher": (taught[-1]["teacher/mAP"], TEACHER)} if taught else {}
     drawn = [save(draw_training([quality], levels), folder / "validation_mAP.png")]
     if config.distillation.matches_adaptively:
-        stable = Series(title(config), *_column(evaluations, "epoch", "matching/stability"), colour)
+        stable = Series(title(config), *_column(evaluations, "step", "matching/stability"), colour)
         drawn.append(save(draw_stability([stable]), folder / "matching_stability.png"))
     return drawn
 

@@ -105,20 +105,20 @@ def draw_training(
 
 
 def draw_stability(series: Sequence[Series]) -> Figure:
-    """Share of adaptive pairs that stayed as they were an evaluation before, over epochs."""
+    """Share of adaptive pairs that stayed as they were an evaluation before."""
     figure = new_figure(7.6, 3.8)
     axes = figure.subplots()
     _draw_series(axes, series)
     if not any(len(line.steps) for line in series):
-        empty_note(axes, "no adaptive matching, or fewer than two epochs")
-    plain_axes(axes, "epoch", "unchanged pairs (%)")
+        empty_note(axes, "no adaptive matching, or fewer than two measurements")
+    plain_axes(axes, "optimiser step", "unchanged pairs (%)")
     axes.set_ylim(0, 102)
     if len(series) > 1:
         legend(axes, loc="lower right")
     headline(
         figure,
         "Matching stability",
-        "teacher-student pairs of Adaptive Matching that are the same as one epoch before",
+        "teacher-student pairs of Adaptive Matching that were the same a measurement before",
     )
     return figure
 

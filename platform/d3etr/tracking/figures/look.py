@@ -110,18 +110,6 @@ def look_at(
         yield Seen(by_id[targets.image_ids[0]], outputs)
 
 
-def choose_images(split: DetectionSplit, count: int) -> list[ImageRecord]:
-    """Evenly spaced images with objects; without any where the split has no others."""
-    inhabited = [record for record in split.records if len(record.objects()[0])]
-    return spaced(inhabited or list(split.records), count)
-
-
-def spaced(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
-    """At most ``count`` of them, evenly spaced: the same ones for every run."""
-    stride = max(1, len(records) // max(1, count))
-    return list(records[::stride][:count])
-
-
 def pixels_of(split: DetectionSplit, record: ImageRecord) -> Image:
     """[height, width, 3] of 0..255, as annotated."""
     image = load_image(split.path(record), (record.width, record.height))

@@ -1,0 +1,124 @@
+"""Where data and weights are: a path on this machine, or the URL of a file or folder elsewhere."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated
+from urllib.parse import unquote, urlsplit
+
+from pydantic import PlainSerializer, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from d3etr.errors import UserError
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# One letter and a colon is a Windows drive.
+_TORN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
+_SIGNATURE = re.compile(r"[?&]([^=&]*(?:signature|sig|token|credential))=", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Url:
+    """Something that fsspec reads, such as ``s3://bucket/photos`` or ``https://host/a.json``."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def protocol(self) -> str:
+        """What stands before ``://``."""
+        return self.text.partition("://")[0].lower()
+
+    @property
+    def path(self) -> PurePosixPath:
+        """Host or bucket and what follows, without query: for names, not for reading."""
+        parts = urlsplit(self.text)
+        return PurePosixPath(unquote(f"{parts.netloc.rpartition('@')[2]}{parts.path}"))
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.name
+
+    @property
+    def shown(self) -> str:
+        """The URL without user, password, query and fragment, which may hold credentials."""
+        anonymous = re.sub(r"//[^/]*@", "//", self.text)
+        return re.split(r"[?#]", anonymous)[0]
+
+
+def parse_location(text: str) -> Url | Path:
+    """A URL where ``text`` is one, else a path.
+
+    Raises:
+        ValueError: a URL that lost a slash, or a file URL without an absolute path.
+    """
+    if not _URL.match(text):
+        if _TORN_URL.match(text):
+            protocol, _, rest = text.partition(":/")
+            raise ValueError(f"found '{text}'; did you mean '{protocol}://{rest}'?")
+        return Path(text)
+    url = Url(text)
+    if url.protocol == "file" and not text[len("file://") :].startswith("/"):
+        raise ValueError(f"found '{text}', expected an absolute path after file:// (file:///...)")
+    if not text.partition("://")[2].strip("/"):
+        raise ValueError(f"found '{text}', expected a host or bucket and a path after it")
+    return url
+
+
+def named_location(text: str) -> Url | Path:
+    """``parse_location`` for what a user named outside of a recipe.
+
+    Raises:
+        UserError: see ``parse_location``.
+    """
+    try:
+        return parse_location(text)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _from_recipe(value: object) -> Url | Path:
+    if isinstance(value, Url | Path):
+        return value
+    if not isinstance(value, str):
+        raise PydanticCustomError("location_type", "Input is not a path or URL")
+    location = parse_location(value)
+    if isinstance(location, Url):
+        _refuse_secrets(location)
+    return location
+
+
+def _refuse_secrets(url: Url) -> None:
+    user = urlsplit(url.text).netloc.rpartition("@")[0]
+    signature = _SIGNATURE.search(url.text)
+    if ":" in user or signature:
+        what = f"'{signature[1]}'" if signature else "a password"
+        raise ValueError(
+            f"{url.shown} is given with {what}: a run's folder and MLflow would keep it. Put "
+            "credentials where the storage's own tools look for them (for S3: AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY, or a profile) on every machine"
+        )
+
+
+Location = Annotated[
+    Url | Path, PlainValidator(_from_recipe), PlainSerializer(str, return_type=str)
+]
+"""A path (relative ones start at the working directory) or a URL, written as text."""
+
+
+def refuse_url(value: object) -> object:
+    """Check that a place to write to is no URL; it would become a strange folder name.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if isinstance(value, str) and (_URL.match(value) or _TORN_URL.match(value)):
+        raise ValueError(
+            f"found '{value}', expected a path: URLs are for data and weights that are read"
+        )
+    return value

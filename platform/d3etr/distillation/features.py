@@ -1,0 +1,85 @@
+"""Target-aware feature distillation (DETRDistill, arXiv 2211.10156, section 3.3).
+
+Students learn the teacher's memory tokens, those most that the teacher's good queries resemble.
+That tokens are compared behind the encoder is our choice; the authors compare maps of the neck.
+
+Shapes: B images · M teacher queries · S memory tokens · T objects of the fullest image · D' width
+of the teacher.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from d3etr.matching.boxes import cxcywh_to_xyxy
+from d3etr.structures import DecoderOutputs, Targets
+
+LEAST = 0.01
+"""Weight of tokens that no good query resembles; the authors' code."""
+
+
+def query_quality(outputs: DecoderOutputs, targets: Targets) -> Tensor:
+    """How good each teacher query is: its confidence times its best overlap with an object.
+
+    Args:
+        outputs: of the teacher; the last layer is used.
+        targets: ground truth.
+
+    Returns:
+        [B, M] in [0, 1].
+    """
+    boxes = cxcywh_to_xyxy(outputs.boxes_cxcywh[-1].float())[:, :, None]
+    truth = cxcywh_to_xyxy(targets.boxes_cxcywh)[:, None]
+    low = torch.maximum(boxes[..., :2], truth[..., :2])
+    high = torch.minimum(boxes[..., 2:], truth[..., 2:])
+    overlap = (high - low).clamp(min=0).prod(-1)
+    areas = [(part[..., 2:] - part[..., :2]).prod(-1) for part in (boxes, truth)]
+    iou = overlap / (areas[0] + areas[1] - overlap).clamp(min=1e-9)
+    if not iou.shape[-1]:
+        return torch.zeros_like(iou.sum(-1))
+    return iou.amax(-1) * outputs.confidence()[-1].float()
+
+
+def target_weights(states: Tensor, tokens: Tensor, quality: Tensor, queries: int) -> Tensor:
+    """How much each token counts: sum over good queries of quality times likeness.
+
+    Args:
+        states: [B, M, D'] the teacher's decoder states.
+        tokens: [B, S, D'] its memory.
+        quality: [B, M].
+        queries: how many of the best are used.
+
+    Returns:
+        [B, S] in [LEAST, 1], the highest of an image is 1.
+    """
+    kept, best = quality.topk(min(queries, quality.shape[1]), dim=1)
+    chosen = states.gather(1, best[..., None].expand(-1, -1, states.shape[-1]))
+    likeness = normalize(tokens.float(), dim=-1) @ normalize(chosen.float(), dim=-1).mT
+    weights = (likeness * kept[:, None]).sum(-1).clamp(min=LEAST)
+    return weights / weights.amax(1, keepdim=True)
+
+
+def feature_loss(
+    tokens: Tensor, teacher: Tensor, weights: Tensor, padding: Tensor | None, images: Tensor
+) -> Tensor:
+    """Squared distance of weighted tokens, mean over channels and valid tokens.
+
+    Args:
+        tokens: [B, S, D'] of the student, with the teacher's width.
+        teacher: [B, S, D'].
+        weights: [B, S].
+        padding: [B, S] bool, True under padding, or None.
+        images: scalar, images in the global batch.
+
+    Returns:
+        Scalar.
+    """
+    distance = (tokens.float() - teacher.float()).square().mean(-1) * weights.square()
+    if padding is None:
+        per_image = distance.mean(1)
+    else:
+        visible = ~padding
+        per_image = (distance * visible).sum(1) / visible.sum(1).clamp(min=1)
+    return per_image.sum() / images

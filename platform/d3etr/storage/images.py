@@ -1,0 +1,126 @@
+"""Folders of images, wherever they are: which files are there, how big, and where to read them."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from d3etr.config.location import Url
+from d3etr.storage.fetch import Fetched, Tell, fetch_folder
+from d3etr.storage.remote import Remote
+
+
+class ImageFolder(Protocol):
+    """The images that an annotation file names; as text, where they are."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an image; None if there is none of that name."""
+        ...
+
+    def path(self, name: str) -> Path:
+        """A file on this machine to read it from; it need not exist."""
+        ...
+
+    def shown(self, name: str) -> str:
+        """What error texts call it."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder on this machine, or one that looks like it."""
+
+    folder: Path
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an image; None if there is none of that name."""
+        try:
+            status = self.path(name).stat()
+        except OSError:
+            return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def path(self, name: str) -> Path:
+        """Where the image is, or should be."""
+        return self.folder / name
+
+    def shown(self, name: str) -> str:
+        """Its path."""
+        return str(self.path(name))
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+
+@dataclass(frozen=True)
+class FetchedFolder:
+    """Images of a URL in this machine's cache."""
+
+    url: Url
+    fetched: Fetched
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an image; None if there is none of that name."""
+        known = self.fetched.known.get(name)
+        return None if known is None else known.seal.size
+
+    def path(self, name: str) -> Path:
+        """The image's copy in the cache; where there is none, what a person would look for."""
+        return self.fetched.path(name) if name in self.fetched.known else Path(self.shown(name))
+
+    def shown(self, name: str) -> str:
+        """Its URL."""
+        return f"{self.url.shown.rstrip('/')}/{name}"
+
+    def __str__(self) -> str:
+        return self.url.shown
+
+
+@dataclass(frozen=True)
+class LookedUpFolder:
+    """Images of a URL of which only the sizes are known; there is nothing to read."""
+
+    url: Url
+    sizes: Mapping[str, int]
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an image; None if there is none of that name."""
+        return self.sizes.get(name)
+
+    def path(self, name: str) -> Path:
+        """No file: what a person would look for."""
+        return Path(self.shown(name))
+
+    def shown(self, name: str) -> str:
+        """Its URL."""
+        return f"{self.url.shown.rstrip('/')}/{name}"
+
+    def __str__(self) -> str:
+        return self.url.shown
+
+
+def open_folder(
+    location: Url | Path, names: Iterable[str], tell: Tell | None = None, *, fetch: bool = True
+) -> ImageFolder:
+    """The folder of images at a location.
+
+    Args:
+        location: a path is taken as it is.
+        names: the images that are needed, relative to it.
+        tell: told of the fetching.
+        fetch: False only looks up which images there are.
+
+    Raises:
+        UserError: a URL's storage does not answer, or refuses.
+    """
+    if isinstance(location, Path):
+        return LocalFolder(location)
+    if fetch:
+        return FetchedFolder(location, fetch_folder(location, names, tell))
+    stamps = Remote(location).stamps(names)
+    return LookedUpFolder(
+        location, {name: stamp.size or 0 for name, stamp in stamps if stamp is not None}
+    )

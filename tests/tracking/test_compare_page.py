@@ -1,0 +1,213 @@
+"""The comparison's page: whole, self-contained, escaped, with everything that is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tracked_folders import write_weights
+
+from d3etr.config.tree import Config
+from d3etr.data.digit_scenes.folder import scenes_folder, write_digit_scenes
+from d3etr.tracking.compare import compare
+from d3etr.tracking.compare_page import as_page, write_page
+from d3etr.tracking.page.chart import Curve, draw_curves, ticks
+from d3etr.tracking.page.style import styles_of
+from d3etr.tracking.pictures import Objects, Picture, Pictures, look_at_pictures
+
+MakeConfig = Callable[..., Config]
+MakeRun = Callable[..., Path]
+DIGITS = tuple((digit, str(digit)) for digit in range(10))
+TAUGHT: dict[str, Any] = {
+    "teacher": {"weights": "teacher.safetensors"},
+    "distillation": {"method": "d3etr"},
+}
+VOID = {"meta", "wbr"}
+
+
+class Elements(HTMLParser):
+    """Names and attributes of a page's elements; complains about wrong nesting."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def runs(make_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> Path:
+    """Two seeds of a plain student, one of a D3ETR student, and a teacher."""
+    for config, mAP in (
+        (make_config("digits-plain", 0), 0.20),
+        (make_config("digits-plain", 1), 0.22),
+        (make_config("digits-d3etr", 0, **TAUGHT), 0.35),
+        (make_config("digits-teacher", 0, optimisation={"steps": 90}), 0.60),
+    ):
+        folder = make_run(config, mAP)
+        summary = {"mAP": mAP, "AP50": mAP, "AP/0": mAP, "AP/<7>": mAP / 2, "steps": 20}
+        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+        write_weights(folder / "weights.safetensors", mAP, classes=DIGITS)
+    return tmp_path / "runs"
+
+
+def picture(*detections: Objects | None) -> Picture:
+    truth = Objects(((1.0, 2.0, 9.0, 12.0),), ("<b>7</b>",))
+    return Picture("a&b.png", 32, 32, b"pixels", "image/png", truth, detections)
+
+
+def test_the_page_has_every_part_and_loads_nothing(runs: Path, tmp_path: Path) -> None:
+    comparison = compare(["digits-plain", "digits-d3etr", "digits-teacher"], runs)
+    found = Objects(((1.0, 2.0, 9.0, 12.0),), ("<b>7</b>",), (0.61,), (True,))
+    pictures = Pictures("validation", (picture(found, None, found),), ("No images: of <x>",))
+    path = write_page(comparison, tmp_path / "page" / "compare.html", pictures)
+    page = path.read_text(encoding="utf-8")
+    assert [file.name for file in path.parent.iterdir()] == ["compare.html"]
+    for part in (
+        "21.0 ± 1.4",
+        "Validation mAP during training",
+        "The same validation images",
+        "Each class",
+        "What sets them apart",
+        "distillation",
+        "digits-plain-00000001",
+        "No images: of &lt;x&gt;",
+    ):
+        assert part in page
+    assert not re.search(r"https?://|//[a-z]|<script|<link|@import|@font-face|url\(", page)
+    elements = Elements(page).found
+    for _, attributes in elements:
+        assert "src" not in attributes and not any(name.startswith("on") for name in attributes)
+        assert (attributes.get("href") or "#").startswith(("#", "data:image/png;base64,"))
+    policy = [a["content"] for name, a in elements if name == "meta" and "http-equiv" in a]
+    assert policy and "default-src 'none'" in str(policy[0])
+
+
+def test_what_cannot_be_seen_can_be_heard(runs: Path) -> None:
+    found = Objects(((1.0, 2.0, 9.0, 12.0),) * 2, ("7", "7"), (0.61, 0.4), (True, False))
+    comparison = compare(["digits-plain", "digits-d3etr"], runs)
+    page = as_page(comparison, Pictures("validation", (picture(found, None),), ()))
+    elements = Elements(page).found
+    spoken = [a.get("aria-label") for name, a in elements if name == "svg" and "role" in a]
+    assert "plain student · digits: 7 0.61, 7 0.40 (wrong)" in spoken
+    assert any("D3ETR student · digits: from 17.5 at step 10 to 35.0 at" in str(s) for s in spoken)
+    assert {a.get("scope") for name, a in elements if name == "th"} == {"row", "col"}
+    assert ("html", {"lang": "en"}) in elements
+    assert "1 of 1 found, 1 wrong" in page and "no weights" in page
+
+
+def test_names_of_classes_files_and_settings_are_escaped(runs: Path) -> None:
+    comparison = compare(["digits-plain", "digits-d3etr"], runs)
+    page = as_page(comparison, Pictures("validation", (picture(None, None),), ()))
+    assert "&lt;7&gt;" in page and "<7>" not in page
+    assert "&lt;b&gt;7&lt;/b&gt;" in page and "<b>" not in page
+    assert "a&amp;b.png" in page
+
+
+def test_a_teacher_is_a_level_beside_its_students_and_a_curve_alone(runs: Path) -> None:
+    beside = as_page(compare(["digits-teacher", "digits-plain"], runs))
+    assert 'class="curve level"' in beside and "A teacher is the level that it reached" in beside
+    assert ">20</text>" in beside, "the students' last step"
+    alone = as_page(compare(["digits-teacher"], runs))
+    assert 'class="curve level"' not in alone and "<polyline" in alone
+    assert "<polygon" in beside, "two seeds have a band"
+    assert "<polygon" not in alone
+
+
+def test_a_page_without_measurements_says_so(runs: Path) -> None:
+    (runs / "digits-d3etr-00000000" / "journal.jsonl").write_text("", encoding="utf-8")
+    page = as_page(compare(["digits-d3etr"], runs))
+    assert "No run was measured on the validation split while it trained" in page
+
+
+def test_the_same_images_are_shown_to_every_run(
+    runs: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d3etr.tracking.pictures.THRESHOLD", 0.0)
+    scenes = make_config().data.digit_scenes
+    assert scenes is not None
+    write_digit_scenes(scenes)
+    comparison = compare(["digits-plain", "digits-d3etr"], runs)
+    pictures = look_at_pictures(comparison, 2)
+    assert not pictures.missing and len(pictures.pictures) == 2
+    for shown in pictures.pictures:
+        assert shown.content.startswith(b"\x89PNG") and (shown.width, shown.height) == (32, 32)
+        assert shown.truth.names and len(shown.detections) == 2
+        assert all(found is not None and found.names for found in shown.detections)
+    found = pictures.as_json([group.label for group in comparison.groups])
+    assert json.loads(json.dumps(found))["images"][0]["detections"].keys() == {
+        "plain student · digits",
+        "D3ETR student · digits",
+    }
+
+
+def test_what_is_not_there_is_said_and_nothing_is_made(runs: Path, make_config: MakeConfig) -> None:
+    config = make_config()
+    scenes = config.data.digit_scenes
+    assert scenes is not None
+    comparison = compare(["digits-plain", "digits-d3etr"], runs)
+    pictures = look_at_pictures(comparison, 2)
+    [missing] = pictures.missing
+    assert "the digit scenes are not in" in missing and "render-digit-scenes" in missing
+    assert not pictures.pictures and not scenes.root.exists()
+    assert "the digit scenes are not in" in as_page(comparison, pictures)
+
+    write_digit_scenes(scenes)
+    (runs / "digits-d3etr-00000000" / "weights.safetensors").unlink()
+    first = sorted((scenes_folder(scenes) / "images" / "validation").iterdir())[0]
+    first.write_bytes(b"broken")
+    pictures = look_at_pictures(comparison, 4)
+    assert [shown.detections[1] for shown in pictures.pictures] == [None] * 3
+    assert any("No detections of D3ETR student" in sentence for sentence in pictures.missing)
+    assert any(first.name in sentence for sentence in pictures.missing)
+
+
+def test_a_detection_is_right_once_per_object(
+    runs: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from d3etr.tracking.pictures import _right
+
+    truth = Objects(((0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0)), ("3", "5"))
+    boxes = ((0.0, 0.0, 10.0, 9.0), (0.0, 1.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0))
+    assert _right(boxes, ("3", "3", "3"), truth) == (True, False, False)
+    assert _right(boxes, ("5", "3", "5"), truth) == (False, True, True)
+    assert _right(((8.0, 0.0, 18.0, 10.0),), ("3",), truth) == (False,)
+    assert _right((), (), truth) == () and _right(boxes[:1], ("3",), Objects((), ())) == (False,)
+
+
+def test_up_to_eight_recipes_look_different() -> None:
+    for titles in (
+        ["teacher", "plain student", "D3ETR student"],
+        ["D3ETR student"] * 8,
+        ["teacher", *["plain student"] * 3, *["D3ETR student"] * 4],
+        ["D3ETR student"] * 12,
+    ):
+        styles = styles_of(titles)
+        assert len(set(styles)) == len(titles)
+    assert styles_of(["plain student", "teacher"]) == [(1, ""), (0, "")]
+
+
+def test_axes_end_at_round_numbers() -> None:
+    assert ticks(750, 8) == [0, 100, 200, 300, 400, 500, 600, 700, 800]
+    assert ticks(59.2, 5) == [0, 20, 40, 60]
+    assert ticks(1.0, 5) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    one = draw_curves([Curve("one", [(5, 0.0)], (0, ""))], 380, 300, "small", "a <b>")
+    assert 'aria-label="a &lt;b&gt;"' in one and "nan" not in one
+    assert Elements(one).found[0][0] == "svg"
