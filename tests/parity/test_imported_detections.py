@@ -1,10 +1,14 @@
 """Imported detectors find what Hugging Face's find: the same scores, labels and boxes.
 
-From picture files to detections, with their image processors and their post-processing.
+From picture files to detections, with their image processors and their post-processing, and on
+to average precision.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from test_detector_parity import KINDS, Kind, _hugging_face
 
+from d3etr.cli.main import main
 from d3etr.detectors.imports.importing import Said, import_weights
 from d3etr.inference import Detections, load
 
@@ -89,8 +96,51 @@ def assert_same(ours: Detections, theirs: dict[str, np.ndarray], size: tuple[int
         assert distance.min() < 5e-3, index
 
 
+def write_annotations(folder: Path, found: list[dict[str, np.ndarray]]) -> str:
+    """Objects a few pixels from what was found: something that random weights detect."""
+    generator = np.random.default_rng(1)
+    objects: list[dict[str, Any]] = []
+    for image, theirs in enumerate(found):
+        for index in generator.permutation(len(theirs["scores"]))[:6]:
+            left, top, right, bottom = theirs["boxes"][index] + generator.uniform(-2, 2, 4)
+            sides = [float(max(right - left, 8)), float(max(bottom - top, 8))]
+            box = [float(left), float(top), *sides]
+            label = int(theirs["labels"][index])
+            entry = {"image_id": image, "category_id": label, "bbox": box, "iscrowd": 0}
+            objects.append({"id": len(objects) + 1, "area": sides[0] * sides[1], **entry})
+    images = [
+        {"id": image, "file_name": f"{image}.png", "height": height, "width": width}
+        for image, (height, width) in enumerate(PICTURES)
+    ]
+    named = [{"id": slot, "name": name} for slot, name in NAMES.items() if name != "N/A"]
+    content = {"images": images, "annotations": objects, "categories": named}
+    path = folder / "annotations.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def coco_numbers(annotations: str, found: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """What pycocotools says about their detections."""
+    rows = [
+        [image, *box[:2], *(box[2:] - box[:2]), score, label]
+        for image, theirs in enumerate(found)
+        for box, score, label in zip(
+            theirs["boxes"], theirs["scores"], theirs["labels"], strict=True
+        )
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(annotations)
+        evaluation = COCOeval(truth, truth.loadRes(np.array(rows, dtype=np.float64)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(("mAP", "AP50", "AP75"), evaluation.stats.tolist(), strict=False))
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_detections_equal_hugging_faces(kind: Kind, tmp_path: Path) -> None:
+def test_detections_and_their_average_precision_equal_hugging_faces(
+    kind: Kind, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, target = tmp_path / "theirs", tmp_path / "ours.safetensors"
     shards = {"max_shard_size": "20MB"} if kind.name == "detr" else {}
     model, processor = save_theirs(folder, kind, **shards)
@@ -98,9 +148,18 @@ def test_detections_equal_hugging_faces(kind: Kind, tmp_path: Path) -> None:
     imported = import_weights(folder, target, Said())
     assert imported.categories == ("person", "bicycle", "motorcycle", "bus", "train")
     predictor = load(target, "cpu")
+    found = []
     for path, size in zip(write_pictures(tmp_path), PICTURES, strict=True):
         [ours] = predictor.predict(path, threshold=0)
-        theirs = detect(model, processor, path)
+        found.append(detect(model, processor, path))
         if kind.name == "detr":  # one class for each query, whichever it is
             assert len(ours) == 11
-        assert_same(ours, theirs, size)
+        assert_same(ours, found[-1], size)
+    annotations = write_annotations(tmp_path, found)
+    options = ["--annotations", annotations, "--images", str(tmp_path), "--workers", "0"]
+    assert main(["evaluate", str(target), *options, "--batch-size", "1", "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    expected = coco_numbers(annotations, found)
+    assert expected["mAP"] > 0.02
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-6), name
