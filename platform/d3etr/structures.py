@@ -141,6 +141,7 @@ class DecoderOutputs:
         levels: the grids of the memory that S runs over.
         padding: [B, S] bool, True under padding, or None.
         states: [B, N, D] decoder states that the last layer's logits are read from.
+        exclusive: an object has one class: the probabilities of all classes sum to 1 at most.
     """
 
     logits: Tensor
@@ -150,6 +151,7 @@ class DecoderOutputs:
     levels: Levels = ()
     padding: Tensor | None = None
     states: Tensor | None = None
+    exclusive: bool = False
 
     @property
     def self_attention(self) -> Tensor:

@@ -320,9 +320,11 @@ def test_softmax_probabilities_become_the_sigmoids_of_logits() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 7, 4) * torch.tensor([1.0, 4.0, 20.0, 40.0, 3.0, 9.0, 0.1])[:, None]
     exact = logits.double().softmax(-1)[..., :-1]
-    torch.testing.assert_close(sigmoid_logits(logits).sigmoid().double(), exact, atol=1e-6, rtol=0)
+    found = sigmoid_logits(logits, 3).sigmoid().double()
+    torch.testing.assert_close(found, exact, atol=1e-6, rtol=0)
+    assert torch.equal(sigmoid_logits(logits, 2), sigmoid_logits(logits, 3)[..., :2])
     certain = torch.tensor([[60.0, 0.0, -60.0]])
-    torch.testing.assert_close(sigmoid_logits(certain), torch.tensor([[60.0, -60.0]]))
+    torch.testing.assert_close(sigmoid_logits(certain, 2), torch.tensor([[60.0, -60.0]]))
 
 
 def test_the_benchmarks_detectors_have_the_published_sizes() -> None:

@@ -44,3 +44,17 @@ def test_equals_the_loop_over_images() -> None:
             assert abs(float(scores[image, rank]) - score) < 1e-6
             assert int(labels[image, rank]) == label
             torch.testing.assert_close(corners[image, rank], torch.tensor(expected))
+
+
+def test_with_exclusive_classes_each_query_says_its_most_likely_one() -> None:
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(2, 4, 6, 3), torch.rand(2, 4, 6, 4)
+    outputs = DecoderOutputs(logits, boxes, exclusive=True)
+    scores, labels, corners = top_detections(outputs, [(10, 10)] * 4, 4)
+    assert scores.shape == (4, 4)
+    every, classes = logits[-1].sigmoid().max(-1)
+    order = every.argsort(1, descending=True)[:, :4]
+    torch.testing.assert_close(scores, every.gather(1, order))
+    assert torch.equal(labels, classes.gather(1, order))
+    centres = (corners[..., :2] + corners[..., 2:]) / 20
+    torch.testing.assert_close(centres, boxes[-1, :, :, :2][torch.arange(4)[:, None], order])

@@ -133,7 +133,6 @@ def _ours(kind: Kind, theirs: nn.Module) -> DetectionTransformer:
     tensors = from_hugging_face(
         theirs.state_dict(),
         kind.name,
-        decoder_layers=LAYERS,
         box_refinement=config.box_refinement,
     )
     detector.load_state_dict(tensors, strict=True)
@@ -296,7 +295,7 @@ def test_bottleneck_features_equal_hugging_face() -> None:
         {"name": "deformable_detr", "backbone": {"name": "resnet50"}, **SIZES}
     )
     detector = build_detector(config, CLASSES).eval()
-    renamed = from_hugging_face(state, "deformable_detr", decoder_layers=6)
+    renamed = from_hugging_face(state, "deformable_detr")
     ours = {name.removeprefix("backbone."): value for name, value in renamed.items()}
     missing, unexpected = detector.backbone.load_state_dict(ours, strict=False)
     assert not missing

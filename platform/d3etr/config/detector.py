@@ -67,6 +67,12 @@ class DetectorConfig(Section):
     which spares small data sets the steps that it takes to find out."""
     classification: Literal["sigmoid", "softmax"] = "sigmoid"
     """softmax: over classes and "no object", the official DETR's; ``detr`` only."""
+    unused_outputs: Annotated[int, Field(ge=0)] = 0
+    """With softmax only: outputs that take part in it and are no class; imported weights have
+    them where ids of COCO's list belong to no category."""
+    grid_temperature: Annotated[float, Field(gt=0)] = 20.0
+    """``dab_detr`` only: longest period of the position encoding of grid cells; one of the
+    official detectors has 10."""
     levels: Positive = 4
     """``deformable_detr`` only: feature levels; up to three are the backbone's last stages,
     each further one halves the resolution again."""
@@ -94,6 +100,8 @@ class DetectorConfig(Section):
         multi_scale = ("levels", "points", "box_refinement", "two_stage")
         owners = {
             "classification": "detr",
+            "unused_outputs": "detr",
+            "grid_temperature": "dab_detr",
             "first_looks": "conditional_detr",
             **dict.fromkeys(multi_scale, "deformable_detr"),
         }
@@ -103,6 +111,8 @@ class DetectorConfig(Section):
                 raise ValueError(
                     f"{key} has no effect on detector '{self.name}', only on '{owner}'"
                 )
+        if self.unused_outputs and self.classification != "softmax":
+            raise ValueError("unused_outputs has no effect without classification 'softmax'")
         if self.two_stage and not self.box_refinement:
             raise ValueError("two_stage needs box_refinement: set it to true, as in the paper")
         if self.name == "deformable_detr" and self.width % 32:
@@ -123,6 +133,25 @@ class DetectorConfig(Section):
         return self
 
 
+DetectorPart = Literal["backbone", "encoder", "decoder", "heads", "queries"]
+
+
+class InitialiseFromConfig(Section):
+    """Another detector whose parts a student starts from."""
+
+    weights: Location
+    """A d3etr weights file or its URL, for example the teacher's."""
+    parts: Annotated[tuple[DetectorPart, ...], Field(min_length=1)]
+    """Which: ``backbone``, ``encoder`` (with the projection of features), ``decoder``, ``heads``,
+    ``queries`` (with what places them). Tensors of the same name and shape are taken."""
+
+    @model_validator(mode="after")
+    def _each_part_once(self) -> Self:
+        if len({*self.parts}) < len(self.parts):
+            raise ValueError("parts names one twice")
+        return self
+
+
 class StudentConfig(Section):
     """The detector that is trained: a student, or a teacher-to-be with method ``none``."""
 
@@ -130,10 +159,22 @@ class StudentConfig(Section):
     backbone_weights: Annotated[
         Literal["imagenet"] | Location | None, Field(union_mode="left_to_right")
     ] = None
-    """Where the backbone starts: torchvision's ImageNet weights, a file (or its URL)
-    that ``d3etr pretrain-backbone`` wrote, or None for random numbers."""
+    """Where the backbone starts: torchvision's ImageNet weights, a file (or its URL) that
+    ``d3etr pretrain-backbone`` or ``d3etr import-weights`` wrote, or None for random numbers."""
+    initialise_from: InitialiseFromConfig | None = None
+    """Parts of another detector that this one starts from."""
     pretraining: PretrainingConfig = PretrainingConfig()
     """How ``d3etr pretrain-backbone`` makes that file; training does not look at it."""
+
+    @model_validator(mode="after")
+    def _one_start_of_the_backbone(self) -> Self:
+        start = self.initialise_from
+        if start is not None and "backbone" in start.parts and self.backbone_weights is not None:
+            raise ValueError(
+                "backbone_weights and initialise_from both start the backbone: set "
+                "backbone_weights to null, or take 'backbone' out of initialise_from.parts"
+            )
+        return self
 
 
 class TeacherConfig(Section):

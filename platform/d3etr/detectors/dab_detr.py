@@ -25,9 +25,6 @@ from d3etr.detectors.layers import MLP
 from d3etr.detectors.position import SineEncoding
 from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
 
-GRID_TEMPERATURE = 20.0
-"""Of the position encoding of grid cells (section 4.4)."""
-
 
 class DABDecoder(nn.Module):
     """Conditional attention around anchor boxes that every layer moves.
@@ -121,7 +118,7 @@ class DABDETR(SingleScaleDetector):
     """
 
     def __init__(self, config: DetectorConfig, classes: int) -> None:
-        super().__init__(config, classes, ScaledPositionEncoder, GRID_TEMPERATURE)
+        super().__init__(config, classes, ScaledPositionEncoder, config.grid_temperature)
         width = config.width
         self.decoder = DABDecoder(config)
         self.anchors = nn.Embedding(config.queries, 4)

@@ -93,7 +93,8 @@ class DETR(SingleScaleDetector):
         self.decoder_norm = nn.LayerNorm(width)
         self.query_embedding = nn.Embedding(config.queries, width)
         self.exclusive = config.classification == "softmax"
-        self.class_head = nn.Linear(width, classes + self.exclusive)
+        others = config.unused_outputs + self.exclusive
+        self.class_head = nn.Linear(width, classes + others)
         self.box_head = MLP((width, width, width, 4))
         for part in (self.encoder, self.decoder):
             initialise_transformer(part)
@@ -121,6 +122,6 @@ class DETR(SingleScaleDetector):
         normed = self.decoder_norm(torch.stack(states))
         logits = self.class_head(normed).float()
         if self.exclusive:
-            logits = sigmoid_logits(logits)
+            logits = sigmoid_logits(logits, self.classes)
         boxes = predict_boxes(self.box_head, normed)
-        return split_groups(memory, sizes, logits, boxes, normed[-1], scores)
+        return split_groups(memory, sizes, logits, boxes, normed[-1], scores, self.exclusive)

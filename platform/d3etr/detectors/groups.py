@@ -58,6 +58,7 @@ def split_groups(
     boxes: Tensor,
     states: Tensor,
     scores: AttentionScores | None,
+    exclusive: bool = False,
 ) -> list[DecoderOutputs]:
     """Cut the outputs of all groups into one entry per group.
 
@@ -68,9 +69,10 @@ def split_groups(
         boxes: [L, B, N, 4] cxcywh in [0, 1].
         states: [B, N, D] of the last layer.
         scores: of all layers, or None.
+        exclusive: an object has one class.
     """
     groups = [
-        DecoderOutputs(*parts[:2], None, None, memory.levels, memory.padding, parts[2])
+        DecoderOutputs(*parts[:2], None, None, memory.levels, memory.padding, parts[2], exclusive)
         for parts in zip(
             torch.split(logits, sizes, 2),
             torch.split(boxes, sizes, 2),

@@ -45,14 +45,15 @@ def moved(head: MLP, states: Tensor, reference: Tensor) -> Tensor:
     return box_logits(head, states, reference).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
 
-def sigmoid_logits(logits: Tensor) -> Tensor:
-    """Logits whose sigmoids are the probabilities of a softmax over classes and "no object".
+def sigmoid_logits(logits: Tensor, classes: int) -> Tensor:
+    """Logits whose sigmoids are a softmax's probabilities of classes, among other outputs.
 
     logit(p_c) = z_c - log sum_{j != c} exp(z_j), without cancellation: where a class has most
     of the mass, the others are summed up without it.
 
     Args:
-        logits: [..., C + 1], "no object" last.
+        logits: [..., C + X]; X other outputs, such as "no object", come last.
+        classes: C.
 
     Returns:
         [..., C].
@@ -62,4 +63,4 @@ def sigmoid_logits(logits: Tensor) -> Tensor:
     without_top = logits.scatter(-1, top, float("-inf")).logsumexp(-1, keepdim=True)
     share = (logits - total).clamp(max=-1e-6)  # of the top one, which is replaced below
     others = total + torch.log1p(-share.exp())
-    return (logits - others.scatter(-1, top, without_top))[..., :-1]
+    return (logits - others.scatter(-1, top, without_top))[..., :classes]

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.optim import AdamW
 
-from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.data.coco import DetectionSplit, require_same_categories
 from d3etr.data.loading import EpochLoader
 from d3etr.data.progress import Progress
 from d3etr.data.splits import open_split
-from d3etr.detectors.backbones import load_backbone_weights
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.distillation.distiller import Distiller
-from d3etr.errors import UserError
 from d3etr.storage.fetch import fetch_file, local_file
 from d3etr.training.context import TrainContext
 from d3etr.training.ema import WeightAverage
@@ -32,6 +27,7 @@ from d3etr.training.inputs import (
 )
 from d3etr.training.optimiser import build_optimiser
 from d3etr.training.seeding import derive_seed, seed_generators
+from d3etr.training.start import build_student
 from d3etr.training.teacher import check_same_classes, check_same_input
 
 
@@ -136,7 +132,9 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
         UserError: weights are missing or do not fit; teacher and data or teacher and student
             do not go together.
     """
-    student = _build_student(config, len(splits.train.categories)).to(context.device)
+    _seed(config, "student")
+    student = build_student(config, splits.train.categories, quiet=context.rank != 0)
+    student = student.to(context.device)
     teacher, info = _load_teacher(config, splits.train, context)
     _seed(config, "distiller")
     distiller = Distiller(
@@ -163,31 +161,6 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
         None if decay is None else WeightAverage(student, decay),
         digests,
     )
-
-
-def _build_student(config: Config, classes: int) -> DetectionTransformer:
-    _require_start(config)
-    _seed(config, "student")
-    student = build_detector(config.student.detector, classes)
-    weights = config.student.backbone_weights
-    if isinstance(weights, Url | Path):
-        with local_file(weights) as file:
-            load_backbone_weights(student.backbone, file)
-    elif weights is not None:
-        load_backbone_weights(student.backbone, weights)
-    return student.train()
-
-
-def _require_start(config: Config) -> None:
-    backbone = config.student.detector.backbone
-    frozen = backbone.name != "small" and backbone.norm == "frozen"
-    if frozen and config.student.backbone_weights is None:
-        raise UserError(
-            f"student.backbone_weights is null, but backbone '{backbone.name}' has norm 'frozen': "
-            "random weights would keep batch statistics that were never taken. Set "
-            "student.backbone_weights to 'imagenet' or a file, or student.detector.backbone.norm "
-            "to 'group'"
-        )
 
 
 def _load_teacher(

@@ -70,8 +70,10 @@ def _splits(config: Config) -> list[tuple[str, SplitConfig]]:
 
 
 def _weights(config: Config) -> dict[str, Url | Path]:
+    start = config.student.initialise_from
     files = {
         "student.backbone_weights": config.student.backbone_weights,
+        "student.initialise_from.weights": None if start is None else start.weights,
         "teacher.weights": None if config.teacher is None else config.teacher.weights,
     }
     return {key: file for key, file in files.items() if isinstance(file, Url | Path)}

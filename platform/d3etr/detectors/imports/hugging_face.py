@@ -1,6 +1,7 @@
-"""Names of Hugging Face's DETR, Conditional DETR, DAB-DETR and Deformable DETR (transformers 5).
+"""Names of Hugging Face's DETR, Conditional DETR, DAB-DETR and Deformable DETR.
 
-Their ResNet is a backbone of its own with other names than torchvision's.
+Those of transformers 5 and 4. Their ResNet is a backbone of its own with other names than
+torchvision's; timm's, which most published weights have, shares torchvision's.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from d3etr.detectors.imports.heads_and_queries import decoder_depth, settle
 from d3etr.detectors.imports.renaming import Scheme, rename
 
 BACKBONE = (
-    (r"^model\.backbone\.(conv_encoder\.)?model\.", "backbone."),
+    (r"^model\.backbone\.(conv_encoder\.)?model\.(_backbone\.)?", "backbone."),
     (r"^backbone\.embedder\.embedder\.convolution\.", "backbone.conv1."),
     (r"^backbone\.embedder\.embedder\.normalization\.", "backbone.bn1."),
     (r"\.shortcut\.convolution\.", ".downsample.0."),
@@ -25,8 +27,8 @@ SHARED = (
     (r"^model\.input_projection\.", "projection."),
     (r"^model\.decoder\.layernorm\.", "decoder.norm."),
     (r"^model\.(encoder|decoder)\.", r"\1."),
-    (r"\.mlp\.fc1\.", ".feedforward.inner."),
-    (r"\.mlp\.fc2\.", ".feedforward.outer."),
+    (r"(\.mlp)?\.fc1\.", ".feedforward.inner."),
+    (r"(\.mlp)?\.fc2\.", ".feedforward.outer."),
     (r"(\.mlp)?\.final_layer_norm\.", ".feedforward.norm."),
     (r"^(encoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm."),
     (r"^(encoder\.layers\.\d+)\.self_attn\.", r"\1.attention."),
@@ -38,6 +40,11 @@ HEADS = (
     (r"^class_labels_classifier\.", "class_head."),
     (r"^bbox_predictor\.", "box_head."),
 )
+HEADS_OF_LAYERS = (
+    (r"^decoder\.class_embed\.", "decoder.class_heads."),
+    (r"^decoder\.bbox_embed\.", "decoder.box_heads."),
+)
+"""Deformable DETR's, which its decoder may hold once more."""
 ENCODER_ATTENTION = {
     "attention.query_key": ("q_proj", "k_proj"),
     "attention.value": ("v_proj",),
@@ -58,6 +65,11 @@ CONDITIONAL_DETR = Scheme(
         *HEADS,
         (r"^model\.query_position_embeddings\.", "query_embedding."),
         (r"^decoder\.ref_point_head\.", "ref_point_head."),
+        (r"\.sa_([qk])(content|pos)_proj\.", r".self_attn.\1_\2_proj."),
+        (r"\.sa_v_proj\.", ".self_attn.v_proj."),
+        (r"\.ca_qpos_sine_proj\.", ".encoder_attn.q_pos_sine_proj."),
+        (r"\.ca_([qk])(content|pos)_proj\.", r".encoder_attn.\1_\2_proj."),
+        (r"\.ca_v_proj\.", ".encoder_attn.v_proj."),
         (r"\.self_attn\.", ".self_attention."),
         (r"\.encoder_attn\.q_content_proj\.", ".cross_attention.query_content."),
         (r"\.encoder_attn\.q_pos_proj\.", ".cross_attention.query_embedding."),
@@ -91,8 +103,6 @@ DAB_DETR = Scheme(
         (r"^encoder\.query_scale\.", "encoder.position_scale."),
         (r"^decoder\.ref_point_head\.", "decoder.anchor_head."),
         (r"^decoder\.ref_anchor_head\.", "decoder.size_head."),
-        (r"^(encoder\.layers\.\d+)\.fc1\.", r"\1.feedforward.inner."),
-        (r"^(encoder\.layers\.\d+)\.fc2\.", r"\1.feedforward.outer."),
         (r"(\.mlp)?\.activation_fn\.", ".feedforward.activation."),
         (r"\.self_attn\.self_norm\.", ".self_norm."),
         (r"\.self_attn\.self_attn\.", ".self_attention."),
@@ -113,7 +123,7 @@ DAB_DETR = Scheme(
         "self_attention.position": ("query_pos", "key_pos"),
         "cross_attention.key_value": ("k_content_proj", "v_proj"),
     },
-    dropped=(r"^decoder\.bbox_embed\.",),  # the box head once more
+    copies=((r"^decoder\.bbox_embed\.", "box_head."),),
 )
 DEFORMABLE_DETR = Scheme(
     (
@@ -121,12 +131,12 @@ DEFORMABLE_DETR = Scheme(
         (r"^model\.level_embed$", "position.level"),
         (r"^model\.input_proj\.", "levels.projections."),
         (r"^model\.reference_points\.", "reference_head."),
+        (r"^model\.query_position_embeddings\.", "queries."),
         (r"^model\.enc_output\.", "proposals.projection."),
         (r"^model\.enc_output_norm\.", "proposals.norm."),
         (r"^model\.pos_trans\.", "proposals.embed."),
         (r"^model\.pos_trans_norm\.", "proposals.embed_norm."),
-        (r"^class_embed\.", "decoder.class_heads."),
-        (r"^bbox_embed\.", "decoder.box_heads."),
+        (r"^(class|bbox)_embed\.", r"decoder.\1_embed."),
         (r"\.sampling_offsets\.", ".offsets."),
         (r"\.attention_weights\.", ".weights."),
         (r"\.value_proj\.", ".value."),
@@ -134,7 +144,7 @@ DEFORMABLE_DETR = Scheme(
         (r"\.encoder_attn\.", ".cross_attention."),
     ),
     QUERY_ATTENTION,
-    dropped=(r"^decoder\.(class|bbox)_embed\.",),  # the heads once more
+    copies=HEADS_OF_LAYERS,
 )
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
@@ -147,44 +157,33 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
 
 
 def from_hugging_face(
-    theirs: Mapping[str, Tensor], name: str, *, decoder_layers: int, box_refinement: bool = False
+    theirs: Mapping[str, Tensor], name: str, *, box_refinement: bool = False
 ) -> dict[str, Tensor]:
     """Every tensor of a ``...ForObjectDetection`` under our names.
 
     Args:
         theirs: its state dict.
         name: our name of the detector, a key of ``SCHEMES``.
-        decoder_layers: L.
         box_refinement: Deformable DETR's: whether layers have heads of their own.
+
+    Raises:
+        ValueError: what should be copies of one tensor differ.
     """
     tensors = rename(theirs, SCHEMES[name])
     renamed = {_stage(ours): tensor for ours, tensor in tensors.items()}
-    if name == "deformable_detr":
-        return _deformable(renamed, decoder_layers, box_refinement)
-    # A 1x1 convolution there, a linear layer here.
-    renamed["projection.weight"] = renamed["projection.weight"].flatten(1)
-    return renamed
+    if box_refinement:
+        _untie(renamed)
+    return settle(renamed, name, box_refinement)
 
 
-def _deformable(
-    tensors: dict[str, Tensor], decoder_layers: int, box_refinement: bool
-) -> dict[str, Tensor]:
-    """Split position and content of queries, and say whose heads are whose."""
-    if (queries := tensors.pop("model.query_position_embeddings.weight", None)) is not None:
-        halves = queries.chunk(2, -1)
-        tensors["query_embedding.weight"], tensors["query_content.weight"] = halves
-    result = {}
-    for name, tensor in tensors.items():
-        head = re.match(r"^decoder\.(class|box)_heads\.(\d+)\.(.*)$", name)
-        if head is None:
-            result[name] = tensor
-            continue
-        kind, index, rest = head[1], int(head[2]), head[3]
-        if index == decoder_layers:  # the last one is the first stage's
-            result[f"proposals.{kind}_head.{rest}"] = tensor
-        elif box_refinement or index == 0:
-            result[name] = tensor
-    return result
+def _untie(tensors: dict[str, Tensor]) -> None:
+    """Give each layer its class head where a file holds one that all layers share."""
+    first = "decoder.class_heads.0."
+    if "decoder.class_heads.1.weight" in tensors:
+        return
+    for name in [name for name in tensors if name.startswith(first)]:
+        for index in range(1, decoder_depth(tensors)):
+            tensors[f"decoder.class_heads.{index}.{name.removeprefix(first)}"] = tensors[name]
 
 
 def _stage(name: str) -> str:

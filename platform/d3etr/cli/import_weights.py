@@ -1,0 +1,91 @@
+"""``d3etr import-weights``: weights of others as a file that every command here takes."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d3etr.cli.command import Command, add_json, positive, print_json
+
+if TYPE_CHECKING:
+    from d3etr.detectors.imports.importing import Imported
+
+_SHOWN = 6
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="an official checkpoint of DETR, Conditional DETR, DAB-DETR or Deformable DETR, or "
+        "torchvision's of a ResNet (.pth); a folder of Hugging Face's; or a file of d3etr",
+    )
+    parser.add_argument(
+        "target", type=Path, metavar="TARGET", help="the file to write (.safetensors)"
+    )
+    parser.add_argument(
+        "--categories",
+        type=Path,
+        metavar="FILE",
+        help="COCO detection JSON that the detector learnt from, if that was not COCO",
+    )
+    parser.add_argument(
+        "--heads", type=positive, metavar="N", help="attention heads, where nothing says (8)"
+    )
+    parser.add_argument(
+        "--dilation",
+        action=BooleanOptionalAction,
+        help="whether the backbone's last stage is dilated (DC5), where nothing says",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="of DAB-DETR's position encoding, where nothing says (20; official R50-DC5: 10)",
+    )
+    add_json(parser)
+
+
+def _run(options: Namespace) -> int:
+    from d3etr.data.coco_json import read_annotations
+    from d3etr.detectors.imports.importing import Said, import_weights
+
+    categories = None
+    if options.categories is not None:
+        known = read_annotations(options.categories).categories
+        categories = tuple((category.id, category.name) for category in known)
+    said = Said(options.heads, options.dilation, options.temperature, categories)
+    imported = import_weights(options.source, options.target, said)
+    if options.json:
+        print_json(imported.as_dict())
+    else:
+        _tell(imported)
+    return 0
+
+
+def _tell(imported: Imported) -> None:
+    print(f"{imported.source}: {imported.kind}")
+    print(f"  network     {imported.network}, {imported.parameters / 1e6:.2f} M parameters")
+    backbone = imported.architecture.get("backbone")
+    if backbone is not None:
+        sizes = ("encoder_layers", "decoder_layers", "queries", "width", "heads")
+        numbers = ", ".join(f"{imported.architecture[key]} {key}" for key in sizes)
+        dilated = " dilated" if backbone["dilation"] else ""
+        print(f"  sizes       {backbone['name']}{dilated}; {numbers.replace('_', ' ')}")
+        names = imported.categories
+        more = ", ..." if len(names) > _SHOWN else ""
+        print(f"  categories  {len(names)}: {', '.join(names[:_SHOWN])}{more}")
+    print(f"  tensors     {imported.tensors}, all checked")
+    for note in imported.notes:
+        print(f"  note        {note}")
+    print(f"{imported.target}: written")
+
+
+COMMAND = Command(
+    "import-weights",
+    "turn official checkpoints, Hugging Face folders and torchvision ResNets into our weights",
+    _add_arguments,
+    _run,
+)

@@ -1,0 +1,147 @@
+"""Detectors taken apart: which tensors are whose, and one detector started from another's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import Tensor
+
+from d3etr.config.detector import DetectorPart
+from d3etr.detectors.base import DetectionTransformer
+from d3etr.errors import UserError
+
+PARTS: Mapping[str, DetectorPart] = MappingProxyType(
+    {
+        "backbone.": "backbone",
+        "projection.": "encoder",
+        "levels.": "encoder",
+        "position.": "encoder",
+        "encoder.": "encoder",
+        "decoder.": "decoder",
+        "decoder_norm.": "decoder",
+        "class_head.": "heads",
+        "box_head.": "heads",
+        "decoder.class_heads.": "heads",
+        "decoder.box_heads.": "heads",
+        "proposals.class_head.": "heads",
+        "proposals.box_head.": "heads",
+        "query_embedding.": "queries",
+        "query_content.": "queries",
+        "anchors.": "queries",
+        "ref_point_head.": "queries",
+        "reference_head.": "queries",
+        "proposals.": "queries",
+    }
+)
+"""Beginning of a tensor's name -> its part; the longest one that fits counts."""
+_CLASS_HEADS = ("class_head.", "decoder.class_heads.", "proposals.class_head.")
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What became of the tensors of the parts that were asked for.
+
+    Attributes:
+        names: of the tensors that were taken.
+        left: name of each tensor that was not -> why.
+    """
+
+    names: tuple[str, ...]
+    left: Mapping[str, str]
+
+
+def part_of(name: str) -> DetectorPart:
+    """The part that a tensor of any detector belongs to."""
+    return PARTS[max((prefix for prefix in PARTS if name.startswith(prefix)), key=len)]
+
+
+def take_parts(
+    detector: DetectionTransformer,
+    source: DetectionTransformer,
+    parts: Sequence[DetectorPart],
+    *,
+    same_classes: bool,
+) -> Taken:
+    """Start parts of a detector as another one's: every tensor of the same name and shape.
+
+    A deeper source gives its first layers. Backbones are taken as a whole or not at all.
+
+    Args:
+        detector: changed in place, once all parts are known to fit.
+        source: may be of another architecture.
+        parts: to take.
+        same_classes: whether class k is the same in both; else class heads are left.
+
+    Raises:
+        UserError: of a part nothing fits, a backbone is another one, or attention has another
+            number of heads, of which shapes say nothing.
+    """
+    found = source.state_dict()
+    ours = {name: x for name, x in detector.state_dict().items() if part_of(name) in parts}
+    left: dict[str, str] = {}
+    for name, tensor in ours.items():
+        reason = _misfit(name, tensor, found, same_classes)
+        if reason is not None:
+            left[name] = reason
+    for part in parts:
+        _require_fit(part, {n: x for n, x in ours.items() if part_of(n) == part}, left)
+    _require_same_heads(detector, source, parts)
+    if "backbone" in parts:
+        _require_same_backbone(detector, source, left)
+    taken = {name: found[name] for name in ours if name not in left}
+    detector.load_state_dict(taken, strict=False)
+    return Taken(tuple(taken), left)
+
+
+def _misfit(
+    name: str, tensor: Tensor, found: Mapping[str, Tensor], same_classes: bool
+) -> str | None:
+    if name not in found:
+        return "not there"
+    if found[name].shape != tensor.shape:
+        return f"{list(tensor.shape)}, there {list(found[name].shape)}"
+    if name.startswith(_CLASS_HEADS) and not same_classes:
+        return "of other classes there"
+    return None
+
+
+def _require_fit(
+    part: DetectorPart, tensors: Mapping[str, Tensor], left: Mapping[str, str]
+) -> None:
+    """At least a matrix must: between detectors of other widths a few biases fit by chance."""
+    if any(name not in left and tensor.dim() > 1 for name, tensor in tensors.items()):
+        return
+    names = [name for name in tensors if name in left]
+    shown = ", ".join(f"{name} ({left[name]})" for name in names[:_SHOWN])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    raise UserError(f"nothing of its {part} fits: {shown}{more}")
+
+
+def _require_same_heads(
+    detector: DetectionTransformer, source: DetectionTransformer, parts: Sequence[DetectorPart]
+) -> None:
+    ours, theirs = detector.config.heads, source.config.heads
+    if ours != theirs and not {"encoder", "decoder"}.isdisjoint(parts):
+        raise UserError(
+            f"it has {theirs} attention heads, the student {ours}: the same projections would "
+            f"mean something else. Set student.detector.heads to {theirs}"
+        )
+
+
+def _require_same_backbone(
+    detector: DetectionTransformer, source: DetectionTransformer, left: Mapping[str, str]
+) -> None:
+    names = set(detector.backbone.state_dict())
+    if names == set(source.backbone.state_dict()) and not any(
+        part_of(name) == "backbone" for name in left
+    ):
+        return
+    ours, theirs = detector.config.backbone, source.config.backbone
+    raise UserError(
+        f"its backbone is {theirs.name} with norm '{theirs.norm}', the student's {ours.name} with "
+        f"'{ours.norm}', or of other widths: take 'backbone' out of the parts, or configure the "
+        "same one"
+    )

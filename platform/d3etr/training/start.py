@@ -1,0 +1,97 @@
+"""What a student's weights are before the first step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from d3etr.config.location import Url
+from d3etr.config.tree import Config
+from d3etr.data.coco import Category
+from d3etr.detectors.backbones import load_backbone_weights
+from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.build import build_detector
+from d3etr.detectors.parts import Taken, take_parts
+from d3etr.detectors.weights import WeightsInfo, load_weights
+from d3etr.errors import UserError
+from d3etr.storage.fetch import local_file
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def build_student(
+    config: Config, categories: Sequence[Category], *, quiet: bool
+) -> DetectionTransformer:
+    """Build the student, started from the weights that its configuration names.
+
+    Args:
+        config: uses ``student`` and the data's normalisation.
+        categories: of the data.
+        quiet: leave the warning about tensors that were not taken to another worker.
+
+    Raises:
+        UserError: weights are missing or do not fit.
+    """
+    _require_start(config)
+    student = build_detector(config.student.detector, len(categories))
+    weights = config.student.backbone_weights
+    if isinstance(weights, Url | Path):
+        with local_file(weights) as file:
+            load_backbone_weights(student.backbone, file)
+    elif weights is not None:
+        load_backbone_weights(student.backbone, weights)
+    if config.student.initialise_from is not None:
+        taken = _take(student, config, categories)
+        if taken.left and not quiet:
+            _warn(taken, config.student.initialise_from.weights)
+    return student.train()
+
+
+def _take(student: DetectionTransformer, config: Config, categories: Sequence[Category]) -> Taken:
+    start = config.student.initialise_from
+    assert start is not None
+    with local_file(start.weights) as file:
+        source, info = load_weights(file)
+    if "backbone" in start.parts:
+        _require_same_normalisation(info, start.weights, config)
+    same_classes = [name for _, name in info.categories] == [c.name for c in categories]
+    try:
+        return take_parts(student, source, start.parts, same_classes=same_classes)
+    except UserError as error:
+        raise UserError(f"student.initialise_from.weights {start.weights}: {error}") from error
+
+
+def _require_same_normalisation(info: WeightsInfo, weights: Url | Path, config: Config) -> None:
+    theirs, ours = info.preprocessing.normalisation, config.data.preprocessing.normalisation
+    if theirs != ours:
+        raise UserError(
+            f"student.initialise_from.weights {weights}: its backbone expects images with "
+            f"normalisation '{theirs}', but data.preprocessing.normalisation is '{ours}': set it "
+            f"to '{theirs}', or take 'backbone' out of the parts"
+        )
+
+
+def _warn(taken: Taken, weights: Url | Path) -> None:
+    names = ", ".join(f"{name} ({why})" for name, why in taken.left.items())
+    _LOGGER.warning(
+        "student.initialise_from: %d tensors taken from %s; %d of the same parts start at random: "
+        "%s",
+        len(taken.names),
+        weights,
+        len(taken.left),
+        names,
+    )
+
+
+def _require_start(config: Config) -> None:
+    backbone = config.student.detector.backbone
+    start = config.student.initialise_from
+    starts = config.student.backbone_weights or (start is not None and "backbone" in start.parts)
+    if backbone.name != "small" and backbone.norm == "frozen" and not starts:
+        raise UserError(
+            f"student.backbone_weights is null, but backbone '{backbone.name}' has norm 'frozen': "
+            "random weights would keep batch statistics that were never taken. Set "
+            "student.backbone_weights to 'imagenet' or a file, or student.detector.backbone.norm "
+            "to 'group'"
+        )

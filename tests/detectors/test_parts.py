@@ -1,0 +1,104 @@
+"""Detectors started from parts of others."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from tiny import FAMILY, tiny_detector_config
+
+from d3etr.config.detector import DetectorPart
+from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.build import build_detector
+from d3etr.detectors.parts import part_of, take_parts
+from d3etr.errors import UserError
+
+ALL: tuple[DetectorPart, ...] = get_args(DetectorPart)
+
+
+def detector(seed: int, classes: int = 5, **changes: object) -> DetectionTransformer:
+    torch.manual_seed(seed)
+    settings = {"width": 32, "heads": 4, "encoder_layers": 2} | changes
+    built = build_detector(tiny_detector_config(**settings), classes)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return built
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_all_parts_make_the_whole(kind: str) -> None:
+    source, target = (detector(seed, **FAMILY[kind]) for seed in (0, 1))
+    assert {part_of(name) for name in source.state_dict()} == set(ALL)
+    taken = take_parts(target, source, ALL, same_classes=True)
+    assert not taken.left
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("part", ALL)
+def test_one_part_is_taken_and_the_rest_is_left(part: DetectorPart, kind: str) -> None:
+    source, target = (detector(seed, **FAMILY[kind]) for seed in (0, 1))
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    taken = take_parts(target, source, (part,), same_classes=True)
+    for name, tensor in target.state_dict().items():
+        assert (name in taken.names) == (part_of(name) == part), name
+        expected = source.state_dict() if part_of(name) == part else before
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_what_does_not_fit_is_named_and_keeps_its_start() -> None:
+    source, target = detector(0, classes=7), detector(1, queries=4)
+    start = target.state_dict()["class_head.bias"].clone()
+    taken = take_parts(target, source, ("heads", "queries"), same_classes=False)
+    assert taken.left == {
+        "query_embedding.weight": "[4, 32], there [5, 32]",
+        "class_head.weight": "[5, 32], there [7, 32]",
+        "class_head.bias": "[5], there [7]",
+    }
+    assert torch.equal(target.state_dict()["class_head.bias"], start)
+
+
+def test_class_heads_of_other_classes_are_left() -> None:
+    taken = take_parts(detector(1), detector(0), ("heads",), same_classes=False)
+    assert taken.left == dict.fromkeys(
+        ("class_head.weight", "class_head.bias"), "of other classes there"
+    )
+
+
+def test_a_deeper_source_gives_its_first_layers() -> None:
+    source, target = detector(0, decoder_layers=3), detector(1, decoder_layers=2)
+    assert not take_parts(target, source, ("decoder",), same_classes=True).left
+    name = "decoder.layers.1.self_attention.content.weight"
+    assert torch.equal(target.state_dict()[name], source.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("source", "parts", "text"),
+    [
+        ({"width": 16, "heads": 2}, ("decoder",), "nothing of its decoder fits: decoder.layers.0"),
+        ({"name": "detr"}, ("decoder", "encoder"), "nothing of its decoder fits"),
+        ({"heads": 8}, ("encoder",), "it has 8 attention heads, the student 4"),
+        (
+            {"backbone": {"name": "small", "stem_width": 8, "stage_widths": (8, 8, 24)}},
+            ("backbone",),
+            "its backbone is small with norm 'frozen'",
+        ),
+    ],
+)
+def test_whole_parts_that_do_not_fit_are_refused(
+    source: dict[str, object], parts: tuple[DetectorPart, ...], text: str
+) -> None:
+    target = detector(1)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        take_parts(target, detector(0, **source), parts, same_classes=True)
+    assert text in str(caught.value)
+    assert all(torch.equal(x, before[name]) for name, x in target.state_dict().items())
+
+
+def test_encoders_of_relatives_are_taken() -> None:
+    source, target = detector(0, name="detr"), detector(1, name="conditional_detr")
+    assert not take_parts(target, source, ("backbone", "encoder"), same_classes=True).left
