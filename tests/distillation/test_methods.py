@@ -1,0 +1,131 @@
+"""The other methods: KD-DETR's shared points, DETRDistill's features, what a name stands for."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from d3etr.config.distillation import DistillationConfig
+from d3etr.config.training import SetCriterionConfig
+from d3etr.detectors.base import DetectionTransformer
+from d3etr.distillation.distiller import Distiller
+from d3etr.distillation.features import LEAST, feature_loss, query_quality, target_weights
+from d3etr.structures import DecoderOutputs, ImageBatch, Targets
+
+Build = Callable[..., DetectionTransformer]
+FEW_POINTS = {"general_points": {"count": 7}}
+
+
+def _distiller(
+    student: DetectionTransformer, teacher: DetectionTransformer, **settings: object
+) -> Distiller:
+    config = DistillationConfig.model_validate(settings)
+    return Distiller(student, teacher, config, SetCriterionConfig(), seed=0)
+
+
+def _losses(
+    module: Distiller, images: ImageBatch, targets: Targets, step: int = 0
+) -> dict[str, Tensor]:
+    taught = module.teach(images, step)
+    return module(images, targets, taught, module.normalisers(targets, taught))
+
+
+def _groups(losses: dict[str, Tensor]) -> set[str]:
+    return {name.partition("/")[0] for name in losses} - {"proposals"}
+
+
+@pytest.mark.parametrize(
+    ("method", "groups"),
+    [
+        ("kd_detr", {"detection", "fixed", "general"}),
+        ("detrdistill", {"detection", "auxiliary", "adaptive", "features"}),
+    ],
+)
+def test_every_detector_learns_by_every_method(
+    any_detector: Build, images: ImageBatch, targets: Targets, method: str, groups: set[str]
+) -> None:
+    student, teacher = any_detector(seed=1).train(), any_detector(queries=8, width=64)
+    settings = FEW_POINTS if method == "kd_detr" else {}
+    module = _distiller(student, teacher, method=method, **settings)
+    losses = _losses(module, images, targets)
+    assert _groups(losses) == groups
+    assert all(torch.isfinite(loss) and loss >= -1e-5 for loss in losses.values()), losses
+    torch.stack(list(losses.values())).sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("method", ["kd_detr", "detrdistill"])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(
+    any_detector: Build, images: ImageBatch, targets: Targets, method: str
+) -> None:
+    teacher = any_detector()
+    exact = {"prediction": {"class_loss": "focal", "temperature": 1.0}, "layer_map": "uniform"}
+    settings = exact | (FEW_POINTS if method == "kd_detr" else {})
+    module = _distiller(copy.deepcopy(teacher), teacher, method=method, **settings)
+    losses = _losses(module, images, targets)
+    taught = {name: loss for name, loss in losses.items() if name.startswith(("fixed", "gen"))}
+    taught |= {name: loss for name, loss in losses.items() if name.startswith(("adapt", "feat"))}
+    assert taught
+    assert all(abs(loss.item()) < 1e-5 for loss in taught.values()), taught
+
+
+def test_points_follow_seed_and_step(tiny_detector: Build, images: ImageBatch) -> None:
+    settings = {"method": "kd_detr", **FEW_POINTS}
+    first, second = (_distiller(tiny_detector(1), tiny_detector(), **settings) for _ in range(2))
+    drawn = [module.teach(images, step) for module in (first, second) for step in (0, 1)]
+    points = [taught.points for taught in drawn if taught is not None and taught.points]
+    assert len(points) == 4 and points[0].count == 7
+    assert torch.equal(points[0].embedding, points[2].embedding)
+    assert not torch.equal(points[0].embedding, points[1].embedding)
+    reference = points[0].reference_logits
+    assert reference is not None and (reference.sigmoid() > 0).all()
+
+
+def test_a_recipe_has_the_last_word() -> None:
+    settings = {
+        "method": "kd_detr",
+        "prediction": {"temperature": 3.0},
+        "general_points": {"count": 5},
+    }
+    config = DistillationConfig.model_validate(settings)
+    assert config.prediction.temperature == 3.0
+    assert config.prediction.class_loss == "kl"
+    assert config.general_points.count == 5
+    assert config.layer_map == "last"
+    again = DistillationConfig.model_validate(config.model_dump(exclude=set(config.without_effect)))
+    assert again == config
+
+
+def _outputs(boxes: Tensor, confidence: Tensor) -> DecoderOutputs:
+    return DecoderOutputs(confidence.logit()[None, ..., None], boxes[None])
+
+
+def test_quality_is_confidence_times_overlap(targets: Targets) -> None:
+    boxes = torch.full((3, 2, 4), 0.05)
+    boxes[0, 0] = targets.boxes_cxcywh[0, 0]
+    boxes[0, 1] = targets.boxes_cxcywh[0, 1] * torch.tensor([1.0, 1.0, 0.5, 1.0])
+    quality = query_quality(_outputs(boxes, torch.full((3, 2), 0.8)), targets)
+    torch.testing.assert_close(quality[0], torch.tensor([0.8, 0.4]))
+    assert (quality[1] == 0).all()  # an image without objects
+
+
+def test_tokens_like_good_queries_count_most() -> None:
+    tokens = torch.eye(4)[None]
+    states = torch.stack([torch.eye(4)[0], torch.eye(4)[2]])[None]
+    weights = target_weights(states, tokens, torch.tensor([[0.9, 0.3]]), queries=2)
+    expected = torch.tensor([[1.0, LEAST / 0.9, 0.3 / 0.9, LEAST / 0.9]])
+    torch.testing.assert_close(weights, expected)
+    best_only = target_weights(states, tokens, torch.tensor([[0.9, 0.3]]), queries=1)
+    assert best_only[0, 2] == pytest.approx(LEAST / 0.9)
+
+
+def test_features_under_padding_do_not_count() -> None:
+    student, teacher = torch.zeros(1, 3, 2), torch.ones(1, 3, 2)
+    padding = torch.tensor([[False, False, True]])
+    weights = torch.tensor([[1.0, 0.5, 1.0]])
+    loss = feature_loss(student, teacher, weights, padding, torch.tensor(1.0))
+    assert loss.item() == pytest.approx((1 + 0.25) / 2)
