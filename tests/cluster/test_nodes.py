@@ -129,6 +129,6 @@ def test_a_node_without_the_package_is_one_clear_sentence(
     driver = nodes.start(driver_command(recipe, own, settings), "lacking")
     assert driver.wait(START_SECONDS) != 0
     said = (nodes.folder / "lacking.log").read_text()
-    assert f"the node {nodes.hosts[1].address} cannot import 'd3etr'" in said
+    assert f"the node {nodes.hosts[1].address} cannot import 'd3etr'" in said, said
     nodes.kill_node(1)
     nodes.start_node(1)

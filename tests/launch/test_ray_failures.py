@@ -81,6 +81,7 @@ def test_a_busy_cluster_is_the_users_to_solve(
 
 def test_a_node_without_the_package_is_named(tmp_path: Path) -> None:
     said = (
+        "ray::TrainController.run() (pid=1, ip=10.77.0.1, actor_id=cd)\n"
         "ray::RayTrainWorker.init_train_context() (pid=7, ip=10.77.0.2, actor_id=ab)\n"
         "ray.exceptions.RaySystemError: System error: No module named 'd3etr'"
     )

@@ -94,10 +94,12 @@ def _worker_failure(
 def _missing_package(errors: Iterable[object]) -> str | None:
     """What to do about a node that cannot import d3etr, or what d3etr needs, to start a worker."""
     for text in map(str, errors):
-        module, place = MISSING.search(text), PLACE.search(text)
+        module = MISSING.search(text)
         # An import that fails later, in training, is the traceback's to explain.
         if module is not None and ("d3etr" in module[1] or "init_train_context" in text):
-            where = f"the node {place[1]}" if place else "a node of the cluster"
+            # Whoever asked the node comes first in the text, the node itself last.
+            places = PLACE.findall(text, 0, module.start())
+            where = f"the node {places[-1]}" if places else "a node of the cluster"
             return (
                 f"{where} cannot import '{module[1]}': every node needs d3etr and what it needs. "
                 "Install the same environment there (pip install, or the image), put the checkout "
