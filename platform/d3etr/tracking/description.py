@@ -58,8 +58,21 @@ def recipe_name(config: Config) -> str:
 def colour(config: Config, run_dir: Path) -> str:
     """Colour in MLflow's charts: a hue for each title, lighter or darker for each run."""
     hue = HUES.get(title(config), 0.78)
-    shade = int(hashlib.sha256(run_dir.name.encode()).hexdigest()[:4], 16) / 0xFFFF
-    parts = colorsys.hls_to_rgb(hue, 0.30 + 0.25 * shade, 0.08 if hue == PLAIN_HUE else 0.9)
+    shade = 0.30 + 0.25 * _share(run_dir)
+    return _hex(colorsys.hls_to_rgb(hue, shade, 0.08 if hue == PLAIN_HUE else 0.9))
+
+
+def trial_colour(run_dir: Path) -> str:
+    """Colour of a sweep's trial: any hue, for trials are alike in what they are."""
+    return _hex(colorsys.hls_to_rgb(_share(run_dir), 0.42, 0.7))
+
+
+def _share(run_dir: Path) -> float:
+    """A number in [0, 1] that is the folder's own."""
+    return int(hashlib.sha256(run_dir.name.encode()).hexdigest()[:4], 16) / 0xFFFF
+
+
+def _hex(parts: tuple[float, float, float]) -> str:
     return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
 
 

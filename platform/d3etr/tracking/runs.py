@@ -16,7 +16,7 @@ from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.tracking.address import without_secrets
 from d3etr.tracking.artifacts import log_results
-from d3etr.tracking.description import params, run_name, tags
+from d3etr.tracking.description import params, run_name, tags, trial_colour
 from d3etr.tracking.metrics import Record
 from d3etr.tracking.sender import Sender, known_marks
 from d3etr.tracking.server import (
@@ -207,7 +207,7 @@ def _create(
 ) -> RunState:
     named = tags(config, run_dir)
     if parent_run is not None:
-        named["mlflow.parentRunId"] = parent_run
+        named |= {"mlflow.parentRunId": parent_run, "mlflow.runColor": trial_colour(run_dir)}
     begun = _journal_milliseconds(run_dir, 0)
     shown = name or run_name(config)
     run = client.create_run(experiment, start_time=begun, tags=named, run_name=shown)
