@@ -25,7 +25,7 @@ from d3etr.cli import (
     train,
 )
 from d3etr.cli.command import Command
-from d3etr.errors import RunFailedError, UserError
+from d3etr.errors import RunFailedError, UnansweredError, UserError
 
 COMMANDS: tuple[Command, ...] = (
     demo.COMMAND,
@@ -63,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Command = options.command
     try:
         return command.run(options)
+    except UnansweredError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(USER_MISTAKE)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_MISTAKE

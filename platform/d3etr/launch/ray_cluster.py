@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from d3etr.config.infrastructure import ClusterConfig
-from d3etr.errors import UserError
+from d3etr.errors import UnansweredError, UserError
 from d3etr.launch.environment import (
     environment,
     package_environment,
@@ -110,6 +110,8 @@ def _connect(address: str) -> None:
     elif (failure := _probe(address)) is None:
         join = partial(ray.init, **options, runtime_env=runtime_environment())
         failure = _within(CONNECT_SECONDS, join)
+    if isinstance(failure, _NoAnswerError):
+        raise UnansweredError(_explanation(address, failure)) from failure
     if failure is not None:
         raise UserError(_explanation(address, failure)) from failure
 
@@ -132,15 +134,19 @@ def _attempt(action: Callable[[], object]) -> Exception | None:
     return None
 
 
+class _NoAnswerError(TimeoutError):
+    """A thread was left behind."""
+
+
 def _within(seconds: float, action: Callable[[], object]) -> Exception | None:
-    """Run ``action`` in a thread; what it raised, or TimeoutError if it does not come back."""
+    """Run ``action`` in a thread; what it raised, or ``_NoAnswerError`` if it does not come back."""
     outcome: list[Exception | None] = []
     thread = threading.Thread(
         target=lambda: outcome.append(_attempt(action)), name="ray-init", daemon=True
     )
     thread.start()
     thread.join(seconds)
-    return outcome[0] if outcome else TimeoutError(f"no answer within {seconds:.0f} seconds")
+    return outcome[0] if outcome else _NoAnswerError(f"no answer within {seconds:.0f} seconds")
 
 
 def _explanation(address: str, failure: Exception) -> str:
