@@ -139,7 +139,7 @@ class _NoAnswerError(TimeoutError):
 
 
 def _within(seconds: float, action: Callable[[], object]) -> Exception | None:
-    """Run ``action`` in a thread; what it raised, or ``_NoAnswerError`` if it does not come back."""
+    """Run ``action`` in a thread; what it raised, or ``_NoAnswerError`` if it hangs."""
     outcome: list[Exception | None] = []
     thread = threading.Thread(
         target=lambda: outcome.append(_attempt(action)), name="ray-init", daemon=True
