@@ -5,6 +5,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +128,13 @@ def test_platform_stays_the_standard_librarys() -> None:
 def test_no_script_shadows_a_module(folder: str) -> None:
     taken = sys.stdlib_module_names | set(ONLY_IN) | ARRAYS
     assert {path.stem for path in (ROOT / folder).glob("*.py")} & taken == set()
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Pytest imports them as top-level modules: a name that is taken twice ends every test."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
+    twice = [name for name, count in names.items() if count > 1]
+    assert set(twice) <= {"conftest.py"}
 
 
 def test_importing_the_package_is_cheap() -> None:
