@@ -90,6 +90,8 @@ def _renormalised(
     colour there.
     """
     kernel, average = "features.0.0.weight", "features.0.1.running_mean"
+    if not {kernel, average} <= set(tensors):
+        return {}
     theirs, spread = torch.tensor(mean), torch.tensor(std)
     scale, shift = torch.tensor(_STD) / spread, (torch.tensor(_MEAN) - theirs) / spread
     weight = tensors[kernel]
