@@ -77,7 +77,7 @@ class TorchvisionBackbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
-        network = _build(config.name)
+        network = build_network(config.name)
         _replace_batch_norm(network, config.norm)
         for name, child in network.named_children():
             if name in HEAD:
@@ -172,8 +172,12 @@ class _CountsOnCPU(TorchFunctionMode):
         return func(*args, **{**(kwargs or {}), **device})
 
 
-def _build(name: str) -> nn.Module:
-    """Torchvision's network with random weights, on the default device."""
+def build_network(name: str) -> nn.Module:
+    """Torchvision's whole network with random weights, on the default device.
+
+    Raises:
+        UserError: the installed torchvision is older than the network.
+    """
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise UserError(
             f"torchvision {torchvision.__version__} has no '{name}': install a newer torchvision, "

@@ -41,7 +41,7 @@ def imagenet_weights(config: BackboneConfig) -> dict[str, Tensor]:
             "to 'frozen' and the name of one of them, or give a file that 'd3etr "
             "pretrain-backbone' wrote."
         )
-    weights = _weights_of(config.name)
+    weights = weights_of(config.name)
     try:
         tensors: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
@@ -57,25 +57,31 @@ def imagenet_weights(config: BackboneConfig) -> dict[str, Tensor]:
 def from_torchvision(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a torchvision network as those of its backbone.
 
-    Leaves out the classifier and batch norm's counters, nothing else. Where torchvision's
-    weights were trained with images normalised in another way (EfficientNetV2-L), the first
-    convolution and the norm after it are changed so that ours give the same.
+    Where torchvision's weights were trained with images normalised in another way
+    (EfficientNetV2-L), the first convolution and the norm after it are changed so that ours give
+    the same.
 
     Args:
         name: torchvision's name of the network.
         tensors: by torchvision's names, of its files or of its modules.
     """
-    kept = {
-        _OLD_NAME.sub(r"\1\2.", key): tensor
-        for key, tensor in tensors.items()
-        if not key.startswith(CLASSIFIER) and not key.endswith(COUNTER)
-    }
-    how = _weights_of(name).transforms.keywords
+    kept = without_classifier(tensors)
+    how = weights_of(name).transforms.keywords
     mean, std = how.get("mean", _MEAN), how.get("std", _STD)
     return kept if (mean, std) == (_MEAN, _STD) else kept | _renormalised(kept, mean, std)
 
 
-def _weights_of(name: str) -> Any:
+def without_classifier(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What belongs to the backbone: all but the classifier and batch norm's counters."""
+    return {
+        _OLD_NAME.sub(r"\1\2.", key): tensor
+        for key, tensor in tensors.items()
+        if not key.startswith(CLASSIFIER) and not key.endswith(COUNTER)
+    }
+
+
+def weights_of(name: str) -> Any:
+    """Torchvision's entry of a network's ImageNet weights: address, normalisation, size."""
     known = torchvision.models.get_model_weights(name)
     return known["IMAGENET1K_V1"] if "IMAGENET1K_V1" in known.__members__ else known.DEFAULT
 
