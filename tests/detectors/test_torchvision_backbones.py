@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 
@@ -222,6 +223,15 @@ def test_training_repeats_and_reaches_every_parameter(name: str) -> None:
     assert torch.equal(*outputs)
     backbone.eval()(pixels).square().mean().backward()
     assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
+def test_a_copy_is_a_network_of_its_own() -> None:
+    """Averages of weights are kept in copies."""
+    original = build_backbone(BackboneConfig(name="shufflenet_v2_x0_5")).eval()
+    copied = copy.deepcopy(original)
+    for parameter in original.parameters():
+        parameter.data.zero_()
+    assert copied(torch.randn(1, 3, 32, 32)).abs().sum() > 0
 
 
 @pytest.mark.parametrize("channels", [8, 24, 58, 64, 144, 244, 2048])

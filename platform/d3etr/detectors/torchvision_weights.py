@@ -28,7 +28,8 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def imagenet_weights(config: BackboneConfig) -> dict[str, Tensor]:
     """Torchvision's ImageNet weights of a backbone, by its own names.
 
-    Of several, the first version's, as the official detectors start from.
+    Of several, the first version's, as the official detectors start from; of the one network
+    that has none (regnet_y_128gf), torchvision's default.
 
     Raises:
         UserError: there are none for this backbone, or they can't be downloaded.
