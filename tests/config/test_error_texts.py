@@ -60,9 +60,18 @@ def test_every_problem_is_listed_at_once_under_the_recipes_name(tmp_path: Path) 
         ),
         (
             "student.detector.backbone.name=resnet51",
-            "student.detector.backbone.name: found 'resnet51', expected one of 'resnet18', "
-            "'resnet34', 'resnet50', 'resnet101', 'resnet152', 'small'; "
-            "did you mean 'resnet50'? (from --set)",
+            "student.detector.backbone.name: found 'resnet51', expected 'small' or a torchvision "
+            "network with feature maps; did you mean resnet50, resnet18, resnet152? (from --set)",
+        ),
+        (
+            "student.detector.backbone.name=vit_b_16",
+            "student.detector.backbone.name: found 'vit_b_16', which works on images of one size "
+            "only; use for example swin_t or swin_v2_t (from --set)",
+        ),
+        (
+            "student.detector.backbone={name: swin_t, norm: group}",
+            "student.detector.backbone: norm has no effect on backbone 'swin_t': it has no batch "
+            "norm to replace (from --set)",
         ),
         (
             "student.detector.backbone.stage_widths=[8, x]",

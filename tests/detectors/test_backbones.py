@@ -14,13 +14,10 @@ from pydantic import ValidationError
 from torchvision.ops import FrozenBatchNorm2d
 
 from d3etr.config.detector import BackboneConfig
-from d3etr.detectors.backbones import (
-    FusedFrozenBatchNorm2d,
-    build_backbone,
-    load_backbone_weights,
-)
+from d3etr.detectors.backbones import build_backbone, load_backbone_weights
 from d3etr.detectors.small_backbone import StridedShortcut
 from d3etr.detectors.tensor_files import write_tensors
+from d3etr.detectors.torchvision_backbone import FusedFrozenBatchNorm2d
 from d3etr.errors import UserError
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -123,7 +120,7 @@ def test_a_backbone_that_is_not_trainable_is_frozen_whole() -> None:
 
 
 def test_settings_of_the_other_kind_are_refused() -> None:
-    with pytest.raises(ValidationError, match="frozen_stages is for ResNets"):
+    with pytest.raises(ValidationError, match="frozen_stages is for torchvision"):
         BackboneConfig(name="small", frozen_stages=1)
     with pytest.raises(ValidationError, match="dilation"):
         BackboneConfig(name="small", dilation=True)

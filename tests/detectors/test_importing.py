@@ -20,10 +20,12 @@ from d3etr.cli.main import main
 from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.backbones import build_backbone, load_backbone_weights
 from d3etr.detectors.heads import sigmoid_logits
-from d3etr.detectors.imports import coco
+from d3etr.detectors.imports import coco, torchvision_networks
 from d3etr.detectors.imports.hugging_face import from_hugging_face
 from d3etr.detectors.imports.importing import Said, import_weights
 from d3etr.detectors.imports.settings import from_config, preprocessing_of
+from d3etr.detectors.imports.torchvision_networks import recognise
+from d3etr.detectors.torchvision_backbone import build_network
 from d3etr.detectors.weights import load_weights, read_info
 from d3etr.errors import UserError
 
@@ -276,13 +278,36 @@ def test_torchvisions_resnets_become_backbone_files(
     assert torch.equal(weight, state["layer3.5.conv2.weight"])
 
 
-def test_resnets_of_other_shapes_are_refused(tmp_path: Path, target: Path) -> None:
-    source = tmp_path / "wide.pth"
-    with torch.device("meta"):
-        state = torchvision.models.wide_resnet50_2(weights=None).state_dict()
-    torch.save({name: torch.zeros_like(x, device="cpu") for name, x in state.items()}, source)
-    assert "layer1.0.conv1.weight ([128, 64, 1, 1], expected [64, 64, 1, 1])" in refusal(
-        source, target
+@pytest.mark.parametrize("name", ["convnext_tiny", "swin_t", "regnet_x_400mf"])
+def test_torchvisions_networks_are_recognised(name: str, tmp_path: Path, target: Path) -> None:
+    """Also with another classifier."""
+    state = torchvision.models.get_model(name, weights=None, num_classes=7).state_dict()
+    source = tmp_path / "network.pth"
+    torch.save(state, source)
+    imported = import_weights(source, target, Said())
+    assert (imported.network, imported.architecture["name"]) == (name, name)
+    backbone = build_backbone(BackboneConfig(name=name))
+    load_backbone_weights(backbone, target)
+    assert imported.tensors == len(backbone.state_dict())
+    for key, tensor in backbone.state_dict().items():
+        assert torch.equal(tensor, state[key])
+
+
+def test_networks_of_other_shapes_are_not_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ("resnet34", "resnet50", "resnext50_32x4d", "convnext_tiny")
+    monkeypatch.setattr(torchvision_networks, "TORCHVISION", known)
+    state = build_network("resnext50_32x4d").state_dict()
+    assert recognise(state) == "resnext50_32x4d"
+    assert recognise({"x": torch.zeros(1), **state}) is None
+    assert recognise({**state, "layer3.0.conv9.weight": torch.zeros(1)}) is None
+    del state["layer3.0.conv2.weight"]
+    assert recognise(state) is None
+
+
+def test_unknown_networks_are_refused(tmp_path: Path, target: Path) -> None:
+    torch.save({"trunk.weight": torch.zeros(1)}, tmp_path / "network.pth")
+    assert "one of torchvision's networks that are backbones" in refusal(
+        tmp_path / "network.pth", target
     )
 
 

@@ -58,6 +58,19 @@ def test_resnets_are_pretrained_too(scenes: DataConfig, tmp_path: Path, name: st
     load_backbone_weights(build_backbone(config), tmp_path / "backbone")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"name": "swin_t", "frozen_stages": 1}, {"name": "mobilenet_v3_small", "norm": "group"}],
+    ids=lambda settings: settings["name"],
+)
+def test_torchvisions_other_networks_are_pretrained_too(
+    scenes: DataConfig, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    config = BackboneConfig.model_validate(settings)
+    pretrain_backbone(scenes, config, tmp_path / "backbone", BRIEF)
+    load_backbone_weights(build_backbone(config), tmp_path / "backbone")
+
+
 def test_frozen_batch_norm_without_weights_is_refused(scenes: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Set backbone\.norm to 'group'"):
         pretrain_backbone(scenes, BackboneConfig(name="resnet18"), tmp_path / "backbone")

@@ -20,7 +20,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         type=Path,
         metavar="SOURCE",
         help="an official checkpoint of DETR, Conditional DETR, DAB-DETR or Deformable DETR, or "
-        "torchvision's of a ResNet (.pth); a folder of Hugging Face's; or a file of d3etr",
+        "torchvision's of a backbone (.pth); a folder of Hugging Face's; or a file of d3etr",
     )
     parser.add_argument(
         "target", type=Path, metavar="TARGET", help="the file to write (.safetensors)"
@@ -85,7 +85,7 @@ def _tell(imported: Imported) -> None:
 
 COMMAND = Command(
     "import-weights",
-    "turn official checkpoints, Hugging Face folders and torchvision ResNets into our weights",
+    "turn official checkpoints, Hugging Face folders and torchvision backbones into our weights",
     _add_arguments,
     _run,
 )

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from d3etr.config.backbones import SMALL, WITHOUT_BATCH_NORM, family_of, known_backbone
 from d3etr.config.base import Section
 from d3etr.config.location import Location
 from d3etr.config.training import PretrainingConfig
@@ -12,16 +13,16 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class BackboneConfig(Section):
-    """The convolutional network below the encoder."""
+    """The network below the encoder."""
 
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "small"] = (
-        "resnet50"
-    )
-    """A torchvision ResNet, or ``small``: a GroupNorm network for small images."""
+    name: Annotated[str, AfterValidator(known_backbone)] = "resnet50"
+    """A torchvision network that gives feature maps (ResNets, ConvNeXt, Swin, EfficientNet and
+    more, by torchvision's names), or ``small``: a GroupNorm network for small images."""
     dilation: bool = False
     """DC5: the last stage keeps stride 16 and dilates instead (ResNets only)."""
     norm: Literal["frozen", "group"] = "frozen"
-    """ResNets: frozen batch statistics (needs weights), or GroupNorm. ``small`` is GroupNorm."""
+    """What takes the place of batch norm: frozen statistics (needs weights), or GroupNorm.
+    ``small`` is GroupNorm; ConvNeXt and Swin have LayerNorm, which stays."""
     stem_width: Positive = 16
     """``small`` only: channels of the stem (stride 2 at the first stage)."""
     stage_widths: tuple[Positive, ...] = (24, 48, 64)
@@ -29,19 +30,35 @@ class BackboneConfig(Section):
     stage_blocks: Positive = 1
     """``small`` only: residual blocks per stage."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
-    """ResNets: how many stages, from the stem on, keep their weights; DETR uses 2 (stem and
-    first stage) with ImageNet weights."""
+    """Torchvision's networks: how many of stem and four stages, from the stem on, keep their
+    weights; DETR uses 2 (stem and first stage) with ImageNet weights."""
     trainable: bool = True
     """False freezes the whole backbone."""
 
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether torchvision's network has what ``norm`` is about."""
+        return self.name != SMALL and family_of(self.name) not in WITHOUT_BATCH_NORM
+
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether it is of no use without weights: it keeps the batch statistics in them."""
+        return self.has_batch_norm and self.norm == "frozen"
+
     @model_validator(mode="after")
     def _fits_the_kind(self) -> Self:
-        if self.name == "small" and self.dilation:
+        if self.name == SMALL and self.dilation:
             raise ValueError("dilation (DC5) is for ResNets; backbone 'small' has stride 8 already")
-        if self.name == "small" and self.frozen_stages:
-            raise ValueError("frozen_stages is for ResNets")
-        if self.name == "small" and any(w % 8 for w in (self.stem_width, *self.stage_widths)):
+        if self.dilation and family_of(self.name) != "ResNet":
+            raise ValueError(f"dilation (DC5) is for ResNets, not for backbone '{self.name}'")
+        if self.name == SMALL and self.frozen_stages:
+            raise ValueError("frozen_stages is for torchvision's networks, not backbone 'small'")
+        if self.name == SMALL and any(w % 8 for w in (self.stem_width, *self.stage_widths)):
             raise ValueError("stem_width and stage_widths must be multiples of 8 (GroupNorm)")
+        if self.norm != "frozen" and self.name != SMALL and not self.has_batch_norm:
+            raise ValueError(
+                f"norm has no effect on backbone '{self.name}': it has no batch norm to replace"
+            )
         return self
 
 

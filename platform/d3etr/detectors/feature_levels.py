@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
-from d3etr.detectors.backbones import ResNetBackbone
+from d3etr.detectors.backbones import Backbone
 from d3etr.detectors.base import shrink_padding
 from d3etr.detectors.position import SineEncoding
-from d3etr.detectors.small_backbone import SmallBackbone
 from d3etr.structures import Levels
 
 BACKBONE_LEVELS = 3
@@ -31,7 +30,7 @@ class FeatureLevels(nn.Module):
         stages: number of the backbone's stages that are used.
     """
 
-    def __init__(self, config: DetectorConfig, backbone: ResNetBackbone | SmallBackbone) -> None:
+    def __init__(self, config: DetectorConfig, backbone: Backbone) -> None:
         super().__init__()
         width = config.width
         self.stages = min(config.levels, BACKBONE_LEVELS, len(backbone.stage_channels))

@@ -25,8 +25,7 @@ from d3etr.data.coco import DetectionSplit, require_same_categories
 from d3etr.data.progress import Progress
 from d3etr.data.splits import open_split
 from d3etr.data.transforms import normalise
-from d3etr.detectors.backbones import ResNetBackbone, build_backbone
-from d3etr.detectors.small_backbone import SmallBackbone
+from d3etr.detectors.backbones import Backbone, build_backbone
 from d3etr.detectors.tensor_files import write_tensors
 from d3etr.errors import UserError
 from d3etr.training.crops import MARGIN, Crops, cut_crops
@@ -109,9 +108,7 @@ class _Classifier(nn.Module):
     is tells them apart from the object in the middle.
     """
 
-    def __init__(
-        self, backbone: SmallBackbone | ResNetBackbone, classes: int, crop_size: int
-    ) -> None:
+    def __init__(self, backbone: Backbone, classes: int, crop_size: int) -> None:
         super().__init__()
         self.backbone = backbone
         cells = math.ceil(crop_size / backbone.stride) ** 2
@@ -123,8 +120,8 @@ class _Classifier(nn.Module):
         return logits
 
 
-def _fresh_backbone(config: BackboneConfig, seed: int) -> SmallBackbone | ResNetBackbone:
-    if config.name != "small" and config.norm == "frozen":
+def _fresh_backbone(config: BackboneConfig, seed: int) -> Backbone:
+    if config.keeps_statistics:
         raise UserError(
             f"backbone '{config.name}' with norm 'frozen' cannot be trained from random weights: "
             "its batch statistics would be frozen at nothing. Set backbone.norm to 'group'"

@@ -88,7 +88,7 @@ def _require_start(config: Config) -> None:
     backbone = config.student.detector.backbone
     start = config.student.initialise_from
     starts = config.student.backbone_weights or (start is not None and "backbone" in start.parts)
-    if backbone.name != "small" and backbone.norm == "frozen" and not starts:
+    if backbone.keeps_statistics and not starts:
         raise UserError(
             f"student.backbone_weights is null, but backbone '{backbone.name}' has norm 'frozen': "
             "random weights would keep batch statistics that were never taken. Set "

@@ -61,7 +61,7 @@ def infer_backbone(names: Mapping[str, Tensor]) -> str:
     if (kind, blocks) not in RESNETS:
         raise UserError(
             f"the backbone has {blocks} {kind} blocks in its four stages: expected a ResNet "
-            f"({', '.join(RESNETS.values())}); other backbones cannot be imported"
+            f"({', '.join(RESNETS.values())}); detectors over other backbones cannot be imported"
         )
     return RESNETS[kind, blocks]
 

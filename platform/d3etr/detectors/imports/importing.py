@@ -15,7 +15,7 @@ from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector, count_parameters
 from d3etr.detectors.imports import official, reading
-from d3etr.detectors.imports.architecture import infer_backbone, infer_detector
+from d3etr.detectors.imports.architecture import infer_detector
 from d3etr.detectors.imports.categories import choose_rows, slots_of
 from d3etr.detectors.imports.reading import Found
 from d3etr.detectors.imports.sources import (
@@ -25,7 +25,9 @@ from d3etr.detectors.imports.sources import (
     from_checkpoint,
     from_folder,
 )
+from d3etr.detectors.imports.torchvision_networks import recognise
 from d3etr.detectors.tensor_files import file_digest, load_strictly, write_tensors
+from d3etr.detectors.torchvision_weights import from_torchvision
 from d3etr.detectors.weights import WeightsInfo, load_weights, save_weights
 from d3etr.errors import UserError
 
@@ -87,8 +89,9 @@ def import_weights(source: Path, target: Path, said: Said) -> Imported:
     theirs = from_checkpoint(source, found, said)
     if theirs is not None:
         return _import_detector(source, target, said, theirs)
-    if {"conv1.weight", "layer4.0.conv1.weight"} <= set(found.tensors):
-        return _import_backbone(source, target, said, found)
+    network = recognise(found.tensors)
+    if network is not None:
+        return _import_backbone(source, target, said, found, network)
     raise UserError(_unknown(source, found.tensors))
 
 
@@ -98,8 +101,8 @@ def _unknown(source: Path, tensors: Mapping[str, Tensor]) -> str:
     names = ", ".join(list(tensors)[:4])
     return (
         f"{source}: {len(tensors)} tensors ({names}, ...) of no known detector. Expected an "
-        f"official checkpoint of {', '.join(official.SCHEMES)}, a torchvision ResNet, a folder of "
-        "Hugging Face's, or a weights file of d3etr"
+        f"official checkpoint of {', '.join(official.SCHEMES)}, one of torchvision's networks that "
+        "are backbones here, a folder of Hugging Face's, or a weights file of d3etr"
     )
 
 
@@ -152,16 +155,11 @@ def _outputs(tensors: Mapping[str, Tensor]) -> int:
     raise UserError("no class head: expected a whole detector")
 
 
-def _import_backbone(source: Path, target: Path, said: Said, found: Found) -> Imported:
-    """A torchvision ResNet's file as ``student.backbone_weights`` takes it."""
+def _import_backbone(source: Path, target: Path, said: Said, found: Found, name: str) -> Imported:
+    """A torchvision network's file as ``student.backbone_weights`` takes it."""
     said.refuse(source, "it is a backbone", *UNSEEN, "categories")
-    name = infer_backbone(found.tensors)
-    backbone = BackboneConfig.model_validate({"name": name})
-    tensors = {
-        key: tensor
-        for key, tensor in found.tensors.items()
-        if not key.startswith("fc.") and not key.endswith("num_batches_tracked")
-    }
+    backbone = BackboneConfig(name=name)
+    tensors = from_torchvision(name, found.tensors)
     network = build_backbone(backbone)
     load_strictly(network, tensors, str(source))
     metadata = {"backbone": backbone.model_dump_json(), "source": source.name}
@@ -169,7 +167,7 @@ def _import_backbone(source: Path, target: Path, said: Said, found: Found) -> Im
     return Imported(
         source=source,
         target=target,
-        kind="a torchvision ResNet",
+        kind="a torchvision network",
         network=name,
         architecture=backbone.model_dump(mode="json"),
         categories=(),

@@ -1,0 +1,87 @@
+"""Names of backbones: ``small``, and torchvision's networks that give feature maps.
+
+Names and not the networks: a configuration is checked without torch. A test holds the names
+against torchvision's.
+"""
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+
+SMALL = "small"
+
+FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "ResNet": (
+            *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
+            *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+            *("wide_resnet50_2", "wide_resnet101_2"),
+        ),
+        "ConvNeXt": tuple(f"convnext_{size}" for size in ("tiny", "small", "base", "large")),
+        "Swin": (
+            *("swin_t", "swin_s", "swin_b"),
+            *("swin_v2_t", "swin_v2_s", "swin_v2_b"),
+        ),
+        "EfficientNet": (
+            *(f"efficientnet_b{size}" for size in range(8)),
+            *(f"efficientnet_v2_{size}" for size in "sml"),
+        ),
+        "MobileNet": ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"),
+        "RegNet": tuple(
+            f"regnet_{kind}_{size}"
+            for kind in "xy"
+            for size in ("400mf", "800mf", "1_6gf", "3_2gf", "8gf", "16gf", "32gf", "128gf")
+            if (kind, size) != ("x", "128gf")
+        ),
+        "DenseNet": tuple(f"densenet{depth}" for depth in (121, 161, 169, 201)),
+        "MNASNet": tuple(f"mnasnet{width}" for width in ("0_5", "0_75", "1_0", "1_3")),
+        "ShuffleNet": tuple(f"shufflenet_v2_x{width}" for width in ("0_5", "1_0", "1_5", "2_0")),
+        "VGG with batch norm": tuple(f"vgg{depth}_bn" for depth in (11, 13, 16, 19)),
+        "VGG": tuple(f"vgg{depth}" for depth in (11, 13, 16, 19)),
+    }
+)
+"""Torchvision's names by family."""
+
+WITHOUT_BATCH_NORM = ("ConvNeXt", "Swin", "VGG")
+"""Families that ``norm`` has nothing to act on in: LayerNorm, or no normalisation."""
+
+TORCHVISION = tuple(name for names in FAMILIES.values() for name in names)
+BACKBONES = (SMALL, *TORCHVISION)
+
+_ONE_SIZE = "which works on images of one size only; use for example swin_t or swin_v2_t"
+_BORDERS = "whose maps leave out the image's borders; use for example"
+UNUSABLE: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"), _ONE_SIZE),
+        "maxvit_t": _ONE_SIZE,
+        "alexnet": f"{_BORDERS} vgg11 or resnet18",
+        "inception_v3": f"{_BORDERS} densenet121 or resnet50",
+        "googlenet": "which has classifiers between its stages; use for example resnet18",
+        "squeezenet1_0": f"{_BORDERS} shufflenet_v2_x1_0 or mobilenet_v3_small",
+        "squeezenet1_1": f"{_BORDERS} shufflenet_v2_x1_0 or mobilenet_v3_small",
+    }
+)
+"""Torchvision's networks that are no backbones, why, and what comes nearest."""
+
+
+def known_backbone(name: str) -> str:
+    """The name itself.
+
+    Raises:
+        ValueError: it is no backbone's; the text names the nearest ones.
+    """
+    if name in BACKBONES:
+        return name
+    if name in UNUSABLE:
+        raise ValueError(f"found '{name}', {UNUSABLE[name]}")
+    close = difflib.get_close_matches(name, BACKBONES, n=3)
+    examples = ", ".join(names[0] for names in FAMILIES.values())
+    nearest = f"; did you mean {', '.join(close)}?" if close else f", for example {examples}"
+    raise ValueError(
+        f"found '{name}', expected '{SMALL}' or a torchvision network with feature maps{nearest}"
+    )
+
+
+def family_of(name: str) -> str:
+    """The family of a torchvision network; ``small`` for the network of our own."""
+    return next((family for family, names in FAMILIES.items() if name in names), SMALL)

@@ -1,0 +1,106 @@
+"""Torchvision's weights as those of a backbone: what is taken, what is left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+import torchvision
+from torch import Tensor
+
+from d3etr.config.detector import BackboneConfig
+from d3etr.errors import UserError
+
+CLASSIFIER = ("classifier.", "fc.", "head.")
+"""How the names of what is left out begin; ConvNeXt's last norm is among them."""
+COUNTER = "num_batches_tracked"
+"""Of batch norm in training; left out too."""
+_OLD_NAME = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.(\d)\.")
+"""DenseNet's layers, as torchvision's files still name them."""
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of normalisation 'imagenet', for pixels in [0, 1]."""
+
+
+def imagenet_weights(config: BackboneConfig) -> dict[str, Tensor]:
+    """Torchvision's ImageNet weights of a backbone, by its own names.
+
+    Of several, the first version's, as the official detectors start from; of the one network
+    that has none (regnet_y_128gf), torchvision's default.
+
+    Raises:
+        UserError: there are none for this backbone, or they can't be downloaded.
+    """
+    if config.name == "small" or (config.has_batch_norm and config.norm != "frozen"):
+        raise UserError(
+            f"backbone_weights 'imagenet' does not fit backbone '{config.name}' with norm "
+            f"'{'group' if config.name == 'small' else config.norm}': torchvision has ImageNet "
+            "weights for its own networks, with batch norm where they have it. Set backbone.norm "
+            "to 'frozen' and the name of one of them, or give a file that 'd3etr "
+            "pretrain-backbone' wrote."
+        )
+    weights = weights_of(config.name)
+    try:
+        tensors: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise UserError(
+            f"backbone_weights 'imagenet': could not download {weights.url} ({error}). Download "
+            f"it elsewhere and put it into {folder}, or set backbone_weights to the path of a "
+            "file that 'd3etr pretrain-backbone' wrote."
+        ) from error
+    return from_torchvision(config.name, tensors)
+
+
+def from_torchvision(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a torchvision network as those of its backbone.
+
+    Where torchvision's weights were trained with images normalised in another way
+    (EfficientNetV2-L), the first convolution and the norm after it are changed so that ours give
+    the same.
+
+    Args:
+        name: torchvision's name of the network.
+        tensors: by torchvision's names, of its files or of its modules.
+    """
+    kept = without_classifier(tensors)
+    how = weights_of(name).transforms.keywords
+    mean, std = how.get("mean", _MEAN), how.get("std", _STD)
+    return kept if (mean, std) == (_MEAN, _STD) else kept | _renormalised(kept, mean, std)
+
+
+def without_classifier(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What belongs to the backbone: all but the classifier and batch norm's counters."""
+    return {
+        _OLD_NAME.sub(r"\1\2.", key): tensor
+        for key, tensor in tensors.items()
+        if not key.startswith(CLASSIFIER) and not key.endswith(COUNTER)
+    }
+
+
+def weights_of(name: str) -> Any:
+    """Torchvision's entry of a network's ImageNet weights: address, normalisation, size."""
+    known = torchvision.models.get_model_weights(name)
+    return known["IMAGENET1K_V1"] if "IMAGENET1K_V1" in known.__members__ else known.DEFAULT
+
+
+def _renormalised(
+    tensors: Mapping[str, Tensor], mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Tensor]:
+    """First convolution and batch statistics for our normalisation in the place of another.
+
+    Theirs is scale * ours + shift, so a kernel W gives scale * W on ours, plus sum(shift * W),
+    which the running mean takes away. Only cells that see the border differ: zero is another
+    colour there.
+    """
+    kernel, average = "features.0.0.weight", "features.0.1.running_mean"
+    if not {kernel, average} <= set(tensors):
+        return {}
+    theirs, spread = torch.tensor(mean), torch.tensor(std)
+    scale, shift = torch.tensor(_STD) / spread, (torch.tensor(_MEAN) - theirs) / spread
+    weight = tensors[kernel]
+    moved = tensors[average] - (weight * shift[:, None, None]).sum((1, 2, 3))
+    return {kernel: weight * scale[:, None, None], average: moved}
