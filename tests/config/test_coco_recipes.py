@@ -72,12 +72,12 @@ def test_detectors_are_as_large_as_the_official_ones(backbone: str, millions: in
     setting = f"student.detector.backbone.name={backbone}"
     config = load_config(RECIPES / "conditional-r50" / "plain.yaml", [setting])
     detector = build_detector(config.student.detector, 80)
-    # Theirs counts what is trained; frozen batch norms are no parameters in either.
-    assert round(count_parameters(detector) / 1e6) == millions
+    # They have 11 classes more and round.
+    assert abs(count_parameters(detector) / 1e6 - millions) < 1
 
 
 def test_the_guide_has_every_recipe_and_its_steps() -> None:
-    text = (ROOT / "docs" / "coco.md").read_text()
+    text, costs = (ROOT / "docs" / "coco.md").read_text().split("## Costs")
     told = set()
     for name, *counts in re.findall(r"^\| `coco/(\S+)` \|.*?([\d,]+) / ([\d,]+) \|", text, re.M):
         config = load_config(RECIPES / name)
@@ -85,3 +85,5 @@ def test_the_guide_has_every_recipe_and_its_steps() -> None:
         assert [int(count.replace(",", "")) for count in counts] == [12 * per_epoch, 50 * per_epoch]
         told.add(name)
     assert told == set(recipes())
+    counted = (ROOT / "docs" / "results" / "coco_costs.md").read_text()
+    assert counted in costs and all(f"`coco/{name}`" in counted for name in told)
