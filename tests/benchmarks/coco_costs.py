@@ -258,7 +258,7 @@ def as_table(results: list[dict[str, Any]]) -> str:
     """Markdown; hours are of 12 epochs."""
     head = ["recipe", "states, GB", "kept for an image, GB", "images at once", "sum, GB"]
     head += ["TFLOP an image", "operations"]
-    head += [f"8 {gpu}, h: float32 / bfloat16" for gpu in ("A100", "H100")]
+    head += [f"12 epochs on 8 {gpu}, h: float32 / bfloat16" for gpu in ("A100", "H100")]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for row in results:
         step, hours = row["mean_step"], row["hours"]
