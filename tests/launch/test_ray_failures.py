@@ -55,6 +55,23 @@ def test_a_users_mistake_in_a_worker_comes_out_as_its_text_alone(tmp_path: Path)
     assert isinstance(answer, UserError) and str(answer) == "image 17 is truncated"
 
 
+class OutOfMemoryError(Exception):
+    """Ray's, of which 40 lines tell the state of its object store."""
+
+
+def test_a_machine_without_memory_left_is_a_sentence_with_advice(tmp_path: Path) -> None:
+    error = OutOfMemoryError(
+        "3 worker(s) were killed due to the node running low on memory. Memory on the node (IP: "
+        "10.0.0.1, ID: b5ddad) was 22.47GB used / 23.54GB limit (0.954601)\nOOM kill reason: ...\n"
+        "Object store memory usage: [- objects spillable: 1"
+    )
+    for failure in (ControllerError(error), WorkerGroupError({1: error})):
+        answer = translate(failure, tmp_path)
+        assert isinstance(answer, UserError)
+        assert "22.47GB used / 23.54GB" in str(answer) and "accumulation" in str(answer)
+        assert "object" not in str(answer)
+
+
 def test_a_workers_failure_comes_with_its_own_traceback(tmp_path: Path) -> None:
     Notes(tmp_path).comes_back(1, raised(ZeroDivisionError("a bug")), "")
     answer = translate(WorkerGroupError({0: ConnectionError("peer"), 1: Exception("x")}), tmp_path)

@@ -116,6 +116,17 @@ def test_runs_are_found_by_folder_beginning_or_name_in_mlflow(folders: Path) -> 
     assert len(again.groups[0].runs) == 1
 
 
+def test_what_was_refused_at_its_start_is_no_run(
+    folders: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = folders / "digits-plain-00000001"
+    (refused / "summary.json").unlink()
+    write_journal(refused, journal_records(20, 0.2)[:1])
+    runs = compare(["digits-plain"], folders).groups[0].runs
+    assert [run.folder.name for run in runs] == ["digits-plain-00000000"]
+    assert "digits-plain-00000001 is left out: it ended before its first step" in caplog.text
+
+
 def test_missing_and_unfinished_runs_are_clear_errors(folders: Path) -> None:
     with pytest.raises(UserError, match=r"no run 'digits-x'.*digits-d3etr-00000000"):
         compare(["digits-x"], folders)

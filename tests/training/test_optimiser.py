@@ -2,9 +2,11 @@ import logging
 
 import pytest
 import torch
+from tiny import tiny_detector_config
 from torch import nn
 
 from d3etr.config.training import OptimisationConfig
+from d3etr.detectors.build import build_detector
 from d3etr.training.optimiser import (
     build_optimiser,
     clip_gradients,
@@ -31,6 +33,23 @@ def test_backbone_and_rest_have_their_own_rates() -> None:
     assert (rest["lr"], backbone["lr"]) == (0.1, 0.01)
     assert {id(p) for p in backbone["params"]} == {id(p) for p in module.backbone.parameters()}
     assert {id(p) for p in rest["params"]} == {id(p) for p in module.head.parameters()}
+
+
+def test_what_says_where_to_sample_may_have_a_third_rate() -> None:
+    config = tiny_detector_config(name="deformable_detr", width=32, levels=2, points=2)
+    detector = build_detector(config, 3)
+    rates = optimisation(sampling_learning_rate=0.001)
+    *_, sampling = parameter_groups(detector, detector.backbone, rates)
+    names = {id(p): name for name, p in detector.named_parameters()}
+    found = {names[id(p)].rsplit(".", 1)[0] for p in sampling["params"]}
+    assert sampling["lr"] == 0.001
+    assert found == {
+        "encoder.layers.0.attention.offsets",
+        "decoder.layers.0.cross_attention.offsets",
+        "decoder.layers.1.cross_attention.offsets",
+        "reference_head",
+    }
+    assert len(parameter_groups(detector, detector.backbone, optimisation())) == 2
 
 
 def test_a_backbone_rate_of_zero_freezes_the_backbone_and_says_so(

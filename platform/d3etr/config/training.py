@@ -47,6 +47,9 @@ class OptimisationConfig(Section):
     """Micro-batches per optimiser step on each worker, while all workers are there."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     backbone_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
+    sampling_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """``deformable_detr`` only: of what says where is sampled (offsets and reference points);
+    its official code has a tenth of ``learning_rate``. None: ``learning_rate``."""
     weight_decay: Weight = 1e-4
     clip_norm: Annotated[float, Field(gt=0)] | None = 0.1
     schedule: ScheduleConfig = ScheduleConfig()

@@ -46,6 +46,12 @@ class Config(Section):
             raise ValueError(
                 f"distillation.method '{self.distillation.method}' needs a teacher.weights"
             )
+        student = self.student.detector.name
+        if self.optimisation.sampling_learning_rate and student != "deformable_detr":
+            raise ValueError(
+                f"optimisation.sampling_learning_rate has no effect on detector '{student}', "
+                "only on 'deformable_detr'"
+            )
         parts = self.micro_batches(self.cluster.workers)
         if self.optimisation.batch_size % parts:
             raise ValueError(

@@ -99,7 +99,8 @@ class Narrator:
         if record.get("kind") == "evaluation":
             parts.append(scores(record["metrics"], "val/"))
         if "time/images_per_second" in self.metrics:
-            parts.append(f"{self.metrics['time/images_per_second']:.0f} images/s")
+            rate = self.metrics["time/images_per_second"]
+            parts.append(f"{rate:.{0 if rate >= 10 else 1}f} images/s")
         parts.append(self._remaining(record))
         return " | ".join(part for part in parts if part)
 
@@ -123,7 +124,7 @@ class Narrator:
     def _epoch(self, record: Record) -> str:
         epochs = -(-self.steps // self._steps_per_epoch)
         done = int(record["step"]) / self._steps_per_epoch
-        return f"epoch {done:.4g}/{epochs}"
+        return f"epoch {round(done, 2):g}/{epochs}"
 
     def _remaining(self, record: Record) -> str:
         began, first = self._began

@@ -14,6 +14,8 @@ from d3etr.launch.resources import Demand, describe
 MISSING = re.compile(r"No module named '([\w.]+)'")
 PLACE = re.compile(r"\bip=([\w.:]+)")
 """How Ray names the node that an exception comes from."""
+LOW_ON_MEMORY = re.compile(r"running low on memory.*?was ([\d.]+ ?GB used / [\d.]+ ?GB)", re.S)
+"""How Ray says that it killed a process before its machine ran out of memory."""
 NOT_STARTED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
 
 
@@ -38,9 +40,10 @@ def translate(
         if mistake is not None:
             return UserError(str(mistake))
     cause = getattr(failure, "controller_failure", failure)
-    lacking = _missing_package(workers.values() if workers else [cause])
-    if lacking is not None:
-        return UserError(lacking)
+    errors = [*workers.values()] or [cause]
+    known = _missing_package(errors) or _low_on_memory(errors)
+    if known is not None:
+        return UserError(known)
     if workers:
         return _worker_failure(workers, cluster, notes)
     if not_started(failure):
@@ -105,6 +108,21 @@ def _missing_package(errors: Iterable[object]) -> str | None:
                 "Install the same environment there (pip install, or the image), put the checkout "
                 "on storage that all nodes share, or send it along: ray job submit "
                 "--working-dir . -- python trainers/run.py ..."
+            )
+    return None
+
+
+def _low_on_memory(errors: Iterable[object]) -> str | None:
+    """What to do when Ray killed workers whose machine had hardly any memory left."""
+    for text in map(str, errors):
+        said = LOW_ON_MEMORY.search(text)
+        if said is not None:
+            return (
+                f"Ray killed workers because their machine had hardly any memory left "
+                f"({said[1]}; other programs count too). A larger optimisation.accumulation makes "
+                "each worker hold fewer images at once and changes no loss but for dropout; fewer "
+                "data.workers or cluster.workers help too. With the last two, the run goes on from "
+                "its last checkpoint"
             )
     return None
 

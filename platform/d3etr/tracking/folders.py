@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from d3etr.errors import UserError
 from d3etr.tracking.description import params, run_name, title
 from d3etr.tracking.state import read_state
 from d3etr.training.journal import read_journal
+
+logger = logging.getLogger(__name__)
 
 UNCOMPARED = ("run.", "cluster.", "tracking.", "data.workers", "student.pretraining.")
 """What says where and how a run happened, or a backbone before it: not what the run is."""
@@ -78,10 +81,9 @@ def read_run(folder: Path) -> FinishedRun:
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        last = max((record.get("step", 0) for record in journal), default=0)
         raise UserError(
-            f"{folder} has not finished (last step {last}), so there is nothing to compare yet; "
-            f"go on with it: d3etr train --resume {folder.name}"
+            f"{folder} has not finished (last step {_last_step(folder)}), so there is nothing to "
+            f"compare yet; go on with it: d3etr train --resume {folder.name}"
         ) from None
     except ValueError as error:
         raise UserError(f"{folder / 'summary.json'} is damaged: {error}") from error
@@ -98,7 +100,7 @@ def find_folders(runs: Sequence[str | Path], output_root: Path) -> list[Path]:
 
     Args:
         runs: each a folder, the name of one in ``output_root`` or the beginning of it (all that
-            fit are meant), an MLflow run id, or a run's name as MLflow shows it.
+            fit and did a step are meant), an MLflow run id, or a run's name as MLflow shows it.
         output_root: the folder that holds runs.
 
     Raises:
@@ -117,7 +119,7 @@ def _folders_of(run: str | Path, output_root: Path) -> list[Path]:
     wanted = str(run)
     for fits in (
         [folder for folder in known if folder.name == wanted],
-        [folder for folder in known if folder.name.startswith(wanted)],
+        _begun([folder for folder in known if folder.name.startswith(wanted)]),
         [folder for folder in known if wanted in _names_in_mlflow(folder)],
     ):
         if fits:
@@ -126,6 +128,20 @@ def _folders_of(run: str | Path, output_root: Path) -> list[Path]:
     raise UserError(
         f"no run '{wanted}': neither a folder nor one of those in {output_root}: {listed}"
     )
+
+
+def _begun(folders: list[Path]) -> list[Path]:
+    """Those that did a step, where any did: what was refused at its start is no run."""
+    begun = [folder for folder in folders if _last_step(folder) > 0]
+    for folder in folders if begun else []:
+        if folder not in begun:
+            logger.warning("%s is left out: it ended before its first step", folder)
+    return begun or folders
+
+
+def _last_step(folder: Path) -> int:
+    journal = read_journal(folder / "journal.jsonl")
+    return max((int(record.get("step", 0)) for record in journal), default=0)
 
 
 def _names_in_mlflow(folder: Path) -> tuple[str, ...]:

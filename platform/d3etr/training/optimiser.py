@@ -1,4 +1,4 @@
-"""AdamW with DETR's two learning rates."""
+"""AdamW with DETR's two learning rates, and Deformable DETR's third."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def parameter_groups(
     module: nn.Module, backbone: nn.Module, config: OptimisationConfig
 ) -> list[dict[str, object]]:
-    """Split what is trained into backbone and rest.
+    """Split what is trained into backbone, what says where to sample, and the rest.
 
     Everything decays alike, biases and norms included, as in DETR's own training code: with
     its small weight decay the choice is not measurable, and results stay comparable.
@@ -40,15 +40,27 @@ def parameter_groups(
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter is trained")
+    rate = config.sampling_learning_rate
+    sampling = set() if rate is None else _sampling(module)
     parts = [
-        ([p for p in trained if id(p) not in inside], config.learning_rate),
+        ([p for p in trained if id(p) not in inside | sampling], config.learning_rate),
         ([p for p in trained if id(p) in inside], config.backbone_learning_rate),
+        ([p for p in trained if id(p) in sampling], rate or 0.0),
     ]
     return [
         {"params": parameters, "lr": rate, "base_rate": rate}
         for parameters, rate in parts
         if parameters
     ]
+
+
+def _sampling(module: nn.Module) -> set[int]:
+    """Ids of the parameters of Deformable DETR's sampling offsets and reference points."""
+    return {
+        id(parameter)
+        for name, parameter in module.named_parameters()
+        if {"offsets", "reference_head"} & {*name.split(".")}
+    }
 
 
 def build_optimiser(module: nn.Module, backbone: nn.Module, config: OptimisationConfig) -> AdamW:

@@ -1,0 +1,89 @@
+"""The recipes of the papers' settings on COCO: complete, and what docs/coco.md says of them."""
+
+import re
+from pathlib import Path
+
+import pytest
+from coco_recipes import (
+    RECIPES,
+    ROOT,
+    TRAIN_IMAGES,
+    recipes,
+    teacher_detector,
+    write_coco,
+    write_teacher_header,
+)
+
+from d3etr.config.load import load_config
+from d3etr.detectors.build import build_detector, count_parameters
+from d3etr.distillation.compatibility import check_compatible
+from d3etr.dry_run import make_plan
+
+STAND_IN = 64
+FIFTY = ("optimisation.epochs=50",)
+
+
+@pytest.fixture(scope="module")
+def somewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which COCO and every teacher are where the recipes look for them."""
+    folder = tmp_path_factory.mktemp("coco")
+    write_coco(folder / "data" / "coco", STAND_IN, 8)
+    for name in recipes():
+        config = load_config(RECIPES / name)
+        if config.teacher is not None:
+            write_teacher_header(config, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_dry_run_needs_nothing_but_the_recipe(
+    name: str, somewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(somewhere)
+    config = load_config(RECIPES / name)
+    plan = make_plan(config)
+    assert plan.classes == 80
+    assert plan.steps == 12 * (STAND_IN // config.optimisation.batch_size)
+    assert make_plan(load_config(RECIPES / name, FIFTY)).steps == plan.steps // 12 * 50
+    assert (plan.teacher_parameters is None) == (config.distillation.method == "none")
+    if plan.teacher_parameters is not None:
+        assert plan.teacher_parameters > plan.student_parameters
+
+
+@pytest.mark.parametrize("name", [name for name in recipes() if "d3etr" in name])
+def test_teachers_can_teach(name: str) -> None:
+    config = load_config(RECIPES / name)
+    teacher = teacher_detector(config)
+    check_compatible(config.student.detector, teacher, config.distillation)
+    assert config.teacher is not None and config.teacher.minimum_mAP >= 0.4
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("dab-r18", "kd_detr"), ("deformable-r50", "detrdistill"), ("deformable-r18", "detrdistill")],
+)
+def test_the_other_papers_methods_are_one_setting_away(name: str, method: str) -> None:
+    config = load_config(RECIPES / name / "d3etr.yaml", [f"distillation.method={method}"])
+    check_compatible(config.student.detector, teacher_detector(config), config.distillation)
+
+
+@pytest.mark.parametrize(("backbone", "millions"), [("resnet50", 44), ("resnet101", 63)])
+def test_detectors_are_as_large_as_the_official_ones(backbone: str, millions: int) -> None:
+    setting = f"student.detector.backbone.name={backbone}"
+    config = load_config(RECIPES / "conditional-r50" / "plain.yaml", [setting])
+    detector = build_detector(config.student.detector, 80)
+    # They have 11 classes more and round.
+    assert abs(count_parameters(detector) / 1e6 - millions) < 1
+
+
+def test_the_guide_has_every_recipe_and_its_steps() -> None:
+    text, costs = (ROOT / "docs" / "coco.md").read_text().split("## Costs")
+    told = set()
+    for name, *counts in re.findall(r"^\| `coco/(\S+)` \|.*?([\d,]+) / ([\d,]+) \|", text, re.M):
+        config = load_config(RECIPES / name)
+        per_epoch = TRAIN_IMAGES // config.optimisation.batch_size
+        assert [int(count.replace(",", "")) for count in counts] == [12 * per_epoch, 50 * per_epoch]
+        told.add(name)
+    assert told == set(recipes())
+    counted = (ROOT / "docs" / "results" / "coco_costs.md").read_text()
+    assert counted in costs and all(f"`coco/{name}`" in counted for name in told)
