@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from urllib.error import URLError
 
@@ -17,6 +19,7 @@ from d3etr.detectors.backbones import (
     build_backbone,
     load_backbone_weights,
 )
+from d3etr.detectors.small_backbone import StridedShortcut
 from d3etr.detectors.tensor_files import write_tensors
 from d3etr.errors import UserError
 
@@ -41,6 +44,34 @@ def test_small_backbone_rounds_up(height: int, width: int) -> None:
     features = backbone(torch.randn(2, 3, height, width))
     assert backbone.stride == 4
     assert features.shape == (2, 16, -(-height // 4), -(-width // 4))
+
+
+@pytest.mark.parametrize("inputs", [8, 16])
+def test_a_strided_shortcut_is_a_strided_convolution(inputs: int) -> None:
+    torch.manual_seed(0)
+    ours = StridedShortcut(inputs, 16, 1, 2, bias=False)
+    pixels = torch.randn(2, inputs, 7, 6)
+    expected, mine = pixels.clone().requires_grad_(), pixels.clone().requires_grad_()
+    theirs = torch.nn.functional.conv2d(expected, ours.weight, stride=2)
+    theirs.square().sum().backward()
+    gradient, ours.weight.grad = ours.weight.grad, None
+    output = ours(mine)
+    output.square().sum().backward()
+    torch.testing.assert_close(output, theirs)
+    torch.testing.assert_close(mine.grad, expected.grad)
+    torch.testing.assert_close(ours.weight.grad, gradient)
+
+
+def test_gradients_of_a_narrow_backbone_stay_inside_their_memory() -> None:
+    """The C library aborts when it meets damaged memory; a few steps are enough."""
+    code = (
+        "import torch; from d3etr.config.detector import BackboneConfig; "
+        "from d3etr.detectors.small_backbone import SmallBackbone; "
+        "torch.set_num_threads(1); torch.manual_seed(0); "
+        "net = SmallBackbone(BackboneConfig(name='small', stem_width=8, stage_widths=(8, 8, 16))); "
+        "[net(torch.randn(8, 3, 64, 64)).sum().backward() for _ in range(30)]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_more_blocks_deepen_every_stage_of_the_small_backbone() -> None:

@@ -11,10 +11,27 @@ from torch.nn import functional
 from d3etr.config.detector import BackboneConfig
 
 GROUPS = 8
+WIDEST_REGISTER = 16
+"""float32 numbers of an AVX-512 register."""
 
 
 def _convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+
+
+class StridedShortcut(nn.Conv2d):
+    """A strided 1x1 convolution whose gradient stays inside its memory.
+
+    On channels-last input of fewer channels than a vector register holds, the weight gradient of
+    the library's own writes past its workspace (oneDNN issue 6035), which ends in a crash later.
+    There, pixels are dropped first.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, h, w] -> [B, outputs, ceil(h / stride), ceil(w / stride)]."""
+        if self.in_channels >= WIDEST_REGISTER:
+            return super().forward(x)
+        return functional.conv2d(functional.avg_pool2d(x, 1, self.stride[0]), self.weight)
 
 
 class ResidualBlock(nn.Module):
@@ -35,7 +52,8 @@ class ResidualBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
-                _convolution(inputs, outputs, size=1, stride=stride), nn.GroupNorm(GROUPS, outputs)
+                StridedShortcut(inputs, outputs, 1, stride, bias=False),
+                nn.GroupNorm(GROUPS, outputs),
             )
 
     def forward(self, x: Tensor) -> Tensor:
