@@ -168,6 +168,7 @@ def test_relative_paths_mean_the_drivers_folder_wherever_a_trial_runs(
         ({"space": {RATES: {"grid": [1]}}, "search": {"method": "optuna"}}, "make .* a choice"),
         ({"space": {RATES: {"grid": [1]}}, "search": {"trials": 3}}, "has no use for trials"),
         ({"cases": {"a": {}}, "baseline": "b"}, "baseline 'b' is none of the cases"),
+        ({"cases": {"a": {"baseline": "b"}}}, "baseline 'b' is none of the cases"),
         ({"cases": {"a": {}}, "search": {"method": "random"}}, "nothing to sample"),
         ({"space": {"run.output": {"grid": [1]}}}, "changes where or how a run happens"),
         ({"space": {"optimisation.lr": {"grid": [1]}}}, "trial 'lr=1'(.|\n)*optimisation.lr"),
@@ -228,6 +229,20 @@ def test_the_table_groups_seeds_and_names_what_failed(make_sweep: MakeSweep) -> 
     assert "| configuration | steps | mAP by seed | mean | spread | gain |" in text
     assert "| plain | 18 | 20.0 / 22.0 | 21.0 | 1.4 |  |" in text
     assert "| taught | 18 | 30.0 / failed | 30.0 | 0.0 | +9.0 |" in text
+
+
+def test_a_case_may_be_measured_against_another_than_the_rest(make_sweep: MakeSweep) -> None:
+    cases: dict[str, Any] = {
+        "plain": {},
+        "other": {"baseline": "other"},
+        "taught": {"baseline": "other"},
+        "more": {},
+    }
+    sweep = make_sweep(cases=cases, baseline="plain")
+    values = [0.2, 0.3, 0.35, 0.25]
+    results = [finished(*pair) for pair in zip(planned_trials(sweep), values, strict=True)]
+    gains = [line.split("|")[-2].strip() for line in table(sweep, results).splitlines()[2:]]
+    assert gains == ["", "", "+5.0", "+5.0"]
 
 
 def test_the_test_split_is_published_where_every_trial_has_it(make_sweep: MakeSweep) -> None:

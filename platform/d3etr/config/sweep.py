@@ -69,6 +69,8 @@ class Case(Section):
     """In place of the sweep's."""
     set: tuple[str, ...] = ()
     """Overrides, as after ``--set``."""
+    baseline: str | None = None
+    """The case that this one's gain is counted from, in place of the sweep's."""
 
 
 class SearchConfig(Section):
@@ -131,12 +133,19 @@ class SweepConfig(Section):
     maximum_concurrent: Positive | None = None
     """Trials at a time; None: as many as the cluster has room for."""
 
+    def baseline_of(self, case: str | None) -> str | None:
+        """The case that the gain of one is counted from; None for a baseline itself."""
+        own = None if case is None else self.cases[case].baseline
+        baseline = own or self.baseline
+        return None if baseline == case else baseline
+
     @model_validator(mode="after")
     def _is_a_sweep(self) -> Self:
         if not self.space and not self.cases:
             raise ValueError("nothing to sweep over: give a space, or cases")
-        if self.baseline is not None and self.baseline not in self.cases:
-            raise ValueError(f"baseline '{self.baseline}' is none of the cases")
+        baselines = {self.baseline, *(case.baseline for case in self.cases.values())} - {None}
+        for name in baselines - {*self.cases}:
+            raise ValueError(f"baseline '{name}' is none of the cases")
         self._check_conditions()
         self._check_method()
         return self

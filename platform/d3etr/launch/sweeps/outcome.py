@@ -116,14 +116,15 @@ def table(sweep: SweepConfig, results: Sequence[TrialResult]) -> str:
     """The sweep as a Markdown table, in percent."""
     metric = table_metric(results)
     grouped = rows(sweep, results, metric)
-    base = next((r for r in grouped if r.case == sweep.baseline and r.values), None)
-    gains = sweep.baseline is not None
+    cases = {row.case: row for row in reversed(grouped) if row.case is not None and row.values}
+    gains = any(sweep.baseline_of(case) for case in sweep.cases)
     lines = [
         f"| configuration | steps | {metric} by seed | mean | spread |" + " gain |" * gains,
         "| --- | ---: | --- | ---: | ---: |" + " ---: |" * gains,
     ]
     for row in grouped:
-        gain = "" if base is None or row is base or not row.values else _signed(row, base)
+        base = cases.get(sweep.baseline_of(row.case) or "")
+        gain = "" if base is None or not row.values else _signed(row, base)
         lines.append(_line(row) + f" {gain} |" * gains)
     return "\n".join(lines)
 

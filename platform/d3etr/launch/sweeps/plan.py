@@ -149,6 +149,7 @@ def make_plan(sweep: SweepConfig) -> Plan:
 
 
 def _digest(sweep: SweepConfig, configs: list[str]) -> str:
-    kept = sweep.model_dump(mode="json", exclude={"title", "maximum_concurrent", "baseline"})
+    shown = {"title": True, "maximum_concurrent": True, "baseline": True}
+    kept = sweep.model_dump(mode="json", exclude={**shown, "cases": {"__all__": {"baseline"}}})
     content = json.dumps([kept, configs], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:8]
