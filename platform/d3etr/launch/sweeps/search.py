@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
-from ray.tune.search import Searcher
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
 from d3etr.config.sweep import Domain, SweepConfig
 from d3etr.launch.sweeps.plan import TRIAL_KEY, Plan
@@ -28,20 +28,39 @@ def parameters(plan: Plan) -> dict[str, Any]:
     return {key: _tune_domain(domain) for key, domain in plan.sweep.space.items()}
 
 
-def searcher(sweep: SweepConfig) -> Searcher | None:
-    """What proposes trials; None where they are planned or drawn once.
+class Planned(BasicVariantGenerator):  # type: ignore[misc]
+    """Gives out planned trials."""
 
-    Optuna's space is a function, so that a condition can look at what was chosen before.
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state, with as many trials at a time as there is room for now."""
+        super().set_state(state | {"max_concurrent": self.max_concurrent})
+
+
+class Limited(ConcurrencyLimiter):  # type: ignore[misc]
+    """Proposes trials, so many at a time."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state, with as many trials at a time as there is room for now."""
+        super().set_state(state | {"max_concurrent": self.max_concurrent})
+
+
+def searcher(sweep: SweepConfig, at_a_time: int) -> Searcher | Planned | None:
+    """What gives out trials; None for a population, which takes turns.
+
+    Who has paused in a population must not keep others from beginning. Optuna's space is a
+    function, so that a condition can look at what was chosen before.
     """
-    if sweep.search.method != "optuna":
+    search = sweep.search
+    if search.method == "population":
         return None
+    if search.method != "optuna":
+        return Planned(max_concurrent=at_a_time)
     from optuna.samplers import TPESampler
     from ray.tune.search.optuna import OptunaSearch
 
-    search = sweep.search
     sampler = TPESampler(seed=search.seed, n_startup_trials=search.startup_trials)
-    found: Searcher = OptunaSearch(space=Proposer(sweep), metric=METRIC, mode=MODE, sampler=sampler)
-    return found
+    found = OptunaSearch(space=Proposer(sweep), metric=METRIC, mode=MODE, sampler=sampler)
+    return Limited(found, max_concurrent=at_a_time)
 
 
 @dataclass(frozen=True)
