@@ -22,6 +22,7 @@ from d3etr.launch.environment import (
     ray_settings,
     runtime_environment,
 )
+from d3etr.launch.leftovers import end_with_this_process
 from d3etr.launch.resources import Node
 from d3etr.launch.signals import handler_kept, terminable
 
@@ -67,21 +68,17 @@ def connected(cluster: ClusterConfig, stage: Callable[[str], None]) -> Iterator[
 
 
 def _leave(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-    """Disconnect, which ends a cluster that was started here; that it fails costs nothing."""
-    if error is None and at_the_end(_end_own_cluster):
+    """Disconnect, which ends a cluster that was started here; that it fails costs nothing.
+
+    Ray's processes must not end while this one is connected: it would be ended with code 1.
+    """
+    if error is None and at_the_end(end_with_this_process):
         return
     if error is not None and isinstance(error.__cause__, NoAnswerError):
         return  # a thread waits inside of Ray
     failure = attempt_within(LEAVE_SECONDS, ray.shutdown)
     if failure is not None:
         logger.warning("Ray did not end in order: %r", failure)
-
-
-def _end_own_cluster() -> None:
-    """End the processes of a cluster that was started here; of another one, this has none."""
-    node = ray._private.worker._global_node
-    if node is not None:
-        node.kill_all_processes(check_alive=False, allow_graceful=True)
 
 
 def joined_address(cluster: ClusterConfig) -> str | None:
