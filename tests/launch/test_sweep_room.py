@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -19,9 +20,11 @@ from d3etr.launch.resources import Demand, Node
 from d3etr.launch.sweeps import waiting
 from d3etr.launch.sweeps.actor import turn
 from d3etr.launch.sweeps.driver import run_sweep
+from d3etr.launch.sweeps.memory import curves
 from d3etr.launch.sweeps.plan import make_plan
-from d3etr.launch.sweeps.search import Limited, Planned, searcher
+from d3etr.launch.sweeps.search import Limited, Planned, Pruning, searcher
 from d3etr.launch.sweeps.waiting import Waiting
+from d3etr.training.journal import Journal
 
 RATE = "optimisation.learning_rate"
 
@@ -101,6 +104,22 @@ def test_a_sweep_goes_on_with_the_room_that_there_is_now(tmp_path: Path, recipe:
         assert isinstance(before, kind) and isinstance(now, kind)
         now.set_state(before.get_state())
         assert now.max_concurrent == 2
+
+
+def test_pruning_remembers_what_was_reported_before(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.write("start", 0, steps=12, steps_per_epoch=4)
+    for step, mAP in ((2, 0.1), (4, 0.5), (8, 0.6)):
+        journal.write("evaluation", step, metrics={"val/mAP": mAP, "epoch": step / 4})
+    told = SimpleNamespace(metrics={"trial_id": "before", "run_dir": str(tmp_path)})
+    assert curves([told, SimpleNamespace(metrics=None)]) == {"before": [(1, 0.5), (2, 0.6)]}
+
+    for recalled, action in (({}, "CONTINUE"), (curves([told]), "STOP")):
+        pruning = Pruning(time_attr="epoch", metric="mAP", mode="max", max_t=100)
+        pruning.recall(recalled)
+        trial = SimpleNamespace(trial_id="now")
+        pruning.on_trial_add(None, trial)
+        assert pruning.on_trial_result(None, trial, {"epoch": 1, "mAP": 0.4}) == action
 
 
 @pytest.fixture

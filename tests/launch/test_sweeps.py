@@ -168,6 +168,9 @@ def test_optuna_proposes_and_asha_stops_the_worse(make_plan_of: MakePlan) -> Non
         assert trial.run_dir is not None
         assert load_config(trial.run_dir / "config.yaml").optimisation.learning_rate == point[RATE]
         assert (trial.state == "finished") == (steps(trial.run_dir)[-1] == 18)
+    again, said = run(plan)
+    assert [trial.state for trial in again.trials] == states
+    assert any(line.startswith("going on with") for line in said)
 
 
 @pytest.mark.usefixtures("cluster")

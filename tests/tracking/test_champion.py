@@ -10,7 +10,7 @@ from d3etr.tracking.model import CHAMPION_ALIAS, _set_aliases
 NAME = "student"
 
 
-def test_only_a_higher_mAP_on_the_same_data_makes_a_champion(
+def test_only_higher_quality_on_the_same_data_makes_a_champion(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")

@@ -26,11 +26,12 @@ from d3etr.launch.sweeps.actor import failure_note, run_trial
 from d3etr.launch.sweeps.children import SweepTracking
 from d3etr.launch.sweeps.folder import write_results, write_sweep
 from d3etr.launch.sweeps.leaks import free_leaked_groups
+from d3etr.launch.sweeps.memory import curves
 from d3etr.launch.sweeps.numbers import Numbers
 from d3etr.launch.sweeps.observer import Observer
 from d3etr.launch.sweeps.outcome import State, TrialResult, best, read_summary
 from d3etr.launch.sweeps.plan import Plan
-from d3etr.launch.sweeps.search import METRIC, MODE, parameters, scheduler, searcher
+from d3etr.launch.sweeps.search import METRIC, MODE, Pruning, parameters, scheduler, searcher
 from d3etr.launch.sweeps.trials import Trial
 from d3etr.launch.sweeps.waiting import Waiting
 from d3etr.training.inputs import ensure_inputs_answer
@@ -226,12 +227,15 @@ def _resources(demand: Demand) -> dict[str, float]:
 
 
 def _attach(tuner: tune.Tuner, observer: Observer, search: Any) -> None:
-    """Give a restored tuner its callbacks, which are not saved, and room for trials as it is now.
+    """Give a restored tuner what it lacks: callbacks, room as it is now, what was reported before.
 
     Ray Tune then puts its saved state into ``search``.
     """
-    tuner._local_tuner._run_config.callbacks = [observer]
-    tuner._local_tuner._tune_config.search_alg = search
+    ours = tuner._local_tuner
+    ours._run_config.callbacks = [observer]
+    ours._tune_config.search_alg = search
+    if isinstance(ours._tune_config.scheduler, Pruning):
+        ours._tune_config.scheduler.recall(curves(tuner.get_results()))
 
 
 def _tuner(plan: Plan, trainable: Any, observer: Observer, at_a_time: int) -> tune.Tuner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from ray import tune
@@ -11,6 +12,7 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialSch
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
 from d3etr.config.sweep import Domain, SweepConfig
+from d3etr.launch.sweeps.memory import Curve
 from d3etr.launch.sweeps.plan import TRIAL_KEY, Plan
 
 METRIC, MODE, TIME = "mAP", "max", "epoch"
@@ -42,6 +44,17 @@ class Limited(ConcurrencyLimiter):  # type: ignore[misc]
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from a state, with as many trials at a time as there is room for now."""
         super().set_state(state | {"max_concurrent": self.max_concurrent})
+
+
+class Pruning(ASHAScheduler):  # type: ignore[misc]
+    """Stops trials early."""
+
+    def recall(self, curves: Mapping[str, Curve]) -> None:
+        """Compare also with what trials reported before, by Ray Tune's id of each."""
+        (bracket,) = self._brackets
+        for identity, curve in curves.items():
+            for epoch, mAP in curve:
+                bracket.on_result(SimpleNamespace(trial_id=identity), epoch, mAP)
 
 
 def searcher(sweep: SweepConfig, at_a_time: int) -> Searcher | Planned | None:
@@ -94,7 +107,7 @@ def scheduler(sweep: SweepConfig) -> TrialScheduler | None:
         )
     if sweep.pruning is None:
         return None
-    return ASHAScheduler(
+    return Pruning(
         time_attr=TIME,
         max_t=LONGEST,
         grace_period=sweep.pruning.grace_epochs,
