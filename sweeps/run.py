@@ -10,6 +10,6 @@ from pathlib import Path
 if __name__ == "__main__":
     if find_spec("d3etr") is None:  # not installed: take the checkout that this file is in
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "platform"))
-    from d3etr.cli import main
+    from d3etr.cli import program
 
-    sys.exit(main(["sweep", *sys.argv[1:]]))
+    program(["sweep", *sys.argv[1:]])

@@ -1,7 +1,5 @@
 """``python -m d3etr`` is ``d3etr``."""
 
-import sys
+from d3etr.cli.main import program
 
-from d3etr.cli.main import main
-
-sys.exit(main())
+program()

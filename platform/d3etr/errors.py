@@ -9,13 +9,6 @@ class UserError(Exception):
     """
 
 
-class UnansweredError(UserError):
-    """Something outside does not answer, and a thread of this process still waits inside of it.
-
-    Such a thread may crash an interpreter that ends in order: commands end at once.
-    """
-
-
 class RunFailedError(Exception):
     """A run broke for a reason that is no user mistake; the text says what and where.
 

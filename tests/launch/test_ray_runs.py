@@ -162,7 +162,7 @@ def test_waiting_for_a_cluster_that_takes_connections_but_says_nothing_has_an_en
     shorter = (
         "import sys, d3etr.cli, d3etr.launch.ray_cluster as ray_cluster\n"
         "ray_cluster.CONNECT_SECONDS = 3.0\n"
-        "sys.exit(d3etr.cli.main(['train', sys.argv[1]]))"
+        "d3etr.cli.program(['train', sys.argv[1]])"
     )
     with socket.create_server((ray.util.get_node_ip_address(), 0)) as silent:
         host, port = silent.getsockname()

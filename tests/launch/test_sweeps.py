@@ -78,7 +78,9 @@ def test_a_trial_that_fails_stops_no_other_and_says_why(
 
     best = load_config(plan.folder / "best.yaml")
     assert best.run.seed == 1 and best.run.name == "tried-best"
-    assert "| as it is | 18 |" in (plan.folder / "table.md").read_text()
+    written = (plan.folder / "table.md").read_text()
+    assert "| as it is | 18 |" in written
+    assert "\n- failed: broken: " in written and "missing.safetensors" in written
     content = json.loads((plan.folder / "results.json").read_text())
     assert [trial["state"] for trial in content["trials"]] == ["finished", "failed"]
 
@@ -166,6 +168,9 @@ def test_optuna_proposes_and_asha_stops_the_worse(make_plan_of: MakePlan) -> Non
         assert trial.run_dir is not None
         assert load_config(trial.run_dir / "config.yaml").optimisation.learning_rate == point[RATE]
         assert (trial.state == "finished") == (steps(trial.run_dir)[-1] == 18)
+    again, said = run(plan)
+    assert [trial.state for trial in again.trials] == states
+    assert any(line.startswith("going on with") for line in said)
 
 
 @pytest.mark.usefixtures("cluster")

@@ -8,6 +8,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
 
 from d3etr.cli import (
     attention,
@@ -25,7 +26,8 @@ from d3etr.cli import (
     train,
 )
 from d3etr.cli.command import Command
-from d3etr.errors import RunFailedError, UnansweredError, UserError
+from d3etr.errors import RunFailedError, UserError
+from d3etr.launch import ending
 
 COMMANDS: tuple[Command, ...] = (
     demo.COMMAND,
@@ -48,6 +50,11 @@ INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 
 
+def program(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command as all that this process does, and end it with the exit code."""
+    ending.program(lambda: main(arguments))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -63,11 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Command = options.command
     try:
         return command.run(options)
-    except UnansweredError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(USER_MISTAKE)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_MISTAKE

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -88,12 +89,14 @@ class Launch:
         run_dir: the run's folder.
         token: identity of the driver that holds the folder's lock.
         stage: takes a sentence about what is being waited for.
+        later: takes what is to be closed only once all results are written and sent.
     """
 
     config: Config
     run_dir: Path
     token: str
     stage: Callable[[str], None]
+    later: ExitStack
 
 
 Launcher = Callable[[Launch], None]
@@ -126,8 +129,9 @@ def drive(
     folder.prepare(config)
     lock = RunLock(folder.path)
     try:
-        with terminable(), lock:
-            launch = Launch(absolute_paths(config), folder.path, lock.owner.token, display.stage)
+        with terminable(), lock, ExitStack() as later:
+            placed, token = absolute_paths(config), lock.owner.token
+            launch = Launch(placed, folder.path, token, display.stage, later)
             return _locked_run(launch, folder, launcher, display, open_tracker)
     except KeyboardInterrupt:
         if lock.lost:
@@ -175,6 +179,11 @@ def _train(
     except KeyboardInterrupt:
         status = "KILLED"
         raise
+    except Exception as error:
+        if folder.result() is None:
+            raise
+        logger.warning("the run is finished, though what trained it did not end well: %s", error)
+        status = "FINISHED"
     finally:
         follower.stop()
         if tracker is not None:

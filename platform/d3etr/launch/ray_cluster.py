@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -15,18 +14,24 @@ from typing import Any
 import ray
 
 from d3etr.config.infrastructure import ClusterConfig
-from d3etr.errors import UnansweredError, UserError
+from d3etr.errors import UserError
+from d3etr.launch.ending import NoAnswerError, at_the_end, attempt, attempt_within
 from d3etr.launch.environment import (
     environment,
     package_environment,
     ray_settings,
     runtime_environment,
 )
+from d3etr.launch.leftovers import end_with_this_process
 from d3etr.launch.resources import Node
-from d3etr.launch.signals import terminable
+from d3etr.launch.signals import handler_kept, terminable
+
+logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 60.0
 """ray.init has no limit of its own: it waits for ever for a cluster that is half reachable."""
+LEAVE_SECONDS = 30.0
+"""Where the head is gone, Ray leaves after some 15 seconds."""
 PROBE_SECONDS = 10.0
 ANSWER_SECONDS = 2.0
 NO_PREEMPTION = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
@@ -41,7 +46,8 @@ def connected(cluster: ClusterConfig, stage: Callable[[str], None]) -> Iterator[
 
     An existing connection is used and left open. Else ``cluster.address``, the cluster of the
     submitted job that this is (``RAY_ADDRESS``), or a cluster started here that ends with the
-    block.
+    block. A command's process stays connected until its end, unless the block raised: workers
+    must be gone before others may have the run's folder.
 
     Raises:
         UserError: the cluster does not answer or refuses.
@@ -53,12 +59,26 @@ def connected(cluster: ClusterConfig, stage: Callable[[str], None]) -> Iterator[
             if address == "local":
                 stack.enter_context(environment(package_environment(), override=True))
                 stack.enter_context(environment(NO_PREEMPTION))
-            stack.callback(ray.shutdown)
+            stack.push(_leave)
             stage("starting Ray" if address == "local" else f"joining the Ray cluster at {address}")
-            _connect(address)
-        # Ray has put its own handler in the place of the driver's.
+            with handler_kept():
+                _connect(address)
         stack.enter_context(terminable())
         yield
+
+
+def _leave(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    """Disconnect, which ends a cluster that was started here; that it fails costs nothing.
+
+    Ray's processes must not end while this one is connected: it would be ended with code 1.
+    """
+    if error is None and at_the_end(end_with_this_process):
+        return
+    if error is not None and isinstance(error.__cause__, NoAnswerError):
+        return  # a thread waits inside of Ray
+    failure = attempt_within(LEAVE_SECONDS, ray.shutdown)
+    if failure is not None:
+        logger.warning("Ray did not end in order: %r", failure)
 
 
 def joined_address(cluster: ClusterConfig) -> str | None:
@@ -87,7 +107,7 @@ def _offer(node: Mapping[str, Any]) -> Node:
 def _answers(node: Mapping[str, Any]) -> bool:
     """Whether the node's Ray process takes connections."""
     place = (node["NodeManagerAddress"], int(node["NodeManagerPort"]))
-    return _attempt(lambda: socket.create_connection(place, ANSWER_SECONDS).close()) is None
+    return attempt(lambda: socket.create_connection(place, ANSWER_SECONDS).close()) is None
 
 
 def free_resources() -> Node:
@@ -106,12 +126,10 @@ def _connect(address: str) -> None:
     if address == "local":
         # In this thread: Ray's processes end with the thread that started them.
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        failure = _attempt(partial(ray.init, **options))
+        failure = attempt(partial(ray.init, **options))
     elif (failure := _probe(address)) is None:
         join = partial(ray.init, **options, runtime_env=runtime_environment())
-        failure = _within(CONNECT_SECONDS, join)
-    if isinstance(failure, _NoAnswerError):
-        raise UnansweredError(_explanation(address, failure)) from failure
+        failure = attempt_within(CONNECT_SECONDS, join)
     if failure is not None:
         raise UserError(_explanation(address, failure)) from failure
 
@@ -121,32 +139,9 @@ def _probe(address: str) -> Exception | None:
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not (host and port.isdigit()):
         return None
-    return _attempt(
+    return attempt(
         lambda: socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
     )
-
-
-def _attempt(action: Callable[[], object]) -> Exception | None:
-    try:
-        action()
-    except Exception as error:
-        return error
-    return None
-
-
-class _NoAnswerError(TimeoutError):
-    """A thread was left behind."""
-
-
-def _within(seconds: float, action: Callable[[], object]) -> Exception | None:
-    """Run ``action`` in a thread; what it raised, or ``_NoAnswerError`` if it hangs."""
-    outcome: list[Exception | None] = []
-    thread = threading.Thread(
-        target=lambda: outcome.append(_attempt(action)), name="ray-init", daemon=True
-    )
-    thread.start()
-    thread.join(seconds)
-    return outcome[0] if outcome else _NoAnswerError(f"no answer within {seconds:.0f} seconds")
 
 
 def _explanation(address: str, failure: Exception) -> str:

@@ -36,7 +36,7 @@ def translate(
     """
     workers = getattr(failure, "worker_failures", {})
     for error in workers.values():
-        mistake = _user_error(error)
+        mistake = user_error(error)
         if mistake is not None:
             return UserError(str(mistake))
     cause = getattr(failure, "controller_failure", failure)
@@ -127,7 +127,7 @@ def _low_on_memory(errors: Iterable[object]) -> str | None:
     return None
 
 
-def _user_error(error: BaseException | None) -> UserError | None:
+def user_error(error: BaseException | None) -> UserError | None:
     """The user's mistake at the bottom of an exception, if there is one."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

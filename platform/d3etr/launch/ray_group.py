@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import ray.train
 import ray.train.torch
 
+from d3etr.errors import RunFailedError
 from d3etr.launch.driver import Launch
+from d3etr.launch.folder import RunFolder
 from d3etr.launch.interfaces import TorchConfig
 from d3etr.launch.notes import Notes, Reason
 from d3etr.launch.ray_failures import ended
@@ -20,6 +23,9 @@ from d3etr.launch.resources import Demand
 from d3etr.launch.task import Task
 from d3etr.training.context import COLLECTIVE_TIMEOUT_SECONDS
 
+ENDING_SECONDS = 30.0
+"""Once the run's result is there, Ray gets so long to say so; it ends a driver without a head
+after 60."""
 ORDERLY_SECONDS = 10.0
 """After a worker said why the run must end, the others get so long to end in order."""
 POLL_SECONDS = 0.3
@@ -60,7 +66,8 @@ class Group:
             RunFailedError: a worker failed twice in the same way.
             Exception: Ray's own, of any other failure.
         """
-        _fit(self._trainer(workers, failures, name), self.notes, watch)
+        ending = _Ending(RunFolder(self.launch.run_dir))
+        _fit(self._trainer(workers, failures, name), self.notes, watch, ending)
 
     def _trainer(self, workers: int, failures: int, name: str) -> ray.train.torch.TorchTrainer:
         gpu = self.demand.gpus > 0
@@ -97,7 +104,30 @@ class Group:
         )
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer, notes: Notes, watch: Callable[[], None]) -> None:
+class _Ending:
+    """Whether Ray is not worth waiting for any more.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._seen: float | None = None
+
+    def overdue(self) -> bool:
+        """Whether the run's result has been there for longer than ``ENDING_SECONDS``."""
+        if self._seen is None and self._folder.summary.exists():
+            self._seen = time.monotonic()
+        return self._seen is not None and time.monotonic() > self._seen + ENDING_SECONDS
+
+
+def _fit(
+    trainer: ray.train.torch.TorchTrainer,
+    notes: Notes,
+    watch: Callable[[], None],
+    ending: _Ending,
+) -> None:
     """Run the trainer in a thread, so that a signal reaches this one and not Ray's handlers."""
     failures: list[Exception] = []
 
@@ -110,7 +140,7 @@ def _fit(trainer: ray.train.torch.TorchTrainer, notes: Notes, watch: Callable[[]
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
     try:
-        while thread.is_alive() and notes.reason() is None:
+        while thread.is_alive() and notes.reason() is None and not ending.overdue():
             watch()
             thread.join(POLL_SECONDS)
     except KeyboardInterrupt:
@@ -121,5 +151,7 @@ def _fit(trainer: ray.train.torch.TorchTrainer, notes: Notes, watch: Callable[[]
     if reason is not None:
         thread.join(ORDERLY_SECONDS)
         raise ended(reason)
+    if thread.is_alive():
+        raise RunFailedError(f"no word from Ray for {ENDING_SECONDS:g} seconds after the last step")
     if failures:
         raise failures[0]

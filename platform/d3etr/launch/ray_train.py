@@ -48,18 +48,18 @@ class RayLauncher:
                 "will be removed with it: --set run.output=FOLDER on shared storage keeps it",
                 launch.run_dir,
             )
-        with connected(cluster, launch.stage):
-            nodes = cluster_nodes()
-            demand = demand_of(cluster, nodes)
-            ensure_room(demand, nodes)
-            storage = launch.run_dir / "ray" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-            storage.mkdir(parents=True)
-            group = Group(launch, self.task, demand, storage, Notes(storage))
-            if demand.elastic:
-                train_elastically(group)
-            else:
-                launch.stage(f"starting {demand} ({describe(nodes)})")
-                _train(group)
+        launch.later.enter_context(connected(cluster, launch.stage))
+        nodes = cluster_nodes()
+        demand = demand_of(cluster, nodes)
+        ensure_room(demand, nodes)
+        storage = launch.run_dir / "ray" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        storage.mkdir(parents=True)
+        group = Group(launch, self.task, demand, storage, Notes(storage))
+        if demand.elastic:
+            train_elastically(group)
+        else:
+            launch.stage(f"starting {demand} ({describe(nodes)})")
+            _train(group)
 
 
 def _train(group: Group) -> None:

@@ -31,6 +31,7 @@ _NO_CREDENTIALS = {
     "DefaultCredentialsError",
     "ProfileNotFound",
 }
+GOOGLE = ("gs", "gcs")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (401, 403)
 _NOT_FOUND = 404
@@ -65,7 +66,7 @@ def explained(url: Url, error: BaseException) -> UserError:
     if any(isinstance(one, UserError) for one in chain):
         return next(one for one in chain if isinstance(one, UserError))
     names = {type(one).__name__ for one in chain}
-    status = next((s for s in (getattr(one, "status", None) for one in chain) if s), None)
+    status = next((found for found in map(_status, chain) if found), None)
     if names & _NO_CREDENTIALS:
         return UserError(f"{url.shown}: no credentials for it on this machine: {_keys(url)}")
     if isinstance(error, PermissionError) or status in _REFUSED:
@@ -109,9 +110,10 @@ def missing_package(url: Url, error: ImportError) -> UserError:
 
 def timed_out(url: Url, seconds: float) -> UnreachableError:
     """The storage is silent."""
+    keys = f" ({_keys(url)})" if url.protocol in GOOGLE else ""  # it tries again and again
     return UnreachableError(
         f"{url.shown}: no answer within {seconds:g} seconds: check the URL, this machine's "
-        "network, and the endpoint and credentials in its environment"
+        f"network, and the endpoint and credentials in its environment{keys}"
     )
 
 
@@ -122,9 +124,17 @@ def _keys(url: Url) -> str:
             "processes start (a public bucket: FSSPEC_S3_ANON=true; another store than Amazon's: "
             "AWS_ENDPOINT_URL)"
         )
-    if url.protocol in ("gs", "gcs"):
+    if url.protocol in GOOGLE:
         return "set GOOGLE_APPLICATION_CREDENTIALS where each machine's processes start"
     return "give them where fsspec looks (its configuration files, or FSSPEC_... variables)"
+
+
+def _status(error: BaseException) -> int | None:
+    """The number of an HTTP answer, as aiohttp and gcsfs have it."""
+    if type(error) is OSError and str(error).startswith("Forbidden"):  # gcsfs's 403
+        return _REFUSED[-1]
+    found = str(getattr(error, "status", None) or getattr(error, "code", None))
+    return int(found) if found.isdigit() else None
 
 
 def _said(chain: list[BaseException]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -20,6 +22,7 @@ from fsspec.registry import known_implementations
 
 from d3etr.config.location import Url
 from d3etr.storage.problems import (
+    GOOGLE,
     MissingFileError,
     disk_is_full,
     explained,
@@ -86,20 +89,18 @@ class Remote:
         url: of the folder; of the file itself where ``single``.
         single: the only name is the file's own.
 
-    Raises:
-        UserError: there is no way to read such URLs here.
+    It is opened when it is asked for the first time, which may take as long as the answer.
     """
 
     def __init__(self, url: Url, *, single: bool = False) -> None:
         self.url, self._single = url, single
-        self._files, self._root = _open(url)
         self._stop = threading.Event()
 
     def ensure_answer(self, name: str) -> Stamp:
         """The stamp of one file, within ``ANSWER_SECONDS``.
 
         Raises:
-            UserError: it is not there, or there is no answer.
+            UserError: it is not there, there is no answer, or no way to read such URLs here.
         """
         return within(ANSWER_SECONDS, self.url_of(name), lambda: self._stamp(name))
 
@@ -174,6 +175,18 @@ class Remote:
             parts = urlsplit(self.url.text)
             return Url(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl())
         return Url(f"{self.url.text.rstrip('/')}/{name}")
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        return _open(self.url)
+
+    @property
+    def _files(self) -> Any:
+        return self._opened[0]
+
+    @property
+    def _root(self) -> str:
+        return self._opened[1]
 
     @property
     def _over_http(self) -> bool:
@@ -316,6 +329,9 @@ def _limits(url: Url) -> dict[str, Any]:
 
         limits = ClientTimeout(total=None, sock_connect=ANSWER_SECONDS, sock_read=60.0)
         return {"client_kwargs": {"timeout": limits}}
+    if url.protocol in GOOGLE:
+        # All that it says comes as an exception too.
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     if url.protocol in ("s3", "s3a"):
         return {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60}}
     return {}

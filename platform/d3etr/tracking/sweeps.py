@@ -125,11 +125,11 @@ class SweepRun:
             )
         return None
 
-    def interrupted(self) -> None:
-        """Say that the sweep was stopped; never raises."""
+    def stopped(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """Say that the sweep stopped before its end; never raises."""
         try:
             with patience():
-                self._client.set_terminated(self.run_id, "KILLED")
+                self._client.set_terminated(self.run_id, status)
         except Exception as error:
             logger.warning("MLflow was not told that the sweep was stopped: %s", error)
 

@@ -6,7 +6,8 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from d3etr.launch.console import Silence
 from d3etr.launch.driver import Launcher, RunResult, drive
 from d3etr.launch.folder import RunFolder, folder_of
 from d3etr.launch.local import LocalLauncher
-from d3etr.launch.lock import RunLockedError
+from d3etr.launch.lock import RunLock, RunLockedError
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.trials import Trial
 from d3etr.training.checkpoints import CheckpointStore
@@ -30,14 +31,16 @@ from d3etr.training.storage import link_or_copy, write_text
 LOCK_SECONDS = 60.0
 """After a driver's death its trials go on for some seconds and hold their folders."""
 ORIGIN = "origin.json"
+TURNS = "turns"
 
 
-def run_trial(parameters: dict[str, Any], plan: Plan) -> None:
+def run_trial(parameters: dict[str, Any], plan: Plan, at_a_time: int) -> None:
     """Train one trial; called by Ray Tune.
 
     Args:
         parameters: the number of a planned trial, or the point that the search proposes.
         plan: the sweep.
+        at_a_time: trials that the cluster has room for.
 
     Raises:
         Exception: whatever training raises; the same again on further attempts, without
@@ -51,7 +54,7 @@ def run_trial(parameters: dict[str, Any], plan: Plan) -> None:
     if note.exists():
         raise RuntimeError(note.read_text(encoding="utf-8"))
     try:
-        final = _final(_result(plan, trial))
+        final = _final(_result(plan, trial, at_a_time))
     except Exception as error:
         note.parent.mkdir(parents=True, exist_ok=True)
         write_text(note, str(error) or repr(error))
@@ -59,7 +62,7 @@ def run_trial(parameters: dict[str, Any], plan: Plan) -> None:
     tune.report(final)
 
 
-def _result(plan: Plan, trial: Trial) -> Path:
+def _result(plan: Plan, trial: Trial, at_a_time: int) -> Path:
     """Folder of the finished run: one that was there before, or the trial's own."""
     config = plan.config(trial)
     population = plan.sweep.search.method == "population"
@@ -68,7 +71,32 @@ def _result(plan: Plan, trial: Trial) -> Path:
         return twin
     config, folder = _place(trial.number, config)
     reporter = Reporter(trial.number, folder, with_weights=population)
-    return _train(plan.placed(config), folder, reporter).run_dir
+    if config.cluster.workers == 1:
+        return _train(plan.placed(config), folder, reporter).run_dir
+    with turn(plan.folder / TURNS, at_a_time):
+        return _train(plan.placed(config), folder, reporter).run_dir
+
+
+@contextmanager
+def turn(folder: Path, at_a_time: int) -> Iterator[None]:
+    """Wait until fewer than ``at_a_time`` others are in the block.
+
+    To Ray, a trial whose workers are processes of their own needs no room. A sweep that is gone
+    on with begins all trials at once that were interrupted, on a cluster that may be smaller.
+    """
+    with ExitStack() as stack:
+        while not any(_took(stack, folder / str(number)) for number in range(at_a_time)):
+            time.sleep(1.0)
+        yield
+
+
+def _took(stack: ExitStack, place: Path) -> bool:
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        stack.enter_context(RunLock(place))
+    except RunLockedError:
+        return False
+    return True
 
 
 def failure_note(plan: Plan, number: int) -> Path:

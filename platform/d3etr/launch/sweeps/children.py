@@ -141,10 +141,10 @@ class SweepTracking:
         """What a person types and opens to see the trials in MLflow."""
         return self._run.how_to_open()
 
-    def interrupted(self) -> None:
+    def stopped(self, status: Status) -> None:
         """Send what there is; the same command goes on with the sweep's run."""
         self.children.close("KILLED")
-        self._run.interrupted()
+        self._run.stopped(status)
 
     def _register(self, chosen: Swept) -> None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,26 +13,30 @@ from typing import Any
 import ray
 from ray import tune
 
-from d3etr.config.infrastructure import ClusterConfig
 from d3etr.config.sweep import SweepConfig
-from d3etr.errors import UserError
+from d3etr.errors import RunFailedError, UserError
 from d3etr.launch.environment import environment
 from d3etr.launch.folder import folder_of
 from d3etr.launch.lock import RunLock
 from d3etr.launch.ray_cluster import cluster_nodes, connected, joined_address
+from d3etr.launch.ray_failures import user_error
 from d3etr.launch.resources import Demand, Node, demand_of, describe, ensure_room, room
 from d3etr.launch.signals import terminable
 from d3etr.launch.sweeps.actor import failure_note, run_trial
 from d3etr.launch.sweeps.children import SweepTracking
 from d3etr.launch.sweeps.folder import write_results, write_sweep
 from d3etr.launch.sweeps.leaks import free_leaked_groups
+from d3etr.launch.sweeps.memory import curves
 from d3etr.launch.sweeps.numbers import Numbers
-from d3etr.launch.sweeps.observer import Children, Observer
+from d3etr.launch.sweeps.observer import Observer
 from d3etr.launch.sweeps.outcome import State, TrialResult, best, read_summary
 from d3etr.launch.sweeps.plan import Plan
-from d3etr.launch.sweeps.search import METRIC, MODE, parameters, scheduler, searcher
+from d3etr.launch.sweeps.search import METRIC, MODE, Pruning, parameters, scheduler, searcher
 from d3etr.launch.sweeps.trials import Trial
+from d3etr.launch.sweeps.waiting import Waiting
 from d3etr.training.inputs import ensure_inputs_answer
+
+logger = logging.getLogger(__name__)
 
 TUNE_SETTINGS = {
     # Ctrl-C is the driver's to handle; Tune would save and go on to the results.
@@ -95,35 +99,50 @@ def run_sweep(
     """
     ensure_inputs_answer(plan.config(trial) for trial in plan.examples())
     plan.folder.mkdir(parents=True, exist_ok=True)
-    tracking: SweepTracking | None = None
     try:
         with terminable(), RunLock(plan.folder), environment(TUNE_SETTINGS):
             write_sweep(plan)
-            tracking = SweepTracking(plan) if plan.base.tracking.enabled else None
-            results = _trials(plan, tell, None if tracking is None else tracking.children)
+            results = _locked_sweep(plan, command, tell)
+    except KeyboardInterrupt:
+        raise SweepInterrupted(plan.folder) from None
+    return SweepResult(plan.folder, tuple(results), best(results))
+
+
+def _locked_sweep(plan: Plan, command: str, tell: Callable[[str], None]) -> list[TrialResult]:
+    """Run all trials, then write and send what they found; Ray is left after that."""
+    cluster = plan.base.cluster
+    joins = ray.is_initialized() or joined_address(cluster) is not None
+    with connected(cluster, tell):
+        if joins:
+            free_leaked_groups()
+        nodes = cluster_nodes()
+        demand = demand_of(cluster, nodes)
+        at_a_time = trials_at_a_time(plan.sweep, demand, nodes)
+        count = len(plan.trials) or plan.sweep.search.trials
+        tell(f"{count} trials, {at_a_time} at a time, each {demand} ({describe(nodes)})")
+        with _tracked(plan) as tracking:
+            children = None if tracking is None else tracking.children
+            observer = Observer(plan, tell, children, Waiting(cluster, demand, tell))
+            results = _results(plan, observer, demand, at_a_time, tell)
             files = write_results(plan, results, command)
             if tracking is not None:
                 tell("sending results to MLflow")
                 tracking.finish(results, files)
                 for line in tracking.how_to_open():
                     tell(line)
-    except KeyboardInterrupt:
+    return results
+
+
+@contextmanager
+def _tracked(plan: Plan) -> Iterator[SweepTracking | None]:
+    """The sweep in MLflow, where it is tracked; told also of an end that is none."""
+    tracking = SweepTracking(plan) if plan.base.tracking.enabled else None
+    try:
+        yield tracking
+    except BaseException as error:
         if tracking is not None:
-            tracking.interrupted()
-        raise SweepInterrupted(plan.folder) from None
-    return SweepResult(plan.folder, tuple(results), best(results))
-
-
-def _trials(
-    plan: Plan, tell: Callable[[str], None], children: Children | None
-) -> list[TrialResult]:
-    """Run all trials on the cluster."""
-    cluster = plan.base.cluster
-    joins = ray.is_initialized() or joined_address(cluster) is not None
-    with connected(cluster, tell):
-        if joins:
-            free_leaked_groups()
-        return collect(plan, _fit(plan, cluster, tell, children))
+            tracking.stopped("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
 
 
 def trials_at_a_time(sweep: SweepConfig, demand: Demand, nodes: Sequence[Node]) -> int:
@@ -148,16 +167,31 @@ def trials_at_a_time(sweep: SweepConfig, demand: Demand, nodes: Sequence[Node]) 
     return min(fitting, sweep.maximum_concurrent or fitting)
 
 
+def _results(
+    plan: Plan, observer: Observer, demand: Demand, at_a_time: int, tell: Callable[[str], None]
+) -> list[TrialResult]:
+    """Every trial's end; that all have finished counts more than how Ray Tune ended."""
+    try:
+        return collect(plan, _fit(plan, observer, demand, at_a_time, tell))
+    except Exception as error:
+        mistake = user_error(error)
+        if mistake is not None:
+            raise mistake from None
+        results = collect(plan, ())
+        if not results or any(result.state != "finished" for result in results):
+            raise RunFailedError(
+                f"Ray Tune failed: {type(error).__name__}: {error}\n"
+                "The same command goes on with the sweep."
+            ) from error
+        logger.warning("all trials are finished, though Ray Tune did not end well: %r", error)
+        return results
+
+
 def _fit(
-    plan: Plan, cluster: ClusterConfig, tell: Callable[[str], None], children: Children | None
+    plan: Plan, observer: Observer, demand: Demand, at_a_time: int, tell: Callable[[str], None]
 ) -> tune.ResultGrid:
-    nodes = cluster_nodes()
-    demand = demand_of(cluster, nodes)
-    at_a_time = trials_at_a_time(plan.sweep, demand, nodes)
-    count = len(plan.trials) or plan.sweep.search.trials
-    tell(f"{count} trials, {at_a_time} at a time, each {demand} ({describe(nodes)})")
-    observer = Observer(plan, tell, children)
-    trainable = tune.with_resources(tune.with_parameters(run_trial, plan=plan), _resources(demand))
+    told = tune.with_parameters(run_trial, plan=plan, at_a_time=at_a_time)
+    trainable = tune.with_resources(told, _resources(demand))
     place = plan.folder / TUNE_FOLDER / plan.folder.name
     if tune.Tuner.can_restore(str(place)):
         tell(f"going on with {plan.folder.name}")
@@ -166,10 +200,10 @@ def _fit(
         tuner = tune.Tuner.restore(
             str(place), trainable, resume_unfinished=True, restart_errored=True
         )
-        _attach(tuner, observer)
+        _attach(tuner, observer, searcher(plan.sweep, at_a_time))
     else:
         shutil.rmtree(place, ignore_errors=True)
-        tuner = _tuner(plan, trainable, observer, at_a_time, cluster)
+        tuner = _tuner(plan, trainable, observer, at_a_time)
     with _silenced("ray.tune"):
         return tuner.fit()
 
@@ -192,15 +226,19 @@ def _resources(demand: Demand) -> dict[str, float]:
     return {"CPU": demand.cpus} | ({"GPU": demand.gpus} if demand.gpus else {})
 
 
-def _attach(tuner: tune.Tuner, observer: Observer) -> None:
-    """A restored tuner lacks its callbacks, which are not saved."""
-    tuner._local_tuner._run_config.callbacks = [observer]
+def _attach(tuner: tune.Tuner, observer: Observer, search: Any) -> None:
+    """Give a restored tuner what it lacks: callbacks, room as it is now, what was reported before.
+
+    Ray Tune then puts its saved state into ``search``.
+    """
+    ours = tuner._local_tuner
+    ours._run_config.callbacks = [observer]
+    ours._tune_config.search_alg = search
+    if isinstance(ours._tune_config.scheduler, Pruning):
+        ours._tune_config.scheduler.recall(curves(tuner.get_results()))
 
 
-def _tuner(
-    plan: Plan, trainable: Any, observer: Observer, at_a_time: int, cluster: ClusterConfig
-) -> tune.Tuner:
-    method = plan.sweep.search.method
+def _tuner(plan: Plan, trainable: Any, observer: Observer, at_a_time: int) -> tune.Tuner:
     return tune.Tuner(
         trainable,
         param_space=parameters(plan),
@@ -208,9 +246,7 @@ def _tuner(
             metric=METRIC,
             mode=MODE,
             num_samples=plan.sweep.search.trials if plan.searched else 1,
-            # A population takes turns: who has paused must not keep others from beginning.
-            max_concurrent_trials=None if method == "population" else at_a_time,
-            search_alg=searcher(plan.sweep),
+            search_alg=searcher(plan.sweep, at_a_time),
             scheduler=scheduler(plan.sweep),
             trial_dirname_creator=Numbers(plan.folder / TUNE_FOLDER / plan.folder.name),
             reuse_actors=False,
@@ -221,7 +257,7 @@ def _tuner(
             verbose=0,
             stop={"final": True},  # a scheduler may pause a trial at any other report
             callbacks=[observer],
-            failure_config=tune.FailureConfig(max_failures=cluster.maximum_failures),
+            failure_config=tune.FailureConfig(max_failures=plan.base.cluster.maximum_failures),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=_kept(plan.sweep)),
         ),
     )
@@ -234,15 +270,34 @@ def _kept(sweep: SweepConfig) -> int | None:
     return sweep.search.perturb_every_epochs + 2
 
 
-def collect(plan: Plan, grid: tune.ResultGrid) -> list[TrialResult]:
-    """Every trial's end, in order; planned trials that never began are unfinished."""
+def collect(plan: Plan, grid: Iterable[tune.Result]) -> list[TrialResult]:
+    """Every trial's end, in order.
+
+    Planned ones that Ray Tune does not know of are finished if their folders say so.
+    """
     found: dict[int, TrialResult] = {}
     for result in grid:
         trial = plan.trial(result.config or {}, int(Path(result.path).name))
         found[trial.number] = _ended(plan, trial, result)
     for trial in plan.trials:
-        found.setdefault(trial.number, TrialResult(trial, "unfinished"))
+        if trial.number not in found:
+            found[trial.number] = _finished(trial, _folder(plan, trial)) or TrialResult(
+                trial, "unfinished"
+            )
     return [found[number] for number in sorted(found)]
+
+
+def _folder(plan: Plan, trial: Trial) -> Path:
+    """Where a trial was trained, perhaps in another sweep; else where it would be."""
+    config = plan.config(trial)
+    return plan.finished_twin(config) or folder_of(config).path
+
+
+def _finished(trial: Trial, run_dir: Path) -> TrialResult | None:
+    summary = read_summary(run_dir)
+    if summary is None:
+        return None
+    return TrialResult(trial, "finished", run_dir, summary, float(summary["mAP"]))
 
 
 def _ended(plan: Plan, trial: Trial, result: tune.Result) -> TrialResult:

@@ -10,7 +10,7 @@ from d3etr.config.load import to_yaml
 from d3etr.config.sweep import SweepConfig
 from d3etr.config.yaml_text import dump_yaml
 from d3etr.errors import UserError
-from d3etr.launch.sweeps.outcome import TrialResult, as_json, best, table
+from d3etr.launch.sweeps.outcome import TrialResult, as_json, best, failures, table
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.training.storage import write_text
 
@@ -41,9 +41,13 @@ def write_results(plan: Plan, results: Sequence[TrialResult], command: str) -> l
 def write_table(
     sweep: SweepConfig, results: Sequence[TrialResult], command: str, markdown: Path, data: Path
 ) -> None:
-    """Write the table under its title with the command that makes it, and every trial as JSON."""
+    """Write the table under its title with the command that makes it, and every trial as JSON.
+
+    Below the table stands why trials failed.
+    """
     text = f"# {sweep.title or sweep.name}\n\n`{command}`\n\n{table(sweep, results)}\n"
-    write_text(markdown, text)
+    failed = "".join(f"- failed: {line}\n" for line in failures(sweep, results))
+    write_text(markdown, f"{text}\n{failed}" if failed else text)
     write_text(data, json.dumps(as_json(sweep, results, command), indent=1) + "\n")
 
 

@@ -15,6 +15,7 @@ from d3etr.launch.sweeps.actor import failure_note
 from d3etr.launch.sweeps.numbers import number_of
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.trials import Trial
+from d3etr.launch.sweeps.waiting import Waiting
 
 
 class Children(Protocol):
@@ -36,13 +37,21 @@ class Observer(Callback):  # type: ignore[misc]
         plan: the sweep.
         tell: takes a line for a person.
         children: tracks runs; None tracks nothing.
+        waiting: ends a sweep that waits in vain.
     """
 
-    def __init__(self, plan: Plan, tell: Callable[[str], None], children: Children | None) -> None:
+    def __init__(
+        self, plan: Plan, tell: Callable[[str], None], children: Children | None, waiting: Waiting
+    ) -> None:
         self._plan, self._tell, self._children = plan, tell, children
+        self._waiting = waiting
         self._folders: dict[int, Path] = {}
         self._began = time.monotonic()
         self._ended: set[int] = set()
+
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        """Tune looks around, several times a second."""
+        self._waiting.look(trial.status for trial in trials)
 
     def on_trial_result(
         self,

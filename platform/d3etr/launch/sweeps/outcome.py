@@ -129,6 +129,16 @@ def table(sweep: SweepConfig, results: Sequence[TrialResult]) -> str:
     return "\n".join(lines)
 
 
+def failures(sweep: SweepConfig, results: Sequence[TrialResult]) -> list[str]:
+    """Why trials failed, a line each."""
+    failed = [result for result in results if result.state == "failed"]
+    reasons = [(result.reason or "its process was lost").splitlines()[0] for result in failed]
+    return [
+        f"{result.trial.title(sweep)}: {reason}"
+        for result, reason in zip(failed, reasons, strict=True)
+    ]
+
+
 def _signed(row: Row, base: Row) -> str:
     return f"{100 * (row.mean - base.mean):+.1f}"
 

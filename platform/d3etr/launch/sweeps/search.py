@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
-from ray.tune.search import Searcher
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
 from d3etr.config.sweep import Domain, SweepConfig
+from d3etr.launch.sweeps.memory import Curve
 from d3etr.launch.sweeps.plan import TRIAL_KEY, Plan
 
 METRIC, MODE, TIME = "mAP", "max", "epoch"
@@ -28,20 +30,50 @@ def parameters(plan: Plan) -> dict[str, Any]:
     return {key: _tune_domain(domain) for key, domain in plan.sweep.space.items()}
 
 
-def searcher(sweep: SweepConfig) -> Searcher | None:
-    """What proposes trials; None where they are planned or drawn once.
+class Planned(BasicVariantGenerator):  # type: ignore[misc]
+    """Gives out planned trials."""
 
-    Optuna's space is a function, so that a condition can look at what was chosen before.
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state, with as many trials at a time as there is room for now."""
+        super().set_state(state | {"max_concurrent": self.max_concurrent})
+
+
+class Limited(ConcurrencyLimiter):  # type: ignore[misc]
+    """Proposes trials, so many at a time."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state, with as many trials at a time as there is room for now."""
+        super().set_state(state | {"max_concurrent": self.max_concurrent})
+
+
+class Pruning(ASHAScheduler):  # type: ignore[misc]
+    """Stops trials early."""
+
+    def recall(self, curves: Mapping[str, Curve]) -> None:
+        """Compare also with what trials reported before, by Ray Tune's id of each."""
+        (bracket,) = self._brackets
+        for identity, curve in curves.items():
+            for epoch, mAP in curve:
+                bracket.on_result(SimpleNamespace(trial_id=identity), epoch, mAP)
+
+
+def searcher(sweep: SweepConfig, at_a_time: int) -> Searcher | Planned | None:
+    """What gives out trials; None for a population, which takes turns.
+
+    Who has paused in a population must not keep others from beginning. Optuna's space is a
+    function, so that a condition can look at what was chosen before.
     """
-    if sweep.search.method != "optuna":
+    search = sweep.search
+    if search.method == "population":
         return None
+    if search.method != "optuna":
+        return Planned(max_concurrent=at_a_time)
     from optuna.samplers import TPESampler
     from ray.tune.search.optuna import OptunaSearch
 
-    search = sweep.search
     sampler = TPESampler(seed=search.seed, n_startup_trials=search.startup_trials)
-    found: Searcher = OptunaSearch(space=Proposer(sweep), metric=METRIC, mode=MODE, sampler=sampler)
-    return found
+    found = OptunaSearch(space=Proposer(sweep), metric=METRIC, mode=MODE, sampler=sampler)
+    return Limited(found, max_concurrent=at_a_time)
 
 
 @dataclass(frozen=True)
@@ -75,7 +107,7 @@ def scheduler(sweep: SweepConfig) -> TrialScheduler | None:
         )
     if sweep.pruning is None:
         return None
-    return ASHAScheduler(
+    return Pruning(
         time_attr=TIME,
         max_t=LONGEST,
         grace_period=sweep.pruning.grace_epochs,

@@ -1,0 +1,35 @@
+"""What trials reported before a sweep was gone on with, read from their journals.
+
+Ray Tune keeps the newest report only, and nothing of a scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ray import tune
+
+from d3etr.launch.folder import RunFolder
+from d3etr.training.journal import read_journal
+
+Curve = list[tuple[int, float]]
+"""Epochs and mAP."""
+
+
+def curves(grid: Iterable[tune.Result]) -> dict[str, Curve]:
+    """Ray Tune's id of every trial that has reported -> its curve."""
+    told = (result.metrics or {} for result in grid)
+    return {one["trial_id"]: curve_of(Path(one["run_dir"])) for one in told if "run_dir" in one}
+
+
+def curve_of(run_dir: Path) -> Curve:
+    """The evaluations of a run at the end of its epochs."""
+    curve: Curve = []
+    steps_per_epoch = 1
+    for record in read_journal(RunFolder(run_dir).journal):
+        if record["kind"] == "start":
+            steps_per_epoch = record["steps_per_epoch"]
+        elif record["kind"] == "evaluation" and record["step"] % steps_per_epoch == 0:
+            curve.append((record["step"] // steps_per_epoch, record["metrics"]["val/mAP"]))
+    return curve

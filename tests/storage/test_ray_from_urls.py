@@ -1,0 +1,146 @@
+"""A distilled run under Ray whose data and teacher are on storages."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import fsspec
+import pytest
+from file_server import FileServer
+from tiny import save_untrained, tiny_detector_config
+
+from d3etr.config.data import DataConfig, DigitScenesConfig, PreprocessingConfig
+from d3etr.config.load import load_config
+from d3etr.data.digit_scenes import write_digit_scenes
+from d3etr.launch.api import launch
+from d3etr.launch.environment import package_environment
+from d3etr.training.journal import read_journal
+
+pytestmark = pytest.mark.slow
+
+RECIPE = """
+run: {name: remote}
+data:
+  preprocessing: {normalisation: per_image, shortest_side: null, longest_side: null}
+  augmentation: {horizontal_flip: 0.0}
+  bucket_by_aspect: false
+  workers: 0
+student:
+  detector:
+    backbone: {name: small, stem_width: 8, stage_widths: [8, 8, 16]}
+    width: 16
+    heads: 2
+    encoder_layers: 1
+    decoder_layers: 2
+    feedforward: 16
+    queries: 6
+    dropout: 0.0
+distillation: {method: d3etr}
+optimisation: {epochs: 2, batch_size: 4, learning_rate: 1.0e-3, backbone_learning_rate: 1.0e-3}
+cluster: {maximum_failures: 0, threads_per_worker: 1, workers: 2}
+tracking: {enabled: false}
+"""
+TRAINING, VALIDATION = 16, 6
+
+
+@pytest.fixture
+def shared(served: Path) -> Path:
+    """The served folder with scenes and a teacher in it."""
+    scenes = DigitScenesConfig(
+        root=served / "made",
+        train_images=TRAINING,
+        validation_images=VALIDATION,
+        test_images=2,
+        image_size=32,
+        maximum_objects=3,
+        maximum_scale=16,
+    )
+    train = write_digit_scenes(scenes)["train"]
+    assert isinstance(train.images, Path)
+    (served / "scenes").symlink_to(train.images.parent.parent)
+    plain = PreprocessingConfig(normalisation="per_image", shortest_side=None, longest_side=None)
+    data = DataConfig(digit_scenes=scenes, preprocessing=plain)
+    save_untrained(served / "teacher.safetensors", tiny_detector_config(queries=8), data)
+    return served
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
+    """An S3 store with an empty bucket of that name."""
+    pytest.importorskip("s3fs")
+    from moto.server import ThreadedMotoServer
+
+    store = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    store.start()
+    host, port = store.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "any")
+    files = fsspec.filesystem("s3", skip_instance_cache=True)
+    files.mkdir("bucket")
+    yield files
+    store.stop()
+
+
+def overrides(data: str, teacher: str, output: Path) -> list[str]:
+    """The places that a run reads and writes."""
+    splits = [
+        f"data.{name}={{images: '{data}/scenes/images/{name}', "
+        f"annotations: '{data}/scenes/annotations/{name}.json'}}"
+        for name in ("train", "validation")
+    ]
+    return [*splits, f"teacher.weights={teacher}", f"run.output={output}"]
+
+
+def losses(run_dir: Path) -> list[float]:
+    records = read_journal(run_dir / "journal.jsonl")
+    return [r["metrics"]["train/loss"] for r in records if r["kind"] == "step"]
+
+
+@pytest.mark.skipif(find_spec("moto") is None, reason="needs moto")
+def test_two_workers_of_ray_train_from_urls_as_one_process_does_from_a_folder(
+    shared: Path,
+    server: FileServer,
+    bucket: fsspec.AbstractFileSystem,
+    tmp_path: Path,
+    cache: Path,
+    repository: Path,
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    teacher = shared / "teacher.safetensors"
+    local = load_config(recipe, overrides(str(shared), str(teacher), tmp_path / "local"))
+    expected = launch(local, launcher="local", quiet=True)
+    assert not cache.exists()
+
+    bucket.put_file(str(teacher), "bucket/teacher.safetensors")
+    places = overrides(server.url, "s3://bucket/teacher.safetensors", tmp_path / "runs")
+    line = [sys.executable, str(repository / "trainers" / "run.py"), str(recipe), "--json"]
+    done = subprocess.run(
+        [*line, *(part for place in places for part in ("--set", place))],
+        env=os.environ | package_environment() | {"RAY_ADDRESS": "local"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    run_dir = Path(result["run_dir"])
+    assert losses(run_dir) == pytest.approx(losses(expected.run_dir), rel=1e-4)
+    for name in ("mAP", "teacher/mAP"):
+        assert result["metrics"][name] == pytest.approx(expected.metrics[name], abs=1e-4)
+    ours, theirs = (
+        json.loads((folder / "summary.json").read_text())["inputs"]
+        for folder in (run_dir, expected.run_dir)
+    )
+    assert ours == theirs and "teacher.weights" in ours
+
+    fetched = {path: count for (method, path), count in server.asked.items() if method == "GET"}
+    assert set(fetched.values()) == {1}
+    assert len(fetched) == TRAINING + VALIDATION + 2
+    assert sum(file.is_file() for file in cache.rglob("*")) >= len(fetched) + 1
