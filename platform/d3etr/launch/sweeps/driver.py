@@ -122,7 +122,9 @@ def _locked_sweep(plan: Plan, command: str, tell: Callable[[str], None]) -> list
         tell(f"{count} trials, {at_a_time} at a time, each {demand} ({describe(nodes)})")
         with _tracked(plan) as tracking:
             children = None if tracking is None else tracking.children
-            observer = Observer(plan, tell, children, Waiting(cluster, demand, tell))
+            # Nobody else uses a cluster that was started here.
+            waiting = Waiting(cluster, demand, tell) if joins else None
+            observer = Observer(plan, tell, children, waiting)
             results = _results(plan, observer, demand, at_a_time, tell)
             files = write_results(plan, results, command)
             if tracking is not None:

@@ -37,11 +37,16 @@ class Observer(Callback):  # type: ignore[misc]
         plan: the sweep.
         tell: takes a line for a person.
         children: tracks runs; None tracks nothing.
-        waiting: ends a sweep that waits in vain.
+        waiting: ends a sweep that waits in vain for room that others use; None where there are
+            no others.
     """
 
     def __init__(
-        self, plan: Plan, tell: Callable[[str], None], children: Children | None, waiting: Waiting
+        self,
+        plan: Plan,
+        tell: Callable[[str], None],
+        children: Children | None,
+        waiting: Waiting | None,
     ) -> None:
         self._plan, self._tell, self._children = plan, tell, children
         self._waiting = waiting
@@ -51,7 +56,8 @@ class Observer(Callback):  # type: ignore[misc]
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         """Tune looks around, several times a second."""
-        self._waiting.look(trial.status for trial in trials)
+        if self._waiting is not None:
+            self._waiting.look(trial.status for trial in trials)
 
     def on_trial_result(
         self,
