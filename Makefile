@@ -19,7 +19,7 @@ demo: $(STAMP)
 	@$(RUN) -m d3etr demo --teacher $(TEACHER)
 
 test: $(STAMP)
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -47,7 +47,11 @@ def tiny_detector_config(**changes: Any) -> DetectorConfig:
 
 
 def save_untrained(path: Path, config: DetectorConfig, data: DataConfig, **info: Any) -> None:
-    """Weights file of a detector of the data's classes; ``info`` replaces what it says."""
+    """Weights file of a detector of the data's classes; ``info`` replaces what it says.
+
+    Its boxes are not those that a student begins with: where both are equal, rounding alone would
+    decide the sign of an L1 loss's gradient.
+    """
     import torch
 
     from d3etr.data.splits import open_split
@@ -62,4 +66,8 @@ def save_untrained(path: Path, config: DetectorConfig, data: DataConfig, **info:
         "preprocessing": data.preprocessing,
     }
     detector = build_detector(config, len(split.categories))
+    with torch.no_grad():
+        for name, parameter in detector.named_parameters():
+            if name.startswith("box_head"):
+                parameter.add_(0.05 * torch.randn_like(parameter))
     save_weights(path, detector, WeightsInfo(**(fields | info)))

@@ -45,9 +45,14 @@ def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     ]
 
 
+def values(run_dir: Path, name: str) -> list[float]:
+    """A metric of every step record."""
+    return [record["metrics"][name] for record in records(run_dir, "step")]
+
+
 def losses(run_dir: Path) -> list[float]:
     """The total loss of every step record."""
-    return [record["metrics"]["train/loss"] for record in records(run_dir, "step")]
+    return values(run_dir, "train/loss")
 
 
 def final_state(run_dir: Path) -> State:
