@@ -1,6 +1,6 @@
 """What a trial of a sweep costs beside its training, in seconds.
 
-    PYTHONPATH=platform python tests/benchmarks/trial_overhead.py [--repetitions 3] [--json FILE]
+    PYTHONPATH=platform:tests python tests/benchmarks/trial_overhead.py [--repetitions 3] [--json F]
 
 The same tiny run, always with another seed so that it is trained anew, is made by
 
@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from tiny_recipe import SECTIONS, tiny_recipe
 
 from d3etr.config.load import load_config
 from d3etr.launch.api import launch
@@ -36,29 +37,15 @@ from d3etr.launch.environment import package_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIALS = 4
-RECIPE = """
-run: {name: tiny}
-data:
-  digit_scenes: {train_images: 64, validation_images: 16, test_images: 4, image_size: 32,
-                 minimum_scale: 8, maximum_scale: 16}
-  preprocessing: {normalisation: per_image, shortest_side: null, longest_side: null}
-  augmentation: {horizontal_flip: 0.0}
-  bucket_by_aspect: false
-  workers: 0
-student:
-  detector:
-    backbone: {name: small, stem_width: 8, stage_widths: [8, 8, 16]}
-    width: 16
-    heads: 2
-    encoder_layers: 1
-    decoder_layers: 2
-    feedforward: 16
-    queries: 6
-    dropout: 0.0
-optimisation: {epochs: 3, batch_size: 4, learning_rate: 1.0e-3, backbone_learning_rate: 1.0e-3}
-cluster: {threads_per_worker: 1}
-tracking: {enabled: false}
-"""
+RECIPE = tiny_recipe(
+    data={
+        "digit_scenes": {
+            **SECTIONS["data"]["digit_scenes"],
+            "train_images": 64,
+            "validation_images": 16,
+        }
+    }
+)
 ROWS = {
     "loop": "bare loop, in a process that is up",
     "local": "`trainers/run.py --launcher local`",

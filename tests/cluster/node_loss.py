@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ray_nodes import START_SECONDS, RayNodes, ray_nodes, wait_until
 from tiny import save_untrained
+from tiny_recipe import SECTIONS, tiny_recipe
 
 from d3etr.config.load import load_config
 from d3etr.launch.folder import folder_of
@@ -23,31 +24,6 @@ STEPS_PER_EPOCH, EPOCHS = 6, 4
 LOST_AT, FOUND_AT = 9, 16
 """Steps after which the node dies, in the second epoch, and comes back, in the third."""
 END = STEPS_PER_EPOCH * EPOCHS
-RECIPE = """
-run: {name: tiny, output: FOLDER/runs}
-data:
-  digit_scenes: {root: FOLDER/scenes, train_images: 24, validation_images: 8, test_images: 4,
-                 image_size: 32, minimum_scale: 8, maximum_scale: 16}
-  preprocessing: {normalisation: per_image, shortest_side: null, longest_side: null}
-  augmentation: {horizontal_flip: 0.0}
-  bucket_by_aspect: false
-  workers: 0
-teacher: {weights: FOLDER/teacher.safetensors}
-student:
-  detector:
-    backbone: {name: small, stem_width: 8, stage_widths: [8, 8, 16]}
-    width: 16
-    heads: 2
-    encoder_layers: 1
-    decoder_layers: 2
-    feedforward: 16
-    queries: 6
-    dropout: 0.1
-distillation: {method: d3etr}
-optimisation: {epochs: 4, batch_size: 4, learning_rate: 1.0e-3, backbone_learning_rate: 1.0e-3}
-cluster: {workers: 2, threads_per_worker: 1, start_timeout_seconds: 120}
-tracking: {enabled: false, figures: false}
-"""
 
 
 @dataclass(frozen=True)
@@ -118,7 +94,19 @@ class Loss:
 def write_recipe(folder: Path) -> Path:
     """The recipe, with its data and teacher made."""
     recipe = folder / "tiny.yaml"
-    recipe.write_text(RECIPE.replace("FOLDER", str(folder)))
+    scenes = {**SECTIONS["data"]["digit_scenes"], "root": str(folder / "scenes")}
+    detector = {**SECTIONS["student"]["detector"], "dropout": 0.1}
+    text = tiny_recipe(
+        run={"output": str(folder / "runs")},
+        data={"digit_scenes": scenes},
+        teacher={"weights": str(folder / "teacher.safetensors")},
+        student={"detector": detector},
+        distillation={"method": "d3etr"},
+        optimisation={"epochs": EPOCHS},
+        cluster={"workers": 2, "maximum_failures": 3, "start_timeout_seconds": 120},
+        tracking={"figures": False},
+    )
+    recipe.write_text(text)
     config = load_config(recipe)
     if not (folder / "teacher.safetensors").exists():
         teacher = config.student.detector.model_copy(update={"queries": 8, "dropout": 0.0})

@@ -13,35 +13,19 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from processes import running
+from tiny_recipe import tiny_recipe
 from topology import Topology, copy_project, postgres_programs
 
 from d3etr.training.journal import read_journal
 
 pytestmark = pytest.mark.slow
 
-RECIPE = """
-run: {name: tiny}
-data:
-  digit_scenes: {train_images: 24, validation_images: 8, test_images: 4, image_size: 32,
-                 minimum_scale: 8, maximum_scale: 16}
-  preprocessing: {normalisation: per_image, shortest_side: null, longest_side: null}
-  augmentation: {horizontal_flip: 0.0}
-  bucket_by_aspect: false
-  workers: 0
-student:
-  detector:
-    backbone: {name: small, stem_width: 8, stage_widths: [8, 8, 16]}
-    width: 16
-    heads: 2
-    encoder_layers: 1
-    decoder_layers: 2
-    feedforward: 16
-    queries: 6
-    dropout: 0.0
-optimisation: {epochs: 2, batch_size: 4, learning_rate: 1.0e-3, backbone_learning_rate: 1.0e-3}
 # Each node has two CPUs: one worker on each.
-cluster: {workers: 2, cpus_per_worker: 2, maximum_failures: 1, threads_per_worker: 1}
-"""
+RECIPE = tiny_recipe(
+    optimisation={"epochs": 2},
+    cluster={"workers": 2, "cpus_per_worker": 2},
+    tracking={"enabled": True},
+)
 
 
 @pytest.fixture(scope="module")

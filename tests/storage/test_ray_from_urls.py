@@ -12,6 +12,7 @@ import fsspec
 import pytest
 from file_server import FileServer
 from tiny import save_untrained, tiny_detector_config
+from tiny_recipe import tiny_recipe
 
 from d3etr.config.data import DataConfig, DigitScenesConfig, PreprocessingConfig
 from d3etr.config.load import load_config
@@ -22,28 +23,13 @@ from d3etr.training.journal import read_journal
 
 pytestmark = pytest.mark.slow
 
-RECIPE = """
-run: {name: remote}
-data:
-  preprocessing: {normalisation: per_image, shortest_side: null, longest_side: null}
-  augmentation: {horizontal_flip: 0.0}
-  bucket_by_aspect: false
-  workers: 0
-student:
-  detector:
-    backbone: {name: small, stem_width: 8, stage_widths: [8, 8, 16]}
-    width: 16
-    heads: 2
-    encoder_layers: 1
-    decoder_layers: 2
-    feedforward: 16
-    queries: 6
-    dropout: 0.0
-distillation: {method: d3etr}
-optimisation: {epochs: 2, batch_size: 4, learning_rate: 1.0e-3, backbone_learning_rate: 1.0e-3}
-cluster: {maximum_failures: 0, threads_per_worker: 1, workers: 2}
-tracking: {enabled: false}
-"""
+RECIPE = tiny_recipe(
+    run={"name": "remote"},
+    data={"digit_scenes": None},
+    distillation={"method": "d3etr"},
+    optimisation={"epochs": 2},
+    cluster={"maximum_failures": 0, "workers": 2},
+)
 TRAINING, VALIDATION = 16, 6
 
 
