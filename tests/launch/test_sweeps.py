@@ -127,6 +127,7 @@ def test_a_killed_driver_loses_no_trial_and_no_epoch(
     resumed = [*command[:2], "--resume", str(plan.folder), "--json"]
     done = subprocess.run(resumed, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "[2/2]" in done.stderr, "what finished before is counted"
     states = [trial["state"] for trial in json.loads(done.stdout)["trials"]]
     assert states == ["finished", "finished"]
     assert (first / "summary.json").stat().st_mtime_ns == finished_at
@@ -138,7 +139,7 @@ def test_a_killed_driver_loses_no_trial_and_no_epoch(
     assert evaluations == list(range(6, 241, 6)), "no epoch is missing, none is there twice"
 
 
-def _wait_for(happened: Callable[[], bool], seconds: float = 300.0) -> None:
+def _wait_for(happened: Callable[[], bool], seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "waited too long"

@@ -114,6 +114,8 @@ class Observer(Callback):  # type: ignore[misc]
             self._children.end(run_dir, status)
 
     def _count(self, trial: TuneTrial, trials: list[TuneTrial]) -> str:
+        # Those too that ended before the sweep was gone on with.
+        self._ended |= {trial_of(self._plan, t).number for t in trials if t.is_finished()}
         self._ended.add(trial_of(self._plan, trial).number)
         known = len(self._plan.trials) or self._plan.sweep.search.trials
         return f"[{len(self._ended)}/{known}] {self._title(trial)}"
