@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from d3etr.data.digit_scenes import write_digit_scenes
@@ -25,15 +26,16 @@ The same on data of your own (COCO format; put your paths into the first two lin
   {python} trainers/run.py trainers/recipes/own/plain.yaml --set "$TRAIN" --set "$VALIDATION"
   {python} trainers/run.py trainers/recipes/own/d3etr.yaml --set "$TRAIN" --set "$VALIDATION" \\
     --set teacher.weights="$(ls -t runs/own-teacher-*/weights.safetensors | head -n 1)\""""
-HEADINGS = ("mAP", "gain", "AP50", "parameters", "images/s", "steps", "training")
+HEADINGS = ("mAP", "gain", "AP50", "parameters", "images/s", "training")
 """What of a comparison fits on any terminal."""
 
 
 def comparison_table(runs: list[DemoRun]) -> Table:
     """The three runs side by side; accuracy on the test split, in percent."""
     comparison = compare([run.result.run_dir for run in runs], Path())
-    table = Table(title=f"Digit scenes, {comparison.split} split, %", title_justify="left")
-    table.add_column("run")
+    title = f"Digit scenes, {comparison.split} split, %"
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    table.add_column("run", no_wrap=True)
     for heading in HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for run, group in zip(runs, comparison.groups, strict=True):
