@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from d3etr.config.backbones import SMALL
 from d3etr.config.detector import BackboneConfig
 from d3etr.errors import UserError
 
@@ -34,10 +35,10 @@ def imagenet_weights(config: BackboneConfig) -> dict[str, Tensor]:
     Raises:
         UserError: there are none for this backbone, or they can't be downloaded.
     """
-    if config.name == "small" or (config.has_batch_norm and config.norm != "frozen"):
+    if config.name == SMALL or (config.has_batch_norm and config.norm != "frozen"):
         raise UserError(
             f"backbone_weights 'imagenet' does not fit backbone '{config.name}' with norm "
-            f"'{'group' if config.name == 'small' else config.norm}': torchvision has ImageNet "
+            f"'{'group' if config.name == SMALL else config.norm}': torchvision has ImageNet "
             "weights for its own networks, with batch norm where they have it. Set backbone.norm "
             "to 'frozen' and the name of one of them, or give a file that 'd3etr "
             "pretrain-backbone' wrote."

@@ -52,7 +52,6 @@ class Observer(Callback):  # type: ignore[misc]
         self._waiting = waiting
         self._folders: dict[int, Path] = {}
         self._began = time.monotonic()
-        self._ended: set[int] = set()
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         """Tune looks around, several times a second."""
@@ -114,11 +113,9 @@ class Observer(Callback):  # type: ignore[misc]
             self._children.end(run_dir, status)
 
     def _count(self, trial: TuneTrial, trials: list[TuneTrial]) -> str:
-        # Those too that ended before the sweep was gone on with.
-        self._ended |= {trial_of(self._plan, t).number for t in trials if t.is_finished()}
-        self._ended.add(trial_of(self._plan, trial).number)
+        ended = {number_of(other) for other in trials if other.is_finished()} | {number_of(trial)}
         known = len(self._plan.trials) or self._plan.sweep.search.trials
-        return f"[{len(self._ended)}/{known}] {self._title(trial)}"
+        return f"[{len(ended)}/{known}] {self._title(trial)}"
 
     def _title(self, trial: TuneTrial) -> str:
         return trial_of(self._plan, trial).title(self._plan.sweep)

@@ -30,20 +30,22 @@ def parameters(plan: Plan) -> dict[str, Any]:
     return {key: _tune_domain(domain) for key, domain in plan.sweep.space.items()}
 
 
-class Planned(BasicVariantGenerator):  # type: ignore[misc]
+class _RoomNow:
+    """Goes on from a saved state with as many trials at a time as there is room for now."""
+
+    max_concurrent: int
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take all but the number of trials at a time."""
+        super().set_state(state | {"max_concurrent": self.max_concurrent})  # type: ignore[misc]
+
+
+class Planned(_RoomNow, BasicVariantGenerator):  # type: ignore[misc]
     """Gives out planned trials."""
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state, with as many trials at a time as there is room for now."""
-        super().set_state(state | {"max_concurrent": self.max_concurrent})
 
-
-class Limited(ConcurrencyLimiter):  # type: ignore[misc]
+class Limited(_RoomNow, ConcurrencyLimiter):  # type: ignore[misc]
     """Proposes trials, so many at a time."""
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state, with as many trials at a time as there is room for now."""
-        super().set_state(state | {"max_concurrent": self.max_concurrent})
 
 
 class Pruning(ASHAScheduler):  # type: ignore[misc]
