@@ -5,12 +5,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import fsspec
 import pytest
 from file_server import FileServer
+from s3_store import s3_store
 from tiny import save_untrained, tiny_detector_config
 from tiny_recipe import tiny_recipe
 
@@ -57,20 +57,8 @@ def shared(served: Path) -> Path:
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
     """An S3 store with an empty bucket of that name."""
-    pytest.importorskip("s3fs")
-    from moto.server import ThreadedMotoServer
-
-    store = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    store.start()
-    host, port = store.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "any")
-    files = fsspec.filesystem("s3", skip_instance_cache=True)
-    files.mkdir("bucket")
-    yield files
-    store.stop()
+    with s3_store(monkeypatch, "bucket") as files:
+        yield files
 
 
 def overrides(data: str, teacher: str, output: Path) -> list[str]:
@@ -88,7 +76,6 @@ def losses(run_dir: Path) -> list[float]:
     return [r["metrics"]["train/loss"] for r in records if r["kind"] == "step"]
 
 
-@pytest.mark.skipif(find_spec("moto") is None, reason="needs moto")
 def test_two_workers_of_ray_train_from_urls_as_one_process_does_from_a_folder(
     shared: Path,
     server: FileServer,

@@ -6,12 +6,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
+from s3_store import s3_store
 from test_workers import start
 from tiny_runs import DETECTOR, MakeConfig, losses, records, write_teacher
 from torch import Tensor
@@ -144,24 +144,7 @@ def test_two_workers_train_from_urls_as_from_paths_and_fetch_once(
 def test_a_run_from_s3_is_the_run_from_paths(
     make_config: MakeConfig, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if find_spec("s3fs") is None or find_spec("moto") is None:
-        pytest.skip("s3fs or moto, the stand-in for the store, is missing: pip install -e '.[dev]'")
-    from moto.server import ThreadedMotoServer
-
-    store = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    store.start()
-    try:
-        host, port = store.get_host_and_port()
-        settings = {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "any",
-            "AWS_SECRET_ACCESS_KEY": "any",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-        for name, value in settings.items():
-            monkeypatch.setenv(name, value)
-        files = fsspec.filesystem("s3", skip_instance_cache=True)
-        files.mkdir("bucket")
+    with s3_store(monkeypatch, "bucket") as files:
         for file in (path for path in shared.glob("**/*") if path.is_file()):
             files.put_file(str(file), f"bucket/{file.relative_to(shared)}")
         for path in (shared / "scenes").glob("*/**/*.*"):
@@ -170,8 +153,6 @@ def test_a_run_from_s3_is_the_run_from_paths(
         for name, place in (("paths", str(shared)), ("urls", "s3://bucket")):
             context = SingleProcess(torch.device("cpu"))
             run_training(placed(config, place), tmp_path / name, context)
-    finally:
-        store.stop()
     assert_same_result(tmp_path / "urls", tmp_path / "paths")
 
 
