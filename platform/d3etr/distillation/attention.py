@@ -10,6 +10,7 @@ Scores are attention logits; masked keys hold ``structures.MASKED_SCORE``.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,24 +26,25 @@ def select_rows(scores: Tensor, index: Tensor | None) -> Tensor:
     """Rows of corresponding queries: [L, B, H, N, K] at [L, B, P] to [L, B, H, P, K]."""
     if index is None:
         return scores
-    shape = (*scores.shape[:3], index.shape[-1], scores.shape[-1])
-    return scores.gather(3, index[:, :, None, :, None].expand(shape))
+    # Whole rows are copied, where a gather would look up each element.
+    layers, batch, heads, queries, keys = scores.shape
+    maps = torch.arange(layers * batch * heads, device=scores.device)
+    rows = queries * maps.view(layers, batch, heads, 1) + index[:, :, None]
+    picked = scores.reshape(-1, keys).index_select(0, rows.flatten())
+    return picked.view(layers, batch, heads, -1, keys)
 
 
-def select_columns(scores: Tensor, index: Tensor | None) -> Tensor:
-    """Columns of corresponding queries: [L, B, H, K, N] at [L, B, P] to [L, B, H, K, P].
+def select_pairs(scores: Tensor, index: Tensor | None) -> Tensor:
+    """Rows and columns of a self-attention map: [L, B, H, N, N] to [L, B, H, P, P].
 
     The softmax over what is left renormalises the map to the matched queries.
     """
     if index is None:
         return scores
-    shape = (*scores.shape[:4], index.shape[-1])
-    return scores.gather(4, index[:, :, None, None, :].expand(shape))
-
-
-def select_pairs(scores: Tensor, index: Tensor | None) -> Tensor:
-    """Rows and columns of a self-attention map: [L, B, H, N, N] to [L, B, H, P, P]."""
-    return select_columns(select_rows(scores, index), index)
+    pairs, queries = index.shape[-1], scores.shape[-1]
+    cells = (queries * index[..., :, None] + index[..., None, :]).flatten(2)
+    cells = cells[:, :, None].expand(-1, -1, scores.shape[2], -1)
+    return scores.flatten(3).gather(3, cells).view(*scores.shape[:3], pairs, pairs)
 
 
 def resize_maps(scores: Tensor, levels: Levels, target: Levels, padding: Tensor | None) -> Tensor:
@@ -76,14 +78,31 @@ def _resize_plane(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) ->
     return resized.reshape(*maps.shape[:4], -1) * share
 
 
-def _kl_rows(scores: Tensor, teacher: Tensor) -> Tensor:
-    """KL(softmax(teacher) || softmax(scores)) of each row: [L, B, H, P].
+class _RowDivergence(torch.autograd.Function):
+    """KL(softmax(teacher) || softmax(scores)) of each row.
 
-    From sum p' (t - s) - lse(t) + lse(s): no logarithm of a probability, which would underflow;
-    an epsilon inside it would lose the gradient where it is needed most.
+    Its gradient is the difference of both maps, which is all that is kept. Computed from
+    log-softmax, never from the logarithm of a probability, which would underflow.
     """
-    gap = (teacher.softmax(-1) * (teacher - scores)).sum(-1)
-    return gap - teacher.logsumexp(-1) + scores.logsumexp(-1)
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, teacher: Tensor) -> Tensor:
+        student, target = log_softmax(scores, -1), log_softmax(teacher, -1)
+        probability = target.exp()
+        rows = target.sub_(student).mul_(probability).sum(-1)
+        ctx.save_for_backward(student.exp_().sub_(probability))
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return gradient[..., None] * difference, None
+
+
+def _kl_rows(scores: Tensor, teacher: Tensor) -> Tensor:
+    """KL(softmax(teacher) || softmax(scores)) of each row: [L, B, H, P]; the teacher is given."""
+    rows: Tensor = _RowDivergence.apply(scores, teacher)
+    return rows
 
 
 def _mse_rows(scores: Tensor, teacher: Tensor) -> Tensor:

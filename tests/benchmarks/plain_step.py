@@ -1,0 +1,100 @@
+"""A plain training step of Conditional DETR beside Hugging Face's, same weights and batch.
+
+Theirs is used as its documentation does: the model computes the loss from labels; attention and
+memory format are its defaults. What it would freeze of its own backbone is trained in both. Both
+use the same fused AdamW and clip gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.problems import CLASSES, CLIP_NORM, Step, autocast, detector_config, random_batch
+from benchmarks.side_by_side import Comparison, Scale, alternate, per_second
+from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.build import build_detector
+from d3etr.detectors.imports.hugging_face import from_hugging_face
+from d3etr.structures import ImageBatch, Targets
+
+DEPTHS = {
+    "resnet18": ([2, 2, 2, 2], [64, 128, 256, 512], "basic"),
+    "resnet50": ([3, 4, 6, 3], [256, 512, 1024, 2048], "bottleneck"),
+}
+THEIRS, OURS = "Hugging Face's", "d3etr's"
+
+
+def hugging_face(scale: Scale) -> nn.Module:
+    """Their Conditional DETR with random weights, all of it trained."""
+    import transformers
+
+    depths, hidden, kind = DEPTHS[scale.backbone]
+    config = transformers.ConditionalDetrConfig(
+        backbone_config=transformers.ResNetConfig(
+            depths=depths, hidden_sizes=hidden, layer_type=kind, out_features=["stage4"]
+        ),
+        num_queries=scale.queries,
+        num_labels=CLASSES,
+        auxiliary_loss=True,
+    )
+    torch.manual_seed(0)
+    return transformers.ConditionalDetrForObjectDetection(config)
+
+
+def twin(theirs: nn.Module, scale: Scale) -> DetectionTransformer:
+    """Ours with the same weights, with or without dropout as theirs."""
+    changes = {"dropout": theirs.config.dropout, "feedforward": theirs.config.encoder_ffn_dim}
+    ours = build_detector(detector_config(scale, scale.backbone, **changes), CLASSES)
+    ours.load_state_dict(from_hugging_face(theirs.state_dict(), "conditional_detr"))
+    return ours
+
+
+def train_the_same(theirs: nn.Module, ours: DetectionTransformer) -> int:
+    """Train every parameter of both; returns how many numbers that are."""
+    for model in (theirs, ours):
+        model.requires_grad_(True)
+    counts = [sum(p.numel() for p in model.parameters()) for model in (theirs, ours)]
+    if counts[0] != counts[1]:
+        raise ValueError(f"not the same: they train {counts[0]:,} numbers, we {counts[1]:,}")
+    return counts[0]
+
+
+class TheirStep:
+    """Forward, loss, backward, clipping, update."""
+
+    def __init__(self, model: nn.Module, scale: Scale, batch: tuple[ImageBatch, Targets]) -> None:
+        self._model, self._scale = model.train().to(scale.device), scale
+        images, targets = batch
+        self._pixels = images.pixels
+        self._mask = torch.ones(images.pixels[:, 0].shape, dtype=torch.int64, device=scale.device)
+        self._labels = [
+            {"class_labels": labels, "boxes": boxes}
+            for labels, boxes in zip(targets.labels, targets.boxes_cxcywh, strict=True)
+        ]
+        self._optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def __call__(self) -> Tensor:
+        with autocast(self._scale):
+            found = self._model(self._pixels, pixel_mask=self._mask, labels=self._labels)
+        found.loss.backward()
+        nn.utils.clip_grad_norm_(self._model.parameters(), CLIP_NORM)
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        return found.loss.detach()  # type: ignore[no-any-return]
+
+
+def compare(scale: Scale) -> list[Comparison]:
+    """Images per second of both."""
+    theirs = hugging_face(scale)
+    ours = twin(theirs, scale)
+    trained = train_the_same(theirs, ours)
+    batch = random_batch(scale)
+    steps = {THEIRS: TheirStep(theirs, scale, batch), OURS: Step(ours, None, scale, batch)}
+    taken = alternate(steps, scale.rounds, scale.device)
+    precision = str(scale.precision).removeprefix("torch.")
+    title = (
+        f"Conditional DETR {scale.backbone}, {scale.image} px, {scale.batch} images, "
+        f"{scale.queries} queries, {precision}, {trained / 1e6:.1f} M trained parameters"
+    )
+    asked = "at least 2" if scale.device.type == "cuda" else "at least 1.3"
+    return [Comparison(title, "images per second", per_second(taken, scale.batch), THEIRS, asked)]

@@ -1,0 +1,109 @@
+"""Batches, detectors and steps that benchmarks have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from benchmarks.side_by_side import Scale
+from d3etr.config.detector import DetectorConfig
+from d3etr.config.distillation import DistillationConfig
+from d3etr.config.training import OptimisationConfig, SetCriterionConfig
+from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.build import build_detector
+from d3etr.distillation.distiller import Distiller
+from d3etr.structures import ImageBatch, Targets
+from d3etr.training.optimiser import build_optimiser, clip_gradients
+
+CLASSES = 80
+OBJECTS = 7
+"""Of an image, about COCO's mean."""
+CLIP_NORM = 0.1
+
+
+def random_batch(
+    scale: Scale, objects: int = OBJECTS, classes: int = CLASSES
+) -> tuple[ImageBatch, Targets]:
+    """Square images of noise with random objects, on the scale's device."""
+    generator = torch.Generator().manual_seed(0)
+    count, side = scale.batch, scale.image
+    pixels = torch.randn(count, 3, side, side, generator=generator)
+    boxes = torch.rand(count, objects, 4, generator=generator) * 0.4 + 0.2
+    labels = torch.randint(classes, (count, objects), generator=generator)
+    ids = tuple(range(count))
+    targets = Targets(labels, boxes, (objects,) * count, ids, ((side, side),) * count)
+    return ImageBatch(pixels).to(scale.device), targets.to(scale.device)
+
+
+def detector_config(scale: Scale, backbone: str, **changes: Any) -> DetectorConfig:
+    """Conditional DETR of the papers' size: 256 channels, six layers, eight heads."""
+    return DetectorConfig.model_validate(
+        {
+            "name": "conditional_detr",
+            "backbone": {"name": backbone},
+            "queries": scale.queries,
+            **changes,
+        }
+    )
+
+
+def random_detector(
+    scale: Scale, backbone: str, seed: int, classes: int = CLASSES, **changes: Any
+) -> DetectionTransformer:
+    """A detector with random weights, on the scale's device."""
+    torch.manual_seed(seed)
+    detector = build_detector(detector_config(scale, backbone, **changes), classes)
+    return detector.to(scale.device)
+
+
+class Step:
+    """A training step of a distiller on one batch, as the loop makes it.
+
+    Args:
+        student: is trained.
+        teacher: None for a plain step.
+        scale: its precision.
+        batch: images and targets.
+        distillation: settings; D3ETR's defaults where there is a teacher.
+    """
+
+    def __init__(
+        self,
+        student: DetectionTransformer,
+        teacher: DetectionTransformer | None,
+        scale: Scale,
+        batch: tuple[ImageBatch, Targets],
+        distillation: dict[str, Any] | None = None,
+    ) -> None:
+        method = {"method": "none" if teacher is None else "d3etr"}
+        config = DistillationConfig.model_validate(method | (distillation or {}))
+        self.distiller = Distiller(student.train(), teacher, config, SetCriterionConfig(), seed=0)
+        self.distiller.to(scale.device)
+        self.optimiser: AdamW = build_optimiser(
+            self.distiller, student.backbone, OptimisationConfig(epochs=1)
+        )
+        self._batch, self._scale = batch, scale
+
+    def __call__(self) -> Tensor:
+        """Forward, criterion, backward, clipping, update; returns the loss."""
+        images, targets = self._batch
+        with autocast(self._scale):
+            taught = self.distiller.teach(images)
+        normalisers = self.distiller.normalisers(targets, taught)
+        with autocast(self._scale):
+            losses = self.distiller(images, targets, taught, normalisers)
+        loss = torch.stack([*losses.values()]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        clip_gradients(self.optimiser, CLIP_NORM)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def autocast(scale: Scale) -> torch.autocast:
+    """The scale's precision."""
+    reduced = scale.precision != torch.float32
+    return torch.autocast(scale.device.type, scale.precision if reduced else None, enabled=reduced)
