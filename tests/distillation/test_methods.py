@@ -12,7 +12,9 @@ from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.distillation.distiller import Distiller
 from d3etr.distillation.features import LEAST, feature_loss, query_quality, target_weights
-from d3etr.structures import DecoderOutputs, ImageBatch, Targets
+from d3etr.distillation.queries import GeneralPoints
+from d3etr.structures import DecoderOutputs, ImageBatch, ObjectQueries, Targets
+from d3etr.training.seeding import derive_seed
 
 Build = Callable[..., DetectionTransformer]
 FEW_POINTS = {"general_points": {"count": 7}}
@@ -129,3 +131,14 @@ def test_features_under_padding_do_not_count() -> None:
     weights = torch.tensor([[1.0, 0.5, 1.0]])
     loss = feature_loss(student, teacher, weights, padding, torch.tensor(1.0))
     assert loss.item() == pytest.approx((1 + 0.25) / 2)
+
+
+def test_general_points_are_drawn_from_the_seeds_of_real_runs() -> None:
+    like = ObjectQueries(torch.randn(9, 4), torch.randn(9, 2))
+    points = [GeneralPoints(5, derive_seed(run, "queries")) for run in (0, 1)]
+    first, again, next_step, other = (
+        p.draw(like, step).embedding
+        for p, step in ((points[0], 3), (points[0], 3), (points[0], 4), (points[1], 3))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, next_step) and not torch.equal(first, other)

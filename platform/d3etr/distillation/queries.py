@@ -112,7 +112,8 @@ class GeneralPoints:
             like: the teacher's queries, [M, ..] or [B, M, ..].
             step: optimiser step.
         """
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step)
+        # Seeds of runs have 63 bits already, and a generator takes no more.
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + step) % 2**63)
         reference = like.reference_logits
         return ObjectQueries(
             self._normal(like.embedding, generator),
