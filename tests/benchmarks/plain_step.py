@@ -1,8 +1,9 @@
 """A plain training step of Conditional DETR beside Hugging Face's, same weights and batch.
 
 Theirs is used as its documentation does: the model computes the loss from labels; attention and
-memory format are its defaults. What it would freeze of its own backbone is trained in both. Both
-use the same fused AdamW and clip gradients.
+memory format are its defaults. Theirs drops no attention weights by default and freezes its own
+backbone: here both do as the authors' code does (the same dropout everywhere) or without dropout,
+and train everything. Both use the same fused AdamW and clip gradients.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ DEPTHS = {
 THEIRS, OURS = "Hugging Face's", "d3etr's"
 
 
-def hugging_face(scale: Scale) -> nn.Module:
-    """Their Conditional DETR with random weights, all of it trained."""
+def hugging_face(scale: Scale, dropout: float) -> nn.Module:
+    """Their Conditional DETR with random weights, and ``dropout`` where the authors have it."""
     import transformers
 
     depths, hidden, kind = DEPTHS[scale.backbone]
@@ -36,13 +37,16 @@ def hugging_face(scale: Scale) -> nn.Module:
         num_queries=scale.queries,
         num_labels=CLASSES,
         auxiliary_loss=True,
+        dropout=dropout,
+        attention_dropout=dropout,
+        activation_dropout=dropout,
     )
     torch.manual_seed(0)
     return transformers.ConditionalDetrForObjectDetection(config)
 
 
 def twin(theirs: nn.Module, scale: Scale) -> DetectionTransformer:
-    """Ours with the same weights, with or without dropout as theirs."""
+    """Ours with the same weights and dropout."""
     changes = {"dropout": theirs.config.dropout, "feedforward": theirs.config.encoder_ffn_dim}
     ours = build_detector(detector_config(scale, scale.backbone, **changes), CLASSES)
     ours.load_state_dict(from_hugging_face(theirs.state_dict(), "conditional_detr"))
@@ -84,8 +88,12 @@ class TheirStep:
 
 
 def compare(scale: Scale) -> list[Comparison]:
-    """Images per second of both."""
-    theirs = hugging_face(scale)
+    """Images per second of both, with the authors' dropout and without any."""
+    return [_compare(scale, dropout) for dropout in (0.1, 0.0)]
+
+
+def _compare(scale: Scale, dropout: float) -> Comparison:
+    theirs = hugging_face(scale, dropout)
     ours = twin(theirs, scale)
     trained = train_the_same(theirs, ours)
     batch = random_batch(scale)
@@ -94,7 +102,8 @@ def compare(scale: Scale) -> list[Comparison]:
     precision = str(scale.precision).removeprefix("torch.")
     title = (
         f"Conditional DETR {scale.backbone}, {scale.image} px, {scale.batch} images, "
-        f"{scale.queries} queries, {precision}, {trained / 1e6:.1f} M trained parameters"
+        f"{scale.queries} queries, dropout {dropout}, {precision}, "
+        f"{trained / 1e6:.1f} M trained parameters"
     )
     asked = "at least 2" if scale.device.type == "cuda" else "at least 1.3"
-    return [Comparison(title, "images per second", per_second(taken, scale.batch), THEIRS, asked)]
+    return Comparison(title, "images per second", per_second(taken, scale.batch), THEIRS, asked)

@@ -46,7 +46,7 @@ class Scale:
             return Scale(place, 64, 2, 8, "resnet18", "resnet18", 2, smoke=True)
         if place.type == "cuda":
             return Scale(place, 640, 16, 300, "resnet50", "resnet101", 15, torch.bfloat16)
-        return Scale(place, 256, 2, 300, "resnet50", "resnet101", 7)
+        return Scale(place, 512, 2, 300, "resnet50", "resnet101", 5)
 
 
 @dataclass(frozen=True)

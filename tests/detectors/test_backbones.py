@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.backbones import build_backbone, load_backbone_weights
 from d3etr.detectors.small_backbone import StridedShortcut
 from d3etr.detectors.tensor_files import write_tensors
-from d3etr.detectors.torchvision_backbone import FusedFrozenBatchNorm2d
+from d3etr.detectors.torchvision_backbone import FrozenNorm, FusedFrozenBatchNorm2d, NormedConv2d
 from d3etr.errors import UserError
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -100,6 +101,28 @@ def test_fused_frozen_norm_equals_torchvisions() -> None:
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 6, 4, 4)
     torch.testing.assert_close(ours.train()(x), theirs(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_takes_the_frozen_norm_behind_it_up(bias: bool) -> None:
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(3, 6, 3, 2, 1, bias=bias).double()
+    theirs = FrozenBatchNorm2d(6).double()
+    for buffer in theirs.buffers():
+        buffer.uniform_(0.5, 2)
+    norm = FrozenNorm(6, theirs.eps).double()
+    ours = torch.nn.Sequential(NormedConv2d(copy.deepcopy(convolution), norm), norm)
+    ours[1].load_state_dict(theirs.state_dict())
+    ours = copy.deepcopy(ours)  # the copy's convolution knows the copy's norm
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    expected, found = theirs(convolution(x)), ours(x)
+    torch.testing.assert_close(found, expected)
+    for output in (expected, found):
+        output.square().sum().backward()
+    for name, parameter in convolution.named_parameters():
+        torch.testing.assert_close(ours[0].get_parameter(name).grad, parameter.grad)
+    norm.scale.zero_()
+    torch.testing.assert_close(ours(x), found)
 
 
 def test_group_norm_resnet_has_no_frozen_statistics() -> None:

@@ -205,7 +205,7 @@ def test_official_checkpoints_equal_hugging_faces_conversion_of_them(
     )
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
-    pixels = torch.randn(2, 3, 64, 96)
+    pixels = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     expected = model.eval()(pixels, torch.ones(2, 64, 96, dtype=torch.long))
     memory = ours.encode(ImageBatch(pixels))
     (outputs,) = ours.decode(memory, [ours.object_queries(memory)])
@@ -213,5 +213,5 @@ def test_official_checkpoints_equal_hugging_faces_conversion_of_them(
     theirs = expected.logits
     if name == "detr":
         theirs = theirs.double().softmax(-1)[..., :-1].logit().float()
-    torch.testing.assert_close(outputs.logits[-1], theirs, atol=2e-4, rtol=0)
+    torch.testing.assert_close(outputs.logits[-1], theirs, atol=1e-4, rtol=0)
     assert outputs.logits[-1].std(1).mean() > 1e-3

@@ -33,13 +33,65 @@ _PROBE = 64
 
 
 class FusedFrozenBatchNorm2d(FrozenBatchNorm2d):  # type: ignore[misc]
-    """Frozen batch norm in one kernel and without keeping anything but its input."""
+    """Frozen batch norm in one kernel, where no convolution comes before it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale and shift [B, C, h, w] by the frozen statistics."""
         return nn.functional.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )
+
+
+class FrozenNorm(FrozenBatchNorm2d):  # type: ignore[misc]
+    """A batch norm whose frozen statistics the convolution before it has taken up: an identity.
+
+    Attributes:
+        scale: [C] what a channel is multiplied by.
+        shift: [C] what is then added to it.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(channels, eps)
+        for name in ("scale", "shift"):
+            self.register_buffer(name, torch.empty(channels), persistent=False)
+        self._summarise()
+        self.register_load_state_dict_post_hook(FrozenNorm._summarise)
+
+    def _summarise(self, *_: object) -> None:
+        self.scale = self.weight * (self.running_var + self.eps).rsqrt()
+        self.shift = self.bias - self.running_mean * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w], unchanged."""
+        return x
+
+
+class NormedConv2d(nn.Conv2d):
+    """A convolution and the frozen batch norm behind it as one convolution.
+
+    conv(x) * scale + shift is conv with scaled weights: nothing is normalised, and nothing is kept
+    of what would have been.
+
+    Args:
+        convolution: whose parameters it takes over.
+        norm: is an identity from now on; it keeps its names in the state dict.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, norm: FrozenNorm) -> None:
+        nn.Module.__init__(self)  # Conv2d's would draw weights
+        self.__dict__.update(convolution.__dict__)
+        self._norm = (norm,)  # inside a tuple, it stays a child of its own parent alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] to [B, C', h', w'], scaled and shifted."""
+        (norm,) = self._norm
+        weight = self.weight * norm.scale[:, None, None, None]
+        shift = norm.shift if self.bias is None else norm.shift + self.bias * norm.scale
+        result: Tensor = self._conv_forward(x, weight, shift)
+        return result
 
 
 class _Stage(NamedTuple):
@@ -194,11 +246,28 @@ def build_network(name: str) -> nn.Module:
 def _replace_batch_norm(network: nn.Module, norm: str) -> None:
     """Frozen statistics or GroupNorm in the place of every batch norm."""
     for module in network.modules():
-        for name, child in module.named_children():
+        before: tuple[str, nn.Module] | None = None
+        for name, child in [*module.named_children()]:
             if isinstance(child, nn.BatchNorm2d):
-                channels = child.num_features
-                frozen = FusedFrozenBatchNorm2d(channels, eps=child.eps)
-                setattr(module, name, frozen if norm == "frozen" else _group_norm(channels))
+                replacement = _frozen if norm == "frozen" else _grouped
+                replacement(module, name, child, before)
+            before = name, child
+
+
+def _frozen(
+    parent: nn.Module, name: str, norm: nn.BatchNorm2d, before: tuple[str, nn.Module] | None
+) -> None:
+    """Freeze a norm; a convolution right before it takes it up."""
+    if before is None or not isinstance(before[1], nn.Conv2d):
+        setattr(parent, name, FusedFrozenBatchNorm2d(norm.num_features, eps=norm.eps))
+        return
+    taken = FrozenNorm(norm.num_features, norm.eps)
+    setattr(parent, name, taken)
+    setattr(parent, before[0], NormedConv2d(before[1], taken))
+
+
+def _grouped(parent: nn.Module, name: str, norm: nn.BatchNorm2d, _: object) -> None:
+    setattr(parent, name, _group_norm(norm.num_features))
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
