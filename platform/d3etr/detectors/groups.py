@@ -23,6 +23,11 @@ class AttentionScores:
     within: list[list[Tensor]] = field(default_factory=list)
     across: list[Tensor] = field(default_factory=list)
 
+    def stacked_across(self, sizes: list[int]) -> list[Tensor]:
+        """Per group [L, B, H, n, S], each in one piece of memory."""
+        layers = [torch.split(layer, sizes, 2) for layer in self.across]
+        return [torch.stack(parts) for parts in zip(*layers, strict=True)]
+
     def stacked_within(self, images: int) -> list[Tensor]:
         """Per group [L, B, H, n, n]."""
         return [
@@ -83,7 +88,7 @@ def split_groups(
     if scores is None:
         return groups
     within = scores.stacked_within(len(memory.tokens))
-    across = torch.split(torch.stack(scores.across), sizes, 3)
+    across = scores.stacked_across(sizes)
     return [
         replace(group, self_attention_scores=own, cross_attention_scores=other)
         for group, own, other in zip(groups, within, across, strict=True)
