@@ -23,10 +23,10 @@ import torch
 from coco_recipes import RECIPES, TRAIN_IMAGES, recipes, teacher_detector
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.saved import Saved
 from d3etr.config.data import DataConfig
 from d3etr.config.load import load_config
 from d3etr.config.tree import Config
@@ -93,23 +93,6 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Saved:
-    """Counts storages that autograd keeps, each once."""
-
-    def __init__(self, module: Distiller) -> None:
-        # Held, so that no other storage gets the same address.
-        kept = [*module.parameters(), *module.buffers()]
-        self._known = {s._cdata: s for s in (tensor.untyped_storage() for tensor in kept)}
-        self.bytes = 0
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:
-            self._known[storage._cdata] = storage
-            self.bytes += storage.nbytes()
-        return tensor
-
-
 def in_order(blocks: Sequence[CostBlock]) -> list[Assignment]:
     """Pairs without solving anything: tensors that are not there have no values."""
     found = []
@@ -145,7 +128,7 @@ def measure(distiller: Distiller, size: tuple[int, int]) -> Step:
     with FlopCounterMode(display=False) as flops, operations:
         taught = distiller.teach(images)
         normalisers = distiller.normalisers(targets, taught)
-        with saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        with saved.hooks():
             losses = distiller(images, targets, taught, normalisers)
         torch.stack([*losses.values()]).sum().backward()
     distiller.zero_grad()

@@ -146,7 +146,8 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
     ).to(context.device)
     if config.optimisation.compile:
         for detector in (student, teacher):
-            _compile(detector)
+            if detector is not None:
+                compile_detector(detector)
     digests = _digests(config, splits)
     ensure_same_everywhere(digests, context)
     # First, as it may freeze the backbone: what is frozen has no average and no gradient.
@@ -180,11 +181,15 @@ def _seed(config: Config, purpose: str) -> None:
     seed_generators(derive_seed(config.run.seed, purpose), torch.device("cpu"))
 
 
-def _compile(detector: DetectionTransformer | None) -> None:
-    """Compile the two methods that a detector is used by; ``forward`` is not one of them."""
-    if detector is not None:
-        for name in ("encode", "decode"):
-            setattr(detector, name, torch.compile(getattr(detector, name)))
+def compile_detector(detector: DetectionTransformer, mode: str = "default") -> None:
+    """Compile the two methods that a detector is used by; ``forward`` is not one of them.
+
+    Args:
+        detector: changed in place.
+        mode: torch.compile's.
+    """
+    for name in ("encode", "decode"):
+        setattr(detector, name, torch.compile(getattr(detector, name), mode=mode))
 
 
 def _digests(config: Config, splits: Splits) -> dict[str, str]:
