@@ -31,6 +31,7 @@ BENCHMARKS = {
     "distilled_step": "a D3ETR step beside a plain step and the teacher's forward pass",
     "compiled": "torch.compile for student and teacher",
     "growth": "how a D3ETR step grows with its problem",
+    "teacher_cache": "the teacher's outputs read from the cache beside its forward pass",
 }
 
 

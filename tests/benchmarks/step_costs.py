@@ -1,6 +1,7 @@
 """What a training step of each case of a sweep costs, side by side in one process.
 
-    python tests/benchmarks/step_costs.py SWEEP.yaml [--rounds 7] [--steps 10] [--json FILE]
+    PYTHONPATH=platform:tests python -m benchmarks.step_costs SWEEP.yaml [--rounds 7] [--steps 10]
+        [--json FILE]
 
 Every round makes a few optimiser steps of every case, one case after the other, so that a machine
 that is slower for a while is slower for all. Printed: the median over rounds of milliseconds per
@@ -11,12 +12,12 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.side_by_side import seconds
 from d3etr.config.sweep import load_sweep
 from d3etr.config.tree import Config
 from d3etr.launch.sweeps.plan import make_plan
@@ -25,13 +26,22 @@ from d3etr.training.assembly import build_models, open_loader, open_splits
 from d3etr.training.context import SingleProcess
 from d3etr.training.divergence import LossWindow
 from d3etr.training.step import MicroBatch, TrainingStep
+from d3etr.training.teacher_cache import open_teacher_cache
 from d3etr.training.timing import PhaseTimer
 
 WARM_UP_STEPS = 3
 
 
 class Case:
-    """One recipe, ready to make steps."""
+    """One recipe, ready to make steps.
+
+    Attributes:
+        name: for people.
+        milliseconds: per step, as ``measure`` finds them.
+        device: where it runs.
+        distiller: student and teacher.
+        cache: of what the teacher says, where the recipe has one.
+    """
 
     def __init__(self, name: str, config: Config) -> None:
         context = SingleProcess()
@@ -39,10 +49,11 @@ class Case:
         models = build_models(config, splits, context)
         self.name = name
         self.milliseconds: list[float] = []
-        self._device = context.device
+        self.device, self.distiller = context.device, models.distiller
         self._loader = open_loader(config, splits.train, context)
         self._batches: Iterator[list[MicroBatch]] = self._loader.epoch(0, 0)
         self._made = 0
+        self.cache = open_teacher_cache(config, models, self._loader, context, _ignore)
         self._step = TrainingStep(
             models.distiller,
             models.optimiser,
@@ -52,26 +63,33 @@ class Case:
             steps=1_000_000,
             window=LossWindow(),
             timer=PhaseTimer(context.device),
+            cache=self.cache,
         )
 
     def run(self, steps: int) -> float:
         """Milliseconds per step, without loading images."""
-        batches = [next(self._batches) for _ in range(steps)]
-        self._wait()
-        begun = time.perf_counter()
+        batches = self.draw(steps)
+        return 1000 * seconds(lambda: self.do(batches), self.device) / steps
+
+    def draw(self, steps: int) -> list[list[MicroBatch]]:
+        """The next batches."""
+        return [next(self._batches) for _ in range(steps)]
+
+    def do(self, batches: Sequence[list[MicroBatch]]) -> None:
+        """A step on each of these batches."""
         for batch in batches:
             self._step(self._made, batch)
             self._made += 1
-        self._wait()
-        return 1000 * (time.perf_counter() - begun) / steps
 
     def close(self) -> None:
         """End the processes that load images."""
         self._loader.close()
+        if self.cache is not None:
+            self.cache.close()
 
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+
+def _ignore(_text: str, _level: str) -> None:
+    pass
 
 
 def measure(cases: Sequence[Case], rounds: int, steps: int) -> None:

@@ -204,3 +204,7 @@ class TeacherConfig(Section):
     evaluation: Literal["verify", "measure"] = "verify"
     """verify: accept the evaluation recorded in the weights file if it was on the same data,
     else measure. measure: always evaluate."""
+    cache_gigabytes: Annotated[float, Field(gt=0)] | None = None
+    """Keep what the teacher says about a training image in a file on each machine, of at most so
+    many gigabytes, and read it where a run or trial shows the teacher the same pixels again.
+    None keeps nothing."""

@@ -21,6 +21,7 @@ SectionType = TypeVar("SectionType", bound=Section)
 WITHOUT_INFLUENCE: Mapping[str, frozenset[str]] = {
     "run": frozenset(RunConfig.model_fields) - {"seed"},
     "data": frozenset({"workers"}),
+    "teacher": frozenset({"cache_gigabytes"}),
     "student": frozenset({"pretraining"}),
 }
 """Keys that change where and how fast a run happens, never its result."""

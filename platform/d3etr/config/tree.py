@@ -46,6 +46,13 @@ class Config(Section):
             raise ValueError(
                 f"distillation.method '{self.distillation.method}' needs a teacher.weights"
             )
+        points = self.distillation.general_points.count
+        if points and self.teacher is not None and self.teacher.cache_gigabytes is not None:
+            raise ValueError(
+                f"teacher.cache_gigabytes cannot keep what a teacher says about the {points} "
+                "distillation.general_points, which are drawn anew in each step: remove it, or "
+                "set general_points.count to 0"
+            )
         student = self.student.detector.name
         if self.optimisation.sampling_learning_rate and student != "deformable_detr":
             raise ValueError(

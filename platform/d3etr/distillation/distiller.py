@@ -177,10 +177,32 @@ class Distiller(nn.Module):
             groups.append(self._points.draw(queries, step))
         decoded = teacher.decode(memory, groups, attention=self._needs_attention)
         outputs, *general = [map_layers(part, self._layers) for part in decoded]
+        taught = self._pass_on(outputs, queries, memory.tokens)
+        return replace(taught, general=general[0], points=groups[1]) if general else taught
+
+    @torch.no_grad()
+    def recall(self, outputs: DecoderOutputs, tokens: Tensor | None) -> Taught:
+        """What ``teach`` returned without general points, from what of it depends on the images.
+
+        Args:
+            outputs: as ``Taught.outputs``; of a teacher that is not two-stage.
+            tokens: as ``Taught.tokens``.
+        """
+        assert self.teacher is not None and self._points is None
+        return self._pass_on(outputs, self.teacher.object_queries().detach(), tokens)
+
+    def _pass_on(
+        self, outputs: DecoderOutputs, queries: ObjectQueries, tokens: Tensor | None
+    ) -> Taught:
+        if self.feature_adapter is None:
+            outputs, tokens = replace(outputs, states=None), None
         group, passed = passed_on(outputs, queries, self.distillation.teacher_query_ratio)
-        if not general:
-            return Taught(outputs, group, passed, memory.tokens)
-        return Taught(outputs, group, passed, memory.tokens, general[0], groups[1])
+        return Taught(outputs, group, passed, tokens)
+
+    @property
+    def taught_layers(self) -> tuple[int, ...]:
+        """The teacher's layer for each of the student's."""
+        return tuple(self._layers)
 
     @torch.no_grad()
     def normalisers(self, targets: Targets, taught: Taught | None) -> Tensor:
@@ -330,10 +352,11 @@ class Distiller(nn.Module):
         self, said: Said, taught: Taught, targets: Targets, divisors: Normalisers
     ) -> Tensor:
         config, memory = self.distillation.features, said.memory
-        assert self.feature_adapter is not None and taught.outputs.states is not None
+        states, theirs = taught.outputs.states, taught.tokens
+        assert self.feature_adapter is not None and states is not None and theirs is not None
         quality = query_quality(taught.outputs, targets)
-        weights = target_weights(taught.outputs.states, taught.tokens, quality, config.queries)
+        weights = target_weights(states, theirs, quality, config.queries)
         tokens = self.feature_adapter(memory.tokens)
         return config.weight * feature_loss(
-            tokens, taught.tokens, weights, memory.padding, divisors.images
+            tokens, theirs, weights, memory.padding, divisors.images
         )

@@ -20,10 +20,11 @@ class Taught:
     """The teacher's side of one batch, outside the autograd graph.
 
     Attributes:
-        outputs: all M queries, one teacher layer per student layer.
+        outputs: all M queries, one teacher layer per student layer; ``states`` only where
+            features are distilled.
         group: the outputs of the queries that form the auxiliary group.
         queries: those queries themselves, with the teacher's width.
-        tokens: [B, S, D'] memory.
+        tokens: [B, S, D'] memory; None unless features are distilled.
         general: of the general points, the same layers; None without any.
         points: the general points.
     """
@@ -31,7 +32,7 @@ class Taught:
     outputs: DecoderOutputs
     group: DecoderOutputs
     queries: ObjectQueries
-    tokens: Tensor
+    tokens: Tensor | None = None
     general: DecoderOutputs | None = None
     points: ObjectQueries | None = None
 

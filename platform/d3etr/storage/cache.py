@@ -46,7 +46,8 @@ class Cache:
     """A folder of fetched files.
 
     Attributes:
-        folder: ``objects`` holds content, ``index`` what is known of each URL.
+        folder: ``objects`` holds content, ``index`` what is known of each URL, ``teachers`` what
+            teachers said about training images.
     """
 
     folder: Path
@@ -64,6 +65,10 @@ class Cache:
     def partial(self, index: Path) -> Path:
         """A fresh name for a file that is being fetched for that index."""
         return self.folder / "partial" / f"{index.stem}.{uuid.uuid4().hex}"
+
+    def teacher(self, digest: str) -> Path:
+        """The file of what one teacher says, made by the first run that needs it."""
+        return self.folder / "teachers" / f"{digest}.records"
 
     def remove_partials(self, index: Path) -> None:
         """Remove what a process left that died while it fetched; needs the index's lock."""
@@ -95,6 +100,10 @@ class Cache:
         for name in ("objects", "index", "partial"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
 
+    def free_bytes(self) -> int:
+        """Of the disk that the cache is on."""
+        return shutil.disk_usage(self.folder).free
+
     def ensure_room(self, needed: int, url: Url) -> None:
         """Refuse to fetch what this disk cannot hold.
 
@@ -105,7 +114,7 @@ class Cache:
         Raises:
             UserError: there is not so much space.
         """
-        free = shutil.disk_usage(self.folder).free
+        free = self.free_bytes()
         if needed > free - _SPARE_BYTES:
             raise UserError(
                 f"{url.shown}: {megabytes(needed)} are to be fetched, but the cache's disk has "
@@ -178,6 +187,11 @@ def seal_of(file: Path) -> Seal:
     """
     status = file.stat()
     return Seal(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def allocated_bytes(file: Path) -> int:
+    """What a file takes on the disk: of a sparse one less than its size."""
+    return 512 * file.stat().st_blocks
 
 
 def sha256(file: Path) -> str:

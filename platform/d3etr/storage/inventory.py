@@ -9,7 +9,7 @@ from pathlib import Path
 
 from d3etr.config.location import Url
 from d3etr.errors import UserError
-from d3etr.storage.cache import Cache, clear_cache_errors, locked, sha256
+from d3etr.storage.cache import Cache, allocated_bytes, clear_cache_errors, locked, sha256
 from d3etr.storage.index import read_records
 
 
@@ -38,11 +38,20 @@ def size(cache: Cache) -> int:
     """Bytes of all content in the cache, old versions and unfinished files included."""
     folders = (cache.folder / name for name in ("objects", "partial"))
     files = (file for folder in folders for file in folder.rglob("*"))
-    return sum(file.stat().st_size for file in files if file.is_file())
+    fetched = sum(file.stat().st_size for file in files if file.is_file())
+    return fetched + sum(teachers(cache).values())
+
+
+def teachers(cache: Cache) -> dict[Path, int]:
+    """The files of what teachers said, with the bytes that they take on the disk."""
+    files = sorted((cache.folder / "teachers").glob("*.records"))
+    return {file: allocated_bytes(file) for file in files}
 
 
 def clear(cache: Cache, url: Url | None = None) -> int:
-    """Remove what was fetched; a training that reads it now would fail.
+    """Remove what was fetched, and with everything also what teachers said.
+
+    A training that reads what was fetched would fail.
 
     Args:
         cache: from where.
@@ -57,7 +66,7 @@ def clear(cache: Cache, url: Url | None = None) -> int:
     before = size(cache)
     with clear_cache_errors(cache):
         if url is None:
-            for name in ("index", "partial", "objects"):
+            for name in ("index", "partial", "objects", "teachers"):
                 if (cache.folder / name).exists():
                     shutil.rmtree(cache.folder / name)
             return before

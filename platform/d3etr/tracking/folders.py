@@ -18,7 +18,14 @@ from d3etr.training.journal import read_journal
 
 logger = logging.getLogger(__name__)
 
-UNCOMPARED = ("run.", "cluster.", "tracking.", "data.workers", "student.pretraining.")
+UNCOMPARED = (
+    "run.",
+    "cluster.",
+    "tracking.",
+    "data.workers",
+    "student.pretraining.",
+    "teacher.cache_gigabytes",
+)
 """What says where and how a run happened, or a backbone before it: not what the run is."""
 
 

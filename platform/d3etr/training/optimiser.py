@@ -92,3 +92,9 @@ def clip_gradients(optimiser: AdamW, maximum: float | None) -> Tensor:
         gradients = [p.grad for p in parameters if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients, foreach=True)
     return torch.nn.utils.clip_grad_norm_(parameters, maximum, foreach=True)
+
+
+def autocast(config: OptimisationConfig, device: torch.device) -> torch.autocast:
+    """The precision that forward passes run in."""
+    reduced = config.precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=reduced)

@@ -34,6 +34,7 @@ from d3etr.training.step import TrainingStep
 from d3etr.training.steplog import StepLog
 from d3etr.training.storage import clear_disk_errors, write_text
 from d3etr.training.teacher import qualify_teacher
+from d3etr.training.teacher_cache import TeacherCache, open_teacher_cache
 from d3etr.training.timing import PhaseTimer
 
 JOURNAL_FILE, SUMMARY_FILE, CHECKPOINTS = "journal.jsonl", "summary.json", "checkpoints"
@@ -117,6 +118,9 @@ class _Run:
             steps_per_epoch=self.loader.steps_per_epoch,
         )
         self.progress = self._resume()
+        self.cache: TeacherCache | None = open_teacher_cache(
+            config, self.models, self.loader, context, self._tell
+        )
 
     def train(self) -> None:
         """All steps that are left."""
@@ -129,6 +133,7 @@ class _Run:
             steps=self.steps,
             window=self.window,
             timer=self.timer,
+            cache=self.cache,
         )
         loop = TrainingLoop(
             self.config,
@@ -147,7 +152,7 @@ class _Run:
     def finish(self) -> dict[str, float]:
         """Measure the test split if asked to, write the summary."""
         test = self.examination.measure_test() if self.splits.test is not None else {}
-        summary = self._summary(test)
+        summary = self._summary(test) | self._cache_summary()
         if self.context.rank == 0:
             self.journal.write("end", self.progress.step, metrics=_numbers(summary))
             text = json.dumps(summary, indent=1, allow_nan=False)
@@ -157,6 +162,8 @@ class _Run:
     def close(self) -> None:
         """End what runs beside."""
         self.loader.close()
+        if self.cache is not None:
+            self.cache.close()
 
     def _resume(self) -> Progress:
         """Go on from a checkpoint, or begin."""
@@ -193,6 +200,18 @@ class _Run:
         progress.teacher_mAP = mAP
         if mAP is not None:
             self.journal.write("teacher", 0, how=how, metrics={"teacher/mAP": mAP})
+
+    def _tell(self, text: str, level: str = "info") -> None:
+        self.journal.message(self.progress.step, text, level)
+
+    def _cache_summary(self) -> dict[str, int]:
+        """How often the teacher's cache had what was asked for, since this process began."""
+        if self.cache is None:
+            return {}
+        counts = self.cache.counts.over_all(self.context)
+        self._tell(counts.text())
+        names = {"read": counts.read, "computed": counts.computed, "unkept": counts.unkept}
+        return {f"teacher_cache/{name}": count for name, count in names.items()}
 
     def _summary(self, test: dict[str, float]) -> dict[str, Any]:
         kept = self.examination.kept or {"step": 0, "metrics": {}, "images_per_second": 0.0}

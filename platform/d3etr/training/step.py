@@ -19,9 +19,10 @@ from d3etr.structures import ImageBatch, Targets
 from d3etr.training.context import TrainContext
 from d3etr.training.divergence import LossWindow
 from d3etr.training.ema import WeightAverage
-from d3etr.training.optimiser import clip_gradients, set_learning_rates
+from d3etr.training.optimiser import autocast, clip_gradients, set_learning_rates
 from d3etr.training.schedule import distillation_scale, learning_rate_factor
 from d3etr.training.seeding import derive_seed, seed_generators
+from d3etr.training.teacher_cache import TeacherCache
 from d3etr.training.timing import PhaseTimer
 
 MicroBatch = tuple[ImageBatch, Targets]
@@ -43,6 +44,7 @@ class TrainingStep:
         steps: optimiser steps of the whole run.
         window: takes the losses.
         timer: takes the time of each phase.
+        cache: of what the teacher says, if the run has one.
     """
 
     def __init__(
@@ -56,13 +58,14 @@ class TrainingStep:
         steps: int,
         window: LossWindow,
         timer: PhaseTimer,
+        cache: TeacherCache | None = None,
     ) -> None:
         self._distiller, self._optimiser, self._average = distiller, optimiser, average
         self._model = context.wrap(distiller)
         self._config, self._context, self._steps = config, context, steps
         parts = config.micro_batches(context.world_size)
         self._mine = share(parts, context.rank, context.world_size)
-        self._window, self._timer = window, timer
+        self._window, self._timer, self._cache = window, timer, cache
 
     def __call__(self, step: int, batches: Sequence[MicroBatch]) -> None:
         """Do optimiser step ``step`` (from 0) on this worker's micro-batches.
@@ -71,10 +74,10 @@ class TrainingStep:
             TrainingDiverged: a matching cost is not finite. Losses are checked by whoever
                 reads the window.
         """
-        device = self._context.device
-        batches = [(images.to(device), targets.to(device)) for images, targets in batches]
+        device, loaded = self._context.device, batches
+        batches = [(images.to(device), targets.to(device)) for images, targets in loaded]
         with self._timer.phase("teacher"):
-            taught, normalisers = self._teach(step, batches)
+            taught, normalisers = self._teach(step, batches, loaded)
         for index, (batch, known) in enumerate(zip(batches, taught, strict=True)):
             with self._synchronised_if(index == len(batches) - 1):
                 self._accumulate(step, index, batch, known, normalisers)
@@ -82,11 +85,21 @@ class TrainingStep:
             self._update(step)
 
     def _teach(
-        self, step: int, batches: Sequence[MicroBatch]
+        self, step: int, batches: Sequence[MicroBatch], loaded: Sequence[MicroBatch]
     ) -> tuple[list[Taught | None], Tensor]:
-        """The teacher's outputs per micro-batch, and the global batch's normalisers."""
+        """The teacher's outputs per micro-batch, and the global batch's normalisers.
+
+        Args:
+            step: from 0.
+            batches: on the worker's device.
+            loaded: the same on the host, where the cache takes their digests.
+        """
         with self._autocast():
-            taught = [self._distiller.teach(images, step) for images, _ in batches]
+            if self._cache is None:
+                taught = [self._distiller.teach(images, step) for images, _ in batches]
+            else:
+                pairs = zip(batches, loaded, strict=True)
+                taught = [self._cache.teach(images, host) for (images, _), (host, _) in pairs]
         sums = [
             self._distiller.normalisers(targets, known)
             for (_, targets), known in zip(batches, taught, strict=True)
@@ -138,5 +151,4 @@ class TrainingStep:
         return skip
 
     def _autocast(self) -> torch.autocast:
-        reduced = self._config.optimisation.precision == "bfloat16"
-        return torch.autocast(self._context.device.type, torch.bfloat16, enabled=reduced)
+        return autocast(self._config.optimisation, self._context.device)
