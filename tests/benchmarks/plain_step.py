@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.problems import CLASSES, CLIP_NORM, Step, autocast, detector_config, random_batch
 from benchmarks.side_by_side import Comparison, Scale, alternate, per_second
+from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.imports.hugging_face import from_hugging_face
@@ -25,30 +26,33 @@ DEPTHS = {
 THEIRS, OURS = "Hugging Face's", "d3etr's"
 
 
-def hugging_face(scale: Scale, dropout: float) -> nn.Module:
-    """Their Conditional DETR with random weights, and ``dropout`` where the authors have it."""
+def hugging_face(ours: DetectorConfig) -> nn.Module:
+    """Their Conditional DETR with random weights, and dropout where the authors have it."""
     import transformers
 
-    depths, hidden, kind = DEPTHS[scale.backbone]
+    depths, hidden, kind = DEPTHS[ours.backbone.name]
     config = transformers.ConditionalDetrConfig(
         backbone_config=transformers.ResNetConfig(
             depths=depths, hidden_sizes=hidden, layer_type=kind, out_features=["stage4"]
         ),
-        num_queries=scale.queries,
+        num_queries=ours.queries,
         num_labels=CLASSES,
+        encoder_layers=ours.encoder_layers,
+        decoder_layers=ours.decoder_layers,
+        encoder_ffn_dim=ours.feedforward,
+        decoder_ffn_dim=ours.feedforward,
         auxiliary_loss=True,
-        dropout=dropout,
-        attention_dropout=dropout,
-        activation_dropout=dropout,
+        dropout=ours.dropout,
+        attention_dropout=ours.dropout,
+        activation_dropout=ours.dropout,
     )
     torch.manual_seed(0)
     return transformers.ConditionalDetrForObjectDetection(config)
 
 
-def twin(theirs: nn.Module, scale: Scale) -> DetectionTransformer:
-    """Ours with the same weights and dropout."""
-    changes = {"dropout": theirs.config.dropout, "feedforward": theirs.config.encoder_ffn_dim}
-    ours = build_detector(detector_config(scale, scale.backbone, **changes), CLASSES)
+def twin(theirs: nn.Module, config: DetectorConfig) -> DetectionTransformer:
+    """Ours with the same weights."""
+    ours = build_detector(config, CLASSES)
     ours.load_state_dict(from_hugging_face(theirs.state_dict(), "conditional_detr"))
     return ours
 
@@ -93,8 +97,9 @@ def compare(scale: Scale) -> list[Comparison]:
 
 
 def _compare(scale: Scale, dropout: float) -> Comparison:
-    theirs = hugging_face(scale, dropout)
-    ours = twin(theirs, scale)
+    config = detector_config(scale, scale.backbone, dropout=dropout)
+    theirs = hugging_face(config)
+    ours = twin(theirs, config)
     trained = train_the_same(theirs, ours)
     batch = random_batch(scale)
     steps = {THEIRS: TheirStep(theirs, scale, batch), OURS: Step(ours, None, scale, batch)}

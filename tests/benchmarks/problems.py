@@ -40,11 +40,13 @@ def random_batch(
 
 def detector_config(scale: Scale, backbone: str, **changes: Any) -> DetectorConfig:
     """Conditional DETR of the papers' size: 256 channels, six layers, eight heads."""
+    sizes = {"encoder_layers": 1, "decoder_layers": 2, "feedforward": 64} if scale.smoke else {}
     return DetectorConfig.model_validate(
         {
             "name": "conditional_detr",
             "backbone": {"name": backbone},
             "queries": scale.queries,
+            **sizes,
             **changes,
         }
     )

@@ -1,9 +1,11 @@
+import copy
 import logging
 
 import pytest
 import torch
 from tiny import tiny_detector_config
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import AdamW
 
 from d3etr.config.training import OptimisationConfig
 from d3etr.detectors.build import build_detector
@@ -11,6 +13,7 @@ from d3etr.training.optimiser import (
     build_optimiser,
     clip_gradients,
     parameter_groups,
+    restore_optimiser,
     set_learning_rates,
 )
 
@@ -82,3 +85,28 @@ def test_clipping_scales_all_gradients_to_the_common_norm(maximum: float | None)
     after = torch.cat([p.grad.flatten() for p in module.parameters()]).norm()
     assert float(norm) == pytest.approx(count**0.5)
     assert float(after) == pytest.approx(maximum or count**0.5, rel=1e-4)
+
+
+def test_moments_that_lie_otherwise_in_memory_are_restored_in_their_place() -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    module = nn.ModuleDict({"backbone": convolution, "head": nn.Linear(2, 2)})
+    config = OptimisationConfig(epochs=1)
+    gradients = [torch.randn_like(p) for p in module.parameters()]
+
+    def step(optimiser: AdamW, of: nn.Module) -> list[Tensor]:
+        for parameter, gradient in zip(of.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimiser.step()
+        return [p.detach().clone() for p in of.parameters()]
+
+    first = build_optimiser(module, convolution, config)
+    step(first, module)
+    twin = copy.deepcopy(module)
+    state = copy.deepcopy(first.state_dict())
+    for moments in state["state"].values():
+        moments.update({name: value.contiguous() for name, value in moments.items()})
+    second = build_optimiser(twin, twin["backbone"], config)
+    restore_optimiser(second, state)
+    for ours, expected in zip(step(second, twin), step(first, module), strict=True):
+        assert torch.equal(ours, expected)

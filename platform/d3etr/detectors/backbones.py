@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from d3etr.config.backbones import SMALL
 from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.small_backbone import SmallBackbone
@@ -24,7 +26,8 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     backbone = SmallBackbone(config) if small else TorchvisionBackbone(config)
     if not config.trainable:
         backbone.requires_grad_(False)
-    return backbone
+    # As the maps lie: weights that lie otherwise are reordered in every step, there and back.
+    return backbone.to(memory_format=torch.channels_last)
 
 
 def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:

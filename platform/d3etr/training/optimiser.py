@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,22 @@ def build_optimiser(module: nn.Module, backbone: nn.Module, config: Optimisation
     parameters = [p for p in module.parameters() if p.requires_grad]
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     return AdamW(groups, weight_decay=config.weight_decay, fused=fused)
+
+
+def restore_optimiser(optimiser: AdamW, state: dict[str, Any]) -> None:
+    """Go on from a saved state.
+
+    Args:
+        optimiser: over the parameters that were saved.
+        state: its ``state_dict``.
+    """
+    optimiser.load_state_dict(state)
+    for parameter, moments in optimiser.state.items():
+        for name, value in moments.items():
+            # The fused step takes for granted that moments lie in memory as their parameter does;
+            # where they do not, it mixes up their elements without a word.
+            if value.dim() and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def set_learning_rates(optimiser: AdamW, factor: float) -> None:

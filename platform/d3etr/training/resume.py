@@ -14,6 +14,7 @@ from d3etr.training.checkpoints import Checkpoint, CheckpointStore, State
 from d3etr.training.context import TrainContext
 from d3etr.training.examination import Examination
 from d3etr.training.inputs import ensure_same_inputs
+from d3etr.training.optimiser import restore_optimiser
 from d3etr.training.steplog import StepLog
 from d3etr.training.storage import clear_disk_errors, link_or_copy, temporary_beside
 
@@ -87,7 +88,7 @@ def restore_state(
     _check_format(state, checkpoint.folder)
     ensure_same_inputs(state["digests"], models.digests, checkpoint.folder.parent.parent)
     models.distiller.load_state_dict(state["model"])
-    models.optimiser.load_state_dict(state["optimiser"])
+    restore_optimiser(models.optimiser, state["optimiser"])
     if models.average is not None:
         models.average.load_state_dict(state["average"])
     if examination.stability is not None and context.rank == 0:
