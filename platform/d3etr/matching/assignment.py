@@ -227,7 +227,7 @@ def _to_host(costs: Sequence[Tensor]) -> tuple[list[NDArray[np.float32]], Callab
     pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
     pinned.copy_(flat, non_blocking=True)
     copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-    copied.record()
+    copied.record(torch.cuda.current_stream(costs[0].device))
     parts = torch.split_with_sizes(pinned, [part.numel() for part in costs])
     arrays = [part.view(like.shape).numpy() for part, like in zip(parts, costs, strict=True)]
     return arrays, copied.synchronize
