@@ -210,7 +210,7 @@ def assign(blocks: Sequence[CostBlock]) -> list[Assignment]:
 
 def _helpers(blocks: Sequence[CostBlock]) -> int:
     """Threads beside the caller's: PyTorch's on a CPU, a GPU's share of the cores elsewhere."""
-    if not blocks or blocks[0].costs.device.type == "cpu":
+    if not blocks or not blocks[0].costs.is_cuda:
         return torch.get_num_threads() - 1
     share = (os.cpu_count() or 1) // torch.cuda.device_count()
     return min(max(1, share - 1), MOST_THREADS)
@@ -236,8 +236,8 @@ def _non_finite(
 def _to_host(costs: Sequence[Tensor]) -> tuple[list[NDArray[np.float32]], Callable[[], None]]:
     """Cost tensors as arrays, and what waits until they are filled."""
     costs = [part.detach().float() for part in costs]
-    if not costs or costs[0].device.type == "cpu":
-        return [part.numpy() for part in costs], lambda: None
+    if not costs or not costs[0].is_cuda:
+        return [part.cpu().numpy() for part in costs], lambda: None
     flat = torch.cat([part.flatten() for part in costs])
     pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
     pinned.copy_(flat, non_blocking=True)
