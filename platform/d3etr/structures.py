@@ -19,6 +19,16 @@ MASKED_SCORE = torch.finfo(torch.float32).min
 """Attention score of a masked key: finite, so that 0 * score is 0 and not NaN."""
 
 
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``; the host does not wait for the copy.
+
+    It would where the tensor is in memory that is not pinned.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class ImageBatch:
     """Normalised images of one batch, padded at the right and bottom.
@@ -32,12 +42,10 @@ class ImageBatch:
     pixels: Tensor
     padding: Tensor | None = None
 
-    def to(self, device: torch.device, non_blocking: bool = True) -> ImageBatch:
+    def to(self, device: torch.device) -> ImageBatch:
         """The same batch on ``device``."""
-        padding = (
-            None if self.padding is None else self.padding.to(device, non_blocking=non_blocking)
-        )
-        return ImageBatch(self.pixels.to(device, non_blocking=non_blocking), padding)
+        padding = None if self.padding is None else on_device(self.padding, device)
+        return ImageBatch(on_device(self.pixels, device), padding)
 
 
 @dataclass(frozen=True)
@@ -60,12 +68,12 @@ class Targets:
     image_ids: tuple[int, ...]
     original_sizes: tuple[tuple[int, int], ...]
 
-    def to(self, device: torch.device, non_blocking: bool = True) -> Targets:
+    def to(self, device: torch.device) -> Targets:
         """The same targets on ``device``."""
         return replace(
             self,
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            boxes_cxcywh=self.boxes_cxcywh.to(device, non_blocking=non_blocking),
+            labels=on_device(self.labels, device),
+            boxes_cxcywh=on_device(self.boxes_cxcywh, device),
         )
 
 

@@ -32,6 +32,7 @@ BENCHMARKS = {
     "compiled": "torch.compile for student and teacher",
     "growth": "how a D3ETR step grows with its problem",
     "teacher_cache": "the teacher's outputs read from the cache beside its forward pass",
+    "matching": "ways to solve Adaptive Matching, and what matching adds to a D3ETR step",
 }
 
 

@@ -12,6 +12,7 @@ what the allocator, cuDNN and gradients of activations need comes on top.
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,9 +34,9 @@ from d3etr.config.tree import Config
 from d3etr.data.augmentation import draw_augmentation, sample_generator
 from d3etr.data.sampling import epoch_batches
 from d3etr.detectors.build import build_detector
-from d3etr.distillation import distiller as distiller_module
 from d3etr.distillation.distiller import Distiller
-from d3etr.matching.assignment import Assignment, CostBlock, assign
+from d3etr.matching import assignment as assignment_module
+from d3etr.matching.assignment import Assignment, CostBlock, Solving, assign
 from d3etr.structures import ImageBatch, Targets
 
 LARGEST = (800, 1333)
@@ -93,15 +94,20 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def in_order(blocks: Sequence[CostBlock]) -> list[Assignment]:
+class InOrder(Solving):
     """Pairs without solving anything: tensors that are not there have no values."""
-    found = []
-    for block in blocks:
-        layers, batch, queries, columns = block.costs.shape
-        index = torch.arange(min(queries, columns)).expand(layers, batch, -1)
-        used = torch.ones(index.shape[1:], dtype=torch.bool)
-        found.append(Assignment(index, index, (index.shape[-1],) * batch, used))
-    return found
+
+    def __init__(self, blocks: Sequence[CostBlock], warm_start: bool) -> None:
+        self._blocks, self._open = blocks, deque()
+
+    def result(self) -> list[Assignment]:
+        found = []
+        for block in self._blocks:
+            layers, batch, queries, columns = block.costs.shape
+            index = torch.arange(min(queries, columns)).expand(layers, batch, -1)
+            used = torch.ones(index.shape[1:], dtype=torch.bool)
+            found.append(Assignment(index, index, (index.shape[-1],) * batch, used))
+        return found
 
 
 def fused(*parts: Tensor, dropout_p: float = 0.0, **options: Any) -> Tensor:
@@ -212,7 +218,7 @@ def costs(name: str) -> dict[str, Any]:
     functional = torch.nn.functional
     with (
         FakeTensorMode(),
-        patch.object(distiller_module, "assign", in_order),
+        patch.object(assignment_module, "Solving", InOrder),
         patch.object(functional, "scaled_dot_product_attention", fused),
     ):
         distiller = build(config)

@@ -1,5 +1,7 @@
 """Batched assignment by brute force on small problems and against scipy on large ones."""
 
+import pickle
+from copy import deepcopy
 from itertools import permutations
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from d3etr.matching.assignment import Assignment, CostBlock, NonFiniteCostError, assign
+from d3etr.matching.assignment import Assignment, CostBlock, NonFiniteCostError, Solver, assign
 
 
 def total(costs: Tensor, assignment: Assignment, layer: int, image: int) -> float:
@@ -109,3 +111,47 @@ def test_padding_that_is_not_finite_is_ignored() -> None:
     costs[..., 2:] = float("nan")
     (assignment,) = assign([CostBlock("test", costs, counts=(2,))])
     assert assignment.counts == (2,)
+
+
+def mixed_blocks() -> list[CostBlock]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        CostBlock("few", torch.rand(2, 3, 20, 4, generator=generator), counts=(4, 0, 2)),
+        CostBlock("many", torch.rand(3, 3, 20, 20, generator=generator)),
+        CostBlock("none", torch.rand(2, 3, 20, 0, generator=generator), counts=(0, 0, 0)),
+    ]
+
+
+@pytest.mark.parametrize("threads", [0, 1, 5])
+def test_threads_find_what_one_thread_finds(threads: int) -> None:
+    solver, blocks = Solver(threads), mixed_blocks()
+    begun = [solver.start(blocks) for _ in range(3)]
+    for solving in reversed(begun):
+        for found, alone in zip(solving.result(), assign(blocks), strict=True):
+            assert torch.equal(found.rows, alone.rows)
+            assert torch.equal(found.columns, alone.columns)
+            assert torch.equal(found.used, alone.used)
+            assert found.counts == alone.counts
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_of_costs_that_are_not_finite_the_first_is_named(threads: int) -> None:
+    blocks = mixed_blocks()
+    blocks[1].costs[:] = float("nan")
+    blocks[0].costs[1, 2, 0, 1] = float("inf")
+    blocks[0].costs[0, 1] = float("nan")  # padding
+    solving = Solver(threads).start(blocks)
+    with pytest.raises(NonFiniteCostError, match=r"of few is inf in decoder layer 1, image 2"):
+        solving.result()
+
+
+def test_a_solver_can_be_copied_and_pickled() -> None:
+    solver = Solver(threads=1, warm_start=True)
+    solver.start(mixed_blocks()).result()
+    for copy in (deepcopy(solver), pickle.loads(pickle.dumps(solver))):
+        assert copy.threads == 1 and copy.warm_start
+        assert len(copy.start(mixed_blocks()).result()) == 3
+
+
+def test_nothing_to_solve() -> None:
+    assert Solver().start([]).result() == []

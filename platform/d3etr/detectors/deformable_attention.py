@@ -7,13 +7,14 @@ of all levels · D width · E = D / H.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d3etr.structures import MASKED_SCORE, Levels
+from d3etr.structures import MASKED_SCORE, Levels, on_device
 
 SPREAD = 1e-2
 """Share of a splatted map's mass that is spread evenly over all tokens, as is what was sampled
@@ -87,7 +88,7 @@ class DeformableAttention(nn.Module):
             places = anchor[..., :2] + offsets / self.points * anchor[..., 2:] * 0.5
         else:
             sizes = torch.tensor([(w, h) for h, w in levels], dtype=torch.float32)
-            cells = sizes.to(query.device, non_blocking=True)[None, None, None, :, None]
+            cells = on_device(sizes, query.device)[None, None, None, :, None]
             places = anchor + offsets / cells
         return Samples(places, weights)
 
@@ -132,18 +133,23 @@ def splat(samples: Samples, levels: Levels) -> Tensor:
     shape = weights.shape
     maps = []
     for level, (height, width) in enumerate(levels):
-        size = places.new_tensor([width, height])
+        size = _constant([width, height], places)
         at = places[:, :, :, level] * size - 0.5  # [B, N, H, P, 2] in cells
         first = at.floor()
         plane = weights.new_zeros(*shape[:3], height * width)
         for corner in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            cell = first + places.new_tensor(corner)
+            cell = first + _constant(corner, places)
             inside = ((cell >= 0) & (cell < size)).all(-1)
             share = (1 - (at - cell).abs()).prod(-1) * inside * weights[:, :, :, level]
             index = (cell[..., 1] * width + cell[..., 0]).long()
             plane = plane.scatter_add(3, index.where(inside, 0), share)
         maps.append(plane)
     return torch.cat(maps, -1).transpose(1, 2)
+
+
+def _constant(values: Sequence[int], like: Tensor) -> Tensor:
+    """A vector of the type and device of ``like``; ``new_tensor`` would wait for the device."""
+    return on_device(torch.tensor(values, dtype=like.dtype), like.device)
 
 
 def splatted_scores(samples: Samples, padding: Tensor | None, levels: Levels) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d3etr.structures import DecoderOutputs
+from d3etr.structures import DecoderOutputs, on_device
 
 
 def top_detections(
@@ -50,4 +50,4 @@ def _ranked(outputs: DecoderOutputs, maximum: int) -> tuple[Tensor, Tensor, Tens
 def _pixels(original_sizes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
     """[B, 1, 4]: width, height, width, height."""
     sizes = torch.tensor([[w, h, w, h] for h, w in original_sizes], dtype=like.dtype)
-    return sizes[:, None].to(like.device, non_blocking=True)
+    return on_device(sizes[:, None], like.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +22,7 @@ from d3etr.distillation.layers import teacher_layers
 from d3etr.distillation.mixmatcher import Branch, mix
 from d3etr.distillation.queries import GeneralPoints, RandomQueries, TeacherQueries
 from d3etr.distillation.teaching import Normalisers, Taught, map_layers, normalisers, passed_on
-from d3etr.matching.assignment import Assignment, CostBlock, assign
+from d3etr.matching.assignment import Assignment, CostBlock, Solver
 from d3etr.structures import (
     DecoderOutputs,
     Detector,
@@ -102,6 +103,7 @@ class Distiller(nn.Module):
         self.student = student
         self.distillation = distillation
         self.criterion = criterion
+        self.solver = Solver()
         self._teacher = (teacher,)  # inside a tuple, nn.Module does not register it
         self.auxiliary: nn.Module | None = None
         self.feature_adapter: nn.Module | None = None
@@ -143,10 +145,8 @@ class Distiller(nn.Module):
         config = self.distillation
         if config.method == "none" or config.auxiliary_group.queries == "random":
             return False
-        supervised = config.auxiliary_group.ground_truth and config.has_auxiliary_group
-        by_teacher = supervised and config.auxiliary_group.assignment == "teacher"
         selects = config.teacher_query_ratio < 1 or self._queries_need_images
-        return config.distils or by_teacher or selects
+        return config.distils or self._teacher_assigns or selects
 
     @property
     def _queries_need_images(self) -> bool:
@@ -241,20 +241,25 @@ class Distiller(nn.Module):
             NonFiniteCostError: an output is NaN or infinite.
         """
         divisors = Normalisers.unpack(normalisers)
+        of_teacher = self._start(self._teacher_problems(taught, targets))
         said = self._decode(images, taught)
-        problems = self._problems(said, taught, targets)
-        solved = dict(zip(problems, assign(list(problems.values())), strict=True))
-        losses: dict[str, Tensor] = {}
-        for name, outputs in said.supervised.items():
-            if name in solved:
-                truth = said.truth(name, targets)
-                losses |= self._set_losses(name, outputs, truth, solved[name], divisors)
-        if taught is not None and self.distillation.distils:
-            terms = self._distil(said, taught, solved.get("adaptive"), divisors)
-            if self.feature_adapter is not None:
-                terms["features"] = self._features(said, taught, targets, divisors)
-            losses |= {name: distillation_scale * loss for name, loss in terms.items()}
-        return losses
+        of_student = self._start(self._student_problems(said, taught, targets))
+        # While threads find the student's pairs: what needs none of them.
+        terms = self._terms_without_pairs(said, taught, targets, divisors)
+        groups = self._supervise(said, targets, of_teacher(), divisors)
+        pairs = of_student()
+        groups |= self._supervise(said, targets, pairs, divisors)
+        if taught is not None and "adaptive" in pairs:
+            terms = self._adaptive_terms(said, taught, pairs["adaptive"], divisors) | terms
+        losses = {
+            name: loss for group in said.supervised for name, loss in groups.get(group, {}).items()
+        }
+        return losses | {name: distillation_scale * loss for name, loss in terms.items()}
+
+    def _start(self, problems: dict[str, CostBlock]) -> Callable[[], dict[str, Assignment]]:
+        """Begin to solve problems; what is returned waits for the solutions."""
+        solving = self.solver.start(list(problems.values()))
+        return lambda: dict(zip(problems, solving.result(), strict=True))
 
     def _decode(self, images: ImageBatch, taught: Taught | None) -> Said:
         """All query groups in one pass over one memory."""
@@ -278,32 +283,55 @@ class Distiller(nn.Module):
             groups["general"] = self.auxiliary(taught.points)
         return groups
 
-    def _problems(
+    @property
+    def _teacher_assigns(self) -> bool:
+        """Whether the teacher's assignment supervises the auxiliary group."""
+        group = self.distillation.auxiliary_group
+        supervised = self.distillation.has_auxiliary_group and group.ground_truth
+        return supervised and group.assignment == "teacher"
+
+    def _teacher_problems(self, taught: Taught | None, targets: Targets) -> dict[str, CostBlock]:
+        """The bipartite problems that are known before the student runs."""
+        if taught is None or not self._teacher_assigns:
+            return {}
+        name = "teacher queries against objects"
+        return {"auxiliary": detection_problem(name, taught.group, targets, self.criterion)}
+
+    def _student_problems(
         self, said: Said, taught: Taught | None, targets: Targets
     ) -> dict[str, CostBlock]:
-        """Every bipartite problem of this batch, to be solved together."""
-        config, criterion = self.distillation, self.criterion
-        main, auxiliary = said.main, said.groups.get("auxiliary")
+        """All other bipartite problems of this batch, to be solved together."""
+        config = self.distillation
+        names = {"detection": "student queries against objects"}
+        if config.auxiliary_group.ground_truth and (taught is None or not self._teacher_assigns):
+            names["auxiliary"] = "auxiliary against objects"
+        names["proposals"] = "proposals against objects"
         problems = {
-            "detection": detection_problem(
-                "student queries against objects", main, targets, criterion
+            group: detection_problem(
+                names[group], outputs, said.truth(group, targets), self.criterion
             )
+            for group, outputs in said.supervised.items()
+            if group in names
         }
-        if said.memory.proposals is not None:
-            problems["proposals"] = detection_problem(
-                "proposals against objects",
-                said.memory.proposals,
-                said.truth("proposals", targets),
-                criterion,
-            )
-        if auxiliary is not None and config.auxiliary_group.ground_truth:
-            by_teacher = config.auxiliary_group.assignment == "teacher" and taught is not None
-            whose = taught.group if by_teacher and taught is not None else auxiliary
-            name = "teacher queries against objects" if by_teacher else "auxiliary against objects"
-            problems["auxiliary"] = detection_problem(name, whose, targets, criterion)
         if config.matches_adaptively and taught is not None:
-            problems["adaptive"] = adaptive_problem(main, taught.outputs, config.matching_cost)
+            problems["adaptive"] = adaptive_problem(said.main, taught.outputs, config.matching_cost)
         return problems
+
+    def _supervise(
+        self,
+        said: Said,
+        targets: Targets,
+        assignments: dict[str, Assignment],
+        divisors: Normalisers,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Losses against ground truth of each group that there is an assignment for."""
+        return {
+            group: self._set_losses(
+                group, outputs, said.truth(group, targets), assignments[group], divisors
+            )
+            for group, outputs in said.supervised.items()
+            if group in assignments
+        }
 
     def _set_losses(
         self,
@@ -322,22 +350,23 @@ class Distiller(nn.Module):
         terms = set_losses(outputs, targets, assignment, divisors.objects, config)
         return {f"{name}/{term}": weights[term] * loss for term, loss in terms.items()}
 
-    def _distil(
-        self,
-        said: Said,
-        taught: Taught,
-        assignment: Assignment | None,
-        divisors: Normalisers,
+    def _adaptive_terms(
+        self, said: Said, taught: Taught, assignment: Assignment, divisors: Normalisers
     ) -> dict[str, Tensor]:
+        pairs = adaptive_correspondence(
+            assignment, said.main, taught.outputs, self.distillation.matched_pair_ratio
+        )
+        branch = Branch(said.main, taught.outputs, pairs, divisors.adaptive, divisors.images)
+        return mix({"adaptive": branch}, self.distillation)
+
+    def _terms_without_pairs(
+        self, said: Said, taught: Taught | None, targets: Targets, divisors: Normalisers
+    ) -> dict[str, Tensor]:
+        """Distillation terms over pairs that hold by construction, and of features."""
         config, images = self.distillation, divisors.images
+        if taught is None or not config.distils:
+            return {}
         branches = {}
-        if assignment is not None:
-            pairs = adaptive_correspondence(
-                assignment, said.main, taught.outputs, config.matched_pair_ratio
-            )
-            branches["adaptive"] = Branch(
-                said.main, taught.outputs, pairs, divisors.adaptive, images
-            )
         if "auxiliary" in said.groups and config.adaptive_ratio < 1:
             branches["fixed"] = Branch(
                 said.groups["auxiliary"], taught.group, FIXED, divisors.fixed, images
@@ -346,7 +375,10 @@ class Distiller(nn.Module):
             branches["general"] = Branch(
                 said.groups["general"], taught.general, FIXED, divisors.general, images
             )
-        return mix(branches, config)
+        terms = mix(branches, config)
+        if self.feature_adapter is not None:
+            terms["features"] = self._features(said, taught, targets, divisors)
+        return terms
 
     def _features(
         self, said: Said, taught: Taught, targets: Targets, divisors: Normalisers

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.distillation.teaching import group_size
-from d3etr.structures import ObjectQueries
+from d3etr.structures import ObjectQueries, on_device
 
 
 class TeacherQueries(nn.Module):
@@ -123,11 +123,12 @@ class GeneralPoints:
 
     def _normal(self, like: Tensor, generator: torch.Generator) -> Tensor:
         flat = like.flatten(0, -2)
-        drawn = torch.randn(self._count, flat.shape[-1], generator=generator).to(flat)
-        return drawn * flat.std(0) + flat.mean(0)
+        drawn = torch.randn(self._count, flat.shape[-1], generator=generator)
+        return on_device(drawn, flat.device).to(flat) * flat.std(0) + flat.mean(0)
 
     def _places(self, like: Tensor, generator: torch.Generator) -> Tensor:
         flat = like.flatten(0, -2)
-        places = torch.rand(self._count, 2, generator=generator).logit(eps=1e-3).to(flat)
+        places = torch.rand(self._count, 2, generator=generator).logit(eps=1e-3)
         chosen = torch.randint(len(flat), (self._count,), generator=generator)
-        return torch.cat([places, flat[chosen.to(flat.device), 2:]], -1)
+        sizes = flat[on_device(chosen, flat.device), 2:]
+        return torch.cat([on_device(places, flat.device).to(flat), sizes], -1)

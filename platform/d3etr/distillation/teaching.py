@@ -12,7 +12,7 @@ from d3etr.config.distillation import DistillationConfig
 from d3etr.distillation.attention import select_pairs, select_rows
 from d3etr.distillation.correspondence import kept_pairs
 from d3etr.matching.assignment import gather_queries
-from d3etr.structures import DecoderOutputs, ObjectQueries, Targets
+from d3etr.structures import DecoderOutputs, ObjectQueries, Targets, on_device
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,17 @@ def map_layers(outputs: DecoderOutputs, layers: list[int]) -> DecoderOutputs:
     if layers == list(range(outputs.layers)):
         return outputs
 
-    def pick(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[layers]
+    def pick(values: Tensor) -> Tensor:
+        # Indexing with a list would make the host wait for its copy to the device.
+        return torch.stack([values[layer] for layer in layers])
 
+    self_scores, cross_scores = outputs.self_attention_scores, outputs.cross_attention_scores
     return replace(
         outputs,
-        logits=outputs.logits[layers],
-        boxes_cxcywh=outputs.boxes_cxcywh[layers],
-        self_attention_scores=pick(outputs.self_attention_scores),
-        cross_attention_scores=pick(outputs.cross_attention_scores),
+        logits=pick(outputs.logits),
+        boxes_cxcywh=pick(outputs.boxes_cxcywh),
+        self_attention_scores=None if self_scores is None else pick(self_scores),
+        cross_attention_scores=None if cross_scores is None else pick(cross_scores),
     )
 
 
@@ -150,7 +152,7 @@ def normalisers(
     """The local sums of one batch; all are known before the student runs."""
     device = targets.labels.device
     sizes = torch.tensor([sum(targets.counts), len(targets.counts)], dtype=torch.float32)
-    objects, images = sizes.to(device, non_blocking=True)
+    objects, images = on_device(sizes, device)
     nothing = torch.zeros(layers, device=device)
     if taught is None:
         return Normalisers(objects, images, nothing, nothing, nothing)

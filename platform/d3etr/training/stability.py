@@ -10,7 +10,6 @@ from torch import Tensor
 from d3etr.data.coco import DetectionSplit
 from d3etr.distillation.correspondence import adaptive_correspondence, adaptive_problem
 from d3etr.distillation.distiller import Distiller
-from d3etr.matching.assignment import assign
 from d3etr.structures import DecoderOutputs, ImageBatch, Targets
 from d3etr.training.context import TrainContext
 
@@ -91,7 +90,8 @@ def unchanged(before: Tensor, now: Tensor) -> float:
 def _pairs(distiller: Distiller, student: DecoderOutputs, teacher: DecoderOutputs) -> Tensor:
     """[L, B, M] student query of each teacher query, -1 for unmatched ones."""
     config = distiller.distillation
-    (assignment,) = assign([adaptive_problem(student, teacher, config.matching_cost)])
+    problem = adaptive_problem(student, teacher, config.matching_cost)
+    (assignment,) = distiller.solver.start([problem]).result()
     pairs = adaptive_correspondence(assignment, student, teacher, config.matched_pair_ratio)
     columns = assignment.columns if pairs.teacher is None else pairs.teacher
     rows = assignment.rows if pairs.student is None else pairs.student

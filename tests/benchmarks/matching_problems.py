@@ -1,0 +1,122 @@
+"""Costs as Adaptive Matching meets them, untrained and trained, and a D3ETR step on random images.
+
+How long a solver takes depends on the costs: those of nearly equal queries are far harder than
+random numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.side_by_side import Scale
+from d3etr.config.data import DigitScenesConfig, PreprocessingConfig
+from d3etr.config.detector import DetectorConfig
+from d3etr.config.distillation import DistillationConfig, MatchingCostConfig
+from d3etr.config.training import SetCriterionConfig
+from d3etr.data.digit_scenes.digits import load_divided_digits
+from d3etr.data.digit_scenes.scene import draw_scene
+from d3etr.data.transforms import preprocess
+from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.build import build_detector
+from d3etr.detectors.weights import load_weights
+from d3etr.distillation.correspondence import adaptive_problem
+from d3etr.distillation.distiller import Distiller
+from d3etr.matching.assignment import CostBlock, Solver
+from d3etr.structures import DecoderOutputs, ImageBatch, ObjectQueries, Targets
+
+TEACHER = Path(__file__).resolve().parents[2] / "trainers/weights/digits-teacher.safetensors"
+CLASSES, OBJECTS = 80, 7
+
+
+@dataclass
+class Step:
+    """A D3ETR step of an untrained pair; its learning rate of 0 keeps the costs as they are."""
+
+    scale: Scale
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        place, side, count = self.scale.device, self.scale.image, self.scale.batch
+        names = self.scale.backbone, self.scale.teacher_backbone
+        student, teacher = (_untrained(name, self.scale.queries).to(place) for name in names)
+        config = DistillationConfig(method="d3etr")
+        self.distiller = Distiller(student, teacher, config, SetCriterionConfig(), seed=0)
+        self.distiller = self.distiller.to(place).train()
+        self.optimiser = torch.optim.AdamW(self.distiller.parameters(), lr=0.0, weight_decay=0.0)
+        self.images = ImageBatch(torch.randn(count, 3, side, side)).to(place)
+        places = 0.1 + 0.4 * torch.rand(count, OBJECTS, 4)
+        labels = torch.randint(CLASSES, (count, OBJECTS))
+        sizes = ((side, side),) * count
+        self.targets = Targets(labels, places, (OBJECTS,) * count, (*range(count),), sizes)
+        self.targets = self.targets.to(place)
+
+    def run(self, solver: Solver) -> None:
+        """One optimiser step with pairs found by ``solver``."""
+        torch.manual_seed(0)
+        self.distiller.solver = solver
+        precision = self.scale.precision
+        with torch.autocast(self.scale.device.type, precision, enabled=precision != torch.float32):
+            taught = self.distiller.teach(self.images)
+            sums = self.distiller.normalisers(self.targets, taught)
+            losses = self.distiller(self.images, self.targets, taught, sums)
+        torch.stack([*losses.values()]).sum().backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+
+
+def _untrained(backbone: str, queries: int) -> DetectionTransformer:
+    settings = {"backbone": {"name": backbone}, "queries": queries, "dropout": 0.0}
+    return build_detector(DetectorConfig.model_validate(settings), CLASSES)
+
+
+def problems(scale: Scale) -> dict[str, CostBlock]:
+    """What Adaptive Matching has to solve, by kind."""
+    return {"untrained": _untrained_problem(scale), "trained": _trained_problem(scale)}
+
+
+@torch.no_grad()
+def _untrained_problem(scale: Scale) -> CostBlock:
+    torch.manual_seed(0)
+    side = min(scale.image, 256)  # it is the queries that make the problem
+    images = ImageBatch(torch.randn(scale.batch, 3, side, side)).to(scale.device)
+    said = [
+        _decoded(_untrained("resnet18", scale.queries).to(scale.device).eval(), images)
+        for _ in range(2)
+    ]
+    return adaptive_problem(said[0], said[1], MatchingCostConfig())
+
+
+@torch.no_grad()
+def _trained_problem(scale: Scale) -> CostBlock:
+    """The shipped teacher against itself with other queries, mixtures of its own."""
+    detector = load_weights(TEACHER)[0].to(scale.device).eval()
+    config, digits = DigitScenesConfig(), load_divided_digits()["validation"]
+    scenes = [draw_scene(config, "validation", k, digits).pixels for k in range(scale.batch)]
+    settings = PreprocessingConfig(normalisation="per_image", shortest_side=None, longest_side=None)
+    pixels = [preprocess(torch.from_numpy(part).permute(2, 0, 1), settings) for part in scenes]
+    images = ImageBatch(torch.stack(pixels)).to(scale.device)
+    said = [_decoded(detector, images, _mixed(detector, scale.queries, k)) for k in range(2)]
+    return adaptive_problem(said[0], said[1], MatchingCostConfig())
+
+
+def _decoded(
+    detector: DetectionTransformer, images: ImageBatch, queries: ObjectQueries | None = None
+) -> DecoderOutputs:
+    memory = detector.encode(images)
+    return detector.decode(memory, [queries or detector.object_queries(memory)])[0]
+
+
+def _mixed(detector: DetectionTransformer, count: int, seed: int) -> ObjectQueries:
+    """Many queries out of a detector's few: random mixtures of them, with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    own = detector.object_queries().detach()
+    device = own.embedding.device
+    shares = (2 * torch.randn(count, own.count, generator=generator)).softmax(-1).to(device)
+    noise = torch.randn(count, own.embedding.shape[-1], generator=generator).to(device)
+    mixed: Tensor = shares @ own.embedding + 0.3 * own.embedding.std(0) * noise
+    reference = own.reference_logits
+    return ObjectQueries(mixed, None if reference is None else shares @ reference)
