@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from benchmarks.problems import Step, autocast, random_batch, random_detector
-from benchmarks.side_by_side import Comparison, Scale, alternate, memory_growth, scaled
+from benchmarks.side_by_side import Action, Comparison, Scale, alternate, memory_growth, scaled
 
 PLAIN, TEACHER, BOTH, D3ETR = "plain step", "teacher's forward", "both added", "D3ETR step"
+ROUNDED = "D3ETR step, teacher.precision bfloat16"
 
 
 def compare(scale: Scale) -> list[Comparison]:
@@ -22,10 +23,13 @@ def compare(scale: Scale) -> list[Comparison]:
         with autocast(scale):
             teacher.decode(teacher.encode(batch[0]), [teacher.object_queries()])
 
-    actions = {PLAIN: plain, TEACHER: teach, D3ETR: distilled}
+    actions: dict[str, Action] = {PLAIN: plain, TEACHER: teach, D3ETR: distilled}
+    if scale.precision == torch.float32:
+        student = random_detector(scale, scale.backbone, 0)
+        actions[ROUNDED] = Step(student, teacher, scale, batch, teacher_precision=torch.bfloat16)
     taken = scaled(alternate(actions, scale.rounds, scale.device), 1000)
     sums = [a + b for a, b in zip(taken[PLAIN], taken[TEACHER], strict=True)]
-    values = {PLAIN: taken[PLAIN], TEACHER: taken[TEACHER], BOTH: sums, D3ETR: taken[D3ETR]}
+    values = {PLAIN: taken.pop(PLAIN), TEACHER: taken.pop(TEACHER), BOTH: sums, **taken}
     title = (
         f"Conditional DETR {scale.teacher_backbone} to {scale.backbone}, {scale.image} px, "
         f"{scale.batch} images, {scale.queries} queries"

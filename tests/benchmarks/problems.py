@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ class Step:
         scale: its precision.
         batch: images and targets.
         distillation: settings; D3ETR's defaults where there is a teacher.
+        teacher_precision: None: the scale's.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Step:
         scale: Scale,
         batch: tuple[ImageBatch, Targets],
         distillation: dict[str, Any] | None = None,
+        teacher_precision: torch.dtype | None = None,
     ) -> None:
         method = {"method": "none" if teacher is None else "d3etr"}
         config = DistillationConfig.model_validate(method | (distillation or {}))
@@ -88,11 +91,12 @@ class Step:
             self.distiller, student.backbone, OptimisationConfig(epochs=1)
         )
         self._batch, self._scale = batch, scale
+        self._teaching = replace(scale, precision=teacher_precision or scale.precision)
 
     def __call__(self) -> Tensor:
         """Forward, criterion, backward, clipping, update; returns the loss."""
         images, targets = self._batch
-        with autocast(self._scale):
+        with autocast(self._teaching):
             taught = self.distiller.teach(images)
         normalisers = self.distiller.normalisers(targets, taught)
         with autocast(self._scale):

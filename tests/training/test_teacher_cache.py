@@ -240,7 +240,7 @@ def test_a_two_stage_teacher_is_refused(cached: Any, tmp_path: Path, scenes: Dat
         train(cached().model_copy(update=changes), tmp_path / "run")
 
 
-def test_a_control_that_never_asks_the_teacher_says_that_the_cache_has_no_effect(
+def test_a_control_that_never_asks_the_teacher_says_what_has_no_effect(
     cached: Any, tmp_path: Path, folder: Path
 ) -> None:
     off = {"weight": 0.0}
@@ -251,9 +251,11 @@ def test_a_control_that_never_asks_the_teacher_says_that_the_cache_has_no_effect
             **dict.fromkeys(("prediction", "self_attention", "cross_attention"), off),
         }
     )
-    summary = train(cached().model_copy(update={"distillation": control}), tmp_path / "run")
-    (warning,) = said(tmp_path / "run", "warning")
-    assert warning.startswith("teacher.cache_gigabytes has no effect")
+    config = cached(teacher={"precision": "bfloat16"})
+    summary = train(config.model_copy(update={"distillation": control}), tmp_path / "run")
+    precision, cache = said(tmp_path / "run", "warning")
+    assert precision.startswith("teacher.precision has no effect")
+    assert cache.startswith("teacher.cache_gigabytes has no effect")
     assert not folder.exists() and "teacher_cache/read" not in summary
 
 
@@ -263,3 +265,15 @@ def test_general_points_are_refused_in_the_recipe(cached: Any) -> None:
     tree = {name: getattr(cached(), name) for name in Config.model_fields}
     with pytest.raises(ValueError, match=r"cache_gigabytes cannot keep .* the 5 distillation\.g"):
         Config(**(tree | {"distillation": distillation}))
+
+
+def test_a_teacher_in_lower_precision_teaches_nearly_the_same_and_has_a_file_of_its_own(
+    make_config: MakeConfig, cached: Any, tmp_path: Path, folder: Path
+) -> None:
+    for name, teacher in (("exact", {}), ("rounded", {"precision": "bfloat16"})):
+        train(make_config(teacher=teacher), tmp_path / name)
+        train(cached(teacher=teacher), tmp_path / f"{name}-kept")
+        assert losses(tmp_path / f"{name}-kept") == pytest.approx(losses(tmp_path / name), rel=1e-5)
+    exact, rounded = (losses(tmp_path / name) for name in ("exact", "rounded"))
+    assert rounded != exact and rounded == pytest.approx(exact, rel=0.05)
+    assert len([*folder.iterdir()]) == 2

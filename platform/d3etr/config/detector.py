@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from d3etr.config.backbones import SMALL, WITHOUT_BATCH_NORM, family_of, known_backbone
 from d3etr.config.base import Section
 from d3etr.config.location import Location
-from d3etr.config.training import PretrainingConfig
+from d3etr.config.training import Precision, PretrainingConfig
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -204,6 +204,8 @@ class TeacherConfig(Section):
     evaluation: Literal["verify", "measure"] = "verify"
     """verify: accept the evaluation recorded in the weights file if it was on the same data,
     else measure. measure: always evaluate."""
+    precision: Precision | None = None
+    """Of the teacher's forward passes in training; None: the student's, optimisation.precision."""
     cache_gigabytes: Annotated[float, Field(gt=0)] | None = None
     """Keep what the teacher says about a training image in a file on each machine, of at most so
     many gigabytes, and read it where a run or trial shows the teacher the same pixels again.

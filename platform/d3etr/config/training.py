@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from d3etr.config.base import Section
 
+Precision = Literal["float32", "bfloat16"]
+
 Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
 
@@ -54,7 +56,7 @@ class OptimisationConfig(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = 0.1
     schedule: ScheduleConfig = ScheduleConfig()
     set_criterion: SetCriterionConfig = SetCriterionConfig()
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """bfloat16 is autocast; weights and losses stay float32."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Evaluate and keep an exponential moving average of the weights."""

@@ -9,7 +9,7 @@ from d3etr.config.data import DataConfig
 from d3etr.config.detector import StudentConfig, TeacherConfig
 from d3etr.config.distillation import DistillationConfig
 from d3etr.config.infrastructure import ClusterConfig, RunConfig, TrackingConfig
-from d3etr.config.training import EvaluationConfig, OptimisationConfig
+from d3etr.config.training import EvaluationConfig, OptimisationConfig, Precision
 
 
 class Config(Section):
@@ -35,6 +35,12 @@ class Config(Section):
             workers: that are there.
         """
         return max(workers, self.cluster.workers) * self.optimisation.accumulation
+
+    @property
+    def teacher_precision(self) -> Precision:
+        """What the teacher's forward passes in training run in."""
+        own = None if self.teacher is None else self.teacher.precision
+        return own or self.optimisation.precision
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

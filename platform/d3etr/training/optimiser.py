@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from d3etr.config.training import OptimisationConfig
+from d3etr.config.training import OptimisationConfig, Precision
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,6 @@ def clip_gradients(optimiser: AdamW, maximum: float | None) -> Tensor:
     return torch.nn.utils.clip_grad_norm_(parameters, maximum, foreach=True)
 
 
-def autocast(config: OptimisationConfig, device: torch.device) -> torch.autocast:
-    """The precision that forward passes run in."""
-    reduced = config.precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=reduced)
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """Forward passes run in this precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

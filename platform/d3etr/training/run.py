@@ -33,7 +33,7 @@ from d3etr.training.resume import Progress, find_checkpoint, restore_state
 from d3etr.training.step import TrainingStep
 from d3etr.training.steplog import StepLog
 from d3etr.training.storage import clear_disk_errors, write_text
-from d3etr.training.teacher import qualify_teacher
+from d3etr.training.teacher import idle_settings, qualify_teacher
 from d3etr.training.teacher_cache import TeacherCache, open_teacher_cache
 from d3etr.training.timing import PhaseTimer
 
@@ -118,6 +118,9 @@ class _Run:
             steps_per_epoch=self.loader.steps_per_epoch,
         )
         self.progress = self._resume()
+        for setting in idle_settings(config.teacher, self.models.distiller):
+            text = f"{setting} has no effect: this method uses nothing that the teacher says"
+            self._tell(text, "warning")
         self.cache: TeacherCache | None = open_teacher_cache(
             config, self.models, self.loader, context, self._tell
         )

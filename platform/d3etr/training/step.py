@@ -94,7 +94,7 @@ class TrainingStep:
             batches: on the worker's device.
             loaded: the same on the host, where the cache takes their digests.
         """
-        with self._autocast():
+        with autocast(self._config.teacher_precision, self._context.device):
             if self._cache is None:
                 taught = [self._distiller.teach(images, step) for images, _ in batches]
             else:
@@ -151,4 +151,4 @@ class TrainingStep:
         return skip
 
     def _autocast(self) -> torch.autocast:
-        return autocast(self._config.optimisation, self._context.device)
+        return autocast(self._config.optimisation.precision, self._context.device)

@@ -8,6 +8,7 @@ from d3etr.config.location import Location
 from d3etr.data.coco import DetectionSplit
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo
+from d3etr.distillation.distiller import Distiller
 from d3etr.errors import UserError
 from d3etr.training.evaluation import Evaluator
 
@@ -113,3 +114,11 @@ def _differences(theirs: list[str], ours: list[str]) -> str:
 def _some(names: list[str]) -> str:
     rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(f"'{name}'" for name in names[:_SHOWN]) + rest
+
+
+def idle_settings(config: TeacherConfig | None, distiller: Distiller) -> list[str]:
+    """Settings of how the teacher runs that are set where it never runs in training."""
+    if config is None or distiller.needs_teacher_outputs:
+        return []
+    names = ("precision", "cache_gigabytes")
+    return [f"teacher.{name}" for name in names if getattr(config, name) is not None]

@@ -162,11 +162,9 @@ def open_teacher_cache(
     if config.teacher is None or config.teacher.cache_gigabytes is None:
         return None
     if not models.distiller.needs_teacher_outputs:
-        text = f"{SETTING} has no effect: this method uses nothing that the teacher says"
-        tell(text, "warning")
         return None
     size = _one_size(models, loader)
-    with autocast(config.optimisation, context.device):
+    with autocast(config.teacher_precision, context.device):
         probe = _probe(models.distiller, size, context.device)
     layout = RecordLayout.of(probe)
     limit = round(config.teacher.cache_gigabytes * 1e9)
@@ -177,7 +175,7 @@ def open_teacher_cache(
         cache.make()
         ensure_room(cache, path, limit, SETTING)
         file = RecordFile(path, layout.record_bytes, limit)
-        _ensure_as_before(file, layout, probe, _TOLERANCES[config.optimisation.precision])
+        _ensure_as_before(file, layout, probe, _TOLERANCES[config.teacher_precision])
     tell(
         f"teacher's outputs are kept in {path}: {layout.record_bytes / 1e3:,.1f} KB an image, "
         f"up to {file.capacity:,} images",
@@ -271,7 +269,7 @@ def _identity(
         "layers": models.distiller.taught_layers,
         "layout": layout.describe(),
         "size": size,
-        "precision": config.optimisation.precision,
+        "precision": config.teacher_precision,
         "compile": config.optimisation.compile,
         "bytes": limit,
     }
