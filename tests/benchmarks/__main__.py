@@ -30,6 +30,7 @@ BENCHMARKS = {
     "plain_step": "a plain training step beside Hugging Face's",
     "distilled_step": "a D3ETR step beside a plain step and the teacher's forward pass",
     "evaluation": "COCO's numbers of detections beside pycocotools used plainly",
+    "ray_overhead": "Ray Train beside the bare loop, and what a checkpoint costs",
     "input_pipeline": "images decoded and augmented beside a loop of PIL and torchvision",
 }
 
