@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d3etr.config.location import Url, named_location
 from d3etr.data.images import load_image, to_rgb
-from d3etr.data.transforms import Sample, collate, preprocess
+from d3etr.data.transforms import Sample, collate, resized
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.postprocess import top_detections
 from d3etr.detectors.weights import WeightsInfo, load_weights
@@ -131,7 +131,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _predict_batch(self, samples: Sequence[Sample], threshold: float) -> list[Detections]:
-        batch, targets = collate(samples)
+        batch, targets = collate(samples, self.info.preprocessing)
         memory = self.detector.encode(batch.to(self.device))
         [outputs] = self.detector.decode(memory, [self.detector.object_queries(memory)])
         sizes = targets.original_sizes
@@ -145,7 +145,7 @@ class Predictor:
     def _sample(self, image: ImageLike) -> Sample:
         rgb = read_image(image)
         return Sample(
-            pixels=preprocess(rgb, self.info.preprocessing),
+            pixels=resized(rgb, self.info.preprocessing),
             labels=np.zeros(0, dtype=np.int64),
             boxes_cxcywh=np.zeros((0, 4), dtype=np.float32),
             image_id=0,

@@ -124,7 +124,12 @@ def wait(device: torch.device) -> None:
 
 
 def alternate(
-    contenders: Mapping[str, Action], rounds: int, device: torch.device, repeat: int = 1
+    contenders: Mapping[str, Action],
+    rounds: int,
+    device: torch.device,
+    repeat: int = 1,
+    *,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round, after one that does not count.
 
@@ -136,10 +141,11 @@ def alternate(
         rounds: how many.
         device: is waited for before and after.
         repeat: runs of a contender in its turn; the mean counts.
+        warm_up: whether there is a run that does not count.
     """
     names = list(contenders)
     taken: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
+    for name in names if warm_up else ():
         contenders[name]()
     for number in range(rounds):
         turn = number % len(names)

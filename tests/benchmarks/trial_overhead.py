@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,11 +30,10 @@ from pathlib import Path
 import yaml
 from tiny_recipe import SECTIONS, tiny_recipe
 
+from benchmarks.scripts import run_script
 from d3etr.config.load import load_config
 from d3etr.launch.api import launch
-from d3etr.launch.environment import package_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 TRIALS = 4
 RECIPE = tiny_recipe(
     data={
@@ -121,9 +119,7 @@ class Bench:
 
 
 def _process(script: str, *arguments: str) -> float:
-    settings = os.environ | package_environment() | {"RAY_ADDRESS": "local"}
-    line = [sys.executable, str(ROOT / script), *arguments, "--quiet"]
-    return _seconds(lambda: subprocess.run(line, env=settings, check=True, capture_output=True))
+    return _seconds(lambda: run_script(script, *arguments))
 
 
 def _seconds(action: Callable[[], object]) -> float:

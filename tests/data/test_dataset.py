@@ -7,7 +7,7 @@ from d3etr.config.data import AugmentationConfig, PreprocessingConfig
 from d3etr.data.coco import read_split
 from d3etr.data.dataset import DetectionDataset
 from d3etr.data.images import load_image
-from d3etr.data.transforms import preprocess
+from d3etr.data.transforms import resized
 from d3etr.errors import UserError
 
 RESIZED = PreprocessingConfig(shortest_side=24, longest_side=64)
@@ -22,7 +22,7 @@ def split(write_split):
 def test_evaluation_samples_equal_what_inference_does(split):
     sample = DetectionDataset(split, RESIZED)[0]
     image = load_image(split.path(split.records[0]))
-    assert torch.equal(sample.pixels, preprocess(image, RESIZED))
+    assert torch.equal(sample.pixels, resized(image, RESIZED))
     assert sample.labels.tolist() == [2]
     np.testing.assert_allclose(sample.boxes_cxcywh, [[15 / 40, 10 / 30, 20 / 40, 10 / 30]])
     assert (sample.image_id, sample.original_size) == (1, (30, 40))

@@ -12,8 +12,8 @@ from d3etr.data.transforms import (
     collate,
     normalise,
     output_size,
-    preprocess,
     relative_cxcywh,
+    resize,
 )
 
 KEPT = PreprocessingConfig(shortest_side=None, longest_side=None)
@@ -70,12 +70,25 @@ def test_an_even_image_becomes_zeros():
     assert normalise(torch.full((3, 4, 4), 77, dtype=torch.uint8), config).abs().max() < 1e-5
 
 
-def test_preprocessing_leaves_its_input_as_it_is():
+def test_resizing_and_normalising_leave_their_input_as_it_is():
     pixels = to_pixels(picture(20, 20))
     before = pixels.clone()
-    result = preprocess(pixels, PreprocessingConfig(shortest_side=16, longest_side=None))
+    result = normalise(resize(pixels, (16, 16)), KEPT)
     assert result.shape == (3, 16, 16)
+    normalise(pixels, KEPT)
     assert torch.equal(pixels, before)
+
+
+@pytest.mark.parametrize("normalisation", ["imagenet", "per_image"])
+def test_a_place_in_a_batch_is_normalised_like_an_image_alone(normalisation):
+    config = KEPT.model_copy(update={"normalisation": normalisation})
+    samples = [_sample(23, 31, 1), _sample(20, 40, 1)]
+    for number, sample in enumerate(samples):
+        sample.pixels.copy_(to_pixels(picture(*sample.pixels.shape[:0:-1], seed=number)))
+    images, _ = collate(samples, config)
+    assert torch.equal(images.pixels[0, :, :, :31], normalise(samples[0].pixels, config))
+    assert torch.equal(images.pixels[1, :, :20], normalise(samples[1].pixels, config))
+    assert not images.pixels[0, :, :, 31:].any() and not images.pixels[1, :, 20:].any()
 
 
 def test_relative_boxes_are_centre_and_size():
@@ -85,7 +98,7 @@ def test_relative_boxes_are_centre_and_size():
 
 def _sample(height: int, width: int, objects: int, number: int = 0) -> Sample:
     return Sample(
-        pixels=torch.ones(3, height, width),
+        pixels=torch.full((3, height, width), 255, dtype=torch.uint8),
         labels=np.arange(objects),
         boxes_cxcywh=np.full((objects, 4), 0.5, dtype=np.float32),
         image_id=number,
@@ -94,14 +107,14 @@ def _sample(height: int, width: int, objects: int, number: int = 0) -> Sample:
 
 
 def test_images_of_one_size_have_no_padding():
-    images, targets = collate([_sample(4, 6, 1, 7), _sample(4, 6, 0, 9)])
+    images, targets = collate([_sample(4, 6, 1, 7), _sample(4, 6, 0, 9)], KEPT)
     assert images.padding is None
     assert images.pixels.shape == (2, 3, 4, 6)
     assert targets.image_ids == (7, 9) and targets.counts == (1, 0)
 
 
 def test_smaller_images_are_padded_right_and_below():
-    images, targets = collate([_sample(4, 6, 3), _sample(2, 8, 1)])
+    images, targets = collate([_sample(4, 6, 3), _sample(2, 8, 1)], KEPT)
     assert images.pixels.shape == (2, 3, 4, 8)
     assert images.padding is not None
     assert torch.equal(images.pixels[:, 0] == 0, images.padding)
@@ -113,10 +126,10 @@ def test_smaller_images_are_padded_right_and_below():
 
 
 def test_a_batch_may_hold_no_object_at_all():
-    _, targets = collate([_sample(4, 4, 0), _sample(4, 4, 0)])
+    _, targets = collate([_sample(4, 4, 0), _sample(4, 4, 0)], KEPT)
     assert targets.labels.shape == (2, 0) and targets.boxes_cxcywh.shape == (2, 0, 4)
 
 
 def test_a_given_size_pads_even_equal_images():
-    images, _ = collate([_sample(4, 4, 0)], (5, 4))
+    images, _ = collate([_sample(4, 4, 0)], KEPT, (5, 4))
     assert images.padding is not None and images.padding.sum() == 4

@@ -40,6 +40,16 @@ def test_detections_of_other_images_or_classes_are_false() -> None:
     assert outcome(boxes((2, one), (3, one), (4, one)), boxes((3, one))) == "FTF"
 
 
+def test_what_overlaps_too_little_finds_nothing() -> None:
+    assert outcome(boxes((0, [0, 0, 10, 4])), boxes((0, [0, 0, 10, 10]))) == "F"
+
+
+def test_of_equal_overlaps_the_last_is_taken() -> None:
+    objects = boxes((0, [0, 0, 10, 10]), (0, [0, 0, 20, 5]))
+    one = [0.0, 0, 10, 5]  # half of either; the first object is also within reach of the next
+    assert outcome(boxes((0, one), (0, [0, 0, 10, 10])), objects) == "TT"
+
+
 def test_a_crowd_takes_any_number_and_makes_nothing_of_them() -> None:
     crowd = boxes((0, [0, 0, 100, 100]), crowd=(0,))
     inside = boxes((0, [10, 10, 5, 5]), (0, [50, 50, 5, 5]), (0, [200, 200, 5, 5]))

@@ -9,7 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from d3etr.training.coco_metrics import GroundTruth
+from d3etr.training.coco_metrics import COCO_NAMES, GroundTruth
 
 CATEGORIES = ((3, "cat"), (7, "dog"), (12, "cow"))
 IMAGES = 9
@@ -84,9 +84,8 @@ def test_metrics_equal_plain_use_of_pycocotools(
     metrics = GroundTruth(path, CATEGORIES).measure(rows, maximum=100)
     assert capsys.readouterr().out == ""
     plain = plain_pycocotools(path, rows)
-    found = [metrics.mAP, metrics.AP50, metrics.AP75]
-    found += [metrics.AP_small, metrics.AP_medium, metrics.AP_large]
-    assert found == [None if value == -1 else value for value in plain.stats[:6].tolist()]
+    found = [getattr(metrics, name) for name in COCO_NAMES]
+    assert found == [None if value == -1 else value for value in plain.stats.tolist()]
     assert np.array_equal(metrics.precision, plain.eval["precision"][:, :, :, 0, 2])
     assert metrics.objects == sum(not entry["iscrowd"] for entry in entries)
 
@@ -108,7 +107,7 @@ def test_classes_and_sizes_without_objects_are_left_out(tmp_path: Path) -> None:
     )
     assert metrics.AP_small is None and metrics.per_class["cow"] is None
     assert {"mAP", "AP/cat", "AP/dog"} <= metrics.as_dict().keys()
-    assert not {"AP_small", "AP/cow"} & metrics.as_dict().keys()
+    assert not {"AP_small", "AR_small", "AP/cow"} & metrics.as_dict().keys()
 
 
 def test_no_objects_at_all_give_no_numbers(tmp_path: Path) -> None:
@@ -142,7 +141,9 @@ def test_only_the_best_detections_of_an_image_count(tmp_path: Path) -> None:
     truth = GroundTruth(write(tmp_path / "truth.json", [entry]), CATEGORIES)
     rows = np.array([[100, 1, 0.9, 90, 90, 99, 99], [100, 1, 0.8, 10, 10, 50, 50]])
     assert truth.measure(rows, maximum=1).mAP == 0.0
-    assert truth.measure(rows, maximum=2).mAP == pytest.approx(0.5)
+    both = truth.measure(rows, maximum=2)
+    assert both.mAP == pytest.approx(0.5)
+    assert (both.AR1, both.AR10, both.AR) == (0.0, 1.0, 1.0)
 
 
 def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:

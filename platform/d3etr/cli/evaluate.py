@@ -17,8 +17,6 @@ from d3etr.cli.command import (
 from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
 
-COCO_NAMES = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add_weights(parser)
@@ -47,6 +45,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(options: Namespace) -> int:
+    from d3etr.training.coco_metrics import COCO_NAMES
+
     result = _measure(options)
     if options.json:
         print_json(result)

@@ -20,6 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
 from d3etr.config.data import AugmentationConfig, PreprocessingConfig
+from d3etr.data.colour import adjust_hue
 from d3etr.data.transforms import output_size, resize
 
 _CHANNEL_ORDERS = tuple(permutations(range(3)))
@@ -116,7 +117,8 @@ def augment_pixels(pixels: Tensor, plan: Augmentation) -> Tensor:
     if plan.vertical_flip:
         pixels = functional.vertical_flip(pixels)
     if plan.jitter is not None:
-        pixels = _apply_jitter(pixels, plan.jitter)
+        # Channel after channel: most of what follows takes half the time on that.
+        pixels = _apply_jitter(pixels.contiguous(), plan.jitter)
     if plan.channels is not None:
         pixels = pixels.index_select(0, torch.tensor(plan.channels))
     # Of an unsigned byte v this is 255 - v, at a quarter of the time.
@@ -128,8 +130,7 @@ def _apply_jitter(pixels: Tensor, jitter: tuple[float, float, float, float]) -> 
     pixels = functional.adjust_brightness(pixels, brightness)
     pixels = functional.adjust_contrast(pixels, contrast)
     pixels = functional.adjust_saturation(pixels, saturation)
-    changed: Tensor = functional.adjust_hue(pixels, hue)
-    return changed
+    return adjust_hue(pixels, hue)
 
 
 def augment_boxes(

@@ -17,7 +17,7 @@ from d3etr.data.augmentation import (
 )
 from d3etr.data.coco import DetectionSplit, ImageRecord
 from d3etr.data.images import load_image, to_pixels
-from d3etr.data.transforms import Sample, normalise, output_size, relative_cxcywh
+from d3etr.data.transforms import Sample, output_size, relative_cxcywh
 from d3etr.errors import UserError
 
 _Objects = tuple[NDArray[np.int64], NDArray[np.float32]]
@@ -91,7 +91,7 @@ class DetectionDataset(Dataset[Sample]):
         record, plan = self.split.records[index], self.plan(index, epoch)
         labels, boxes = self._moved_objects(record, plan) if plan.moves else self._objects(index)
         return Sample(
-            pixels=normalise(augment_pixels(self.decoded(index), plan), self.preprocessing),
+            pixels=augment_pixels(self.decoded(index), plan),
             labels=labels,
             boxes_cxcywh=boxes,
             image_id=record.id,

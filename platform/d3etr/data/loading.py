@@ -197,7 +197,7 @@ class _BatchDataset(Dataset["_Packed | UserError"]):
         except UserError as error:
             # Raised in the training process: from here it would carry a traceback as text.
             return error
-        images, targets = collate(samples, key.size)
+        images, targets = collate(samples, self.dataset.preprocessing, key.size)
         return (
             images.pixels,
             images.padding,

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional
 
 from d3etr.config.data import PreprocessingConfig
@@ -23,9 +24,9 @@ __all__ = [
     "load_image",
     "normalise",
     "output_size",
-    "preprocess",
     "relative_cxcywh",
     "resize",
+    "resized",
 ]
 
 # Of torchvision's ImageNet weights, for pixels in [0, 1].
@@ -40,7 +41,7 @@ class Sample:
     """One image, ready to be batched, with n objects.
 
     Attributes:
-        pixels: [3, height, width] float32, normalised.
+        pixels: [3, height, width] uint8; the batch normalises them.
         labels: [n] in [0, C).
         boxes_cxcywh: [n, 4], relative to the image.
         image_id: the annotation file's id.
@@ -81,29 +82,34 @@ def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return resized
 
 
-def normalise(pixels: Tensor, config: PreprocessingConfig) -> Tensor:
-    """Float32 [3, h, w] of uint8 ``pixels`` [3, h, w], as ``config.normalisation`` says."""
-    values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+def normalise(pixels: Tensor, config: PreprocessingConfig, out: Tensor | None = None) -> Tensor:
+    """Float32 [3, h, w] of uint8 ``pixels`` [3, h, w], as ``config.normalisation`` says.
+
+    Args:
+        pixels: of one image.
+        config: says how.
+        out: where to write, of the same shape; a fresh tensor if None.
+    """
+    values = torch.empty(pixels.shape) if out is None else out
+    values.copy_(pixels)
     if config.normalisation == "imagenet":
         mean, std = _column(_IMAGENET_MEAN), _column(_IMAGENET_STD)
         return values.sub_(mean * 255).div_(std * 255)
-    flat = values.view(3, -1)
-    flat.sub_(flat.mean(1, keepdim=True))
+    values.sub_(values.flatten(1).mean(1)[:, None, None])
     # The norm of what is left is the deviation; var_mean takes ten times as long.
-    std = torch.linalg.vector_norm(flat, dim=1, keepdim=True) / math.sqrt(flat.shape[1])
-    flat.div_(std + _STD_FLOOR * 255)
-    return values
+    norm = torch.linalg.vector_norm(values.flatten(1), dim=1)[:, None, None]
+    return values.div_(norm / math.sqrt(values[0].numel()) + _STD_FLOOR * 255)
 
 
 def _column(values: Sequence[float]) -> Tensor:
     return torch.tensor(values)[:, None, None]
 
 
-def preprocess(image: Image.Image | Tensor, config: PreprocessingConfig) -> Tensor:
-    """Resize and normalise an RGB image (or uint8 [3, h, w]) to float32 [3, height, width]."""
-    pixels = image if isinstance(image, Tensor) else to_pixels(image)
+def resized(image: Image.Image, config: PreprocessingConfig) -> Tensor:
+    """Uint8 [3, height, width] of an RGB image in the size that a detector is shown."""
+    pixels = to_pixels(image)
     height, width = pixels.shape[-2:]
-    return normalise(resize(pixels, output_size(width, height, config)), config)
+    return resize(pixels, output_size(width, height, config))
 
 
 def relative_cxcywh(
@@ -117,12 +123,13 @@ def relative_cxcywh(
 
 
 def collate(
-    samples: Sequence[Sample], size: tuple[int, int] | None = None
+    samples: Sequence[Sample], config: PreprocessingConfig, size: tuple[int, int] | None = None
 ) -> tuple[ImageBatch, Targets]:
-    """Batch images of any sizes, padded at the right and bottom.
+    """Normalise images of any sizes into one batch, padded at the right and bottom.
 
     Args:
         samples: B of them.
+        config: says how to normalise.
         size: (height, width) to pad to; None: the largest height and the largest width.
     """
     shapes = [(sample.pixels.shape[-2], sample.pixels.shape[-1]) for sample in samples]
@@ -130,20 +137,33 @@ def collate(
     height, width = size or largest
     if largest[0] > height or largest[1] > width:
         raise ValueError(f"images of up to {largest} do not fit into a batch of {size}")
-    return _pad_images(samples, shapes, (height, width)), _pad_targets(samples)
+    pixels = _zeros(len(samples), 3, height, width)
+    for place, sample, (h, w) in zip(pixels, samples, shapes, strict=True):
+        normalise(sample.pixels, config, place[:, :h, :w])
+    return ImageBatch(pixels, _padding(shapes, (height, width))), _pad_targets(samples)
 
 
-def _pad_images(
-    samples: Sequence[Sample], shapes: Sequence[tuple[int, int]], size: tuple[int, int]
-) -> ImageBatch:
+def _zeros(*shape: int) -> Tensor:
+    """A float32 tensor of zeros.
+
+    What a loading process makes lies in memory shared with the training process from the start,
+    as torch's own collate function has it: it would be copied there otherwise. The system hands
+    that memory out zeroed, and pages that nobody writes to cost nothing.
+    """
+    if get_worker_info() is None:
+        return torch.zeros(shape)
+    size = 4 * math.prod(shape)
+    storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+    return torch.empty(0).set_(storage).view(shape)
+
+
+def _padding(shapes: Sequence[tuple[int, int]], size: tuple[int, int]) -> Tensor | None:
     if all(shape == size for shape in shapes):
-        return ImageBatch(torch.stack([sample.pixels for sample in samples]))
-    pixels = torch.zeros(len(samples), 3, *size)
-    padding = torch.ones(len(samples), *size, dtype=torch.bool)
-    for index, (sample, (height, width)) in enumerate(zip(samples, shapes, strict=True)):
-        pixels[index, :, :height, :width] = sample.pixels
-        padding[index, :height, :width] = False
-    return ImageBatch(pixels, padding)
+        return None
+    padding = torch.ones(len(shapes), *size, dtype=torch.bool)
+    for rows, (height, width) in zip(padding, shapes, strict=True):
+        rows[:height, :width] = False
+    return padding
 
 
 def _pad_targets(samples: Sequence[Sample]) -> Targets:

@@ -95,6 +95,20 @@ class CheckpointStore:
         self._prune()
         return target
 
+    def hold(self, step: int, weights: Path) -> Path:
+        """A second name of a file for a later ``save``, until when it may be replaced.
+
+        It is alone in a folder, which whoever saved removes, or else ``remove_leftovers``.
+
+        Raises:
+            UserError: no space left.
+        """
+        folder = temporary_beside(self.folder / f"{_PREFIX}{step:08d}")
+        with clear_disk_errors(f"the checkpoint of step {step}", self.folder):
+            folder.mkdir(parents=True)
+            link_or_copy(weights, folder / WEIGHTS_FILE)
+        return folder / WEIGHTS_FILE
+
     def newest(self) -> Checkpoint | None:
         """The newest intact checkpoint; damaged ones are named in a warning and passed over.
 

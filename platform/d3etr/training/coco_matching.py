@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +86,9 @@ def match(detections: Boxes, objects: Boxes, ranges: Array, thresholds: Array) -
     matched, ignored = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     skipped = objects.crowd | objects.outside(ranges)
     for rows, columns in _buckets(detections, objects):
-        hit, skip = _match_bucket(detections, objects, skipped, rows, columns, thresholds)
+        overlaps = _overlaps(detections, objects, rows, columns)
+        rows, columns, overlaps = _within_reach(rows, columns, overlaps, thresholds.min())
+        hit, skip = _match_bucket(overlaps, objects, skipped, rows, columns, thresholds)
         valid = rows >= 0
         matched[:, :, rows[valid]] = hit[:, :, valid]
         ignored[:, :, rows[valid]] = skip[:, :, valid]
@@ -116,8 +119,23 @@ def _table(first: Indices, last: Indices) -> Indices:
     return np.where(columns < last[:, None], columns, -1)
 
 
+def _within_reach(
+    rows: Indices, columns: Indices, overlaps: Array, least: float
+) -> tuple[Indices, Indices, Array]:
+    """The same tables with those detections alone that overlap an object enough.
+
+    The others match nothing at any threshold, and most are others.
+    """
+    reaches = overlaps.max(-1) >= least
+    counts = reaches.sum(1)
+    pairs = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    order = np.argsort(~reaches[pairs], axis=1, kind="stable")[:, : counts.max()]
+    chosen = pairs[:, None], order
+    return np.where(reaches[chosen], rows[chosen], -1), columns[pairs], overlaps[chosen]
+
+
 def _match_bucket(
-    detections: Boxes,
+    overlaps: Array,
     objects: Boxes,
     skipped: Flags,
     rows: Indices,
@@ -125,35 +143,36 @@ def _match_bucket(
     thresholds: Array,
 ) -> tuple[Flags, Flags]:
     """[A, T, P, ranks] each: matched, and matched with an ignored object."""
-    overlaps = _overlaps(detections, objects, rows, columns)
-    absent = columns < 0
-    ignore = skipped[:, columns]  # [A, P, G]
-    crowd = objects.crowd[columns]
-    least = np.minimum(thresholds, 1 - 1e-10)[None, :, None, None]
-    taken = np.broadcast_to(absent, (len(skipped), len(thresholds), *columns.shape)).copy()
+    keys = _preferences(overlaps, skipped[:, columns])
+    overlaps = np.ascontiguousarray(np.moveaxis(overlaps, 0, -1))
+    usual = ~objects.crowd[columns].T[:, None, None]  # [G, 1, 1, P]
+    least = np.minimum(thresholds, 1 - 1e-10)[:, None]
+    free = np.ones((columns.shape[1], len(skipped), len(thresholds), len(rows)), dtype=bool)
     hit = np.zeros((len(skipped), len(thresholds), *rows.shape), dtype=bool)
     skip = np.zeros_like(hit)
     for rank in range(rows.shape[1]):
         active = int((rows[:, rank] >= 0).sum())  # pairs are sorted by their detections
-        overlap = overlaps[:active, rank]
-        fits = ~taken[:, :, :active] & (overlap >= least)
-        regular = fits & ~ignore[:, None, :active]
-        fits = np.where(regular.any(-1, keepdims=True), regular, fits)
-        best = _last_argmax(np.where(fits, overlap, -1.0))[..., None]
-        found = fits.any(-1)
-        hit[:, :, :active, rank] = found
-        of_best = np.broadcast_to(ignore[:, None, :active], fits.shape)
-        skip[:, :, :active, rank] = found & np.take_along_axis(of_best, best, -1)[..., 0]
-        now = np.take_along_axis(taken[:, :, :active], best, -1)[..., 0]
-        free = np.take_along_axis(np.broadcast_to(crowd[:active], fits.shape), best, -1)[..., 0]
-        np.put_along_axis(taken[:, :, :active], best, (now | (found & ~free))[..., None], -1)
+        enough = overlaps[rank, :, None, :active] >= least  # [G, T, active]
+        fits = free[..., :active] & enough[:, None]
+        wish = fits * keys[rank, :, :, None, :active]
+        best = wish.max(0)
+        hit[:, :, :active, rank] = best > 0
+        skip[:, :, :active, rank] = (best > 0) & (best <= columns.shape[1])
+        free[..., :active] &= ~(fits & (wish == best) & usual[..., :active])
     return hit, skip
 
 
-def _last_argmax(values: Array) -> Indices:
-    """Index of the largest value along the last axis; of equal ones the last, as in COCO."""
-    last: Indices = values.shape[-1] - 1 - values[..., ::-1].argmax(-1)
-    return last
+def _preferences(overlaps: Array, ignore: Flags) -> NDArray[np.integer[Any]]:
+    """[ranks, G, A, P]: the place, from 1, of each object among those that a detection would take.
+
+    The best comes last: regular objects after ignored ones [A, P, G], then by overlap
+    [P, ranks, G], and of equal ones the last, as in COCO.
+    """
+    number = overlaps.shape[-1]
+    places = overlaps.argsort(-1, kind="stable").argsort(-1).transpose(1, 2, 0)[:, :, None] + 1
+    later = number * ~ignore.transpose(2, 0, 1)
+    preferences: NDArray[np.integer[Any]] = (places + later).astype(np.min_scalar_type(2 * number))
+    return preferences
 
 
 def _overlaps(detections: Boxes, objects: Boxes, rows: Indices, columns: Indices) -> Array:

@@ -1,11 +1,8 @@
-"""COCO detection metrics by pycocotools, from plain arrays."""
+"""COCO detection metrics, those of pycocotools, from plain arrays."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +10,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.cocoeval import COCOeval, Params
+from pycocotools.cocoeval import Params
 
-from d3etr.training.coco_matching import Boxes, Matches, match, ranks
+from d3etr.training.coco_curves import Curves, curves
+from d3etr.training.coco_matching import Boxes, match, ranks
 
 Array = NDArray[np.float64]
-Entry = dict[str, NDArray[Any]]
 
-AREAS = ("all", "small", "medium", "large")
+COCO_NAMES = (
+    *("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
+    *("AR1", "AR10", "AR", "AR_small", "AR_medium", "AR_large"),
+)
+"""The twelve numbers, in pycocotools' order."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class CocoMetrics:
         AP_small: the same for objects under 32^2 pixels.
         AP_medium: the same from 32^2 to 96^2 pixels.
         AP_large: the same above 96^2 pixels.
+        AR1: mean recall over IoU 0.5, 0.55, .. 0.95 and classes, of the best detection of
+            each image and class.
+        AR10: the same of the best ten.
+        AR: the same of all that count: COCO's AR100 where these are 100.
+        AR_small: the same for objects under 32^2 pixels.
+        AR_medium: the same from 32^2 to 96^2 pixels.
+        AR_large: the same above 96^2 pixels.
         per_class: class name -> average precision.
         precision: [10 IoU thresholds, 101 recalls, C], -1 for classes without objects.
         images: number of images.
@@ -46,6 +54,12 @@ class CocoMetrics:
     AP_small: float | None
     AP_medium: float | None
     AP_large: float | None
+    AR1: float | None
+    AR10: float | None
+    AR: float | None
+    AR_small: float | None
+    AR_medium: float | None
+    AR_large: float | None
     per_class: dict[str, float | None]
     precision: Array
     images: int
@@ -53,8 +67,7 @@ class CocoMetrics:
 
     def as_dict(self) -> dict[str, float]:
         """Name -> value, without those that no object stands behind: never a NaN or a -1."""
-        names = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in COCO_NAMES}
         values |= {f"AP/{name}": value for name, value in self.per_class.items()}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -92,8 +105,14 @@ class GroundTruth:
         found = self._detections(detections, maximum)
         ranges = np.array(params.areaRng, dtype=np.float64)
         matches = match(found, self._objects, ranges, params.iouThrs)
-        entries = self._entries(found, matches, self._objects.crowd | self._objects.outside(ranges))
-        return self._metrics(_precision(params, entries, len(self._names)))
+        counts = self._counts(ranges)
+        return self._metrics(curves(found, matches, counts, params.recThrs, (1, 10, maximum)))
+
+    def _counts(self, ranges: Array) -> NDArray[np.int64]:
+        """[C, A] objects of each class that count in each area range."""
+        counted = ~(self._objects.crowd | self._objects.outside(ranges))
+        label, classes = self._objects.pair % len(self._names), len(self._names)
+        return np.stack([np.bincount(label[area], minlength=classes) for area in counted], -1)
 
     def _read(self, entries: Sequence[dict[str, Any]], category_ids: Sequence[int]) -> Boxes:
         """Objects, with what COCO takes for granted filled in where it lacks."""
@@ -130,51 +149,27 @@ class GroundTruth:
             crowd=np.zeros(len(order), dtype=bool),
         )
 
-    def _entries(self, found: Boxes, matches: Matches, skipped: NDArray[np.bool_]) -> list[Entry]:
-        """One entry per class and area range, over all images."""
-        found_class = found.pair % len(self._names)
-        true_class = self._objects.pair % len(self._names)
-        entries = []
-        for k in range(len(self._names)):
-            mine, truth = np.flatnonzero(found_class == k), np.flatnonzero(true_class == k)
-            for area in range(len(AREAS)):
-                entries.append(
-                    {
-                        "dtScores": found.score[mine],
-                        "dtMatches": matches.matched[area][:, mine],
-                        "dtIgnore": matches.ignored[area][:, mine],
-                        "gtIgnore": skipped[area, truth],
-                    }
-                )
-        return entries
-
-    def _metrics(self, precision: Array) -> CocoMetrics:
-        by_area = [_mean(precision[..., area]) for area in range(len(AREAS))]
-        whole = precision[..., 0]
+    def _metrics(self, found: Curves) -> CocoMetrics:
+        whole, *by_area = np.moveaxis(found.precision, -1, 0)
+        recall = found.recall
         return CocoMetrics(
-            mAP=by_area[0],
+            mAP=_mean(whole),
             AP50=_mean(whole[0]),
             AP75=_mean(whole[5]),
-            AP_small=by_area[1],
-            AP_medium=by_area[2],
-            AP_large=by_area[3],
+            AP_small=_mean(by_area[0]),
+            AP_medium=_mean(by_area[1]),
+            AP_large=_mean(by_area[2]),
+            AR1=_mean(recall[:, :, 0, 0]),
+            AR10=_mean(recall[:, :, 0, 1]),
+            AR=_mean(recall[:, :, 0, 2]),
+            AR_small=_mean(recall[:, :, 1, 2]),
+            AR_medium=_mean(recall[:, :, 2, 2]),
+            AR_large=_mean(recall[:, :, 3, 2]),
             per_class={name: _mean(whole[:, :, k]) for k, name in enumerate(self._names)},
             precision=whole,
             images=len(self._image_ids),
             objects=int((~self._objects.crowd).sum()),
         )
-
-
-def _precision(params: Params, entries: list[Entry], classes: int) -> Array:
-    """[T, 101, C, areas] by pycocotools, which takes all images together for one."""
-    params.imgIds, params.catIds = [0], list(range(classes))
-    params.maxDets = [sys.maxsize]  # what is too much per image is gone already
-    evaluator = COCOeval()
-    evaluator.params, evaluator._paramsEval, evaluator.evalImgs = params, params, entries
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator.accumulate()
-    precision: Array = evaluator.eval["precision"][..., 0]
-    return precision
 
 
 def _mean(precision: Array) -> float | None:

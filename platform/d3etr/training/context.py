@@ -31,6 +31,8 @@ class TrainContext(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    reads_checkpoints: bool
+    """Whether ``report`` wants the epoch's checkpoint on the disk."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module, its gradients averaged over the workers."""
@@ -53,7 +55,10 @@ class TrainContext(Protocol):
         ...
 
     def saved(self) -> None:
-        """Say that a checkpoint was saved and training goes on: a good place to be stopped."""
+        """Say that a checkpoint was saved and training goes on: a good place to be stopped.
+
+        It may still be on its way to the disk; what stops the run by an exception waits for it.
+        """
         ...
 
 
@@ -66,6 +71,7 @@ class SingleProcess:
 
     rank = 0
     world_size = 1
+    reads_checkpoints = False
 
     def __init__(self, device: torch.device | None = None) -> None:
         default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,6 +105,8 @@ class ProcessGroup:
     Args:
         device: where this worker's tensors live: a GPU under nccl, the CPU under gloo.
     """
+
+    reads_checkpoints = False
 
     def __init__(self, device: torch.device) -> None:
         self.rank = dist.get_rank()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from d3etr.config.tree import Config
 from d3etr.data.loading import EpochLoader
 from d3etr.training.assembly import Models
-from d3etr.training.checkpoints import CheckpointStore
+from d3etr.training.background import BackgroundSaver
 from d3etr.training.context import TrainContext
 from d3etr.training.examination import Examination
 from d3etr.training.resume import Progress, collect_state
@@ -29,7 +29,7 @@ class TrainingLoop:
         step: does one optimiser step.
         log: records steps.
         examination: evaluates and keeps weights.
-        store: saves checkpoints.
+        saver: saves checkpoints.
         timer: of the phases of a step.
         steps: optimiser steps of the whole run.
     """
@@ -43,14 +43,14 @@ class TrainingLoop:
         step: TrainingStep,
         log: StepLog,
         examination: Examination,
-        store: CheckpointStore,
+        saver: BackgroundSaver,
         timer: PhaseTimer,
         *,
         steps: int,
     ) -> None:
         self._config, self._context, self._models = config, context, models
         self._loader, self._step, self._log = loader, step, log
-        self._examination, self._store, self._timer = examination, store, timer
+        self._examination, self._saver, self._timer = examination, saver, timer
         self._steps, self._per_epoch = steps, loader.steps_per_epoch
 
     def run(self, progress: Progress) -> None:
@@ -65,6 +65,7 @@ class TrainingLoop:
             self._run_epoch(progress)
             self._log.pause_clock()
             self._finish_epoch(progress)
+        self._saver.wait()
 
     def _run_epoch(self, progress: Progress) -> None:
         """The rest of the epoch that ``progress`` stands in."""
@@ -75,6 +76,7 @@ class TrainingLoop:
         for _ in range(progress.step, last):
             self._step(progress.step, self._next(batches))
             progress.step += 1
+            self._saver.check()
             pauses = self._saves_at(progress.step) or self._examines_at(progress.step)
             if (progress.step - epoch * self._per_epoch) % every == 0 or pauses:
                 self._log.write(progress.step)
@@ -116,6 +118,8 @@ class TrainingLoop:
         saves = ends or done % self._config.run.checkpoint_every_epochs == 0
         if saves:
             self._save(progress)
+        if self._context.reads_checkpoints:
+            self._saver.wait()
         self._context.report(metrics)
         if saves and not ends:
             self._context.saved()
@@ -125,7 +129,7 @@ class TrainingLoop:
             return
         state = collect_state(progress, self._models, self._examination, self._log)
         weights = self._examination.weights
-        self._store.save(progress.step, state, weights if weights.exists() else None)
+        self._saver.save(progress.step, state, weights if weights.exists() else None)
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -20,6 +20,7 @@ from d3etr.training.assembly import (
     open_splits,
     total_steps,
 )
+from d3etr.training.background import BackgroundSaver
 from d3etr.training.checkpoints import CheckpointStore
 from d3etr.training.context import TrainContext
 from d3etr.training.divergence import LossWindow
@@ -99,6 +100,7 @@ class _Run:
         self.store = CheckpointStore(
             run_dir / CHECKPOINTS, config.run.keep_checkpoints, self.warnings.append
         )
+        self.saver = BackgroundSaver(self.store)
         self.splits: Splits = open_splits(config, context, JournalProgress(self.journal))
         self.loader = open_loader(config, self.splits.train, context)
         self.steps = total_steps(config, self.loader.steps_per_epoch)
@@ -146,7 +148,7 @@ class _Run:
             step,
             self.log,
             self.examination,
-            self.store,
+            self.saver,
             self.timer,
             steps=self.steps,
         )
@@ -167,6 +169,7 @@ class _Run:
         self.loader.close()
         if self.cache is not None:
             self.cache.close()
+        self.saver.close()
 
     def _resume(self) -> Progress:
         """Go on from a checkpoint, or begin."""

@@ -144,9 +144,10 @@ class Reporter:
 class TrialContext(SingleProcess):
     """A world of one that reports to Ray Tune."""
 
-    def __init__(self, reporter: Callable[[dict[str, float]], None]) -> None:
+    def __init__(self, reporter: Reporter) -> None:
         super().__init__()
         self._reporter = reporter
+        self.reads_checkpoints = reporter.with_weights
 
     def report(self, metrics: dict[str, float]) -> None:
         """Tell Tune of an epoch; it may end the trial here."""
