@@ -26,15 +26,20 @@ STEPS, SMOKE_STEPS = 150, 20
 UNSTEADY = 1 / 4
 """Of the steps, that do not count."""
 ROUNDS = 3
-LOCAL, RAY = "bare loop", "Ray Train, one worker"
-ARGUMENTS = {LOCAL: ("--launcher", "local"), RAY: ()}
+LOCAL, RAY, TWO = "bare loop", "Ray Train, one worker", "Ray Train, two workers"
+ARGUMENTS = {
+    LOCAL: ("--launcher", "local"),
+    RAY: (),
+    # As many images for each worker: the work of a step grows with the workers.
+    TWO: ("--set=cluster.workers=2", f"--set=optimisation.batch_size={2 * BATCH}"),
+}
 PARAMETERS, SMOKE_PARAMETERS, TENSORS = 41_000_000, 400_000, 400
 """A student with ResNet-50."""
 SYNC, WAITED, WRITTEN = "saved on the training path", "beside: training waits", "beside: written"
 
 
 def compare(scale: Scale) -> list[Comparison]:
-    """Steady state and start under Ray Train; a checkpoint."""
+    """Steady state and start under Ray Train, two workers beside one; a checkpoint."""
     return [*overhead(scale), checkpoint(scale)]
 
 
@@ -53,8 +58,8 @@ class Runs:
     folder: Path
     steps: int
     seed: int = 0
-    speeds: dict[str, list[float]] = field(default_factory=lambda: {LOCAL: [], RAY: []})
-    starts: dict[str, list[float]] = field(default_factory=lambda: {LOCAL: [], RAY: []})
+    speeds: dict[str, list[float]] = field(default_factory=lambda: {n: [] for n in ARGUMENTS})
+    starts: dict[str, list[float]] = field(default_factory=lambda: {n: [] for n in ARGUMENTS})
 
     def settings(self) -> list[str]:
         """One epoch, one evaluation, no tracking."""
@@ -63,7 +68,7 @@ class Runs:
             f"run.name=seed{self.seed}",
             f"run.seed={self.seed}",
             f"data.digit_scenes.root={self.folder}",
-            f"data.digit_scenes.train_images={self.steps * BATCH}",
+            f"data.digit_scenes.train_images={2 * self.steps * BATCH}",
             "data.digit_scenes.validation_images=50",
             "data.digit_scenes.test_images=1",
             f"optimisation.steps={self.steps}",
@@ -81,7 +86,7 @@ class Runs:
         records = read_journal(journal)
         self.seed += 1
         self.starts[name].append(records[0]["time"] - begun)
-        self.speeds[name].append(steady(records, self.steps))
+        self.speeds[name].append(steady(records, self.steps) * (2 if name == TWO else 1))
 
 
 def steady(records: list[Record], steps: int) -> float:
@@ -110,11 +115,16 @@ def overhead(scale: Scale) -> list[Comparison]:
             names = [LOCAL, RAY]
             for name in names if number % 2 == 0 else reversed(names):
                 runs.measure(name)
+        runs.measure(TWO)
+    both = {name: runs.speeds[name] for name in (LOCAL, RAY)}
+    starts = {name: runs.starts[name] for name in (LOCAL, RAY)}
+    workers = {name: runs.speeds[name][-1:] for name in (RAY, TWO)}
     return [
+        Comparison(f"Steady state: {title}", "images per second", both, LOCAL, "at least 0.97"),
+        Comparison("Start, from the command to the first step", "seconds", starts),
         Comparison(
-            f"Steady state: {title}", "images per second", runs.speeds, LOCAL, "at least 0.97"
+            f"Two workers, {BATCH} images each, one thread each", "images per second", workers, RAY
         ),
-        Comparison("Start, from the command to the first step", "seconds", runs.starts),
     ]
 
 
