@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from d3etr.config.data import DataConfig
+from d3etr.data.allocator import keep_freed_memory
 from d3etr.data.coco import DetectionSplit
 from d3etr.data.dataset import CACHE_BYTES, DetectionDataset
 from d3etr.data.sampling import BatchKey, epoch_batches, evaluation_keys, micro_batches, share
@@ -167,7 +168,7 @@ class _BatchSource:
                 persistent_workers=self._persistent,
                 pin_memory=torch.cuda.is_available(),
                 multiprocessing_context=_safe_context(),
-                worker_init_fn=_end_with_parent,
+                worker_init_fn=_prepare_process,
             )
         return self._loader
 
@@ -233,7 +234,13 @@ def _safe_context() -> BaseContext:
     return context
 
 
-def _end_with_parent(_worker: int) -> None:
+def _prepare_process(_worker: int) -> None:
+    """Images of one size come again and again here too."""
+    keep_freed_memory()
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
     """Ends this loading process when the training process is killed.
 
     PyTorch's own watch looks at the process that forked it. Here that is the fork server, which

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from d3etr.config.tree import Config
+from d3etr.data.allocator import keep_freed_memory
 from d3etr.detectors.build import count_parameters
-from d3etr.training.allocator import keep_freed_memory
 from d3etr.training.assembly import (
     Models,
     Splits,

@@ -9,7 +9,7 @@ import pytest
 
 MEASURE = """
 import gc, sys, torch
-from d3etr.training.allocator import keep_freed_memory
+from d3etr.data.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 

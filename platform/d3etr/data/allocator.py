@@ -1,4 +1,4 @@
-"""Keep freed memory in the process: a training step asks for the same sizes again."""
+"""Keep freed memory in the process: training and loading ask for the same sizes again."""
 
 from __future__ import annotations
 
