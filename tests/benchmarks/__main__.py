@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.machine import described, machine
 from benchmarks.side_by_side import Comparison, Scale
-from d3etr.training.allocator import keep_freed_memory
+from d3etr.data.allocator import keep_freed_memory
 
 BENCHMARKS = {
     "plain_step": "a plain training step beside Hugging Face's",
@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run_here(name: str, options: argparse.Namespace) -> list[Comparison]:
     """One benchmark in this process."""
-    keep_freed_memory()  # as the training loop does; it serves every contender
+    keep_freed_memory()  # as training and loading do; all contenders gain by it
     module = import_module(f"benchmarks.{name}")
     found: list[Comparison] = module.compare(Scale.of(options.device, options.smoke))
     return found

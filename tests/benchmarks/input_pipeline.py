@@ -21,7 +21,6 @@ from benchmarks.photos import write_photos
 from benchmarks.side_by_side import Comparison, Scale, alternate, per_second, wait
 from d3etr.config.data import AugmentationConfig, PreprocessingConfig
 from d3etr.config.load import load_config
-from d3etr.data.allocator import keep_freed_memory
 from d3etr.data.augmentation import Augmentation
 from d3etr.data.coco import DetectionSplit, read_split
 from d3etr.data.dataset import DetectionDataset
@@ -48,7 +47,6 @@ LOOP, OURS = "torchvision/PIL loop", "d3etr"
 
 def compare(scale: Scale) -> list[Comparison]:
     """Images per second of one thread."""
-    keep_freed_memory()  # as loading processes do; the loop gains by it too
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
