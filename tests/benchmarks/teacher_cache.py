@@ -20,10 +20,10 @@ from benchmarks.machine import ROOT
 from benchmarks.side_by_side import Comparison, Scale, alternate, scaled
 from benchmarks.step_costs import Case
 from d3etr.config.load import load_config
+from d3etr.data.allocator import keep_freed_memory
 from d3etr.distillation.teaching import Taught
 from d3etr.storage.cache import FOLDER_VARIABLE
 from d3etr.structures import ImageBatch, Targets
-from d3etr.training.allocator import keep_freed_memory
 from d3etr.training.step import MicroBatch
 from d3etr.training.teacher_cache import TeacherCache
 
