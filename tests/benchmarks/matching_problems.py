@@ -19,7 +19,7 @@ from d3etr.config.distillation import DistillationConfig, MatchingCostConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.data.digit_scenes.digits import load_divided_digits
 from d3etr.data.digit_scenes.scene import draw_scene
-from d3etr.data.transforms import preprocess
+from d3etr.data.transforms import normalise
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import load_weights
@@ -97,8 +97,11 @@ def _trained_problem(scale: Scale) -> CostBlock:
     config, digits = DigitScenesConfig(), load_divided_digits()["validation"]
     scenes = [draw_scene(config, "validation", k, digits).pixels for k in range(scale.batch)]
     settings = PreprocessingConfig(normalisation="per_image", shortest_side=None, longest_side=None)
-    pixels = [preprocess(torch.from_numpy(part).permute(2, 0, 1), settings) for part in scenes]
-    images = ImageBatch(torch.stack(pixels)).to(scale.device)
+    drawn = torch.stack([torch.from_numpy(scene).permute(2, 0, 1) for scene in scenes])
+    pixels = torch.empty(drawn.shape)
+    for scene, place in zip(drawn, pixels, strict=True):
+        normalise(scene, settings, place)
+    images = ImageBatch(pixels).to(scale.device)
     said = [_decoded(detector, images, _mixed(detector, scale.queries, k)) for k in range(2)]
     return adaptive_problem(said[0], said[1], MatchingCostConfig())
 

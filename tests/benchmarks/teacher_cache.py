@@ -20,7 +20,6 @@ from benchmarks.machine import ROOT
 from benchmarks.side_by_side import Comparison, Scale, alternate, scaled
 from benchmarks.step_costs import Case
 from d3etr.config.load import load_config
-from d3etr.data.allocator import keep_freed_memory
 from d3etr.distillation.teaching import Taught
 from d3etr.storage.cache import FOLDER_VARIABLE
 from d3etr.structures import ImageBatch, Targets
@@ -44,7 +43,6 @@ def compare(scale: Scale) -> list[Comparison]:
     """A batch's outputs by each way, and a whole D3ETR step."""
     if scale.device.type == "cpu":
         torch.set_num_threads(1)  # as the recipe says
-    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder, _cases(Path(folder)) as (plain, cached):
         batches, looks = plain.draw(2 if scale.smoke else BATCHES), _NewLooks()
         return [
