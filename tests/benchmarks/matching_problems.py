@@ -97,11 +97,8 @@ def _trained_problem(scale: Scale) -> CostBlock:
     config, digits = DigitScenesConfig(), load_divided_digits()["validation"]
     scenes = [draw_scene(config, "validation", k, digits).pixels for k in range(scale.batch)]
     settings = PreprocessingConfig(normalisation="per_image", shortest_side=None, longest_side=None)
-    drawn = torch.stack([torch.from_numpy(scene).permute(2, 0, 1) for scene in scenes])
-    pixels = torch.empty(drawn.shape)
-    for scene, place in zip(drawn, pixels, strict=True):
-        normalise(scene, settings, place)
-    images = ImageBatch(pixels).to(scale.device)
+    pixels = [normalise(torch.from_numpy(scene).permute(2, 0, 1), settings) for scene in scenes]
+    images = ImageBatch(torch.stack(pixels)).to(scale.device)
     said = [_decoded(detector, images, _mixed(detector, scale.queries, k)) for k in range(2)]
     return adaptive_problem(said[0], said[1], MatchingCostConfig())
 
