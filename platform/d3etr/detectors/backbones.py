@@ -26,8 +26,15 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     backbone = SmallBackbone(config) if small else TorchvisionBackbone(config)
     if not config.trainable:
         backbone.requires_grad_(False)
-    # As the maps lie: weights that lie otherwise are reordered in every step, there and back.
-    return backbone.to(memory_format=torch.channels_last)
+    _lay_out_as_maps(backbone)
+    return backbone
+
+
+def _lay_out_as_maps(backbone: Backbone) -> None:
+    """Channels last: weights that lie otherwise are reordered in every step, there and back."""
+    for weight in backbone.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:
