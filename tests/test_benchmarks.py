@@ -56,5 +56,6 @@ def test_every_benchmark_runs(
     assert written["benchmarks"].keys() == BENCHMARKS.keys()
     assert all(written["benchmarks"].values()), "each has a table"
     assert written["machine"]["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert (tmp_path / "growth.svg").stat().st_size > 10_000
     text = (tmp_path / "benchmarks.md").read_text()
     assert all(f"## {what[0].upper()}{what[1:]}" in text for what in BENCHMARKS.values())

@@ -4,7 +4,7 @@
 
 Each benchmark runs in a process of its own. Printed: a table for each, medians with the lowest and
 highest. ``benchmarks.json`` in the output folder holds every measurement with machine, versions
-and commit, ``benchmarks.md`` the tables.
+and commit, ``benchmarks.md`` the tables, ``growth.svg`` how a step grows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.growth_picture import draw
 from benchmarks.machine import described, machine
 from benchmarks.side_by_side import Comparison, Scale
 from d3etr.data.allocator import keep_freed_memory
@@ -91,6 +92,8 @@ def write(folder: Path, where: dict[str, Any], found: dict[str, list[Comparison]
         text.append(f"## {BENCHMARKS[name][0].upper()}{BENCHMARKS[name][1:]}\n")
         text += [part.table() for part in tables]
     (folder / "benchmarks.md").write_text("\n".join(text))
+    if "growth" in found and not draw(found["growth"], folder / "growth.svg"):
+        print("no growth.svg: matplotlib is not installed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
