@@ -97,7 +97,7 @@ class Operations(TorchDispatchMode):
 class InOrder(Solving):
     """Pairs without solving anything: tensors that are not there have no values."""
 
-    def __init__(self, blocks: Sequence[CostBlock], warm_start: bool) -> None:
+    def __init__(self, blocks: Sequence[CostBlock]) -> None:
         self._blocks, self._open = blocks, deque()
 
     def result(self) -> list[Assignment]:

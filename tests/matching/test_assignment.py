@@ -146,10 +146,10 @@ def test_of_costs_that_are_not_finite_the_first_is_named(threads: int) -> None:
 
 
 def test_a_solver_can_be_copied_and_pickled() -> None:
-    solver = Solver(threads=1, warm_start=True)
+    solver = Solver(threads=1)
     solver.start(mixed_blocks()).result()
     for copy in (deepcopy(solver), pickle.loads(pickle.dumps(solver))):
-        assert copy.threads == 1 and copy.warm_start
+        assert copy.threads == 1
         assert len(copy.start(mixed_blocks()).result()) == 3
 
 

@@ -21,7 +21,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from d3etr.errors import UserError
-from d3etr.matching.potentials import potentials
 from d3etr.structures import on_device
 
 MOST_THREADS = 15
@@ -49,11 +48,6 @@ class CostBlock:
     def columns(self, image: int) -> int:
         """Valid columns of an image."""
         return self.costs.shape[3] if self.counts is None else self.counts[image]
-
-    @property
-    def is_square(self) -> bool:
-        """Whether every row and every column of all problems is matched."""
-        return self.counts is None and self.costs.shape[2] == self.costs.shape[3]
 
     @property
     def pairs(self) -> tuple[int, ...]:
@@ -90,13 +84,9 @@ class Solving:
     Threads take one problem after the other from a common list, the largest first.
     """
 
-    def __init__(self, blocks: Sequence[CostBlock], warm_start: bool) -> None:
+    def __init__(self, blocks: Sequence[CostBlock]) -> None:
         self._blocks = blocks
-        eased = [k for k, block in enumerate(blocks) if warm_start and block.is_square]
-        prices = [potentials(blocks[k].costs) for k in eased]
-        arrays, self._wait = _to_host([*(block.costs for block in blocks), *prices])
-        self._costs = arrays[: len(blocks)]
-        self._prices = dict(zip(eased, arrays[len(blocks) :], strict=True))
+        self._costs, self._wait = _to_host([block.costs for block in blocks])
         self._solutions = [_room(block) for block in blocks]
         places = [
             (number, layer, image)
@@ -147,13 +137,11 @@ class Solving:
 
     def _solve(self, number: int, layer: int, image: int) -> None:
         block = self._blocks[number]
-        problem: NDArray[np.floating] = self._costs[number][layer, image, :, : block.columns(image)]
+        problem = self._costs[number][layer, image, :, : block.columns(image)]
         if not np.isfinite(problem).all():
             error = _non_finite(block.name, problem, layer, image)
             self._errors[number, layer, image] = error
             return
-        if number in self._prices:
-            problem = problem - self._prices[number][layer, image].astype(np.float64)
         solution = linear_sum_assignment(problem)
         self._solutions[number][:, layer, image, : block.pairs[image]] = solution
 
@@ -164,17 +152,14 @@ class Solver:
     Args:
         threads: beside the caller's; None takes what PyTorch's threads leave or, where costs are
             on a GPU and these threads idle, one for each core.
-        warm_start: take ``potentials`` off square problems before: the same optimum, found
-            sooner, but not always the same choice among equally cheap pairs. On a CPU they cost
-            more than they save; on a GPU that was not measured yet, so it is off.
     """
 
-    def __init__(self, threads: int | None = None, warm_start: bool = False) -> None:
-        self.threads, self.warm_start = threads, warm_start
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads
         self._pool: ThreadPoolExecutor | None = None
 
-    def __reduce__(self) -> tuple[type[Solver], tuple[int | None, bool]]:
-        return Solver, (self.threads, self.warm_start)  # threads can be neither copied nor pickled
+    def __reduce__(self) -> tuple[type[Solver], tuple[int | None]]:
+        return Solver, (self.threads,)  # threads can be neither copied nor pickled
 
     def start(self, blocks: Sequence[CostBlock]) -> Solving:
         """Begin to solve every problem of every block by the Hungarian method (scipy).
@@ -184,7 +169,7 @@ class Solver:
         Args:
             blocks: problems [L, B, N, M] each, all on one device.
         """
-        solving = Solving(blocks, self.warm_start)
+        solving = Solving(blocks)
         threads = _helpers(blocks) if self.threads is None else self.threads
         if threads:
             if self._pool is None:

@@ -9,7 +9,12 @@ iteration (Cuturi 2013), the temperature falling and prices absorbed (Schmitzer 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 TEMPERATURES, SWEEPS = 8, 6
@@ -39,6 +44,22 @@ def potentials(costs: Tensor) -> Tensor:
             temperature = (falling * scale).clamp(min=_TINY)
             prices = prices + temperature * _sinkhorn(costs - prices[..., None, :], temperature)
     return prices.nan_to_num(0.0, 0.0, 0.0)
+
+
+def solve_eased(costs: Tensor, pool: ThreadPoolExecutor) -> NDArray[np.int64]:
+    """Optimal pairs by scipy in threads, prices taken off before.
+
+    Args:
+        costs: [L, B, N, N].
+        pool: solves.
+
+    Returns:
+        [L, B, 2, N] row and column indices.
+    """
+    prices = potentials(costs)
+    eased = costs.cpu().double() - prices.cpu().double()[..., None, :]
+    found = np.stack([*pool.map(linear_sum_assignment, eased.flatten(0, 1).numpy())])
+    return found.reshape(*costs.shape[:2], 2, -1)
 
 
 def _sinkhorn(costs: Tensor, temperature: Tensor) -> Tensor:
