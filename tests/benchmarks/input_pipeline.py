@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional
 from benchmarks.machine import ROOT
 from benchmarks.photos import write_photos
 from benchmarks.side_by_side import Comparison, Scale, alternate, per_second, wait
+from benchmarks.step_costs import Case
 from d3etr.config.data import AugmentationConfig, PreprocessingConfig
 from d3etr.config.load import load_config
 from d3etr.data.augmentation import Augmentation
@@ -26,10 +27,6 @@ from d3etr.data.coco import DetectionSplit, read_split
 from d3etr.data.dataset import DetectionDataset
 from d3etr.data.transforms import collate
 from d3etr.structures import ImageBatch
-from d3etr.training.assembly import build_models, open_loader, open_splits
-from d3etr.training.context import SingleProcess
-from d3etr.training.divergence import LossWindow
-from d3etr.training.step import TrainingStep
 from d3etr.training.timing import PhaseTimer
 
 RECIPE = ROOT / "trainers" / "recipes" / "digits" / "plain.yaml"
@@ -130,34 +127,17 @@ def waited(workers: int, steps: int, folder: Path, device: torch.device) -> floa
     settings = [f"data.digit_scenes.root={folder}", f"data.workers={workers}"]
     settings += ["data.digit_scenes.train_images=240", "data.digit_scenes.validation_images=8"]
     config = load_config(RECIPE, [*settings, "data.digit_scenes.test_images=8"])
-    context = SingleProcess(device)
-    splits = open_splits(config, context)
-    models, loader = (
-        build_models(config, splits, context),
-        open_loader(config, splits.train, context),
-    )
-    timer = PhaseTimer(device)
-    step = TrainingStep(
-        models.distiller,
-        models.optimiser,
-        models.average,
-        config,
-        context,
-        steps=1_000_000,
-        window=LossWindow(),
-        timer=PhaseTimer(device),
-    )
+    case, timer = Case(RECIPE.stem, config, device), PhaseTimer(device)
     try:
-        for batch in loader.epoch(0):
-            step(0, batch)
-        batches = loader.epoch(1)
+        case.do(case.epoch(0))
+        batches = case.epoch(1)
         wait(device)
         begun = time.perf_counter()
-        for number in range(steps):
+        for _ in range(steps):
             with timer.phase("data", host=True):
                 batch = next(batches)
-            step(number, batch)
+            case.do([batch])
         wait(device)
         return 100 * timer.take()["data"] / (time.perf_counter() - begun)
     finally:
-        loader.close()
+        case.close()

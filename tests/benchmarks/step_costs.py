@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -43,15 +43,15 @@ class Case:
         cache: of what the teacher says, where the recipe has one.
     """
 
-    def __init__(self, name: str, config: Config) -> None:
-        context = SingleProcess()
+    def __init__(self, name: str, config: Config, device: torch.device | None = None) -> None:
+        context = SingleProcess(device)
         splits = open_splits(config, context)
         models = build_models(config, splits, context)
         self.name = name
         self.milliseconds: list[float] = []
         self.device, self.distiller = context.device, models.distiller
         self._loader = open_loader(config, splits.train, context)
-        self._batches: Iterator[list[MicroBatch]] = self._loader.epoch(0, 0)
+        self._batches = self.epoch(0)
         self._made = 0
         self.cache = open_teacher_cache(config, models, self._loader, context, _ignore)
         self._step = TrainingStep(
@@ -71,11 +71,15 @@ class Case:
         batches = self.draw(steps)
         return 1000 * seconds(lambda: self.do(batches), self.device) / steps
 
+    def epoch(self, number: int) -> Iterator[list[MicroBatch]]:
+        """All batches of an epoch."""
+        return self._loader.epoch(number)
+
     def draw(self, steps: int) -> list[list[MicroBatch]]:
         """The next batches."""
         return [next(self._batches) for _ in range(steps)]
 
-    def do(self, batches: Sequence[list[MicroBatch]]) -> None:
+    def do(self, batches: Iterable[list[MicroBatch]]) -> None:
         """A step on each of these batches."""
         for batch in batches:
             self._step(self._made, batch)
