@@ -20,7 +20,9 @@ TIERS = (
     {"errors"},
     {"config"},
     {"storage"},
+    {"attention_maps"},
     {"structures"},
+    {"kernels"},
     {"matching"},
     {"data", "detectors"},
     {"distillation"},
@@ -35,7 +37,9 @@ TIERS = (
 ARRAYS = {"torch", "torchvision", "scipy", "numpy"}
 THIRD_PARTY = {
     "errors": set[str](),
+    "attention_maps": {"torch"},
     "structures": {"torch"},
+    "kernels": {"torch", "triton"},
     "config": {"pydantic", "pydantic_core", "yaml"},
     "storage": {"fsspec", "aiohttp"},
     "matching": ARRAYS,

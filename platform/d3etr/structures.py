@@ -13,10 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from d3etr.attention_maps import AttentionMaps
 from d3etr.config.detector import DetectorConfig
-
-MASKED_SCORE = torch.finfo(torch.float32).min
-"""Attention score of a masked key: finite, so that 0 * score is 0 and not NaN."""
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -138,14 +136,12 @@ class Memory:
 class DecoderOutputs:
     """What a decoder says about one query group, all layers stacked.
 
-    Attention is kept as scores (scaled, masked with ``MASKED_SCORE``, before the softmax and
-    any dropout): losses need log-softmax, and log(softmax) underflows.
-
     Attributes:
         logits: [L, B, N, C], raw.
         boxes_cxcywh: [L, B, N, 4] in [0, 1].
-        self_attention_scores: [L, B, H, N, N], rows are queries; None unless asked for.
-        cross_attention_scores: [L, B, H, N, S]; None unless asked for.
+        self_maps: attention of the queries among themselves, before any dropout; None unless
+            asked for.
+        cross_maps: their attention to the memory, likewise.
         levels: the grids of the memory that S runs over.
         padding: [B, S] bool, True under padding, or None.
         states: [B, N, D] decoder states that the last layer's logits are read from.
@@ -154,8 +150,8 @@ class DecoderOutputs:
 
     logits: Tensor
     boxes_cxcywh: Tensor
-    self_attention_scores: Tensor | None = None
-    cross_attention_scores: Tensor | None = None
+    self_maps: AttentionMaps | None = None
+    cross_maps: AttentionMaps | None = None
     levels: Levels = ()
     padding: Tensor | None = None
     states: Tensor | None = None
@@ -164,16 +160,16 @@ class DecoderOutputs:
     @property
     def self_attention(self) -> Tensor:
         """[L, B, H, N, N]: rows sum to 1."""
-        if self.self_attention_scores is None:
+        if self.self_maps is None:
             raise ValueError("decode(..., attention=True) is needed for self-attention maps")
-        return self.self_attention_scores.softmax(-1)
+        return self.self_maps.scores().softmax(-1)
 
     @property
     def cross_attention(self) -> Tensor:
         """[L, B, H, N, S]: rows sum to 1."""
-        if self.cross_attention_scores is None:
+        if self.cross_maps is None:
             raise ValueError("decode(..., attention=True) is needed for cross-attention maps")
-        return self.cross_attention_scores.softmax(-1)
+        return self.cross_maps.scores().softmax(-1)
 
     @property
     def layers(self) -> int:

@@ -1,12 +1,12 @@
-"""Attention with and without materialised maps."""
+"""Attention with and without materialised maps, and maps made later."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from d3etr.attention_maps import MASKED_SCORE, ProductMaps
 from d3etr.detectors.attention import SMALL_MEMORY, attend, attend_with_scores, split_heads
-from d3etr.structures import MASKED_SCORE
 
 
 def _inputs(keys: int, value_width: int) -> tuple[torch.Tensor, ...]:
@@ -30,6 +30,8 @@ def test_both_cores_agree(keys: int, value_width: int) -> None:
 def test_scores_are_scaled_and_padded_keys_masked() -> None:
     query, key, value, padding = _inputs(10, 8)
     _, scores = attend_with_scores(query, key, value, padding, 0.5)
+    later = ProductMaps(query[None], key[None], padding).scores()
+    torch.testing.assert_close(later[0], scores)
     expected = query @ key.transpose(-2, -1) / 8**0.5
     torch.testing.assert_close(scores[0], expected[0])
     assert (scores[1, :, :, 5:] == MASKED_SCORE).all()

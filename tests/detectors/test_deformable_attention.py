@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from d3etr.attention_maps import MASKED_SCORE
 from d3etr.detectors.deformable_attention import (
     SPREAD,
     DeformableAttention,
@@ -17,7 +18,7 @@ from d3etr.detectors.deformable_attention import (
     splat,
     splatted_scores,
 )
-from d3etr.structures import MASKED_SCORE, Levels
+from d3etr.structures import Levels
 
 LEVELS: Levels = ((4, 6), (2, 3))
 TOKENS = 4 * 6 + 2 * 3

@@ -9,12 +9,12 @@ import torch
 from tiny import FAMILY, tiny_detector_config
 from torch import Tensor
 
+from d3etr.attention_maps import MASKED_SCORE
 from d3etr.config.detector import BackboneConfig, DetectorConfig
 from d3etr.detectors.base import DetectionTransformer, SingleScaleDetector
 from d3etr.detectors.build import DETECTORS, build_detector, count_parameters
 from d3etr.detectors.heads import sigmoid_logits
 from d3etr.structures import (
-    MASKED_SCORE,
     DecoderOutputs,
     ImageBatch,
     Memory,
@@ -51,7 +51,7 @@ def _own(
 
 def _assert_same(one: DecoderOutputs, other: DecoderOutputs, tolerance: float = 1e-5) -> None:
     names = ["logits", "boxes_cxcywh"]
-    if one.self_attention_scores is not None and other.self_attention_scores is not None:
+    if one.self_maps is not None and other.self_maps is not None:
         names += ["self_attention", "cross_attention"]
     for name in names:
         a, b = getattr(one, name), getattr(other, name)
@@ -112,8 +112,8 @@ def test_asking_for_attention_changes_nothing_else(
     plain = tiny_detector.decode(memory, groups)
     asked = tiny_detector.decode(memory, groups, attention=True)
     for one, other in zip(plain, asked, strict=True):
-        assert one.self_attention_scores is None
-        assert one.cross_attention_scores is None
+        assert one.self_maps is None
+        assert one.cross_maps is None
         _assert_same(one, other)
 
 
@@ -206,8 +206,8 @@ def test_nobody_looks_at_padding(tiny_detector: DetectionTransformer) -> None:
     hidden = outputs.padding[None, :, None, None].expand(outputs.cross_attention.shape)
     assert hidden.any()
     assert outputs.cross_attention[hidden].max() == 0
-    assert outputs.cross_attention_scores is not None
-    assert (outputs.cross_attention_scores[hidden] == MASKED_SCORE).all()
+    assert outputs.cross_maps is not None
+    assert (outputs.cross_maps.scores()[hidden] == MASKED_SCORE).all()
 
 
 def test_gradients_reach_every_parameter(tiny_detector: DetectionTransformer) -> None:
@@ -272,8 +272,8 @@ def test_bfloat16_autocast_keeps_boxes_and_scores_in_float32(
         assert (outputs.boxes_cxcywh - exact.boxes_cxcywh).abs().mean() < 0.02
     outputs.logits.sum().backward()
     if attention:
-        assert outputs.cross_attention_scores is not None
-        assert outputs.cross_attention_scores.dtype == torch.float32
+        assert outputs.cross_maps is not None
+        assert outputs.cross_maps.scores().dtype == torch.float32
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from d3etr.attention_maps import MASKED_SCORE, ProductMaps, ScoredMaps
 from d3etr.config.distillation import AttentionConfig
-from d3etr.distillation.attention import attention_loss, resize_maps, select_pairs
-from d3etr.structures import MASKED_SCORE
+from d3etr.distillation import attention
+from d3etr.structures import Levels
 
 SHAPE = (2, 3, 4, 5, 7)  # L, B, H, P, K
 
@@ -16,6 +17,18 @@ SHAPE = (2, 3, 4, 5, 7)  # L, B, H, P, K
 def scores(seed: int, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return scale * torch.randn(SHAPE, generator=generator, dtype=torch.float32)
+
+
+def attention_loss(
+    student: Tensor, teacher: Tensor, weights: Tensor, config: AttentionConfig
+) -> Tensor:
+    """Of maps given by their scores."""
+    return attention.attention_loss(ScoredMaps(student), ScoredMaps(teacher), weights, config)
+
+
+def resized(maps: Tensor, levels: Levels, target: Levels, padding: Tensor | None) -> Tensor:
+    """Probabilities on other grids."""
+    return attention.resize_maps(ScoredMaps(maps), levels, target, padding).scores().softmax(-1)
 
 
 def uniform_weights() -> Tensor:
@@ -82,10 +95,12 @@ def test_masked_keys_change_nothing() -> None:
 
 
 def test_selecting_pairs_renormalises_rows() -> None:
-    square = torch.randn(1, 2, 3, 6, 6)
+    maps = ProductMaps(torch.randn(1, 2, 3, 6, 8), torch.randn(1, 2, 3, 6, 8))
     index = torch.tensor([[[4, 1], [0, 5]]])
-    chosen = select_pairs(square, index).softmax(-1)
-    full = square.softmax(-1)
+    chosen = maps.pairs(index).scores().softmax(-1)
+    same = ScoredMaps(maps.scores()).pairs(index).scores().softmax(-1)
+    torch.testing.assert_close(same, chosen)
+    full = maps.scores().softmax(-1)
     expected = full[0, 0, :, [4, 1]][:, :, [4, 1]]
     assert torch.allclose(chosen[0, 0], expected / expected.sum(-1, keepdim=True), atol=1e-6)
 
@@ -94,23 +109,25 @@ def test_resized_maps_keep_the_place_and_skip_padding() -> None:
     maps = torch.full((1, 1, 1, 1, 16), -20.0)
     maps[..., 5] = 0.0  # row 1, column 1 of a 4 x 4 grid
     padding = torch.tensor([[False, False, False, True]])
-    resized = resize_maps(maps, ((4, 4),), ((2, 2),), padding).softmax(-1)
-    assert resized.argmax().item() == 0
-    assert resized[..., 3].item() == 0
-    assert resized.sum().item() == pytest.approx(1.0)
+    found = resized(maps, ((4, 4),), ((2, 2),), padding)
+    assert found.argmax().item() == 0
+    assert found[..., 3].item() == 0
+    assert found.sum().item() == pytest.approx(1.0)
 
 
 def test_resizing_to_the_same_grid_is_the_identity() -> None:
     maps = torch.randn(1, 2, 3, 4, 12)
     same = ((3, 4),)
     assert torch.allclose(
-        resize_maps(maps, same, same, None).softmax(-1), maps.softmax(-1), atol=1e-5
+        resized(maps, same, same, None),
+        maps.softmax(-1),
+        atol=1e-5,
     )
 
 
 def test_resizing_keeps_the_mass_of_each_level() -> None:
     maps = torch.randn(1, 2, 3, 4, 8 * 12 + 4 * 6)
-    resized = resize_maps(maps, ((8, 12), (4, 6)), ((4, 6), (2, 3)), None).softmax(-1)
+    found = resized(maps, ((8, 12), (4, 6)), ((4, 6), (2, 3)), None)
     fine, coarse = maps.softmax(-1).split([96, 24], -1)
-    assert torch.allclose(resized[..., :24].sum(-1), fine.sum(-1), atol=0.05)
-    assert torch.allclose(resized[..., 24:].sum(-1), coarse.sum(-1), atol=0.05)
+    assert torch.allclose(found[..., :24].sum(-1), fine.sum(-1), atol=0.05)
+    assert torch.allclose(found[..., 24:].sum(-1), coarse.sum(-1), atol=0.05)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import FAMILY, tiny_detector_config
 
+from d3etr.attention_maps import ProductMaps, ScoredMaps
 from d3etr.config.distillation import DistillationConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.build import build_detector
@@ -26,10 +27,19 @@ def distiller_of(variant: str, **distillation: object) -> Distiller:
     return Distiller(student, teacher, config, SetCriterionConfig(), seed=0)
 
 
+def _flat(part: object) -> dict[str, object]:
+    """Fields by name, those of attention maps dotted."""
+    found: dict[str, object] = {}
+    for name, value in vars(part).items():
+        inner = vars(value) if isinstance(value, ProductMaps | ScoredMaps) else None
+        found |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
+    return found
+
+
 def equal(left: Taught, right: Taught) -> None:
     """To the last bit, in value, type and form."""
     for name in ("outputs", "group", "queries"):
-        theirs, ours = vars(getattr(left, name)), vars(getattr(right, name))
+        theirs, ours = _flat(getattr(left, name)), _flat(getattr(right, name))
         assert theirs.keys() == ours.keys()
         for key, value in theirs.items():
             if isinstance(value, torch.Tensor):

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d3etr.structures import MASKED_SCORE
+from d3etr.attention_maps import MASKED_SCORE
+from d3etr.detectors.groups import LayerAttention, QueryKey
+from d3etr.kernels.availability import runs_kernels
 
 SMALL_MEMORY = 256
 """Keys up to which plain matrix products beat the CPU's fused attention on padded values."""
@@ -37,9 +39,10 @@ def attend(
         [B, N, H*E'].
     """
     width = value.shape[-1]
-    if width != query.shape[-1] and query.device.type == "cpu":
-        # The CPU's fused kernel wants one width: widen with zeros where it pays, else do without.
-        if key.shape[-2] <= SMALL_MEMORY:
+    if width != query.shape[-1]:
+        # Fused kernels want one width (cuDNN's fails with two): widen with zeros, or do without
+        # where that costs more.
+        if query.device.type == "cpu" and key.shape[-2] <= SMALL_MEMORY:
             return attend_with_scores(query, key, value, padding, dropout)[0]
         value = functional.pad(value, (0, query.shape[-1] - width))
     visible = None if padding is None else ~padding[:, None, None]
@@ -59,7 +62,7 @@ def attend_with_scores(
         the softmax and any dropout.
     """
     # float32 also under autocast: MASKED_SCORE has no bfloat16 value, and losses need digits.
-    scores = ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).float()
+    scores = ((query * query.shape[-1] ** -0.5) @ key.mT).float()
     if padding is not None:
         scores = scores.masked_fill(padding[:, None, None], MASKED_SCORE)
     weights = functional.dropout(scores.softmax(-1), dropout)
@@ -67,30 +70,44 @@ def attend_with_scores(
     return mixed.transpose(1, 2).flatten(2), scores
 
 
+def attend_and_keep(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout: float
+) -> tuple[Tensor, LayerAttention]:
+    """The same as ``attend``, with what its maps are compared by.
+
+    Where kernels run, these are queries and keys: maps are computed in the loss and stored
+    nowhere. Elsewhere they are the scores, which cost more to compute again than to keep.
+    """
+    if runs_kernels(query.device):
+        return attend(query, key, value, padding, dropout), QueryKey(query, key)
+    return attend_with_scores(query, key, value, padding, dropout)
+
+
 def attend_within(
     heads: tuple[Tensor, ...], sizes: list[int], dropout: float, attention: bool
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[LayerAttention]]:
     """Attention of each query group among itself.
 
     Args:
         heads: query, key and value, each [B, H, N, E].
         sizes: queries of each group, in the order of N.
         dropout: probability on the attention weights.
-        attention: return scores.
+        attention: return what maps are compared by.
 
     Returns:
-        [B, N, H*E], and per group its scores [B, H, n, n] (or nothing).
+        [B, N, H*E], and that of each group (or nothing).
     """
-    mixed, scores = [], []
+    mixed: list[Tensor] = []
+    kept: list[LayerAttention] = []
     parts = (torch.split(x, sizes, 2) for x in heads)
     for query, key, value in zip(*parts, strict=True):
         if attention:
-            group, own = attend_with_scores(query, key, value, None, dropout)
-            scores.append(own)
+            group, own = attend_and_keep(query, key, value, None, dropout)
+            kept.append(own)
         else:
             group = attend(query, key, value, None, dropout)
         mixed.append(group)
-    return torch.cat(mixed, 1) if len(mixed) > 1 else mixed[0], scores
+    return torch.cat(mixed, 1) if len(mixed) > 1 else mixed[0], kept
 
 
 class EncoderSelfAttention(nn.Module):
@@ -141,17 +158,17 @@ class DecoderSelfAttention(nn.Module):
 
     def forward(
         self, hidden: Tensor, embedding: Tensor, sizes: list[int], attention: bool
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, list[LayerAttention]]:
         """Mix each group within itself.
 
         Args:
             hidden: [B, N, D] or [1, N, D].
             embedding: [B, N, D] or [1, N, D].
             sizes: queries of each group, in the order of N.
-            attention: return scores.
+            attention: return what maps are compared by.
 
         Returns:
-            [B, N, D] or [1, N, D], and per group its scores [B or 1, H, n, n] (or nothing).
+            [B, N, D] or [1, N, D], and that of each group (or nothing).
         """
         width = hidden.shape[-1]
         content = self.content(hidden)
@@ -159,8 +176,8 @@ class DecoderSelfAttention(nn.Module):
         value = content[..., 2 * width :].expand(query.shape)
         dropout = self.dropout if self.training else 0.0
         heads = (split_heads(x, self.heads) for x in (query, key, value))
-        mixed, scores = attend_within(tuple(heads), sizes, dropout, attention)
-        return self.output(mixed), scores
+        mixed, kept = attend_within(tuple(heads), sizes, dropout, attention)
+        return self.output(mixed), kept
 
 
 class ConditionalCrossAttention(nn.Module):
@@ -197,7 +214,7 @@ class ConditionalCrossAttention(nn.Module):
         position: Tensor,
         padding: Tensor | None,
         attention: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, LayerAttention | None]:
         """Let all groups' queries read the memory; keys and values are projected once.
 
         Args:
@@ -207,18 +224,18 @@ class ConditionalCrossAttention(nn.Module):
             tokens: [B, S, D] memory.
             position: [B or 1, S, D] position encoding of the memory.
             padding: [B, S] bool or None.
-            attention: return scores.
+            attention: return what maps are compared by.
 
         Returns:
-            [B, N, D], and the scores [B, H, N, S] or None.
+            [B, N, D], and that or None.
         """
         query = self._queries(hidden, embedding, spatial)
         key, value = self._keys_and_values(tokens, position)
         query = query.expand(len(tokens), -1, -1, -1)
         dropout = self.dropout if self.training else 0.0
         if attention:
-            mixed, scores = attend_with_scores(query, key, value, padding, dropout)
-            return self.output(mixed), scores
+            mixed, kept = attend_and_keep(query, key, value, padding, dropout)
+            return self.output(mixed), kept
         return self.output(attend(query, key, value, padding, dropout)), None
 
     def _queries(self, hidden: Tensor, embedding: Tensor, spatial: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class DetectionTransformer(nn.Module, ABC):
         Args:
             memory: encoder output.
             groups: a group's reference points are used as they are, whoever made them.
-            attention: also return the attention scores of every layer.
+            attention: also return the attention maps of every layer.
 
         Returns:
             One entry per group.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.attention import ConditionalCrossAttention, DecoderSelfAttention
-from d3etr.detectors.groups import AttentionScores, zero_states
+from d3etr.detectors.groups import AttentionTrace, zero_states
 from d3etr.detectors.layers import MLP, FeedForward
 from d3etr.structures import Memory
 
@@ -44,7 +44,7 @@ class DecoderLayer(nn.Module):
         spatial: Tensor,
         memory: Memory,
         sizes: list[int],
-        scores: AttentionScores | None,
+        trace: AttentionTrace | None,
     ) -> Tensor:
         """One layer for all groups.
 
@@ -54,12 +54,12 @@ class DecoderLayer(nn.Module):
             spatial: [B or 1, N, D], encoded reference points.
             memory: encoder output.
             sizes: queries of each group.
-            scores: this layer's scores are appended to it; None computes no maps.
+            trace: this layer's attention is appended to it, if there is one.
 
         Returns:
             [B, N, D].
         """
-        attention = scores is not None
+        attention = trace is not None
         mixed, within = self.self_attention(hidden, embedding, sizes, attention)
         hidden = self.self_norm(hidden + self.dropout(mixed))
         mixed, across = self.cross_attention(
@@ -72,9 +72,9 @@ class DecoderLayer(nn.Module):
             attention,
         )
         hidden = self.cross_norm(hidden + self.dropout(mixed))
-        if scores is not None and across is not None:
-            scores.within.append(within)
-            scores.across.append(across)
+        if trace is not None and across is not None:
+            trace.within.append(within)
+            trace.across.append(across)
         return self.feedforward(hidden)  # type: ignore[no-any-return]
 
 
@@ -101,7 +101,7 @@ class ConditionalDecoder(nn.Module):
         memory: Memory,
         sizes: list[int],
         attention: bool,
-    ) -> tuple[Tensor, AttentionScores | None]:
+    ) -> tuple[Tensor, AttentionTrace | None]:
         """Decode all groups side by side.
 
         Args:
@@ -109,12 +109,12 @@ class ConditionalDecoder(nn.Module):
             encoded_points: [B or 1, N, D] sine encoding of the reference points.
             memory: encoder output.
             sizes: queries of each group, N in total.
-            attention: keep scores.
+            attention: keep what attention maps are computed from.
 
         Returns:
-            [L, B, N, D] normalised states, and the scores or None.
+            [L, B, N, D] normalised states, and the attention or None.
         """
-        scores = AttentionScores() if attention else None
+        trace = AttentionTrace() if attention else None
         # Dropout tells images apart.
         apart = self.training and self.dropout > 0
         hidden = zero_states(embedding, len(memory.tokens), apart)
@@ -122,6 +122,6 @@ class ConditionalDecoder(nn.Module):
         for index, layer in enumerate(self.layers):
             # lambda_q of equation 3 is 1 in the first layer: queries have no content yet.
             spatial = encoded_points * self.query_scale(hidden) if index else encoded_points
-            hidden = layer(hidden, embedding, spatial, memory, sizes, scores)
+            hidden = layer(hidden, embedding, spatial, memory, sizes, trace)
             states.append(hidden)
-        return self.norm(torch.stack(states)), scores
+        return self.norm(torch.stack(states)), trace

@@ -67,7 +67,7 @@ class ConditionalDETR(SingleScaleDetector):
             memory: encoder output.
             groups: a group's reference points are used as they are, whoever made them; a group
                 without any gets this detector's for its embedding.
-            attention: also return the attention scores of every layer.
+            attention: also return the attention maps of every layer.
 
         Returns:
             One entry per group.
@@ -76,10 +76,10 @@ class ConditionalDETR(SingleScaleDetector):
         embedding = side_by_side([group.embedding for group in groups])
         reference = side_by_side([self._reference_of(group) for group in groups]).float()
         encoded = self.position.points(reference.sigmoid())
-        states, scores = self.decoder(embedding, encoded, memory, sizes, attention)
+        states, trace = self.decoder(embedding, encoded, memory, sizes, attention)
         logits = self.class_head(states).float()
         boxes = predict_boxes(self.box_head, states, reference)
-        return split_groups(memory, sizes, logits, boxes, states[-1], scores)
+        return split_groups(memory, sizes, logits, boxes, states[-1], trace)
 
     def _reference_of(self, group: ObjectQueries) -> Tensor:
         if group.reference_logits is None:

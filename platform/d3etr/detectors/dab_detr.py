@@ -14,7 +14,7 @@ from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import SingleScaleDetector
 from d3etr.detectors.conditional_decoder import DecoderLayer
 from d3etr.detectors.encoder import ScaledPositionEncoder
-from d3etr.detectors.groups import AttentionScores, side_by_side, split_groups, zero_states
+from d3etr.detectors.groups import AttentionTrace, side_by_side, split_groups, zero_states
 from d3etr.detectors.heads import moved, predict_boxes
 from d3etr.detectors.initialisation import (
     initialise_box_head,
@@ -59,7 +59,7 @@ class DABDecoder(nn.Module):
         sizes: list[int],
         box_head: MLP,
         attention: bool,
-    ) -> tuple[Tensor, Tensor, AttentionScores | None]:
+    ) -> tuple[Tensor, Tensor, AttentionTrace | None]:
         """Decode all groups side by side.
 
         Args:
@@ -67,13 +67,13 @@ class DABDecoder(nn.Module):
             memory: encoder output.
             sizes: queries of each group, N in total.
             box_head: D to 4, moves the anchors after each layer.
-            attention: keep scores.
+            attention: keep what attention maps are computed from.
 
         Returns:
             [L, B, N, D] normalised states, [L, B, N, 4] logits of the anchors that each layer
-            started from, and the scores or None.
+            started from, and the attention or None.
         """
-        scores = AttentionScores() if attention else None
+        trace = AttentionTrace() if attention else None
         images = len(memory.tokens)
         hidden = zero_states(
             anchors.new_zeros(*anchors.shape[:2], self.norm.normalized_shape[0]),
@@ -84,13 +84,13 @@ class DABDecoder(nn.Module):
         for index, layer in enumerate(self.layers):
             starts.append(anchors.expand(images, -1, -1))
             embedding, spatial = self._look(hidden, anchors.detach() if index else anchors, index)
-            hidden = layer(hidden, embedding, spatial, memory, sizes, scores)
+            hidden = layer(hidden, embedding, spatial, memory, sizes, trace)
             states.append(hidden)
             if index + 1 < len(self.layers):
                 # Detached as a start of the next move, not as what this layer's boxes teach.
                 start = anchors.detach() if index else anchors
                 anchors = moved(box_head, hidden, start)
-        return self.norm(torch.stack(states)), torch.stack(starts), scores
+        return self.norm(torch.stack(states)), torch.stack(starts), trace
 
     def _look(self, hidden: Tensor, anchors: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Query embedding and spatial query of one layer, both [B or 1, N, D].
@@ -149,17 +149,17 @@ class DABDETR(SingleScaleDetector):
         Args:
             memory: encoder output.
             groups: their anchors are used as they are; their embeddings are not used.
-            attention: also return the attention scores of every layer.
+            attention: also return the attention maps of every layer.
 
         Returns:
             One entry per group.
         """
         sizes = [group.count for group in groups]
         anchors = side_by_side([_anchors_of(group) for group in groups]).float()
-        states, starts, scores = self.decoder(anchors, memory, sizes, self.box_head, attention)
+        states, starts, trace = self.decoder(anchors, memory, sizes, self.box_head, attention)
         boxes = predict_boxes(self.box_head, states, starts)
         logits = self.class_head(states).float()
-        return split_groups(memory, sizes, logits, boxes, states[-1], scores)
+        return split_groups(memory, sizes, logits, boxes, states[-1], trace)
 
 
 def _anchors_of(group: ObjectQueries) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d3etr.structures import MASKED_SCORE, Levels, on_device
+from d3etr.attention_maps import MASKED_SCORE
+from d3etr.structures import Levels, on_device
 
 SPREAD = 1e-2
 """Share of a splatted map's mass that is spread evenly over all tokens, as is what was sampled
@@ -140,7 +141,9 @@ def splat(samples: Samples, levels: Levels) -> Tensor:
         for corner in ((0, 0), (1, 0), (0, 1), (1, 1)):
             cell = first + _constant(corner, places)
             inside = ((cell >= 0) & (cell < size)).all(-1)
-            share = (1 - (at - cell).abs()).prod(-1) * inside * weights[:, :, :, level]
+            # The gradient of Tensor.prod would make the host wait for a GPU.
+            across, down = (1 - (at - cell).abs()).unbind(-1)
+            share = across * down * inside * weights[:, :, :, level]
             index = (cell[..., 1] * width + cell[..., 0]).long()
             plane = plane.scatter_add(3, index.where(inside, 0), share)
         maps.append(plane)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.deformable_attention import DeformableAttention, splatted_scores
 from d3etr.detectors.feature_levels import on_levels, valid_ratios
-from d3etr.detectors.groups import AttentionScores
+from d3etr.detectors.groups import AttentionTrace
 from d3etr.detectors.heads import box_logits, moved
 from d3etr.detectors.layers import MLP, FeedForward
 from d3etr.detectors.query_attention import QuerySelfAttention
@@ -28,13 +28,13 @@ class Decoded:
         logits: [L, B, N, C].
         boxes: [L, B, N, 4] cxcywh in [0, 1].
         states: [B, N, D] of the last layer.
-        scores: of all layers, or None.
+        trace: attention of all layers, or None.
     """
 
     logits: Tensor
     boxes: Tensor
     states: Tensor
-    scores: AttentionScores | None
+    trace: AttentionTrace | None
 
 
 class DeformableDecoderLayer(nn.Module):
@@ -62,7 +62,7 @@ class DeformableDecoderLayer(nn.Module):
         reference: Tensor,
         memory: Memory,
         sizes: list[int],
-        scores: AttentionScores | None,
+        trace: AttentionTrace | None,
     ) -> Tensor:
         """One layer for all groups.
 
@@ -72,19 +72,19 @@ class DeformableDecoderLayer(nn.Module):
             reference: [B, N, V, 2] or [B, N, V, 4], relative to the padded levels.
             memory: encoder output.
             sizes: queries of each group.
-            scores: this layer's scores are appended to it; None computes no maps.
+            trace: this layer's attention is appended to it; None computes no maps.
 
         Returns:
             [B, N, D].
         """
-        mixed, within = self.self_attention(hidden, embedding, sizes, scores is not None)
+        mixed, within = self.self_attention(hidden, embedding, sizes, trace is not None)
         hidden = self.self_norm(hidden + self.dropout(mixed))
         mixed, samples = self.cross_attention(
             hidden + embedding, reference, memory.tokens, memory.padding, memory.levels
         )
-        if scores is not None:
-            scores.within.append(within)
-            scores.across.append(splatted_scores(samples, memory.padding, memory.levels))
+        if trace is not None:
+            trace.within.append(within)
+            trace.across.append(splatted_scores(samples, memory.padding, memory.levels))
         return self.feedforward(self.cross_norm(hidden + self.dropout(mixed)))  # type: ignore[no-any-return]
 
 
@@ -125,14 +125,14 @@ class DeformableDecoder(nn.Module):
             reference: [B, N, 2] or [B, N, 4] logits, relative to the image.
             memory: encoder output.
             sizes: queries of each group, N in total.
-            attention: keep scores.
+            attention: keep what attention maps are computed from.
         """
-        scores = AttentionScores() if attention else None
+        trace = AttentionTrace() if attention else None
         ratios = valid_ratios(memory.padding, memory.levels)
         logits, boxes = [], []
         for index, layer in enumerate(self.layers):
             places = on_levels(reference.sigmoid(), ratios, len(memory.levels))
-            hidden = layer(hidden, embedding, places, memory, sizes, scores)
+            hidden = layer(hidden, embedding, places, memory, sizes, trace)
             head = index if self.refines else 0
             logits.append(self.class_heads[head](hidden).float())
             box_head = self.box_heads[head]
@@ -141,4 +141,4 @@ class DeformableDecoder(nn.Module):
             if self.refines:
                 # Each layer learns its own move, not to make up for later ones.
                 reference = moved(box_head, hidden, reference).detach()
-        return Decoded(torch.stack(logits), torch.stack(boxes), hidden, scores)
+        return Decoded(torch.stack(logits), torch.stack(boxes), hidden, trace)

@@ -112,7 +112,7 @@ class DeformableDETR(DetectionTransformer):
             memory: encoder output.
             groups: references are used as they are, all of one size; a group without content
                 starts from zeros.
-            attention: also return the attention scores of every layer; of deformable attention
+            attention: also return the attention maps of every layer; of deformable attention
                 they are maps of what was sampled.
 
         Returns:
@@ -131,7 +131,7 @@ class DeformableDETR(DetectionTransformer):
             attention,
         )
         return split_groups(
-            memory, sizes, decoded.logits, decoded.boxes, decoded.states, decoded.scores
+            memory, sizes, decoded.logits, decoded.boxes, decoded.states, decoded.trace
         )
 
     def _complete(self, group: ObjectQueries) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import SingleScaleDetector
-from d3etr.detectors.groups import AttentionScores, side_by_side, split_groups, zero_states
+from d3etr.detectors.groups import AttentionTrace, side_by_side, split_groups, zero_states
 from d3etr.detectors.heads import predict_boxes, sigmoid_logits
 from d3etr.detectors.initialisation import (
     initialise_class_head,
@@ -47,7 +47,7 @@ class DETRDecoderLayer(nn.Module):
         embedding: Tensor,
         memory: Memory,
         sizes: list[int],
-        scores: AttentionScores | None,
+        trace: AttentionTrace | None,
     ) -> Tensor:
         """One layer for all groups.
 
@@ -56,21 +56,21 @@ class DETRDecoderLayer(nn.Module):
             embedding: [B or 1, N, D].
             memory: encoder output.
             sizes: queries of each group.
-            scores: this layer's scores are appended to it; None computes no maps.
+            trace: this layer's attention is appended to it, if there is one.
 
         Returns:
             [B, N, D].
         """
-        attention = scores is not None
+        attention = trace is not None
         mixed, within = self.self_attention(hidden, embedding, sizes, attention)
         hidden = self.self_norm(hidden + self.dropout(mixed))
         mixed, across = self.cross_attention(
             hidden, embedding, memory.tokens, memory.position, memory.padding, attention
         )
         hidden = self.cross_norm(hidden + self.dropout(mixed))
-        if scores is not None and across is not None:
-            scores.within.append(within)
-            scores.across.append(across)
+        if trace is not None and across is not None:
+            trace.within.append(within)
+            trace.across.append(across)
         return self.feedforward(hidden)  # type: ignore[no-any-return]
 
 
@@ -112,16 +112,16 @@ class DETR(SingleScaleDetector):
         """Decode query groups side by side; reference points are not used."""
         sizes = [group.count for group in groups]
         embedding = side_by_side([group.embedding for group in groups])
-        scores = AttentionScores() if attention else None
+        trace = AttentionTrace() if attention else None
         apart = self.training and self.config.dropout > 0
         hidden = zero_states(embedding, len(memory.tokens), apart)
         states = []
         for layer in self.decoder:
-            hidden = layer(hidden, embedding, memory, sizes, scores)
+            hidden = layer(hidden, embedding, memory, sizes, trace)
             states.append(hidden)
         normed = self.decoder_norm(torch.stack(states))
         logits = self.class_head(normed).float()
         if self.exclusive:
             logits = sigmoid_logits(logits, self.classes)
         boxes = predict_boxes(self.box_head, normed)
-        return split_groups(memory, sizes, logits, boxes, normed[-1], scores, self.exclusive)
+        return split_groups(memory, sizes, logits, boxes, normed[-1], trace, self.exclusive)

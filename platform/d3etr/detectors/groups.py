@@ -4,36 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from d3etr.attention_maps import AttentionMaps, ProductMaps, ScoredMaps
 from d3etr.structures import DecoderOutputs, Memory
 
 
-@dataclass
-class AttentionScores:
-    """Attention scores of every decoder layer so far.
+class QueryKey(NamedTuple):
+    """What the scores of one layer are products of.
 
     Attributes:
-        within: per layer and group [B or 1, H, n, n].
-        across: per layer [B, H, N, S].
+        query: [B or 1, H, N, E].
+        key: [B or 1, H, K, E].
     """
 
-    within: list[list[Tensor]] = field(default_factory=list)
-    across: list[Tensor] = field(default_factory=list)
+    query: Tensor
+    key: Tensor
 
-    def stacked_across(self, sizes: list[int]) -> list[Tensor]:
-        """Per group [L, B, H, n, S], each in one piece of memory."""
-        layers = [torch.split(layer, sizes, 2) for layer in self.across]
-        return [torch.stack(parts) for parts in zip(*layers, strict=True)]
 
-    def stacked_within(self, images: int) -> list[Tensor]:
-        """Per group [L, B, H, n, n]."""
-        return [
-            torch.stack([layer.expand(images, -1, -1, -1) for layer in layers])
-            for layers in zip(*self.within, strict=True)
-        ]
+LayerAttention = QueryKey | Tensor
+"""What maps of one layer and group are compared by: their factors, or scores [B or 1, H, N, K]."""
+
+
+@dataclass
+class AttentionTrace:
+    """Attention of every decoder layer so far.
+
+    Attributes:
+        within: per layer and group, among the group's queries.
+        across: per layer, of all groups' queries side by side to the memory.
+    """
+
+    within: list[list[LayerAttention]] = field(default_factory=list)
+    across: list[LayerAttention] = field(default_factory=list)
+
+    def self_maps(self, images: int) -> list[AttentionMaps]:
+        """Of each group."""
+        return [_self_maps(layers, images) for layers in zip(*self.within, strict=True)]
+
+    def cross_maps(self, sizes: list[int], memory: Memory) -> list[AttentionMaps]:
+        """Of each group; they share the keys."""
+        scores = [layer for layer in self.across if isinstance(layer, Tensor)]
+        if scores:
+            return [ScoredMaps(part) for part in _split_layers(scores, sizes)]
+        products = [layer for layer in self.across if isinstance(layer, QueryKey)]
+        key = torch.stack([layer.key for layer in products])
+        queries = _split_layers([layer.query for layer in products], sizes)
+        return [ProductMaps(query, key, memory.padding) for query in queries]
+
+
+def _self_maps(layers: Sequence[LayerAttention], images: int) -> AttentionMaps:
+    """Of one group; a first layer that all images share is theirs alike."""
+
+    def stacked(parts: list[Tensor]) -> Tensor:
+        return torch.stack([part.expand(images, -1, -1, -1) for part in parts])
+
+    scores = [layer for layer in layers if isinstance(layer, Tensor)]
+    if scores:
+        return ScoredMaps(stacked(scores))
+    products = [layer for layer in layers if isinstance(layer, QueryKey)]
+    return ProductMaps(
+        stacked([layer.query for layer in products]), stacked([layer.key for layer in products])
+    )
+
+
+def _split_layers(layers: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    """[B, H, N, X] of each layer to [L, B, H, n, X] of each group, each in one piece of memory."""
+    parts = [torch.split(layer, sizes, 2) for layer in layers]
+    return [torch.stack(group) for group in zip(*parts, strict=True)]
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:
@@ -62,7 +103,7 @@ def split_groups(
     logits: Tensor,
     boxes: Tensor,
     states: Tensor,
-    scores: AttentionScores | None,
+    trace: AttentionTrace | None,
     exclusive: bool = False,
 ) -> list[DecoderOutputs]:
     """Cut the outputs of all groups into one entry per group.
@@ -73,7 +114,7 @@ def split_groups(
         logits: [L, B, N, C].
         boxes: [L, B, N, 4] cxcywh in [0, 1].
         states: [B, N, D] of the last layer.
-        scores: of all layers, or None.
+        trace: attention of all layers, or None.
         exclusive: an object has one class.
     """
     groups = [
@@ -85,11 +126,11 @@ def split_groups(
             strict=True,
         )
     ]
-    if scores is None:
+    if trace is None:
         return groups
-    within = scores.stacked_within(len(memory.tokens))
-    across = scores.stacked_across(sizes)
+    within = trace.self_maps(len(memory.tokens))
+    across = trace.cross_maps(sizes, memory)
     return [
-        replace(group, self_attention_scores=own, cross_attention_scores=other)
+        replace(group, self_maps=own, cross_maps=other)
         for group, own, other in zip(groups, within, across, strict=True)
     ]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from d3etr.detectors.attention import attend, attend_with_scores, attend_within, split_heads
+from d3etr.detectors.attention import attend, attend_and_keep, attend_within, split_heads
+from d3etr.detectors.groups import LayerAttention
 
 
 class QuerySelfAttention(nn.Module):
@@ -30,24 +31,24 @@ class QuerySelfAttention(nn.Module):
 
     def forward(
         self, hidden: Tensor, embedding: Tensor, sizes: list[int], attention: bool
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, list[LayerAttention]]:
         """Mix each group within itself.
 
         Args:
             hidden: [B or 1, N, D].
             embedding: [B or 1, N, D].
             sizes: queries of each group, in the order of N.
-            attention: return scores.
+            attention: return what maps are compared by.
 
         Returns:
-            [B or 1, N, D], and per group its scores [B or 1, H, n, n] (or nothing).
+            [B or 1, N, D], and that of each group (or nothing).
         """
         query, key = self.query_key(hidden + embedding).chunk(2, -1)
         value = self.value(hidden).expand(query.shape)
         dropout = self.dropout if self.training else 0.0
         heads = (split_heads(x, self.heads) for x in (query, key, value))
-        mixed, scores = attend_within(tuple(heads), sizes, dropout, attention)
-        return self.output(mixed), scores
+        mixed, kept = attend_within(tuple(heads), sizes, dropout, attention)
+        return self.output(mixed), kept
 
 
 class MemoryAttention(nn.Module):
@@ -76,7 +77,7 @@ class MemoryAttention(nn.Module):
         position: Tensor,
         padding: Tensor | None,
         attention: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, LayerAttention | None]:
         """Let all groups' queries read the memory; keys and values are projected once.
 
         Args:
@@ -85,10 +86,10 @@ class MemoryAttention(nn.Module):
             tokens: [B, S, D] memory.
             position: [B or 1, S, D].
             padding: [B, S] bool or None.
-            attention: return scores.
+            attention: return what maps are compared by.
 
         Returns:
-            [B, N, D], and the scores [B, H, N, S] or None.
+            [B, N, D], and that or None.
         """
         query = split_heads(self.query(hidden + embedding), self.heads)
         query = query.expand(len(tokens), -1, -1, -1)
@@ -96,6 +97,6 @@ class MemoryAttention(nn.Module):
         value = split_heads(self.value(tokens), self.heads)
         dropout = self.dropout if self.training else 0.0
         if attention:
-            mixed, scores = attend_with_scores(query, key, value, padding, dropout)
-            return self.output(mixed), scores
+            mixed, kept = attend_and_keep(query, key, value, padding, dropout)
+            return self.output(mixed), kept
         return self.output(attend(query, key, value, padding, dropout)), None

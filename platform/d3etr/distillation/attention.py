@@ -3,8 +3,7 @@
 That both kinds of maps are distilled over matched queries is D3ETR's; the distance is our
 choice: KL per query row and head by default.
 
-Shapes: L layers · B images · H heads · N student and M teacher queries · P pairs · S tokens.
-Scores are attention logits; masked keys hold ``structures.MASKED_SCORE``.
+Shapes: L layers · B images · H heads · P pairs · K keys · S tokens of the student's memory.
 """
 
 from __future__ import annotations
@@ -16,58 +15,39 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, log_softmax
 
+from d3etr.attention_maps import MASKED_SCORE, AttentionMaps, ScoredMaps
 from d3etr.config.distillation import AttentionConfig
-from d3etr.structures import MASKED_SCORE, Levels
+from d3etr.kernels.availability import runs_kernels
+from d3etr.structures import Levels
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def select_rows(scores: Tensor, index: Tensor | None) -> Tensor:
-    """Rows of corresponding queries: [L, B, H, N, K] at [L, B, P] to [L, B, H, P, K]."""
-    if index is None:
-        return scores
-    # Whole rows are copied, where a gather would look up each element.
-    layers, batch, heads, queries, keys = scores.shape
-    maps = torch.arange(layers * batch * heads, device=scores.device)
-    rows = queries * maps.view(layers, batch, heads, 1) + index[:, :, None]
-    picked = scores.reshape(-1, keys).index_select(0, rows.flatten())
-    return picked.view(layers, batch, heads, -1, keys)
-
-
-def select_pairs(scores: Tensor, index: Tensor | None) -> Tensor:
-    """Rows and columns of a self-attention map: [L, B, H, N, N] to [L, B, H, P, P].
-
-    The softmax over what is left renormalises the map to the matched queries.
-    """
-    if index is None:
-        return scores
-    pairs, queries = index.shape[-1], scores.shape[-1]
-    cells = (queries * index[..., :, None] + index[..., None, :]).flatten(2)
-    cells = cells[:, :, None].expand(-1, -1, scores.shape[2], -1)
-    return scores.flatten(3).gather(3, cells).view(*scores.shape[:3], pairs, pairs)
-
-
-def resize_maps(scores: Tensor, levels: Levels, target: Levels, padding: Tensor | None) -> Tensor:
-    """Teacher maps on the student's grids, over its valid tokens, as scores again.
+def resize_maps(
+    teacher: AttentionMaps, levels: Levels, target: Levels, padding: Tensor | None
+) -> ScoredMaps:
+    """Teacher maps on the student's grids, over its valid tokens.
 
     Args:
-        scores: [L, B, H, P, S'] on ``levels``.
+        teacher: its rows of the pairs, over S' keys on ``levels``.
         levels: (height, width) of each of the teacher's feature levels.
         target: those of the student's, as many.
         padding: [B, S] bool, True under the student's padding, or None.
 
     Returns:
-        [L, B, H, P, S] logarithms of the resized probabilities.
+        Logarithms of the resized probabilities, [L, B, H, P, S].
     """
-    parts = torch.split(scores.softmax(-1), [height * width for height, width in levels], -1)
+    parts = torch.split(
+        teacher.scores().softmax(-1), [height * width for height, width in levels], -1
+    )
     resized = [
         _resize_plane(part, grid, size)
         for part, grid, size in zip(parts, levels, target, strict=True)
     ]
     maps = torch.cat(resized, -1).clamp(min=_TINY).log()
-    if padding is None:
-        return maps
-    return maps.masked_fill(padding[None, :, None, None], MASKED_SCORE)
+    if padding is not None:
+        maps = maps.masked_fill(padding[None, :, None, None], MASKED_SCORE)
+    return ScoredMaps(maps)
 
 
 def _resize_plane(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -119,21 +99,39 @@ DISTANCES = {"kl": _kl_rows, "mse": _mse_rows}
 
 
 def attention_loss(
-    scores: Tensor, teacher: Tensor, weights: Tensor, config: AttentionConfig
+    student: AttentionMaps, teacher: AttentionMaps, weights: Tensor, config: AttentionConfig
 ) -> Tensor:
     """Distance of attention maps: weighted sum over images and pairs, mean over layers and heads.
 
     Args:
-        scores: [L, B, H, P, K] student attention scores of the pairs.
-        teacher: [L, B, H', P, K] teacher scores.
+        student: maps of the pairs, [L, B, H, P, K].
+        teacher: the same of the teacher, [L, B, H', P, K].
         weights: [L, B, P] weight of each pair, already divided by its normaliser.
         config: distance, and whether heads are compared apart (needs H = H') or averaged.
 
     Returns:
         Scalar.
     """
-    scores, teacher = scores.float(), teacher.float()
-    if config.heads == "averaged":
-        scores, teacher = _average_heads(scores), _average_heads(teacher)
-    rows = DISTANCES[config.distance](scores, teacher).mean(2)
+    rows = _distances(student, teacher, config).mean(2)
     return (rows * weights).sum() / len(rows)
+
+
+def _distances(student: AttentionMaps, teacher: AttentionMaps, config: AttentionConfig) -> Tensor:
+    """[L, B, H, P], or one head where they are averaged."""
+    if config.distance == "kl" and config.heads != "averaged":
+        return _divergence(student, teacher)
+    scores, target = student.scores(), teacher.scores()
+    if config.heads == "averaged":
+        scores, target = _average_heads(scores), _average_heads(target)
+    return DISTANCES[config.distance](scores, target)
+
+
+def _divergence(student: AttentionMaps, teacher: AttentionMaps) -> Tensor:
+    """``_kl_rows``, by a kernel where it can compare maps that are stored nowhere."""
+    if isinstance(student, ScoredMaps) or isinstance(teacher, ScoredMaps):
+        return _kl_rows(student.scores(), teacher.scores())
+    if not runs_kernels(student.query.device):
+        return _kl_rows(student.scores(), teacher.scores())
+    from d3etr.kernels.map_divergence import map_divergence
+
+    return map_divergence(student, teacher)

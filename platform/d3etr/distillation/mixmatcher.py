@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from d3etr.attention_maps import AttentionMaps
 from d3etr.config.distillation import AttentionConfig, DistillationConfig
-from d3etr.distillation.attention import attention_loss, resize_maps, select_pairs, select_rows
+from d3etr.distillation.attention import attention_loss, resize_maps
 from d3etr.distillation.correspondence import Correspondence
 from d3etr.distillation.prediction import prediction_losses
 from d3etr.structures import DecoderOutputs
@@ -60,28 +61,28 @@ def _prediction(branch: Branch, config: DistillationConfig) -> dict[str, Tensor]
     )
 
 
-def _scores(scores: Tensor | None) -> Tensor:
-    if scores is None:
+def _known(maps: AttentionMaps | None) -> AttentionMaps:
+    if maps is None:
         raise ValueError("attention is distilled, but a decoder was not asked for its maps")
-    return scores
+    return maps
 
 
 def _self_attention(branch: Branch, config: AttentionConfig) -> Tensor:
     """Rows and columns follow the correspondence, renormalised to the corresponding queries."""
     pairs = branch.pairs
-    student = select_pairs(_scores(branch.student.self_attention_scores), pairs.student)
-    teacher = select_pairs(_scores(branch.teacher.self_attention_scores), pairs.teacher)
+    student = _known(branch.student.self_maps).pairs(pairs.student)
+    teacher = _known(branch.teacher.self_maps).pairs(pairs.teacher)
     return attention_loss(student, teacher, branch.weights(config.pair_weights), config)
 
 
 def _cross_attention(branch: Branch, config: AttentionConfig) -> Tensor:
     """Rows follow the correspondence; a teacher's map on other grids is resized."""
     pairs, student, teacher = branch.pairs, branch.student, branch.teacher
-    scores = select_rows(_scores(student.cross_attention_scores), pairs.student)
-    target = select_rows(_scores(teacher.cross_attention_scores), pairs.teacher)
+    maps = _known(student.cross_maps).rows(pairs.student)
+    target = _known(teacher.cross_maps).rows(pairs.teacher)
     if teacher.levels != student.levels:
         target = resize_maps(target, teacher.levels, student.levels, student.padding)
-    return attention_loss(scores, target, branch.weights(config.pair_weights), config)
+    return attention_loss(maps, target, branch.weights(config.pair_weights), config)
 
 
 def branch_losses(branch: Branch, config: DistillationConfig) -> dict[str, Tensor]:

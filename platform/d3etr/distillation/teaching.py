@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from d3etr.attention_maps import take_layers
 from d3etr.config.distillation import DistillationConfig
-from d3etr.distillation.attention import select_pairs, select_rows
 from d3etr.distillation.correspondence import kept_pairs
 from d3etr.matching.assignment import gather_queries
 from d3etr.structures import DecoderOutputs, ObjectQueries, Targets, on_device
@@ -42,34 +42,26 @@ def map_layers(outputs: DecoderOutputs, layers: list[int]) -> DecoderOutputs:
     if layers == list(range(outputs.layers)):
         return outputs
 
-    def pick(values: Tensor) -> Tensor:
-        # Indexing with a list would make the host wait for its copy to the device.
-        return torch.stack([values[layer] for layer in layers])
-
-    self_scores, cross_scores = outputs.self_attention_scores, outputs.cross_attention_scores
+    self_maps, cross_maps = outputs.self_maps, outputs.cross_maps
     return replace(
         outputs,
-        logits=pick(outputs.logits),
-        boxes_cxcywh=pick(outputs.boxes_cxcywh),
-        self_attention_scores=None if self_scores is None else pick(self_scores),
-        cross_attention_scores=None if cross_scores is None else pick(cross_scores),
+        logits=take_layers(outputs.logits, layers),
+        boxes_cxcywh=take_layers(outputs.boxes_cxcywh, layers),
+        self_maps=None if self_maps is None else self_maps.layers(layers),
+        cross_maps=None if cross_maps is None else cross_maps.layers(layers),
     )
 
 
 def select_queries(outputs: DecoderOutputs, index: Tensor) -> DecoderOutputs:
     """The outputs of some queries of each image, [B, K] indices; attention is renormalised."""
     every_layer = index[None].expand(outputs.layers, -1, -1)
-    self_scores, cross_scores = outputs.self_attention_scores, outputs.cross_attention_scores
+    self_maps, cross_maps = outputs.self_maps, outputs.cross_maps
     return replace(
         outputs,
         logits=gather_queries(outputs.logits, every_layer),
         boxes_cxcywh=gather_queries(outputs.boxes_cxcywh, every_layer),
-        self_attention_scores=(
-            None if self_scores is None else select_pairs(self_scores, every_layer)
-        ),
-        cross_attention_scores=(
-            None if cross_scores is None else select_rows(cross_scores, every_layer)
-        ),
+        self_maps=None if self_maps is None else self_maps.pairs(every_layer),
+        cross_maps=None if cross_maps is None else cross_maps.rows(every_layer),
     )
 
 

@@ -111,6 +111,6 @@ def _outputs(outputs: DecoderOutputs, chosen: list[int]) -> DecoderOutputs:
         outputs,
         logits=outputs.logits[:, chosen],
         boxes_cxcywh=outputs.boxes_cxcywh[:, chosen],
-        self_attention_scores=None,
-        cross_attention_scores=None,
+        self_maps=None,
+        cross_maps=None,
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from d3etr.attention_maps import AttentionMaps, ProductMaps, ScoredMaps
 from d3etr.distillation.teaching import Taught
 from d3etr.structures import DecoderOutputs, Levels
 
@@ -17,8 +18,12 @@ from d3etr.structures import DecoderOutputs, Levels
 _PARTS = {
     "logits": 1,
     "boxes_cxcywh": 1,
-    "self_attention_scores": 1,
-    "cross_attention_scores": 1,
+    "self_maps.query": 1,
+    "self_maps.key": 1,
+    "self_maps.values": 1,
+    "cross_maps.query": 1,
+    "cross_maps.key": 1,
+    "cross_maps.values": 1,
     "states": 0,
     "tokens": 0,
 }
@@ -31,7 +36,7 @@ class Part:
     """One tensor in a record.
 
     Attributes:
-        name: of the field of ``DecoderOutputs``, or ``tokens``.
+        name: of the field of ``DecoderOutputs``, dotted within maps, or ``tokens``.
         dtype: of its values.
         shape: of one image's values.
         start: bytes before it.
@@ -100,9 +105,16 @@ class RecordLayout:
             records: uint8, on the device that the outputs are to be on.
         """
         values = self._values(records)
-        tokens = values.pop("tokens", None)
-        outputs = DecoderOutputs(**values, levels=self.levels, exclusive=self.exclusive)
-        return outputs, tokens
+        outputs = DecoderOutputs(
+            values["logits"],
+            values["boxes_cxcywh"],
+            _maps(values, "self_maps"),
+            _maps(values, "cross_maps"),
+            self.levels,
+            states=values.get("states"),
+            exclusive=self.exclusive,
+        )
+        return outputs, values.get("tokens")
 
     def difference(self, left: Tensor, right: Tensor) -> float:
         """The largest of |a - b| / (1 + |a|) over all values of two batches of records."""
@@ -116,9 +128,19 @@ class RecordLayout:
 
 def _tensors(taught: Taught) -> Iterator[tuple[str, Tensor]]:
     for name in _PARTS:
-        values = taught.tokens if name == "tokens" else getattr(taught.outputs, name)
-        if values is not None:
-            yield name, values
+        field, _, within = name.partition(".")
+        value = taught.tokens if name == "tokens" else getattr(taught.outputs, field)
+        if within:
+            value = getattr(value, within, None)
+        if value is not None:
+            yield name, value
+
+
+def _maps(values: Mapping[str, Tensor], field: str) -> AttentionMaps | None:
+    if f"{field}.values" in values:
+        return ScoredMaps(values[f"{field}.values"])
+    query = values.get(f"{field}.query")
+    return None if query is None else ProductMaps(query, values[f"{field}.key"])
 
 
 def _read(part: Part, records: Tensor) -> Tensor:

@@ -1,0 +1,62 @@
+"""A distilled step whose attention maps are stored nowhere against one that stores them."""
+
+import pytest
+import torch
+from tiny import tiny_detector_config
+
+from d3etr.config.distillation import DistillationConfig
+from d3etr.config.training import SetCriterionConfig
+from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.build import build_detector
+from d3etr.distillation.distiller import Distiller
+from d3etr.structures import ImageBatch, Targets
+
+USERS = ("d3etr.detectors.attention", "d3etr.distillation.attention")
+
+
+def _detector(name: str, seed: int, **changes: object) -> DetectionTransformer:
+    torch.manual_seed(seed)
+    settings = {"name": name, "width": 32, "heads": 2, "feedforward": 32, "queries": 6}
+    detector = build_detector(tiny_detector_config(**(settings | changes)), 3)
+    for key, parameter in detector.named_parameters():
+        if "head" in key:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return detector.eval()
+
+
+def _batch() -> tuple[ImageBatch, Targets]:
+    torch.manual_seed(5)
+    padding = torch.zeros(2, 64, 64, dtype=torch.bool)
+    padding[1, :, 32:] = True
+    pixels = torch.randn(2, 3, 64, 64) * ~padding[:, None]
+    boxes = torch.rand(2, 3, 4) * 0.4 + 0.2
+    labels = torch.tensor([[0, 2, 1], [1, 0, 0]])
+    targets = Targets(labels, boxes, (3, 1), (1, 2), ((64, 64), (64, 32)))
+    return ImageBatch(pixels, padding), targets
+
+
+def _step(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Losses and gradients of a step with fewer pairs than queries."""
+    student, teacher = _detector(name, 0), _detector(name, 1, queries=8, decoder_layers=3)
+    settings = {"method": "d3etr", "matched_pair_ratio": 0.7, "teacher_query_ratio": 0.6}
+    config = DistillationConfig.model_validate(settings)
+    distiller = Distiller(student, teacher, config, SetCriterionConfig(), seed=0)
+    images, targets = _batch()
+    taught = distiller.teach(images)
+    losses = distiller(images, targets, taught, distiller.normalisers(targets, taught))
+    torch.stack([*losses.values()]).sum().backward()
+    gradients = {k: p.grad for k, p in distiller.named_parameters() if p.grad is not None}
+    return losses, gradients
+
+
+@pytest.mark.parametrize("name", ["conditional_detr", "dab_detr", "detr", "deformable_detr"])
+def test_losses_and_gradients_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, expected = _step(name)
+    for module in USERS:
+        monkeypatch.setattr(f"{module}.runs_kernels", lambda _: True)
+    unstored, gradients = _step(name)
+    assert unstored.keys() == stored.keys() and "fixed/self_attention" in unstored
+    for key, loss in stored.items():
+        torch.testing.assert_close(unstored[key], loss, rtol=1e-4, atol=1e-6, msg=key)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(gradients[key], gradient, rtol=1e-3, atol=1e-5, msg=key)
