@@ -20,7 +20,7 @@ TIERS = (
     {"errors"},
     {"config"},
     {"storage"},
-    {"structures"},
+    {"structures", "kernels"},
     {"matching"},
     {"data", "detectors"},
     {"distillation"},
@@ -38,11 +38,12 @@ THIRD_PARTY = {
     "structures": {"torch"},
     "config": {"pydantic", "pydantic_core", "yaml"},
     "storage": {"fsspec", "aiohttp"},
+    "kernels": {"torch", "triton"},
     "matching": ARRAYS,
     "distillation": ARRAYS,
     "detectors": ARRAYS | {"safetensors", "pydantic"},
 }
-ONLY_IN = {"ray": "launch", "mlflow": "tracking", "fsspec": "storage"}
+ONLY_IN = {"ray": "launch", "mlflow": "tracking", "fsspec": "storage", "triton": "kernels"}
 
 
 def package_of(path: Path) -> str:

@@ -62,12 +62,13 @@ def solve(costs: Tensor, counts: Tensor, pairs: int) -> tuple[Tensor, Tensor, Te
     if rows.numel():
         block = max(16, triton.next_power_of_2(max(queries, width)))
         prices = costs.new_empty((len(doubts), block), dtype=torch.float64)
-        solve_one[(len(doubts),)](
-            *(costs, counts, rows, columns, doubts, prices, images, queries, width, pairs),
-            TILED=max(1, TILE // block),
-            BLOCK=block,
-            num_warps=WARPS,
-        )
+        with torch.cuda.device_of(costs):  # type: ignore[no-untyped-call]
+            solve_one[(len(doubts),)](
+                *(costs, counts, rows, columns, doubts, prices, images, queries, width, pairs),
+                TILED=max(1, TILE // block),
+                BLOCK=block,
+                num_warps=WARPS,
+            )
     return rows, columns, doubts.sum()
 
 
@@ -111,11 +112,12 @@ def solve_one(
     spread, doubt = _spread(costs, n, m, down, along, TILED, BLOCK)
     tl.store(doubts + problem, doubt)
 
+    shelf += problem * BLOCK
     prices = tl.zeros([BLOCK], tl.float32)
     # Of a problem that is not square, columns that stay free must end with a price of 0.
     if (n == m) & (n > PRICED) & (spread > 0):
         prices = _prices(costs, n, m, down, along, spread, TILED, BLOCK)
-    owners = _assign(costs, n, m, down, along, prices.to(tl.float64), shelf + problem * BLOCK, BLOCK)
+    owners = _assign(costs, n, m, down, along, prices.to(tl.float64), shelf, BLOCK)
 
     cells = tl.arange(0, BLOCK)
     used = owners >= 0
