@@ -15,6 +15,12 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import torch
+
+# Where kernels cannot run they are interpreted, if this is said before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def repository() -> Path:
@@ -25,7 +31,6 @@ def repository() -> Path:
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights file of a tiny detector of trees (3), cats (7) and dogs (90), random weights."""
-    import torch
     from tiny import tiny_detector_config
 
     from d3etr.config.data import PreprocessingConfig

@@ -46,7 +46,7 @@ THIRD_PARTY = {
     "distillation": ARRAYS,
     "detectors": ARRAYS | {"safetensors", "pydantic"},
 }
-ONLY_IN = {"ray": "launch", "mlflow": "tracking", "fsspec": "storage"}
+ONLY_IN = {"ray": "launch", "mlflow": "tracking", "fsspec": "storage", "triton": "kernels"}
 
 
 def package_of(path: Path) -> str:

@@ -238,13 +238,14 @@ class Distiller(nn.Module):
             and ``features`` against the teacher.
 
         Raises:
-            NonFiniteCostError: an output is NaN or infinite.
+            NonFiniteCostError: an output is NaN or infinite, and the host solved the matching
+                problems. Where a GPU did, a loss over the pairs concerned is NaN instead.
         """
         divisors = Normalisers.unpack(normalisers)
         of_teacher = self._start(self._teacher_problems(taught, targets))
         said = self._decode(images, taught)
         of_student = self._start(self._student_problems(said, taught, targets))
-        # While threads find the student's pairs: what needs none of them.
+        # While the student's pairs are found: what needs none of them.
         terms = self._terms_without_pairs(said, taught, targets, divisors)
         groups = self._supervise(said, targets, of_teacher(), divisors)
         pairs = of_student()
@@ -348,7 +349,8 @@ class Distiller(nn.Module):
             "giou": config.giou_weight,
         }
         terms = set_losses(outputs, targets, assignment, divisors.objects, config)
-        return {f"{name}/{term}": weights[term] * loss for term, loss in terms.items()}
+        losses = {f"{name}/{term}": weights[term] * loss for term, loss in terms.items()}
+        return assignment.doubted(losses)
 
     def _adaptive_terms(
         self, said: Said, taught: Taught, assignment: Assignment, divisors: Normalisers
@@ -357,7 +359,7 @@ class Distiller(nn.Module):
             assignment, said.main, taught.outputs, self.distillation.matched_pair_ratio
         )
         branch = Branch(said.main, taught.outputs, pairs, divisors.adaptive, divisors.images)
-        return mix({"adaptive": branch}, self.distillation)
+        return assignment.doubted(mix({"adaptive": branch}, self.distillation))
 
     def _terms_without_pairs(
         self, said: Said, taught: Taught | None, targets: Targets, divisors: Normalisers

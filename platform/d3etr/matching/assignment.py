@@ -1,9 +1,10 @@
 """One-to-one assignments of minimal cost: every layer, image and purpose as one problem set.
 
-The Hungarian problems of a training step (student against objects, teacher against objects,
-student against teacher; all layers and images of each) travel to the host in one copy that nobody
-waits for, are solved by a few threads while the device computes what needs no pairs, and their
-solutions travel back in one copy.
+The Hungarian problems of a training step: student against objects, teacher against objects,
+student against teacher; all layers and images of each. A GPU solves them itself, beside its other
+work, and the host waits for nothing. Elsewhere, and on a GPU without Triton, they travel to the
+host in one copy that nobody waits for, are solved by a few threads while the device computes what
+needs no pairs, and their solutions travel back in one copy.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,10 +23,17 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from d3etr.errors import UserError
+from d3etr.kernels.availability import runs_kernels
 from d3etr.structures import on_device
 
 MOST_THREADS = 15
 """Beside the caller's: more would wait for each other, since all need Python's lock."""
+
+
+_WHAT_TO_DO = (
+    "a detector's output is not finite. Lower the learning rate, or check the weights it started "
+    "from."
+)
 
 
 class NonFiniteCostError(UserError):
@@ -65,12 +74,34 @@ class Assignment:
         columns: [L, B, P] int64, 0 in unused slots.
         counts: pairs per image; slots from there to P are unused.
         used: [B, P] bool, True for slots in use.
+        doubt: scalar, 0, or NaN where a cost was not finite and its problem's pairs mean nothing:
+            found on a device, where nobody looks at once. None where it would have been an error.
     """
 
     rows: Tensor
     columns: Tensor
     counts: tuple[int, ...]
     used: Tensor
+    doubt: Tensor | None = None
+
+    def doubted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses over these pairs, the first one NaN if the pairs mean nothing."""
+        if self.doubt is None or not losses:
+            return losses
+        first = next(iter(losses))
+        return losses | {first: losses[first] + self.doubt}
+
+    def ensure_finite(self, name: str) -> None:
+        """Wait for the device to say whether the costs were finite.
+
+        Args:
+            name: what is matched.
+
+        Raises:
+            NonFiniteCostError: a cost is NaN or infinite.
+        """
+        if self.doubt is not None and bool(self.doubt.isnan()):
+            raise NonFiniteCostError(f"a cost of {name} is NaN or infinite: {_WHAT_TO_DO}")
 
 
 def gather_queries(values: Tensor, index: Tensor) -> Tensor:
@@ -78,8 +109,23 @@ def gather_queries(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(2, index[..., None].expand(*index.shape, values.shape[-1]))
 
 
-class Solving:
-    """Problems that are being solved; made by ``Solver.start``.
+class Solving(Protocol):
+    """Problems that are being solved; made by ``Solver.start``."""
+
+    def result(self) -> list[Assignment]:
+        """The solutions, once they are needed.
+
+        Returns:
+            One assignment per block, on the device of the costs.
+
+        Raises:
+            NonFiniteCostError: a cost is NaN or infinite; the text says where. Not raised where
+                the device solves: see ``Assignment.doubt``.
+        """
+
+
+class HostSolving:
+    """Problems that the host solves.
 
     Threads take one problem after the other from a common list, the largest first.
     """
@@ -103,14 +149,7 @@ class Solving:
         self._helpers = [pool.submit(self._work) for _ in range(min(threads, len(self._open)))]
 
     def result(self) -> list[Assignment]:
-        """Wait for the solutions, the calling thread helping.
-
-        Returns:
-            One assignment per block, on the device of the costs.
-
-        Raises:
-            NonFiniteCostError: a cost is NaN or infinite; the text says where.
-        """
+        """Wait for the solutions, the calling thread helping; see ``Solving``."""
         if not self._blocks:
             return []
         self._work()
@@ -146,30 +185,63 @@ class Solving:
         self._solutions[number][:, layer, image, : block.pairs[image]] = solution
 
 
-class Solver:
-    """Solves assignment problems on threads of its own while the caller goes on.
+class DeviceSolving:
+    """Problems that their device solves, on a stream beside that of its other work.
 
     Args:
-        threads: beside the caller's; None takes what PyTorch's threads leave or, where costs are
-            on a GPU and these threads idle, one for each core.
+        blocks: problems of sizes that ``kernels.assignment`` takes.
+        stream: solves; None for the current one.
+    """
+
+    def __init__(self, blocks: Sequence[CostBlock], stream: torch.cuda.Stream | None) -> None:
+        self._stream = stream
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+            for block in blocks:
+                block.costs.record_stream(stream)
+        with torch.cuda.stream(stream):
+            self._found = [_solve_there(block) for block in blocks]
+
+    def result(self) -> list[Assignment]:
+        """Let the device's current work wait for the solutions, not the host; see ``Solving``."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_stream(self._stream)
+            for found in self._found:
+                for part in (found.rows, found.columns, found.used, found.doubt):
+                    if part is not None:
+                        part.record_stream(current)
+        return self._found
+
+
+class Solver:
+    """Solves assignment problems while the caller goes on: on their device or on threads.
+
+    Args:
+        threads: of the host, beside the caller's, to solve all problems there. None leaves them to
+            a GPU that can; else it takes as many threads as PyTorch's leave or, where costs are on
+            a GPU and these threads idle, one for each core.
     """
 
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads
         self._pool: ThreadPoolExecutor | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __reduce__(self) -> tuple[type[Solver], tuple[int | None]]:
-        return Solver, (self.threads,)  # threads can be neither copied nor pickled
+        return Solver, (self.threads,)  # threads and streams can be neither copied nor pickled
 
     def start(self, blocks: Sequence[CostBlock]) -> Solving:
-        """Begin to solve every problem of every block by the Hungarian method (scipy).
+        """Begin to solve every problem of every block exactly.
 
         Returns at once. The smaller side of each problem will be matched completely.
 
         Args:
             blocks: problems [L, B, N, M] each, all on one device.
         """
-        solving = Solving(blocks)
+        if self.threads is None and _suits_device(blocks):
+            return DeviceSolving(blocks, self._beside(blocks[0].costs.device))
+        solving = HostSolving(blocks)
         threads = _helpers(blocks) if self.threads is None else self.threads
         if threads:
             if self._pool is None:
@@ -177,9 +249,16 @@ class Solver:
             solving.help_by(self._pool, threads)
         return solving
 
+    def _beside(self, device: torch.device) -> torch.cuda.Stream:
+        """A stream whose work goes first, since other work will wait for it."""
+        if self._stream is None or self._stream.device != device:
+            stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+            self._stream = stream
+        return self._stream
+
 
 def assign(blocks: Sequence[CostBlock]) -> list[Assignment]:
-    """Solve every problem of every block in the calling thread; see ``Solver.start``.
+    """Solve every problem of every block in the calling thread by scipy; see ``Solver.start``.
 
     Args:
         blocks: problems [L, B, N, M] each, all on one device.
@@ -191,6 +270,27 @@ def assign(blocks: Sequence[CostBlock]) -> list[Assignment]:
         NonFiniteCostError: a cost is NaN or infinite; the text says where.
     """
     return Solver(threads=0).start(blocks).result()
+
+
+def _suits_device(blocks: Sequence[CostBlock]) -> bool:
+    """Whether the costs' device solves problems, and such large ones."""
+    if not blocks or not runs_kernels(blocks[0].costs.device):
+        return False
+    from d3etr.kernels.assignment import LARGEST_SIDE
+
+    return max(max(block.costs.shape[2:]) for block in blocks) <= LARGEST_SIDE
+
+
+def _solve_there(block: CostBlock) -> Assignment:
+    """Solve a block where its costs are."""
+    from d3etr.kernels.assignment import solve
+
+    device, images = block.costs.device, range(block.costs.shape[1])
+    counts = torch.tensor([block.columns(image) for image in images], dtype=torch.int32)
+    rows, columns, doubt = solve(
+        block.costs, on_device(counts, device), max(block.pairs, default=0)
+    )
+    return Assignment(rows, columns, block.pairs, _used_slots(block.pairs, device), doubt)
 
 
 def _helpers(blocks: Sequence[CostBlock]) -> int:
@@ -213,8 +313,7 @@ def _non_finite(
     row, column = np.argwhere(~np.isfinite(problem))[0]
     return NonFiniteCostError(
         f"the cost of {name} is {problem[row, column]} in decoder layer {layer}, image {image} of "
-        f"the batch, query {row}, column {column}: a detector's output is not finite. Lower the "
-        "learning rate, or check the weights it started from."
+        f"the batch, query {row}, column {column}: {_WHAT_TO_DO}"
     )
 
 

@@ -92,6 +92,7 @@ def _pairs(distiller: Distiller, student: DecoderOutputs, teacher: DecoderOutput
     config = distiller.distillation
     problem = adaptive_problem(student, teacher, config.matching_cost)
     (assignment,) = distiller.solver.start([problem]).result()
+    assignment.ensure_finite(problem.name)
     pairs = adaptive_correspondence(assignment, student, teacher, config.matched_pair_ratio)
     columns = assignment.columns if pairs.teacher is None else pairs.teacher
     rows = assignment.rows if pairs.student is None else pairs.student

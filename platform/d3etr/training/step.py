@@ -71,8 +71,8 @@ class TrainingStep:
         """Do optimiser step ``step`` (from 0) on this worker's micro-batches.
 
         Raises:
-            TrainingDiverged: a matching cost is not finite. Losses are checked by whoever
-                reads the window.
+            TrainingDiverged: a matching cost is not finite and the host solved its problem.
+                Losses, NaN where a GPU did, are checked by whoever reads the window.
         """
         device, loaded = self._context.device, batches
         batches = [(images.to(device), targets.to(device)) for images, targets in loaded]

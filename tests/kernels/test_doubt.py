@@ -1,0 +1,80 @@
+"""Costs that are not finite, where nobody looks at once: the loss says it."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from tiny import tiny_detector_config
+
+pytest.importorskip("triton")
+
+from d3etr.config.distillation import DistillationConfig
+from d3etr.config.training import SetCriterionConfig
+from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.build import build_detector
+from d3etr.distillation.distiller import Distiller
+from d3etr.matching.assignment import CostBlock, DeviceSolving, Solver, Solving
+from d3etr.structures import ImageBatch, Targets
+from d3etr.training.divergence import LossWindow, TrainingDiverged
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class OnTheDevice(Solver):
+    """Interprets the kernel where there is no GPU."""
+
+    def __init__(self, spoilt: str = "") -> None:
+        super().__init__()
+        self.spoilt = spoilt
+
+    def start(self, blocks: Sequence[CostBlock]) -> Solving:
+        for block in blocks:
+            if self.spoilt and self.spoilt in block.name:
+                block.costs[0, 0, 0, 0] = float("inf")
+        return DeviceSolving(blocks, None)
+
+
+def detector(seed: int) -> DetectionTransformer:
+    torch.manual_seed(seed)
+    return build_detector(tiny_detector_config(), classes=3).eval()
+
+
+def losses(solver: Solver) -> dict[str, torch.Tensor]:
+    config = DistillationConfig.model_validate({"method": "d3etr"})
+    student, teacher = detector(0).to(DEVICE), detector(1).to(DEVICE)
+    distiller = Distiller(student, teacher, config, SetCriterionConfig(), seed=0).to(DEVICE)
+    distiller.solver = solver
+    images = ImageBatch(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    boxes = torch.tensor([[[0.3, 0.3, 0.2, 0.2]], [[0.6, 0.6, 0.3, 0.3]]])
+    targets = Targets(torch.tensor([[0], [2]]), boxes, (1, 1), (10, 11), ((32, 32),) * 2)
+    images, targets = images.to(DEVICE), targets.to(DEVICE)
+    taught = distiller.teach(images)
+    found: dict[str, torch.Tensor] = distiller(
+        images, targets, taught, distiller.normalisers(targets, taught), 0.0
+    )
+    return found
+
+
+def test_the_device_changes_no_loss() -> None:
+    for (name, here), there in zip(
+        losses(OnTheDevice()).items(), losses(Solver(threads=0)).values(), strict=True
+    ):
+        assert torch.allclose(here, there), name
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "loss"),
+    [
+        ("student queries against objects", "detection/class"),
+        ("teacher queries against objects", "auxiliary/class"),
+        ("student queries against teacher queries", "adaptive/class"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_the_loss_over_doubtful_pairs_names_step_and_images(spoilt: str, loss: str) -> None:
+    found, window = losses(OnTheDevice(spoilt)), LossWindow()
+    assert [name for name, value in found.items() if not value.isfinite()] == [loss]
+    window.add(7, found, (10, 11))
+    window.add_norm(torch.tensor(1.0))
+    with pytest.raises(TrainingDiverged, match=f"{loss} became NaN .* step 7, image ids 10, 11"):
+        window.check(window.rows().detach().cpu(), window.norms())
