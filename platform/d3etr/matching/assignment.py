@@ -242,7 +242,9 @@ class Solver:
         if self.threads is None and _suits_device(blocks):
             return DeviceSolving(blocks, self._beside(blocks[0].costs.device))
         solving = HostSolving(blocks)
-        threads = _helpers(blocks) if self.threads is None else self.threads
+        threads = self.threads
+        if threads is None:
+            threads = spare_threads(blocks[0].costs.device) if blocks else 0
         if threads:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(threads, thread_name_prefix="assignment")
@@ -293,9 +295,9 @@ def _solve_there(block: CostBlock) -> Assignment:
     return Assignment(rows, columns, block.pairs, _used_slots(block.pairs, device), doubt)
 
 
-def _helpers(blocks: Sequence[CostBlock]) -> int:
+def spare_threads(device: torch.device) -> int:
     """Threads beside the caller's: PyTorch's on a CPU, a GPU's share of the cores elsewhere."""
-    if not blocks or not blocks[0].costs.is_cuda:
+    if device.type != "cuda":
         return torch.get_num_threads() - 1
     share = (os.cpu_count() or 1) // torch.cuda.device_count()
     return min(max(1, share - 1), MOST_THREADS)
