@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -25,6 +26,19 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+@cache
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector that is taken to its device once, however often it is asked for.
+
+    Args:
+        values: its numbers.
+        dtype: their type.
+        device: where it is; the host does not wait for the copy.
+    """
+    with torch.inference_mode(False):
+        return on_device(torch.tensor(values, dtype=dtype), device)
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,8 @@ class Targets:
         counts: objects per image; slots [counts[b], T) of image b are unused.
         image_ids: the annotation file's ids.
         original_sizes: (height, width) in pixels before any transform.
+        objects: [B] int64, the counts where the labels are: nobody has to take them there in a
+            step.
     """
 
     labels: Tensor
@@ -65,6 +81,7 @@ class Targets:
     counts: tuple[int, ...]
     image_ids: tuple[int, ...]
     original_sizes: tuple[tuple[int, int], ...]
+    objects: Tensor
 
     def to(self, device: torch.device) -> Targets:
         """The same targets on ``device``."""
@@ -72,6 +89,7 @@ class Targets:
             self,
             labels=on_device(self.labels, device),
             boxes_cxcywh=on_device(self.boxes_cxcywh, device),
+            objects=on_device(self.objects, device),
         )
 
 

@@ -129,7 +129,9 @@ def measure(distiller: Distiller, size: tuple[int, int]) -> Step:
     """One step of one image of ``size`` (height, width), counted."""
     images = ImageBatch(torch.zeros(1, 3, *size))
     labels = torch.zeros(1, OBJECTS, dtype=torch.int64)
-    targets = Targets(labels, torch.zeros(1, OBJECTS, 4), (OBJECTS,), (1,), (size,))
+    targets = Targets(
+        labels, torch.zeros(1, OBJECTS, 4), (OBJECTS,), (1,), (size,), torch.tensor([OBJECTS])
+    )
     saved, operations = Saved(distiller), Operations()
     with FlopCounterMode(display=False) as flops, operations:
         taught = distiller.teach(images)

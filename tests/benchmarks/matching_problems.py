@@ -51,7 +51,14 @@ class Step:
         places = 0.1 + 0.4 * torch.rand(count, OBJECTS, 4)
         labels = torch.randint(CLASSES, (count, OBJECTS))
         sizes = ((side, side),) * count
-        self.targets = Targets(labels, places, (OBJECTS,) * count, (*range(count),), sizes)
+        self.targets = Targets(
+            labels,
+            places,
+            (OBJECTS,) * count,
+            (*range(count),),
+            sizes,
+            torch.full((count,), OBJECTS),
+        )
         self.targets = self.targets.to(place)
 
     def run(self, solver: Solver) -> None:

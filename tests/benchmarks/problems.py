@@ -35,7 +35,14 @@ def random_batch(
     boxes = torch.rand(count, objects, 4, generator=generator) * 0.4 + 0.2
     labels = torch.randint(classes, (count, objects), generator=generator)
     ids = tuple(range(count))
-    targets = Targets(labels, boxes, (objects,) * count, ids, ((side, side),) * count)
+    targets = Targets(
+        labels,
+        boxes,
+        (objects,) * count,
+        ids,
+        ((side, side),) * count,
+        torch.full((count,), objects),
+    )
     return ImageBatch(pixels).to(scale.device), targets.to(scale.device)
 
 

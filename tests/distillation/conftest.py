@@ -65,4 +65,4 @@ def targets() -> Targets:
     boxes[0, 1] = torch.tensor([0.7, 0.6, 0.3, 0.2])
     boxes[2, 0] = torch.tensor([0.5, 0.5, 0.5, 0.9])
     labels = torch.tensor([[0, 2], [0, 0], [1, 0]])
-    return Targets(labels, boxes, (2, 0, 1), (10, 11, 12), ((32, 40),) * 3)
+    return Targets(labels, boxes, (2, 0, 1), (10, 11, 12), ((32, 40),) * 3, torch.tensor([2, 0, 1]))

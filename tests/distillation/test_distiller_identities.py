@@ -222,6 +222,7 @@ def part(targets: Targets, index: slice) -> Targets:
         counts=targets.counts[index],
         image_ids=targets.image_ids[index],
         original_sizes=targets.original_sizes[index],
+        objects=targets.objects[index],
     )
 
 
@@ -254,6 +255,7 @@ def test_a_batch_without_objects_has_finite_losses_and_gradients(
         (0, 0, 0),
         (1, 2, 3),
         ((32, 40),) * 3,
+        torch.zeros(3, dtype=torch.int64),
     )
     student = any_detector(seed=1).train()
     losses = losses_of(distiller(student, any_detector()), images, empty)

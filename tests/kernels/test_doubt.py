@@ -46,7 +46,14 @@ def losses(solver: Solver) -> dict[str, torch.Tensor]:
     distiller.solver = solver
     images = ImageBatch(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     boxes = torch.tensor([[[0.3, 0.3, 0.2, 0.2]], [[0.6, 0.6, 0.3, 0.3]]])
-    targets = Targets(torch.tensor([[0], [2]]), boxes, (1, 1), (10, 11), ((32, 32),) * 2)
+    targets = Targets(
+        torch.tensor([[0], [2]]),
+        boxes,
+        (1, 1),
+        (10, 11),
+        ((32, 32),) * 2,
+        torch.ones(2, dtype=torch.int64),
+    )
     images, targets = images.to(DEVICE), targets.to(DEVICE)
     taught = distiller.teach(images)
     found: dict[str, torch.Tensor] = distiller(

@@ -11,6 +11,7 @@ from d3etr.detectors.build import build_detector
 from d3etr.distillation.distiller import Distiller
 from d3etr.structures import ImageBatch, Targets
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 USERS = ("d3etr.detectors.attention", "d3etr.distillation.attention")
 
 
@@ -21,7 +22,7 @@ def _detector(name: str, seed: int, **changes: object) -> DetectionTransformer:
     for key, parameter in detector.named_parameters():
         if "head" in key:
             torch.nn.init.normal_(parameter, std=0.2)
-    return detector.eval()
+    return detector.eval().to(DEVICE)
 
 
 def _batch() -> tuple[ImageBatch, Targets]:
@@ -31,8 +32,8 @@ def _batch() -> tuple[ImageBatch, Targets]:
     pixels = torch.randn(2, 3, 64, 64) * ~padding[:, None]
     boxes = torch.rand(2, 3, 4) * 0.4 + 0.2
     labels = torch.tensor([[0, 2, 1], [1, 0, 0]])
-    targets = Targets(labels, boxes, (3, 1), (1, 2), ((64, 64), (64, 32)))
-    return ImageBatch(pixels, padding), targets
+    targets = Targets(labels, boxes, (3, 1), (1, 2), ((64, 64), (64, 32)), torch.tensor([3, 1]))
+    return ImageBatch(pixels, padding).to(DEVICE), targets.to(DEVICE)
 
 
 def _step(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -40,7 +41,7 @@ def _step(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     student, teacher = _detector(name, 0), _detector(name, 1, queries=8, decoder_layers=3)
     settings = {"method": "d3etr", "matched_pair_ratio": 0.7, "teacher_query_ratio": 0.6}
     config = DistillationConfig.model_validate(settings)
-    distiller = Distiller(student, teacher, config, SetCriterionConfig(), seed=0)
+    distiller = Distiller(student, teacher, config, SetCriterionConfig(), seed=0).to(DEVICE)
     images, targets = _batch()
     taught = distiller.teach(images)
     losses = distiller(images, targets, taught, distiller.normalisers(targets, taught))
@@ -51,10 +52,13 @@ def _step(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("name", ["conditional_detr", "dab_detr", "detr", "deformable_detr"])
 def test_losses_and_gradients_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored, expected = _step(name)
-    for module in USERS:
-        monkeypatch.setattr(f"{module}.runs_kernels", lambda _: True)
-    unstored, gradients = _step(name)
+    for runs in (False, True):
+        for module in USERS:
+            monkeypatch.setattr(f"{module}.runs_kernels", lambda _, runs=runs: runs)
+        if runs:
+            unstored, gradients = _step(name)
+        else:
+            stored, expected = _step(name)
     assert unstored.keys() == stored.keys() and "fixed/self_attention" in unstored
     for key, loss in stored.items():
         torch.testing.assert_close(unstored[key], loss, rtol=1e-4, atol=1e-6, msg=key)

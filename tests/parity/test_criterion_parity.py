@@ -42,7 +42,9 @@ def as_targets(labels: list[dict[str, Tensor]]) -> Targets:
     boxes = torch.stack(
         [pad(entry["boxes"], (0, 0, 0, most - n)) for entry, n in zip(labels, COUNTS, strict=True)]
     )
-    return Targets(classes, boxes, COUNTS, tuple(range(BATCH)), ((64, 64),) * BATCH)
+    return Targets(
+        classes, boxes, COUNTS, tuple(range(BATCH)), ((64, 64),) * BATCH, torch.tensor(COUNTS)
+    )
 
 
 def test_every_layers_losses_and_gradients_equal_hugging_faces() -> None:

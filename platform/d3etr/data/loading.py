@@ -31,6 +31,7 @@ _Packed = tuple[
     tuple[int, ...],
     tuple[int, ...],
     tuple[tuple[int, int], ...],
+    Tensor,
 ]
 
 
@@ -207,16 +208,17 @@ class _BatchDataset(Dataset["_Packed | UserError"]):
             targets.counts,
             targets.image_ids,
             targets.original_sizes,
+            targets.objects,
         )
 
 
 def _unpack(packed: _Packed | UserError) -> Batch:
     if isinstance(packed, UserError):
         raise packed
-    pixels, padding, labels, boxes, counts, image_ids, sizes = packed
+    pixels, padding, labels, boxes, counts, image_ids, sizes, objects = packed
     # Pinning memory turns tuples into lists.
     original = tuple((height, width) for height, width in sizes)
-    targets = Targets(labels, boxes, tuple(counts), tuple(image_ids), original)
+    targets = Targets(labels, boxes, tuple(counts), tuple(image_ids), original, objects)
     return ImageBatch(pixels, padding), targets
 
 

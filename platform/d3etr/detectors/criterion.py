@@ -20,7 +20,9 @@ def detection_problem(
     name: str, outputs: DecoderOutputs, targets: Targets, config: SetCriterionConfig
 ) -> CostBlock:
     """The assignment problems of queries against the objects of their image."""
-    return CostBlock(name, detection_costs(outputs, targets, config), targets.counts)
+    return CostBlock(
+        name, detection_costs(outputs, targets, config), targets.counts, targets.objects
+    )
 
 
 def _matched_labels(targets: Targets, assignment: Assignment) -> Tensor:

@@ -7,7 +7,6 @@ of all levels · D width · E = D / H.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from d3etr.attention_maps import MASKED_SCORE
-from d3etr.structures import Levels, on_device
+from d3etr.structures import Levels, constant
 
 SPREAD = 1e-2
 """Share of a splatted map's mass that is spread evenly over all tokens, as is what was sampled
@@ -88,8 +87,8 @@ class DeformableAttention(nn.Module):
         if reference.shape[-1] == 4:
             places = anchor[..., :2] + offsets / self.points * anchor[..., 2:] * 0.5
         else:
-            sizes = torch.tensor([(w, h) for h, w in levels], dtype=torch.float32)
-            cells = on_device(sizes, query.device)[None, None, None, :, None]
+            sizes = tuple(float(side) for h, w in levels for side in (w, h))
+            cells = constant(sizes, torch.float32, query.device).view(-1, 1, 2)
             places = anchor + offsets / cells
         return Samples(places, weights)
 
@@ -134,12 +133,12 @@ def splat(samples: Samples, levels: Levels) -> Tensor:
     shape = weights.shape
     maps = []
     for level, (height, width) in enumerate(levels):
-        size = _constant([width, height], places)
+        size = constant((width, height), places.dtype, places.device)
         at = places[:, :, :, level] * size - 0.5  # [B, N, H, P, 2] in cells
         first = at.floor()
         plane = weights.new_zeros(*shape[:3], height * width)
         for corner in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            cell = first + _constant(corner, places)
+            cell = first + constant(corner, places.dtype, places.device)
             inside = ((cell >= 0) & (cell < size)).all(-1)
             # The gradient of Tensor.prod would make the host wait for a GPU.
             across, down = (1 - (at - cell).abs()).unbind(-1)
@@ -148,11 +147,6 @@ def splat(samples: Samples, levels: Levels) -> Tensor:
             plane = plane.scatter_add(3, index.where(inside, 0), share)
         maps.append(plane)
     return torch.cat(maps, -1).transpose(1, 2)
-
-
-def _constant(values: Sequence[int], like: Tensor) -> Tensor:
-    """A vector of the type and device of ``like``; ``new_tensor`` would wait for the device."""
-    return on_device(torch.tensor(values, dtype=like.dtype), like.device)
 
 
 def splatted_scores(samples: Samples, padding: Tensor | None, levels: Levels) -> Tensor:

@@ -15,7 +15,7 @@ from d3etr.detectors.feature_levels import cell_centres, valid_ratios
 from d3etr.detectors.heads import box_logits
 from d3etr.detectors.layers import MLP
 from d3etr.detectors.position import SineEncoding
-from d3etr.structures import DecoderOutputs, Levels, Memory, ObjectQueries, on_device
+from d3etr.structures import DecoderOutputs, Levels, Memory, ObjectQueries
 
 FINEST_SIZE = 0.05
 """Width and height that tokens of the finest level propose before they have learned; each
@@ -82,9 +82,11 @@ def first_boxes(tokens: Tensor, padding: Tensor | None, levels: Levels) -> tuple
         [B or 1, S, 4] logits, and [B or 1, S] bool: tokens that propose nothing.
     """
     centres = cell_centres(valid_ratios(padding, levels), levels, tokens)
-    areas = torch.tensor([h * w for h, w in levels])
-    sizes = FINEST_SIZE * 2.0 ** torch.arange(len(levels)).repeat_interleave(areas)
-    sides = on_device(sizes, tokens.device)[None, :, None].expand(len(centres), -1, 2)
+    sizes = [
+        tokens.new_full((h * w,), FINEST_SIZE * 2.0**level, dtype=torch.float32)
+        for level, (h, w) in enumerate(levels)
+    ]
+    sides = torch.cat(sizes)[None, :, None].expand(len(centres), -1, 2)
     boxes = torch.cat([centres, sides], -1)
     silent = ~((boxes > MARGIN) & (boxes < 1 - MARGIN)).all(-1)
     if padding is not None:

@@ -12,7 +12,7 @@ from d3etr.attention_maps import take_layers
 from d3etr.config.distillation import DistillationConfig
 from d3etr.distillation.correspondence import kept_pairs
 from d3etr.matching.assignment import gather_queries
-from d3etr.structures import DecoderOutputs, ObjectQueries, Targets, on_device
+from d3etr.structures import DecoderOutputs, ObjectQueries, Targets
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ def normalisers(
 ) -> Normalisers:
     """The local sums of one batch; all are known before the student runs."""
     device = targets.labels.device
-    sizes = torch.tensor([sum(targets.counts), len(targets.counts)], dtype=torch.float32)
-    objects, images = on_device(sizes, device)
+    objects = targets.objects.sum().float()
+    images = torch.full_like(objects, len(targets.counts))
     nothing = torch.zeros(layers, device=device)
     if taught is None:
         return Normalisers(objects, images, nothing, nothing, nothing)

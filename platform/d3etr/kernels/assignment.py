@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WARPS = 4
+WARPS = 8
 """Of each program."""
 LARGEST_SIDE = 2048
 """Beyond it a program's vectors no longer fit its registers."""

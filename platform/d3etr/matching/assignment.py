@@ -48,11 +48,13 @@ class CostBlock:
         name: what is matched, for error texts.
         costs: [L, B, N, M].
         counts: valid columns per image; None when all M are.
+        objects: [B] int64, the same on the costs' device.
     """
 
     name: str
     costs: Tensor
     counts: tuple[int, ...] | None = None
+    objects: Tensor | None = None
 
     def columns(self, image: int) -> int:
         """Valid columns of an image."""
@@ -63,6 +65,25 @@ class CostBlock:
         """Pairs per image: the smaller side is matched completely."""
         _, batch, queries, _ = self.costs.shape
         return tuple(min(queries, self.columns(image)) for image in range(batch))
+
+    @property
+    def slots(self) -> int:
+        """Pairs P that any image could have."""
+        return min(self.costs.shape[2:])
+
+    def valid_columns(self) -> Tensor:
+        """[B] int64 valid columns of each image, on the costs' device."""
+        _, batch, _, width = self.costs.shape
+        if self.objects is not None:
+            return self.objects
+        if self.counts is None:
+            return torch.full((batch,), width, device=self.costs.device)
+        return on_device(torch.tensor(self.counts, dtype=torch.int64), self.costs.device)
+
+    def used(self) -> Tensor:
+        """[B, P] bool, True for slots that hold a pair."""
+        slots = torch.arange(self.slots, device=self.costs.device)
+        return slots < self.valid_columns()[:, None]
 
 
 @dataclass(frozen=True)
@@ -160,7 +181,7 @@ class HostSolving:
         device = self._blocks[0].costs.device
         found = _to_device(self._solutions, device)
         return [
-            Assignment(rows, columns, block.pairs, _used_slots(block.pairs, device))
+            Assignment(rows, columns, block.pairs, block.used())
             for (rows, columns), block in zip(found, self._blocks, strict=True)
         ]
 
@@ -287,12 +308,8 @@ def _solve_there(block: CostBlock) -> Assignment:
     """Solve a block where its costs are."""
     from d3etr.kernels.assignment import solve
 
-    device, images = block.costs.device, range(block.costs.shape[1])
-    counts = torch.tensor([block.columns(image) for image in images], dtype=torch.int32)
-    rows, columns, doubt = solve(
-        block.costs, on_device(counts, device), max(block.pairs, default=0)
-    )
-    return Assignment(rows, columns, block.pairs, _used_slots(block.pairs, device), doubt)
+    rows, columns, doubt = solve(block.costs, block.valid_columns().int(), block.slots)
+    return Assignment(rows, columns, block.pairs, block.used(), doubt)
 
 
 def spare_threads(device: torch.device) -> int:
@@ -306,7 +323,7 @@ def spare_threads(device: torch.device) -> int:
 def _room(block: CostBlock) -> NDArray[np.int64]:
     """[2, L, B, P] zeros for the row and column indices of a block."""
     layers, batch = block.costs.shape[:2]
-    return np.zeros((2, layers, batch, max(block.pairs, default=0)), dtype=np.int64)
+    return np.zeros((2, layers, batch, block.slots), dtype=np.int64)
 
 
 def _non_finite(
@@ -341,8 +358,3 @@ def _to_device(solutions: Sequence[NDArray[np.int64]], device: torch.device) -> 
         on_device(flat, device), [solution.size for solution in solutions]
     )
     return [part.view(s.shape) for part, s in zip(parts, solutions, strict=True)]
-
-
-def _used_slots(pairs: tuple[int, ...], device: torch.device) -> Tensor:
-    slots = torch.arange(max(pairs, default=0))
-    return on_device(slots[None] < torch.tensor(pairs, dtype=torch.int64)[:, None], device)
