@@ -55,12 +55,15 @@ def test_losses_and_gradients_are_the_same(name: str, monkeypatch: pytest.Monkey
     for runs in (False, True):
         for module in USERS:
             monkeypatch.setattr(f"{module}.runs_kernels", lambda _, runs=runs: runs)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            found = _step(name)
         if runs:
-            unstored, gradients = _step(name)
+            unstored, gradients = found
         else:
-            stored, expected = _step(name)
+            stored, expected = found
     assert unstored.keys() == stored.keys() and "fixed/self_attention" in unstored
     for key, loss in stored.items():
         torch.testing.assert_close(unstored[key], loss, rtol=1e-4, atol=1e-6, msg=key)
     for key, gradient in expected.items():
-        torch.testing.assert_close(gradients[key], gradient, rtol=1e-3, atol=1e-5, msg=key)
+        error = (gradients[key] - gradient).norm()
+        assert error < 1e-3 * gradient.norm() + 1e-5, key

@@ -62,6 +62,14 @@ class OptimisationConfig(Section):
     """Evaluate and keep an exponential moving average of the weights."""
     compile: bool = False
     """torch.compile the detectors."""
+    cuda_graphs: bool = False
+    """On one GPU: record what it does in a step, once for each shape of batch, and replay that.
+    Batches are padded to multiples of 64 pixels."""
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """Off, ``cuda_graphs`` is no part of a configuration's digest."""
+        return frozenset() if self.cuda_graphs else frozenset({"cuda_graphs"})
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

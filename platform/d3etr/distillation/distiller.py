@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,48 +21,16 @@ from d3etr.distillation.features import feature_loss, query_quality, target_weig
 from d3etr.distillation.layers import teacher_layers
 from d3etr.distillation.mixmatcher import Branch, mix
 from d3etr.distillation.queries import GeneralPoints, RandomQueries, TeacherQueries
+from d3etr.distillation.said import Said
 from d3etr.distillation.teaching import Normalisers, Taught, map_layers, normalisers, passed_on
 from d3etr.matching.assignment import Assignment, CostBlock, Solver
 from d3etr.structures import (
     DecoderOutputs,
     Detector,
     ImageBatch,
-    Memory,
     ObjectQueries,
     Targets,
 )
-
-
-@dataclass(frozen=True)
-class Said:
-    """What the student says about a batch.
-
-    Attributes:
-        memory: its encoder output.
-        groups: outputs of each query group by name; ``detection`` is the main one.
-    """
-
-    memory: Memory
-    groups: dict[str, DecoderOutputs]
-
-    @property
-    def main(self) -> DecoderOutputs:
-        """Outputs of the student's own queries."""
-        return self.groups["detection"]
-
-    @property
-    def supervised(self) -> dict[str, DecoderOutputs]:
-        """What may learn from ground truth, a two-stage detector's proposals included."""
-        found = {name: part for name, part in self.groups.items() if name != "general"}
-        if self.memory.proposals is not None:
-            found["proposals"] = self.memory.proposals
-        return found
-
-    def truth(self, name: str, targets: Targets) -> Targets:
-        """A group's ground truth: proposals only tell objects from background, as class 0."""
-        if name != "proposals":
-            return targets
-        return replace(targets, labels=torch.zeros_like(targets.labels))
 
 
 class Distiller(nn.Module):
@@ -149,6 +117,11 @@ class Distiller(nn.Module):
         return config.distils or self._teacher_assigns or selects
 
     @property
+    def draws_points(self) -> bool:
+        """Whether general points are drawn in every step."""
+        return self._points is not None
+
+    @property
     def _queries_need_images(self) -> bool:
         return self.teacher is not None and self.teacher.config.two_stage
 
@@ -221,7 +194,7 @@ class Distiller(nn.Module):
         targets: Targets,
         taught: Taught | None,
         normalisers: Tensor,
-        distillation_scale: float = 1.0,
+        distillation_scale: float | Tensor = 1.0,
     ) -> dict[str, Tensor]:
         """Weighted losses of one micro-batch; their sum is what is minimised.
 
@@ -230,7 +203,7 @@ class Distiller(nn.Module):
             targets: their ground truth.
             taught: what ``teach`` returned for them.
             normalisers: sums over the global batch.
-            distillation_scale: warm-up factor on the distillation terms.
+            distillation_scale: warm-up factor on the distillation terms, a number or a scalar.
 
         Returns:
             Named scalars: ``detection/..``, ``auxiliary/..`` and, of a two-stage student,
@@ -242,20 +215,30 @@ class Distiller(nn.Module):
                 problems. Where a GPU did, a loss over the pairs concerned is NaN instead.
         """
         divisors = Normalisers.unpack(normalisers)
+        first = self._decode(images, None) if self._runs_beside(taught) else None
+        if taught is not None:
+            taught.wait()
         of_teacher = self._start(self._teacher_problems(taught, targets))
-        said = self._decode(images, taught)
+        said = self._decode(images, taught) if first is None else first
         of_student = self._start(self._student_problems(said, taught, targets))
-        # While the student's pairs are found: what needs none of them.
+        of_pairs = self._start(self._adaptive_problems(said, taught))
+        # While pairs are found, the hardest to find last: what needs none, or none of these.
         terms = self._terms_without_pairs(said, taught, targets, divisors)
         groups = self._supervise(said, targets, of_teacher(), divisors)
-        pairs = of_student()
-        groups |= self._supervise(said, targets, pairs, divisors)
-        if taught is not None and "adaptive" in pairs:
-            terms = self._adaptive_terms(said, taught, pairs["adaptive"], divisors) | terms
+        groups |= self._supervise(said, targets, of_student(), divisors)
+        for pairs in of_pairs().values():
+            assert taught is not None
+            terms = self._adaptive_terms(said, taught, pairs, divisors) | terms
         losses = {
             name: loss for group in said.supervised for name, loss in groups.get(group, {}).items()
         }
         return losses | {name: distillation_scale * loss for name, loss in terms.items()}
+
+    def _runs_beside(self, taught: Taught | None) -> bool:
+        """Whether the student need not wait for a teacher that still runs."""
+        if taught is None or taught.stream is None or taught.points is not None:
+            return False
+        return self.distillation.teacher_query_ratio == 1 and not self._queries_need_images
 
     def _start(self, problems: dict[str, CostBlock]) -> Callable[[], dict[str, Assignment]]:
         """Begin to solve problems; what is returned waits for the solutions."""
@@ -301,22 +284,27 @@ class Distiller(nn.Module):
     def _student_problems(
         self, said: Said, taught: Taught | None, targets: Targets
     ) -> dict[str, CostBlock]:
-        """All other bipartite problems of this batch, to be solved together."""
+        """All other bipartite problems of queries against objects, to be solved together."""
         config = self.distillation
         names = {"detection": "student queries against objects"}
         if config.auxiliary_group.ground_truth and (taught is None or not self._teacher_assigns):
             names["auxiliary"] = "auxiliary against objects"
         names["proposals"] = "proposals against objects"
-        problems = {
+        return {
             group: detection_problem(
                 names[group], outputs, said.truth(group, targets), self.criterion
             )
             for group, outputs in said.supervised.items()
             if group in names
         }
-        if config.matches_adaptively and taught is not None:
-            problems["adaptive"] = adaptive_problem(said.main, taught.outputs, config.matching_cost)
-        return problems
+
+    def _adaptive_problems(self, said: Said, taught: Taught | None) -> dict[str, CostBlock]:
+        """The bipartite problems of Adaptive Matching."""
+        config = self.distillation
+        if taught is None or not config.matches_adaptively:
+            return {}
+        problem = adaptive_problem(said.main, taught.outputs, config.matching_cost)
+        return {"adaptive": problem}
 
     def _supervise(
         self,

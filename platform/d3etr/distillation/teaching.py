@@ -27,6 +27,7 @@ class Taught:
         tokens: [B, S, D'] memory; None unless features are distilled.
         general: of the general points, the same layers; None without any.
         points: the general points.
+        stream: of a GPU, where all this is being computed; None for the current one.
     """
 
     outputs: DecoderOutputs
@@ -35,6 +36,12 @@ class Taught:
     tokens: Tensor | None = None
     general: DecoderOutputs | None = None
     points: ObjectQueries | None = None
+    stream: torch.cuda.Stream | None = None
+
+    def wait(self) -> None:
+        """Let the device's current work wait for what the teacher says, not the host."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
 
 def map_layers(outputs: DecoderOutputs, layers: list[int]) -> DecoderOutputs:

@@ -222,12 +222,13 @@ class DeviceSolving:
                 block.costs.record_stream(stream)
         with torch.cuda.stream(stream):
             self._found = [_solve_there(block) for block in blocks]
+        self._done = None if stream is None else stream.record_event()
 
     def result(self) -> list[Assignment]:
         """Let the device's current work wait for the solutions, not the host; see ``Solving``."""
-        if self._stream is not None:
+        if self._stream is not None and self._done is not None:
             current = torch.cuda.current_stream(self._stream.device)
-            current.wait_stream(self._stream)
+            current.wait_event(self._done)
             for found in self._found:
                 for part in (found.rows, found.columns, found.used, found.doubt):
                     if part is not None:

@@ -55,7 +55,7 @@ class LossWindow:
 
         Args:
             step: optimiser step; consecutive, micro-batches of one step in a row.
-            losses: name -> scalar.
+            losses: name -> scalar; may be overwritten afterwards.
             image_ids: the micro-batch's images.
 
         Returns:

@@ -140,6 +140,9 @@ class _Run:
             timer=self.timer,
             cache=self.cache,
         )
+        obstacle = step.obstacle()
+        if self.config.optimisation.cuda_graphs and obstacle is not None:
+            self._tell(f"optimisation.cuda_graphs has no effect: {obstacle}", "warning")
         loop = TrainingLoop(
             self.config,
             self.context,

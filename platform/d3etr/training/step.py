@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from d3etr.config.tree import Config
 from d3etr.data.sampling import share
 from d3etr.distillation.distiller import Distiller
 from d3etr.distillation.teaching import Taught
+from d3etr.kernels.availability import runs_kernels
 from d3etr.matching.assignment import NonFiniteCostError
 from d3etr.structures import ImageBatch, Targets
 from d3etr.training.context import TrainContext
 from d3etr.training.divergence import LossWindow
 from d3etr.training.ema import WeightAverage
+from d3etr.training.graphs import StepGraphs
 from d3etr.training.optimiser import autocast, clip_gradients, set_learning_rates
 from d3etr.training.schedule import distillation_scale, learning_rate_factor
 from d3etr.training.seeding import derive_seed, seed_generators
@@ -47,6 +50,8 @@ class TrainingStep:
         cache: of what the teacher says, if the run has one.
     """
 
+    _graphs: StepGraphs | None = None
+
     def __init__(
         self,
         distiller: Distiller,
@@ -66,6 +71,21 @@ class TrainingStep:
         parts = config.micro_batches(context.world_size)
         self._mine = share(parts, context.rank, context.world_size)
         self._window, self._timer, self._cache = window, timer, cache
+        if config.optimisation.cuda_graphs and self.obstacle() is None:
+            parameters = [p for group in optimiser.param_groups for p in group["params"]]
+            self._graphs = StepGraphs(self._whole_pass, parameters, context.device)
+
+    def obstacle(self) -> str | None:
+        """Why ``cuda_graphs`` would have no effect, in words; None where steps can be recorded."""
+        if not runs_kernels(self._context.device):
+            return "it needs a GPU, and Triton"
+        if len(self._mine) > 1 or self._context.world_size > 1:
+            return "steps of several micro-batches or workers are not recorded"
+        if self._cache is not None:
+            return "the teacher's cache is read by the host"
+        if self._distiller.draws_points:
+            return "general points are drawn by the host"
+        return None
 
     def __call__(self, step: int, batches: Sequence[MicroBatch]) -> None:
         """Do optimiser step ``step`` (from 0) on this worker's micro-batches.
@@ -76,11 +96,14 @@ class TrainingStep:
         """
         device, loaded = self._context.device, batches
         batches = [(images.to(device), targets.to(device)) for images, targets in loaded]
-        with self._timer.phase("teacher"):
-            taught, normalisers = self._teach(step, batches, loaded)
-        for index, (batch, known) in enumerate(zip(batches, taught, strict=True)):
-            with self._synchronised_if(index == len(batches) - 1):
-                self._accumulate(step, index, batch, known, normalisers)
+        if self._graphs is not None:
+            self._replay(step, batches[0], self._graphs)
+        else:
+            with self._timer.phase("teacher"):
+                taught, normalisers = self._teach(step, batches, loaded)
+            for index, (batch, known) in enumerate(zip(batches, taught, strict=True)):
+                with self._synchronised_if(index == len(batches) - 1):
+                    self._accumulate(step, index, batch, known, normalisers)
         with self._timer.phase("optimiser"):
             self._update(step)
 
@@ -116,10 +139,7 @@ class TrainingStep:
         normalisers: Tensor,
     ) -> None:
         images, targets = batch
-        micro = self._mine[index]
-        seed_generators(
-            derive_seed(self._config.run.seed, "step", step, micro), self._context.device
-        )
+        self._seed(step, index)
         scale = distillation_scale(step, self._config.distillation.warmup_steps)
         with self._timer.phase("forward"):
             try:
@@ -131,6 +151,33 @@ class TrainingStep:
         with self._timer.phase("backward"):
             # DDP divides by the world size; the losses are parts of a sum.
             (total * self._context.world_size).backward()  # type: ignore[no-untyped-call]
+
+    def _replay(self, step: int, batch: MicroBatch, graphs: StepGraphs) -> None:
+        """The same as teaching and accumulating the step's only micro-batch, by a graph."""
+        scale = distillation_scale(step, self._config.distillation.warmup_steps)
+        with self._timer.phase("forward and backward"):
+            losses = graphs(*batch, scale, lambda: self._seed(step, 0))
+            self._window.add(step, losses, batch[1].image_ids)
+
+    def _whole_pass(self, images: ImageBatch, targets: Targets, scale: Tensor) -> dict[str, Tensor]:
+        """What a graph holds: the teacher's pass, the student's, and the way back."""
+        beside = torch.cuda.Stream(self._context.device)  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream(self._context.device))
+        with torch.cuda.stream(beside):
+            (taught,), normalisers = self._teach(0, [(images, targets)], [(images, targets)])
+        if taught is None:
+            torch.cuda.current_stream(self._context.device).wait_stream(beside)
+        else:
+            taught = replace(taught, stream=beside)
+        with self._autocast():
+            losses = self._distiller(images, targets, taught, normalisers, scale)
+        torch.stack([*losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _seed(self, step: int, index: int) -> None:
+        """Random numbers of a micro-batch."""
+        seed = derive_seed(self._config.run.seed, "step", step, self._mine[index])
+        seed_generators(seed, self._context.device)
 
     def _update(self, step: int) -> None:
         config = self._config.optimisation

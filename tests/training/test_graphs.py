@@ -1,0 +1,159 @@
+"""Steps recorded as CUDA graphs."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_detector_config
+from tiny_runs import MakeConfig, losses
+from torch import Tensor
+
+from d3etr.config.distillation import DistillationConfig
+from d3etr.config.training import SetCriterionConfig
+from d3etr.detectors.build import build_detector
+from d3etr.distillation.distiller import Distiller
+from d3etr.structures import ImageBatch, Targets
+from d3etr.training.context import SingleProcess
+from d3etr.training.graphs import OBJECTS, SIDES, StepGraphs, padded
+from d3etr.training.journal import read_journal
+from d3etr.training.run import run_training
+from d3etr.training.seeding import seed_generators
+
+CUDA = torch.device("cuda")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+Pass = Callable[[ImageBatch, Targets, Tensor], dict[str, Tensor]]
+
+
+def batch(
+    height: int, width: int, objects: tuple[int, ...], seed: int = 0
+) -> tuple[ImageBatch, Targets]:
+    """Random images without padding; as many slots as the fullest image needs."""
+    generator = torch.Generator().manual_seed(seed)
+    images, most = len(objects), max(objects)
+    boxes = torch.rand(images, most, 4, generator=generator) * 0.4 + 0.2
+    labels = torch.randint(3, (images, most), generator=generator)
+    pixels = torch.randn(images, 3, height, width, generator=generator)
+    sizes = ((height, width),) * images
+    ids = tuple(range(images))
+    return ImageBatch(pixels), Targets(labels, boxes, objects, ids, sizes, torch.tensor(objects))
+
+
+def test_what_fits_stays_as_it_is() -> None:
+    images, targets = batch(SIDES, 2 * SIDES, (OBJECTS, 3))
+    same, also = padded(images, targets)
+    assert same is images and also is targets
+
+
+@pytest.mark.parametrize("objects", [(0, 0), (1, 0), (OBJECTS + 1, 2)])
+def test_padding_hides_what_it_adds(objects: tuple[int, ...]) -> None:
+    images, targets = batch(SIDES - 1, SIDES + 1, objects)
+    larger, more = padded(images, targets)
+    assert larger.pixels.shape[-2:] == (SIDES, 2 * SIDES) and larger.padding is not None
+    assert larger.padding.sum() == 2 * (SIDES * 2 * SIDES - (SIDES - 1) * (SIDES + 1))
+    assert not larger.padding[:, : SIDES - 1, : SIDES + 1].any()
+    assert torch.equal(larger.pixels[..., : SIDES - 1, : SIDES + 1], images.pixels)
+    slots = more.labels.shape[1]
+    assert slots % OBJECTS == 0 and slots >= max(OBJECTS, *objects)
+    assert more.boxes_cxcywh.shape[1] == slots
+    assert torch.equal(more.labels[:, : max(objects)], targets.labels)
+    assert torch.equal(more.objects, targets.objects)
+
+
+def distilled(
+    device: torch.device, method: str = "d3etr", name: str = "conditional_detr"
+) -> Distiller:
+    """A tiny pair with dropout."""
+    torch.manual_seed(0)
+    settings = {"name": name, "width": 32, "heads": 2, "feedforward": 32}
+    student, teacher = (
+        build_detector(tiny_detector_config(**settings, queries=queries, dropout=0.1), 3).to(device)
+        for queries in (6, 8)
+    )
+    config = DistillationConfig.model_validate({"method": method})
+    known = None if method == "none" else teacher
+    distiller = Distiller(student, known, config, SetCriterionConfig(), seed=0)
+    return distiller.to(device).train()
+
+
+def whole_pass(distiller: Distiller) -> Pass:
+    def run(images: ImageBatch, targets: Targets, factor: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(images.pixels.device.type, torch.bfloat16):
+            taught = distiller.teach(images)
+            sums = distiller.normalisers(targets, taught)
+            found = distiller(images, targets, taught, sums, factor)
+        torch.stack([*found.values()]).sum().backward()
+        return {key: loss.detach() for key, loss in found.items()}
+
+    return run
+
+
+def test_unused_slots_change_no_loss() -> None:
+    distiller = distilled(torch.device("cpu")).eval()
+    run = whole_pass(distiller)
+    images, targets = batch(SIDES, SIDES, (3, 1))
+    _, more = padded(images, targets)
+    assert more.labels.shape != targets.labels.shape
+    exact, found = (run(images, part, torch.ones(())) for part in (targets, more))
+    for name, loss in exact.items():
+        torch.testing.assert_close(found[name], loss, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("optimisation", "reason"),
+    [({}, "needs a GPU"), ({"accumulation": 2}, "needs a GPU")],
+)
+def test_a_setting_without_effect_is_named(
+    make_config: MakeConfig, tmp_path: Path, optimisation: dict[str, int], reason: str
+) -> None:
+    config = make_config(optimisation={"cuda_graphs": True, "epochs": 1, **optimisation})
+    run_training(config, tmp_path / "run", SingleProcess(torch.device("cpu")))
+    texts = [r["text"] for r in read_journal(tmp_path / "run" / "journal.jsonl") if "text" in r]
+    assert any("optimisation.cuda_graphs has no effect" in t and reason in t for t in texts)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("conditional_detr", "none"),
+        ("conditional_detr", "d3etr"),
+        ("dab_detr", "d3etr"),
+        ("detr", "detrdistill"),
+        ("deformable_detr", "d3etr"),
+    ],
+)
+def test_replayed_passes_are_those_of_the_host(name: str, method: str) -> None:
+    distiller = distilled(CUDA, method, name)
+    run, parameters = whole_pass(distiller), [*distiller.parameters()]
+    graphs = StepGraphs(run, parameters, CUDA)
+    shapes = [(64, 128, (3, 16)), (128, 64, (2, 1)), (64, 128, (0, 5)), (128, 64, (0, 0))]
+    for number, (height, width, objects) in enumerate([*shapes, *shapes]):
+        images, targets = padded(*batch(height, width, objects, number))
+        images, targets = images.to(CUDA), targets.to(CUDA)
+        seed = partial(seed_generators, number, CUDA)
+        for parameter in parameters:
+            parameter.grad = None
+        seed()
+        exact = run(images, targets, torch.full((), 0.5, device=CUDA))
+        gradients = {p: p.grad.clone() for p in parameters if p.grad is not None}
+        found = graphs(images, targets, 0.5, seed)
+        assert found.keys() == exact.keys()
+        for key, loss in exact.items():
+            torch.testing.assert_close(found[key], loss, rtol=1e-3, atol=1e-5, msg=key)
+        for parameter, gradient in gradients.items():
+            assert parameter.grad is not None
+            error = (parameter.grad - gradient).norm() / (gradient.norm() + 1e-6)
+            assert error < 0.05  # bfloat16, and sums in any order
+    assert len(graphs._graphs) == 2
+
+
+@needs_gpu
+def test_a_run_with_graphs_learns(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(optimisation={"cuda_graphs": True, "precision": "bfloat16"})
+    run_training(config, tmp_path / "run", SingleProcess(CUDA))
+    journal = read_journal(tmp_path / "run" / "journal.jsonl")
+    assert not [record for record in journal if "cuda_graphs" in str(record)]
+    found = losses(tmp_path / "run")
+    assert sum(found[-3:]) < sum(found[:3])
