@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.problems import CLASSES, CLIP_NORM, Step, autocast, detector_config, random_batch
-from benchmarks.side_by_side import Comparison, Scale, alternate, per_second
+from benchmarks.side_by_side import Action, Comparison, Scale, alternate, per_second
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
@@ -23,7 +23,7 @@ DEPTHS = {
     "resnet18": ([2, 2, 2, 2], [64, 128, 256, 512], "basic"),
     "resnet50": ([3, 4, 6, 3], [256, 512, 1024, 2048], "bottleneck"),
 }
-THEIRS, OURS = "Hugging Face's", "d3etr's"
+THEIRS, OURS, REPLAYED = "Hugging Face's", "d3etr's", "d3etr's, cuda_graphs"
 
 
 def hugging_face(ours: DetectorConfig) -> nn.Module:
@@ -102,7 +102,14 @@ def _compare(scale: Scale, dropout: float) -> Comparison:
     ours = twin(theirs, config)
     trained = train_the_same(theirs, ours)
     batch = random_batch(scale)
-    steps = {THEIRS: TheirStep(theirs, scale, batch), OURS: Step(ours, None, scale, batch)}
+    steps: dict[str, Action] = {
+        THEIRS: TheirStep(theirs, scale, batch),
+        OURS: Step(ours, None, scale, batch),
+    }
+    if scale.device.type == "cuda":
+        steps[REPLAYED] = Step(
+            twin(theirs, config).to(scale.device), None, scale, batch, graphs=True
+        )
     taken = alternate(steps, scale.rounds, scale.device)
     precision = str(scale.precision).removeprefix("torch.")
     title = (

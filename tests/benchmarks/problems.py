@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch.optim import AdamW
 from benchmarks.side_by_side import Scale
 from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import DistillationConfig
-from d3etr.config.training import OptimisationConfig, SetCriterionConfig
+from d3etr.config.training import OptimisationConfig, Precision, SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.distillation.distiller import Distiller
 from d3etr.structures import ImageBatch, Targets
+from d3etr.training.graphs import StepGraphs, whole_pass
 from d3etr.training.optimiser import build_optimiser, clip_gradients
 
 CLASSES = 80
@@ -79,6 +81,7 @@ class Step:
         batch: images and targets.
         distillation: settings; D3ETR's defaults where there is a teacher.
         teacher_precision: None: the scale's.
+        graphs: replay CUDA graphs.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Step:
         batch: tuple[ImageBatch, Targets],
         distillation: dict[str, Any] | None = None,
         teacher_precision: torch.dtype | None = None,
+        graphs: bool = False,
     ) -> None:
         method = {"method": "none" if teacher is None else "d3etr"}
         config = DistillationConfig.model_validate(method | (distillation or {}))
@@ -99,9 +103,27 @@ class Step:
         )
         self._batch, self._scale = batch, scale
         self._teaching = replace(scale, precision=teacher_precision or scale.precision)
+        self._graphs = self._recorder() if graphs else None
 
     def __call__(self) -> Tensor:
         """Forward, criterion, backward, clipping, update; returns the loss."""
+        loss = self._pass() if self._graphs is None else self._replay(self._graphs)
+        clip_gradients(self.optimiser, CLIP_NORM)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return loss
+
+    def _recorder(self) -> StepGraphs:
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        precisions = (_name(part.precision) for part in (self._teaching, self._scale))
+        run = whole_pass(self.distiller, self._scale.device, *precisions)
+        return StepGraphs(run, parameters, self._scale.device)
+
+    def _replay(self, graphs: StepGraphs) -> Tensor:
+        losses = graphs(*self._batch, 1.0, lambda: None)
+        return torch.stack([*losses.values()]).sum()
+
+    def _pass(self) -> Tensor:
         images, targets = self._batch
         with autocast(self._teaching):
             taught = self.distiller.teach(images)
@@ -110,10 +132,33 @@ class Step:
             losses = self.distiller(images, targets, taught, normalisers)
         loss = torch.stack([*losses.values()]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
-        clip_gradients(self.optimiser, CLIP_NORM)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
         return loss.detach()
+
+
+def _name(precision: torch.dtype) -> Precision:
+    return "float32" if precision == torch.float32 else "bfloat16"
+
+
+class Replayed:
+    """An action without gradients, recorded as a CUDA graph and replayed.
+
+    Args:
+        action: always does the same.
+    """
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                action()
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            action()
+
+    def __call__(self) -> None:
+        """Replay it."""
+        self._graph.replay()
 
 
 def autocast(scale: Scale) -> torch.autocast:

@@ -1,6 +1,5 @@
 """Steps recorded as CUDA graphs."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,14 +15,13 @@ from d3etr.detectors.build import build_detector
 from d3etr.distillation.distiller import Distiller
 from d3etr.structures import ImageBatch, Targets
 from d3etr.training.context import SingleProcess
-from d3etr.training.graphs import OBJECTS, SIDES, StepGraphs, padded
+from d3etr.training.graphs import OBJECTS, SIDES, Pass, StepGraphs, padded, whole_pass
 from d3etr.training.journal import read_journal
 from d3etr.training.run import run_training
 from d3etr.training.seeding import seed_generators
 
 CUDA = torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-Pass = Callable[[ImageBatch, Targets, Tensor], dict[str, Tensor]]
 
 
 def batch(
@@ -77,7 +75,9 @@ def distilled(
     return distiller.to(device).train()
 
 
-def whole_pass(distiller: Distiller) -> Pass:
+def plain_pass(distiller: Distiller) -> Pass:
+    """As the training step makes it without graphs."""
+
     def run(images: ImageBatch, targets: Targets, factor: Tensor) -> dict[str, Tensor]:
         with torch.autocast(images.pixels.device.type, torch.bfloat16):
             taught = distiller.teach(images)
@@ -91,7 +91,7 @@ def whole_pass(distiller: Distiller) -> Pass:
 
 def test_unused_slots_change_no_loss() -> None:
     distiller = distilled(torch.device("cpu")).eval()
-    run = whole_pass(distiller)
+    run = plain_pass(distiller)
     images, targets = batch(SIDES, SIDES, (3, 1))
     _, more = padded(images, targets)
     assert more.labels.shape != targets.labels.shape
@@ -126,8 +126,9 @@ def test_a_setting_without_effect_is_named(
 )
 def test_replayed_passes_are_those_of_the_host(name: str, method: str) -> None:
     distiller = distilled(CUDA, method, name)
-    run, parameters = whole_pass(distiller), [*distiller.parameters()]
-    graphs = StepGraphs(run, parameters, CUDA)
+    run, parameters = plain_pass(distiller), [*distiller.parameters()]
+    recorded = whole_pass(distiller, CUDA, "bfloat16", "bfloat16")
+    graphs = StepGraphs(recorded, parameters, CUDA)
     shapes = [(64, 128, (3, 16)), (128, 64, (2, 1)), (64, 128, (0, 5)), (128, 64, (0, 0))]
     for number, (height, width, objects) in enumerate([*shapes, *shapes]):
         images, targets = padded(*batch(height, width, objects, number))

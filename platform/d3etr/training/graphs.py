@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from d3etr.config.training import Precision
+from d3etr.distillation.distiller import Distiller
 from d3etr.structures import ImageBatch, Targets
+from d3etr.training.optimiser import autocast
 
 SIDES = 64
 """Heights and widths of recorded batches are multiples of this, pixels."""
@@ -26,6 +29,37 @@ _WARM_UPS = 2
 
 Pass = Callable[[ImageBatch, Targets, Tensor], dict[str, Tensor]]
 """Takes a batch and a factor, leaves gradients, returns named losses outside the graph."""
+
+
+def whole_pass(
+    distiller: Distiller, device: torch.device, teacher_precision: Precision, precision: Precision
+) -> Pass:
+    """What is recorded of a step: the teacher's pass beside the student's, losses, the way back.
+
+    Args:
+        distiller: on the device; it draws no general points.
+        device: a GPU.
+        teacher_precision: of the teacher's pass.
+        precision: of the student's.
+    """
+
+    def run(images: ImageBatch, targets: Targets, factor: Tensor) -> dict[str, Tensor]:
+        current = torch.cuda.current_stream(device)
+        beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        beside.wait_stream(current)
+        with torch.cuda.stream(beside), autocast(teacher_precision, device):
+            taught = distiller.teach(images)
+            sums = distiller.normalisers(targets, taught)
+        if taught is None:
+            current.wait_stream(beside)
+        else:
+            taught = replace(taught, stream=beside)
+        with autocast(precision, device):
+            losses = distiller(images, targets, taught, sums, factor)
+        torch.stack([*losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    return run
 
 
 @dataclass(frozen=True)

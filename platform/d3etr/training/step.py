@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from d3etr.structures import ImageBatch, Targets
 from d3etr.training.context import TrainContext
 from d3etr.training.divergence import LossWindow
 from d3etr.training.ema import WeightAverage
-from d3etr.training.graphs import StepGraphs
+from d3etr.training.graphs import StepGraphs, whole_pass
 from d3etr.training.optimiser import autocast, clip_gradients, set_learning_rates
 from d3etr.training.schedule import distillation_scale, learning_rate_factor
 from d3etr.training.seeding import derive_seed, seed_generators
@@ -73,7 +72,9 @@ class TrainingStep:
         self._window, self._timer, self._cache = window, timer, cache
         if config.optimisation.cuda_graphs and self.obstacle() is None:
             parameters = [p for group in optimiser.param_groups for p in group["params"]]
-            self._graphs = StepGraphs(self._whole_pass, parameters, context.device)
+            precisions = config.teacher_precision, config.optimisation.precision
+            run = whole_pass(distiller, context.device, *precisions)
+            self._graphs = StepGraphs(run, parameters, context.device)
 
     def obstacle(self) -> str | None:
         """Why ``cuda_graphs`` would have no effect, in words; None where steps can be recorded."""
@@ -158,21 +159,6 @@ class TrainingStep:
         with self._timer.phase("forward and backward"):
             losses = graphs(*batch, scale, lambda: self._seed(step, 0))
             self._window.add(step, losses, batch[1].image_ids)
-
-    def _whole_pass(self, images: ImageBatch, targets: Targets, scale: Tensor) -> dict[str, Tensor]:
-        """What a graph holds: the teacher's pass, the student's, and the way back."""
-        beside = torch.cuda.Stream(self._context.device)  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream(self._context.device))
-        with torch.cuda.stream(beside):
-            (taught,), normalisers = self._teach(0, [(images, targets)], [(images, targets)])
-        if taught is None:
-            torch.cuda.current_stream(self._context.device).wait_stream(beside)
-        else:
-            taught = replace(taught, stream=beside)
-        with self._autocast():
-            losses = self._distiller(images, targets, taught, normalisers, scale)
-        torch.stack([*losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
-        return {name: loss.detach() for name, loss in losses.items()}
 
     def _seed(self, step: int, index: int) -> None:
         """Random numbers of a micro-batch."""
