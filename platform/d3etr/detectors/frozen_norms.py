@@ -62,18 +62,58 @@ class NormedConv2d(nn.Conv2d):
         nn.Module.__init__(self)  # Conv2d's would draw weights
         self.__dict__.update(convolution.__dict__)
         self._norm = (norm,)  # inside a tuple, it stays a child of its own parent alone
+        self._kept = _KeptProduct()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] to [B, C', h', w'], scaled and shifted."""
-        result: Tensor = self._conv_forward(x, *self._scaled_and_shift())
+        result: Tensor = self._conv_forward(x, self._scaled(), self._shift())
         return result
 
     def unshifted(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, C, h, w] to [B, C', h', w'], scaled, and [C'] that is still to be added."""
-        weight, shift = self._scaled_and_shift()
-        return self._conv_forward(x, weight, None), shift
+        """[B, C, h, w] to [B, C', h', w'], scaled, and [C'] that is still to be added.
 
-    def _scaled_and_shift(self) -> tuple[Tensor, Tensor]:
+        Weights that nobody trains are scaled once, not in every call.
+        """
         (norm,) = self._norm
-        weight = self.weight * norm.scale[:, None, None, None]
-        return weight, norm.shift if self.bias is None else norm.shift + self.bias * norm.scale
+        # Tensors of inference mode count no versions.
+        sources = (self.weight, norm.scale)
+        changes = self.weight.requires_grad or any(x.is_inference() for x in sources)
+        weight = self._scaled() if changes else self._kept(*sources)
+        return self._conv_forward(x, weight, None), self._shift()
+
+    def _scaled(self) -> Tensor:
+        (norm,) = self._norm
+        return self.weight * norm.scale[:, None, None, None]
+
+    def _shift(self) -> Tensor:
+        (norm,) = self._norm
+        return norm.shift if self.bias is None else norm.shift + self.bias * norm.scale
+
+
+class _KeptProduct:
+    """Weights times scale as a convolution takes them, kept until either has changed.
+
+    Writing to a tensor counts up its version; only writing to its ``.data`` would go unnoticed.
+    What the product was computed from is held, so that no other tensor comes to lie there.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] = ()
+        self._held: tuple[Tensor, ...] = ()
+
+    def __reduce__(self) -> tuple[type[_KeptProduct], tuple[()]]:
+        """Copies and files hold no product."""
+        return _KeptProduct, ()
+
+    def __call__(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """[C', C, ...] times [C'], under autocast in its dtype."""
+        dtype, kind = weight.dtype, weight.device.type
+        if dtype == torch.float32 and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        key = (dtype, *((x.data_ptr(), x._version) for x in (weight, scale)))
+        if key != self._key:
+            # Whoever comes next may need it for a backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                product = (weight * scale[:, None, None, None]).to(dtype)
+            self._key, self._held = key, (product, weight.detach(), scale)
+        return self._held[0]
