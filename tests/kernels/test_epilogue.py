@@ -91,7 +91,7 @@ def test_bfloat16_is_rounded_once(shape: tuple[int, int, int, int], beside: bool
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(found, expected)
     for ours, theirs in zip(_gradients(case, found), _gradients(case, expected), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=0.01, atol=0.01 * float(theirs.abs().max()))
 
 
 def test_a_gradient_may_lie_otherwise_than_its_maps() -> None:

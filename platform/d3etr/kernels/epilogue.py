@@ -96,6 +96,9 @@ def _forward(
     inside = places < total - start
     # The remainder of 32-bit numbers by a constant is cheap.
     channels = ((start % CHANNELS).to(tl.int32) + places) % CHANNELS
+    if CHANNELS % 16 == 0:
+        # As the compiler doesn't see, 16 values from a multiple of 16 on are those of 16 channels.
+        channels = tl.max_contiguous(tl.multiple_of(channels, 16), 16)
     value = tl.load(maps + start + places, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(shift + channels).to(tl.float32)
     if BESIDE:
