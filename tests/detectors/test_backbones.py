@@ -16,9 +16,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.backbones import build_backbone, load_backbone_weights
+from d3etr.detectors.frozen_norms import FrozenNorm, FusedFrozenBatchNorm2d, NormedConv2d
 from d3etr.detectors.small_backbone import StridedShortcut
 from d3etr.detectors.tensor_files import write_tensors
-from d3etr.detectors.torchvision_backbone import FrozenNorm, FusedFrozenBatchNorm2d, NormedConv2d
 from d3etr.errors import UserError
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -123,6 +123,68 @@ def test_a_convolution_takes_the_frozen_norm_behind_it_up(bias: bool) -> None:
         torch.testing.assert_close(ours[0].get_parameter(name).grad, parameter.grad)
     norm.scale.zero_()
     torch.testing.assert_close(ours(x), found)
+
+
+def _normed(seed: int) -> torch.nn.Sequential:
+    """A convolution that is not trained and its frozen norm."""
+    torch.manual_seed(seed)
+    norm = FrozenNorm(6, 1e-5)
+    normed = torch.nn.Sequential(NormedConv2d(torch.nn.Conv2d(3, 6, 3, bias=False), norm), norm)
+    normed.load_state_dict({name: torch.rand_like(x) for name, x in normed.state_dict().items()})
+    return normed.requires_grad_(False)
+
+
+def _require_current_weights(normed: torch.nn.Sequential) -> torch.Tensor:
+    """Returns the product that is kept."""
+    x = torch.randn(2, 3, 8, 8)
+    for _ in range(2):
+        maps, shift = normed[0].unshifted(x)
+        torch.testing.assert_close(maps + shift[:, None, None], normed(x))
+    return normed[0]._kept._held[0]
+
+
+@torch.no_grad()
+def test_weights_that_nobody_trains_are_scaled_once_and_never_stale() -> None:
+    normed, other = _normed(0), _normed(1)
+    product = _require_current_weights(normed)
+    assert _require_current_weights(normed) is product
+    changes = {
+        "in place": lambda: normed[0].weight.mul_(2),
+        "another memory": lambda: setattr(normed[0].weight, "data", other[0].weight.clone()),
+        "a list of them": lambda: torch._foreach_add_([normed[0].weight.detach()], 1.0),
+        "state": lambda: normed.load_state_dict(other.state_dict()),
+        "assigned state": lambda: normed.load_state_dict(_normed(2).state_dict(), assign=True),
+        "precision": lambda: normed.double().float(),
+        "scale": lambda: normed[1].scale.add_(1),
+    }
+    for name, change in changes.items():
+        change()
+        assert _require_current_weights(normed) is not product, name
+        product = normed[0]._kept._held[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert normed[0].unshifted(torch.randn(1, 3, 8, 8))[0].dtype == torch.bfloat16
+    _require_current_weights(normed)
+
+
+def test_kept_weights_leave_training_and_copies_alone() -> None:
+    normed = _normed(0)
+    with torch.inference_mode():
+        _require_current_weights(normed)
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    normed[0].unshifted(x)[0].sum().backward()
+    assert x.grad is not None
+    copied = copy.deepcopy(normed)
+    assert not copied[0]._kept._held
+    with torch.no_grad():
+        copied[0].weight.zero_()
+    _require_current_weights(copied)
+    _require_current_weights(normed)
+    normed.requires_grad_(True)
+    normed[0].unshifted(x)[0].sum().backward()
+    assert normed[0].weight.grad is not None
+    with torch.inference_mode():
+        built_there = _normed(3)[0]
+        assert built_there.unshifted(torch.randn(1, 3, 8, 8))[0].isfinite().all()
 
 
 def test_group_norm_resnet_has_no_frozen_statistics() -> None:

@@ -12,6 +12,7 @@ import torchvision
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.ops import FrozenBatchNorm2d
 
 from d3etr.config.backbones import BACKBONES, TORCHVISION, UNUSABLE, family_of
 from d3etr.config.detector import BackboneConfig
@@ -94,7 +95,7 @@ def test_every_network_has_four_stages(name: str) -> None:
     assert backbone.stage_strides == (4, 8, 16, 32)
     assert (backbone.stride, backbone.channels) == (32, backbone.stage_channels[3])
     assert all(tensor.is_meta for tensor in backbone.state_dict().values())
-    norms = any(isinstance(m, torchvision_backbone.FrozenBatchNorm2d) for m in backbone.modules())
+    norms = any(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules())
     assert norms == backbone.config.has_batch_norm
     assert not any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
 

@@ -14,10 +14,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torchvision.models import VGG, ConvNeXt, DenseNet, SwinTransformer
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.models import VGG, ConvNeXt, DenseNet, ResNet, SwinTransformer
 
 from d3etr.config.detector import BackboneConfig
+from d3etr.detectors.frozen_norms import FrozenNorm, FusedFrozenBatchNorm2d, NormedConv2d
+from d3etr.detectors.residual_blocks import RectifiedConvolution, with_frozen_norms
 from d3etr.errors import UserError
 
 FIRST_STRIDE = 4
@@ -30,68 +31,6 @@ CHANNELS_AT_THE_END = (SwinTransformer,)
 """Networks whose maps are [B, h, w, channels]."""
 _PROBE = 64
 """Side of the image that strides are measured on."""
-
-
-class FusedFrozenBatchNorm2d(FrozenBatchNorm2d):  # type: ignore[misc]
-    """Frozen batch norm in one kernel, where no convolution comes before it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale and shift [B, C, h, w] by the frozen statistics."""
-        return nn.functional.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
-
-
-class FrozenNorm(FrozenBatchNorm2d):  # type: ignore[misc]
-    """A batch norm whose frozen statistics the convolution before it has taken up: an identity.
-
-    Attributes:
-        scale: [C] what a channel is multiplied by.
-        shift: [C] what is then added to it.
-    """
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, channels: int, eps: float) -> None:
-        super().__init__(channels, eps)
-        for name in ("scale", "shift"):
-            self.register_buffer(name, torch.empty(channels), persistent=False)
-        self._summarise()
-        self.register_load_state_dict_post_hook(FrozenNorm._summarise)
-
-    def _summarise(self, *_: object) -> None:
-        self.scale = self.weight * (self.running_var + self.eps).rsqrt()
-        self.shift = self.bias - self.running_mean * self.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w], unchanged."""
-        return x
-
-
-class NormedConv2d(nn.Conv2d):
-    """A convolution and the frozen batch norm behind it as one convolution.
-
-    conv(x) * scale + shift is conv with scaled weights: nothing is normalised, and nothing is kept
-    of what would have been.
-
-    Args:
-        convolution: whose parameters it takes over.
-        norm: is an identity from now on; it keeps its names in the state dict.
-    """
-
-    def __init__(self, convolution: nn.Conv2d, norm: FrozenNorm) -> None:
-        nn.Module.__init__(self)  # Conv2d's would draw weights
-        self.__dict__.update(convolution.__dict__)
-        self._norm = (norm,)  # inside a tuple, it stays a child of its own parent alone
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] to [B, C', h', w'], scaled and shifted."""
-        (norm,) = self._norm
-        weight = self.weight * norm.scale[:, None, None, None]
-        shift = norm.shift if self.bias is None else norm.shift + self.bias * norm.scale
-        result: Tensor = self._conv_forward(x, weight, shift)
-        return result
 
 
 class _Stage(NamedTuple):
@@ -142,6 +81,8 @@ class TorchvisionBackbone(nn.Module):
             steps.append(nn.ReLU())  # the last one is no module there
         # Lists, not module lists: state dicts have torchvision's names alone.
         self._stem, self._stages = _split(steps, self._measure(steps))
+        if isinstance(network, ResNet) and config.norm == "frozen":
+            self._stem = [RectifiedConvolution(*self._stem)]
         if config.dilation:
             _dilate(self.get_submodule("layer4"))
             self._stages[-1] = self._stages[-1]._replace(stride=self._stages[-2].stride)
@@ -252,6 +193,8 @@ def _replace_batch_norm(network: nn.Module, norm: str) -> None:
                 replacement = _frozen if norm == "frozen" else _grouped
                 replacement(module, name, child, before)
             before = name, child
+        if norm == "frozen":
+            with_frozen_norms(module)
 
 
 def _frozen(

@@ -1,0 +1,119 @@
+"""Frozen batch norms, and convolutions that take them up.
+
+Shapes: B images · C channels · h, w cells of a map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+
+class FusedFrozenBatchNorm2d(FrozenBatchNorm2d):  # type: ignore[misc]
+    """Frozen batch norm in one kernel, where no convolution comes before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift [B, C, h, w] by the frozen statistics."""
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+
+
+class FrozenNorm(FrozenBatchNorm2d):  # type: ignore[misc]
+    """A batch norm whose frozen statistics the convolution before it has taken up: an identity.
+
+    Attributes:
+        scale: [C] what a channel is multiplied by.
+        shift: [C] what is then added to it.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(channels, eps)
+        for name in ("scale", "shift"):
+            self.register_buffer(name, torch.empty(channels), persistent=False)
+        self._summarise()
+        self.register_load_state_dict_post_hook(FrozenNorm._summarise)
+
+    def _summarise(self, *_: object) -> None:
+        self.scale = self.weight * (self.running_var + self.eps).rsqrt()
+        self.shift = self.bias - self.running_mean * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w], unchanged."""
+        return x
+
+
+class NormedConv2d(nn.Conv2d):
+    """A convolution and the frozen batch norm behind it as one convolution.
+
+    conv(x) * scale + shift is conv with scaled weights: nothing is normalised, and nothing is kept
+    of what would have been.
+
+    Args:
+        convolution: whose parameters it takes over.
+        norm: is an identity from now on; it keeps its names in the state dict.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, norm: FrozenNorm) -> None:
+        nn.Module.__init__(self)  # Conv2d's would draw weights
+        self.__dict__.update(convolution.__dict__)
+        self._norm = (norm,)  # inside a tuple, it stays a child of its own parent alone
+        self._kept = _KeptProduct()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] to [B, C', h', w'], scaled and shifted."""
+        result: Tensor = self._conv_forward(x, self._scaled(), self._shift())
+        return result
+
+    def unshifted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C, h, w] to [B, C', h', w'], scaled, and [C'] that is still to be added.
+
+        Weights that nobody trains are scaled once, not in every call.
+        """
+        (norm,) = self._norm
+        # Tensors of inference mode count no versions.
+        sources = (self.weight, norm.scale)
+        changes = self.weight.requires_grad or any(x.is_inference() for x in sources)
+        weight = self._scaled() if changes else self._kept(*sources)
+        return self._conv_forward(x, weight, None), self._shift()
+
+    def _scaled(self) -> Tensor:
+        (norm,) = self._norm
+        return self.weight * norm.scale[:, None, None, None]
+
+    def _shift(self) -> Tensor:
+        (norm,) = self._norm
+        return norm.shift if self.bias is None else norm.shift + self.bias * norm.scale
+
+
+class _KeptProduct:
+    """Weights times scale as a convolution takes them, kept until either has changed.
+
+    Writing to a tensor counts up its version; only writing to its ``.data`` would go unnoticed.
+    What the product was computed from is held, so that no other tensor comes to lie there.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] = ()
+        self._held: tuple[Tensor, ...] = ()
+
+    def __reduce__(self) -> tuple[type[_KeptProduct], tuple[()]]:
+        """Copies and files hold no product."""
+        return _KeptProduct, ()
+
+    def __call__(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """[C', C, ...] times [C'], under autocast in its dtype."""
+        dtype, kind = weight.dtype, weight.device.type
+        if dtype == torch.float32 and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        key = (dtype, *((x.data_ptr(), x._version) for x in (weight, scale)))
+        if key != self._key:
+            # Whoever comes next may need it for a backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                product = (weight * scale[:, None, None, None]).to(dtype)
+            self._key, self._held = key, (product, weight.detach(), scale)
+        return self._held[0]
