@@ -140,7 +140,7 @@ def _require_current_weights(normed: torch.nn.Sequential) -> torch.Tensor:
     for _ in range(2):
         maps, shift = normed[0].unshifted(x)
         torch.testing.assert_close(maps + shift[:, None, None], normed(x))
-    return normed[0]._kept._held[0]
+    return normed[0]._kept._products[torch.float32]
 
 
 @torch.no_grad()
@@ -158,11 +158,13 @@ def test_weights_that_nobody_trains_are_scaled_once_and_never_stale() -> None:
         "scale": lambda: normed[1].scale.add_(1),
     }
     for name, change in changes.items():
+        before = product.clone()
         change()
-        assert _require_current_weights(normed) is not product, name
-        product = normed[0]._kept._held[0]
+        assert _require_current_weights(normed) is product, name
+        assert name == "precision" or not torch.equal(product, before), name
     with torch.autocast("cpu", torch.bfloat16):
         assert normed[0].unshifted(torch.randn(1, 3, 8, 8))[0].dtype == torch.bfloat16
+    assert normed[0]._kept._products[torch.float32] is product
     _require_current_weights(normed)
 
 
@@ -174,7 +176,7 @@ def test_kept_weights_leave_training_and_copies_alone() -> None:
     normed[0].unshifted(x)[0].sum().backward()
     assert x.grad is not None
     copied = copy.deepcopy(normed)
-    assert not copied[0]._kept._held
+    assert not copied[0]._kept._products
     with torch.no_grad():
         copied[0].weight.zero_()
     _require_current_weights(copied)

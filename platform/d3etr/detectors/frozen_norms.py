@@ -94,12 +94,14 @@ class _KeptProduct:
     """Weights times scale as a convolution takes them, kept until either has changed.
 
     Writing to a tensor counts up its version; only writing to its ``.data`` would go unnoticed.
-    What the product was computed from is held, so that no other tensor comes to lie there.
+    What a product was computed from is held, so that no other tensor comes to lie there. A product
+    stays where it is: recorded CUDA graphs read it there.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[object, ...] = ()
-        self._held: tuple[Tensor, ...] = ()
+        self._products: dict[torch.dtype, Tensor] = {}
+        self._keys: dict[torch.dtype, tuple[object, ...]] = {}
+        self._sources: dict[torch.dtype, tuple[Tensor, ...]] = {}
 
     def __reduce__(self) -> tuple[type[_KeptProduct], tuple[()]]:
         """Copies and files hold no product."""
@@ -110,10 +112,17 @@ class _KeptProduct:
         dtype, kind = weight.dtype, weight.device.type
         if dtype == torch.float32 and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        key = (dtype, *((x.data_ptr(), x._version) for x in (weight, scale)))
-        if key != self._key:
+        key = tuple((x.data_ptr(), x._version) for x in (weight, scale))
+        if key != self._keys.get(dtype):
             # Whoever comes next may need it for a backward pass.
             with torch.inference_mode(False), torch.no_grad():
-                product = (weight * scale[:, None, None, None]).to(dtype)
-            self._key, self._held = key, (product, weight.detach(), scale)
-        return self._held[0]
+                self._keep(dtype, (weight * scale[:, None, None, None]).to(dtype))
+            self._keys[dtype], self._sources[dtype] = key, (weight.detach(), scale)
+        return self._products[dtype]
+
+    def _keep(self, dtype: torch.dtype, product: Tensor) -> None:
+        kept = self._products.get(dtype)
+        if kept is not None and (kept.device, kept.shape) == (product.device, product.shape):
+            kept.copy_(product)
+        else:
+            self._products[dtype] = product
