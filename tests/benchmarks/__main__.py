@@ -119,8 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part in found[name]:
             print(f"\n{part.table()}", end="", flush=True)
         print(f"({time.monotonic() - begun:.0f} s)", flush=True)
-    write(options.output, where, found)
-    print(f"\nwritten: {options.output / 'benchmarks.json'} and benchmarks.md")
+        write(options.output, where, found)
+    if found:
+        print(f"\nwritten: {options.output / 'benchmarks.json'} and benchmarks.md")
     return 1 if failed else 0
 
 

@@ -195,6 +195,7 @@ class Distiller(nn.Module):
         taught: Taught | None,
         normalisers: Tensor,
         distillation_scale: float | Tensor = 1.0,
+        beside: torch.cuda.Stream | None = None,
     ) -> dict[str, Tensor]:
         """Weighted losses of one micro-batch; their sum is what is minimised.
 
@@ -204,6 +205,8 @@ class Distiller(nn.Module):
             taught: what ``teach`` returned for them.
             normalisers: sums over the global batch.
             distillation_scale: warm-up factor on the distillation terms, a number or a scalar.
+            beside: of a GPU: computes the terms over adaptive pairs, which are found last. Whoever
+                reads these losses waits for it; a backward pass need not.
 
         Returns:
             Named scalars: ``detection/..``, ``auxiliary/..`` and, of a two-stage student,
@@ -226,13 +229,18 @@ class Distiller(nn.Module):
         terms = self._terms_without_pairs(said, taught, targets, divisors)
         groups = self._supervise(said, targets, of_teacher(), divisors)
         groups |= self._supervise(said, targets, of_student(), divisors)
-        for pairs in of_pairs().values():
-            assert taught is not None
-            terms = self._adaptive_terms(said, taught, pairs, divisors) | terms
         losses = {
             name: loss for group in said.supervised for name, loss in groups.get(group, {}).items()
         }
-        return losses | {name: distillation_scale * loss for name, loss in terms.items()}
+        rest = {name: distillation_scale * loss for name, loss in terms.items()}
+        if beside is not None:
+            beside.wait_stream(torch.cuda.current_stream(beside.device))
+        with torch.cuda.stream(beside):
+            for pairs in of_pairs().values():
+                assert taught is not None
+                terms = self._adaptive_terms(said, taught, pairs, divisors)
+                losses |= {name: distillation_scale * loss for name, loss in terms.items()}
+        return losses | rest
 
     def _runs_beside(self, taught: Taught | None) -> bool:
         """Whether the student need not wait for a teacher that still runs."""

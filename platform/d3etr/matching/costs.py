@@ -11,6 +11,7 @@ from torch.nn.functional import softplus
 
 from d3etr.config.distillation import MatchingCostConfig
 from d3etr.config.training import SetCriterionConfig
+from d3etr.kernels.availability import runs_kernels
 from d3etr.matching.boxes import cxcywh_to_xyxy, pairwise_generalised_iou
 from d3etr.structures import DecoderOutputs, Targets
 
@@ -105,6 +106,8 @@ def distillation_costs(
     Returns:
         [L, B, N, M].
     """
+    if config.class_distance == "l2" and runs_kernels(student.logits.device):
+        return _fused_costs(student, teacher, config)
     cost = box_costs(
         student.boxes_cxcywh.float(), teacher.boxes_cxcywh.float(), config.l1_cost, config.giou_cost
     )
@@ -112,3 +115,20 @@ def distillation_costs(
         distance = CLASS_DISTANCES[config.class_distance]
         cost = cost + config.class_cost * distance(student.logits.float(), teacher.logits.float())
     return cost
+
+
+def _fused_costs(
+    student: DecoderOutputs, teacher: DecoderOutputs, config: MatchingCostConfig
+) -> Tensor:
+    """The same by a kernel."""
+    from d3etr.kernels.pair_costs import pair_costs
+
+    return pair_costs(
+        student.boxes_cxcywh,
+        student.logits.float(),
+        teacher.boxes_cxcywh,
+        teacher.logits.float(),
+        class_cost=config.class_cost,
+        l1_cost=config.l1_cost,
+        giou_cost=config.giou_cost,
+    )

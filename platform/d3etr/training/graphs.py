@@ -54,9 +54,12 @@ def whole_pass(
             current.wait_stream(beside)
         else:
             taught = replace(taught, stream=beside)
+        pairing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with autocast(precision, device):
-            losses = distiller(images, targets, taught, sums, factor)
-        torch.stack([*losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
+            losses = distiller(images, targets, taught, sums, factor, beside=pairing)
+        # Not of their sum, which would have to wait for the last of them.
+        torch.autograd.backward([*losses.values()])
+        current.wait_stream(pairing)
         return {name: loss.detach() for name, loss in losses.items()}
 
     return run
