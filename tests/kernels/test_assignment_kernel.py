@@ -124,8 +124,8 @@ def test_nothing_is_written_beside_the_results() -> None:
         pairs = min(6, count)
         assert torch.equal(alone[0][:, 0], whole[0][:, image, :pairs])
         assert torch.equal(alone[1][:, 0], whole[1][:, image, :pairs])
-    sizes = {"rows": 30, "columns": 30, "doubts": 6, "shelf": 96}
-    types = {"doubts": torch.float32, "shelf": torch.float64}
+    sizes = {"rows": 30, "columns": 30, "doubts": 6, "shelf": 192}
+    types = {"doubts": torch.float32, "shelf": torch.int64}
     rooms = {
         name: torch.full((3, size), -9, dtype=types.get(name, torch.int64), device=DEVICE)
         for name, size in sizes.items()

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WARPS = 8
+WARPS = 16
 """Of each program."""
 LARGEST_SIDE = 2048
 """Beyond it a program's vectors no longer fit its registers."""
-TILE = 4096
+TILE = 8192
 """Costs that a sweep holds at a time."""
 
 TEMPERATURES = tl.constexpr(8)
@@ -36,8 +36,14 @@ PRICED = tl.constexpr(32)
 
 _INDEX_BITS = tl.constexpr(14)
 _INDEX = tl.constexpr((1 << 14) - 1)
-_OWNED = tl.constexpr(1 << 28)
-_NO_COLUMN = tl.constexpr((1 << 31) - 1)
+_COST_BITS = tl.constexpr(38)
+"""Costs are whole numbers below 2 to this power, the largest at least half of it: a total is wrong
+by less than N times 2^-37 of the largest cost."""
+_NAME_BITS = tl.constexpr(12)
+_COLUMN = tl.constexpr((1 << 11) - 1)
+_OWNED = tl.constexpr(1 << 11)
+_FAR = tl.constexpr(1 << 50)
+_CLOSED = tl.constexpr((1 << 63) - 1)
 _TINY = tl.constexpr(1e-30)
 _LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 
@@ -61,7 +67,7 @@ def solve(costs: Tensor, counts: Tensor, pairs: int) -> tuple[Tensor, Tensor, Te
     doubts = costs.new_zeros(layers * images)
     if rows.numel():
         block = max(16, triton.next_power_of_2(max(queries, width)))
-        prices = costs.new_empty((len(doubts), block), dtype=torch.float64)
+        prices = costs.new_empty((len(doubts), 2, block), dtype=torch.int64)
         with torch.cuda.device_of(costs):  # type: ignore[no-untyped-call]
             solve_one[(len(doubts),)](
                 *(costs, counts, rows, columns, doubts, prices, images, queries, width, pairs),
@@ -95,7 +101,7 @@ def solve_one(
         rows: [problems, P], filled.
         columns: [problems, P], filled.
         doubts: [problems], filled: 0 or NaN.
-        shelf: [problems, BLOCK] float64, where threads look up each other's prices.
+        shelf: [problems, 2, BLOCK] int64, where threads look up each other's prices and owners.
         images: problem p is one of image p modulo this.
         queries: N.
         width: M.
@@ -109,15 +115,16 @@ def solve_one(
     n, m = tl.minimum(count, queries), tl.maximum(count, queries)
     down, along = tl.where(turned, 1, width), tl.where(turned, width, 1)
     costs += problem.to(tl.int64) * queries * width
-    spread, doubt = _spread(costs, n, m, down, along, TILED, BLOCK)
+    spread, largest, doubt = _spread(costs, n, m, down, along, TILED, BLOCK)
     tl.store(doubts + problem, doubt)
 
-    shelf += problem * BLOCK
+    shelf += problem * 2 * BLOCK
     prices = tl.zeros([BLOCK], tl.float32)
     # Of a problem that is not square, columns that stay free must end with a price of 0.
     if (n == m) & (n > PRICED) & (spread > 0):
         prices = _prices(costs, n, m, down, along, spread, TILED, BLOCK)
-    owners = _assign(costs, n, m, down, along, prices.to(tl.float64), shelf, BLOCK)
+    unit = _unit(largest)
+    owners = _assign(costs, n, m, down, along, unit, _whole(prices, unit), shelf, BLOCK)
 
     cells = tl.arange(0, BLOCK)
     used = owners >= 0
@@ -136,17 +143,20 @@ def _spread(
     along: tl.tensor,
     TILED: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
-) -> tuple[tl.tensor, tl.tensor]:
-    """Standard deviation of the costs; and 0, or NaN where one of them is not finite."""
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Standard deviation of the costs, the largest in size; 0, or NaN where one is not finite."""
     lines, cells = tl.arange(0, TILED)[:, None], tl.arange(0, BLOCK)[None, :]
     middle = tl.load(costs, mask=n > 0, other=0.0)  # squares of differences to it are exact enough
     sums = tl.zeros([TILED, BLOCK], tl.float32)
     squares = tl.zeros([TILED, BLOCK], tl.float32)
+    largest = tl.zeros([TILED, BLOCK], tl.float32)
     odd = tl.zeros([TILED, BLOCK], tl.int32)
     for start in range(0, n, TILED):
         inside = (start + lines < n) & (cells < m)
         part = tl.load(costs + (start + lines) * down + cells * along, mask=inside, other=0.0)
-        odd += tl.where(tl.abs(part) <= _LARGEST_FLOAT, 0, 1)
+        finite = tl.abs(part) <= _LARGEST_FLOAT
+        odd += tl.where(finite, 0, 1)
+        largest = tl.maximum(largest, tl.where(finite, tl.abs(part), 0.0))
         difference = tl.where(inside, part - middle, 0.0)
         sums += difference
         squares += difference * difference
@@ -154,7 +164,21 @@ def _spread(
     mean = tl.sum(tl.sum(sums, 1), 0) / count
     variance = tl.sum(tl.sum(squares, 1), 0) / count - mean * mean
     doubt = tl.where(tl.sum(tl.sum(odd, 1), 0) > 0, float("nan"), 0.0)
-    return tl.sqrt(tl.maximum(variance, 0.0)), doubt
+    return tl.sqrt(tl.maximum(variance, 0.0)), tl.max(tl.max(largest, 1), 0), doubt
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _unit(largest: tl.tensor) -> tl.tensor:
+    """The power of two that brings the largest cost to ``_COST_BITS`` bits; exact, unlike exp2."""
+    power = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 64)
+    return ((-power + 253 + _COST_BITS) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _whole(costs: tl.tensor, unit: tl.tensor) -> tl.tensor:
+    """Costs as whole numbers, in which sums and comparisons are exact; 0 where not finite."""
+    scaled = costs * unit
+    return tl.where(tl.abs(scaled) <= _LARGEST_FLOAT, scaled, 0.0).to(tl.int64)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -211,6 +235,7 @@ def _assign(
     m: tl.tensor,
     down: tl.tensor,
     along: tl.tensor,
+    unit: tl.tensor,
     prices: tl.tensor,
     shelf: tl.tensor,
     BLOCK: tl.constexpr,  # noqa: N803
@@ -223,9 +248,10 @@ def _assign(
     owners = tl.full([BLOCK], -1, tl.int32)
     for row in range(0, n):
         tl.store(shelf + cells, prices)
+        tl.store(shelf + BLOCK + cells, owners.to(tl.int64))
         tl.debug_barrier()
         prices, back, column = _shortest_path(
-            costs, row, m, down, along, prices, shelf, owners, BLOCK
+            costs, row, m, down, along, unit, prices, shelf, owners, BLOCK
         )
         # Every row of the path takes the column that it was left by; at the end stands ``row``.
         while column >= 0:
@@ -242,6 +268,7 @@ def _shortest_path(
     m: tl.tensor,
     down: tl.tensor,
     along: tl.tensor,
+    unit: tl.tensor,
     prices: tl.tensor,
     shelf: tl.tensor,
     owners: tl.tensor,
@@ -257,12 +284,12 @@ def _shortest_path(
         this row is assigned to, 0 for the first), and the free column.
     """
     cells = tl.arange(0, BLOCK)
-    # Of equally near columns the free ones come first: that ends the search. One reduction finds
-    # the column and its owner.
-    names = (cells << _INDEX_BITS) + owners + 1 + tl.where(owners >= 0, _OWNED, 0)
-    distances = tl.full([BLOCK], float("inf"), tl.float64)
-    nearest = tl.full([], 0.0, tl.float64)
-    surplus = tl.full([], 0.0, tl.float64)
+    # Distance and name in one number: one reduction finds the nearest column and whether it is
+    # assigned. Of equally near columns the free ones come first: that ends the search.
+    names = (cells + tl.where(owners >= 0, _OWNED, 0)).to(tl.int64)
+    distances = tl.full([BLOCK], _FAR, tl.int64)
+    nearest = tl.full([], 0, tl.int64)
+    surplus = tl.full([], 0, tl.int64)
     back = (tl.zeros([BLOCK], tl.int32) + row) << _INDEX_BITS
     closed = cells >= m
     here = tl.zeros([], tl.int32) + row
@@ -270,19 +297,20 @@ def _shortest_path(
     searching = here >= 0
     while searching:
         line = tl.load(costs + here * down + cells * along, mask=cells < m, other=0.0)
-        reached = line.to(tl.float64) - prices - surplus
-        better = (reached < distances) & (closed == 0)  # never where it is NaN
+        reached = _whole(line, unit) - prices - surplus
+        better = (reached < distances) & (closed == 0)
         distances = tl.where(better, reached, distances)
         back = tl.where(better, (here << _INDEX_BITS) + column + 1, back)
 
-        ahead = tl.where(closed, float("inf"), distances)
-        nearest = tl.min(ahead, 0)
-        name = tl.min(tl.where((ahead == nearest) & (closed == 0), names, _NO_COLUMN), 0)
-        column = (name >> _INDEX_BITS) & _INDEX
-        searching = (name & _INDEX) > 0
-        here = tl.where(searching, (name & _INDEX) - 1, here)
+        ahead = tl.where(closed, _CLOSED, (distances << _NAME_BITS) + names)
+        first = tl.min(ahead, 0)
+        nearest = first >> _NAME_BITS
+        column = (first & _COLUMN).to(tl.int32)
+        searching = (first & _OWNED) > 0
+        owner = tl.load(shelf + BLOCK + column).to(tl.int32)
+        here = tl.where(searching, owner, here)
         closed = closed | ((cells == column) & searching)
-        owned = tl.load(costs + here * down + column * along).to(tl.float64)
-        surplus = owned - tl.load(shelf + column) - nearest
-    prices += tl.where(closed & (cells < m), distances - nearest, 0.0)
+        owned = tl.load(costs + here * down + column * along)
+        surplus = _whole(owned, unit) - tl.load(shelf + column) - nearest
+    prices += tl.where(closed & (cells < m), distances - nearest, 0)
     return prices, back, column
