@@ -2,10 +2,11 @@
 
 Every program assigns the rows of its problem, the smaller side, one after the other along shortest
 augmenting paths (Jonker and Volgenant 1987), in whole numbers of 64 bits, so its pairs cost what
-scipy's cost, up to N times 2^-37 of the largest cost. A one-to-one assignment of a square problem uses every column once:
-taking a price off each column leaves the best assignment the best. Prices that are nearly optimal
-make most rows find their column at first sight. They come from entropic transport: Sinkhorn's
-iteration (Cuturi 2013), the temperature falling and prices absorbed (Schmitzer 2019, section 3).
+scipy's cost, up to N times 2^-37 of the largest cost. A one-to-one assignment of a square problem
+uses every column once: taking a price off each column leaves the best assignment the best. Prices
+that are nearly optimal make most rows find their column at first sight. They come from entropic
+transport: Sinkhorn's iteration (Cuturi 2013), the temperature falling and prices absorbed
+(Schmitzer 2019, section 3).
 
 Shapes: N queries · M columns of the costs · n rows to assign, m >= n columns to choose from: the
 smaller and the larger of N and an image's valid columns.
