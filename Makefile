@@ -20,7 +20,7 @@ demo: $(STAMP)
 	@$(RUN) -m d3etr demo --teacher $(TEACHER)
 
 test: $(STAMP)
-	@$(RUN) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 25
+	@$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 bench: $(STAMP)
 	@PYTHONPATH=tests $(RUN) -m benchmarks $(BENCHMARKS)
