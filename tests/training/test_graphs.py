@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ from d3etr.detectors.build import build_detector
 from d3etr.distillation.distiller import Distiller
 from d3etr.structures import ImageBatch, Targets
 from d3etr.training.context import SingleProcess
-from d3etr.training.graphs import OBJECTS, SIDES, Pass, StepGraphs, padded, whole_pass
+from d3etr.training.graphs import (
+    OBJECTS,
+    SIDES,
+    Pass,
+    StepGraphs,
+    padded,
+    whole_pass,
+    why_not_recorded,
+)
 from d3etr.training.journal import read_journal
 from d3etr.training.run import run_training
 from d3etr.training.seeding import seed_generators
@@ -61,15 +70,16 @@ def test_padding_hides_what_it_adds(objects: tuple[int, ...]) -> None:
 
 
 def distilled(
-    device: torch.device, method: str = "d3etr", name: str = "conditional_detr"
+    device: torch.device, method: str = "d3etr", name: str = "conditional_detr", **changes: Any
 ) -> Distiller:
     """A tiny pair with dropout."""
     torch.manual_seed(0)
-    settings = {"name": name, "width": 32, "heads": 2, "feedforward": 32}
+    settings = {"name": name, "width": 32, "heads": 2, "feedforward": 32, "dropout": 0.1}
     student, teacher = (
-        build_detector(tiny_detector_config(**settings, queries=queries, dropout=0.1), 3).to(device)
+        build_detector(tiny_detector_config(**(settings | {"queries": queries} | changes)), 3)
         for queries in (6, 8)
     )
+    teacher = teacher.to(device)
     config = DistillationConfig.model_validate({"method": method})
     known = None if method == "none" else teacher
     distiller = Distiller(student, known, config, SetCriterionConfig(), seed=0)
@@ -102,8 +112,26 @@ def test_unused_slots_change_no_loss() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"method": "kd_detr"}, "general points"),
+        ({"name": "deformable_detr", "two_stage": True, "box_refinement": True}, "proposals"),
+        ({"queries": 2049}, "2,049 queries"),
+    ],
+)
+def test_what_takes_the_host_is_not_recorded(
+    changes: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("d3etr.training.graphs.runs_kernels", lambda _: True)
+    found = why_not_recorded(distilled(torch.device("cpu"), **changes), torch.device("cpu"))
+    assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+@pytest.mark.parametrize(
     ("optimisation", "reason"),
-    [({}, "needs a GPU"), ({"accumulation": 2}, "needs a GPU")],
+    [({}, "needs a GPU"), ({"accumulation": 2}, "several micro-batches")],
 )
 def test_a_setting_without_effect_is_named(
     make_config: MakeConfig, tmp_path: Path, optimisation: dict[str, int], reason: str

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from d3etr.config.training import Precision
 from d3etr.distillation.distiller import Distiller
+from d3etr.kernels.availability import runs_kernels
 from d3etr.structures import ImageBatch, Targets
 from d3etr.training.optimiser import autocast
 
@@ -29,6 +30,23 @@ _WARM_UPS = 2
 
 Pass = Callable[[ImageBatch, Targets, Tensor], dict[str, Tensor]]
 """Takes a batch and a factor, leaves gradients, returns named losses outside the graph."""
+
+
+def why_not_recorded(distiller: Distiller, device: torch.device) -> str | None:
+    """What in a step takes the host, in words; None where nothing does."""
+    if not runs_kernels(device):
+        return "it needs a GPU, and Triton"
+    if distiller.draws_points:
+        return "general points are drawn by the host"
+    from d3etr.kernels.assignment import LARGEST_SIDE
+
+    if distiller.student.config.two_stage:
+        return "the proposals of a two-stage student are matched by the host"
+    detectors = [part for part in (distiller.student, distiller.teacher) if part is not None]
+    most = max(detector.config.queries for detector in detectors)
+    if most > LARGEST_SIDE:
+        return f"{most:,} queries are matched by the host (at most {LARGEST_SIDE:,} by the GPU)"
+    return None
 
 
 def whole_pass(
@@ -58,7 +76,7 @@ def whole_pass(
         with autocast(precision, device):
             losses = distiller(images, targets, taught, sums, factor, beside=pairing)
         # Not of their sum, which would have to wait for the last of them.
-        torch.autograd.backward([*losses.values()])
+        torch.autograd.backward([loss for loss in losses.values() if loss.requires_grad])
         current.wait_stream(pairing)
         return {name: loss.detach() for name, loss in losses.items()}
 

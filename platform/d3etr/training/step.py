@@ -14,13 +14,12 @@ from d3etr.config.tree import Config
 from d3etr.data.sampling import share
 from d3etr.distillation.distiller import Distiller
 from d3etr.distillation.teaching import Taught
-from d3etr.kernels.availability import runs_kernels
 from d3etr.matching.assignment import NonFiniteCostError
 from d3etr.structures import ImageBatch, Targets
 from d3etr.training.context import TrainContext
 from d3etr.training.divergence import LossWindow
 from d3etr.training.ema import WeightAverage
-from d3etr.training.graphs import StepGraphs, whole_pass
+from d3etr.training.graphs import StepGraphs, whole_pass, why_not_recorded
 from d3etr.training.optimiser import autocast, clip_gradients, set_learning_rates
 from d3etr.training.schedule import distillation_scale, learning_rate_factor
 from d3etr.training.seeding import derive_seed, seed_generators
@@ -78,15 +77,11 @@ class TrainingStep:
 
     def obstacle(self) -> str | None:
         """Why ``cuda_graphs`` would have no effect, in words; None where steps can be recorded."""
-        if not runs_kernels(self._context.device):
-            return "it needs a GPU, and Triton"
         if len(self._mine) > 1 or self._context.world_size > 1:
             return "steps of several micro-batches or workers are not recorded"
         if self._cache is not None:
             return "the teacher's cache is read by the host"
-        if self._distiller.draws_points:
-            return "general points are drawn by the host"
-        return None
+        return why_not_recorded(self._distiller, self._context.device)
 
     def __call__(self, step: int, batches: Sequence[MicroBatch]) -> None:
         """Do optimiser step ``step`` (from 0) on this worker's micro-batches.
