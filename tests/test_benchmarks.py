@@ -7,6 +7,7 @@ import pytest
 import torch
 from benchmarks.__main__ import BENCHMARKS, main, parse
 from benchmarks.growth import exponent
+from benchmarks.profiled import main as profiled
 from benchmarks.side_by_side import Comparison, alternate, per_second, scaled
 
 CPU = torch.device("cpu")
@@ -43,6 +44,14 @@ def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         parse(["plain_stepp"])
     assert "no benchmark 'plain_stepp'; there are plain_step, " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_steps_are_profiled(capsys: pytest.CaptureFixture[str]) -> None:
+    profiled(["--smoke", "--device", "cpu", "--rows", "5"])
+    printed = capsys.readouterr().out
+    assert "plain step" in printed and "D3ETR step" in printed
+    assert printed.count("aten::convolution_backward") == 2
 
 
 @pytest.mark.slow

@@ -16,6 +16,10 @@ ROUNDED = "D3ETR step, teacher.precision bfloat16"
 
 def compare(scale: Scale) -> list[Comparison]:
     """Milliseconds of each; on a GPU also of recorded steps, and the memory of all."""
+    return [table for side in scale.sides for table in _compare(side)]
+
+
+def _compare(scale: Scale) -> list[Comparison]:
     batch = random_batch(scale)
     teacher = random_detector(scale, scale.teacher_backbone, 1).eval().requires_grad_(False)
 

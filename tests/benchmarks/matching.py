@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from benchmarks.matching_problems import Step, problems
-from benchmarks.problems import Step as TrainingStep
-from benchmarks.problems import random_batch, random_detector
+from benchmarks.matching_problems import problems
+from benchmarks.problems import Step, random_batch, random_detector
 from benchmarks.side_by_side import Action, Comparison, Scale, alternate, scaled
 from d3etr.kernels.availability import runs_kernels
 from d3etr.matching.assignment import Assignment, CostBlock, Solver, Solving, spare_threads
+from d3etr.training.optimiser import set_learning_rates
 
 LOOP = "common pattern: layer by layer, scipy in a loop"
 THREADS = "one copy, scipy in threads"
@@ -113,17 +113,31 @@ def _agreement(block: CostBlock) -> str:
     )
 
 
+def _step(scale: Scale, solver: Solver, graphs: bool = False) -> Step:
+    """A D3ETR step of an untrained pair; its learning rate of 0 keeps the costs as they are."""
+    student, teacher = (
+        random_detector(scale, name, seed, dropout=0.0)
+        for seed, name in enumerate((scale.backbone, scale.teacher_backbone))
+    )
+    step = Step(student, teacher, scale, random_batch(scale), graphs=graphs)
+    set_learning_rates(step.optimiser, 0.0)
+    step.distiller.solver = solver
+    return step
+
+
 def _exposed(scale: Scale) -> Comparison:
-    step, known = Step(scale), Known()
+    known = Known.of(scale)
+    step = _step(scale, known)
     solvers = {KNOWN: known, BEHIND: Solver(spare_threads(scale.device)), WAITING: Waiting(0)}
     if runs_kernels(scale.device):
         solvers[BESIDE] = Solver()
-    known.learning = True
-    step.run(known)
-    known.learning = False
 
     def action(solver: Solver) -> Action:
-        return lambda: step.run(solver)
+        def run() -> None:
+            step.distiller.solver = solver
+            step()
+
+        return run
 
     taken = alternate(
         {name: action(solver) for name, solver in solvers.items()},
@@ -144,20 +158,10 @@ def _exposed(scale: Scale) -> Comparison:
 
 def _exposed_recorded(scale: Scale) -> Comparison:
     """The same of a step that replays CUDA graphs, where nothing waits for the host."""
-    batch = random_batch(scale)
-    teacher = random_detector(scale, scale.teacher_backbone, 1).eval().requires_grad_(False)
-
-    def step(solver: Solver, graphs: bool) -> TrainingStep:
-        student = random_detector(scale, scale.backbone, 0)
-        made = TrainingStep(student, teacher, scale, batch, graphs=graphs)
-        made.distiller.solver = solver
-        return made
-
-    known = Known()
-    known.learning = True
-    step(known, False)()
-    known.learning = False
-    steps = {KNOWN: step(known, True), BESIDE: step(Solver(), True)}
+    steps = {
+        KNOWN: _step(scale, Known.of(scale), graphs=True),
+        BESIDE: _step(scale, Solver(), graphs=True),
+    }
     return Comparison(
         f"Exposed matching in a recorded D3ETR step (cuda_graphs): {scale.batch} images of "
         f"{scale.image} x {scale.image}, {scale.queries} queries",
@@ -183,6 +187,15 @@ class Known(Solver):
         super().__init__()
         self.learning = False
         self._found: dict[tuple[str, ...], list[Assignment]] = {}
+
+    @staticmethod
+    def of(scale: Scale) -> Known:
+        """Has seen the step."""
+        known = Known()
+        known.learning = True
+        _step(scale, known)()
+        known.learning = False
+        return known
 
     def start(self, blocks: Sequence[CostBlock]) -> Solving:
         names = tuple(block.name for block in blocks)

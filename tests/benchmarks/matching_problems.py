@@ -1,4 +1,4 @@
-"""Costs as Adaptive Matching meets them, untrained and trained, and a D3ETR step on random images.
+"""Costs as Adaptive Matching meets them, of untrained and of trained decoders.
 
 How long a solver takes depends on the costs: those of nearly equal queries are far harder than
 random numbers.
@@ -6,17 +6,16 @@ random numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.problems import CLASSES
 from benchmarks.side_by_side import Scale
 from d3etr.config.data import DigitScenesConfig, PreprocessingConfig
 from d3etr.config.detector import DetectorConfig
-from d3etr.config.distillation import DistillationConfig, MatchingCostConfig
-from d3etr.config.training import SetCriterionConfig
+from d3etr.config.distillation import MatchingCostConfig
 from d3etr.data.digit_scenes.digits import load_divided_digits
 from d3etr.data.digit_scenes.scene import draw_scene
 from d3etr.data.transforms import normalise
@@ -24,55 +23,10 @@ from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import load_weights
 from d3etr.distillation.correspondence import adaptive_problem
-from d3etr.distillation.distiller import Distiller
-from d3etr.matching.assignment import CostBlock, Solver
-from d3etr.structures import DecoderOutputs, ImageBatch, ObjectQueries, Targets
+from d3etr.matching.assignment import CostBlock
+from d3etr.structures import DecoderOutputs, ImageBatch, ObjectQueries
 
 TEACHER = Path(__file__).resolve().parents[2] / "trainers/weights/digits-teacher.safetensors"
-CLASSES, OBJECTS = 80, 7
-
-
-@dataclass
-class Step:
-    """A D3ETR step of an untrained pair; its learning rate of 0 keeps the costs as they are."""
-
-    scale: Scale
-
-    def __post_init__(self) -> None:
-        torch.manual_seed(0)
-        place, side, count = self.scale.device, self.scale.image, self.scale.batch
-        names = self.scale.backbone, self.scale.teacher_backbone
-        student, teacher = (_untrained(name, self.scale.queries).to(place) for name in names)
-        config = DistillationConfig(method="d3etr")
-        self.distiller = Distiller(student, teacher, config, SetCriterionConfig(), seed=0)
-        self.distiller = self.distiller.to(place).train()
-        self.optimiser = torch.optim.AdamW(self.distiller.parameters(), lr=0.0, weight_decay=0.0)
-        self.images = ImageBatch(torch.randn(count, 3, side, side)).to(place)
-        places = 0.1 + 0.4 * torch.rand(count, OBJECTS, 4)
-        labels = torch.randint(CLASSES, (count, OBJECTS))
-        sizes = ((side, side),) * count
-        self.targets = Targets(
-            labels,
-            places,
-            (OBJECTS,) * count,
-            (*range(count),),
-            sizes,
-            torch.full((count,), OBJECTS),
-        )
-        self.targets = self.targets.to(place)
-
-    def run(self, solver: Solver) -> None:
-        """One optimiser step with pairs found by ``solver``."""
-        torch.manual_seed(0)
-        self.distiller.solver = solver
-        precision = self.scale.precision
-        with torch.autocast(self.scale.device.type, precision, enabled=precision != torch.float32):
-            taught = self.distiller.teach(self.images)
-            sums = self.distiller.normalisers(self.targets, taught)
-            losses = self.distiller(self.images, self.targets, taught, sums)
-        torch.stack([*losses.values()]).sum().backward()
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
 
 
 def _untrained(backbone: str, queries: int) -> DetectionTransformer:

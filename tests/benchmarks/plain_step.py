@@ -93,7 +93,7 @@ class TheirStep:
 
 def compare(scale: Scale) -> list[Comparison]:
     """Images per second of both, with the authors' dropout and without any."""
-    return [_compare(scale, dropout) for dropout in (0.1, 0.0)]
+    return [_compare(side, dropout) for side in scale.sides for dropout in (0.1, 0.0)]
 
 
 def _compare(scale: Scale, dropout: float) -> Comparison:

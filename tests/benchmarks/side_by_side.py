@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,6 +26,7 @@ class Scale:
         rounds: turns that every contender takes.
         precision: of both models on this device.
         smoke: everything is so small that it only shows that the benchmark works.
+        larger: a second side, for steps.
     """
 
     device: torch.device
@@ -37,15 +38,24 @@ class Scale:
     rounds: int
     precision: torch.dtype = torch.float32
     smoke: bool = False
+    larger: int | None = None
+
+    @property
+    def sides(self) -> tuple[Scale, ...]:
+        """This scale, and the one with larger images."""
+        if self.larger is None:
+            return (self,)
+        return self, replace(self, image=self.larger, larger=None)
 
     @staticmethod
     def of(device: str, smoke: bool = False) -> Scale:
         """What suits a device: a GPU's is that of a real run, a CPU's is over in minutes."""
         place = torch.device(device)
         if smoke:
-            return Scale(place, 64, 2, 8, "resnet18", "resnet18", 2, smoke=True)
+            return Scale(place, 64, 2, 8, "resnet18", "resnet18", 2, smoke=True, larger=96)
         if place.type == "cuda":
-            return Scale(place, 640, 16, 300, "resnet50", "resnet101", 15, torch.bfloat16)
+            sizes = (640, 16, 300, "resnet50", "resnet101", 15)
+            return Scale(place, *sizes, precision=torch.bfloat16, larger=800)
         return Scale(place, 512, 2, 300, "resnet50", "resnet101", 5)
 
 

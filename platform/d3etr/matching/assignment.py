@@ -3,8 +3,8 @@
 The Hungarian problems of a training step: student against objects, teacher against objects,
 student against teacher; all layers and images of each. A GPU solves them itself, beside its other
 work, and the host waits for nothing. Elsewhere, and on a GPU without Triton, they travel to the
-host in one copy that nobody waits for, are solved by a few threads while the device computes what
-needs no pairs, and their solutions travel back in one copy.
+host in copies that nobody waits for, are solved by a few threads while the device computes what
+needs no pairs, and their solutions travel back likewise.
 """
 
 from __future__ import annotations
