@@ -40,7 +40,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "epochs": 3,
         "batch_size": 4,
         "learning_rate": 1e-3,
-        "backbone_learning_rate": 1e-3,
+        "backbone_rate_factor": 1.0,
     },
     "cluster": {"maximum_failures": 1, "threads_per_worker": 1},
     "tracking": {"enabled": False},

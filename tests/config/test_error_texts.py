@@ -115,8 +115,8 @@ def test_a_rule_between_keys_carries_the_sections_path() -> None:
 def test_a_rule_between_sections_names_both_keys() -> None:
     text = refusal("cluster.workers=3")
     assert "optimisation.batch_size 16 is not a multiple of cluster.workers" in text
-    text = refusal("optimisation.sampling_learning_rate=1e-5")
-    assert "sampling_learning_rate has no effect on detector 'conditional_detr'" in text
+    text = refusal("optimisation.sampling_rate_factor=0.1")
+    assert "sampling_rate_factor has no effect on detector 'conditional_detr'" in text
 
 
 def test_a_setting_without_effect_is_refused() -> None:

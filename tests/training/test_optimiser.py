@@ -26,14 +26,14 @@ def detector() -> nn.Module:
 
 
 def optimisation(**settings: float) -> OptimisationConfig:
-    rates = {"learning_rate": 0.1, "backbone_learning_rate": 0.01}
+    rates = {"learning_rate": 0.1, "backbone_rate_factor": 0.1}
     return OptimisationConfig(steps=1, **(rates | settings))
 
 
 def test_backbone_and_rest_have_their_own_rates() -> None:
     module = detector()
     rest, backbone = parameter_groups(module, module.backbone, optimisation())
-    assert (rest["lr"], backbone["lr"]) == (0.1, 0.01)
+    assert (rest["lr"], backbone["lr"]) == pytest.approx((0.1, 0.01))
     assert {id(p) for p in backbone["params"]} == {id(p) for p in module.backbone.parameters()}
     assert {id(p) for p in rest["params"]} == {id(p) for p in module.head.parameters()}
 
@@ -41,11 +41,11 @@ def test_backbone_and_rest_have_their_own_rates() -> None:
 def test_what_says_where_to_sample_may_have_a_third_rate() -> None:
     config = tiny_detector_config(name="deformable_detr", width=32, levels=2, points=2)
     detector = build_detector(config, 3)
-    rates = optimisation(sampling_learning_rate=0.001)
+    rates = optimisation(sampling_rate_factor=0.01)
     *_, sampling = parameter_groups(detector, detector.backbone, rates)
     names = {id(p): name for name, p in detector.named_parameters()}
     found = {names[id(p)].rsplit(".", 1)[0] for p in sampling["params"]}
-    assert sampling["lr"] == 0.001
+    assert sampling["lr"] == pytest.approx(0.001)
     assert found == {
         "encoder.layers.0.attention.offsets",
         "decoder.layers.0.cross_attention.offsets",
@@ -60,7 +60,7 @@ def test_a_backbone_rate_of_zero_freezes_the_backbone_and_says_so(
 ) -> None:
     module = detector()
     with caplog.at_level(logging.INFO):
-        groups = parameter_groups(module, module.backbone, optimisation(backbone_learning_rate=0.0))
+        groups = parameter_groups(module, module.backbone, optimisation(backbone_rate_factor=0.0))
     assert len(groups) == 1
     assert not any(p.requires_grad for p in module.backbone.parameters())
     assert "frozen" in caplog.text
@@ -71,7 +71,7 @@ def test_the_schedule_multiplies_every_groups_own_rate() -> None:
     optimiser = build_optimiser(module, module.backbone, optimisation())
     set_learning_rates(optimiser, 0.5)
     set_learning_rates(optimiser, 0.5)  # of the base rate, not of the last one
-    assert [g["lr"] for g in optimiser.param_groups] == [0.05, 0.005]
+    assert [g["lr"] for g in optimiser.param_groups] == pytest.approx([0.05, 0.005])
 
 
 @pytest.mark.parametrize("maximum", [0.5, None])

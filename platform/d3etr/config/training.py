@@ -1,10 +1,14 @@
 """Configuration of optimisation and evaluation."""
 
-from typing import Annotated, Literal, Self
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import Field, model_validator
 
 from d3etr.config.base import Section
+
+logger = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -48,10 +52,11 @@ class OptimisationConfig(Section):
     accumulation: Positive = 1
     """Micro-batches per optimiser step on each worker, while all workers are there."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    backbone_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
-    sampling_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """``deformable_detr`` only: of what says where is sampled (offsets and reference points);
-    its official code has a tenth of ``learning_rate``. None: ``learning_rate``."""
+    backbone_rate_factor: Annotated[float, Field(ge=0, le=100)] = 0.1
+    """The backbone's learning rate, as a factor on ``learning_rate``; 0 freezes the backbone."""
+    sampling_rate_factor: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """``deformable_detr`` only: learning rate of sampling offsets and reference points, as a
+    factor on ``learning_rate``; the official code has 0.1."""
     weight_decay: Weight = 1e-4
     clip_norm: Annotated[float, Field(gt=0)] | None = 0.1
     schedule: ScheduleConfig = ScheduleConfig()
@@ -71,6 +76,11 @@ class OptimisationConfig(Section):
         """Off, ``cuda_graphs`` is no part of a configuration's digest."""
         return frozenset() if self.cuda_graphs else frozenset({"cuda_graphs"})
 
+    @model_validator(mode="before")
+    @classmethod
+    def _absolute_rates(cls, settings: object) -> object:
+        return _with_rate_factors(settings) if isinstance(settings, Mapping) else settings
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
@@ -86,6 +96,38 @@ class OptimisationConfig(Section):
                 "the learning rate would never be reached"
             )
         return self
+
+
+_RENAMED_RATES = {
+    "backbone_learning_rate": "backbone_rate_factor",
+    "sampling_learning_rate": "sampling_rate_factor",
+}
+"""Rates that recipes of version 0.1 state absolutely -> today's factors on ``learning_rate``."""
+
+
+def _with_rate_factors(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the absolute rates of older recipes; a warning names the new key.
+
+    Raises:
+        ValueError: a rate is stated both ways, or a factor cannot be computed from it.
+    """
+    found = dict(settings)
+    for old in _RENAMED_RATES.keys() & settings.keys():
+        new, rate = _RENAMED_RATES[old], found.pop(old)
+        base = found.get("learning_rate", OptimisationConfig.model_fields["learning_rate"].default)
+        if new in found:
+            raise ValueError(f"{old} is the older name of {new}: set only {new}")
+        if rate is None:
+            continue
+        if not (_is_rate(rate) and _is_rate(base) and base > 0):
+            raise ValueError(f"{old} is no longer read: set {new}, a factor on learning_rate")
+        found[new] = float(f"{rate / base:.12g}")
+        logger.warning("optimisation.%s is now %s: %g", old, new, found[new])
+    return found
+
+
+def _is_rate(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class EvaluationConfig(Section):

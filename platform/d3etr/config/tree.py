@@ -60,9 +60,9 @@ class Config(Section):
                 "set general_points.count to 0"
             )
         student = self.student.detector.name
-        if self.optimisation.sampling_learning_rate and student != "deformable_detr":
+        if self.optimisation.sampling_rate_factor != 1 and student != "deformable_detr":
             raise ValueError(
-                f"optimisation.sampling_learning_rate has no effect on detector '{student}', "
+                f"optimisation.sampling_rate_factor has no effect on detector '{student}', "
                 "only on 'deformable_detr'"
             )
         parts = self.micro_batches(self.cluster.workers)

@@ -1,4 +1,4 @@
-"""AdamW with DETR's two learning rates, and Deformable DETR's third."""
+"""AdamW with one learning rate, and factors on it for the backbone and for sampling."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def parameter_groups(
 
     Args:
         module: everything that is trained.
-        backbone: the part of it with the learning rate of its own.
-        config: the rates. A backbone rate of 0 freezes the backbone (as in DETR), which also
+        backbone: the part of it with ``backbone_rate_factor``.
+        config: the rates. A backbone's factor of 0 freezes the backbone (as in DETR), which also
             saves its backward pass.
 
     Returns:
@@ -34,23 +34,23 @@ def parameter_groups(
     Raises:
         ValueError: nothing is left to train.
     """
-    if config.backbone_learning_rate == 0 and any(p.requires_grad for p in backbone.parameters()):
-        logger.info("backbone_learning_rate is 0: the backbone is frozen")
+    if config.backbone_rate_factor == 0 and any(p.requires_grad for p in backbone.parameters()):
+        logger.info("backbone_rate_factor is 0: the backbone is frozen")
         backbone.requires_grad_(False)
     inside = {id(p) for p in backbone.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter is trained")
-    rate = config.sampling_learning_rate
-    sampling = set() if rate is None else _sampling(module)
+    sampling = set() if config.sampling_rate_factor == 1 else _sampling(module)
     parts = [
-        ([p for p in trained if id(p) not in inside | sampling], config.learning_rate),
-        ([p for p in trained if id(p) in inside], config.backbone_learning_rate),
-        ([p for p in trained if id(p) in sampling], rate or 0.0),
+        ([p for p in trained if id(p) not in inside | sampling], 1.0),
+        ([p for p in trained if id(p) in inside], config.backbone_rate_factor),
+        ([p for p in trained if id(p) in sampling], config.sampling_rate_factor),
     ]
+    rates = [(parameters, factor * config.learning_rate) for parameters, factor in parts]
     return [
         {"params": parameters, "lr": rate, "base_rate": rate}
-        for parameters, rate in parts
+        for parameters, rate in rates
         if parameters
     ]
 
