@@ -1,4 +1,8 @@
 import json
+import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,6 +249,93 @@ def test_evaluations_come_as_often_as_configured_and_at_the_end(
     config = make_config(optimisation={"epochs": 3}, evaluation={"every_epochs": 2})
     train(config, tmp_path / "run")
     assert [r["epoch"] for r in records(tmp_path / "run", "evaluation")] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("run", "evaluation", "optimisation", "expected"),
+    [
+        ({"checkpoint_every_steps": 3, "checkpoint_every_epochs": 9}, {}, {}, [3, 6, 9, 12]),
+        ({"checkpoint_every_steps": 6, "checkpoint_every_epochs": 9}, {}, {}, [6, 12]),
+        ({"checkpoint_every_steps": 12, "checkpoint_every_epochs": 9}, {}, {"epochs": 3}, [12, 18]),
+        ({"checkpoint_every_steps": 4}, {"every_steps": 3}, {}, [4, 6, 8, 12]),
+        (
+            {"checkpoint_every_steps": 2, "checkpoint_every_epochs": 2},
+            {"every_steps": 2, "every_epochs": 5},
+            {"epochs": None, "steps": 7},
+            [2, 4, 6, 7],
+        ),
+        (
+            {"checkpoint_every_steps": 3, "checkpoint_every_epochs": 5},
+            {},
+            {"accumulation": 2, "ema_decay": 0.9},
+            [3, 6, 9, 12],
+        ),
+    ],
+)
+def test_every_checkpoint_that_is_asked_for_is_written(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    run: dict[str, int],
+    evaluation: dict[str, int],
+    optimisation: dict[str, Any],
+    expected: list[int],
+) -> None:
+    config = make_config(
+        run={"keep_checkpoints": 99, **run},
+        evaluation=evaluation,
+        optimisation=optimisation,
+        plain=True,
+    )
+    train(config, tmp_path)
+    folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert folders == [f"step-{step:08d}" for step in expected]
+
+
+def in_use() -> tuple[set[str], int, int]:
+    """Threads, loading processes and open handles of this process."""
+    threads = {thread.name for thread in threading.enumerate()}
+    handles = len(os.listdir("/proc/self/fd"))
+    return threads, len(multiprocessing.active_children()), handles
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "training.run.open_loader",
+        "training.run.build_models",
+        "training.run.Examination",
+        "training.run.find_checkpoint",
+        "training.teacher_cache._ensure_as_before",
+        "training.run.TrainingStep",
+        "training.step.TrainingStep._update",
+        pytest.param("training.evaluation._rows", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_fails_leaves_nothing_open_though_its_error_is_kept(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise Interruption
+
+    config = make_config(teacher={"cache_gigabytes": 0.01}, optimisation={"accumulation": 2})
+    if broken.endswith("_rows"):  # the teacher is evaluated, by loading processes
+        data = config.data.model_copy(update={"workers": 1})
+        config = config.model_copy(update={"data": data})
+    monkeypatch.setenv("D3ETR_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    before = in_use()
+    monkeypatch.setattr(f"d3etr.{broken}", fail)
+    with pytest.raises(Interruption) as kept:
+        train(config, tmp_path / "run")
+    assert kept.tb is not None
+    end = time.monotonic() + 10  # a queue's thread ends by itself, a moment later
+    while not in_use()[0] <= before[0] and time.monotonic() < end:
+        time.sleep(0.01)
+    threads, processes, handles = in_use()
+    assert threads <= before[0]
+    assert processes <= before[1]
+    if not broken.endswith("_rows"):  # the server of loading processes stays
+        assert handles <= before[2]
 
 
 def test_measurements_within_epochs_change_nothing_else(

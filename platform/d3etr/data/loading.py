@@ -125,6 +125,10 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[Batch]:
         return self._source.batches(self._keys)
 
+    def close(self) -> None:
+        """End the loading processes of an iteration that was broken off."""
+        self._source.close()
+
 
 def evaluation_batches(
     split: DetectionSplit, data: DataConfig, *, batch_size: int, rank: int, world_size: int
@@ -145,6 +149,7 @@ class _BatchSource:
         self._keys = _Keys()
         self._workers, self._persistent = workers, persistent
         self._loader: DataLoader[_Packed | UserError] | None = None
+        self._running: Iterator[_Packed | UserError] | None = None
 
     def batches(self, keys: list[BatchKey]) -> Iterator[Batch]:
         if not keys:
@@ -152,11 +157,14 @@ class _BatchSource:
         if self._workers == 0:
             return (_unpack(self._dataset[key]) for key in keys)
         self._keys.keys = keys
-        return (_unpack(packed) for packed in self._started())
+        self._running = iter(self._started())
+        return (_unpack(packed) for packed in self._running)
 
     def close(self) -> None:
-        # The processes end with the loader's iterator.
-        self._loader = None
+        # An exception keeps the frames, and so the iterator, of whoever was iterating.
+        running, self._running, self._loader = self._running, None, None
+        if running is not None:
+            running._shutdown_workers()  # type: ignore[attr-defined]
 
     def _started(self) -> Iterable[_Packed | UserError]:
         if self._loader is None:

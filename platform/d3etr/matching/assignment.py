@@ -273,6 +273,12 @@ class Solver:
             solving.help_by(self._pool, threads)
         return solving
 
+    def close(self) -> None:
+        """End the threads; the next problems begin new ones."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=False)
+
     def _beside(self, device: torch.device) -> torch.cuda.Stream:
         """A stream whose work goes first, since other work will wait for it."""
         if self._stream is None or self._stream.device != device:

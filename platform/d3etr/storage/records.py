@@ -62,7 +62,11 @@ class RecordFile:
         self._homes = self.capacity - WINDOW + 1
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-        os.ftruncate(self._file, self.capacity * (record_bytes + _ENTRY_BYTES))
+        try:
+            os.ftruncate(self._file, self.capacity * (record_bytes + _ENTRY_BYTES))
+        except OSError:
+            self.close()
+            raise
 
     def read(self, key: bytes, record: memoryview) -> bool:
         """Fill ``record`` with the key's; False, and anything in ``record``, if there is none.

@@ -90,6 +90,7 @@ class Evaluator:
         try:
             rows, speed = self._detect_all(detector, observe)
         finally:
+            self._batches.close()
             detector.train(training)
         parts = self._context.gather(rows)
         metrics = None if parts is None else self._score(torch.cat([p.cpu() for p in parts]))

@@ -95,11 +95,11 @@ class TrainingLoop:
             self._context.saved()
 
     def _examines_at(self, step: int) -> bool:
-        """Whether a measurement within epochs is due."""
+        """Whether ``evaluation.every_steps`` asks for a measurement."""
         return _is_due(step, self._config.evaluation.every_steps)
 
     def _saves_at(self, step: int) -> bool:
-        """Whether a checkpoint within epochs is due."""
+        """Whether ``run.checkpoint_every_steps`` asks for a checkpoint."""
         return _is_due(step, self._config.run.checkpoint_every_steps)
 
     def _next(self, batches: Iterator[list[MicroBatch]]) -> list[MicroBatch]:
@@ -115,7 +115,8 @@ class TrainingLoop:
         if ends or done % every == 0 or self._examines_at(progress.step):
             mAP = self._examination.examine(progress.step, done)
             metrics |= {} if mAP is None else {"val/mAP": mAP}
-        saves = ends or done % self._config.run.checkpoint_every_epochs == 0
+        whole = done % self._config.run.checkpoint_every_epochs == 0
+        saves = ends or whole or self._saves_at(progress.step)
         if saves:
             self._save(progress)
         if self._context.reads_checkpoints:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,10 @@ def run_training(config: Config, run_dir: Path, context: TrainContext) -> dict[s
         with clear_disk_errors("the run", run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
-    run = _Run(config, run_dir, context)
-    try:
+    with ExitStack() as opened:
+        run = _Run(config, run_dir, context, opened)
         run.train()
         return run.finish()
-    finally:
-        run.close()
 
 
 def read_summary(run_dir: Path) -> dict[str, float]:
@@ -90,9 +89,18 @@ def _is_finished(run_dir: Path, context: TrainContext) -> bool:
 
 
 class _Run:
-    """The parts of one run, wired together."""
+    """The parts of one run, wired together.
 
-    def __init__(self, config: Config, run_dir: Path, context: TrainContext) -> None:
+    Args:
+        config: of the run.
+        run_dir: its folder.
+        context: the workers.
+        opened: takes what must be closed, also where a later part cannot be made.
+    """
+
+    def __init__(
+        self, config: Config, run_dir: Path, context: TrainContext, opened: ExitStack
+    ) -> None:
         self.config, self.run_dir, self.context = config, run_dir, context
         self.begun = time.perf_counter()
         self.warnings: list[str] = []
@@ -101,10 +109,13 @@ class _Run:
             run_dir / CHECKPOINTS, config.run.keep_checkpoints, self.warnings.append
         )
         self.saver = BackgroundSaver(self.store)
+        opened.callback(self.saver.close)
         self.splits: Splits = open_splits(config, context, JournalProgress(self.journal))
         self.loader = open_loader(config, self.splits.train, context)
+        opened.callback(self.loader.close)
         self.steps = total_steps(config, self.loader.steps_per_epoch)
         self.models: Models = build_models(config, self.splits, context)
+        opened.callback(self.models.distiller.solver.close)
         self.evaluator = Evaluator(self.splits.validation, config.data, config.evaluation, context)
         self.examination = Examination(
             config, run_dir, context, self.models, self.splits, self.evaluator, self.journal
@@ -126,6 +137,8 @@ class _Run:
         self.cache: TeacherCache | None = open_teacher_cache(
             config, self.models, self.loader, context, self._tell
         )
+        if self.cache is not None:
+            opened.callback(self.cache.close)
 
     def train(self) -> None:
         """All steps that are left."""
@@ -164,13 +177,6 @@ class _Run:
             text = json.dumps(summary, indent=1, allow_nan=False)
             write_text(self.run_dir / SUMMARY_FILE, text + "\n")
         return _numbers(summary)
-
-    def close(self) -> None:
-        """End what runs beside."""
-        self.loader.close()
-        if self.cache is not None:
-            self.cache.close()
-        self.saver.close()
 
     def _resume(self) -> Progress:
         """Go on from a checkpoint, or begin."""

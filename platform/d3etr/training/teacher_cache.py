@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,11 +172,13 @@ def open_teacher_cache(
     _ensure_worth_it(layout.record_bytes, limit)
     cache = open_cache()
     path = cache.teacher(_identity(config, models, layout, size, limit, context.device))
-    with clear_cache_errors(cache):
+    with clear_cache_errors(cache), ExitStack() as opened:
         cache.make()
         ensure_room(cache, path, limit, SETTING)
         file = RecordFile(path, layout.record_bytes, limit)
+        opened.callback(file.close)
         _ensure_as_before(file, layout, probe, _TOLERANCES[config.teacher_precision])
+        opened.pop_all()
     tell(
         f"teacher's outputs are kept in {path}: {layout.record_bytes / 1e3:,.1f} KB an image, "
         f"up to {file.capacity:,} images",
