@@ -48,3 +48,25 @@ def test_saved_averages_are_taken_over_and_foreign_ones_refused() -> None:
     assert float(average.state_dict()["weight"]) == 5.0
     with pytest.raises(ValueError, match="other"):
         average.load_state_dict({"other": torch.zeros(1, 1)})
+
+
+def test_frozen_weights_have_no_average() -> None:
+    model = nn.Sequential(module(1.0), module(2.0))
+    model[0].requires_grad_(False)
+    average = WeightAverage(model, decay=0.5)
+    assert average.state_dict().keys() == {"1.weight"}
+    nn.init.constant_(model[0].weight, 7.0)  # nothing that is frozen is exchanged either
+    nn.init.constant_(model[1].weight, 3.0)
+    with average.applied():
+        assert (model[0].weight.item(), model[1].weight.item()) == (7.0, 2.0)
+    assert model[1].weight.item() == 3.0
+
+
+def test_checkpoints_that_averaged_frozen_weights_still_fit() -> None:
+    model = nn.Sequential(module(1.0), module(2.0))
+    model[0].requires_grad_(False)
+    average = WeightAverage(model, decay=0.5)
+    average.load_state_dict({"0.weight": torch.zeros(1, 1), "1.weight": torch.full((1, 1), 5.0)})
+    assert float(average.state_dict()["1.weight"]) == 5.0
+    with pytest.raises(ValueError, match="1.weight"):
+        average.load_state_dict({"0.weight": torch.zeros(1, 1)})

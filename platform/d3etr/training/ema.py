@@ -13,16 +13,18 @@ class WeightAverage:
     """average <- d average + (1 - d) weights after every optimiser step.
 
     The decay d grows as min(decay, (1 + step) / (10 + step)), so that a short run does not
-    average its random beginning in. Buffers are taken as they are.
+    average its random beginning in. Frozen weights and buffers are taken as they are.
 
     Args:
-        module: whose weights are averaged.
+        module: whose trained weights are averaged: those that require a gradient by now.
         decay: the final d, in (0, 1).
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._weights = {name: p.detach() for name, p in module.named_parameters()}
+        parameters = dict(module.named_parameters())
+        self._names = frozenset(parameters)
+        self._weights = {name: p.detach() for name, p in parameters.items() if p.requires_grad}
         self._average = {name: p.clone() for name, p in self._weights.items()}
 
     @torch.no_grad()
@@ -48,18 +50,18 @@ class WeightAverage:
             self._average[name].copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Name -> averaged weight."""
+        """Name -> averaged weight, of those that are trained."""
         return dict(self._average)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over saved averages.
+        """Take over saved averages; those of weights that are frozen here do not count.
 
         Raises:
             ValueError: the names are not this module's.
         """
-        if state.keys() != self._average.keys():
-            odd = sorted(state.keys() ^ self._average.keys())
+        odd = sorted({*(state.keys() - self._names), *(self._average.keys() - state.keys())})
+        if odd:
             raise ValueError(f"averaged weights do not fit the module: {odd[:5]}")
-        for name, value in state.items():
-            self._average[name].copy_(value)
+        for name, average in self._average.items():
+            average.copy_(state[name])
