@@ -34,6 +34,20 @@ def own_data(folder: Path, images: int) -> str:
     return f"data={{train: {split}, validation: {split}}}"
 
 
+def saved_teacher(folder: Path, classes: int, *overrides: str) -> tuple[str, torch.nn.Module]:
+    """The setting that names the file of an untrained detector, and the detector."""
+    torch.manual_seed(0)
+    detector = config(*overrides).student.detector
+    teacher = build_detector(detector, classes)
+    info = WeightsInfo(
+        detector=detector,
+        categories=tuple((i, str(i)) for i in range(classes)),
+        preprocessing=config().data.preprocessing,
+    )
+    save_weights(folder / "t.safetensors", teacher, info)
+    return f"teacher.weights={folder}/t.safetensors", teacher
+
+
 def test_steps_and_checkpoints_follow_from_epochs() -> None:
     plan = make_plan(config())
     assert (plan.images, plan.steps_per_epoch, plan.steps) == (100, 12, 36)
@@ -58,18 +72,8 @@ def test_checkpoints_are_as_rare_or_frequent_as_configured() -> None:
 
 
 def test_parameters_are_those_of_the_detectors(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    detector = config("student.detector.queries=7").student.detector
-    teacher = build_detector(detector, 10)
-    info = WeightsInfo(
-        detector=detector,
-        categories=tuple((i, str(i)) for i in range(10)),
-        preprocessing=config().data.preprocessing,
-    )
-    save_weights(tmp_path / "t.safetensors", teacher, info)
-    plan = make_plan(
-        config(f"teacher.weights={tmp_path}/t.safetensors", "distillation.method=d3etr")
-    )
+    weights, teacher = saved_teacher(tmp_path, 10, "student.detector.queries=7")
+    plan = make_plan(config(weights, "distillation.method=d3etr"))
     assert plan.teacher_parameters == count_parameters(teacher)
     assert plan.student_parameters == count_parameters(
         build_detector(config().student.detector, 10)
@@ -89,6 +93,16 @@ def test_too_few_images_are_found_before_anything_starts(tmp_path: Path) -> None
 def test_a_missing_teacher_is_found_before_anything_starts() -> None:
     with pytest.raises(UserError, match=r"nowhere\.safetensors"):
         make_plan(config("teacher.weights=nowhere.safetensors", "distillation.method=d3etr"))
+
+
+def test_a_teacher_that_cannot_teach_is_found_before_anything_starts(tmp_path: Path) -> None:
+    weights, _ = saved_teacher(tmp_path, 10, "student.detector.heads=4")
+    with pytest.raises(UserError, match=r"distillation\.self_attention.*heads"):
+        make_plan(config(weights, "distillation.method=d3etr"))
+    weights, _ = saved_teacher(tmp_path, 1)
+    one_class = config("data=null", own_data(tmp_path, 20), weights, "distillation.method=kd_detr")
+    with pytest.raises(UserError, match=r"one class.*prediction\.class_loss"):
+        make_plan(one_class)
 
 
 def test_the_text_holds_the_resolved_configuration_and_the_size() -> None:

@@ -16,6 +16,7 @@ from d3etr.config.tree import Config
 from d3etr.data.coco import read_split
 from d3etr.detectors.build import build_detector, count_parameters
 from d3etr.detectors.weights import WeightsInfo, read_info
+from d3etr.distillation.compatibility import check_compatible
 from d3etr.errors import UserError
 from d3etr.launch.folder import folder_of
 from d3etr.storage.cache import open_cache
@@ -58,7 +59,7 @@ def make_plan(config: Config) -> Plan:
     Files that URLs name are fetched into the cache for that, images are not.
 
     Raises:
-        UserError: the training images or the teacher's weights would stop the run.
+        UserError: the training images or the teacher would stop the run.
     """
     ensure_inputs_answer([config])
     images, classes = _count(config.data)
@@ -71,6 +72,8 @@ def make_plan(config: Config) -> Plan:
     per_epoch = images // batch_size
     steps = config.optimisation.steps or (config.optimisation.epochs or 0) * per_epoch
     teacher = None if config.teacher is None else _teacher_info(config.teacher)
+    if teacher is not None:
+        check_compatible(config.student.detector, teacher.detector, config.distillation, classes)
     return Plan(
         run_dir=folder_of(config).path,
         images=images,

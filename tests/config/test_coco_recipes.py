@@ -54,7 +54,7 @@ def test_a_dry_run_needs_nothing_but_the_recipe(
 def test_teachers_can_teach(name: str) -> None:
     config = load_config(RECIPES / name)
     teacher = teacher_detector(config)
-    check_compatible(config.student.detector, teacher, config.distillation)
+    check_compatible(config.student.detector, teacher, config.distillation, 80)
     assert config.teacher is not None and config.teacher.minimum_mAP >= 0.4
 
 
@@ -64,7 +64,7 @@ def test_teachers_can_teach(name: str) -> None:
 )
 def test_the_other_papers_methods_are_one_setting_away(name: str, method: str) -> None:
     config = load_config(RECIPES / name / "d3etr.yaml", [f"distillation.method={method}"])
-    check_compatible(config.student.detector, teacher_detector(config), config.distillation)
+    check_compatible(config.student.detector, teacher_detector(config), config.distillation, 80)
 
 
 @pytest.mark.parametrize(("backbone", "millions"), [("resnet50", 44), ("resnet101", 63)])

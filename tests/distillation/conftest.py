@@ -15,11 +15,11 @@ from d3etr.structures import ImageBatch, Targets
 CLASSES = 3
 
 
-def _tiny(seed: int = 0, **changes: object) -> DetectionTransformer:
+def _tiny(seed: int = 0, classes: int = CLASSES, **changes: object) -> DetectionTransformer:
     torch.manual_seed(seed)
     wider = {"width": 32, "heads": 4, "feedforward": 32, "queries": 6}
     config = tiny_detector_config(**(wider | changes))
-    detector = build_detector(config, classes=CLASSES)
+    detector = build_detector(config, classes)
     _spread(detector)
     return detector.eval()
 

@@ -39,7 +39,7 @@ def test_explicit_layer_map_must_end_with_the_last() -> None:
 
 @pytest.mark.parametrize(
     ("student", "teacher", "ratio", "kept"),
-    [(16, 16, 1.0, 16), (10, 16, 1.0, 10), (16, 10, 0.5, 5), (3, 3, 0.01, 1)],
+    [(16, 16, 1.0, 16), (10, 16, 1.0, 10), (16, 10, 0.5, 5), (3, 3, 0.01, 1), (100, 100, 0.07, 7)],
 )
 def test_kept_pairs(student: int, teacher: int, ratio: float, kept: int) -> None:
     assert kept_pairs(student, teacher, ratio) == kept

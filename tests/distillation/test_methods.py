@@ -11,7 +11,13 @@ from d3etr.config.distillation import DistillationConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.distillation.distiller import Distiller
-from d3etr.distillation.features import LEAST, feature_loss, query_quality, target_weights
+from d3etr.distillation.features import (
+    LEAST,
+    feature_loss,
+    query_quality,
+    resize_tokens,
+    target_weights,
+)
 from d3etr.distillation.queries import GeneralPoints
 from d3etr.structures import DecoderOutputs, ImageBatch, ObjectQueries, Targets
 from d3etr.training.seeding import derive_seed
@@ -118,11 +124,42 @@ def test_quality_is_confidence_times_overlap(targets: Targets) -> None:
 def test_tokens_like_good_queries_count_most() -> None:
     tokens = torch.eye(4)[None]
     states = torch.stack([torch.eye(4)[0], torch.eye(4)[2]])[None]
-    weights = target_weights(states, tokens, torch.tensor([[0.9, 0.3]]), queries=2)
+    weights = target_weights(states, tokens, None, torch.tensor([[0.9, 0.3]]), queries=2)
     expected = torch.tensor([[1.0, LEAST / 0.9, 0.3 / 0.9, LEAST / 0.9]])
     torch.testing.assert_close(weights, expected)
-    best_only = target_weights(states, tokens, torch.tensor([[0.9, 0.3]]), queries=1)
+    best_only = target_weights(states, tokens, None, torch.tensor([[0.9, 0.3]]), queries=1)
     assert best_only[0, 2] == pytest.approx(LEAST / 0.9)
+
+
+def test_the_highest_weight_is_that_of_a_token_of_the_image() -> None:
+    tokens = torch.tensor([[[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]])
+    states, padding = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[False, False, True]])
+    quality = torch.tensor([[0.8]])
+    weights = target_weights(states, tokens, padding, quality, queries=1)
+    likeness = 0.8 / 2**0.5
+    torch.testing.assert_close(weights, torch.tensor([[1.0, LEAST / likeness, 0.0]]))
+
+
+def test_tokens_of_other_grids_come_from_the_level_of_the_nearest_stride() -> None:
+    fine, coarse = torch.arange(16.0), torch.tensor([10.0, 20.0, 30.0, 40.0])
+    tokens = torch.cat([fine, coarse])[None, :, None]
+    levels = ((4, 4), (2, 2))
+    assert resize_tokens(tokens, None, levels, levels) is tokens
+    assert torch.equal(resize_tokens(tokens, None, levels, ((2, 2),))[0, :, 0], coarse)
+    found = resize_tokens(tokens, None, levels, ((4, 4), (1, 1)))[0, :, 0]
+    torch.testing.assert_close(found, torch.cat([fine, torch.tensor([25.0])]))
+
+
+def test_resized_tokens_take_nothing_from_under_padding() -> None:
+    tokens = torch.full((1, 4, 6), 7.0)
+    tokens[..., 4:] = 1e6
+    padding = torch.zeros(1, 4, 6, dtype=torch.bool)
+    padding[..., 4:] = True
+    for size, visible in (((2, 3), 2), ((8, 12), 8), ((3, 5), 3)):
+        found = resize_tokens(tokens.view(1, 24, 1), padding.flatten(1), ((4, 6),), (size,))
+        torch.testing.assert_close(
+            found.view(size)[:, :visible], torch.full((size[0], visible), 7.0)
+        )
 
 
 def test_features_under_padding_do_not_count() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from d3etr.structures import ImageBatch, Targets
 
 Build = Callable[..., DetectionTransformer]
 WITHOUT_MAPS = {"cross_attention": {"weight": 0.0}}
+GROUND_TRUTH = ("detection/", "auxiliary/", "proposals/")
 
 
 def _distiller(student: DetectionTransformer, teacher: DetectionTransformer, **settings: object):
@@ -24,6 +26,41 @@ def _distiller(student: DetectionTransformer, teacher: DetectionTransformer, **s
     return Distiller(student, teacher, config, SetCriterionConfig(), seed=0)
 
 
+METHODS: dict[str, dict[str, object]] = {
+    "d3etr": {},
+    "kd_detr": {"general_points": {"count": 4}},
+    "detrdistill": {},
+}
+TERMS = {
+    "d3etr": {
+        f"{branch}/{term}"
+        for branch in ("adaptive", "fixed")
+        for term in ("class", "l1", "giou", "self_attention", "cross_attention")
+    },
+    "kd_detr": {
+        f"{branch}/{term}" for branch in ("fixed", "general") for term in ("class", "l1", "giou")
+    },
+    "detrdistill": {"adaptive/class", "adaptive/l1", "adaptive/giou", "features"},
+}
+
+
+def _ensure_everything_learns(
+    module: Distiller, images: ImageBatch, targets: Targets, terms: set[str]
+) -> None:
+    """A step's losses are finite, each of the terms fires, and every parameter has a gradient."""
+    taught = module.teach(images)
+    losses = module(images, targets, taught, module.normalisers(targets, taught))
+    assert all(torch.isfinite(loss) and loss >= 0 for loss in losses.values()), losses
+    distilled = {name for name in losses if not name.startswith(GROUND_TRUTH)}
+    assert distilled == terms
+    assert all(losses[name] > 1e-7 for name in terms), losses
+    torch.stack(list(losses.values())).sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("teacher_kind", FAMILY)
 @pytest.mark.parametrize("student_kind", FAMILY)
 def test_every_pair_distils_or_is_refused_with_a_way_out(
@@ -32,25 +69,99 @@ def test_every_pair_distils_or_is_refused_with_a_way_out(
     targets: Targets,
     student_kind: str,
     teacher_kind: str,
+    method: str,
 ) -> None:
     student = tiny_detector(seed=1, **FAMILY[student_kind]).train()
     teacher = tiny_detector(queries=8, width=64, **FAMILY[teacher_kind])
-    settings: dict[str, object] = {}
-    if student.config.feature_levels != teacher.config.feature_levels:
+    settings, terms = {"method": method, **METHODS[method]}, TERMS[method]
+    levels = student.config.feature_levels, teacher.config.feature_levels
+    if method == "d3etr" and levels[0] != levels[1]:
         with pytest.raises(UserError, match=r"set distillation\.cross_attention\.weight to 0"):
-            _distiller(student, teacher)
-        settings = WITHOUT_MAPS
-    module = _distiller(student, teacher, **settings)
-    taught = module.teach(images)
-    losses = module(images, targets, taught, module.normalisers(targets, taught))
-    assert all(torch.isfinite(loss) and loss >= -1e-5 for loss in losses.values()), losses
-    fixed = {name for name in losses if name.startswith("fixed/")}
-    assert len(fixed) == 5 - len(settings)
-    torch.stack(list(losses.values())).sum().backward()
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
+            _distiller(student, teacher, **settings)
+        settings |= WITHOUT_MAPS
+        terms = {name for name in terms if not name.endswith("cross_attention")}
+    _ensure_everything_learns(_distiller(student, teacher, **settings), images, targets, terms)
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+SHAPES: dict[str, dict[str, object]] = {
+    "finer": {"backbone": {"name": "small", "stem_width": 8, "stage_widths": (8, 16)}},
+    "coarser": {"backbone": {"name": "small", "stem_width": 8, "stage_widths": (8, 8, 8, 16)}},
+    "narrower, shallower": {"width": 32, "decoder_layers": 1, "queries": 3},
+    "wider, deeper": {"width": 96, "decoder_layers": 3, "queries": 12},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kinds", [("conditional_detr",) * 2, ("deformable-two-stage", "detr")])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_teachers_of_other_strides_widths_depths_and_query_counts_teach(
+    tiny_detector: Build,
+    images: ImageBatch,
+    targets: Targets,
+    shape: dict[str, object],
+    kinds: tuple[str, str],
+    method: str,
+) -> None:
+    student = tiny_detector(seed=1, width=64, **FAMILY[kinds[0]]).train()
+    teacher = tiny_detector(**{"width": 64, **FAMILY[kinds[1]], **shape})
+    settings, terms = {"method": method, **METHODS[method]}, TERMS[method]
+    if method == "d3etr" and kinds[0] != kinds[1]:
+        settings |= WITHOUT_MAPS
+        terms = {name for name in terms if not name.endswith("cross_attention")}
+    _ensure_everything_learns(_distiller(student, teacher, **settings), images, targets, terms)
+
+
+@pytest.mark.parametrize("levels", [(1, 3), (3, 1), (2, 3)])
+def test_features_are_learnt_across_numbers_of_levels(
+    tiny_detector: Build, images: ImageBatch, targets: Targets, levels: tuple[int, int]
+) -> None:
+    student, teacher = (
+        tiny_detector(seed=seed, name="deformable_detr", points=2, levels=count)
+        for seed, count in enumerate(levels)
+    )
+    module = _distiller(student.train(), teacher, method="detrdistill")
+    _ensure_everything_learns(module, images, targets, TERMS["detrdistill"])
+
+
+@pytest.mark.parametrize("method", ["kd_detr", "d3etr"])
+def test_a_softmax_over_one_class_is_refused_with_a_way_out(
+    tiny_detector: Build, images: ImageBatch, targets: Targets, method: str
+) -> None:
+    student, teacher = tiny_detector(seed=1, classes=1).train(), tiny_detector(classes=1)
+    few = METHODS[method]
+    with pytest.raises(UserError, match=r"one class.*prediction\.class_loss to 'bce'"):
+        _distiller(student, teacher, method=method, prediction={"class_loss": "kl"}, **few)
+    way_out = {"class_loss": "bce", "temperature": 1.0}
+    module = _distiller(student, teacher, method=method, prediction=way_out, **few)
+    alone = replace(targets, labels=torch.zeros_like(targets.labels))
+    _ensure_everything_learns(module, images, alone, TERMS[method])
+
+
+@pytest.mark.parametrize(
+    ("settings", "queries", "named"),
+    [
+        ({"matched_pair_ratio": 0.1}, 6, "matched_pair_ratio leaves one"),
+        ({"teacher_query_ratio": 0.1}, 6, "teacher_query_ratio leaves one"),
+        ({"general_points": {"count": 1}}, 6, r"general_points\.count leaves one"),
+        ({}, 1, "matched_pair_ratio leaves one"),
+    ],
+)
+def test_self_attention_of_one_query_is_refused_with_a_way_out(
+    tiny_detector: Build,
+    images: ImageBatch,
+    targets: Targets,
+    settings: dict[str, object],
+    queries: int,
+    named: str,
+) -> None:
+    student, teacher = tiny_detector(seed=1, queries=queries).train(), tiny_detector()
+    with pytest.raises(UserError, match=named + r".*self_attention\.weight to 0"):
+        _distiller(student, teacher, **settings)
+    module = _distiller(student, teacher, self_attention={"weight": 0.0}, **settings)
+    branches = ["adaptive", "fixed", *(["general"] if "general_points" in settings else [])]
+    terms = {f"{b}/{t}" for b in branches for t in ("class", "l1", "giou", "cross_attention")}
+    _ensure_everything_learns(module, images, targets, terms)
 
 
 @pytest.mark.parametrize("kind", FAMILY)

@@ -68,5 +68,5 @@ def test_checkpoints_that_averaged_frozen_weights_still_fit() -> None:
     average = WeightAverage(model, decay=0.5)
     average.load_state_dict({"0.weight": torch.zeros(1, 1), "1.weight": torch.full((1, 1), 5.0)})
     assert float(average.state_dict()["1.weight"]) == 5.0
-    with pytest.raises(ValueError, match="1.weight"):
+    with pytest.raises(ValueError, match=r"1\.weight"):
         average.load_state_dict({"0.weight": torch.zeros(1, 1)})

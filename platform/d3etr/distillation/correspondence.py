@@ -53,9 +53,15 @@ def adaptive_problem(
     return CostBlock("student queries against teacher queries", costs)
 
 
+def share_of(count: int, ratio: float) -> int:
+    """``ratio`` times ``count``, rounded up, at least 1."""
+    # Rounded first: 100 * 0.07 is 7.000000000000001.
+    return max(1, math.ceil(round(count * ratio, 6)))
+
+
 def kept_pairs(student: int, teacher: int, ratio: float) -> int:
     """Adaptive pairs per image: the matched ones times ``matched_pair_ratio``, at least 1."""
-    return max(1, math.ceil(min(student, teacher) * ratio))
+    return share_of(min(student, teacher), ratio)
 
 
 def adaptive_correspondence(

@@ -17,7 +17,12 @@ from d3etr.distillation.correspondence import (
     adaptive_correspondence,
     adaptive_problem,
 )
-from d3etr.distillation.features import feature_loss, query_quality, target_weights
+from d3etr.distillation.features import (
+    feature_loss,
+    query_quality,
+    resize_tokens,
+    target_weights,
+)
 from d3etr.distillation.layers import teacher_layers
 from d3etr.distillation.mixmatcher import Branch, mix
 from d3etr.distillation.queries import GeneralPoints, RandomQueries, TeacherQueries
@@ -81,7 +86,7 @@ class Distiller(nn.Module):
 
     def _prepare(self, student: Detector, teacher: Detector, seed: int) -> None:
         config = self.distillation
-        check_compatible(student.config, teacher.config, config)
+        check_compatible(student.config, teacher.config, config, student.classes)
         if isinstance(teacher, nn.Module):
             teacher.eval().requires_grad_(False)
         self._layers = teacher_layers(
@@ -381,11 +386,14 @@ class Distiller(nn.Module):
     def _features(
         self, said: Said, taught: Taught, targets: Targets, divisors: Normalisers
     ) -> Tensor:
-        config, memory = self.distillation.features, said.memory
-        states, theirs = taught.outputs.states, taught.tokens
-        assert self.feature_adapter is not None and states is not None and theirs is not None
-        quality = query_quality(taught.outputs, targets)
-        weights = target_weights(states, theirs, quality, config.queries)
+        config, memory, outputs = self.distillation.features, said.memory, taught.outputs
+        assert self.feature_adapter is not None
+        assert outputs.states is not None and taught.tokens is not None
+        theirs = resize_tokens(
+            taught.tokens.float(), outputs.padding, outputs.levels, memory.levels
+        )
+        quality = query_quality(outputs, targets)
+        weights = target_weights(outputs.states, theirs, memory.padding, quality, config.queries)
         tokens = self.feature_adapter(memory.tokens)
         return config.weight * feature_loss(
             tokens, theirs, weights, memory.padding, divisors.images

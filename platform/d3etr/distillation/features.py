@@ -2,19 +2,23 @@
 
 Students learn the teacher's memory tokens, those most that the teacher's good queries resemble.
 That tokens are compared behind the encoder is our choice; the authors compare maps of the neck.
+So is what happens where the grids differ: the teacher's level of the nearest stride is resized to
+each of the student's.
 
-Shapes: B images · M teacher queries · S memory tokens · T objects of the fullest image · D' width
-of the teacher.
+Shapes: B images · M teacher queries · S memory tokens of the student · S' of the teacher ·
+T objects of the fullest image · D' width of the teacher.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import interpolate, normalize
 
 from d3etr.matching.boxes import cxcywh_to_xyxy
-from d3etr.structures import DecoderOutputs, Targets
+from d3etr.structures import DecoderOutputs, Levels, Targets
 
 LEAST = 0.01
 """Weight of tokens that no good query resembles; the authors' code."""
@@ -42,22 +46,54 @@ def query_quality(outputs: DecoderOutputs, targets: Targets) -> Tensor:
     return iou.amax(-1) * outputs.confidence()[-1].float()
 
 
-def target_weights(states: Tensor, tokens: Tensor, quality: Tensor, queries: int) -> Tensor:
+def resize_tokens(tokens: Tensor, padding: Tensor | None, levels: Levels, target: Levels) -> Tensor:
+    """The teacher's memory on the student's grids, each from the level of the nearest stride.
+
+    Args:
+        tokens: [B, S', D'] of the teacher.
+        padding: [B, S'] bool, True under its padding, which does not bleed in; or None.
+        levels: (height, width) of each of the teacher's feature levels.
+        target: those of the student's, as many or not.
+
+    Returns:
+        [B, S, D']; without meaning under the student's padding.
+    """
+    if levels == target:
+        return tokens
+    visible = torch.ones_like(tokens[..., :1]) if padding is None else (~padding)[..., None]
+    areas = [height * width for height, width in levels]
+    parts = torch.split(torch.cat([tokens * visible, visible.to(tokens)], -1), areas, 1)
+    resized = []
+    for size in target:
+        nearest = min(range(len(levels)), key=lambda k: abs(math.log(areas[k] / math.prod(size))))
+        plane = parts[nearest].mT.reshape(len(tokens), -1, *levels[nearest])
+        resized.append(interpolate(plane, size, mode="bilinear", antialias=True).flatten(2).mT)
+    mixed = torch.cat(resized, 1)
+    smallest = torch.finfo(mixed.dtype).tiny
+    return mixed[..., :-1] / mixed[..., -1:].clamp(min=smallest)
+
+
+def target_weights(
+    states: Tensor, tokens: Tensor, padding: Tensor | None, quality: Tensor, queries: int
+) -> Tensor:
     """How much each token counts: sum over good queries of quality times likeness.
 
     Args:
         states: [B, M, D'] the teacher's decoder states.
         tokens: [B, S, D'] its memory.
+        padding: [B, S] bool, True for tokens that do not count, or None.
         quality: [B, M].
         queries: how many of the best are used.
 
     Returns:
-        [B, S] in [LEAST, 1], the highest of an image is 1.
+        [B, S] in [LEAST, 1], the highest of an image is 1; 0 under padding.
     """
     kept, best = quality.topk(min(queries, quality.shape[1]), dim=1)
     chosen = states.gather(1, best[..., None].expand(-1, -1, states.shape[-1]))
     likeness = normalize(tokens.float(), dim=-1) @ normalize(chosen.float(), dim=-1).mT
     weights = (likeness * kept[:, None]).sum(-1).clamp(min=LEAST)
+    if padding is not None:
+        weights = weights.masked_fill(padding, 0.0)
     return weights / weights.amax(1, keepdim=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from d3etr.attention_maps import take_layers
 from d3etr.config.distillation import DistillationConfig
-from d3etr.distillation.correspondence import kept_pairs
+from d3etr.distillation.correspondence import kept_pairs, share_of
 from d3etr.matching.assignment import gather_queries
 from d3etr.structures import DecoderOutputs, ObjectQueries, Targets
 
@@ -74,7 +73,7 @@ def select_queries(outputs: DecoderOutputs, index: Tensor) -> DecoderOutputs:
 
 def group_size(queries: int, ratio: float) -> int:
     """Queries of the auxiliary group: ``teacher_query_ratio`` times M, at least 1."""
-    return max(1, math.ceil(queries * ratio))
+    return share_of(queries, ratio)
 
 
 def _most_confident(queries: ObjectQueries, index: Tensor) -> ObjectQueries:
