@@ -5,7 +5,7 @@ import pytest
 from coco_files import picture
 from PIL import Image
 
-from d3etr.data.images import load_image, to_pixels
+from d3etr.data.images import load_image, to_pixels, upright_rgb
 from d3etr.errors import UserError
 
 
@@ -100,3 +100,97 @@ def test_pixels_are_channels_first():
     pixels = to_pixels(Image.new("RGB", (5, 3), (1, 2, 3)))
     assert pixels.shape == (3, 3, 5)
     assert pixels[:, 0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("side", [9_747, 13_491])  # 95 and 182 megapixels
+def test_a_scan_above_the_limit_is_refused_with_limit_and_remedy(tmp_path, recwarn, side):
+    Image.new("1", (side, side)).save(tmp_path / "scan.png", compress_level=1)
+    megapixels = -(-side * side // 10**6)
+    with pytest.raises(UserError) as refusal:
+        load_image(tmp_path / "scan.png")
+    text = str(refusal.value)
+    assert "scan.png: the image is too large" in text
+    assert "the limit is 90" in text
+    assert "tiles" in text
+    assert f"D3ETR_MAXIMUM_MEGAPIXELS={megapixels} in the environment" in text
+    assert not recwarn.list
+
+
+def test_the_limit_of_pixels_is_what_the_environment_says(tmp_path, monkeypatch):
+    file = tmp_path / "image.png"
+    picture(40, 30).save(file)
+    monkeypatch.setenv("D3ETR_MAXIMUM_MEGAPIXELS", "0.0012")
+    assert load_image(file).size == (40, 30)
+    monkeypatch.setenv("D3ETR_MAXIMUM_MEGAPIXELS", "0.0011")
+    with pytest.raises(UserError, match=r"too large: 40 x 30"):
+        load_image(file)
+    for wrong in ("ninety", "0", "nan", "inf", "-1", ""):
+        monkeypatch.setenv("D3ETR_MAXIMUM_MEGAPIXELS", wrong)
+        with pytest.raises(UserError, match=r"D3ETR_MAXIMUM_MEGAPIXELS is '.*expected a number"):
+            load_image(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", "the file is empty"),
+        (b"\x00\x05\x16\x07" + bytes(80), "metadata that macOS stores"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!doctype html><html>404</html>", "a web page"),
+        (b"\x00\x00\x00\x18ftypheic" + bytes(80), "a HEIC picture"),
+        (b"DDS " + bytes(200), "a DDS texture"),
+        (b"DDS \x7c\x00\x00\x00" + bytes([7]) * 200, "a DDS texture"),
+        (b"%PDF-1.7", "a PDF document"),
+        (b"x" * 300, "its 300 bytes are no image in a known format"),
+        (b"GIF89a" + bytes(8), "a size of 0"),
+    ],
+)
+def test_each_cause_of_an_image_that_cannot_be_decoded_has_its_text(tmp_path, content, cause):
+    (tmp_path / "image.png").write_bytes(content)
+    with pytest.raises(UserError) as refusal:
+        load_image(tmp_path / "image.png")
+    assert str(refusal.value).startswith(str(tmp_path / "image.png"))
+    assert cause in str(refusal.value)
+
+
+def test_truncation_and_damage_are_told_apart(tmp_path):
+    file = tmp_path / "image.png"
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="it is truncated"):
+        load_image(file)
+    place = whole.index(b"IDAT") + 40
+    file.write_bytes(whole[:place] + bytes(60) + whole[place + 60 :])
+    with pytest.raises(UserError, match=r"cannot be decoded: it is (damaged|truncated)"):
+        load_image(file)
+
+
+def test_files_that_cannot_be_opened_say_why(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="is a folder; expected an image file"):
+        load_image(tmp_path)
+    with pytest.raises(UserError, match="File name too long"):
+        load_image(tmp_path / ("x" * 300))
+    with pytest.raises(UserError, match="no such image file"):
+        load_image(tmp_path / "a\0b.png")
+    picture(4, 4).save(tmp_path / "image.png")
+    with pytest.raises(UserError, match="no such image file"):
+        load_image(tmp_path / "image.png" / "below.png")
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("PIL.Image.builtins.open", refuse)
+    with pytest.raises(UserError, match="permission denied"):
+        load_image(tmp_path / "image.png")
+
+
+def test_an_image_of_no_size_is_refused():
+    with pytest.raises(UserError, match=r"the image has no pixels \(0 x 20\)"):
+        upright_rgb(Image.new("RGB", (9, 20)).crop((3, 0, 3, 20)))
+
+
+def test_one_pixel_is_an_image(tmp_path):
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "image.png")
+    assert load_image(tmp_path / "image.png").getpixel((0, 0)) == (1, 2, 3)

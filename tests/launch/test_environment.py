@@ -69,6 +69,15 @@ def test_a_jobs_own_path_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "PYTHONPATH" in runtime_environment()["env_vars"]
 
 
+def test_workers_of_a_running_cluster_have_the_drivers_limit_of_pixels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("D3ETR_MAXIMUM_MEGAPIXELS", raising=False)
+    assert "D3ETR_MAXIMUM_MEGAPIXELS" not in runtime_environment().get("env_vars", {})
+    monkeypatch.setenv("D3ETR_MAXIMUM_MEGAPIXELS", "200")
+    assert runtime_environment()["env_vars"]["D3ETR_MAXIMUM_MEGAPIXELS"] == "200"
+
+
 def test_a_jobs_copy_of_the_working_directory_is_known_as_temporary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

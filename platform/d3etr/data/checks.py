@@ -8,15 +8,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from io import BytesIO
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from d3etr.config.data import DataConfig, SplitConfig
 from d3etr.data.coco import DetectionSplit, ImageRecord, parse_split, require_same_categories
-from d3etr.data.images import applies_rotation, load_image, orientation
+from d3etr.data.images import applies_rotation, load_image, open_image, orientation
 from d3etr.data.progress import Progress
 from d3etr.data.report import DataReport, SplitReport, shown_ids
 from d3etr.data.splits import configured_splits
@@ -99,7 +97,7 @@ def _look_at(split: DetectionSplit, record: ImageRecord) -> _Look:
         pixels = load_image(raw, expected)
     except UserError as error:
         return _Look(record, content, problem=str(error))
-    with Image.open(BytesIO(raw)) as image:
+    with open_image(raw) as image:
         return _Look(
             record,
             content,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
+import math
+import os
+import threading
 from io import BytesIO
 from pathlib import Path
 
@@ -12,18 +13,19 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from d3etr.data.image_problems import decoding_problem
 from d3etr.errors import UserError
 
-# All that Pillow's decoders raise on damaged files.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+LIMIT_VARIABLE = "D3ETR_MAXIMUM_MEGAPIXELS"
+"""Environment variable: the largest image that is decoded, millions of pixels."""
+_MAXIMUM_MEGAPIXELS = 90.0
+"""Pillow's own limit, rounded: 3 bytes a pixel."""
+# Pillow's limit is a global variable, and forking must not leave this lock taken.
+_OPENING = threading.Lock()
+os.register_at_fork(
+    before=_OPENING.acquire,
+    after_in_parent=_OPENING.release,
+    after_in_child=_OPENING.release,
 )
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 # What brings each EXIF orientation upright.
@@ -52,24 +54,88 @@ def load_image(source: Path | bytes, expected_size: tuple[int, int] | None = Non
         expected_size: (width, height) that the annotations give, pixels.
 
     Raises:
-        UserError: the file is missing, truncated, damaged or not an image.
+        UserError: the file is missing, too large, truncated, damaged or not an image.
     """
     where = str(source) if isinstance(source, Path) else "image"
     try:
-        with Image.open(source if isinstance(source, Path) else BytesIO(source)) as image:
-            image.load()
-            if applies_rotation(image, expected_size):
-                return to_rgb(image.transpose(_UPRIGHT[orientation(image)]))
-            return to_rgb(image)
+        with open_image(source) as image:
+            return upright_rgb(image, expected_size)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    except FileNotFoundError as error:
-        raise UserError(f"{where}: no such image file; check the path") from error
-    except _DAMAGE as error:
+    except Exception as error:  # damaged bytes lead decoders to errors of any type
+        raise UserError(f"{where}: {decoding_problem(source, error)}") from error
+
+
+def open_image(source: Path | bytes) -> Image.Image:
+    """Read an image file's header, without Pillow's warning about its size.
+
+    Args:
+        source: a file, or its bytes.
+
+    Raises:
+        Exception: whatever Pillow raises; ``decoding_problem`` explains it.
+    """
+    with _OPENING:
+        theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(source if isinstance(source, Path) else BytesIO(source))
+        finally:
+            Image.MAX_IMAGE_PIXELS = theirs
+
+
+def upright_rgb(image: Image.Image, expected_size: tuple[int, int] | None = None) -> Image.Image:
+    """8-bit RGB of an image that may not be decoded yet, rotated as its EXIF data says.
+
+    Args:
+        image: in any mode.
+        expected_size: (width, height) that annotations give, see ``load_image``.
+
+    Raises:
+        UserError: the image has no pixels or too many, or its mode has no RGB values.
+    """
+    require_decodable_size(image.size)
+    image.load()
+    if applies_rotation(image, expected_size):
+        image = image.transpose(_UPRIGHT[orientation(image)])
+    return to_rgb(image)
+
+
+def require_decodable_size(size: tuple[int, int]) -> None:
+    """Check an image's size before its pixels are decoded.
+
+    Args:
+        size: (width, height) in pixels.
+
+    Raises:
+        UserError: it has no pixels, or more than ``D3ETR_MAXIMUM_MEGAPIXELS`` allows.
+    """
+    width, height = size
+    if width < 1 or height < 1:
+        raise UserError(f"the image has no pixels ({width} x {height}); expected at least 1 x 1")
+    megapixels, limit = width * height / 1e6, _maximum_megapixels()
+    if megapixels > limit:
         raise UserError(
-            f"{where}: cannot be decoded ({error}); expected a whole JPEG, PNG or other common "
-            "image: copy it again, or take it out of the annotation file"
-        ) from error
+            f"the image is too large: {width} x {height} are {megapixels:.1f} megapixels, the "
+            f"limit is {limit:g}. Cut it into tiles (ImageMagick: magick IMAGE -crop 1024x1024 "
+            "+repage tile-%04d.png), which also keeps small objects visible, or allow it: "
+            f"{LIMIT_VARIABLE}={math.ceil(megapixels)} in the environment"
+        )
+
+
+def _maximum_megapixels() -> float:
+    text = os.environ.get(LIMIT_VARIABLE)
+    if text is None:
+        return _MAXIMUM_MEGAPIXELS
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0.0
+    if not 0 < limit < math.inf:
+        raise UserError(
+            f"{LIMIT_VARIABLE} is '{text}' in the environment; expected a number of megapixels "
+            f"above 0, such as {_MAXIMUM_MEGAPIXELS:g}"
+        )
+    return limit
 
 
 def orientation(image: Image.Image) -> int:
@@ -79,7 +145,7 @@ def orientation(image: Image.Image) -> int:
         return 1
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _DAMAGE:
+    except Exception:
         # Damaged EXIF data says nothing about the pixels.
         return 1
     return value if value in _UPRIGHT else 1
@@ -105,7 +171,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of an image in any mode.
 
     Raises:
-        UserError: floating-point pixels.
+        UserError: floating-point pixels, or a mode that has no RGB values.
     """
     if image.mode == "RGB":
         return image
@@ -118,4 +184,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "P":
         # Straight to RGB, Pillow warns about palettes with transparency.
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise UserError(f"pixels of mode {image.mode} cannot be converted to RGB") from error

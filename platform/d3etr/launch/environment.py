@@ -11,6 +11,7 @@ from pathlib import Path
 
 import d3etr
 from d3etr.config.infrastructure import ClusterConfig
+from d3etr.data.images import LIMIT_VARIABLE
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job; holds the job's runtime environment."""
@@ -81,6 +82,8 @@ def runtime_environment() -> dict[str, dict[str, str]]:
     A submitted job that brings its own PYTHONPATH keeps it: Ray refuses two.
     """
     variables = package_environment()
+    if LIMIT_VARIABLE in os.environ:  # every worker decodes what the driver would
+        variables[LIMIT_VARIABLE] = os.environ[LIMIT_VARIABLE]
     job = json.loads(os.environ.get(JOB_CONFIG) or "{}")
     theirs = (job.get("runtime_env") or {}).get("env_vars") or {}
     kept = {name: value for name, value in variables.items() if name not in theirs}
