@@ -6,14 +6,12 @@ error at the start; MLflow's own defaults would block for four minutes.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from mlflow.exceptions import MlflowException
@@ -22,6 +20,7 @@ from mlflow.tracking import MlflowClient
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.tracking.address import embedded_uri, without_secrets
+from d3etr.tracking.database import half_made, make_database
 
 PROBE_SECONDS = 8.0
 """How long a server may take to accept a connection: one that is just starting gets a chance."""
@@ -82,12 +81,21 @@ def connect(uri: str) -> MlflowClient:
     if urlsplit(uri).scheme in ("http", "https"):
         _await_listener(uri)
     try:
-        with patience(), _one_at_a_time(uri):
+        with patience():
+            make_database(uri)
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
+    except UserError:
+        raise
     except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
-        raise UserError(_no_answer(uri, str(error).strip().splitlines()[0])) from error
+        raise UserError(_no_answer(uri, first_line(error))) from error
     return client
+
+
+def first_line(error: Exception) -> str:
+    """What MLflow, its stores or the network say, without the trace that may follow."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else repr(error)
 
 
 def open_experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
@@ -130,21 +138,14 @@ def _await_listener(uri: str) -> None:
 
 
 def _no_answer(uri: str, reason: str) -> str:
+    unfinished = half_made(uri)
+    if unfinished is not None:
+        return (
+            f"MLflow's database {unfinished} was never finished, since the process that made it "
+            "was stopped; no run is in it. Delete it and run the same command again."
+        )
     return (
         f"MLflow at {without_secrets(uri)} cannot be used: {reason.replace(uri, '...')}. "
         "Start it ('mlflow server'), correct tracking.uri or MLFLOW_TRACKING_URI, "
         "or set tracking.enabled to false."
     )
-
-
-@contextmanager
-def _one_at_a_time(uri: str) -> Iterator[None]:
-    """Several processes that create the tables of one new SQLite file at once break it."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    database = Path(uri.removeprefix("sqlite:///"))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(database.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
