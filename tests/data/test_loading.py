@@ -135,6 +135,8 @@ def test_loading_processes_give_what_one_process_gives(config, split):
     next(loader.epoch(1))
     found = [_images(step) for step in loader.epoch(0)]
     assert all(_same(a, b) for a, b in zip(expected, found, strict=True))
+    assert loader.take_cpu_seconds() > 0, "the work of the processes counts"
+    assert loader.take_cpu_seconds() == 0, "once"
     file = split.path(split.records[3])
     file.write_bytes(b"damaged")
     loader.close()

@@ -15,9 +15,13 @@ from tiny_runs import (
     final_state,
     losses,
     records,
+    write_teacher,
 )
 
+from d3etr.config.data import DataConfig
+from d3etr.config.detector import TeacherConfig
 from d3etr.config.tree import Config
+from d3etr.data.splits import open_split
 from d3etr.detectors.weights import load_weights
 from d3etr.errors import UserError
 from d3etr.training.checkpoints import CheckpointStore
@@ -71,6 +75,7 @@ def test_a_run_leaves_what_its_contract_says(make_config: MakeConfig, tmp_path: 
     assert names == {"journal.jsonl", "checkpoints", "weights.safetensors", "summary.json"}
     kinds = [record["kind"] for record in read_journal(tmp_path / "run" / "journal.jsonl")]
     epoch = [*["step"] * 6, "evaluation"]
+    kinds = [kind for kind in kinds if kind != "message"]
     assert kinds == ["start", "teacher", *epoch, *epoch, "end"]
     assert {"mAP", "test/mAP", "teacher/mAP", "parameters", "images_per_second"} <= summary.keys()
     written = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -173,7 +178,7 @@ def test_a_damaged_checkpoint_costs_its_epoch_only(make_config: MakeConfig, tmp_
     messages = [
         record["text"]
         for record in read_journal(tmp_path / "run" / "journal.jsonl")
-        if record["kind"] == "message"
+        if record["kind"] == "message" and "teacher does not lead" not in record["text"]
     ]
     assert len(messages) == 1 and "step-00000012 is damaged" in messages[0]
 
@@ -358,3 +363,44 @@ def test_bfloat16_follows_float32_roughly(make_config: MakeConfig, tmp_path: Pat
     exact, reduced = losses(tmp_path / "float32"), losses(tmp_path / "bfloat16")
     assert reduced == pytest.approx(exact, rel=0.1)
     assert reduced != exact
+
+
+@pytest.mark.parametrize(("teachers", "warns"), [(0.0, True), (0.9, False)])
+def test_a_teacher_that_does_not_lead_is_named_with_both_numbers(
+    make_config: MakeConfig, scenes: DataConfig, tmp_path: Path, teachers: float, warns: bool
+) -> None:
+    path = tmp_path / "teacher.safetensors"
+    digest = open_split(scenes, "validation").digest
+    write_teacher(path, scenes, evaluation={"data_digest": digest, "mAP": teachers})
+    config = make_config(optimisation={"epochs": 1})
+    config = config.model_copy(update={"teacher": TeacherConfig(weights=path)})
+    student = train(config, tmp_path / "run")["mAP"]
+    journal = read_journal(tmp_path / "run" / "journal.jsonl")
+    found = [r["text"] for r in journal if r["kind"] == "message" and r["level"] == "warning"]
+    assert len(found) == 2 * warns, "at the first evaluation, and at the end"
+    for text in found:
+        assert "the teacher does not lead" in text
+        assert "reaches 0.0 mAP" in text and f"the student {100 * student:.1f}" in text
+
+
+def test_a_run_says_what_it_cost_in_cpu_seconds(make_config: MakeConfig, tmp_path: Path) -> None:
+    begun = time.process_time()
+    summary = train(make_config(plain=True), tmp_path / "run")
+    spent = time.process_time() - begun
+    assert 0 < summary["training_cpu_seconds"] < spent, "evaluations are left out"
+    assert "training_device_seconds" not in summary, "there is no GPU"
+    last = read_journal(tmp_path / "run" / "journal.jsonl")[-1]
+    assert last["metrics"]["training_cpu_seconds"] == summary["training_cpu_seconds"]
+
+
+def test_costs_of_a_run_that_was_interrupted_add_up(
+    make_config: MakeConfig, tmp_path: Path, interrupt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(plain=True)
+    interrupted_run(config, tmp_path / "run", monkeypatch, interrupt, TrainingStep, "__call__", 9)
+    costs = [
+        record["metrics"]["time/training_cpu_seconds"]
+        for record in read_journal(tmp_path / "run" / "journal.jsonl")
+        if record["kind"] == "step"
+    ]
+    assert costs == sorted(costs) and len(set(costs)) == len(costs) == 12

@@ -60,7 +60,7 @@ def final_state(run_dir: Path) -> State:
     checkpoint = CheckpointStore(run_dir / "checkpoints", keep=1).newest()
     assert checkpoint is not None
     state = checkpoint.state()
-    for name in ("seconds", "last"):
+    for name in ("cost", "last"):
         del state[name]
     if state["kept"] is not None:
         del state["kept"]["images_per_second"]

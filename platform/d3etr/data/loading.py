@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Iterable, Iterator
 from multiprocessing.context import BaseContext
 from threading import Thread
@@ -32,7 +33,9 @@ _Packed = tuple[
     tuple[int, ...],
     tuple[tuple[int, int], ...],
     Tensor,
+    float,
 ]
+"""Images and targets in their parts, and the CPU seconds that making them took."""
 
 
 class EpochLoader:
@@ -98,6 +101,10 @@ class EpochLoader:
         for _ in range(start_step, self.steps_per_epoch):
             yield [next(batches) for _ in self.mine]
 
+    def take_cpu_seconds(self) -> float:
+        """CPU seconds of loading processes behind the batches that came since the last call."""
+        return self._source.take_cpu_seconds()
+
     def close(self) -> None:
         """End the loading processes."""
         self._source.close()
@@ -150,6 +157,7 @@ class _BatchSource:
         self._workers, self._persistent = workers, persistent
         self._loader: DataLoader[_Packed | UserError] | None = None
         self._running: Iterator[_Packed | UserError] | None = None
+        self._cpu_seconds = 0.0
 
     def batches(self, keys: list[BatchKey]) -> Iterator[Batch]:
         if not keys:
@@ -158,7 +166,16 @@ class _BatchSource:
             return (_unpack(self._dataset[key]) for key in keys)
         self._keys.keys = keys
         self._running = iter(self._started())
-        return (_unpack(packed) for packed in self._running)
+        return (self._received(packed) for packed in self._running)
+
+    def take_cpu_seconds(self) -> float:
+        taken, self._cpu_seconds = self._cpu_seconds, 0.0
+        return taken
+
+    def _received(self, packed: _Packed | UserError) -> Batch:
+        if not isinstance(packed, UserError):
+            self._cpu_seconds += packed[-1]
+        return _unpack(packed)
 
     def close(self) -> None:
         # An exception keeps the frames, and so the iterator, of whoever was iterating.
@@ -202,6 +219,7 @@ class _BatchDataset(Dataset["_Packed | UserError"]):
         self.dataset = dataset
 
     def __getitem__(self, key: BatchKey) -> _Packed | UserError:
+        begun = time.process_time()
         try:
             samples = [self.dataset.sample(index, key.epoch) for index in key.indices]
         except UserError as error:
@@ -217,13 +235,14 @@ class _BatchDataset(Dataset["_Packed | UserError"]):
             targets.image_ids,
             targets.original_sizes,
             targets.objects,
+            time.process_time() - begun,
         )
 
 
 def _unpack(packed: _Packed | UserError) -> Batch:
     if isinstance(packed, UserError):
         raise packed
-    pixels, padding, labels, boxes, counts, image_ids, sizes, objects = packed
+    pixels, padding, labels, boxes, counts, image_ids, sizes, objects, _ = packed
     # Pinning memory turns tuples into lists.
     original = tuple((height, width) for height, width in sizes)
     targets = Targets(labels, boxes, tuple(counts), tuple(image_ids), original, objects)

@@ -13,7 +13,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 Record = Mapping[str, Any]
-RESULTS = ("mAP", "AP50", "parameters", "images_per_second", "training_seconds")
+RESULTS = (
+    "mAP",
+    "AP50",
+    "parameters",
+    "images_per_second",
+    "training_seconds",
+    "training_cpu_seconds",
+    "training_device_seconds",
+)
 """What a run's last record says about the weights that were kept."""
 _LONGEST_NAME = 250
 _FORBIDDEN = re.compile(r"[^\w.\- :]")

@@ -48,6 +48,9 @@ class Examination:
         self.weights = run_dir / WEIGHTS_FILE
         self.kept: dict[str, Any] | None = None
         """Of the weights in the file: step, epoch, metrics."""
+        self.teacher_mAP: float | None = None
+        """Of the teacher on the validation split, where it is known."""
+        self._warned_of_lead = False
         self.stability: MatchingStability | None = None
         if config.distillation.matches_adaptively:
             self.stability = MatchingStability(models.distiller, splits.validation, context)
@@ -69,7 +72,28 @@ class Examination:
             self._record(step, epoch, evaluation, stable)
             if self._is_to_be_kept(evaluation):
                 self._keep(step, epoch, evaluation)
+        if not self._warned_of_lead:
+            self._warned_of_lead = self._warn_without_lead(step, evaluation.mAP)
         return evaluation.mAP
+
+    def warn_at_the_end(self, step: int) -> None:
+        """Say once more that the teacher does not lead, of the weights that were kept."""
+        kept = None if self.kept is None else self.kept["metrics"].get("mAP")
+        self._warn_without_lead(step, kept)
+
+    def _warn_without_lead(self, step: int, mAP: float | None) -> bool:
+        """Name both numbers where the student is as good as its teacher."""
+        teacher = self.teacher_mAP
+        if teacher is None or mAP is None or mAP < teacher:
+            return False
+        text = (
+            f"the teacher does not lead: it reaches {100 * teacher:.1f} mAP on "
+            f"{self._splits.validation.annotations}, the student {100 * mAP:.1f}. Such a teacher "
+            "has little left to teach: use a better one, or train without it "
+            "(distillation.method: none, student.initialise_from)"
+        )
+        self._journal.message(step, text, "warning")
+        return True
 
     def measure_test(self) -> dict[str, float]:
         """Measure the kept weights, read from their file, on the test split.

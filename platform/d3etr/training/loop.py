@@ -12,7 +12,7 @@ from d3etr.training.context import TrainContext
 from d3etr.training.examination import Examination
 from d3etr.training.resume import Progress, collect_state
 from d3etr.training.step import MicroBatch, TrainingStep
-from d3etr.training.steplog import StepLog
+from d3etr.training.steplog import LOADING, StepLog
 from d3etr.training.timing import PhaseTimer
 
 RECORDS_PER_EPOCH = 20
@@ -104,7 +104,9 @@ class TrainingLoop:
 
     def _next(self, batches: Iterator[list[MicroBatch]]) -> list[MicroBatch]:
         with self._timer.phase("data", host=True):
-            return next(batches)
+            batch = next(batches)
+        self._timer.add(LOADING, self._loader.take_cpu_seconds())
+        return batch
 
     def _finish_epoch(self, progress: Progress) -> None:
         """Examine, save and report, as often as configured and always at the end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from d3etr.training.context import TrainContext
 from d3etr.training.examination import Examination
 from d3etr.training.inputs import ensure_same_inputs
 from d3etr.training.optimiser import restore_optimiser
-from d3etr.training.steplog import StepLog
+from d3etr.training.steplog import StepLog, TrainingCost
 from d3etr.training.storage import clear_disk_errors, link_or_copy, temporary_beside
 
 FORMAT = 1
@@ -61,7 +61,7 @@ def collect_state(
         "format": FORMAT,
         "step": progress.step,
         "teacher_mAP": progress.teacher_mAP,
-        "seconds": log.seconds,
+        "cost": asdict(log.cost),
         "last": log.last,
         "digests": dict(models.digests),
         "model": models.distiller.state_dict(),
@@ -94,10 +94,18 @@ def restore_state(
     if examination.stability is not None and context.rank == 0:
         examination.stability.state = state["stability"]
     examination.kept = state["kept"]
-    log.seconds, log.last = state["seconds"], state["last"]
+    log.cost = _cost(state)
+    log.last = state["last"]
     if context.rank == 0:
         restore_weights(checkpoint.weights, examination.weights)
     return Progress(state["step"], state["teacher_mAP"])
+
+
+def _cost(state: State) -> TrainingCost:
+    """Older checkpoints hold wall time only."""
+    if "cost" in state:
+        return TrainingCost(**state["cost"])
+    return TrainingCost(state["seconds"], cpu_seconds=None)
 
 
 def restore_weights(kept: Path | None, target: Path) -> None:

@@ -171,6 +171,7 @@ class _Run:
     def finish(self) -> dict[str, float]:
         """Measure the test split if asked to, write the summary."""
         test = self.examination.measure_test() if self.splits.test is not None else {}
+        self.examination.warn_at_the_end(self.progress.step)
         summary = self._summary(test) | self._cache_summary()
         if self.context.rank == 0:
             self.journal.write("end", self.progress.step, metrics=_numbers(summary))
@@ -201,6 +202,8 @@ class _Run:
             self.journal.message(progress.step, text, "warning")
         if checkpoint is None:
             self._qualify_teacher(progress)
+        if self.models.distiller.needs_teacher_outputs:
+            self.examination.teacher_mAP = progress.teacher_mAP
         return progress
 
     def _qualify_teacher(self, progress: Progress) -> None:
@@ -247,7 +250,7 @@ class _Run:
             "parameters": count_parameters(self.models.student),
             "images_per_second": kept["images_per_second"],
             "training_images_per_second": self.log.last.get("time/images_per_second", 0.0),
-            "training_seconds": self.log.seconds,
+            **self.log.cost.as_dict(),
             "seconds": time.perf_counter() - self.begun,
             "train/loss": self.log.last.get("train/loss", 0.0),
             SUMMARY_KEY: dict(self.models.digests),

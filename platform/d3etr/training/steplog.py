@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
+import torch
 from torch.optim import AdamW
 
 from d3etr.training.context import TrainContext
 from d3etr.training.divergence import LossWindow
 from d3etr.training.journal import Journal
 from d3etr.training.timing import PhaseTimer
+
+LOADING = "loading"
+"""The phase that counts the CPU seconds of loading processes."""
+
+
+@dataclass
+class TrainingCost:
+    """What training steps have cost so far, without evaluations and checkpoints.
+
+    Attributes:
+        seconds: wall time.
+        cpu_seconds: CPU time over all workers, their threads and loading processes; None where a
+            part of the run did not count it.
+        device_seconds: time of the phases of steps on GPUs, over all workers; None without GPUs.
+    """
+
+    seconds: float = 0.0
+    cpu_seconds: float | None = 0.0
+    device_seconds: float | None = None
+
+    def as_dict(self) -> dict[str, float]:
+        """What is known, by the name that summaries have for it."""
+        known = {
+            "training_seconds": self.seconds,
+            "training_cpu_seconds": self.cpu_seconds,
+            "training_device_seconds": self.device_seconds,
+        }
+        return {name: value for name, value in known.items() if value is not None}
 
 
 class StepLog:
@@ -39,15 +69,14 @@ class StepLog:
         self._journal, self._context, self._optimiser = journal, context, optimiser
         self._window, self._timer = window, timer
         self._batch_size, self._steps_per_epoch = batch_size, steps_per_epoch
-        self._started: float | None = None
-        self.seconds = 0.0
-        """Wall time of training steps so far, without evaluations and checkpoints."""
+        self._started: tuple[float, float] | None = None
+        self.cost = TrainingCost()
         self.last: dict[str, float] = {}
         """The metrics of the last record."""
 
     def resume_clock(self) -> None:
         """Training steps begin."""
-        self._started = time.perf_counter()
+        self._started = _clocks()
 
     def pause_clock(self) -> None:
         """Something else than training steps begins."""
@@ -77,12 +106,31 @@ class StepLog:
 
     def _times(self, steps: int) -> dict[str, float]:
         """Seconds per step of each phase, and throughput."""
-        now = time.perf_counter()
-        elapsed = now - (self._started if self._started is not None else now)
+        on_device = self._timer.device_seconds
+        phases = self._timer.take()
+        if on_device is not None:
+            on_device = (self._timer.device_seconds or 0.0) - on_device
+        now = _clocks()
+        begun = self._started or now
         self._started = now
-        self.seconds += elapsed
-        times = {f"time/{name}": value / steps for name, value in self._timer.take().items()}
+        elapsed = now[0] - begun[0]
+        self._count(elapsed, now[1] - begun[1] + phases.get(LOADING, 0.0), on_device)
+        times = {f"time/{name}": value / steps for name, value in phases.items()}
         times["time/step"] = elapsed / steps
         times["time/images_per_second"] = self._batch_size * steps / max(elapsed, 1e-9)
-        times["time/training_seconds"] = self.seconds
-        return times
+        return times | {f"time/{name}": value for name, value in self.cost.as_dict().items()}
+
+    def _count(self, elapsed: float, cpu: float, on_device: float | None) -> None:
+        """Add a window's cost, over all workers."""
+        local = torch.tensor([cpu, on_device or 0.0], dtype=torch.float64)
+        everywhere = self._context.all_reduce(local.to(self._context.device)).tolist()
+        cost = self.cost
+        cost.seconds += elapsed
+        cost.cpu_seconds = None if cost.cpu_seconds is None else cost.cpu_seconds + everywhere[0]
+        if on_device is not None:
+            cost.device_seconds = (cost.device_seconds or 0.0) + everywhere[1]
+
+
+def _clocks() -> tuple[float, float]:
+    """Wall time, and CPU time of this process with all its threads, seconds."""
+    return time.perf_counter(), time.process_time()

@@ -24,6 +24,8 @@ class PhaseTimer:
         self._events = device.type == "cuda"
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.device_seconds: float | None = 0.0 if self._events else None
+        """Sum of all phases that were timed on a GPU; None without one."""
 
     @contextmanager
     def phase(self, name: str, *, host: bool = False) -> Iterator[None]:
@@ -44,11 +46,18 @@ class PhaseTimer:
             yield
             self._seconds[name] += time.perf_counter() - begin
 
+    def add(self, name: str, seconds: float) -> None:
+        """Count seconds that were measured elsewhere, as in another process."""
+        if seconds:
+            self._seconds[name] += seconds
+
     def take(self) -> dict[str, float]:
         """Seconds per phase since the last call; waits for the device's pending events."""
         for name, start, end in self._pending:
             end.synchronize()
-            self._seconds[name] += start.elapsed_time(end) / 1000
+            seconds = start.elapsed_time(end) / 1000
+            self._seconds[name] += seconds
+            self.device_seconds = (self.device_seconds or 0.0) + seconds
         self._pending.clear()
         taken = dict(self._seconds)
         self._seconds.clear()
