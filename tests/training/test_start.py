@@ -11,7 +11,9 @@ import torch
 from pydantic import ValidationError
 from tiny_runs import DETECTOR, MakeConfig, write_teacher
 
-from d3etr.config.detector import StudentConfig
+from d3etr.config.detector import InitialiseFromConfig, StudentConfig
+from d3etr.config.load import load_config
+from d3etr.config.problems import ConfigError
 from d3etr.config.tree import Config
 from d3etr.data.coco import Category
 from d3etr.data.splits import open_split
@@ -89,6 +91,24 @@ def test_the_file_is_one_of_the_runs_inputs(make_config: MakeConfig, teacher_wei
     digests = weight_digests(config)
     assert digests["student.initialise_from.weights"] == digests["teacher.weights"]
     assert "student.initialise_from.weights" not in weight_digests(make_config())
+
+
+def test_without_a_file_of_its_own_a_student_inherits_the_teachers_decoder(
+    make_config: MakeConfig, teacher_weights: Path
+) -> None:
+    config = make_config(detector={"queries": 8})
+    student = config.student.model_copy(update={"initialise_from": InitialiseFromConfig()})
+    config = config.model_copy(update={"student": student})
+    ours = build_student(config, categories(config), quiet=False).state_dict()
+    teacher = load_weights(teacher_weights)[0].state_dict()
+    others = {part_of(name) for name in ours if not torch.equal(ours[name], teacher[name])}
+    assert others == {"backbone", "encoder"}
+
+
+def test_a_plain_student_must_say_whose_decoder_it_inherits() -> None:
+    overrides = ["data.digit_scenes={}", "optimisation.steps=1", "student.initialise_from={}"]
+    with pytest.raises(ConfigError, match=r"initialise_from\.weights is not set and there"):
+        load_config(None, overrides)
 
 
 @pytest.mark.parametrize(

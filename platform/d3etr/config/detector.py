@@ -156,9 +156,13 @@ DetectorPart = Literal["backbone", "encoder", "decoder", "heads", "queries"]
 class InitialiseFromConfig(Section):
     """Another detector whose parts a student starts from."""
 
-    weights: Location
-    """A d3etr weights file or its URL, for example the teacher's."""
-    parts: Annotated[tuple[DetectorPart, ...], Field(min_length=1)]
+    weights: Location | None = None
+    """A d3etr weights file or its URL; None: the teacher's, ``teacher.weights``."""
+    parts: Annotated[tuple[DetectorPart, ...], Field(min_length=1)] = (
+        "decoder",
+        "heads",
+        "queries",
+    )
     """Which: ``backbone``, ``encoder`` (with the projection of features), ``decoder``, ``heads``,
     ``queries`` (with what places them). Tensors of the same name and shape are taken."""
 

@@ -9,6 +9,7 @@ from d3etr.config.data import DataConfig
 from d3etr.config.detector import StudentConfig, TeacherConfig
 from d3etr.config.distillation import DistillationConfig
 from d3etr.config.infrastructure import ClusterConfig, RunConfig, TrackingConfig
+from d3etr.config.location import Location
 from d3etr.config.training import EvaluationConfig, OptimisationConfig, Precision
 
 
@@ -42,6 +43,14 @@ class Config(Section):
         own = None if self.teacher is None else self.teacher.precision
         return own or self.optimisation.precision
 
+    @property
+    def initial_weights(self) -> Location | None:
+        """The file of ``student.initialise_from``; None where nothing is initialised from one."""
+        start = self.student.initialise_from
+        if start is None or start.weights is not None:
+            return None if start is None else start.weights
+        return None if self.teacher is None else self.teacher.weights
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         if self.distillation.method == "none" and self.teacher is not None:
@@ -51,6 +60,11 @@ class Config(Section):
         if self.distillation.method != "none" and self.teacher is None:
             raise ValueError(
                 f"distillation.method '{self.distillation.method}' needs a teacher.weights"
+            )
+        if self.student.initialise_from is not None and self.initial_weights is None:
+            raise ValueError(
+                "student.initialise_from.weights is not set and there is no teacher whose parts "
+                "could be meant: set it to a weights file"
             )
         points = self.distillation.general_points.count
         if points and self.teacher is not None and self.teacher.cache_gigabytes is not None:

@@ -44,22 +44,22 @@ def build_student(
     if config.student.initialise_from is not None:
         taken = _take(student, config, categories)
         if taken.left and not quiet:
-            _warn(taken, config.student.initialise_from.weights)
+            _warn(taken, config.initial_weights)
     return student.train()
 
 
 def _take(student: DetectionTransformer, config: Config, categories: Sequence[Category]) -> Taken:
-    start = config.student.initialise_from
-    assert start is not None
-    with local_file(start.weights) as file:
+    start, weights = config.student.initialise_from, config.initial_weights
+    assert start is not None and weights is not None
+    with local_file(weights) as file:
         source, info = load_weights(file)
     if "backbone" in start.parts:
-        _require_same_normalisation(info, start.weights, config)
+        _require_same_normalisation(info, weights, config)
     same_classes = [name for _, name in info.categories] == [c.name for c in categories]
     try:
         return take_parts(student, source, start.parts, same_classes=same_classes)
     except UserError as error:
-        raise UserError(f"student.initialise_from.weights {start.weights}: {error}") from error
+        raise UserError(f"student.initialise_from.weights {weights}: {error}") from error
 
 
 def _require_same_normalisation(info: WeightsInfo, weights: Url | Path, config: Config) -> None:
@@ -72,7 +72,7 @@ def _require_same_normalisation(info: WeightsInfo, weights: Url | Path, config: 
         )
 
 
-def _warn(taken: Taken, weights: Url | Path) -> None:
+def _warn(taken: Taken, weights: Url | Path | None) -> None:
     names = ", ".join(f"{name} ({why})" for name, why in taken.left.items())
     _LOGGER.warning(
         "student.initialise_from: %d tensors taken from %s; %d of the same parts start at random: "
