@@ -141,6 +141,8 @@ class Memory:
         levels: the grids that S runs over; one for all but multi-scale detectors.
         proposals: what a two-stage detector's encoder says about each token, one layer
             [1, B, S, ..]; None for other detectors.
+        proposal_logits: [B, S, 4] the proposals' boxes before the sigmoid, infinite where a token
+            proposes nothing; None for other detectors.
     """
 
     tokens: Tensor
@@ -148,6 +150,7 @@ class Memory:
     padding: Tensor | None
     levels: Levels
     proposals: DecoderOutputs | None = None
+    proposal_logits: Tensor | None = None
 
 
 @dataclass(frozen=True)

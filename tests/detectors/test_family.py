@@ -315,6 +315,17 @@ def test_an_encoder_without_layers_passes_tokens_on(tiny_config: DetectorConfig)
     assert detector.encode(_images()).tokens.shape == (3, 24, 32)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in FAMILY if "deformable" in kind])
+@torch.no_grad()
+def test_a_deformable_layers_boxes_are_computed_once(kind: str) -> None:
+    detector = build_detector(tiny_detector_config(width=32, **FAMILY[kind]), 5).eval()
+    calls: list[str] = []
+    for name, module in detector.decoder.box_heads.named_children():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    _own(detector, _images())
+    assert calls == (["0", "1"] if detector.config.box_refinement else ["0", "0"])
+
+
 @torch.no_grad()
 def test_softmax_probabilities_become_the_sigmoids_of_logits() -> None:
     torch.manual_seed(0)

@@ -230,8 +230,10 @@ def test_a_dilated_dab_detrs_temperature_must_be_said(tmp_path: Path, target: Pa
     torch.save({"model": official_state("dab_detr", coco.SLOTS)}, source)
     said = Said(heads=4, dilation=True)
     assert "say --temperature 20 or 10" in refusal(source, target, said)
-    import_weights(source, target, Said(heads=4, dilation=True, temperature=10))
-    assert read_info(target).detector.grid_temperature == 10
+    imported = import_weights(source, target, Said(heads=4, dilation=True, temperature=10))
+    found = read_info(target).detector
+    assert (found.grid_temperature, found.inverse_sigmoid_epsilon) == (10, 1e-3)
+    assert any("inverse_sigmoid_epsilon is 0.001" in note for note in imported.notes)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from d3etr.detectors.imports.hugging_face import from_hugging_face
 from d3etr.structures import DecoderOutputs, ImageBatch
 
 transformers = pytest.importorskip("transformers")
+dab = pytest.importorskip("transformers.models.dab_detr.modeling_dab_detr")
 
 CLASSES = 7
 LAYERS = 3
@@ -167,7 +169,7 @@ def _layers_of_conditional(
     hidden = model.model.decoder.layernorm(torch.stack(states))
     queries = model.model.query_position_embeddings.weight
     offsets = model.bbox_predictor(hidden)
-    offsets[..., :2] += model.model.decoder.ref_point_head(queries)
+    offsets[..., :2] += _inverse_sigmoid(model.model.decoder.ref_point_head(queries).sigmoid())
     return model.class_labels_classifier(hidden), offsets.sigmoid()
 
 
@@ -176,8 +178,9 @@ def _layers_of_dab(model: nn.Module, states: list[Tensor], outputs: Any) -> tupl
     anchors = model.model.query_refpoint_embeddings.weight
     boxes = []
     for state in states:
+        anchors = _inverse_sigmoid(anchors.sigmoid())
         boxes.append((model.bbox_predictor(decoder.layernorm(state)) + anchors).sigmoid())
-        anchors = _inverse_sigmoid((decoder.bbox_embed(state) + anchors).sigmoid())
+        anchors = decoder.bbox_embed(state) + anchors
     logits = model.class_embed(decoder.layernorm(torch.stack(states)))
     return logits, torch.stack(boxes)
 
@@ -275,6 +278,57 @@ def test_outputs_differ_between_images_and_layers(kind: Kind) -> None:
     assert expected["self_attention"].std(-1).mean() > 0.005
     if "cross_attention" in expected:
         assert expected["cross_attention"].std(-1).mean() > 0.005
+
+
+SATURATING = {
+    "conditional_detr": "decoder.ref_point_head.layers.1.",
+    "dab_detr": "query_refpoint_embeddings.",
+    "deformable_detr": "reference_points.",
+    "deformable-refined": "bbox_embed.0.layers.2.bias",
+    "deformable-two-stage": f"bbox_embed.{LAYERS}.layers.2.bias",
+}
+"""What references come from; those of the refined detector, from its second layer on."""
+
+
+@pytest.mark.parametrize(
+    ("name", "epsilon"), [*((name, 1e-5) for name in SATURATING), ("dab_detr", 1e-3)]
+)
+@torch.no_grad()
+def test_boxes_move_from_saturated_references_as_theirs_do(
+    name: str, epsilon: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The official DAB-DETR differs from Hugging Face's in nothing but the epsilon."""
+    kind, is_dab = KINDS[name], name == "dab_detr"
+    if is_dab:
+        monkeypatch.setattr(dab, "inverse_sigmoid", partial(dab.inverse_sigmoid, eps=epsilon))
+        kind = replace(kind, ours={"inverse_sigmoid_epsilon": epsilon})
+    torch.manual_seed(kind.seed)
+    theirs = _hugging_face(kind)
+    for parameter_name, parameter in theirs.named_parameters():
+        if SATURATING[name] in parameter_name:
+            far = torch.tensor([14.0, 0.0, -14.0, 0.0])
+            parameter.add_(far) if "bbox" in parameter_name else parameter.mul_(20)
+    detector = _ours(kind, theirs)
+    images = _batch(padded=False)
+    expected = theirs(images.pixels, torch.ones_like(images.pixels[:, 0], dtype=torch.long))
+    memory = detector.encode(images)
+    queries = detector.object_queries(memory)
+    (outputs,) = detector.decode(memory, [queries])
+    if name == "deformable-refined":
+        start = outputs.boxes_cxcywh[0].logit()
+    else:
+        start = queries.reference_logits
+    saturated = start.abs() > 12
+    assert 0.05 < saturated.float().mean() < 0.95
+    torch.testing.assert_close(outputs.boxes_cxcywh[-1], expected.pred_boxes, atol=5e-6, rtol=0)
+    if kind.ours.get("two_stage"):  # what is passed on is neither rounded nor cut off
+        best = expected.enc_outputs_class[..., 0].topk(SIZES["queries"], dim=1).indices
+        passed = expected.enc_outputs_coord_logits.gather(1, best[..., None].expand(-1, -1, 4))
+        torch.testing.assert_close(start, passed, atol=1e-4, rtol=0)
+    if is_dab:  # the other epsilon would be seen
+        detector.decoder.epsilon = 1e-3 if epsilon == 1e-5 else 1e-5
+        (other,) = detector.decode(memory, [queries])
+        assert (other.boxes_cxcywh[-1] - expected.pred_boxes).abs().max() > 2e-3
 
 
 @torch.no_grad()

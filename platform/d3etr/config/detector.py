@@ -90,6 +90,9 @@ class DetectorConfig(Section):
     grid_temperature: Annotated[float, Field(gt=0)] = 20.0
     """``dab_detr`` only: longest period of the position encoding of grid cells; one of the
     official detectors has 10."""
+    inverse_sigmoid_epsilon: Annotated[float, Field(gt=0, lt=0.5)] = 1e-5
+    """``dab_detr`` only: a side or centre of an anchor this close to 0 or 1 moves from there; the
+    official code's is 1e-3, Hugging Face's 1e-5."""
     levels: Positive = 4
     """``deformable_detr`` only: feature levels; up to three are the backbone's last stages,
     each further one halves the resolution again."""
@@ -119,6 +122,7 @@ class DetectorConfig(Section):
             "classification": "detr",
             "unused_outputs": "detr",
             "grid_temperature": "dab_detr",
+            "inverse_sigmoid_epsilon": "dab_detr",
             "first_looks": "conditional_detr",
             **dict.fromkeys(multi_scale, "deformable_detr"),
         }

@@ -15,7 +15,7 @@ from d3etr.detectors.base import SingleScaleDetector
 from d3etr.detectors.conditional_decoder import DecoderLayer
 from d3etr.detectors.encoder import ScaledPositionEncoder
 from d3etr.detectors.groups import AttentionTrace, side_by_side, split_groups, zero_states
-from d3etr.detectors.heads import moved, predict_boxes
+from d3etr.detectors.heads import box_logits, predict_boxes
 from d3etr.detectors.initialisation import (
     initialise_box_head,
     initialise_class_head,
@@ -30,7 +30,8 @@ class DABDecoder(nn.Module):
     """Conditional attention around anchor boxes that every layer moves.
 
     Args:
-        config: uses width, heads, feedforward, dropout and decoder_layers.
+        config: uses width, heads, feedforward, dropout, decoder_layers and
+            inverse_sigmoid_epsilon.
     """
 
     def __init__(self, config: DetectorConfig) -> None:
@@ -46,6 +47,7 @@ class DABDecoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.encoding = SineEncoding(width)
         self.dropout = config.dropout
+        self.epsilon = config.inverse_sigmoid_epsilon
 
     def embed(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Query embedding [.., N, D] of anchors [.., N, 4] in [0, 1], and their encoding."""
@@ -89,7 +91,7 @@ class DABDecoder(nn.Module):
             if index + 1 < len(self.layers):
                 # Detached as a start of the next move, not as what this layer's boxes teach.
                 start = anchors.detach() if index else anchors
-                anchors = moved(box_head, hidden, start)
+                anchors = box_logits(box_head, hidden, start, self.epsilon)
         return self.norm(torch.stack(states)), torch.stack(starts), trace
 
     def _look(self, hidden: Tensor, anchors: Tensor, index: int) -> tuple[Tensor, Tensor]:
@@ -157,7 +159,7 @@ class DABDETR(SingleScaleDetector):
         sizes = [group.count for group in groups]
         anchors = side_by_side([_anchors_of(group) for group in groups]).float()
         states, starts, trace = self.decoder(anchors, memory, sizes, self.box_head, attention)
-        boxes = predict_boxes(self.box_head, states, starts)
+        boxes = predict_boxes(self.box_head, states, starts, self.decoder.epsilon)
         logits = self.class_head(states).float()
         return split_groups(memory, sizes, logits, boxes, states[-1], trace)
 

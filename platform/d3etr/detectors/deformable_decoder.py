@@ -14,7 +14,7 @@ from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.deformable_attention import DeformableAttention, splatted_scores
 from d3etr.detectors.feature_levels import on_levels, valid_ratios
 from d3etr.detectors.groups import AttentionTrace
-from d3etr.detectors.heads import box_logits, moved
+from d3etr.detectors.heads import box_logits
 from d3etr.detectors.layers import MLP, FeedForward
 from d3etr.detectors.query_attention import QuerySelfAttention
 from d3etr.structures import Memory
@@ -137,8 +137,9 @@ class DeformableDecoder(nn.Module):
             logits.append(self.class_heads[head](hidden).float())
             box_head = self.box_heads[head]
             assert isinstance(box_head, MLP)
-            boxes.append(box_logits(box_head, hidden, reference).sigmoid())
+            moved = box_logits(box_head, hidden, reference)
+            boxes.append(moved.sigmoid())
             if self.refines:
                 # Each layer learns its own move, not to make up for later ones.
-                reference = moved(box_head, hidden, reference).detach()
+                reference = moved.detach()
         return Decoded(torch.stack(logits), torch.stack(boxes), hidden, trace)

@@ -85,8 +85,10 @@ class DeformableDETR(DetectionTransformer):
         shrunk = [part.flatten(1) for part in paddings if part is not None]
         padding = torch.cat(shrunk, 1) if shrunk else None
         tokens = self.encoder(tokens, position, padding, levels)
-        proposals = None if self.proposals is None else self.proposals(tokens, padding, levels)
-        return Memory(tokens, position, padding, levels, proposals)
+        if self.proposals is None:
+            return Memory(tokens, position, padding, levels)
+        proposed = self.proposals(tokens, padding, levels)
+        return Memory(tokens, position, padding, levels, *proposed)
 
     def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
         """The main group: learned, or the best proposals of each image in ``memory``."""

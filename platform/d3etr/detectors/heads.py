@@ -10,11 +10,27 @@ from torch.nn import functional
 
 from d3etr.detectors.layers import MLP
 
-LOGIT_LIMIT = math.log((1 - 1e-5) / 1e-5)
-"""Of references that layers hand on: a saturated one could never move again."""
+EPSILON = 1e-5
+"""Of the inverse sigmoid of every official code but DAB-DETR's."""
 
 
-def box_logits(head: MLP, states: Tensor, reference: Tensor | None = None) -> Tensor:
+def movable(reference: Tensor, epsilon: float) -> Tensor:
+    """Where boxes move from: a saturated reference could never move again.
+
+    log(max(p, epsilon) / max(1 - p, epsilon)) of p = sigmoid(reference): the ``inverse_sigmoid`` of
+    the official codes, without the rounding of p.
+
+    Args:
+        reference: logits of any shape.
+        epsilon: e; logits between those of e and 1 - e stay as they are.
+    """
+    limit = functional.logsigmoid(reference.abs()) - math.log(epsilon)
+    return reference.clamp(-limit, limit)
+
+
+def box_logits(
+    head: MLP, states: Tensor, reference: Tensor | None = None, epsilon: float = EPSILON
+) -> Tensor:
     """Boxes before the sigmoid, as offsets from references.
 
     In float32 also under autocast: 8 bits of mantissa are 1/256 of the image.
@@ -23,6 +39,7 @@ def box_logits(head: MLP, states: Tensor, reference: Tensor | None = None) -> Te
         head: D to 4.
         states: [..., N, D].
         reference: [..., N, 2] or [..., N, 4] logits that broadcast against the states, or None.
+        epsilon: as of ``movable``.
 
     Returns:
         [..., N, 4].
@@ -31,18 +48,15 @@ def box_logits(head: MLP, states: Tensor, reference: Tensor | None = None) -> Te
         offsets: Tensor = head(states.float())
         if reference is None:
             return offsets
-        reference = reference.float()
+        reference = movable(reference.float(), epsilon)
         return offsets + functional.pad(reference, (0, 4 - reference.shape[-1]))
 
 
-def predict_boxes(head: MLP, states: Tensor, reference: Tensor | None = None) -> Tensor:
+def predict_boxes(
+    head: MLP, states: Tensor, reference: Tensor | None = None, epsilon: float = EPSILON
+) -> Tensor:
     """Boxes [..., N, 4] cxcywh in [0, 1]; arguments as of ``box_logits``."""
-    return box_logits(head, states, reference).sigmoid()
-
-
-def moved(head: MLP, states: Tensor, reference: Tensor) -> Tensor:
-    """References [..., N, 4] moved by one layer, as logits of [1e-5, 1 - 1e-5]."""
-    return box_logits(head, states, reference).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+    return box_logits(head, states, reference, epsilon).sigmoid()
 
 
 def sigmoid_logits(logits: Tensor, classes: int) -> Tensor:

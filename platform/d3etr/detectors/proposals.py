@@ -44,30 +44,36 @@ class Proposals(nn.Module):
         self.embed_norm = nn.LayerNorm(2 * width)
         self.encoding = SineEncoding(width)
 
-    def forward(self, tokens: Tensor, padding: Tensor | None, levels: Levels) -> DecoderOutputs:
-        """What each token proposes: logits [1, B, S, C], boxes [1, B, S, 4]."""
+    def forward(
+        self, tokens: Tensor, padding: Tensor | None, levels: Levels
+    ) -> tuple[DecoderOutputs, Tensor]:
+        """What each token proposes.
+
+        Returns:
+            Logits [1, B, S, C] and boxes [1, B, S, 4]; the boxes before the sigmoid [B, S, 4].
+        """
         start, silent = first_boxes(tokens, padding, levels)
         states = self.norm(self.projection(tokens.masked_fill(silent[..., None], 0.0)))
-        boxes = box_logits(self.box_head, states, start).sigmoid()
+        places = box_logits(self.box_head, states, start)
         # As in the official code: what proposes nothing covers everything.
-        boxes = torch.where(silent[..., None], torch.ones_like(boxes), boxes)
-        logits = self.class_head(states).float()
-        return DecoderOutputs(logits[None], boxes[None], levels=levels, padding=padding)
+        places = places.masked_fill(silent[..., None], float("inf"))
+        logits, boxes = self.class_head(states).float()[None], places.sigmoid()[None]
+        return DecoderOutputs(logits, boxes, levels=levels, padding=padding), places
 
     def object_queries(self, memory: Memory) -> ObjectQueries:
         """The best proposals of each image as queries: embedding, anchors and content [B, N, ..].
 
         Gradients do not pass: proposals learn from their own loss.
         """
-        proposals = memory.proposals
-        if proposals is None:
+        proposals, places = memory.proposals, memory.proposal_logits
+        if proposals is None or places is None:
             raise ValueError("two-stage queries are made from the memory that 'encode' returned")
-        scores, boxes = proposals.logits[0, ..., 0], proposals.boxes_cxcywh[0]
+        scores = proposals.logits[0, ..., 0]
         best = scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
-        anchors = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
-        embedded = self.embed_norm(self.embed(self.encoding.in_order(anchors)))
+        anchors = places.gather(1, best[..., None].expand(-1, -1, 4)).detach()
+        embedded = self.embed_norm(self.embed(self.encoding.in_order(anchors.sigmoid())))
         embedding, content = embedded.chunk(2, -1)
-        return ObjectQueries(embedding, anchors.logit(eps=1e-5), content)
+        return ObjectQueries(embedding, anchors, content)
 
 
 def first_boxes(tokens: Tensor, padding: Tensor | None, levels: Levels) -> tuple[Tensor, Tensor]:

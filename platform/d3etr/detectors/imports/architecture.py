@@ -24,6 +24,8 @@ PROPOSALS = 300
 """Queries of the official two-stage detector."""
 DROPOUT: Mapping[str, float] = {"dab_detr": 0.0}
 """Of official training where it is not 0.1."""
+OFFICIAL_EPSILON, HUGGING_FACES_EPSILON = 1e-3, 1e-5
+"""Of DAB-DETR's inverse sigmoid, which moves anchors and boxes."""
 
 BASIC, BOTTLENECK = "basic", "bottleneck"
 RESNETS: Mapping[tuple[str, tuple[int, ...]], str] = {
@@ -48,6 +50,8 @@ class Unseen(Section):
     """A two-stage detector's queries."""
     temperature: float | None = None
     """Of DAB-DETR's position encoding."""
+    epsilon: float = HUGGING_FACES_EPSILON
+    """Of DAB-DETR's inverse sigmoid, in the code that the weights belong to."""
 
 
 def infer_backbone(names: Mapping[str, Tensor]) -> str:
@@ -115,6 +119,11 @@ def _assumptions(name: str, unseen: Unseen) -> list[str]:
         notes.append(
             "the position encoding's temperature cannot be seen: assumed 20 (--temperature)"
         )
+    if name == "dab_detr":
+        notes.append(
+            f"inverse_sigmoid_epsilon is {unseen.epsilon:g}: the official code has "
+            f"{OFFICIAL_EPSILON:g}, Hugging Face's {HUGGING_FACES_EPSILON:g}, whatever the weights"
+        )
     return notes
 
 
@@ -130,7 +139,8 @@ def _own_settings(
     name: str, tensors: Mapping[str, Tensor], unseen: Unseen, heads: int
 ) -> dict[str, Any]:
     if name == "dab_detr":
-        return {"grid_temperature": float(unseen.temperature or 20.0)}
+        temperature = float(unseen.temperature or 20.0)
+        return {"grid_temperature": temperature, "inverse_sigmoid_epsilon": unseen.epsilon}
     if name != "deformable_detr":
         return {}
     levels = len(tensors["position.level"])

@@ -13,7 +13,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from d3etr.config.data import PreprocessingConfig
-from d3etr.detectors.imports.architecture import Unseen
+from d3etr.detectors.imports.architecture import (
+    HUGGING_FACES_EPSILON,
+    OFFICIAL_EPSILON,
+    Unseen,
+)
 from d3etr.errors import UserError
 
 MODEL_TYPES: Mapping[str, str] = MappingProxyType(
@@ -73,6 +77,7 @@ def from_args(args: Mapping[str, Any], where: str) -> Unseen:
         dropout=args.get("dropout"),
         proposals=args.get("num_queries"),
         temperature=temperature,
+        epsilon=OFFICIAL_EPSILON,
     )
 
 
@@ -106,6 +111,7 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
         dropout=config.get("dropout"),
         proposals=config.get("two_stage_num_proposals"),
         temperature=_equal(config, "temperature_height", "temperature_width", where) or 20,
+        epsilon=HUGGING_FACES_EPSILON,
     )
 
 
