@@ -1,9 +1,12 @@
 """d3etr.load(tiny_weights).predict(images)."""
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from d3etr.config.data import PreprocessingConfig
@@ -128,6 +131,171 @@ def test_missing_pictures_and_bad_numbers_are_user_errors(predictor: Predictor) 
         predictor.predict(noise(8, 8), threshold=50)
     with pytest.raises(UserError, match="batch_size is 0"):
         predictor.predict(noise(8, 8), batch_size=0)
+
+
+def test_several_images_come_in_any_iterable(predictor: Predictor, tmp_path: Path) -> None:
+    for index in range(3):
+        Image.fromarray(noise(24, 32, index)).save(tmp_path / f"{index}.png")
+    expected = [predictor.predict(noise(24, 32, index), 0)[0].as_dicts() for index in range(3)]
+    files = sorted(tmp_path.iterdir())
+    pixels = [noise(24, 32, index) for index in range(3)]
+    for several in (files, tuple(files), (f for f in files), map(str, files), iter(pixels)):
+        found = predictor.predict(several, 0, batch_size=2)
+        assert [each.as_dicts() for each in found] == expected
+    assert predictor.predict(iter([])) == []
+
+
+RGB = noise(8, 8)
+NO_IMAGES = {
+    "None": (None, "None is no image.*imread"),
+    "number": (7, "7 is no image"),
+    "true": (True, "True is no image"),
+    "bytes": (b"GIF89a", "a bytes is no image.*io.BytesIO"),
+    "bytearray": (bytearray(b"x"), "a bytearray is no image"),
+    "memoryview": (memoryview(b"x"), "a memoryview is no image"),
+    "open file": (io.BytesIO(b"x"), "a BytesIO is no image.*PIL.Image.open"),
+    "mapping": ({"image": RGB}, "a dict is no image"),
+    "class": (Image.Image, "a type is no image"),
+    "empty text": ("", "image is ''; expected a path"),
+    "no file": ("no such picture", "no such image file"),
+    "null character": ("a\0b.png", "expected a path"),
+    "long name": ("x" * 5000, "File name too long"),
+    "URL": ("https://user:secret@host.invalid/a.png?key=secret", "is the URL https://host"),
+    "torn URL": ("https:/host/a.png", "did you mean 'https://host/a.png'"),
+    "folder": (Path("."), "is a folder"),
+    "grey": (RGB[:, :, 0], r"an array \[8, 8\] of uint8 is no image.*numpy.stack"),
+    "alpha": (np.zeros((8, 8, 4), np.uint8), "leaves out transparency"),
+    "channels first": (RGB.transpose(2, 0, 1)[:, :, :5], "channels last"),
+    "batch": (np.stack([RGB, RGB]), r"list\(ARRAY\)"),
+    "floats": (RGB / 255, r"of float64 is no image.*\(255 \* ARRAY\)"),
+    "NaN": (np.full((8, 8, 3), np.nan), "of float64 is no image"),
+    "16 bit": (RGB.astype(np.uint16), "ARRAY // 257"),
+    "integers": (RGB.astype(np.int64), "of int64 is no image"),
+    "truth values": (RGB > 9, "of bool is no image"),
+    "complex": (RGB * 1j, "of complex128 is no image"),
+    "texts": (np.array([["a"]]), "is no image"),
+    "objects": (np.array([RGB, None], dtype=object), "of object is no image"),
+    "one number": (np.uint8(3), "3 is no image"),
+    "no dimensions": (np.array(3), "is no image"),
+    "empty crop": (RGB[90:99], r"an array \[0, 8, 3\] of uint8 is no image.*crop"),
+    "tensor": (torch.zeros(3, 8, 8), r"a Tensor \[3, 8, 8\] of torch.float32.*permute"),
+    "PIL of no size": (Image.fromarray(RGB).crop((1, 1, 1, 5)), r"no pixels \(0 x 4\)"),
+    "PIL of floats": (Image.new("F", (4, 4)), "floating-point pixels"),
+    "PIL in La": (Image.new("La", (4, 4)), "mode La cannot be converted"),
+    "list of None": ([RGB, None], r"image 1 of those given \(from 0\): None is no image"),
+    "nested list": ([[RGB]], "image 0 .*: a list is no image"),
+    "pixels as lists": ([RGB.tolist()], "image 0 .*: a list is no image.*numpy.asarray"),
+    "tuple of numbers": ((1, 2), "image 0 .*: 1 is no image"),
+    "generator of None": ((None for _ in range(2)), "image 0 .*: None is no image"),
+}
+
+
+@pytest.mark.parametrize("name", NO_IMAGES)
+def test_what_is_no_image_is_refused_with_what_was_found(
+    predictor: Predictor, name: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    given, text = NO_IMAGES[name]
+    with pytest.raises(UserError, match=f"(?s){text}") as refusal:
+        predictor.predict(given)  # type: ignore[arg-type]
+    assert "secret" not in str(refusal.value)
+    assert not recwarn.list
+
+
+def test_pil_images_that_were_opened_only_or_closed_are_judged(
+    predictor: Predictor, tmp_path: Path
+) -> None:
+    file = tmp_path / "picture.png"
+    Image.fromarray(noise(40, 40)).save(file)
+    file.write_bytes(file.read_bytes()[:2000])
+    with Image.open(file) as opened, pytest.raises(UserError, match=r"cannot be decoded.*trunc"):
+        predictor.predict(opened)
+    closed = Image.fromarray(noise(8, 8))
+    closed.close()
+    with pytest.raises(UserError, match="a PIL image of mode"):
+        predictor.predict(closed)
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16"]
+)
+def test_pil_images_of_other_modes_are_converted(predictor: Predictor, mode: str) -> None:
+    assert len(predictor.predict(Image.new(mode, (20, 16)), threshold=0)[0]) == 15
+
+
+def test_one_pixel_and_strips_are_images(predictor: Predictor) -> None:
+    for shape in ((1, 1), (4, 4), (1, 200), (200, 1)):
+        assert len(predictor.predict(noise(*shape), threshold=0)[0]) == 15
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"threshold": 1.01}, "threshold is 1.01; expected a number from 0 to 1"),
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"threshold": "0.5"}, "threshold is '0.5'"),
+        ({"threshold": None}, "threshold is None"),
+        ({"threshold": True}, "threshold is True"),
+        ({"threshold": [0.5]}, "threshold is a list"),
+        ({"threshold": np.array([0.5])}, r"threshold is an array \[1\] of float64"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"batch_size": 2.0}, "batch_size is 2.0; expected a whole number from 1"),
+        ({"batch_size": "8"}, "batch_size is '8'"),
+        ({"batch_size": None}, "batch_size is None"),
+        ({"batch_size": 10**5000}, "batch_size is a number of very many digits"),
+    ],
+)
+def test_numbers_for_predict_have_types_and_bounds(
+    predictor: Predictor, options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(UserError, match=text):
+        predictor.predict([], **options)
+
+
+def test_numbers_of_numpy_are_numbers(predictor: Predictor) -> None:
+    [found] = predictor.predict(RGB, threshold=np.float32(0), batch_size=np.int64(2))  # type: ignore[arg-type]
+    assert len(found) == 15
+
+
+@pytest.mark.parametrize(
+    ("weights", "text"),
+    [
+        (None, "weights is None; expected a path or URL"),
+        (7, "weights is 7"),
+        ("", "weights is ''"),
+        (b"w.safetensors", "weights is a bytes"),
+        ("a\0b", "weights is "),
+        ("x" * 5000, "File name too long"),
+        (["a"], "weights is a list"),
+        (".", "is a folder, not a file"),
+        ("none.safetensors", "does not exist"),
+    ],
+)
+def test_weights_that_are_no_file_are_refused(weights: Any, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        load(weights)
+
+
+@pytest.mark.parametrize("device", ["", "cuda:99", "meta", "cpu:x", 0, True, 1.5, ["cpu"], b"cpu"])
+def test_devices_that_cannot_be_used_are_refused(tiny_weights: Path, device: Any) -> None:
+    with pytest.raises(UserError, match=r"^device "):
+        load(tiny_weights, device=device)
+
+
+def test_a_predictor_and_detections_judge_what_they_are_made_of(predictor: Predictor) -> None:
+    with pytest.raises(UserError, match=r"a Predictor of None.*d3etr\.load"):
+        Predictor(None, predictor.info, torch.device("cpu"))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="maximum is 0"):
+        Predictor(predictor.detector, predictor.info, torch.device("cpu"), maximum=0)
+    boxes = np.zeros((2, 4), np.float32)
+    with pytest.raises(UserError, match=r"boxes_xyxy is an array \[2, 4\].*need an array \[1, 4\]"):
+        Detections(boxes, np.zeros(1, np.float32), np.zeros(1, np.int64), ("tree",))
+    nan = Detections(boxes[:1] + np.nan, np.zeros(1, np.float32), np.zeros(1, np.int64), ("a",))
+    with pytest.raises(UserError, match="not finite"):
+        draw(RGB, nan)
+    with pytest.raises(UserError, match="detections is a list; expected Detections"):
+        draw(RGB, [nan])  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="None is no image"):
+        draw(None, predictor.predict(RGB)[0])  # type: ignore[arg-type]
 
 
 def test_a_device_that_is_not_there_is_a_user_error(tiny_weights: Path) -> None:

@@ -1,10 +1,14 @@
 """What ``import d3etr`` offers."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import d3etr
+from d3etr.config.overrides import as_overrides
 from d3etr.errors import UserError
 
 
@@ -24,6 +28,60 @@ def test_train_checks_its_overrides_before_anything_starts(repository: Path) -> 
     recipe = repository / "trainers" / "recipes" / "digits" / "plain.yaml"
     with pytest.raises(UserError, match="did you mean 'steps'"):
         d3etr.train(recipe, optimisation={"stepz": 3})
+
+
+SHARED: dict[str, Any] = {}
+SHARED["data"] = SHARED
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"recipe": None}, "recipe is None; expected a path"),
+        ({"recipe": 3}, "recipe is 3"),
+        ({"recipe": ""}, "recipe is ''"),
+        ({"recipe": b"a.yaml"}, "recipe is a bytes"),
+        ({"recipe": {"run": {}}}, "recipe is a dict"),
+        ({"recipe": "https://host.invalid/a.yaml"}, "recipe is the URL"),
+        ({"recipe": "none.yaml"}, "none.yaml"),
+        ({"recipe": "."}, "folder|directory"),
+        ({"launcher": "rey"}, "launcher is 'rey'; did you mean 'ray'"),
+        ({"launcher": None}, "launcher is None; expected ray or local or torchrun"),
+        ({"quiet": "yes"}, "quiet is 'yes'; expected True or False"),
+        ({"optimisation": {"steps": torch.zeros(2)}}, "optimisation.steps: found a Tensor"),
+        ({"optimisation": {"steps": {1, 2}}}, "optimisation.steps: found"),
+        ({"optimisation": {"steps": 10**5000}}, "optimisation.steps: found"),
+        ({"optimisation": {"steps": float("nan")}}, "optimisation.steps: found"),
+        ({"optimisation": 3}, "optimisation: found 3"),
+        ({"optimisation": lambda: 3}, "optimisation: found a function"),
+        ({"run.seed": object()}, "run.seed: found an object"),
+        (SHARED, "contain themselves"),
+        ({"trainer": {}}, "trainer"),
+    ],
+)
+def test_train_judges_every_argument_before_anything_starts(
+    arguments: dict[str, Any],
+    text: str,
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = repository / "trainers" / "recipes" / "digits" / "plain.yaml"
+    with pytest.raises(UserError, match=text):
+        d3etr.train(**{"recipe": recipe, **arguments})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overrides_may_hold_numbers_of_numpy_and_paths() -> None:
+    changes = {"optimisation": {"steps": np.int64(3), "learning_rate": np.float64(0.5)}}
+    changes |= {"run": {"output": Path("runs")}, "data.sides": (np.int32(1), 2)}
+    assert as_overrides(changes) == [
+        "optimisation.steps=3",
+        "optimisation.learning_rate=0.5",
+        "run.output=runs",
+        "data.sides=- 1\n- 2",
+    ]
 
 
 @pytest.mark.slow

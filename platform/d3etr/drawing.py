@@ -7,6 +7,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from d3etr.config.arguments import described
+from d3etr.errors import UserError
 from d3etr.inference import Detections, ImageLike, read_image
 
 PALETTE = (
@@ -35,7 +37,17 @@ def draw(image: ImageLike, detections: Detections) -> Image.Image:
 
     Returns:
         An RGB picture; small ones are enlarged by a whole factor, so that text fits.
+
+    Raises:
+        UserError: the picture cannot be read, or ``detections`` are none, or not finite.
     """
+    if not isinstance(detections, Detections):
+        raise UserError(
+            f"detections is {described(detections)}; expected Detections, one of the list that "
+            "predict returns"
+        )
+    if not np.isfinite(np.asarray(detections.boxes_xyxy, dtype=float)).all():
+        raise UserError("detections has boxes that are not finite; expected pixels of the picture")
     picture = read_image(image)
     factor = max(1, math.ceil(READABLE_SIDE / min(picture.size)))
     if factor > 1:

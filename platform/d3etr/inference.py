@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from d3etr.config.location import Url, named_location
-from d3etr.data.images import load_image, to_rgb
+from d3etr.config.arguments import (
+    described,
+    require_location,
+    require_number,
+    require_path,
+    require_whole,
+)
+from d3etr.config.location import Url
+from d3etr.data.images import load_image, upright_rgb
 from d3etr.data.transforms import Sample, collate, resized
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.postprocess import top_detections
@@ -22,13 +31,16 @@ from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.errors import UserError
 from d3etr.storage.fetch import local_file
 
-ImageLike: TypeAlias = str | Path | Image.Image | NDArray[np.uint8]
-"""A file, a PIL image, or RGB pixels [height, width, 3]."""
+ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+"""A file, a PIL image, or RGB pixels [height, width, 3] of 0 to 255."""
+LARGEST_BATCH = 4096
 
 
 @dataclass(frozen=True)
 class Detections:
     """What was found on one image: K objects, most certain first.
+
+    Raises UserError if the four do not have K entries each.
 
     Attributes:
         boxes_xyxy: [K, 4] float32, pixels of the image as given, within its borders.
@@ -41,6 +53,14 @@ class Detections:
     scores: NDArray[np.float32]
     labels: NDArray[np.int64]
     names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        count = len(self.names)
+        expected = {"boxes_xyxy": (count, 4), "scores": (count,), "labels": (count,)}
+        for name, shape in expected.items():
+            if np.shape(getattr(self, name)) != shape:
+                found = described(getattr(self, name))
+                raise UserError(f"{name} is {found}; {count} names need an array {list(shape)}")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -67,6 +87,9 @@ class Predictor:
         info: what its weights file says.
         device: where it runs.
         maximum: detections per image at most.
+
+    Raises:
+        UserError: an argument of another type.
     """
 
     def __init__(
@@ -76,23 +99,28 @@ class Predictor:
         device: torch.device,
         maximum: int = 100,
     ) -> None:
+        if not isinstance(detector, DetectionTransformer) or not isinstance(info, WeightsInfo):
+            raise UserError(
+                f"a Predictor of {described(detector)} and {described(info)}; expected a detector "
+                "and its WeightsInfo: d3etr.load(WEIGHTS) makes a Predictor"
+            )
         self.detector = detector
         self.info = info
         self.device = device
-        self._maximum = maximum
+        self._maximum = require_whole("maximum", maximum, 1, 10_000)
         self._ids = np.array([category for category, _ in info.categories], dtype=np.int64)
         self._names = tuple(name for _, name in info.categories)
 
     def predict(
         self,
-        images: ImageLike | Sequence[ImageLike],
+        images: ImageLike | Iterable[ImageLike],
         threshold: float = 0.5,
         batch_size: int = 8,
     ) -> list[Detections]:
         """Detect objects.
 
         Args:
-            images: one image or several.
+            images: one image or several; a generator is read as detection proceeds.
             threshold: lowest score of a detection, in [0, 1].
             batch_size: images that go through the detector together.
 
@@ -100,26 +128,32 @@ class Predictor:
             Detections of each image, in the order given.
 
         Raises:
-            UserError: an image cannot be read, or a number is out of range.
+            UserError: something that is no image or cannot be read, or a number out of range.
         """
-        if not 0 <= threshold <= 1:
-            raise UserError(f"threshold is {threshold}; expected a number from 0 to 1")
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; expected at least 1")
-        alone = isinstance(images, str | Path | Image.Image | np.ndarray)
-        several = cast("Sequence[ImageLike]", [images] if alone else images)
+        threshold = require_number("threshold", threshold, 0, 1)
+        batch_size = require_whole("batch_size", batch_size, 1, LARGEST_BATCH)
+        samples = self._samples(images)
         found: list[Detections] = []
-        for start in range(0, len(several), batch_size):
-            found += self._predict_some(several[start : start + batch_size], threshold)
+        while some := list(islice(samples, batch_size)):
+            found += self._predict_some(some, threshold)
         return found
 
-    def _predict_some(self, images: Sequence[ImageLike], threshold: float) -> list[Detections]:
+    def _samples(self, images: ImageLike | Iterable[ImageLike]) -> Iterator[Sample]:
+        if _is_single(images):
+            yield self._sample(cast("ImageLike", images))
+            return
+        for index, image in enumerate(cast("Iterable[ImageLike]", images)):
+            try:
+                yield self._sample(image)
+            except UserError as error:
+                raise UserError(f"image {index} of those given (from 0): {error}") from error
+
+    def _predict_some(self, samples: Sequence[Sample], threshold: float) -> list[Detections]:
         """Detections of a few images; those of one size go through the detector together.
 
         Padding is avoided because it reaches group normalisation's statistics: an image's
         detections would depend on its neighbours.
         """
-        samples = [self._sample(image) for image in images]
         by_size: dict[torch.Size, list[int]] = {}
         for index, sample in enumerate(samples):
             by_size.setdefault(sample.pixels.shape, []).append(index)
@@ -127,7 +161,7 @@ class Predictor:
         for indices in by_size.values():
             batch = [samples[index] for index in indices]
             found.update(zip(indices, self._predict_batch(batch, threshold), strict=True))
-        return [found[index] for index in range(len(images))]
+        return [found[index] for index in range(len(samples))]
 
     @torch.inference_mode()
     def _predict_batch(self, samples: Sequence[Sample], threshold: float) -> list[Detections]:
@@ -182,10 +216,10 @@ def load(weights: str | Path | Url, device: str | torch.device | None = None) ->
     Raises:
         UserError: the file is missing, damaged or not d3etr's, or there is no such device.
     """
-    location = weights if isinstance(weights, Url | Path) else named_location(weights)
+    location = require_location("weights", weights)
+    chosen = usable_device(device)
     with local_file(location) as file:
         detector, info = load_weights(file)
-    chosen = usable_device(device)
     return Predictor(detector.to(chosen), info, chosen)
 
 
@@ -193,25 +227,68 @@ def read_image(image: ImageLike) -> Image.Image:
     """An image as upright 8-bit RGB.
 
     Raises:
-        UserError: a file that cannot be read, or an array that is no RGB image.
+        UserError: a file that cannot be read, or something that is no RGB image.
     """
-    if isinstance(image, str | Path):
-        return load_image(Path(image))
+    if isinstance(image, str | os.PathLike):
+        return load_image(require_path("image", image))
     if isinstance(image, Image.Image):
-        return _to_upright_rgb(image)
-    if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:
-        return Image.fromarray(image)
+        return _from_pil(image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
+        if image.ndim == 3 and image.shape[2] == 3:
+            return Image.fromarray(np.asarray(image))
     raise UserError(
-        f"an array {list(image.shape)} of {image.dtype} is no image; "
-        "expected [height, width, 3] of uint8, in the order red, green, blue"
+        f"{described(image)} is no image; expected [height, width, 3] of uint8, in the order red, "
+        f"green, blue, a PIL image, or a file's path{_advice(image)}"
     )
 
 
-def _to_upright_rgb(image: Image.Image) -> Image.Image:
+def _is_single(images: object) -> bool:
+    """Whether this is one image, or nothing that several could be taken from."""
+    single = (str, os.PathLike, Image.Image, bytes, bytearray, memoryview, Mapping)
+    array_or_file = hasattr(images, "shape") or hasattr(images, "read")
+    return array_or_file or isinstance(images, single) or not isinstance(images, Iterable)
+
+
+def _from_pil(image: Image.Image) -> Image.Image:
     try:
-        return to_rgb(ImageOps.exif_transpose(image))
-    except (ValueError, OSError) as error:
-        raise UserError(f"a PIL image of mode {image.mode} cannot be used: {error}") from error
+        return upright_rgb(image)
+    except UserError as error:
+        raise UserError(f"a PIL image of mode {image.mode}: {error}") from error
+    except Exception as error:  # it is decoded here, if it was opened only
+        raise UserError(f"a PIL image of mode {image.mode} cannot be decoded ({error})") from error
+
+
+def _advice(image: Any) -> str:
+    """How to make an image of what is often handed over instead."""
+    if image is None:
+        return ". OpenCV's imread gives None for a file that it cannot read"
+    if isinstance(image, bytes | bytearray | memoryview) or hasattr(image, "read"):
+        return ": PIL.Image.open reads an open file, or io.BytesIO(BYTES)"
+    if isinstance(image, torch.Tensor):
+        return ": for a tensor [3, height, width], image.permute(1, 2, 0).cpu().numpy()"
+    if isinstance(image, np.ndarray):
+        return _array_advice(image)
+    if isinstance(image, list | tuple):
+        return ": numpy.asarray(VALUES, dtype=numpy.uint8), or one flat list of images"
+    return ""
+
+
+def _array_advice(array: NDArray[Any]) -> str:
+    if not array.size:
+        return ". It has no pixels: a crop outside of its picture?"
+    if array.ndim == 4:
+        return ": list(ARRAY) hands over its images one by one"
+    if array.ndim == 2:
+        return ": numpy.stack([GREY] * 3, axis=-1)"
+    if array.ndim == 3 and array.shape[2] == 4:
+        return ": ARRAY[..., :3] leaves out transparency"
+    if array.ndim == 3 and array.shape[2] != 3 and array.shape[0] == 3:
+        return ": ARRAY.transpose(1, 2, 0) has its channels last"
+    if array.dtype == np.uint16:
+        return ": (ARRAY // 257).astype(numpy.uint8)"
+    if array.dtype.kind == "f":
+        return ": for values in [0, 1], (255 * ARRAY).round().astype(numpy.uint8)"
+    return ""
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
@@ -222,10 +299,12 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, str | torch.device):
+        raise UserError(f"device is {described(device)}; expected a name such as 'cpu' or 'cuda:0'")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
+        torch.zeros(1, device=chosen).cpu()
+    except Exception as error:  # every backend of torch has its own types
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"device '{device}' cannot be used here: {first_line}") from error
     return chosen

@@ -1,9 +1,13 @@
 """``--set a.b=c``: values put into a configuration tree by dotted path."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Number
 from pathlib import PurePath
 from typing import Any
 
+from yaml import YAMLError
+
+from d3etr.config.arguments import described
 from d3etr.config.location import Url
 from d3etr.config.problems import ConfigError, Problem, shown
 from d3etr.config.yaml_text import dump_yaml, parse_yaml
@@ -58,7 +62,11 @@ def as_overrides(changes: Mapping[str, Any]) -> list[str]:
 
     ``{"run": {"seed": 1}, "data.workers": 0}`` gives ``["run.seed=1", "data.workers=0"]``.
     """
-    return [f"{path}={_as_text(value)}" for path, value in _leaves(changes)]
+    try:
+        return [f"{path}={_as_text(path, value)}" for path, value in _leaves(changes)]
+    except RecursionError:
+        problem = Problem("", "sections that contain themselves, or are nested too deeply")
+        raise ConfigError("the overrides", [problem]) from None
 
 
 def _leaves(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -69,10 +77,25 @@ def _leaves(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + key, value
 
 
-def _as_text(value: Any) -> str:
-    plain = str(value) if isinstance(value, PurePath | Url) else value
-    plain = list(plain) if isinstance(plain, tuple) else plain
-    return dump_yaml(plain).removesuffix("...\n").strip()
+def _as_text(path: str, value: Any) -> str:
+    try:
+        return dump_yaml(_plain(value)).removesuffix("...\n").strip()
+    except (YAMLError, ValueError) as error:  # a type without YAML, or digits without end
+        text = f"found {described(value)}, expected text, a number, true, false, a list or null"
+        raise ConfigError("the overrides", [Problem(path, text)]) from error
+
+
+def _plain(value: Any) -> Any:
+    """Paths, URLs, tuples and NumPy's numbers as what YAML has."""
+    if isinstance(value, PurePath | Url):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, set | frozenset | bytes):
+        raise ValueError("YAML's tags for these are not read")
+    if isinstance(value, Number) and hasattr(value, "item"):
+        return value.item()
+    return value
 
 
 def _parse(override: str) -> tuple[list[str], Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
 from d3etr.data.image_problems import decoding_problem
@@ -140,7 +140,7 @@ def _maximum_megapixels() -> float:
 
 def orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 is upright."""
-    if not image.info:
+    if isinstance(image, ImageFile.ImageFile) and not image.info:
         # Looking for EXIF data takes half as long as decoding a small image.
         return 1
     try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.backbones import Backbone
 from d3etr.detectors.base import shrink_padding
+from d3etr.detectors.group_norm import GroupNorm
 from d3etr.detectors.position import SineEncoding
 from d3etr.structures import Levels
 
@@ -42,7 +43,7 @@ class FeatureLevels(nn.Module):
             for index in range(config.levels - self.stages)
         ]
         self.projections = nn.ModuleList(
-            nn.Sequential(layer, nn.GroupNorm(GROUPS, width)) for layer in layers
+            nn.Sequential(layer, GroupNorm(GROUPS, width)) for layer in layers
         )
         for layer in layers:
             nn.init.xavier_uniform_(layer.weight)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from d3etr.config.detector import BackboneConfig
+from d3etr.detectors.group_norm import GroupNorm
 
 GROUPS = 8
 WIDEST_REGISTER = 16
@@ -46,14 +47,14 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.convolution1 = _convolution(inputs, outputs, stride=stride)
-        self.norm1 = nn.GroupNorm(GROUPS, outputs)
+        self.norm1 = GroupNorm(GROUPS, outputs)
         self.convolution2 = _convolution(outputs, outputs)
-        self.norm2 = nn.GroupNorm(GROUPS, outputs)
+        self.norm2 = GroupNorm(GROUPS, outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
                 StridedShortcut(inputs, outputs, 1, stride, bias=False),
-                nn.GroupNorm(GROUPS, outputs),
+                GroupNorm(GROUPS, outputs),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class SmallBackbone(nn.Module):
         self.stage_strides = tuple(2 ** (k + 1) for k in range(len(config.stage_widths)))
         self.stride: int = self.stage_strides[-1]
         self.stem = nn.Sequential(
-            _convolution(3, config.stem_width), nn.GroupNorm(GROUPS, config.stem_width)
+            _convolution(3, config.stem_width), GroupNorm(GROUPS, config.stem_width)
         )
         blocks = []
         for inputs, outputs in pairwise((config.stem_width, *config.stage_widths)):

@@ -103,9 +103,13 @@ def file_digest(path: Path) -> str:
 
 
 def _require_file(path: Path) -> None:
-    if not path.is_file():
+    try:
+        if path.is_file():
+            return
         kind = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"weights file {path} {kind}: give the path of a .safetensors file")
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        kind = f"cannot be read ({error.strerror})"
+    raise UserError(f"weights file {path} {kind}: give the path of a .safetensors file")
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

@@ -18,6 +18,7 @@ from torchvision.models import VGG, ConvNeXt, DenseNet, ResNet, SwinTransformer
 
 from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.frozen_norms import FrozenNorm, FusedFrozenBatchNorm2d, NormedConv2d
+from d3etr.detectors.group_norm import GroupNorm
 from d3etr.detectors.residual_blocks import RectifiedConvolution, with_frozen_norms
 from d3etr.errors import UserError
 
@@ -216,7 +217,7 @@ def _grouped(parent: nn.Module, name: str, norm: nn.BatchNorm2d, _: object) -> N
 def _group_norm(channels: int) -> nn.GroupNorm:
     """Of 32 groups, or as many as there can be of at least two channels each."""
     most = min(32, channels // 2)
-    return nn.GroupNorm(next(n for n in range(most, 0, -1) if channels % n == 0), channels)
+    return GroupNorm(next(n for n in range(most, 0, -1) if channels % n == 0), channels)
 
 
 def _dilate(stage: nn.Module) -> None:

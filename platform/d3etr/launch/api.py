@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from d3etr.config.arguments import require_choice
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.launch.console import open_display
@@ -57,6 +58,7 @@ def launch(
         RunFailedError: training broke.
         RunInterrupted: Ctrl-C or a termination signal; the same call goes on with the run.
     """
+    require_choice("launcher", launcher, LAUNCHERS)
     folder = folder_of(config) if run_dir is None else RunFolder(run_dir.absolute())
     if resume and not folder.config.exists():
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from d3etr.config.arguments import require_flag, require_path
 from d3etr.config.load import load_config
 from d3etr.config.overrides import as_overrides
 from d3etr.launch.api import LauncherName, launch
@@ -29,5 +30,6 @@ def train(
     Raises:
         UserError: something that the caller can fix.
     """
-    config = load_config(Path(recipe), as_overrides(overrides))
+    require_flag("quiet", quiet)
+    config = load_config(require_path("recipe", recipe), as_overrides(overrides))
     return launch(config, launcher=launcher, quiet=quiet)
