@@ -40,8 +40,8 @@ class ProductMaps:
     map where it is needed, and stores it nowhere.
 
     Attributes:
-        query: [L, B, H, N, E].
-        key: [L, B, H, K, E].
+        query: [L, B, H, N, E], or of one layer [B, H, N, E].
+        key: [L, B, H, K, E], or [B, H, K, E].
         padding: [B, K] bool, True for keys that nobody may look at, or None.
     """
 
@@ -55,7 +55,7 @@ class ProductMaps:
         return float(self.query.shape[-1] ** -0.5)
 
     def scores(self) -> Tensor:
-        """[L, B, H, N, K] float32 before the softmax, ``MASKED_SCORE`` under padding.
+        """[.., B, H, N, K] float32 before the softmax, ``MASKED_SCORE`` under padding.
 
         Losses need log-softmax, and log(softmax) underflows.
         """

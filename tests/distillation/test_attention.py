@@ -8,6 +8,7 @@ from torch import Tensor
 
 from d3etr.attention_maps import MASKED_SCORE, ProductMaps, ScoredMaps
 from d3etr.config.distillation import AttentionConfig
+from d3etr.detectors.attention import attend_and_keep
 from d3etr.distillation import attention
 from d3etr.structures import Levels
 
@@ -131,3 +132,24 @@ def test_resizing_keeps_the_mass_of_each_level() -> None:
     fine, coarse = maps.softmax(-1).split([96, 24], -1)
     assert torch.allclose(found[..., :24].sum(-1), fine.sum(-1), atol=0.05)
     assert torch.allclose(found[..., 24:].sum(-1), coarse.sum(-1), atol=0.05)
+
+
+def rounded_product(seed: int) -> ProductMaps:
+    """Queries and keys as a pass in bfloat16 makes them; scores of up to about 20."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key = (torch.randn(3, 4, n, 8, generator=generator) for n in (5, 7))
+    return ProductMaps(3 * query.bfloat16(), 2 * key.bfloat16())
+
+
+def test_maps_of_bfloat16_passes_are_compared_in_float32() -> None:
+    kept, exact = [], []
+    for maps in (rounded_product(0), rounded_product(1)):
+        with torch.autocast("cpu", torch.bfloat16):
+            _, scores_kept = attend_and_keep(maps.query, maps.key, maps.key, None, 0.0)
+        assert isinstance(scores_kept, Tensor) and scores_kept.dtype == torch.float32
+        kept.append(scores_kept[None])
+        exact.append((maps.query.double() @ maps.key.double().mT)[None] * maps.scale)
+    weights, config = torch.full((1, 3, 5), 1 / 15), AttentionConfig()
+    loss = attention_loss(*kept, weights, config)
+    expected = attention_loss(*exact, weights.double(), config)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

@@ -246,6 +246,29 @@ def test_losses_of_micro_batches_add_up_to_those_of_the_batch(
         assert sum(p[name].item() for p in parts) == pytest.approx(loss.item(), rel=1e-4), name
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"matching_cost": {"class_distance": "bce"}}, {"method": "detrdistill"}],
+    ids=["d3etr", "detrdistill"],
+)
+def test_losses_and_pairs_of_bfloat16_passes_are_computed_in_float32(
+    any_detector: Build,
+    images: ImageBatch,
+    targets: Targets,
+    settings: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = distiller(any_detector(seed=1), any_detector(), **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        taught = module.teach(images)
+        said = module._decode(images, taught)
+        found = module(images, targets, taught, module.normalisers(targets, taught))
+    monkeypatch.setattr(module, "_decode", lambda *_: said)
+    exact = module(images, targets, taught, module.normalisers(targets, taught))
+    for name, loss in exact.items():
+        assert found[name].item() == pytest.approx(loss.item(), rel=1e-6), name
+
+
 def test_a_batch_without_objects_has_finite_losses_and_gradients(
     any_detector: Build, images: ImageBatch
 ) -> None:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from d3etr.attention_maps import ProductMaps, ScoredMaps
 from d3etr.config.distillation import AttentionConfig
-from d3etr.distillation.attention import attention_loss
+from d3etr.detectors.attention import attend_with_scores
+from d3etr.distillation.attention import DISTANCES, attention_loss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS, IMAGES, HEADS = 2, 2, 2
@@ -97,3 +98,21 @@ def test_bfloat16_products_are_as_good_as_stored_ones() -> None:
         assert ours.grad is not None and theirs.grad is not None
         error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
         assert error < 1e-2
+
+
+def test_rows_of_bfloat16_passes_are_those_of_a_cpu_which_stores_maps() -> None:
+    from d3etr.kernels.map_divergence import map_divergence
+
+    maps = [_maps(33, 70, 16, seed) for seed in (0, 1)]
+    halves = [ProductMaps(m.query.detach().bfloat16(), m.key.detach().bfloat16()) for m in maps]
+    # Interpreted products know no bfloat16; those of the same numbers in float32 are exact too.
+    exact = [ProductMaps(half.query.float(), half.key.float()) for half in halves]
+    kept = []
+    for half in halves:
+        query, key = half.query.cpu().flatten(0, 1), half.key.cpu().flatten(0, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            kept.append(attend_with_scores(query, key, key, None, 0.0)[1])
+    found = map_divergence(*(halves if DEVICE.type == "cuda" else exact))
+    torch.testing.assert_close(
+        found.cpu().flatten(0, 1), DISTANCES["kl"](*kept), rtol=1e-4, atol=1e-5
+    )

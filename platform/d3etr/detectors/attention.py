@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d3etr.attention_maps import MASKED_SCORE
+from d3etr.attention_maps import ProductMaps
 from d3etr.detectors.groups import LayerAttention, QueryKey
 from d3etr.kernels.availability import runs_kernels
 
@@ -58,13 +58,10 @@ def attend_with_scores(
     """The same as ``attend``, with its scores.
 
     Returns:
-        [B, N, H*E'] and [B, H, N, S] float32: scaled, ``MASKED_SCORE`` under padding, before
-        the softmax and any dropout.
+        [B, N, H*E'] and [B, H, N, S] float32, also under autocast, as is the softmax: those of
+        ``ProductMaps``, so that losses over either are the same.
     """
-    # float32 also under autocast: MASKED_SCORE has no bfloat16 value, and losses need digits.
-    scores = ((query * query.shape[-1] ** -0.5) @ key.mT).float()
-    if padding is not None:
-        scores = scores.masked_fill(padding[:, None, None], MASKED_SCORE)
+    scores = ProductMaps(query, key, padding).scores()
     weights = functional.dropout(scores.softmax(-1), dropout)
     mixed = weights.to(value.dtype) @ value
     return mixed.transpose(1, 2).flatten(2), scores

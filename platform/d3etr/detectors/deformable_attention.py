@@ -82,7 +82,7 @@ class DeformableAttention(nn.Module):
     def _samples(self, query: Tensor, reference: Tensor, levels: Levels) -> Samples:
         shape = (*query.shape[:2], self.heads, self.levels, self.points)
         offsets = self.offsets(query).view(*shape, 2).float()
-        weights = self.weights(query).view(*shape[:3], -1).softmax(-1).view(shape)
+        weights = self.weights(query).view(*shape[:3], -1).float().softmax(-1).view(shape)
         anchor = reference[:, :, None, :, None].float()
         if reference.shape[-1] == 4:
             places = anchor[..., :2] + offsets / self.points * anchor[..., 2:] * 0.5

@@ -17,15 +17,10 @@ from d3etr.distillation.correspondence import (
     adaptive_correspondence,
     adaptive_problem,
 )
-from d3etr.distillation.features import (
-    feature_loss,
-    query_quality,
-    resize_tokens,
-    target_weights,
-)
+from d3etr.distillation.features import target_aware_loss
 from d3etr.distillation.layers import teacher_layers
 from d3etr.distillation.mixmatcher import Branch, mix
-from d3etr.distillation.queries import GeneralPoints, RandomQueries, TeacherQueries
+from d3etr.distillation.queries import GeneralPoints, auxiliary_queries
 from d3etr.distillation.said import Said
 from d3etr.distillation.teaching import Normalisers, Taught, map_layers, normalisers, passed_on
 from d3etr.matching.assignment import Assignment, CostBlock, Solver
@@ -98,14 +93,8 @@ class Distiller(nn.Module):
             self.feature_adapter = nn.Identity() if same else nn.Linear(*widths)
         if config.general_points.count:
             self._points = GeneralPoints(config.general_points.count, seed)
-        if not config.has_auxiliary_group and self._points is None:
-            return
-        if config.auxiliary_group.queries == "random":
-            self.auxiliary = RandomQueries(
-                teacher.config, student.config, config.teacher_query_ratio, seed
-            )
-        else:
-            self.auxiliary = TeacherQueries(teacher.config, student.config)
+        if config.has_auxiliary_group or self._points is not None:
+            self.auxiliary = auxiliary_queries(teacher.config, student.config, config, seed)
 
     @property
     def teacher(self) -> Detector | None:
@@ -228,6 +217,23 @@ class Distiller(nn.Module):
             taught.wait()
         of_teacher = self._start(self._teacher_problems(taught, targets))
         said = self._decode(images, taught) if first is None else first
+        # Losses and matching stay float32 whatever the precision of the passes.
+        with torch.autocast(images.pixels.device.type, enabled=False):
+            return self._losses(
+                said, taught, targets, of_teacher, divisors, distillation_scale, beside
+            )
+
+    def _losses(
+        self,
+        said: Said,
+        taught: Taught | None,
+        targets: Targets,
+        of_teacher: Callable[[], dict[str, Assignment]],
+        divisors: Normalisers,
+        distillation_scale: float | Tensor,
+        beside: torch.cuda.Stream | None,
+    ) -> dict[str, Tensor]:
+        """See ``forward``; ``of_teacher`` waits for the teacher's assignment."""
         of_student = self._start(self._student_problems(said, taught, targets))
         of_pairs = self._start(self._adaptive_problems(said, taught))
         # While pairs are found, the hardest to find last: what needs none, or none of these.
@@ -380,21 +386,7 @@ class Distiller(nn.Module):
             )
         terms = mix(branches, config)
         if self.feature_adapter is not None:
-            terms["features"] = self._features(said, taught, targets, divisors)
+            terms["features"] = config.features.weight * target_aware_loss(
+                said.memory, taught, targets, self.feature_adapter, config.features.queries, images
+            )
         return terms
-
-    def _features(
-        self, said: Said, taught: Taught, targets: Targets, divisors: Normalisers
-    ) -> Tensor:
-        config, memory, outputs = self.distillation.features, said.memory, taught.outputs
-        assert self.feature_adapter is not None
-        assert outputs.states is not None and taught.tokens is not None
-        theirs = resize_tokens(
-            taught.tokens.float(), outputs.padding, outputs.levels, memory.levels
-        )
-        quality = query_quality(outputs, targets)
-        weights = target_weights(outputs.states, theirs, memory.padding, quality, config.queries)
-        tokens = self.feature_adapter(memory.tokens)
-        return config.weight * feature_loss(
-            tokens, theirs, weights, memory.padding, divisors.images
-        )

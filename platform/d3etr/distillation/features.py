@@ -14,11 +14,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
+from d3etr.distillation.teaching import Taught
 from d3etr.matching.boxes import cxcywh_to_xyxy
-from d3etr.structures import DecoderOutputs, Levels, Targets
+from d3etr.structures import DecoderOutputs, Levels, Memory, Targets
 
 LEAST = 0.01
 """Weight of tokens that no good query resembles; the authors' code."""
@@ -119,3 +120,32 @@ def feature_loss(
         visible = ~padding
         per_image = (distance * visible).sum(1) / visible.sum(1).clamp(min=1)
     return per_image.sum() / images
+
+
+def target_aware_loss(
+    student: Memory,
+    taught: Taught,
+    targets: Targets,
+    adapter: nn.Module,
+    queries: int,
+    images: Tensor,
+) -> Tensor:
+    """How far the student's memory is from the teacher's where that sees objects.
+
+    Args:
+        student: [B, S, D] tokens.
+        taught: with tokens and states.
+        targets: ground truth, which says what the teacher's good queries are.
+        adapter: D to D'.
+        queries: how many of the teacher's best are used.
+        images: scalar, images in the global batch.
+
+    Returns:
+        Scalar.
+    """
+    outputs, tokens = taught.outputs, taught.tokens
+    assert outputs.states is not None and tokens is not None
+    theirs = resize_tokens(tokens.float(), outputs.padding, outputs.levels, student.levels)
+    quality = query_quality(outputs, targets)
+    weights = target_weights(outputs.states, theirs, student.padding, quality, queries)
+    return feature_loss(adapter(student.tokens.float()), theirs, weights, student.padding, images)

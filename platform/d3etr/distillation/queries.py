@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
+from d3etr.config.distillation import DistillationConfig
 from d3etr.distillation.teaching import group_size
 from d3etr.structures import ObjectQueries, on_device
 
@@ -89,6 +90,22 @@ class RandomQueries(nn.Module):
     def forward(self, queries: ObjectQueries) -> ObjectQueries:
         """The random group; the teacher's ``queries`` are not used."""
         return ObjectQueries(self.embedding, self.reference_logits)
+
+
+def auxiliary_queries(
+    teacher: DetectorConfig, student: DetectorConfig, config: DistillationConfig, seed: int
+) -> nn.Module:
+    """What makes the auxiliary group: from the teacher's queries, or the control without them.
+
+    Args:
+        teacher: the teacher's architecture.
+        student: the student's.
+        config: which of both, and how many random ones.
+        seed: of random ones.
+    """
+    if config.auxiliary_group.queries == "random":
+        return RandomQueries(teacher, student, config.teacher_query_ratio, seed)
+    return TeacherQueries(teacher, student)
 
 
 class GeneralPoints:
