@@ -251,6 +251,25 @@ def test_numbers_for_predict_have_types_and_bounds(
         predictor.predict([], **options)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_too_little_memory_names_the_images_and_the_remedy(
+    predictor: Predictor, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(predictor.detector, "encode", fail)
+    with pytest.raises(UserError, match=r"2 images of 56 x 40 pixels.*smaller batch_size"):
+        predictor.predict([noise(40, 56), noise(40, 56)])
+
+
 def test_numbers_of_numpy_are_numbers(predictor: Predictor) -> None:
     [found] = predictor.predict(RGB, threshold=np.float32(0), batch_size=np.int64(2))  # type: ignore[arg-type]
     assert len(found) == 15

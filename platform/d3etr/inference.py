@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -166,8 +167,9 @@ class Predictor:
     @torch.inference_mode()
     def _predict_batch(self, samples: Sequence[Sample], threshold: float) -> list[Detections]:
         batch, targets = collate(samples, self.info.preprocessing)
-        memory = self.detector.encode(batch.to(self.device))
-        [outputs] = self.detector.decode(memory, [self.detector.object_queries(memory)])
+        with _memory_as_user_error(batch.pixels.shape):
+            memory = self.detector.encode(batch.to(self.device))
+            [outputs] = self.detector.decode(memory, [self.detector.object_queries(memory)])
         sizes = targets.original_sizes
         columns = top_detections(outputs, sizes, self._maximum)
         images = zip(*(column.cpu() for column in columns), sizes, strict=True)
@@ -204,6 +206,22 @@ class Predictor:
             labels=self._ids[indices],
             names=tuple(self._names[index] for index in indices),
         )
+
+
+@contextmanager
+def _memory_as_user_error(shape: Sequence[int]) -> Iterator[None]:
+    """What a detector needs grows with the square of an image's area."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        images, _, height, width = shape
+        raise UserError(
+            f"there is too little memory for {images} images of {width} x {height} pixels at "
+            "once: give a smaller batch_size, smaller images or tiles of them"
+        ) from error
 
 
 def load(weights: str | Path | Url, device: str | torch.device | None = None) -> Predictor:

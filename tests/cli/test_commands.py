@@ -1,6 +1,7 @@
 """The command line: what it says, what it prints, how it ends."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,97 @@ def test_predict_says_when_it_cannot_write(
     path = picture(tmp_path / "a.png")
     assert main(["predict", str(tiny_weights), str(path), "--output", str(path)]) == 2
     assert "--output: cannot write" in capsys.readouterr().err
+
+
+def folder_of_pictures(folder: Path) -> Path:
+    """Two pictures, and what else lies in folders under names of pictures."""
+    folder.mkdir()
+    for index in (1, 2):
+        picture(folder / f"{index}.png", index)
+    (folder / "._1.png").write_bytes(b"\x00\x05\x16\x07" + bytes(60))
+    (folder / "Thumbs.db").write_bytes(b"x")
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    return folder
+
+
+def test_predict_leaves_out_what_is_no_picture_in_a_folder_and_says_so(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of_pictures(tmp_path / "mac")
+    assert main(["predict", str(tiny_weights), str(folder), "--json"]) == 0
+    output = capsys.readouterr()
+    entries = json.loads(output.out)
+    assert [Path(entry["image"]).name for entry in entries] == ["1.png", "2.png"]
+    assert all(entry["error"] is None for entry in entries)
+    assert "left out 1 files that macOS stores" in output.err
+    assert "left out 2 folders or devices" in output.err
+
+
+def test_predict_answers_the_good_pictures_and_names_the_bad_ones(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of_pictures(tmp_path / "some")
+    (folder / "0.png").write_bytes((folder / "1.png").read_bytes()[:900])
+    (folder / "3.png").symlink_to("nowhere")
+    (tmp_path / "empty").mkdir()
+    given = [folder, tmp_path / "empty", tmp_path / "none.png", "https://u:secret@h.invalid/a.png"]
+    arguments = ["predict", str(tiny_weights), *map(str, given), "--threshold", "0"]
+    output = tmp_path / "drawn"
+    assert main([*arguments, "--json", "--output", str(output)]) == 2
+    said = capsys.readouterr()
+    found = {entry["image"]: entry for entry in json.loads(said.out)}
+    assert len(found[str(folder / "1.png")]["detections"]) == 15
+    assert len(found[str(folder / "2.png")]["detections"]) == 15
+    assert {path.name for path in output.iterdir()} == {"1.png", "2.png"}
+    for name, text in (("0.png", "truncated"), ("3.png", "no such image file")):
+        assert text in found[str(folder / name)]["error"]
+        assert f"{folder / name}: " in said.err
+    assert f"{tmp_path / 'empty'}: no pictures in this folder" in said.err
+    assert "image is the URL https://h.invalid/a.png" in said.err
+    assert "5 of those named above could not be used" in said.err
+    assert main(arguments) == 2, "as text too"
+    assert f"{folder / '2.png'}: 15 objects" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_predict_prints_names_that_are_no_text(
+    encoding: str, tiny_weights: Path, tmp_path: Path, repository: Path
+) -> None:
+    names = [os.fsdecode(b"\xff\xfe.png"), "\u00e9\u4e09.png"]
+    for name in names:
+        picture(tmp_path / name)
+    command = [sys.executable, "-m", "d3etr", "predict", str(tiny_weights), str(tmp_path)]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    for options in ([], ["--json"]):
+        done = subprocess.run(
+            [*command, *options],
+            cwd=repository / "platform",
+            env=environment,
+            capture_output=True,
+            check=True,
+        )
+    assert {Path(entry["image"]).name for entry in json.loads(done.stdout)} == set(names)
+
+
+def test_predict_never_writes_over_a_picture_that_it_reads(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = picture(tmp_path / "a.png")
+    before = path.read_bytes()
+    assert main(["predict", str(tiny_weights), str(tmp_path), "--output", str(tmp_path)]) == 2
+    assert "a.png is a picture that is read; choose another folder" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("threshold", ["50", "-0.1", "nan", "half", "inf", ""])
+def test_predict_wants_a_threshold_from_0_to_1(
+    threshold: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", "w.safetensors", "a.png", f"--threshold={threshold}"])
+    assert stop.value.code == 2
+    assert "--threshold: found" in capsys.readouterr().err
 
 
 def evaluation(weights: Path, images: Path, annotations: Path) -> list[str]:

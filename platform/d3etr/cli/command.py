@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,6 +92,25 @@ def positive(text: str) -> int:
     return number
 
 
+def fraction(text: str) -> float:
+    """A number from 0 to 1, as an argument's type."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise ArgumentTypeError(f"found '{text}', expected a number from 0 to 1")
+    return number
+
+
 def print_json(value: Any) -> None:
-    """Print one JSON document; NaN and infinity are programmer errors."""
-    print(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False))
+    """Print one JSON document; NaN and infinity are programmer errors.
+
+    What standard output cannot say, such as file names that are not UTF-8, is escaped.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    print(text)

@@ -8,6 +8,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from io import TextIOWrapper
 from typing import NoReturn
 
 from d3etr.cli import (
@@ -65,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a run that broke, 2 for a mistake that the user can fix (each
         said in one text on standard error), 130 after Ctrl-C, or the command's own.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # file names need not be text of its encoding
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     command: Command = options.command

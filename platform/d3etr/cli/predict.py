@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from d3etr.cli.command import Command, add_device, add_json, add_weights, print_json
+from d3etr.cli.command import Command, add_device, add_json, add_weights, fraction, print_json
+from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
 
 if TYPE_CHECKING:
-    from d3etr.inference import Detections
+    from d3etr.inference import Detections, Predictor
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 """What counts as a picture in a folder; files named by themselves may be called anything."""
+SOME_FAILED = 2
+"""Exit code where a picture could not be used; the others are answered."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add_weights(parser)
     parser.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE", help="picture files, or folders of them"
+        "images", nargs="+", metavar="IMAGE", help="picture files, or folders of them"
     )
     parser.add_argument(
         "--output",
@@ -29,7 +34,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="FOLDER",
         help="write each picture with its boxes there, as PNG",
     )
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score (default 0.5)")
+    parser.add_argument(
+        "--threshold", type=fraction, default=0.5, help="lowest score (default 0.5)"
+    )
     add_device(parser)
     add_json(parser)
 
@@ -37,51 +44,104 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(options: Namespace) -> int:
     from d3etr.inference import load
 
-    paths = list(_pictures(options.images))
     predictor = load(options.weights, options.device)
-    results: list[dict[str, object]] = []
+    paths, problems = _pictures(options.images)
     targets = _targets(paths, options.output)
-    for path, target in zip(paths, targets, strict=True):
-        [found] = predictor.predict(path, options.threshold)
-        if target is not None:
-            _write(path, found, target)
-        results.append(
-            {
-                "image": str(path),
-                "detections": found.as_dicts(),
-                "picture": None if target is None else str(target),
-            }
-        )
-        if not options.json:
-            _tell(path, found, target)
+    results: list[dict[str, Any]] = []
+    with progress_bar() as progress:
+        for done, path in enumerate(paths, start=1):
+            results.append(_answer(predictor, path, targets.get(path), options))
+            progress("pictures", done, len(paths))
     if options.json:
         print_json(results)
-    return 0
+    failed = sum(result["error"] is not None for result in results) + problems
+    if failed:
+        print(f"error: {failed} of those named above could not be used", file=sys.stderr)
+    return SOME_FAILED if failed else 0
 
 
-def _pictures(given: list[Path]) -> Iterator[Path]:
-    for path in given:
-        if not path.is_dir():
-            yield path
-            continue
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        if not inside:
-            raise UserError(f"{path}: no pictures in this folder ({', '.join(sorted(SUFFIXES))})")
-        yield from inside
+def _answer(
+    predictor: Predictor, path: str, target: Path | None, options: Namespace
+) -> dict[str, Any]:
+    """Detect on one picture; one that cannot be read is named and has an error for an answer."""
+    try:
+        [found] = predictor.predict(path, options.threshold)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return {"image": path, "detections": [], "picture": None, "error": str(error)}
+    if target is not None:
+        _write(path, found, target)
+    if not options.json:
+        _tell(path, found, target)
+    picture = None if target is None else str(target)
+    return {"image": path, "detections": found.as_dicts(), "picture": picture, "error": None}
 
 
-def _targets(paths: list[Path], output: Path | None) -> list[Path | None]:
-    """Where each drawn picture goes; pictures of one name from two folders are told apart."""
+def _pictures(given: list[str]) -> tuple[list[str], int]:
+    """The pictures among files and folders, each once, and how many of those gave none."""
+    found: dict[str, None] = {}
+    problems = 0
+    for text in given:
+        try:
+            found |= dict.fromkeys(_inside(Path(text)) if _is_folder(text) else [text])
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            problems += 1
+    return list(found), problems
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return bool(text) and Path(text).is_dir()
+    except OSError:  # reading it as a picture says why
+        return False
+
+
+def _inside(folder: Path) -> Iterator[str]:
+    """A folder's pictures; what else is called like one is named and left out.
+
+    Raises:
+        UserError: it cannot be listed, or has none.
+    """
+    try:
+        named = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        files = [file for file in named if file.is_symlink() or file.is_file()]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed: {error.strerror}") from error
+    pictures = [str(file) for file in files if not file.name.startswith("._")]
+    for count, what in (
+        (len(files) - len(pictures), "files that macOS stores next to others ('._' names)"),
+        (len(named) - len(files), "folders or devices that are called like pictures"),
+    ):
+        if count:
+            print(f"{folder}: left out {count} {what}", file=sys.stderr)
+    if not pictures:
+        raise UserError(f"{folder}: no pictures in this folder ({', '.join(sorted(SUFFIXES))})")
+    yield from pictures
+
+
+def _targets(paths: list[str], output: Path | None) -> dict[str, Path]:
+    """Where each drawn picture goes; pictures of one name from two folders are told apart.
+
+    Raises:
+        UserError: a picture would be written over one that is read.
+    """
     if output is None:
-        return [None] * len(paths)
-    names = [path.stem for path in paths]
-    single = (f"{name}.png" for name in names)
-    numbered = (f"{index:04d}-{name}.png" for index, name in enumerate(names))
-    choices = zip(names, single, numbered, strict=True)
-    return [output / (one if names.count(name) == 1 else other) for name, one, other in choices]
+        return {}
+    stems = [Path(path).stem for path in paths]
+    times = Counter(stems)
+    targets = {
+        path: output / (f"{stem}.png" if times[stem] == 1 else f"{index:04d}-{stem}.png")
+        for index, (path, stem) in enumerate(zip(paths, stems, strict=True))
+    }
+    read = {Path(path).resolve() for path in paths}
+    for target in targets.values():
+        if target.resolve() in read:
+            raise UserError(f"--output: {target} is a picture that is read; choose another folder")
+    return targets
 
 
-def _write(path: Path, found: Detections, target: Path) -> None:
+def _write(path: str, found: Detections, target: Path) -> None:
     from d3etr.drawing import draw
 
     picture = draw(path, found)
@@ -96,7 +156,7 @@ def _write(path: Path, found: Detections, target: Path) -> None:
         raise UserError(f"--output: cannot write {target}: {error.strerror or error}") from error
 
 
-def _tell(path: Path, found: Detections, target: Path | None) -> None:
+def _tell(path: str, found: Detections, target: Path | None) -> None:
     objects = "1 object" if len(found) == 1 else f"{len(found)} objects"
     print(f"{path}: {objects}{f' -> {target}' if target else ''}")
     for detection in found.as_dicts():
