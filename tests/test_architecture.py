@@ -17,6 +17,7 @@ MODULES = sorted(LIBRARY.rglob("*.py"))
 
 # Every package may import itself and what stands on earlier lines.
 TIERS = (
+    {"text"},
     {"errors"},
     {"config"},
     {"storage"},
@@ -36,6 +37,7 @@ TIERS = (
 )
 ARRAYS = {"torch", "torchvision", "scipy", "numpy"}
 THIRD_PARTY = {
+    "text": set[str](),
     "errors": set[str](),
     "attention_maps": {"torch"},
     "structures": {"torch"},

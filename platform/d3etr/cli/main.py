@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+import traceback
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
 from typing import NoReturn
@@ -29,6 +31,7 @@ from d3etr.cli import (
 from d3etr.cli.command import Command
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch import ending
+from d3etr.text import printable, redacted, safe
 
 COMMANDS: tuple[Command, ...] = (
     demo.COMMAND,
@@ -45,6 +48,8 @@ COMMANDS: tuple[Command, ...] = (
     cache.COMMAND,
     render_digit_scenes.COMMAND,
 )
+LINES = "\n\t"
+"""What stays as it is in texts of several lines."""
 FAILED = 1
 USER_MISTAKE = 2
 INTERRUPTED = 130
@@ -69,16 +74,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # file names need not be text of its encoding
             stream.reconfigure(errors="backslashreplace")
-    options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # What threads, warnings and libraries write is nobody's to check: nothing gets past these.
+    with redirect_stdout(safe(sys.stdout)), redirect_stderr(safe(sys.stderr)):
+        options = _parser().parse_args(arguments)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_plain_record)
+        return _run(options)
+
+
+def _run(options: Namespace) -> int:
     command: Command = options.command
     try:
         return command.run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error, LINES)}", file=sys.stderr)
         return USER_MISTAKE
     except RunFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error, LINES)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt as stop:
         print(stop if str(stop) else "interrupted", file=sys.stderr)
@@ -87,6 +100,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader, such as head, has seen enough; nothing may be flushed into its pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:  # a fault of ours: its traceback is written while streams are safe
+        traceback.print_exc()
+        return FAILED
+
+
+def _plain_record(record: logging.LogRecord) -> bool:
+    """Put a record's text into words that cannot act on a terminal; keeps every record."""
+    record.msg, record.args = printable(redacted(record.getMessage()), LINES), ()
+    return True
 
 
 def _parser() -> ArgumentParser:

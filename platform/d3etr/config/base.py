@@ -1,6 +1,8 @@
 """What every section of the configuration tree shares."""
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from d3etr.config.credentials import refuse_credentials
 
 
 class Section(BaseModel):
@@ -14,3 +16,9 @@ class Section(BaseModel):
     def without_effect(self) -> frozenset[str]:
         """Keys that other keys of this section switch off; setting them is an error."""
         return frozenset()
+
+    @field_validator("*")
+    @classmethod
+    def _no_credentials(cls, value: object) -> object:
+        refuse_credentials(value)
+        return value

@@ -11,12 +11,13 @@ from urllib.parse import unquote, urlsplit
 from pydantic import PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from d3etr.config.credentials import refuse_credentials
 from d3etr.errors import UserError
+from d3etr.text import bare_url
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # One letter and a colon is a Windows drive.
 _TORN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
-_SIGNATURE = re.compile(r"[?&]([^=&]*(?:signature|sig|token|credential))=", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,39 @@ class Url:
 
     @property
     def shown(self) -> str:
-        """The URL without user, password, query and fragment, which may hold credentials."""
-        anonymous = re.sub(r"//[^/]*@", "//", self.text)
-        return re.split(r"[?#]", anonymous)[0]
+        """The URL without credentials, query and fragment."""
+        return bare_url(self.text)
 
 
 def parse_location(text: str) -> Url | Path:
     """A URL where ``text`` is one, else a path.
 
     Raises:
-        ValueError: a URL that lost a slash, or a file URL without an absolute path.
+        ValueError: a URL with credentials, a chain of them, one that lost a slash, or a file URL
+            without an absolute path.
     """
+    refuse_credentials(text)
+    if "://" in text and "::" in text:
+        raise ValueError(
+            f"found '{text}', a chain of URLs, which is not read: give the URL of the file or "
+            "folder itself, or unpack it"
+        )
     if not _URL.match(text):
+        if "://" in text:
+            raise ValueError(
+                f"found '{text}', expected a path, or a URL that begins with s3://, "
+                "https:// or the like"
+            )
         if _TORN_URL.match(text):
             protocol, _, rest = text.partition(":/")
             raise ValueError(f"found '{text}'; did you mean '{protocol}://{rest}'?")
         return Path(text)
     url = Url(text)
+    if url.protocol in ("http", "https") and "#" in text:
+        raise ValueError(
+            f"found '{url.shown}#...', but what follows '#' is never sent: leave it out (a '#' in "
+            "a name is written %23)"
+        )
     if url.protocol == "file" and not text[len("file://") :].startswith("/"):
         raise ValueError(f"found '{text}', expected an absolute path after file:// (file:///...)")
     if not text.partition("://")[2].strip("/"):
@@ -87,22 +104,7 @@ def _from_recipe(value: object) -> Url | Path:
         return value
     if not isinstance(value, str):
         raise PydanticCustomError("location_type", "Input is not a path or URL")
-    location = parse_location(value)
-    if isinstance(location, Url):
-        _refuse_secrets(location)
-    return location
-
-
-def _refuse_secrets(url: Url) -> None:
-    user = urlsplit(url.text).netloc.rpartition("@")[0]
-    signature = _SIGNATURE.search(url.text)
-    if ":" in user or signature:
-        what = f"'{signature[1]}'" if signature else "a password"
-        raise ValueError(
-            f"{url.shown} is given with {what}: a run's folder and MLflow would keep it. Put "
-            "credentials where the storage's own tools look for them (for S3: AWS_ACCESS_KEY_ID "
-            "and AWS_SECRET_ACCESS_KEY, or a profile) on every machine"
-        )
+    return parse_location(value)
 
 
 Location = Annotated[

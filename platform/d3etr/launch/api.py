@@ -15,7 +15,7 @@ from d3etr.launch.console import open_display
 from d3etr.launch.driver import Launcher, OpenTracker, RunResult, Status, Tracker, drive
 from d3etr.launch.folder import RunFolder, folder_of
 from d3etr.launch.task import Task, train
-from d3etr.tracking.address import without_secrets
+from d3etr.text import bare_url
 from d3etr.tracking.state import read_state
 from d3etr.training.inputs import ensure_inputs_answer
 from d3etr.training.journal import Record
@@ -138,6 +138,6 @@ def _told_before(config: Config, folder: RunFolder) -> Told | None:
     if state is None or not state.complete:
         return None
     wanted = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if wanted and without_secrets(wanted) != state.tracking_uri:
+    if wanted and bare_url(wanted) != state.tracking_uri:
         return None
     return Told(state.run_id)

@@ -22,6 +22,7 @@ from d3etr.launch.folder import RunFolder, absolute_paths, ensure_same_recipe
 from d3etr.launch.follower import JournalFollower
 from d3etr.launch.lock import RunLock
 from d3etr.launch.signals import terminable
+from d3etr.text import redacted
 from d3etr.training.inputs import ensure_result_is_of
 from d3etr.training.journal import Record
 
@@ -182,7 +183,9 @@ def _train(
     except Exception as error:
         if folder.result() is None:
             raise
-        logger.warning("the run is finished, though what trained it did not end well: %s", error)
+        logger.warning(
+            "the run is finished, though what trained it did not end well: %s", redacted(str(error))
+        )
         status = "FINISHED"
     finally:
         follower.stop()

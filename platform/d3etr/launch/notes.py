@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from d3etr.text import redacted
 from d3etr.training.storage import write_text
 
 
@@ -67,7 +68,7 @@ class Notes:
             progress: says how far the run was; the same exception after progress is another.
         """
         file = self.folder / f"failure-{rank}.json"
-        failure = {"error": repr(error), "progress": progress, "text": self.text(error)}
+        failure = {"error": redacted(repr(error)), "progress": progress, "text": self.text(error)}
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         write_text(file, json.dumps(failure))
         return all(before.get(key) == failure[key] for key in ("error", "progress"))
@@ -111,4 +112,4 @@ class Notes:
     @staticmethod
     def text(error: Exception) -> str:
         """The traceback of ``error``."""
-        return "".join(traceback.format_exception(error)).strip()
+        return redacted("".join(traceback.format_exception(error)).strip())

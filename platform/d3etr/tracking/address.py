@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
+
+from d3etr.text import bare_url
 
 PORT = 5000
 """MLflow's own default."""
 TRAINING_MENU = "workflowType=machine_learning"
 """Models are trained here: MLflow's menu is otherwise that of chats and agents."""
-
-
-def without_secrets(uri: str) -> str:
-    """``uri`` without user, password, query and fragment, which may hold credentials."""
-    anonymous = re.sub(r"//[^/]*@", "//", uri)
-    return anonymous if uri.startswith("sqlite") else re.split(r"[?#]", anonymous)[0]
 
 
 def embedded_uri(output: Path) -> str:
@@ -36,7 +31,7 @@ def how_to_open(uri: str, page: str, python: str = "python") -> list[str]:
         page: the part of a page's address that begins with ``#``.
         python: how to call the interpreter.
     """
-    place = without_secrets(uri)
+    place = bare_url(uri)
     if place.startswith(("http://", "https://")):
         return [f"{place.rstrip('/')}/{page}"]
     return [

@@ -16,7 +16,7 @@ import d3etr
 from d3etr.config.detector import DetectorConfig
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
-from d3etr.tracking.address import without_secrets
+from d3etr.text import bare_url, redacted
 from d3etr.tracking.state import read_state
 
 METHOD_TITLES = {"none": "plain", "d3etr": "D3ETR", "kd_detr": "KD-DETR"}
@@ -180,7 +180,7 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
         for key, part in value.items():
             yield from _flatten(f"{prefix}.{key}" if prefix else str(key), part)
     elif isinstance(value, str):
-        yield prefix, without_secrets(value) if "://" in value else value
+        yield prefix, redacted(bare_url(value) if "://" in value else value)
     elif isinstance(value, bool) or value is None:
         yield prefix, {True: "true", False: "false", None: "null"}[value]
     else:

@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 from d3etr.config.load import load_config
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
-from d3etr.tracking.address import without_secrets
+from d3etr.text import bare_url, redacted
 from d3etr.tracking.artifacts import log_results
 from d3etr.tracking.description import params, run_name, tags, trial_colour
 from d3etr.tracking.metrics import Record
@@ -63,7 +63,7 @@ def open_tracker(
             )
             _complete_params(client, state.run_id, config)
     except MlflowException as error:
-        raise UserError(f"MLflow at {without_secrets(uri)} refuses the run: {error}") from error
+        raise UserError(f"MLflow at {bare_url(uri)} refuses the run: {error}") from error
     return Tracker(client, config, run_dir, state, uri)
 
 
@@ -151,9 +151,9 @@ class Tracker:
         return None
 
     def _what_is_missing(self, failure: Exception) -> str:
-        reason = str(failure).strip().splitlines()[0][:200] if str(failure) else repr(failure)
+        reason = (redacted(str(failure)).strip().splitlines() or [type(failure).__name__])[0][:200]
         return (
-            f"MLflow at {without_secrets(self._uri)} has metrics up to step "
+            f"MLflow at {bare_url(self._uri)} has metrics up to step "
             f"{max(0, self._sender.last_step)} only and lacks the results ({reason}); everything "
             f"is kept in {self._run_dir}: send it with 'python -m d3etr.tracking {self._run_dir}'"
         )
@@ -171,12 +171,12 @@ def _existing(client: MlflowClient, run_dir: Path, uri: str) -> RunState | None:
     state = read_state(run_dir)
     if state is None:
         return None
-    if state.tracking_uri != without_secrets(uri):
+    if state.tracking_uri != bare_url(uri):
         logger.warning(
             "%s was tracked at %s and is now sent to a new run at %s",
             run_dir,
             state.tracking_uri,
-            without_secrets(uri),
+            bare_url(uri),
         )
         return None
     run = _get_run(client, state.run_id)
@@ -211,9 +211,7 @@ def _create(
     begun = _journal_milliseconds(run_dir, 0)
     shown = name or run_name(config)
     run = client.create_run(experiment, start_time=begun, tags=named, run_name=shown)
-    state = RunState(
-        tracking_uri=without_secrets(uri), experiment_id=experiment, run_id=run.info.run_id
-    )
+    state = RunState(tracking_uri=bare_url(uri), experiment_id=experiment, run_id=run.info.run_id)
     write_state(run_dir, state)
     return state
 

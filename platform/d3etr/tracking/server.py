@@ -19,7 +19,8 @@ from mlflow.tracking import MlflowClient
 
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
-from d3etr.tracking.address import embedded_uri, without_secrets
+from d3etr.text import bare_url
+from d3etr.tracking.address import embedded_uri
 from d3etr.tracking.database import half_made, make_database
 
 PROBE_SECONDS = 8.0
@@ -145,7 +146,7 @@ def _no_answer(uri: str, reason: str) -> str:
             "was stopped; no run is in it. Delete it and run the same command again."
         )
     return (
-        f"MLflow at {without_secrets(uri)} cannot be used: {reason.replace(uri, '...')}. "
+        f"MLflow at {bare_url(uri)} cannot be used: {reason.replace(uri, '...')}. "
         "Start it ('mlflow server'), correct tracking.uri or MLFLOW_TRACKING_URI, "
         "or set tracking.enabled to false."
     )

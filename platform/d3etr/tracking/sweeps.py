@@ -13,7 +13,8 @@ from mlflow.exceptions import MlflowException
 
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
-from d3etr.tracking.address import how_to_open, without_secrets
+from d3etr.text import bare_url, redacted
+from d3etr.tracking.address import how_to_open
 from d3etr.tracking.importance import importance
 from d3etr.tracking.model import register
 from d3etr.tracking.server import artifact_folder, connect, open_experiment, patience, tracking_uri
@@ -80,7 +81,7 @@ class SweepRun:
                 self._state = self._known() or self._create(params)
                 self._page = self._share()
         except MlflowException as error:
-            place = without_secrets(self._uri)
+            place = bare_url(self._uri)
             raise UserError(f"MLflow at {place} refuses the sweep: {error}") from error
 
     @property
@@ -118,9 +119,9 @@ class SweepRun:
                 self._log(trials, [*files, *self._figures(trials, keys, baseline)])
                 self._client.set_terminated(self.run_id, status)
         except Exception as error:  # whatever MLflow, its stores or the network raise
-            reason = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
+            reason = (redacted(str(error)).strip().splitlines() or [repr(error)])[0][:200]
             return (
-                f"MLflow at {without_secrets(self._uri)} lacks the sweep's results ({reason}); "
+                f"MLflow at {bare_url(self._uri)} lacks the sweep's results ({reason}); "
                 f"everything is kept in {self._folder}: the same command sends it again"
             )
         return None
@@ -131,7 +132,9 @@ class SweepRun:
             with patience():
                 self._client.set_terminated(self.run_id, status)
         except Exception as error:
-            logger.warning("MLflow was not told that the sweep was stopped: %s", error)
+            logger.warning(
+                "MLflow was not told that the sweep was stopped: %s", redacted(str(error))
+            )
 
     def register_best(self, best: Swept) -> None:
         """Register the best student's model; it becomes champion if it beats the one that is."""
@@ -147,7 +150,7 @@ class SweepRun:
 
     def _known(self) -> RunState | None:
         state = read_state(self._folder)
-        if state is None or state.tracking_uri != without_secrets(self._uri):
+        if state is None or state.tracking_uri != bare_url(self._uri):
             return None
         try:
             self._client.update_run(state.run_id, status="RUNNING")
@@ -175,7 +178,7 @@ class SweepRun:
         given = [Param(key, value) for key, value in params.items()]
         self._client.log_batch(run.info.run_id, params=given)
         state = RunState(
-            tracking_uri=without_secrets(self._uri),
+            tracking_uri=bare_url(self._uri),
             experiment_id=experiment,
             run_id=run.info.run_id,
         )

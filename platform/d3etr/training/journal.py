@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from d3etr.text import redacted
 from d3etr.training.storage import clear_disk_errors, temporary_beside
 
 Record = dict[str, Any]
@@ -53,7 +54,7 @@ class Journal:
 
     def message(self, step: int, text: str, level: str = "info") -> None:
         """Append a line for people; ``level`` is ``info`` or ``warning``."""
-        self.write("message", step, text=text, level=level)
+        self.write("message", step, text=redacted(text), level=level)
 
     def cut_back(self, step: int) -> int:
         """Drop everything from the first record after ``step`` on, and a torn last line.
