@@ -18,6 +18,7 @@ MODULES = sorted(LIBRARY.rglob("*.py"))
 # Every package may import itself and what stands on earlier lines.
 TIERS = (
     {"text"},
+    {"logs"},
     {"errors"},
     {"config"},
     {"storage"},
@@ -112,6 +113,11 @@ def test_library_code_does_not_print(path: Path) -> None:
     calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     prints = [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
     assert not prints
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_loggers_are_those_that_lose_credentials(path: Path) -> None:
+    assert path.stem == "logs" or "logging.getLogger(__name__)" not in path.read_text()
 
 
 def test_functions_and_files_are_small() -> None:

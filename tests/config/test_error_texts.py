@@ -1,11 +1,14 @@
 """The texts that a person with a mistake in a recipe reads."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from d3etr.config.load import load_config
 from d3etr.config.problems import ConfigError
+from d3etr.config.sweep import load_sweep
 from d3etr.errors import UserError
 
 BASE = ("data.digit_scenes={}", "optimisation.steps=10")
@@ -19,6 +22,10 @@ def refusal(*overrides: str, base: tuple[str, ...] = BASE) -> str:
 
 def file_refusal(path: Path, text: str) -> str:
     path.write_text(text)
+    return refusal_of(path)
+
+
+def refusal_of(path: Path) -> str:
     with pytest.raises(UserError) as caught:
         load_config(path)
     return str(caught.value)
@@ -168,8 +175,70 @@ def test_a_recipe_without_sections_is_refused(tmp_path: Path, content: str) -> N
 def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "picture.yaml"
     path.write_bytes(b"\x89PNG\xff")
-    with pytest.raises(ConfigError, match="not UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"not UTF-8 text.*save it as UTF-8"):
         load_config(path)
+
+
+@pytest.mark.parametrize("read", [load_config, load_sweep])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("run: {}\n".encode("utf-16"), "UTF-16 text (byte 0): save it as UTF-8"),
+        ("run: {name: Grün}\n".encode("latin-1"), "not UTF-8 text (byte 14): save it as UTF-8"),
+        (b"run: " + b"[" * 100_000, "is nested deeper than 40 levels"),
+        (b"run: " + b"[" * 60 + b"]" * 60, "is nested deeper than 40 levels"),
+        (b"run: &a [*a]\n", "line 1, column 6: an alias stands for something that it is a part of"),
+        (b"run: &a\n  <<: *a\n", "an alias stands for something that it is a part of"),
+        (
+            b"run: {seed: 1" + b"0" * 5000 + b"}\n",
+            "line 1, column 13: found a number of 5,001 digits",
+        ),
+        (b"run: #" + b"x" * 600_000, "is larger than 500,000 bytes: this is no recipe"),
+    ],
+)
+def test_a_file_that_cannot_be_a_recipe_says_why(
+    tmp_path: Path, read: Callable[[Path], object], content: bytes, problem: str
+) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [load_config, load_sweep])
+@pytest.mark.parametrize("link", ["[{}]", "{{<<: [{}]}}", "{{k: [{}]}}"])
+def test_aliases_that_multiply_are_refused_before_they_take_memory(
+    tmp_path: Path, read: Callable[[Path], object], link: str
+) -> None:
+    lines = ["a0: &a0 {x: 1}" if "<<" in link else "a0: &a0 [x]"]
+    for level in range(1, 13):
+        lines.append(f"a{level}: &a{level} " + link.format(", ".join([f"*a{level - 1}"] * 9)))
+    path = tmp_path / "laughs.yaml"
+    path.write_text("\n".join(lines))
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match="aliases make more than 20,000 values of it"):
+        read(path)
+    assert time.monotonic() - begun < 5
+
+
+def test_aliases_of_ordinary_size_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "shared.yaml"
+    path.write_text(
+        "\ufeff"
+        "data: {digit_scenes: &scenes {train_images: 7}}\n"
+        "optimisation: {steps: 1}\n"
+        "student: {detector: {backbone: {name: small, stage_widths: &widths [8, 8]}}}\n"
+    )
+    scenes = load_config(path).data.digit_scenes
+    assert scenes is not None and scenes.train_images == 7
+
+
+def test_recipes_that_extend_each_other_widely_are_read_once_each(tmp_path: Path) -> None:
+    for level in range(25):
+        text = "run: {}" if level == 0 else f"extends: [{level - 1}.yaml, {level - 1}.yaml]"
+        (tmp_path / f"{level}.yaml").write_text(text)
+    assert "data: is missing" in refusal_of(tmp_path / "24.yaml")
 
 
 def test_a_missing_recipe_names_its_nearest_neighbour(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[..., Path]
+CANARY = "c4nary-Pass.w0rd"
 
 
 def steps_at(server: Server, run_id: str) -> list[int]:
@@ -62,10 +63,23 @@ def test_nothing_is_lost_or_doubled_when_the_server_comes_back(
     assert steps_at(server, tracker.run_id) == list(range(5, 101, 5))
 
 
+def holding(folder: Path, secret: str) -> list[str]:
+    """Files below ``folder`` that hold a text."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return [str(path) for path in files if secret.encode() in path.read_bytes()]
+
+
 def test_a_run_that_ends_without_its_server_says_how_to_send_the_rest(
-    server: Server, make_config: MakeConfig, make_run: MakeRun
+    server: Server,
+    make_config: MakeConfig,
+    make_run: MakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
-    config = make_config(tracking={"uri": server.uri})
+    with_password = server.uri.replace("http://", f"http://me:{CANARY}@")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", with_password)
+    config = make_config()
     run_dir = make_run(config, steps=100)
     tracker = open_tracker(config, run_dir)
     feed(tracker, 0, 30)
@@ -83,3 +97,5 @@ def test_a_run_that_ends_without_its_server_says_how_to_send_the_rest(
     assert run.info.status == "FINISHED"
     state = read_state(run_dir)
     assert state is not None and state.complete
+    assert CANARY not in missing + caplog.text
+    assert holding(tmp_path, CANARY) == [], "in the run's folder, or in what MLflow was sent"

@@ -138,9 +138,9 @@ def test_params_and_state_hold_no_credentials(make_config: MakeConfig, make_run:
     # Loading refuses such an address; params do not rely on it.
     address = {"address": "ray://user:hunter2@head:10001?token=hunter2"}
     config = make_config()
-    config = config.model_copy(update={"cluster": config.cluster.model_copy(update=address)})
     run_dir = make_run(config, finished=False)
-    assert replay(run_dir) is None
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update=address)})
+    assert open_tracker(config, run_dir).finish("KILLED") is None
     run = run_of(config, run_dir)
     assert run.data.params["cluster.address"] == "ray://head:10001"
     assert "hunter2" not in json.dumps(run.data.to_dictionary())

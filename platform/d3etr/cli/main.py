@@ -31,7 +31,8 @@ from d3etr.cli import (
 from d3etr.cli.command import Command
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch import ending
-from d3etr.text import printable, redacted, safe
+from d3etr.logs import LINES, make_plain
+from d3etr.text import printable, safe
 
 COMMANDS: tuple[Command, ...] = (
     demo.COMMAND,
@@ -48,8 +49,6 @@ COMMANDS: tuple[Command, ...] = (
     cache.COMMAND,
     render_digit_scenes.COMMAND,
 )
-LINES = "\n\t"
-"""What stays as it is in texts of several lines."""
 FAILED = 1
 USER_MISTAKE = 2
 INTERRUPTED = 130
@@ -79,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         for handler in logging.getLogger().handlers:
-            handler.addFilter(_plain_record)
+            handler.addFilter(make_plain)
         return _run(options)
 
 
@@ -103,12 +102,6 @@ def _run(options: Namespace) -> int:
     except Exception:  # a fault of ours: its traceback is written while streams are safe
         traceback.print_exc()
         return FAILED
-
-
-def _plain_record(record: logging.LogRecord) -> bool:
-    """Put a record's text into words that cannot act on a terminal; keeps every record."""
-    record.msg, record.args = printable(redacted(record.getMessage()), LINES), ()
-    return True
 
 
 def _parser() -> ArgumentParser:

@@ -1,6 +1,5 @@
 """From a recipe file and ``--set`` to a validated configuration, and back to YAML."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from d3etr.config.infrastructure import RunConfig
 from d3etr.config.overrides import Tree, apply_overrides, merge, overridden_paths
 from d3etr.config.problems import ConfigError, Problem, problems_of, shown
 from d3etr.config.tree import Config
-from d3etr.config.yaml_text import dump_yaml, parse_yaml
+from d3etr.config.yaml_text import MAXIMUM_DEPTH, dump_yaml, parse_yaml, read_text
 
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -78,29 +77,38 @@ def validate_section(
     return validated
 
 
-def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> Tree:
+def read_recipe(
+    path: Path, below: tuple[Path, ...] = (), known: dict[Path, Tree] | None = None
+) -> Tree:
     """Read a recipe file and everything that it extends.
 
     Args:
         path: the file.
         below: the files that extend this one; finds circles.
+        known: what was read before, by file: several may extend one.
 
     Raises:
         ConfigError: if a file is missing, not YAML, not a mapping, or extends itself.
     """
-    resolved = path.resolve()
+    known = {} if known is None else known
+    resolved = _resolved(path)
+    if resolved in known:
+        return known[resolved]
     if resolved in below:
         chain = " -> ".join(file.name for file in (*below, resolved))
         raise ConfigError(str(path), [Problem("extends", f"goes in a circle: {chain}")])
-    tree = parse_yaml(_read_text(path), str(path))
+    if len(below) > MAXIMUM_DEPTH:
+        raise ConfigError(str(path), [Problem("extends", f"more than {MAXIMUM_DEPTH} files deep")])
+    tree = parse_yaml(read_text(path), str(path))
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         text = f"found {shown(tree)}, expected sections such as 'run:' and 'data:'"
         raise ConfigError(str(path), [Problem("", text)])
     base: Tree = {}
     for name in _extended(tree.pop("extends", None), path):
-        base = merge(base, read_recipe(path.parent / name, (*below, resolved)))
-    return merge(base, tree)
+        base = merge(base, read_recipe(path.parent / name, (*below, resolved), known))
+    known[resolved] = merge(base, tree)
+    return known[resolved]
 
 
 def to_yaml(config: Config) -> str:
@@ -175,19 +183,8 @@ def _extended(value: Any, path: Path) -> list[str]:
     return names
 
 
-def _read_text(path: Path) -> str:
+def _resolved(path: Path) -> Path:
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        text = f"not UTF-8 text (byte {error.start})"
-        raise ConfigError(str(path), [Problem("", text)]) from None
-    except OSError as error:
-        text = f"cannot be read: {error.strerror}{_neighbour(path)}"
-        raise ConfigError(str(path), [Problem("", text)]) from None
-
-
-def _neighbour(path: Path) -> str:
-    """The file that was probably meant."""
-    names = [file.name for file in path.parent.glob("*.yaml")]
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean '{path.parent / close[0]}'?" if close else ""
+        return path.resolve()
+    except (OSError, ValueError) as error:  # links in a circle, a NUL in the name
+        raise ConfigError(str(path), [Problem("", f"cannot be read: {error}")]) from None

@@ -12,8 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from d3etr.config.base import Section
 from d3etr.config.data import FilePath
 from d3etr.config.problems import ConfigError, problems_of
-from d3etr.config.yaml_text import parse_yaml
-from d3etr.errors import UserError
+from d3etr.config.yaml_text import parse_yaml, read_text
 
 Positive = Annotated[int, Field(ge=1)]
 Values = Annotated[tuple[Any, ...], Field(min_length=1)]
@@ -196,14 +195,9 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         overrides: ``a.b=c`` texts for the recipe of every trial, on top of the file's ``set``.
 
     Raises:
-        ConfigError: listing every problem with its dotted path.
-        UserError: the file cannot be read.
+        ConfigError: listing every problem with its dotted path, or the file cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    tree = parse_yaml(text, str(path))
+    tree = parse_yaml(read_text(path), str(path))
     try:
         sweep = SweepConfig.model_validate_json(json.dumps(tree))
     except ValidationError as error:

@@ -1,13 +1,23 @@
 """YAML as a configuration needs it: version 1.2's numbers and booleans, no duplicate keys."""
 
+import difflib
 import re
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from d3etr.config.problems import ConfigError, Problem
 
+MAXIMUM_VALUES = 20_000
+"""Of a document, with aliases replaced."""
+MAXIMUM_DEPTH = 40
+MAXIMUM_BYTES = 500_000
+"""Of a file; recipes have a few thousand."""
+MAXIMUM_DIGITS = 30
+_TOO_DEEP = f"is nested deeper than {MAXIMUM_DEPTH} levels"
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _TAG = "tag:yaml.org,2002:"
 # Version 1.1, which PyYAML reads, takes 1e-4 for text, "no" for false, 12:30 for 750 and
 # 2024-01-01 for a date.
@@ -42,10 +52,16 @@ def _constructors() -> dict[str | None, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice."""
+    """A safe loader that refuses a key given twice, and what no recipe needs in size and depth."""
 
     yaml_implicit_resolvers = _resolvers()
     yaml_constructors = _constructors()
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _measure(node, {}, 1)
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -58,6 +74,51 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], depth: int) -> int:
+    """Number of values in ``node`` once each alias is replaced by what it stands for.
+
+    Args:
+        node: part of a document.
+        known: (values, depth) of every node that was measured; None of those that are being so.
+        depth: of ``node``, counted from the document's root.
+
+    Raises:
+        yaml.MarkedYAMLError: too many, too deep, or a part of itself.
+    """
+    if id(node) not in known:
+        known[id(node)] = None
+        parts = _parts(node)
+        if depth > MAXIMUM_DEPTH:
+            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=node.start_mark)
+        values = 1 + sum(_measure(part, known, depth + 1) for part in parts)
+        known[id(node)] = values, 1 + max((_depth(known, part) for part in parts), default=0)
+    measured = known[id(node)]
+    problem = None
+    if node.tag == f"{_TAG}int" and len(node.value) > MAXIMUM_DIGITS:
+        problem = f"found a number of {len(node.value):,} digits, expected {MAXIMUM_DIGITS} at most"
+    elif measured is None:
+        problem = "an alias stands for something that it is a part of"
+    elif measured[0] > MAXIMUM_VALUES:
+        problem = f"aliases make more than {MAXIMUM_VALUES:,} values of it: write it out"
+    elif depth + measured[1] - 1 > MAXIMUM_DEPTH:
+        problem = _TOO_DEEP
+    if problem is not None:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    assert measured is not None
+    return measured[0]
+
+
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _depth(known: dict[int, tuple[int, int] | None], node: yaml.Node) -> int:
+    measured = known[id(node)]
+    return 0 if measured is None else measured[1]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -81,6 +142,8 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ConfigError(source, [Problem("", _TOO_DEEP)]) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -93,3 +156,33 @@ def parse_yaml(text: str, source: str) -> Any:
 def dump_yaml(tree: Any) -> str:
     """Write a tree of plain values so that ``parse_yaml`` reads the same tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def read_text(path: Path) -> str:
+    """The text of a recipe or sweep file.
+
+    Raises:
+        ConfigError: it cannot be read, is not UTF-8, or is far too large.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAXIMUM_BYTES + 1)
+        if len(content) > MAXIMUM_BYTES:
+            problem = f"is larger than {MAXIMUM_BYTES:,} bytes: this is no recipe"
+        else:
+            return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        kind = "UTF-16 text" if content.startswith(_UTF_16) else "not UTF-8 text"
+        problem = f"{kind} (byte {error.start}): save it as UTF-8"
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}{_neighbour(path)}"
+    except ValueError as error:  # a NUL in the name
+        problem = f"cannot be read: {error}"
+    raise ConfigError(str(path), [Problem("", problem)])
+
+
+def _neighbour(path: Path) -> str:
+    """The file that was probably meant."""
+    names = [file.name for file in path.parent.glob("*.yaml")]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean '{path.parent / close[0]}'?" if close else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from d3etr.config.location import Location, Url
 from d3etr.data.coco_json import Category, RawAnnotations, RawImage, read_annotations
 from d3etr.data.progress import Progress
 from d3etr.errors import UserError
+from d3etr.logs import get_logger
 from d3etr.storage.fetch import local_file
 from d3etr.storage.images import ImageFolder, open_folder
 
@@ -30,7 +30,7 @@ __all__ = [
     "require_same_categories",
 ]
 
-_LOGGER = logging.getLogger(__name__)
+_LOGGER = get_logger(__name__)
 _SHOWN_IDS = 5
 
 

@@ -6,7 +6,6 @@ tracking, and hands the training itself to a launcher.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,11 +21,11 @@ from d3etr.launch.folder import RunFolder, absolute_paths, ensure_same_recipe
 from d3etr.launch.follower import JournalFollower
 from d3etr.launch.lock import RunLock
 from d3etr.launch.signals import terminable
-from d3etr.text import redacted
+from d3etr.logs import get_logger
 from d3etr.training.inputs import ensure_result_is_of
 from d3etr.training.journal import Record
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -183,9 +182,7 @@ def _train(
     except Exception as error:
         if folder.result() is None:
             raise
-        logger.warning(
-            "the run is finished, though what trained it did not end well: %s", redacted(str(error))
-        )
+        logger.warning("the run is finished, though what trained it did not end well: %s", error)
         status = "FINISHED"
     finally:
         follower.stop()

@@ -16,7 +16,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-logger = logging.getLogger(__name__)
+from d3etr.logs import get_logger
+
+logger = get_logger(__name__)
 
 END_SECONDS = 30.0
 """What is done at the end has so long."""

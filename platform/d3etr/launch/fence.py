@@ -15,8 +15,9 @@ from types import TracebackType
 
 from d3etr.launch.lock import lock_path, read_owner
 from d3etr.launch.notes import Notes
+from d3etr.logs import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 WATCH_SECONDS = 1.0
 LINGER_SECONDS = 15.0

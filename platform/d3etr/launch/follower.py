@@ -6,15 +6,15 @@ a tracking server that is down) never reaches a training step.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from pathlib import Path
 from typing import Protocol
 
+from d3etr.logs import get_logger
 from d3etr.training.journal import Record, follow_journal
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 POLL_SECONDS = 0.2
 

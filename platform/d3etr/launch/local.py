@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ import torch
 from d3etr.launch.driver import Launch
 from d3etr.launch.resources import threads_for
 from d3etr.launch.task import Task, train
+from d3etr.logs import get_logger
 from d3etr.training.context import SingleProcess, TrainContext
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)

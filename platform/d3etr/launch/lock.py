@@ -8,7 +8,6 @@ live; elsewhere the age of the last touch does, measured by the storage's own cl
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import socket
@@ -21,8 +20,9 @@ from pathlib import Path
 from types import TracebackType
 
 from d3etr.errors import UserError
+from d3etr.logs import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0

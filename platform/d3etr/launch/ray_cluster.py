@@ -25,8 +25,9 @@ from d3etr.launch.environment import (
 from d3etr.launch.leftovers import end_with_this_process
 from d3etr.launch.resources import Node
 from d3etr.launch.signals import handler_kept, terminable
+from d3etr.logs import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CONNECT_SECONDS = 60.0
 """ray.init has no limit of its own: it waits for ever for a cluster that is half reachable."""

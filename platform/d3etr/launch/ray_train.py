@@ -6,7 +6,6 @@ run's folder and not Ray's affair, so that a run can change launchers.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -20,8 +19,9 @@ from d3etr.launch.ray_failures import translate
 from d3etr.launch.ray_group import Group
 from d3etr.launch.resources import demand_of, describe, ensure_room
 from d3etr.launch.task import Task, train
+from d3etr.logs import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 
@@ -14,9 +13,10 @@ from d3etr.launch.driver import Launch
 from d3etr.launch.folder import RunFolder, absolute_paths
 from d3etr.launch.resources import threads_for
 from d3etr.launch.task import Task, train
+from d3etr.logs import get_logger
 from d3etr.training.context import Torchrun
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def torchrun_rank() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,12 +12,13 @@ from typing import TypeAlias
 
 from d3etr.config.location import Url
 from d3etr.errors import UserError
+from d3etr.logs import get_logger
 from d3etr.storage.cache import Cache, clear_cache_errors, locked, megabytes, open_cache
 from d3etr.storage.index import Index, Known
 from d3etr.storage.problems import MissingFileError, UnreachableError
 from d3etr.storage.remote import Remote, Stamp
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Tell: TypeAlias = Callable[[str, int, int], None]
 """Takes what is being done, how much of it is done, and how much there is."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from d3etr.config.location import Url
+from d3etr.logs import get_logger
 from d3etr.storage.cache import Cache, Seal, seal_of, sha256
 from d3etr.storage.remote import Stamp
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _SPARE_LINES = 64
 

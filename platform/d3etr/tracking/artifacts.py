@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from mlflow.tracking import MlflowClient
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.detectors.weights import file_digest, read_info
+from d3etr.logs import get_logger
 from d3etr.tracking.description import role
 from d3etr.tracking.model import log_student
 from d3etr.tracking.state import RunState
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FILES = ("config.yaml", "summary.json", "journal.jsonl")
 WEIGHTS = "weights.safetensors"

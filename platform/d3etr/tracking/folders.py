@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 from d3etr.config.load import config_digest, load_config
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
+from d3etr.logs import get_logger
 from d3etr.tracking.description import params, run_name, title
 from d3etr.tracking.state import read_state
 from d3etr.training.journal import read_journal
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 UNCOMPARED = (
     "run.",

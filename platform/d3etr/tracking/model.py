@@ -6,7 +6,6 @@ serve`` serves it. Loading executes the code stored with the model: trust the re
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +21,9 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType, Array
 
 import d3etr
+from d3etr.logs import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 NEWEST_ALIAS = "newest"
 CHAMPION_ALIAS = "champion"

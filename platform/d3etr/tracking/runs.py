@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from mlflow.tracking import MlflowClient
 from d3etr.config.load import load_config
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
+from d3etr.logs import get_logger
 from d3etr.text import bare_url, redacted
 from d3etr.tracking.artifacts import log_results
 from d3etr.tracking.description import params, run_name, tags, trial_colour
@@ -29,7 +29,7 @@ from d3etr.tracking.server import (
 from d3etr.tracking.state import RunState, read_state, write_state
 from d3etr.training.journal import read_journal
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 JOURNAL = "journal.jsonl"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
@@ -11,10 +10,11 @@ from collections.abc import Callable, Sequence
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
+from d3etr.logs import get_logger
 from d3etr.tracking.metrics import Marks, Point, Record, metric_points
 from d3etr.tracking.server import patience
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 BATCH = 500
 """Points per request; MLflow takes at most 1000."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
+from d3etr.logs import get_logger
 from d3etr.text import bare_url, redacted
 from d3etr.tracking.address import how_to_open
 from d3etr.tracking.importance import importance
@@ -21,7 +21,7 @@ from d3etr.tracking.server import artifact_folder, connect, open_experiment, pat
 from d3etr.tracking.state import RunState, read_state, write_state
 from d3etr.tracking.views import share, sweep_view
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 UPLOAD_TIMEOUT_SECONDS = 60
 NOTE = "mlflow.note.content"
@@ -132,9 +132,7 @@ class SweepRun:
             with patience():
                 self._client.set_terminated(self.run_id, status)
         except Exception as error:
-            logger.warning(
-                "MLflow was not told that the sweep was stopped: %s", redacted(str(error))
-            )
+            logger.warning("MLflow was not told that the sweep was stopped: %s", error)
 
     def register_best(self, best: Swept) -> None:
         """Register the best student's model; it becomes champion if it beats the one that is."""

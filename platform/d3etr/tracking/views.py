@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -18,12 +17,12 @@ from mlflow.tracking import MlflowClient
 
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
-from d3etr.text import redacted
+from d3etr.logs import get_logger
 from d3etr.tracking.address import TRAINING_MENU
 from d3etr.tracking.server import connect, patience, tracking_uri
 from d3etr.tracking.state import RunState
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 TAG = "mlflow.sharedViewState."
 LONGEST_TAG = 5000
@@ -135,7 +134,7 @@ def comparison_page(config: Config, runs: Sequence[RunState], last_step: int | N
         client = connect(tracking_uri(config))
         return share(client, experiment, comparison_view(ids, last_step))
     except (UserError, MlflowException) as error:
-        logger.warning("MLflow shows the runs without their charts: %s", redacted(str(error)))
+        logger.warning("MLflow shows the runs without their charts: %s", error)
         listed, experiments = (quote(json.dumps(names)) for names in (ids, [experiment]))
         return f"#/compare-runs?runs={listed}&experiments={experiments}"
 

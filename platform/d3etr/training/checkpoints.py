@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import IO, Any, cast
 import torch
 
 from d3etr.errors import UserError
+from d3etr.logs import get_logger
 from d3etr.training.storage import (
     clear_disk_errors,
     link_or_copy,
@@ -28,7 +28,7 @@ from d3etr.training.storage import (
     temporary_beside,
 )
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 State = dict[str, Any]
 """Tensors, numbers, words, and dicts and lists of them: what ``weights_only`` loads."""

@@ -6,7 +6,6 @@ differs.
 
 from __future__ import annotations
 
-import logging
 import os
 from datetime import timedelta
 from typing import Protocol
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from d3etr.errors import UserError
+from d3etr.logs import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 COLLECTIVE_TIMEOUT_SECONDS = 900.0
 """How long a worker waits for the others: longer than any evaluation on one worker, shorter

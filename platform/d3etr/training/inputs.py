@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,12 +13,13 @@ from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.detectors.weights import file_digest
 from d3etr.errors import UserError
+from d3etr.logs import get_logger
 from d3etr.storage.fetch import fetch_file
 from d3etr.storage.problems import MissingFileError, UnreachableError
 from d3etr.storage.reach import ensure_reachable
 from d3etr.training.context import TrainContext
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SUMMARY_KEY = "inputs"
 """Where a run's summary keeps them."""

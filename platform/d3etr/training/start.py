@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from d3etr.detectors.build import build_detector
 from d3etr.detectors.parts import Taken, take_parts
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.errors import UserError
+from d3etr.logs import get_logger
 from d3etr.storage.fetch import local_file
 
-_LOGGER = logging.getLogger(__name__)
+_LOGGER = get_logger(__name__)
 
 
 def build_student(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from d3etr.data.digit_scenes.png import png_bytes
 from d3etr.data.digit_scenes.scene import Scene, draw_scene
 from d3etr.data.progress import Progress
 from d3etr.errors import UserError
+from d3etr.logs import get_logger
 
 VERSION = "1"
 """Goes up whenever a setting's pictures change; results of different versions do not compare."""
@@ -30,7 +30,7 @@ DEFAULT_DIGESTS = {
 """sha256 over the files of each split under the default settings."""
 
 _DIGEST_FILE = "digest.json"
-_LOGGER = logging.getLogger(__name__)
+_LOGGER = get_logger(__name__)
 _PROGRESS_EVERY = 100
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from d3etr.launch.follower import JournalFollower
 from d3etr.launch.sweeps.outcome import TrialResult, best, table_metric
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.trials import short_names
+from d3etr.logs import get_logger
 from d3etr.tracking.state import read_state
 
 if TYPE_CHECKING:
     from d3etr.tracking.sweeps import Swept
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 OpenChild = Callable[[Config, Path, str], Tracker]
 """Starts tracking of a run, under a name."""

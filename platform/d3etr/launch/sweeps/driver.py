@@ -34,9 +34,10 @@ from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.search import METRIC, MODE, Pruning, parameters, scheduler, searcher
 from d3etr.launch.sweeps.trials import Trial
 from d3etr.launch.sweeps.waiting import Waiting
+from d3etr.logs import get_logger
 from d3etr.training.inputs import ensure_inputs_answer
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 TUNE_SETTINGS = {
     # Ctrl-C is the driver's to handle; Tune would save and go on to the results.

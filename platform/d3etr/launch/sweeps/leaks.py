@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-
 from ray import PlacementGroupID
 from ray.util import remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.state import list_jobs, list_placement_groups
 
-logger = logging.getLogger(__name__)
+from d3etr.logs import get_logger
+
+logger = get_logger(__name__)
 
 QUERY_SECONDS = 15
 MOST_LISTED = 10_000

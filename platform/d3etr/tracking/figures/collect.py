@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from d3etr.data.coco import DetectionSplit, ImageRecord
 from d3etr.data.splits import open_split
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import load_weights
+from d3etr.logs import get_logger
 from d3etr.storage.fetch import local_file
 from d3etr.tracking.description import role, title
 from d3etr.tracking.figures.attention import ObjectView, draw_attention
@@ -39,7 +39,7 @@ from d3etr.training.context import SingleProcess
 from d3etr.training.evaluation import Evaluator
 from d3etr.training.journal import Record, read_journal
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 IMAGES = 4
 THRESHOLD = 0.3
