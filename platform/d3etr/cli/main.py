@@ -57,7 +57,16 @@ INTERRUPTED = 130
 
 def program(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command as all that this process does, and end it with the exit code."""
-    ending.program(lambda: main(arguments))
+    ending.program(lambda: _whole(arguments))
+
+
+def _whole(arguments: Sequence[str] | None) -> int:
+    """``main``; the traceback of a fault of ours loses credentials too."""
+    try:
+        return main(arguments)
+    except Exception:
+        traceback.print_exc(file=safe(sys.stderr))
+        return FAILED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,9 +108,6 @@ def _run(options: Namespace) -> int:
         # The reader, such as head, has seen enough; nothing may be flushed into its pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:  # a fault of ours: its traceback is written while streams are safe
-        traceback.print_exc()
-        return FAILED
 
 
 def _parser() -> ArgumentParser:
