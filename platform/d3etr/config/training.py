@@ -1,14 +1,14 @@
 """Configuration of optimisation and evaluation."""
 
-import logging
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import Field, model_validator
 
 from d3etr.config.base import Section
+from d3etr.logs import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Precision = Literal["float32", "bfloat16"]
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+import re
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -15,6 +18,10 @@ from d3etr.errors import UserError
 
 _NAMED = 6
 """Tensors that an error message names before it counts the rest."""
+_COPIES = 4
+_RESERVE = 512 * 2**20
+_THREAD = 16 * 2**20
+"""Bytes that reading may take beside ``_COPIES`` of the file: at all, and for each core."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -52,7 +59,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
 
@@ -80,7 +87,16 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str)
     Raises:
         UserError: a tensor is missing, left over or of another shape; nothing is copied then.
     """
-    expected = module.state_dict()
+    ensure_fit(module.state_dict(), tensors, source)
+    module.load_state_dict(dict(tensors))
+
+
+def ensure_fit(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check that tensors have exactly the names and shapes of others, of any device.
+
+    Raises:
+        UserError: see ``load_strictly``.
+    """
     problems = [
         _list("missing", [name for name in expected if name not in tensors]),
         _list("left over", [name for name in tensors if name not in expected]),
@@ -92,7 +108,6 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str)
             f"{source}: the weights do not fit the configured network. Tensors {found}. "
             "Give the weights of this very architecture, or configure the one they belong to."
         )
-    module.load_state_dict(dict(tensors))
 
 
 def file_digest(path: Path) -> str:
@@ -100,6 +115,29 @@ def file_digest(path: Path) -> str:
     _require_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def bounded_memory(path: Path) -> Iterator[None]:
+    """Within, this process may take some times the file's size more memory, and a reserve.
+
+    Beyond that Python's or PyTorch's own error for want of memory is raised; where the system has
+    no such limit, nothing is.
+    """
+    try:
+        held = int(re.findall(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+    except (OSError, IndexError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    reserve = _RESERVE + (os.cpu_count() or 1) * _THREAD
+    wanted = 1024 * held + _COPIES * path.stat().st_size + reserve
+    allowed = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([wanted, *allowed]), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _require_file(path: Path) -> None:

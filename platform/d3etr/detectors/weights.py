@@ -19,6 +19,7 @@ from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.tensor_files import (
+    ensure_fit,
     file_digest,
     load_strictly,
     read_metadata,
@@ -110,6 +111,10 @@ def load_weights(path: Path) -> tuple[DetectionTransformer, WeightsInfo]:
         UserError: missing, truncated or foreign file, or tensors that do not fit.
     """
     info = read_info(path)
+    tensors = read_tensors(path)
+    with torch.device("meta"):  # what the file says of itself may be larger than this machine
+        expected = build_detector(info.detector, len(info.categories)).state_dict()
+    ensure_fit(expected, tensors, str(path))
     detector = build_detector(info.detector, len(info.categories))
-    load_strictly(detector, read_tensors(path), str(path))
+    load_strictly(detector, tensors, str(path))
     return detector.eval(), info

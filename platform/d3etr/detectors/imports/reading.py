@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d3etr.detectors.tensor_files import read_tensors
+from d3etr.detectors.tensor_files import bounded_memory, read_tensors
 from d3etr.errors import UserError
 
 CONFIG = "config.json"
@@ -21,6 +22,12 @@ PREPROCESSING = "preprocessor_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 _SHOWN = 4
+_UNPACKED = 4
+"""So many times its own size may a checkpoint unpack to."""
+_TIMES_FILE = 64
+"""So many times the file's size may all tensors be together: some share their numbers."""
+_LONGEST_NAME = 80
+_LONGEST_JSON = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ def _weights_files(folder: Path) -> tuple[Path, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > _LONGEST_JSON or not path.is_file():
+            raise UserError(f"{path}: {path.stat().st_size / 1e6:,.0f} MB are no {path.name}")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(
@@ -110,6 +119,7 @@ def read_checkpoint(path: Path) -> Found:
         )
     args = {} if state is content else content.get("args") or {}
     settings = vars(args) if isinstance(args, argparse.Namespace) else args
+    _ensure_backed(path, state)
     prefix = "module." if all(name.startswith("module.") for name in state) else ""
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return Found(tensors, (path,), settings if isinstance(settings, Mapping) else {})
@@ -117,24 +127,60 @@ def read_checkpoint(path: Path) -> Found:
 
 def _load(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no file: give a checkpoint of torch.save")
+        _ensure_not_packed(path)
+        with torch.serialization.safe_globals([argparse.Namespace]), bounded_memory(path):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): check it") from error
     except Exception as error:  # a damaged file can break the reader anywhere
         raise UserError(_unreadable(path, error)) from error
 
 
+def _ensure_not_packed(path: Path) -> None:
+    """Refuse a zip file that holds more than its size; ``torch.save`` packs nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > _UNPACKED * path.stat().st_size:
+        raise UserError(
+            f"{path}: unpacked it would be {size / 1e6:,.0f} MB, many times its own size, which "
+            "no checkpoint of torch.save is: get it from where it was made"
+        )
+
+
+def _ensure_backed(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that repeat few stored numbers many times: a copy would fill the memory."""
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    name = max(sizes, key=lambda one: sizes[one])
+    size = path.stat().st_size
+    if sizes[name] > size or sum(sizes.values()) > _TIMES_FILE * size:
+        raise UserError(
+            f"{path}: its tensors ({name[:_LONGEST_NAME]}: {sizes[name] / 1e6:,.0f} MB) are larger "
+            f"than the file ({size / 1e6:,.2f} MB): get it from where it was made"
+        )
+
+
 def _unreadable(path: Path, error: Exception) -> str:
     # Files of before PyTorch 1.6 cannot be listed, but their reader stops at the first one.
     names = _foreign_objects(path) or re.findall(r"GLOBAL (\S+)", str(error))[:1]
+    names = [name[:_LONGEST_NAME] for name in names[: 2 * _SHOWN]]
     if names:
         return (
             f"{path}: refused, as it holds more than weights: {', '.join(names)}. Reading those "
             "could execute code. If you trust the file, load it where it came from and save its "
             "state dict alone: torch.save(model.state_dict(), FILE)"
         )
-    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return (
+            f"{path}: asks for far more memory than a file of {path.stat().st_size:,} bytes can "
+            "fill: get it from where it was made"
+        )
+    first_line = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return (
         f"{path}: no whole checkpoint of torch.save ({first_line}). It may be cut off, or of "
         "another format: copy it again"
@@ -160,4 +206,4 @@ def _is_state(value: Any) -> bool:
 
 def _some(content: Mapping[Any, Any]) -> str:
     rest = ", ..." if len(content) > _SHOWN else ""
-    return ", ".join(repr(key) for key in list(content)[:_SHOWN]) + rest
+    return ", ".join(f"{key!r:.80}" for key in list(content)[:_SHOWN]) + rest
