@@ -6,6 +6,7 @@ import pytest
 
 from d3etr.config.load import load_config
 from d3etr.config.sweep import load_sweep
+from d3etr.config.tree import Config
 from d3etr.launch.sweeps.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,6 +19,7 @@ TEACHER = ("teacher.weights=teacher.safetensors",)
 NEEDED = {
     "own": DATA,
     "own/d3etr.yaml": TEACHER,
+    "own/inherited.yaml": ("student.initialise_from.weights=teacher.safetensors",),
 }
 """What a person has to add on the command line, by folder or recipe."""
 FOLDERS = sorted(p.parent.relative_to(RECIPES).as_posix() for p in RECIPES.rglob("plain.yaml"))
@@ -35,17 +37,40 @@ def test_recipes_are_valid(name: str) -> None:
     assert config.run.name != "run", "a recipe names its runs"
 
 
+def read(name: str) -> Config:
+    folder = name.split("/")[0]
+    return load_config(RECIPES / name, (*NEEDED.get(folder, ()), *NEEDED.get(name, ())))
+
+
 def test_students_of_one_comparison_differ_in_nothing_but_the_teaching() -> None:
     for folder in FOLDERS:
-        added = NEEDED.get(folder, ())
-        plain = load_config(RECIPES / folder / "plain.yaml", added)
-        more = (*added, *NEEDED.get(f"{folder}/d3etr.yaml", ()))
-        taught = load_config(RECIPES / folder / "d3etr.yaml", more)
+        plain, taught = read(f"{folder}/plain.yaml"), read(f"{folder}/d3etr.yaml")
         assert plain.data == taught.data
-        assert plain.student == taught.student
-        assert plain.optimisation == taught.optimisation
+        assert plain.student.detector == taught.student.detector
+        assert plain.student.backbone_weights == taught.student.backbone_weights
         assert plain.evaluation == taught.evaluation
         assert plain.run.seed == taught.run.seed
+        if folder != "digits":
+            assert plain.optimisation == taught.optimisation
+
+
+def test_a_student_that_inherits_has_a_plain_rival_that_inherits_the_same() -> None:
+    for folder in FOLDERS:
+        taught = read(f"{folder}/d3etr.yaml")
+        if taught.student.initialise_from is None:
+            continue
+        rival = read(f"{folder}/inherited.yaml")
+        assert rival.initial_weights == taught.initial_weights
+        assert rival.student.initialise_from is not None
+        assert rival.student.initialise_from.parts == taught.student.initialise_from.parts
+        # Both within the same time, each at its own rate.
+        ours = rival.optimisation.model_copy(
+            update={
+                "steps": taught.optimisation.steps,
+                "learning_rate": taught.optimisation.learning_rate,
+            }
+        )
+        assert ours == taught.optimisation
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "sweeps").glob("*.yaml")))
