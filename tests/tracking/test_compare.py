@@ -181,3 +181,45 @@ def test_numbers_read_well() -> None:
     many = blocks([step / 100 for step in range(101)], 1.0)
     assert len(many) <= 24 and many[-1] == "█"
     assert (duration(45), duration(720), duration(12240)) == ("45 s", "12 min", "3.4 h")
+
+
+@pytest.fixture
+def taught(make_config: MakeConfig, tmp_path: Path) -> Path:
+    """A D3ETR student of 20 steps and 100 s; plain ones of 52 s and, unless removed, 104 s."""
+    teacher: dict[str, Any] = {
+        "teacher": {"weights": "teacher.safetensors"},
+        "distillation": {"method": "d3etr"},
+    }
+    write_run(make_config("d3etr", **teacher), 0.40, training_cpu_seconds=100.0)
+    write_run(make_config("plain"), 0.20, training_cpu_seconds=52.0)
+    longer = make_config("longer", optimisation={"steps": 40})
+    write_run(longer, 0.36, training_cpu_seconds=104.0, steps=40)
+    return tmp_path / "runs"
+
+
+def test_a_gain_at_equal_time_is_over_the_strongest_plain_student_that_took_as_long(
+    taught: Path,
+) -> None:
+    comparison = compare(["d3etr", "plain", "longer"], taught)
+    [row] = comparison.to_json()["equal_time"]
+    assert row["rival"] == "plain student · longer" and not row["estimated"]
+    assert row["seconds"] == [100.0, 104.0], "CPU seconds, not the wall time of 80 s"
+    assert row["gain"] == pytest.approx(0.04)
+    text = shown(comparison)
+    assert "at equal time (CPU time of training steps)" in text and "+4.0" in text
+
+
+def test_without_a_plain_student_of_that_length_curves_are_read_at_the_same_time(
+    taught: Path,
+) -> None:
+    [row] = compare(["d3etr", "plain"], taught).to_json()["equal_time"]
+    assert row["estimated"] and row["seconds"] == [52.0, 52.0]
+    # D3ETR after 10.4 of its 20 steps, between 20 % at step 10 and 40 % at step 20.
+    assert row["mAP"] == [pytest.approx(0.208), pytest.approx(0.20)]
+    assert "from curves" in shown(compare(["d3etr", "plain"], taught))
+
+
+def test_time_is_not_compared_where_runs_do_not_say_what_they_cost(folders: Path) -> None:
+    by_wall = compare(["digits-d3etr", "digits-plain"], folders)
+    assert "wall time of training steps" in shown(by_wall), "all that older runs have"
+    assert compare(["digits-d3etr"], folders).to_json()["equal_time"] == []

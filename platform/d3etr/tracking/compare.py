@@ -10,11 +10,12 @@ from typing import Any
 
 from d3etr.errors import UserError
 from d3etr.tracking.description import recipe_name
+from d3etr.tracking.equal_time import CLOCKS, at_equal_time
 from d3etr.tracking.folders import FinishedRun, find_folders, read_run
 from d3etr.tracking.labels import distinct_labels
 
 METRICS = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-COSTS = ("parameters", "images_per_second", "training_seconds", "steps")
+COSTS = ("parameters", "images_per_second", *CLOCKS, "steps")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class RunGroup:
     def title(self) -> str:
         """Teacher, plain student, D3ETR student."""
         return self.runs[0].title
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher taught them."""
+        return self.runs[0].config.distillation.method != "none"
 
     @property
     def name(self) -> str:
@@ -162,6 +168,7 @@ class Comparison:
             "split": self.split,
             "baseline": self.baseline.label,
             "groups": [self._group_json(group) for group in self.groups],
+            "equal_time": [row.as_dict() for row in at_equal_time(self)],
             "differences": self.differences(),
             "cautions": self.cautions(),
         }

@@ -9,7 +9,15 @@ from html import escape
 from pathlib import Path
 
 from d3etr.tracking.compare import Comparison, RunGroup, Spread
-from d3etr.tracking.compare_text import RESULT_HEADINGS, percent, result_cells
+from d3etr.tracking.compare_text import (
+    EQUAL_TIME_HEADINGS,
+    RESULT_HEADINGS,
+    equal_time_cells,
+    equal_time_title,
+    percent,
+    result_cells,
+)
+from d3etr.tracking.equal_time import at_equal_time
 from d3etr.tracking.page.chart import Curve, draw_curves
 from d3etr.tracking.page.html import Cell, Head, note, section, swatch, table
 from d3etr.tracking.page.scenes import scene
@@ -46,6 +54,7 @@ def as_page(comparison: Comparison, pictures: Pictures | None = None) -> str:
         f"over {escape(comparison.baseline.label)}.</p>",
         *(note(caution) for caution in comparison.cautions()),
         _results(comparison, styles),
+        _equal_time(comparison),
         section("Validation mAP during training", *_curves(comparison, styles)),
         "" if pictures is None else _pictures(comparison, pictures),
         _classes(comparison, styles),
@@ -83,6 +92,15 @@ def _results(comparison: Comparison, styles: Styles) -> str:
     ]
     columns = [Head(text) for text in ("run", *RESULT_HEADINGS)]
     return table("Results; after ± the deviation over seeds", columns, rows)
+
+
+def _equal_time(comparison: Comparison) -> str:
+    rows = at_equal_time(comparison)
+    if not rows:
+        return ""
+    heads = [Head(text) for text in ("run", *EQUAL_TIME_HEADINGS)]
+    cells = [(Head(r.group.label), [Cell(text) for text in equal_time_cells(r)]) for r in rows]
+    return section("At equal time", table(equal_time_title(comparison, rows), heads, cells))
 
 
 def _curves(comparison: Comparison, styles: Styles) -> list[str]:

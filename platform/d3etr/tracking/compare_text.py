@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from d3etr.tracking.compare import Comparison, RunGroup, Spread
+from d3etr.tracking.equal_time import CLOCKS, EqualTime, at_equal_time, clock_of
 
 if TYPE_CHECKING:
     from d3etr.tracking.pictures import Objects, Pictures
@@ -28,6 +29,8 @@ def as_tables(comparison: Comparison, pictures: Pictures | None = None) -> Group
         pictures: what the runs detect on some images; None leaves the part out.
     """
     parts: list[RenderableType] = [results_table(comparison)]
+    if at_equal_time(comparison):
+        parts.append(equal_time_table(comparison))
     parts += [Text(caution, style="yellow") for caution in comparison.cautions()]
     if any(len(group.curve()) > 1 for group in comparison.groups):
         parts.append(curves_table(comparison))
@@ -83,6 +86,50 @@ def result_cells(comparison: Comparison, group: RunGroup) -> list[str]:
         "-" if seconds is None else duration(seconds.mean),
         ", ".join(str(seed) for seed in group.seeds),
     ]
+
+
+EQUAL_TIME_HEADINGS = ("time", "mAP", "strongest plain", "time", "mAP", "gain")
+
+
+def equal_time_cells(row: EqualTime) -> list[str]:
+    """Texts of a row at equal time, in the order of ``EQUAL_TIME_HEADINGS``."""
+    ours, theirs = (f"{100 * value:.1f}" for value in row.mAP)
+    gain = f"{100 * (row.mAP[0] - row.mAP[1]):+.1f}"
+    if row.estimated:
+        gain = f"{gain} (from curves)"
+    elif row.gain is not None:
+        gain = percent(row.gain, signed=True)
+    return [
+        duration(row.seconds[0]),
+        ours,
+        row.rival.label,
+        duration(row.seconds[1]),
+        theirs,
+        gain,
+    ]
+
+
+def equal_time_title(comparison: Comparison, rows: Sequence[EqualTime]) -> str:
+    """Which time, and what a gain from curves is."""
+    clock = clock_of([group for group in comparison.groups if group.title != "teacher"])
+    title = f"at equal time ({CLOCKS[clock or 'training_seconds']}), %"
+    if any(row.estimated for row in rows):
+        title += (
+            "; from curves: validation mAP when the shorter run ended, the longer one unfinished"
+        )
+    return title
+
+
+def equal_time_table(comparison: Comparison) -> Table:
+    """Each distilled student beside the strongest plain one within the same time."""
+    rows = at_equal_time(comparison)
+    table = Table(title=f"\n{equal_time_title(comparison, rows)}", title_justify="left", box=None)
+    table.add_column("run", no_wrap=True)
+    for heading in EQUAL_TIME_HEADINGS:
+        table.add_column(heading, justify="left" if heading.startswith("strong") else "right")
+    for row in rows:
+        table.add_row(row.group.label, *equal_time_cells(row))
+    return table
 
 
 def curves_table(comparison: Comparison) -> Table:
