@@ -26,13 +26,12 @@ from d3etr.errors import UserError
 from d3etr.training.context import SingleProcess
 from d3etr.training.fetching import together
 from d3etr.training.inputs import (
-    SUMMARY_KEY,
-    ensure_result_is_of,
     ensure_same_everywhere,
     remote_files,
     remote_folders,
     weight_digests,
 )
+from d3etr.training.results import INPUTS_KEY, Inputs
 from d3etr.training.run import run_training
 
 
@@ -109,10 +108,14 @@ def assert_same_result(run_dir: Path, reference: Path) -> None:
     ours, theirs = (
         json.loads((folder / "summary.json").read_text()) for folder in (run_dir, reference)
     )
-    assert ours[SUMMARY_KEY] == theirs[SUMMARY_KEY]
-    assert set(ours[SUMMARY_KEY]) == {
+    assert ours[INPUTS_KEY] == theirs[INPUTS_KEY]
+    assert set(ours[INPUTS_KEY]) == {
         "the training data",
+        "the training images",
         "the validation data",
+        "the validation images",
+        "the test data",
+        "the test images",
         "teacher.weights",
         "student.backbone_weights",
     }
@@ -192,14 +195,14 @@ def test_a_result_outlives_weights_on_a_storage_but_not_others_in_their_place(
 ) -> None:
     config = placed(make_config(), in_memory)
     summary = tmp_path / "summary.json"
-    summary.write_text(json.dumps({SUMMARY_KEY: weight_digests(config)}))
-    ensure_result_is_of(config, summary)
+    summary.write_text(json.dumps({INPUTS_KEY: weight_digests(config)}))
+    Inputs().ensure_result_is_of(config, tmp_path)
     files = fsspec.filesystem("memory")
     files.pipe("/shared/teacher.safetensors", b"another teacher")
     with pytest.raises(UserError, match=r"teacher\.weights is not what the run"):
-        ensure_result_is_of(config, summary)
+        Inputs().ensure_result_is_of(config, tmp_path)
     files.rm("/shared/teacher.safetensors")
-    ensure_result_is_of(config, summary)
+    Inputs().ensure_result_is_of(config, tmp_path)
 
 
 class Peers:

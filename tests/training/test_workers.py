@@ -16,7 +16,8 @@ from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.training.context import SingleProcess, Torchrun
 from d3etr.training.journal import read_journal
-from d3etr.training.run import read_summary, run_training
+from d3etr.training.run import run_training
+from d3etr.training.summary import read_summary
 
 WORKER = """
 import sys
@@ -24,6 +25,7 @@ from pathlib import Path
 from d3etr.config.tree import Config
 from d3etr.training.context import SingleProcess, Torchrun
 from d3etr.training.run import run_training
+from d3etr.training.summary import read_summary
 config = Config.model_validate_json(Path(sys.argv[1]).read_text())
 if sys.argv[3] == "alone":
     run_training(config, Path(sys.argv[2]), SingleProcess())
@@ -174,6 +176,7 @@ def test_a_teachers_cache_outlives_its_killed_writer_and_serves_two_workers(
     for name in ("killed", "beside", "two"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "without"), rel=1e-5)
     summary = read_summary(tmp_path / "two")
+    assert summary is not None
     assert summary["teacher_cache/computed"] == summary["teacher_cache/unkept"] == 0
     assert summary["teacher_cache/read"] == 4 * 24
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from d3etr.training.assembly import open_splits
 from d3etr.training.context import TrainContext
 from d3etr.training.evaluation import Evaluation, Evaluator
 from d3etr.training.journal import Journal
-from d3etr.training.run import JOURNAL_FILE, SUMMARY_FILE, read_summary
-from d3etr.training.storage import clear_disk_errors, temporary_beside, write_text
+from d3etr.training.run import JOURNAL_FILE
+from d3etr.training.storage import clear_disk_errors, temporary_beside
+from d3etr.training.summary import WEIGHTS_FILE, numbers, read_summary, write_summary
 from d3etr.training.teacher import check_same_classes
-
-WEIGHTS_FILE = "weights.safetensors"
 
 
 def measure_shipped(
@@ -42,8 +40,9 @@ def measure_shipped(
     Raises:
         UserError: the file is missing, or another detector than the recipe's.
     """
-    if (run_dir / SUMMARY_FILE).exists():
-        return read_summary(run_dir)
+    finished = read_summary(run_dir)
+    if finished is not None:
+        return numbers(finished)
     detector, info = load_weights(weights)
     splits = open_splits(config, context)
     _require_same_recipe(info, weights, config)
@@ -63,9 +62,9 @@ def measure_shipped(
     journal.write("evaluation", step, epoch=1, metrics=metrics | {"epoch": 1})
     _copy(weights, run_dir / WEIGHTS_FILE)
     summary = _summary(config, step, count_parameters(detector), validation, test)
-    journal.write("end", step, metrics=_numbers(summary))
-    write_text(run_dir / SUMMARY_FILE, json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    return read_summary(run_dir)
+    journal.write("end", step, metrics=numbers(summary))
+    write_summary(run_dir, summary)
+    return numbers(summary)
 
 
 def _evaluator(config: Config, split: DetectionSplit, context: TrainContext) -> Evaluator:
@@ -87,10 +86,6 @@ def _summary(
         "parameters": parameters,
         "images_per_second": validation.images_per_second,
     }
-
-
-def _numbers(summary: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in summary.items() if isinstance(value, int | float)}
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from d3etr.config.load import load_config
 from d3etr.config.tree import Config
 from d3etr.errors import RunFailedError as RunFailedError
 from d3etr.errors import UserError
@@ -22,8 +21,8 @@ from d3etr.launch.follower import JournalFollower
 from d3etr.launch.lock import RunLock
 from d3etr.launch.signals import terminable
 from d3etr.logs import get_logger
-from d3etr.training.inputs import ensure_result_is_of
 from d3etr.training.journal import Record
+from d3etr.training.results import Inputs
 
 logger = get_logger(__name__)
 
@@ -124,9 +123,11 @@ def drive(
         RunFailedError: training broke.
         RunInterrupted: Ctrl-C or a termination signal.
     """
-    if folder.config.exists():
-        ensure_same_recipe(folder, load_config(folder.config), config)
-    folder.prepare(config)
+    kept = folder.kept_config()
+    if kept is None:
+        folder.prepare(config)
+    else:
+        ensure_same_recipe(folder, kept, config)
     lock = RunLock(folder.path)
     try:
         with terminable(), lock, ExitStack() as later:
@@ -150,7 +151,7 @@ def _locked_run(
 ) -> RunResult:
     trained = folder.result() is None
     if not trained:
-        ensure_result_is_of(launch.config, folder.summary)
+        Inputs().ensure_result_is_of(launch.config, folder.path)
     tracker = None if open_tracker is None else open_tracker(launch.config, folder.path)
     if trained:
         _train(launch, folder, launcher, display, tracker)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
+import glob
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,13 +21,20 @@ from d3etr.config.load import (
     to_yaml,
 )
 from d3etr.config.overrides import Tree
+from d3etr.config.problems import ConfigError
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
+from d3etr.logs import get_logger
 from d3etr.training.storage import clear_disk_errors, write_text
+from d3etr.training.summary import SUMMARY_FILE, WEIGHTS_FILE, numbers, read_summary
+
+logger = get_logger(__name__)
 
 AnySection = TypeVar("AnySection", bound=Section)
 
 CONFIG_FILE = "config.yaml"
+DIGEST_PATTERN = "-[0-9a-f]{8}(-[0-9]+)?"
+"""What follows a run's name in its folder's."""
 SHOWN_RUNS = 10
 """So many runs are listed where a name does not fit one."""
 
@@ -48,24 +58,35 @@ class RunFolder:
     @property
     def summary(self) -> Path:
         """The final metrics; there once the run is finished."""
-        return self.path / "summary.json"
+        return self.path / SUMMARY_FILE
 
     @property
     def weights(self) -> Path:
         """The trained student."""
-        return self.path / "weights.safetensors"
+        return self.path / WEIGHTS_FILE
 
     def result(self) -> dict[str, float] | None:
-        """Final metrics of a finished run, None of any other."""
-        if not (self.summary.exists() and self.weights.exists()):
+        """Final metrics of a finished run, None of any other; see ``read_summary``."""
+        summary = read_summary(self.path)
+        return None if summary is None else numbers(summary)
+
+    def kept_config(self) -> Config | None:
+        """What the run was begun with; None where there is no run.
+
+        None also, with a warning, where the file is damaged.
+        """
+        if not self.config.exists():
             return None
-        summary = json.loads(self.summary.read_text(encoding="utf-8"))
-        values = summary.get("metrics", summary)
-        return {
-            name: float(value)
-            for name, value in values.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
+        try:
+            return load_config(self.config)
+        except ConfigError as error:
+            logger.warning("%s; its run counts as the one that its name says", error)
+            return None
+
+    def holds(self, config: Config) -> bool:
+        """Whether the run was begun with this configuration, as far as results go."""
+        kept = self.kept_config()
+        return kept is not None and _same(kept, config)
 
     def prepare(self, config: Config) -> None:
         """Make the folder and keep the configuration in it.
@@ -81,14 +102,37 @@ class RunFolder:
                 f"the run's folder {self.path} cannot be made: {error.strerror}. "
                 "Choose another place with run.output."
             ) from error
-        if not self.config.exists():
-            write_text(self.config, to_yaml(absolute_paths(config)))
+        write_text(self.config, to_yaml(absolute_paths(config)))
 
 
 def folder_of(config: Config) -> RunFolder:
-    """The folder of a configuration's run: its name holds the configuration's digest."""
+    """The folder of a configuration's run: the one that it was begun in, or a new one.
+
+    Its name holds a digest that leaves defaults out. Whose run it is, the configuration in it
+    says, which has every value: to another version of d3etr defaults may be others, and keys may
+    have other names. A key that has been added since has its default.
+    """
     name = f"{config.run.name}-{config_digest(config)}"
-    return RunFolder((config.run.output / name).absolute())
+    first = RunFolder((config.run.output / name).absolute())
+    kept = first.kept_config()
+    # Other places with the same content are the same run, and other content is noticed.
+    if kept is not None and config_digest(_placeless(kept)) == config_digest(_placeless(config)):
+        return first
+    for run in _runs_called(config.run.name, first.path.parent):
+        if run != first and run.holds(config):
+            return run
+    return first if kept is None else _next_free(first)
+
+
+def _runs_called(name: str, output: Path) -> list[RunFolder]:
+    begun = output.glob(f"{glob.escape(name)}-*/{CONFIG_FILE}")
+    pattern = re.compile(re.escape(name) + DIGEST_PATTERN)
+    return [RunFolder(file.parent) for file in sorted(begun) if pattern.fullmatch(file.parent.name)]
+
+
+def _next_free(first: RunFolder) -> RunFolder:
+    numbered = (RunFolder(first.path.with_name(f"{first.path.name}-{n}")) for n in count(2))
+    return next(folder for folder in numbered if not folder.config.exists())
 
 
 def absolute_paths(config: Config, root: Path | None = None) -> Config:
@@ -98,17 +142,22 @@ def absolute_paths(config: Config, root: Path | None = None) -> Config:
         config: with paths that are absolute or relative to ``root``.
         root: a folder; the working directory by default.
     """
-    return _absolute(config, root or Path.cwd())
+    base = root or Path.cwd()
+    return _with_paths(config, lambda path: base / path.expanduser())
 
 
-def _absolute(section: AnySection, root: Path) -> AnySection:
+def _placeless(config: Config) -> Config:
+    return _with_paths(config, lambda path: Path(path.name))
+
+
+def _with_paths(section: AnySection, change: Callable[[Path], Path]) -> AnySection:
     changes: dict[str, object] = {}
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, Path):
-            changes[name] = root / value.expanduser()
+            changes[name] = change(value)
         elif isinstance(value, Section):
-            changes[name] = _absolute(value, root)
+            changes[name] = _with_paths(value, change)
     return section.model_copy(update=changes)
 
 
@@ -159,7 +208,13 @@ def resumed_config(folder: RunFolder, overrides: list[str]) -> Config:
     Raises:
         UserError: an override would change the run's results.
     """
-    kept = load_config(folder.config, [])
+    try:
+        kept = load_config(folder.config)
+    except ConfigError as error:
+        raise UserError(
+            f"{error}\nThe run cannot be resumed by its name; the command that began it resumes it "
+            f"and writes {CONFIG_FILE} anew."
+        ) from error
     config = load_config(folder.config, overrides)
     ensure_same_recipe(folder, kept, config)
     return config
@@ -176,9 +231,9 @@ def ensure_same_recipe(folder: RunFolder, kept: Config, config: Config) -> None:
     Raises:
         UserError: naming the keys that differ.
     """
-    before, now = absolute_paths(kept), absolute_paths(config)
-    if config_digest(before) == config_digest(now):
+    if _same(kept, config):
         return
+    before, now = absolute_paths(kept), absolute_paths(config)
     changes = [
         f"\n  {key}: {old!r} there, {new!r} now"
         for key, old, new in _differences(plain_tree(before), plain_tree(now))
@@ -187,12 +242,16 @@ def ensure_same_recipe(folder: RunFolder, kept: Config, config: Config) -> None:
     raise UserError(
         f"the run {folder.path.name} was started with another configuration and cannot be "
         f"resumed with this one:{''.join(changes)}\n"
-        "Leave --resume out to start a run of its own."
+        "Give the run another name (run.name) to start a run of its own."
     )
 
 
+def _same(kept: Config, config: Config) -> bool:
+    return config_digest(absolute_paths(kept)) == config_digest(absolute_paths(config))
+
+
 def _has_influence(path: str) -> bool:
-    section, _, key = path.partition(".")
+    section, key = f"{path}.".split(".")[:2]
     return section not in SECTIONS_WITHOUT_INFLUENCE and key not in WITHOUT_INFLUENCE.get(
         section, frozenset()
     )

@@ -20,6 +20,7 @@ from d3etr.training.context import TrainContext
 from d3etr.training.ema import WeightAverage
 from d3etr.training.fetching import together
 from d3etr.training.inputs import (
+    data_digests,
     ensure_same_everywhere,
     remote_files,
     remote_folders,
@@ -193,8 +194,7 @@ def compile_detector(detector: DetectionTransformer, mode: str = "default") -> N
 
 
 def _digests(config: Config, splits: Splits) -> dict[str, str]:
-    return {
-        "the training data": splits.train.digest,
-        "the validation data": splits.validation.digest,
-        **weight_digests(config),
-    }
+    parts = [part for part in (splits.train, splits.validation, splits.test) if part is not None]
+    return {key: value for part in parts for key, value in data_digests(part).items()} | (
+        weight_digests(config)
+    )

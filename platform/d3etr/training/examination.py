@@ -16,8 +16,7 @@ from d3etr.training.evaluation import Evaluation, Evaluator
 from d3etr.training.journal import Journal
 from d3etr.training.stability import MatchingStability
 from d3etr.training.storage import clear_disk_errors
-
-WEIGHTS_FILE = "weights.safetensors"
+from d3etr.training.summary import WEIGHTS_FILE
 
 
 class Examination:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,18 +11,17 @@ import torch
 from d3etr.config.data import SplitConfig
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
+from d3etr.data.coco import DetectionSplit
 from d3etr.detectors.weights import file_digest
 from d3etr.errors import UserError
-from d3etr.logs import get_logger
 from d3etr.storage.fetch import fetch_file
-from d3etr.storage.problems import MissingFileError, UnreachableError
+from d3etr.storage.images import FetchedFolder, LocalFolder
+from d3etr.storage.problems import MissingFileError
 from d3etr.storage.reach import ensure_reachable
 from d3etr.training.context import TrainContext
 
-logger = get_logger(__name__)
-
-SUMMARY_KEY = "inputs"
-"""Where a run's summary keeps them."""
+HASHED_BYTES = 256 * 2**20
+"""Images of a split that together have at most so many bytes are compared byte by byte."""
 
 
 def weight_digests(config: Config) -> dict[str, str]:
@@ -31,21 +30,64 @@ def weight_digests(config: Config) -> dict[str, str]:
     Raises:
         UserError: a storage does not answer, or refuses.
     """
-    found = {key: _digest_of(file) for key, file in _weights(config).items()}
+    found = {key: file_content(file) for key, file in weights_of(config).items()}
     return {key: digest for key, digest in found.items() if digest is not None}
+
+
+def data_digests(split: DetectionSplit) -> dict[str, str]:
+    """What a split holds, by what error texts call it: annotations with names, and images."""
+    images = _images_digest(split)
+    found = {data_key(split.name): split.digest}
+    return found if images is None else found | {data_key(split.name, "images"): images}
+
+
+def data_key(split: str, what: str = "data") -> str:
+    """What digests and error texts call a split's annotations, or its images."""
+    return f"the {'training' if split == 'train' else split} {what}"
+
+
+def _images_digest(split: DetectionSplit) -> str | None:
+    """Of the images' content; None where they are elsewhere.
+
+    More than ``HASHED_BYTES`` on this machine count by their names and sizes only.
+    """
+    names, images = sorted({record.file_name for record in split.records}), split.images
+    if isinstance(images, FetchedFolder):
+        contents = [images.fetched.known[name].digest for name in names]
+    elif not isinstance(images, LocalFolder):
+        return None
+    elif sum(images.size(name) or 0 for name in names) > HASHED_BYTES:
+        return split.digest
+    else:
+        contents = [file_content(images.path(name)) or "" for name in names]
+    return hashlib.sha256("\n".join(contents).encode()).hexdigest()
 
 
 def remote_files(config: Config) -> dict[str, Url]:
     """The URLs of single files that a run reads, by key."""
-    places = {f"data.{name}.annotations": split.annotations for name, split in _splits(config)}
-    places |= _weights(config)
+    places = {f"data.{name}.annotations": split.annotations for name, split in splits_of(config)}
+    places |= weights_of(config)
     return {key: place for key, place in places.items() if isinstance(place, Url)}
 
 
 def remote_folders(config: Config) -> dict[str, Url]:
     """The URLs of image folders that a run reads, by key."""
-    places = {f"data.{name}.images": split.images for name, split in _splits(config)}
+    places = {f"data.{name}.images": split.images for name, split in splits_of(config)}
     return {key: place for key, place in places.items() if isinstance(place, Url)}
+
+
+def file_content(file: Url | Path) -> str | None:
+    """SHA-256 of a file, wherever it is; None if it is gone.
+
+    Raises:
+        UserError: a storage does not answer, or refuses.
+    """
+    if isinstance(file, Path):
+        return file_digest(file) if file.is_file() else None
+    try:
+        return fetch_file(file).known[file.name].digest
+    except MissingFileError:
+        return None
 
 
 def ensure_inputs_answer(configs: Iterable[Config]) -> None:
@@ -61,7 +103,8 @@ def ensure_inputs_answer(configs: Iterable[Config]) -> None:
     ensure_reachable(files, folders)
 
 
-def _splits(config: Config) -> list[tuple[str, SplitConfig]]:
+def splits_of(config: Config) -> list[tuple[str, SplitConfig]]:
+    """The splits that a run reads from places that the configuration names."""
     data = config.data
     splits = {"train": data.train, "validation": data.validation}
     if config.evaluation.test:
@@ -69,7 +112,8 @@ def _splits(config: Config) -> list[tuple[str, SplitConfig]]:
     return [(name, split) for name, split in splits.items() if split is not None]
 
 
-def _weights(config: Config) -> dict[str, Url | Path]:
+def weights_of(config: Config) -> dict[str, Url | Path]:
+    """The weights files that a run begins with, by key."""
     start = config.student.initialise_from
     files = {
         "student.backbone_weights": config.student.backbone_weights,
@@ -79,34 +123,24 @@ def _weights(config: Config) -> dict[str, Url | Path]:
     return {key: file for key, file in files.items() if isinstance(file, Url | Path)}
 
 
-def _digest_of(file: Url | Path) -> str | None:
-    """SHA-256 of a file, wherever it is; None if it is gone."""
-    if isinstance(file, Path):
-        return file_digest(file) if file.is_file() else None
-    try:
-        return fetch_file(file).known[file.name].digest
-    except MissingFileError:
-        return None
-
-
 def ensure_same_inputs(before: Mapping[str, str], now: Mapping[str, str], run_dir: Path) -> None:
     """Refuse to go on with a run, or to take its result, with other files.
 
     Args:
         before: digests that the run began with, by name.
-        now: those of today.
+        now: those of today; names that were not recorded then say nothing.
         run_dir: the run's folder.
 
     Raises:
         UserError: naming what changed.
     """
-    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    changed = sorted(name for name in before if before[name] != now.get(name))
     if changed:
-        verb = "is" if len(changed) == 1 else "are"
+        verb = "is" if len(changed) == 1 and not changed[0].endswith("images") else "are"
         raise UserError(
             f"{' and '.join(changed)} {verb} not what the run in {run_dir} began with: its "
             "results would belong to neither. Put the old files back, or give the run another "
-            "name (run.name) to start anew"
+            "name (run.name; a sweep: name) to start anew"
         )
 
 
@@ -137,25 +171,3 @@ def ensure_same_everywhere(digests: Mapping[str, str], context: TrainContext) ->
             "differ. A path must lead to the same content on every machine; what a URL names "
             "may have changed while machines fetched it: start the run again"
         )
-
-
-def ensure_result_is_of(config: Config, summary: Path) -> None:
-    """Refuse a finished run's result when a weights file that it began with has changed since.
-
-    A file that is gone says nothing: results outlive the teachers.
-
-    Args:
-        config: what is asked for now.
-        summary: the finished run's ``summary.json``.
-
-    Raises:
-        UserError: naming what changed.
-    """
-    recorded = json.loads(summary.read_text(encoding="utf-8")).get(SUMMARY_KEY, {})
-    try:
-        found = weight_digests(config)
-    except UnreachableError as error:
-        logger.warning("%s; the result in %s is taken to be of the same files", error, summary)
-        return
-    now = {key: value for key, value in found.items() if key in recorded}
-    ensure_same_inputs({key: recorded[key] for key in now}, now, summary.parent)

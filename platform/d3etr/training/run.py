@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,18 +27,19 @@ from d3etr.training.divergence import LossWindow
 from d3etr.training.evaluation import Evaluator
 from d3etr.training.examination import Examination
 from d3etr.training.fetching import JournalProgress
-from d3etr.training.inputs import SUMMARY_KEY
 from d3etr.training.journal import Journal
 from d3etr.training.loop import TrainingLoop
+from d3etr.training.results import INPUTS_KEY, STAMPS_KEY, Inputs
 from d3etr.training.resume import Progress, find_checkpoint, restore_state
 from d3etr.training.step import TrainingStep
 from d3etr.training.steplog import StepLog
-from d3etr.training.storage import clear_disk_errors, write_text
+from d3etr.training.storage import clear_disk_errors, read_json
+from d3etr.training.summary import SUMMARY_FILE, numbers, read_summary, write_summary
 from d3etr.training.teacher import idle_settings, qualify_teacher
 from d3etr.training.teacher_cache import TeacherCache, open_teacher_cache
 from d3etr.training.timing import PhaseTimer
 
-JOURNAL_FILE, SUMMARY_FILE, CHECKPOINTS = "journal.jsonl", "summary.json", "checkpoints"
+JOURNAL_FILE, CHECKPOINTS = "journal.jsonl", "checkpoints"
 
 
 def run_training(config: Config, run_dir: Path, context: TrainContext) -> dict[str, float]:
@@ -60,8 +60,9 @@ def run_training(config: Config, run_dir: Path, context: TrainContext) -> dict[s
         UserError: data, weights or the folder are not as they must be.
         TrainingDiverged: a loss became NaN or infinite.
     """
-    if _is_finished(run_dir, context):
-        return read_summary(run_dir)
+    finished = _finished(run_dir, context)
+    if finished is not None:
+        return finished
     if context.rank == 0:
         with clear_disk_errors("the run", run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -72,20 +73,13 @@ def run_training(config: Config, run_dir: Path, context: TrainContext) -> dict[s
         return run.finish()
 
 
-def read_summary(run_dir: Path) -> dict[str, float]:
-    """The numbers in the summary of a finished run."""
-    summary = json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
-    return _numbers(summary)
-
-
-def _numbers(summary: dict[str, Any]) -> dict[str, float]:
-    return {k: float(v) for k, v in summary.items() if isinstance(v, int | float)}
-
-
-def _is_finished(run_dir: Path, context: TrainContext) -> bool:
-    """Worker 0 looks, so that all workers do the same."""
-    finished = context.rank == 0 and (run_dir / SUMMARY_FILE).exists()
-    return bool(context.all_reduce(torch.tensor(int(finished), device=context.device)))
+def _finished(run_dir: Path, context: TrainContext) -> dict[str, float] | None:
+    """Metrics of a finished run, None of any other; worker 0 looks, so that all do the same."""
+    found = read_summary(run_dir) if context.rank == 0 else None
+    there = torch.tensor(int(found is not None), device=context.device)
+    if not context.all_reduce(there):
+        return None
+    return numbers(found if found is not None else read_json(run_dir / SUMMARY_FILE))
 
 
 class _Run:
@@ -110,6 +104,8 @@ class _Run:
         )
         self.saver = BackgroundSaver(self.store)
         opened.callback(self.saver.close)
+        # Before anything is read: what changes from now on has another stamp.
+        self.stamps = Inputs().stamps(config) if context.rank == 0 else {}
         self.splits: Splits = open_splits(config, context, JournalProgress(self.journal))
         self.loader = open_loader(config, self.splits.train, context)
         opened.callback(self.loader.close)
@@ -174,10 +170,9 @@ class _Run:
         self.examination.warn_at_the_end(self.progress.step)
         summary = self._summary(test) | self._cache_summary()
         if self.context.rank == 0:
-            self.journal.write("end", self.progress.step, metrics=_numbers(summary))
-            text = json.dumps(summary, indent=1, allow_nan=False)
-            write_text(self.run_dir / SUMMARY_FILE, text + "\n")
-        return _numbers(summary)
+            self.journal.write("end", self.progress.step, metrics=numbers(summary))
+            write_summary(self.run_dir, summary)
+        return numbers(summary)
 
     def _resume(self) -> Progress:
         """Go on from a checkpoint, or begin."""
@@ -253,7 +248,8 @@ class _Run:
             **self.log.cost.as_dict(),
             "seconds": time.perf_counter() - self.begun,
             "train/loss": self.log.last.get("train/loss", 0.0),
-            SUMMARY_KEY: dict(self.models.digests),
+            INPUTS_KEY: dict(self.models.digests),
+            STAMPS_KEY: self.stamps,
         }
         if self.progress.teacher_mAP is not None:
             summary["teacher/mAP"] = self.progress.teacher_mAP

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from d3etr.errors import UserError
+
+
+class DamagedFileError(UserError):
+    """A file that d3etr wrote is not what it wrote."""
+
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -65,6 +72,29 @@ def write_text(path: Path, text: str) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small file of JSON that d3etr wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedFileError: it holds no JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is damaged ({_first_line(error)})") from error
+    if not isinstance(content, dict):
+        found = type(content).__name__
+        raise DamagedFileError(f"{path} is damaged (found a {found}, expected an object)")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def link_or_copy(source: Path, target: Path) -> None:

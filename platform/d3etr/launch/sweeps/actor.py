@@ -15,6 +15,7 @@ from typing import Any
 from ray import tune
 
 from d3etr.config.tree import Config
+from d3etr.errors import UserError
 from d3etr.launch.console import Silence
 from d3etr.launch.driver import Launcher, RunResult, drive
 from d3etr.launch.folder import RunFolder, folder_of
@@ -25,8 +26,9 @@ from d3etr.launch.sweeps.trials import Trial
 from d3etr.training.checkpoints import CheckpointStore
 from d3etr.training.context import SingleProcess
 from d3etr.training.journal import Record, read_journal
-from d3etr.training.run import CHECKPOINTS, read_summary
+from d3etr.training.run import CHECKPOINTS
 from d3etr.training.storage import link_or_copy, write_text
+from d3etr.training.summary import is_number, read_summary
 
 LOCK_SECONDS = 60.0
 """After a driver's death its trials go on for some seconds and hold their folders."""
@@ -221,8 +223,14 @@ def _final(run_dir: Path) -> dict[str, Any]:
     """The last report: what the finished run found, at the epoch that it reached."""
     journal = read_journal(run_dir / "journal.jsonl")
     start = next(record for record in journal if record["kind"] == "start")
+    summary = read_summary(run_dir)
+    if summary is None or not is_number(summary.get("mAP")):
+        raise UserError(
+            f"{run_dir} has no validation mAP to compare trials by: does the validation split hold "
+            "objects?"
+        )
     return {
-        "mAP": read_summary(run_dir)["mAP"],
+        "mAP": summary["mAP"],
         "epoch": -(-start["steps"] // start["steps_per_epoch"]),
         "run_dir": str(run_dir),
         "final": True,

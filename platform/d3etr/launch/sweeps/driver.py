@@ -29,13 +29,16 @@ from d3etr.launch.sweeps.leaks import free_leaked_groups
 from d3etr.launch.sweeps.memory import curves
 from d3etr.launch.sweeps.numbers import Numbers
 from d3etr.launch.sweeps.observer import Observer
-from d3etr.launch.sweeps.outcome import State, TrialResult, best, read_summary
+from d3etr.launch.sweeps.outcome import State, TrialResult, best
 from d3etr.launch.sweeps.plan import Plan
+from d3etr.launch.sweeps.restoring import restored
 from d3etr.launch.sweeps.search import METRIC, MODE, Pruning, parameters, scheduler, searcher
 from d3etr.launch.sweeps.trials import Trial
 from d3etr.launch.sweeps.waiting import Waiting
 from d3etr.logs import get_logger
 from d3etr.training.inputs import ensure_inputs_answer
+from d3etr.training.results import Inputs
+from d3etr.training.summary import is_number, read_summary
 
 logger = get_logger(__name__)
 
@@ -196,13 +199,11 @@ def _fit(
     told = tune.with_parameters(run_trial, plan=plan, at_a_time=at_a_time)
     trainable = tune.with_resources(told, _resources(demand))
     place = plan.folder / TUNE_FOLDER / plan.folder.name
-    if tune.Tuner.can_restore(str(place)):
+    tuner = restored(plan, trainable, place)
+    if tuner is not None:
         tell(f"going on with {plan.folder.name}")
         for note in failure_note(plan, 0).parent.glob("*.txt"):
             note.unlink()
-        tuner = tune.Tuner.restore(
-            str(place), trainable, resume_unfinished=True, restart_errored=True
-        )
         _attach(tuner, observer, searcher(plan.sweep, at_a_time))
     else:
         shutil.rmtree(place, ignore_errors=True)
@@ -279,39 +280,34 @@ def collect(plan: Plan, grid: Iterable[tune.Result]) -> list[TrialResult]:
     Planned ones that Ray Tune does not know of are finished if their folders say so.
     """
     found: dict[int, TrialResult] = {}
+    inputs = Inputs()
     for result in grid:
         trial = plan.trial(result.config or {}, int(Path(result.path).name))
         found[trial.number] = _ended(plan, trial, result)
     for trial in plan.trials:
         if trial.number not in found:
-            found[trial.number] = _finished(trial, _folder(plan, trial)) or TrialResult(
-                trial, "unfinished"
-            )
+            # Perhaps in another sweep.
+            twin = plan.finished_twin(plan.config(trial), inputs)
+            found[trial.number] = _finished(trial, twin) or TrialResult(trial, "unfinished")
     return [found[number] for number in sorted(found)]
 
 
-def _folder(plan: Plan, trial: Trial) -> Path:
-    """Where a trial was trained, perhaps in another sweep; else where it would be."""
-    config = plan.config(trial)
-    return plan.finished_twin(config) or folder_of(config).path
-
-
-def _finished(trial: Trial, run_dir: Path) -> TrialResult | None:
+def _finished(trial: Trial, run_dir: Path | None, epoch: int | None = None) -> TrialResult | None:
     summary = read_summary(run_dir)
     if summary is None:
         return None
-    return TrialResult(trial, "finished", run_dir, summary, float(summary["mAP"]))
+    mAP = summary.get("mAP")
+    known = float(mAP) if is_number(mAP) else None
+    return TrialResult(trial, "finished", run_dir, summary, known, epoch)
 
 
 def _ended(plan: Plan, trial: Trial, result: tune.Result) -> TrialResult:
     metrics = result.metrics or {}
     folder = metrics.get("run_dir")
     run_dir = Path(folder) if folder else folder_of(plan.config(trial)).path
-    summary = read_summary(run_dir)
-    if summary is not None:
-        return TrialResult(
-            trial, "finished", run_dir, summary, float(summary["mAP"]), metrics.get("epoch")
-        )
+    finished = _finished(trial, run_dir, metrics.get("epoch"))
+    if finished is not None:
+        return finished
     note = failure_note(plan, trial.number)
     reason = note.read_text(encoding="utf-8") if note.exists() else None
     if result.error is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from d3etr.config.sweep import SweepConfig
 from d3etr.launch.sweeps.trials import Trial
+from d3etr.training.summary import is_number
 
 State = Literal["finished", "pruned", "failed", "unfinished"]
 
@@ -40,7 +40,7 @@ class TrialResult:
     def metric(self, name: str) -> float | None:
         """A number of the finished run, None if it is not finished or has no such number."""
         value = None if self.summary is None else self.summary.get(name)
-        return float(value) if isinstance(value, int | float) else None
+        return value if is_number(value) else None
 
 
 def best(results: Sequence[TrialResult]) -> TrialResult | None:
@@ -176,11 +176,3 @@ def _trial_json(result: TrialResult) -> dict[str, Any]:
         "reason": result.reason,
         "summary": result.summary,
     }
-
-
-def read_summary(run_dir: Path | None) -> dict[str, Any] | None:
-    """The summary of a finished run, None of any other."""
-    if run_dir is None or not (run_dir / "summary.json").exists():
-        return None
-    content: dict[str, Any] = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    return content

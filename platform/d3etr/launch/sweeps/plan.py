@@ -15,12 +15,16 @@ from d3etr.config.overrides import Tree, as_overrides
 from d3etr.config.problems import ConfigError, Problem
 from d3etr.config.sweep import SweepConfig
 from d3etr.config.tree import Config
-from d3etr.launch.folder import absolute_paths
+from d3etr.errors import UserError
+from d3etr.launch.folder import RunFolder, absolute_paths, ensure_same_recipe
 from d3etr.launch.sweeps.trials import Trial, planned_trials, random_points
+from d3etr.logs import get_logger
 from d3etr.tracking.address import embedded_uri
-from d3etr.training.inputs import ensure_result_is_of
+from d3etr.training.results import Inputs
+from d3etr.training.summary import SUMMARY_FILE
 
-SUMMARY_FILE = "summary.json"
+logger = get_logger(__name__)
+
 CHECKED_POINTS = 50
 """So many random points of a space that is searched are validated before anything starts."""
 NOT_SWEPT = ("run", "cluster", "tracking")
@@ -109,14 +113,38 @@ class Plan:
         """The same with paths that mean the same in every process and folder."""
         return absolute_paths(config, self.root)
 
-    def finished_twin(self, config: Config) -> Path | None:
-        """A run of the same configuration that has finished, by itself or in another sweep."""
-        digest = config_digest(config)
-        for pattern in (f"*-{digest}/{SUMMARY_FILE}", f"*/*-{digest}/{SUMMARY_FILE}"):
+    def finished_twin(self, config: Config, inputs: Inputs | None = None) -> Path | None:
+        """A run of the same configuration that has finished, by itself or in another sweep.
+
+        Args:
+            config: of a trial.
+            inputs: what runs read, looked at before.
+        """
+        digest, placed, inputs = config_digest(config), self.placed(config), inputs or Inputs()
+        for pattern in (f"*-{digest}*/{SUMMARY_FILE}", f"*/*-{digest}*/{SUMMARY_FILE}"):
             for summary in sorted(self.folder.parent.glob(pattern)):
-                ensure_result_is_of(self.placed(config), summary)
-                return summary.parent
+                run = RunFolder(summary.parent)
+                if run.result() is not None and run.holds(placed):
+                    try:
+                        inputs.ensure_result_is_of(placed, run.path)
+                    except UserError as error:
+                        logger.info("not the same run: %s", error)
+                    else:
+                        return run.path
         return None
+
+    def ensure_result_is_of(self, trial: Trial, run_dir: Path, inputs: Inputs) -> None:
+        """Refuse the result of a trial that was trained under other values or from other files.
+
+        Raises:
+            UserError: naming what changed.
+        """
+        config, run = self.placed(self.config(trial)), RunFolder(run_dir)
+        kept = run.kept_config()
+        if kept is not None:
+            ensure_same_recipe(run, kept, config)
+        if run.result() is not None:
+            inputs.ensure_result_is_of(config, run_dir)
 
 
 def make_plan(sweep: SweepConfig) -> Plan:
