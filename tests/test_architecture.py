@@ -29,6 +29,7 @@ TIERS = (
     {"data", "detectors"},
     {"distillation"},
     {"training", "inference"},
+    {"fonts"},
     {"drawing"},
     {"tracking"},
     {"launch"},

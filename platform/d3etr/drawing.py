@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from d3etr.config.arguments import described
 from d3etr.errors import UserError
+from d3etr.fonts import font_for, readable_names
 from d3etr.inference import Detections, ImageLike, read_image
 
 PALETTE = (
@@ -57,12 +58,13 @@ def draw(image: ImageLike, detections: Detections) -> Image.Image:
         picture = picture.copy()
     width = max(2, min(picture.size) // 200)
     canvas = ImageDraw.Draw(picture)
+    names = readable_names(zip(detections.labels.tolist(), detections.names, strict=True))
     # The most certain last, on top of the others.
     for index in reversed(range(len(detections))):
         colour = PALETTE[int(detections.labels[index]) % len(PALETTE)]
         x1, y1, x2, y2 = (np.asarray(detections.boxes_xyxy[index]) * factor).tolist()
         canvas.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=width)
-        text = f"{detections.names[index]} {detections.scores[index]:.2f}"
+        text = f"{names[index]} {detections.scores[index]:.2f}"
         _label(canvas, (x1, y1), text, colour, picture.size)
     return picture
 
@@ -75,10 +77,16 @@ def _label(
     size: tuple[int, int],
 ) -> None:
     """Write on a filled ground above a box's upper left corner, or within the picture."""
-    font = ImageFont.load_default(size=max(12, min(size) // 32))
+    font = _font(text, max(12, min(size) // 32))
     left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
     width, height = right - left + 4, bottom - top + 4
     x = max(0.0, min(corner[0], size[0] - width))
     y = corner[1] - height if corner[1] >= height else corner[1]
     canvas.rectangle((x, y, x + width, y + height), fill=colour)
     canvas.text((x + 2 - left, y + 2 - top), text, fill="white", font=font)
+
+
+def _font(text: str, size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own font, or one with the letters that it lacks."""
+    found = None if text.isascii() else font_for(text)
+    return ImageFont.load_default(size) if found is None else ImageFont.truetype(found, size)

@@ -88,6 +88,7 @@ def _views(
     config: Config, files: dict[str, Url | Path], split_name: Any, count: int
 ) -> list[ObjectView]:
     from d3etr.data.splits import open_split
+    from d3etr.fonts import readable_names
     from d3etr.inference import load
     from d3etr.tracking.figures.collect import object_view
     from d3etr.tracking.figures.look import look_at
@@ -101,7 +102,7 @@ def _views(
         name: {one.record.id: one for one in look_at(detector, split, records, config.data)}
         for name, detector in detectors.items()
     }
-    names = [category.name for category in split.categories]
+    names = readable_names((each.id, each.name) for each in split.categories)
     views = [object_view(split, record, seen, names) for record in records]
     found = [view for view in views if view is not None]
     if not found:

@@ -15,6 +15,7 @@ from d3etr.data.coco import DetectionSplit, ImageRecord
 from d3etr.data.splits import open_split
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import load_weights
+from d3etr.fonts import readable_names
 from d3etr.logs import get_logger
 from d3etr.storage.fetch import local_file
 from d3etr.tracking.description import role, title
@@ -93,7 +94,7 @@ def _draw_images(
         name: {one.record.id: one for one in look_at(detector, split, records, config.data)}
         for name, detector in {**detectors, **more}.items()
     }
-    names = [category.name for category in split.categories]
+    names = readable_names((each.id, each.name) for each in split.categories)
     scenes = [_scene(split, record, seen, list(detectors), names) for record in records]
     drawn = [
         save(draw_predictions(scenes, THRESHOLD, f"{SPLIT} images"), folder / "predictions.png")
@@ -152,7 +153,7 @@ def _draw_measured(
         metrics = evaluator.measure(detector).metrics
         if metrics is not None:
             precisions[name] = metrics.precision
-    names = [category.name for category in split.categories]
+    names = readable_names((each.id, each.name) for each in split.categories)
     whole = f"{len(part.records)} of {len(split.records)} {SPLIT} images"
     return save(draw_precision_recall(precisions, names, whole), path)
 

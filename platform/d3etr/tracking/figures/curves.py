@@ -193,4 +193,6 @@ def _percent(value: float | None) -> str:
 
 
 def _short(name: str, longest: int = 18) -> str:
+    # Matplotlib leaves labels that begin with an underscore out of legends.
+    name = f" {name}" if name.startswith("_") else name
     return name if len(name) <= longest else name[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"

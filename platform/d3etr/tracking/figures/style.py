@@ -16,9 +16,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from numpy.typing import NDArray
+
+from d3etr.fonts import default_font, font_for
 
 Array = NDArray[np.floating[Any]]
 Image = NDArray[np.uint8]
@@ -117,8 +121,22 @@ def empty_note(axes: Axes, text: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG whole or not at all."""
+    """Write a PNG whole or not at all; its texts in fonts that have their letters."""
+    for text in figure.findobj(Text):
+        _make_readable(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.png")
     figure.savefig(temporary, dpi=PIXELS_PER_INCH)
     return temporary.replace(path)
+
+
+def _make_readable(text: Text) -> None:
+    text.set_parse_math(False)  # a class may be called "$5"
+    if text.get_text().isascii():
+        return
+    font = font_for(text.get_text())
+    if font is None:
+        text.set_text("".join(char if font_for(char) else "?" for char in text.get_text()))
+    elif font != default_font():
+        fontManager.addfont(font)
+        text.set_fontfamily([*text.get_fontfamily(), FontProperties(fname=font).get_name()])
