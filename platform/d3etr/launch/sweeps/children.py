@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from d3etr.config.load import load_config
 from d3etr.config.tree import Config
+from d3etr.errors import UserError
 from d3etr.launch.console import Silence
 from d3etr.launch.driver import Status, Tracker
 from d3etr.launch.folder import RunFolder
@@ -45,16 +46,19 @@ class TrackedChildren:
     def __init__(self, open_child: OpenChild) -> None:
         self._open = open_child
         self._followed: dict[Path, _Child] = {}
+        self._asked: set[Path] = set()
         self._pool = ThreadPoolExecutor(1, "tracking")
 
     def follow(self, run_dir: Path, title: str) -> None:
         """Follow a run's journal from its beginning on."""
         if run_dir in self._followed:
             return
-        state, folder = read_state(run_dir), RunFolder(run_dir)
-        if state is not None and state.complete and folder.result() is not None:
-            return
+        self._asked.add(run_dir)
+        folder = RunFolder(run_dir)
         try:
+            state = read_state(run_dir)
+            if state is not None and state.complete and folder.result() is not None:
+                return
             tracker = self._open(load_config(folder.config), run_dir, title)
         except Exception as error:
             logger.warning("%s is not tracked: %s", run_dir.name, error)
@@ -68,6 +72,15 @@ class TrackedChildren:
         child = self._followed.pop(run_dir, None)
         if child is not None:
             self._pool.submit(_end, child, status)
+
+    def replay(self, run_dir: Path, title: str, status: Status) -> None:
+        """Send, in the background, what MLflow lacks of a run that ended under a driver before.
+
+        That driver may have died while it was sending.
+        """
+        if run_dir not in self._asked:
+            self.follow(run_dir, title)
+            self.end(run_dir, status)
 
     def close(self, status: Status) -> None:
         """End what is left and wait until everything was sent."""
@@ -108,6 +121,8 @@ class SweepTracking:
         """Send what the sweep found; register the best student."""
         from d3etr.tracking.sweeps import Swept
 
+        for result in results:
+            self._replay(result)
         self.children.close("KILLED")
         metric = table_metric(results)
         short = short_names(list(self._plan.sweep.space))
@@ -137,6 +152,16 @@ class SweepTracking:
         if winner is not None:
             self._register(swept[winner.trial.number])
 
+    def _replay(self, result: TrialResult) -> None:
+        if result.run_dir is None or result.state == "unfinished":
+            return
+        finished = result.state == "finished"
+        if not finished and not _was_broken_off(result.run_dir):
+            return
+        status: Status = "FAILED" if result.state == "failed" else "KILLED"
+        title = result.trial.title(self._plan.sweep)
+        self.children.replay(result.run_dir, title, "FINISHED" if finished else status)
+
     def how_to_open(self) -> list[str]:
         """What a person types and opens to see the trials in MLflow."""
         return self._run.how_to_open()
@@ -156,6 +181,15 @@ class SweepTracking:
         from d3etr.tracking.runs import open_tracker
 
         return open_tracker(config, run_dir, parent_run=self._run.run_id, name=title)
+
+
+def _was_broken_off(run_dir: Path) -> bool:
+    """Whether the run in MLflow was begun and not ended."""
+    try:
+        state = read_state(run_dir)
+    except UserError:  # damaged: following it says so
+        return True
+    return state is not None and not state.complete
 
 
 def _params(plan: Plan) -> dict[str, str]:
