@@ -1,7 +1,7 @@
 """COCO metrics of detections: ours beside pycocotools used plainly, equal in all twelve numbers.
 
 Both have read the annotations before. pycocotools begins with the list of dicts that it takes,
-ours with the array that workers gather.
+ours with the arrays that workers gather.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pycocotools.cocoeval import COCOeval
 
 from benchmarks.coco_shaped import CATEGORIES, Array, annotations, detections
 from benchmarks.side_by_side import Comparison, Scale, alternate
-from d3etr.training.coco_metrics import COCO_NAMES, CocoMetrics, GroundTruth
+from d3etr.config.data import SplitConfig
+from d3etr.data.coco import parse_split
+from d3etr.training.coco_metrics import COCO_NAMES, CocoMetrics, GroundTruth, SplitDetections
 
 IMAGES, SMOKE_IMAGES = 5_000, 50
 DETECTIONS = 100
@@ -74,12 +76,15 @@ class Ours:
     """What a run does at rank 0."""
 
     def __init__(self, file: Path, rows: Array) -> None:
-        self._truth, self._rows = GroundTruth(file, CATEGORIES), rows
+        split = parse_split("validation", SplitConfig(images=file.parent, annotations=file))
+        ids, labels = rows[:, :2].astype(np.int64).T
+        self._truth = GroundTruth(split)
+        self._found = SplitDetections(ids, labels, rows[:, 2], rows[:, 3:])
         self.numbers: list[float] = []
 
     def measure(self) -> None:
         """The same numbers."""
-        self.numbers = twelve(self._truth.measure(self._rows, DETECTIONS))
+        self.numbers = twelve(self._truth.measure(self._found, DETECTIONS))
 
 
 def as_results(rows: Array) -> list[dict[str, Any]]:

@@ -9,7 +9,9 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from d3etr.training.coco_metrics import COCO_NAMES, GroundTruth
+from d3etr.config.data import SplitConfig
+from d3etr.data.coco import parse_split
+from d3etr.training.coco_metrics import COCO_NAMES, CocoMetrics, GroundTruth, SplitDetections
 
 CATEGORIES = ((3, "cat"), (7, "dog"), (12, "cow"))
 IMAGES = 9
@@ -34,12 +36,24 @@ def annotations(random: np.random.Generator) -> list[dict[str, Any]]:
 
 
 def write(path: Path, entries: list[dict[str, Any]]) -> Path:
-    images = [{"id": 100 + i, "width": 256, "height": 256, "file_name": ""} for i in range(IMAGES)]
+    images = [
+        {"id": 100 + i, "width": 256, "height": 256, "file_name": f"{i}.png"} for i in range(IMAGES)
+    ]
     categories = [{"id": identity, "name": name} for identity, name in CATEGORIES]
     path.write_text(
         json.dumps({"images": images, "annotations": entries, "categories": categories})
     )
     return path
+
+
+def truth_of(path: Path) -> GroundTruth:
+    return GroundTruth(parse_split("test", SplitConfig(images=path.parent, annotations=path)))
+
+
+def measure(truth: GroundTruth, rows: np.ndarray, maximum: int = 100) -> CocoMetrics:
+    """Rows of image id, label, score, x1, y1, x2, y2."""
+    ids, labels = rows[:, :2].astype(np.int64).T
+    return truth.measure(SplitDetections(ids, labels, rows[:, 2], rows[:, 3:]), maximum)
 
 
 def detections(random: np.random.Generator, entries: list[dict[str, Any]]) -> np.ndarray:
@@ -81,7 +95,7 @@ def test_metrics_equal_plain_use_of_pycocotools(
     random = np.random.default_rng(seed)
     entries = annotations(random)
     path, rows = write(tmp_path / "truth.json", entries), detections(random, entries)
-    metrics = GroundTruth(path, CATEGORIES).measure(rows, maximum=100)
+    metrics = measure(truth_of(path), rows)
     assert capsys.readouterr().out == ""
     plain = plain_pycocotools(path, rows)
     found = [getattr(metrics, name) for name in COCO_NAMES]
@@ -93,17 +107,17 @@ def test_metrics_equal_plain_use_of_pycocotools(
 def test_measuring_twice_gives_the_same(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     entries = annotations(random)
-    truth = GroundTruth(write(tmp_path / "truth.json", entries), CATEGORIES)
+    truth = truth_of(write(tmp_path / "truth.json", entries))
     rows = detections(random, entries)
-    first, second = truth.measure(rows, 100), truth.measure(rows, 100)
+    first, second = measure(truth, rows), measure(truth, rows)
     assert first.as_dict() == second.as_dict()
 
 
 def test_classes_and_sizes_without_objects_are_left_out(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     entries = [e for e in annotations(random) if e["area"] >= 32**2]
-    metrics = GroundTruth(write(tmp_path / "truth.json", entries), CATEGORIES).measure(
-        detections(random, entries), 100
+    metrics = measure(
+        truth_of(write(tmp_path / "truth.json", entries)), detections(random, entries)
     )
     assert metrics.AP_small is None and metrics.per_class["cow"] is None
     assert {"mAP", "AP/cat", "AP/dog"} <= metrics.as_dict().keys()
@@ -111,37 +125,37 @@ def test_classes_and_sizes_without_objects_are_left_out(tmp_path: Path) -> None:
 
 
 def test_no_objects_at_all_give_no_numbers(tmp_path: Path) -> None:
-    truth = GroundTruth(write(tmp_path / "truth.json", []), CATEGORIES)
-    metrics = truth.measure(np.array([[100, 0, 0.9, 0, 0, 5, 5]]), 100)
+    truth = truth_of(write(tmp_path / "truth.json", []))
+    metrics = measure(truth, np.array([[100, 0, 0.9, 0, 0, 5, 5]]))
     assert (metrics.mAP, metrics.objects, metrics.images) == (None, 0, IMAGES)
     assert metrics.as_dict() == {}
 
 
 def test_no_detections_are_worth_nothing(tmp_path: Path) -> None:
     entries = annotations(np.random.default_rng(0))
-    truth = GroundTruth(write(tmp_path / "truth.json", entries), CATEGORIES)
-    assert truth.measure(np.zeros((0, 7)), 100).mAP == 0.0
+    truth = truth_of(write(tmp_path / "truth.json", entries))
+    assert measure(truth, np.zeros((0, 7))).mAP == 0.0
 
 
 def test_perfect_detections_are_worth_everything(tmp_path: Path) -> None:
     entry = {"image_id": 100, "category_id": 7, "bbox": [10, 10, 40, 40]}  # id, area, iscrowd lack
-    truth = GroundTruth(write(tmp_path / "truth.json", [entry]), CATEGORIES)
+    truth = truth_of(write(tmp_path / "truth.json", [entry]))
     rows = np.array([[100, 1, 0.9, 10, 10, 50, 50]])
-    assert truth.measure(rows, 100).mAP == pytest.approx(1.0)
+    assert measure(truth, rows).mAP == pytest.approx(1.0)
 
 
 def test_an_annotation_numbered_zero_is_found_like_any_other(tmp_path: Path) -> None:
     entry = {"id": 0, "image_id": 100, "category_id": 7, "bbox": [10, 10, 40, 40]}
-    truth = GroundTruth(write(tmp_path / "truth.json", [entry]), CATEGORIES)
-    assert truth.measure(np.array([[100, 1, 0.9, 10, 10, 50, 50]]), 100).mAP == pytest.approx(1.0)
+    truth = truth_of(write(tmp_path / "truth.json", [entry]))
+    assert measure(truth, np.array([[100, 1, 0.9, 10, 10, 50, 50]])).mAP == pytest.approx(1.0)
 
 
 def test_only_the_best_detections_of_an_image_count(tmp_path: Path) -> None:
     entry = {"image_id": 100, "category_id": 7, "bbox": [10, 10, 40, 40]}
-    truth = GroundTruth(write(tmp_path / "truth.json", [entry]), CATEGORIES)
+    truth = truth_of(write(tmp_path / "truth.json", [entry]))
     rows = np.array([[100, 1, 0.9, 90, 90, 99, 99], [100, 1, 0.8, 10, 10, 50, 50]])
-    assert truth.measure(rows, maximum=1).mAP == 0.0
-    both = truth.measure(rows, maximum=2)
+    assert measure(truth, rows, maximum=1).mAP == 0.0
+    both = measure(truth, rows, maximum=2)
     assert both.mAP == pytest.approx(0.5)
     assert (both.AR1, both.AR10, both.AR) == (0.0, 1.0, 1.0)
 
@@ -153,5 +167,5 @@ def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:
     marked = tmp_path / "marked.json"
     marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
     rows = detections(random, entries)
-    measured = [GroundTruth(file, CATEGORIES).measure(rows, 100) for file in (plain, marked)]
+    measured = [measure(truth_of(file), rows) for file in (plain, marked)]
     assert measured[0].as_dict() == measured[1].as_dict()

@@ -44,7 +44,7 @@ class ImageRecord:
         width: pixels, as annotated.
         height: pixels, as annotated.
         labels: [n] contiguous labels, indices into the split's categories.
-        boxes_xyxy: [n, 4] pixels, as annotated: what evaluation compares with. May reach over
+        boxes_xywh: [n, 4] pixels, as annotated: what evaluation compares with. May reach over
             the image's edge, as COCO's own tools leave it.
         areas: [n] square pixels, what evaluation sorts small, medium and large by.
         crowd: [n] bool; crowds are no training targets and are ignored in evaluation.
@@ -55,9 +55,14 @@ class ImageRecord:
     width: int
     height: int
     labels: NDArray[np.int64]
-    boxes_xyxy: NDArray[np.float64]
+    boxes_xywh: NDArray[np.float64]
     areas: NDArray[np.float64]
     crowd: NDArray[np.bool_]
+
+    @property
+    def boxes_xyxy(self) -> NDArray[np.float64]:
+        """[n, 4] corners of ``boxes_xywh``."""
+        return to_xyxy(self.boxes_xywh)
 
     def objects(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Training targets: labels [m] and boxes_xyxy [m, 4], clipped to the image, no crowds."""
@@ -91,7 +96,6 @@ class DetectionSplit:
         name: train, validation or test.
         images: the folder that file names are relative to.
         annotations: the COCO JSON, as configured.
-        annotation_file: the COCO JSON on this machine.
         categories: by rising id; a contiguous label is an index into this tuple.
         records: one per image, in the file's order.
         cleaning: what was dropped, clipped or set aside.
@@ -101,7 +105,6 @@ class DetectionSplit:
     name: str
     images: ImageFolder
     annotations: Location
-    annotation_file: Path
     categories: tuple[Category, ...]
     records: tuple[ImageRecord, ...]
     cleaning: Cleaning
@@ -158,7 +161,6 @@ def parse_split(
         name=name,
         images=images,
         annotations=split.annotations,
-        annotation_file=file,
         categories=raw.categories,
         records=records,
         cleaning=cleaning,
@@ -194,10 +196,15 @@ def _category_list(categories: set[tuple[int, str]]) -> str:
     return ", ".join(texts[:_SHOWN_IDS]) + (", ..." if len(texts) > _SHOWN_IDS else "") or "none"
 
 
+def to_xyxy(boxes_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[n, 4] corners of boxes given by corner, width and height."""
+    low = boxes_xywh[:, :2]
+    return np.concatenate([low, low + boxes_xywh[:, 2:]], axis=1)
+
+
 def _clean(raw: RawAnnotations) -> tuple[tuple[ImageRecord, ...], Cleaning]:
     """Drop what is no box and sort the rest by image."""
-    boxes = raw.boxes_xywh.copy()
-    boxes[:, 2:] += boxes[:, :2]
+    boxes = to_xyxy(raw.boxes_xywh)
     sizes = np.array([(image.width, image.height) for image in raw.images], dtype=np.float64)
     limits = np.tile(sizes[raw.image_index], 2)
     inside = np.clip(boxes, 0.0, limits)
@@ -212,21 +219,19 @@ def _clean(raw: RawAnnotations) -> tuple[tuple[ImageRecord, ...], Cleaning]:
     ends = np.cumsum(np.bincount(raw.image_index[order], minlength=len(raw.images)))
     parts = np.split(order, ends[:-1])
     records = tuple(
-        _record(raw, boxes, image, part) for image, part in zip(raw.images, parts, strict=True)
+        _record(raw, image, part) for image, part in zip(raw.images, parts, strict=True)
     )
     return records, cleaning
 
 
-def _record(
-    raw: RawAnnotations, boxes: NDArray[np.float64], image: RawImage, part: NDArray[np.intp]
-) -> ImageRecord:
+def _record(raw: RawAnnotations, image: RawImage, part: NDArray[np.intp]) -> ImageRecord:
     return ImageRecord(
         id=image.id,
         file_name=image.file_name,
         width=image.width,
         height=image.height,
         labels=raw.labels[part],
-        boxes_xyxy=boxes[part],
+        boxes_xywh=raw.boxes_xywh[part],
         areas=raw.areas[part],
         crowd=raw.crowd[part],
     )

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools.cocoeval import Params
 
+from d3etr.data.coco import DetectionSplit, ImageRecord
 from d3etr.training.coco_curves import Curves, curves
 from d3etr.training.coco_matching import Boxes, match, ranks
 
 Array = NDArray[np.float64]
+
+Integers = NDArray[np.int64]
 
 COCO_NAMES = (
     *("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
@@ -72,33 +72,43 @@ class CocoMetrics:
         return {name: value for name, value in values.items() if value is not None}
 
 
-class GroundTruth:
-    """The original annotations of an image set, crowds included, ready to be measured against.
+@dataclass(frozen=True, eq=False)
+class SplitDetections:
+    """n detections in images of one split.
 
-    Args:
-        annotations: COCO detection JSON.
-        categories: (id, name) of each class, in the order of the detector's labels.
-        image_ids: the images that count; None: all in the file.
+    Attributes:
+        image_ids: [n] the annotation file's ids: integers all the way, as float64 has gaps
+            above 2**53.
+        labels: [n] class indices.
+        scores: [n].
+        boxes_xyxy: [n, 4] in pixels of the original image.
     """
 
-    def __init__(
-        self,
-        annotations: Path,
-        categories: Sequence[tuple[int, str]],
-        image_ids: Sequence[int] | None = None,
-    ) -> None:
-        content = json.loads(annotations.read_bytes())
-        self._names = [name for _, name in categories]
-        ids = image_ids if image_ids is not None else [i["id"] for i in content["images"]]
-        self._image_ids = np.unique(np.array(ids, dtype=np.int64))
-        self._objects = self._read(content.get("annotations", []), [i for i, _ in categories])
+    image_ids: Integers
+    labels: Integers
+    scores: Array
+    boxes_xyxy: Array
 
-    def measure(self, detections: Array, maximum: int) -> CocoMetrics:
+
+class GroundTruth:
+    """The cleaned annotations of a split, crowds included, ready to be measured against.
+
+    Args:
+        split: what training reads is what is measured against: a box that reading dropped
+            does not count as missed.
+    """
+
+    def __init__(self, split: DetectionSplit) -> None:
+        self._names = [category.name for category in split.categories]
+        records = sorted(split.records, key=lambda record: record.id)
+        self._image_ids = np.array([record.id for record in records], dtype=np.int64)
+        self._objects = _objects(records, len(self._names))
+
+    def measure(self, detections: SplitDetections, maximum: int) -> CocoMetrics:
         """Measure detections.
 
         Args:
-            detections: [n, 7]: image id, label, score, x1, y1, x2, y2 in pixels of the
-                original image; those of other images do not count.
+            detections: those of images outside of the split do not count.
             maximum: detections per image and class that count, best first.
         """
         params = Params("bbox")
@@ -108,44 +118,26 @@ class GroundTruth:
         counts = self._counts(ranges)
         return self._metrics(curves(found, matches, counts, params.recThrs, (1, 10, maximum)))
 
-    def _counts(self, ranges: Array) -> NDArray[np.int64]:
+    def _counts(self, ranges: Array) -> Integers:
         """[C, A] objects of each class that count in each area range."""
         counted = ~(self._objects.crowd | self._objects.outside(ranges))
         label, classes = self._objects.pair % len(self._names), len(self._names)
         return np.stack([np.bincount(label[area], minlength=classes) for area in counted], -1)
 
-    def _read(self, entries: Sequence[dict[str, Any]], category_ids: Sequence[int]) -> Boxes:
-        """Objects, with what COCO takes for granted filled in where it lacks."""
-        classes = {identity: index for index, identity in enumerate(category_ids)}
-        images = {identity: index for index, identity in enumerate(self._image_ids.tolist())}
-        counted = [e for e in entries if e["image_id"] in images and e["category_id"] in classes]
-        boxes = np.array([e["bbox"] for e in counted], dtype=np.float64).reshape(-1, 4)
-        areas = [
-            e["bbox"][2] * e["bbox"][3] if e.get("area") is None else e["area"] for e in counted
-        ]
-        pairs = [images[e["image_id"]] * len(classes) + classes[e["category_id"]] for e in counted]
-        order = np.argsort(np.array(pairs, dtype=np.int64), kind="stable")
-        return Boxes(
-            pair=np.array(pairs, dtype=np.int64)[order],
-            xywh=boxes[order],
-            area=np.array(areas, dtype=np.float64)[order],
-            score=np.zeros(len(counted)),
-            crowd=np.array([bool(e.get("iscrowd", 0)) for e in counted], dtype=bool)[order],
-        )
-
-    def _detections(self, rows: Array, maximum: int) -> Boxes:
-        """Detections by pair and falling score, the best ``maximum`` of each pair."""
-        rows = rows[np.isin(rows[:, 0], self._image_ids)]
-        images = np.searchsorted(self._image_ids, rows[:, 0].astype(np.int64))
-        pair = images * len(self._names) + rows[:, 1].astype(np.int64)
-        order = np.lexsort((-rows[:, 2], pair))
+    def _detections(self, found: SplitDetections, maximum: int) -> Boxes:
+        """SplitDetections by pair and falling score, the best ``maximum`` of each pair."""
+        known = np.flatnonzero(np.isin(found.image_ids, self._image_ids))
+        images = np.searchsorted(self._image_ids, found.image_ids[known])
+        pair = images * len(self._names) + found.labels[known]
+        order = np.lexsort((-found.scores[known], pair))
         order = order[ranks(pair[order]) < maximum]
-        xywh = np.concatenate([rows[:, 3:5], rows[:, 5:7] - rows[:, 3:5]], axis=1)[order]
+        boxes = found.boxes_xyxy[known[order]]
+        xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
         return Boxes(
             pair=pair[order],
             xywh=xywh,
             area=xywh[:, 2] * xywh[:, 3],
-            score=rows[order, 2],
+            score=found.scores[known[order]],
             crowd=np.zeros(len(order), dtype=bool),
         )
 
@@ -170,6 +162,20 @@ class GroundTruth:
             images=len(self._image_ids),
             objects=int((~self._objects.crowd).sum()),
         )
+
+
+def _objects(records: Sequence[ImageRecord], classes: int) -> Boxes:
+    """Annotations by (image, class) pair, in the file's order within a pair, as in COCO."""
+    images = np.repeat(np.arange(len(records)), [len(record.labels) for record in records])
+    pair = images * classes + np.concatenate([record.labels for record in records])
+    order = np.argsort(pair, kind="stable")
+    return Boxes(
+        pair=pair[order],
+        xywh=np.concatenate([record.boxes_xywh for record in records])[order],
+        area=np.concatenate([record.areas for record in records])[order],
+        score=np.zeros(len(order)),
+        crowd=np.concatenate([record.crowd for record in records])[order],
+    )
 
 
 def _mean(precision: Array) -> float | None:

@@ -15,8 +15,8 @@ from d3etr.data.coco import DetectionSplit
 from d3etr.data.loading import evaluation_batches
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.postprocess import top_detections
-from d3etr.structures import DecoderOutputs, ImageBatch, Targets
-from d3etr.training.coco_metrics import CocoMetrics, GroundTruth
+from d3etr.structures import DecoderOutputs, ImageBatch, Targets, on_device
+from d3etr.training.coco_metrics import CocoMetrics, GroundTruth, SplitDetections
 from d3etr.training.context import TrainContext
 from d3etr.training.timing import PhaseTimer
 
@@ -47,7 +47,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Measures detectors on one split; the annotation file is read once.
+    """Measures detectors on one split.
 
     Args:
         split: images and annotations.
@@ -101,10 +101,10 @@ class Evaluator:
     def _detect_all(
         self, detector: DetectionTransformer, observe: Observer | None
     ) -> tuple[Tensor, float]:
-        """[n, 7] detections of this worker's images, and images per second."""
+        """``_rows`` of this worker's images, [n, 7], and images per second."""
         device = self._context.device
         timer = PhaseTimer(device)
-        found = [torch.zeros(0, 7, dtype=torch.float64, device=device)]
+        found = [torch.zeros(0, 7, dtype=torch.int64, device=device)]
         images_seen = 0
         for number, batch in enumerate(self._batches):
             images, targets = batch[0].to(device), batch[1].to(device)
@@ -122,12 +122,11 @@ class Evaluator:
 
     def _score(self, rows: Tensor) -> CocoMetrics:
         if self._truth is None:
-            self._truth = GroundTruth(
-                self.split.annotation_file,
-                [(category.id, category.name) for category in self.split.categories],
-                [record.id for record in self.split.records],
-            )
-        return self._truth.measure(rows.numpy(), self._maximum)
+            self._truth = GroundTruth(self.split)
+        numbers = rows[:, 2:].contiguous().view(torch.float64).numpy()
+        ids, labels = rows[:, 0].numpy(), rows[:, 1].numpy()
+        found = SplitDetections(ids, labels, numbers[:, 0], numbers[:, 1:])
+        return self._truth.measure(found, self._maximum)
 
     def _share(self, mAP: float | None) -> float | None:
         """Rank 0's value for all; a negative number stands for None on the way."""
@@ -142,8 +141,12 @@ class Evaluator:
 
 
 def _rows(outputs: DecoderOutputs, targets: Targets, maximum: int) -> Tensor:
-    """[B * K, 7] float64: image id, label, score, x1, y1, x2, y2 in pixels."""
+    """[B * K, 7] int64: image id, label, and the bits of float64 score, x1, y1, x2, y2 in pixels.
+
+    An id has up to 63 bits, which no float holds.
+    """
     scores, labels, boxes = top_detections(outputs, targets.original_sizes, maximum)
-    ids = torch.tensor(targets.image_ids, dtype=torch.float64).to(scores.device)
-    columns = [ids[:, None, None].expand(*scores.shape, 1), labels[..., None], scores[..., None]]
-    return torch.cat([*(column.double() for column in columns), boxes.double()], -1).flatten(0, 1)
+    ids = on_device(torch.tensor(targets.image_ids), labels.device)
+    integers = torch.stack([ids[:, None].expand_as(labels), labels], -1)
+    numbers = torch.cat([scores[..., None].double(), boxes.double()], -1)
+    return torch.cat([integers, numbers.view(torch.int64)], -1).flatten(0, 1)
