@@ -75,6 +75,40 @@ def test_area_is_the_files_own_where_it_has_one(write_split):
     assert split.records[0].areas.tolist() == [7.5, 20]
 
 
+@pytest.mark.parametrize("area", [-5, 0, 200, 1e30, float("nan"), float("inf"), 10**400])
+def test_an_area_that_cannot_be_the_boxs_is_replaced_and_named(write_split, caplog, area):
+    boxes = [annotation(3, 1, 0, [0, 0, 4, 5], area=area), annotation(4, 1, 0, [9, 9, 4, 5])]
+    with caplog.at_level(logging.WARNING):
+        split = read_split("train", write_split([(40, 30)], boxes))
+    assert split.records[0].areas.tolist() == [20, 20]
+    assert split.cleaning.implausible_area == (3,)
+    assert "1 boxes with an 'area'" in caplog.text and "annotation ids 3" in caplog.text
+
+
+@pytest.mark.parametrize("area", [0.1, 19, 20, 30, None])
+def test_areas_of_outlines_and_rounded_ones_are_kept_without_a_word(write_split, caplog, area):
+    split = read_split(
+        "train", write_split([(40, 30)], [annotation(1, 1, 0, [0, 0, 4, 5], area=area)])
+    )
+    assert split.records[0].areas.tolist() == [20 if area is None else area]
+    assert split.cleaning.implausible_area == () and caplog.text == ""
+
+
+def test_flags_of_other_formats_have_no_effect_and_are_named(write_split, caplog):
+    flags = [
+        {"ignore": 1},
+        {"difficult": "1"},
+        {"is_crowd": True},
+        {"ignore": 0},
+        {"iscrowd": None},
+    ]
+    boxes = [annotation(n, 1, 0, [0, 0, 9, 9], **flag) for n, flag in enumerate(flags)]
+    with caplog.at_level(logging.WARNING):
+        split = read_split("train", write_split([(40, 30)], boxes))
+    assert not split.records[0].crowd.any()
+    assert split.cleaning.foreign_flag == (0, 1, 2) and "they count as objects" in caplog.text
+
+
 def test_records_follow_their_images_when_annotations_are_mixed(write_split):
     annotations = [annotation(n, image, 0, [n, 1, 3, 3]) for n, image in enumerate((2, 1, 2, 1))]
     split = read_split("train", write_split([(40, 30), (40, 30)], annotations))
@@ -111,6 +145,8 @@ def _remove(path):
         (_set(["categories"], []), ["'categories' is empty"]),
         (_set(["images", 1, "id"], 1), ["image id 1 is used twice", "1.png", "2.png"]),
         (_set(["images", 1, "id"], "a"), ["images[1]", "'a'", "integer"]),
+        (_set(["images", 1, "id"], 2**63), ["images[1]", "63 bits"]),
+        (_set(["images", 1, "id"], 2.0**60), ["images[1]", "lost digits"]),
         (_set(["images", 1, "height"], 0), ["images[1] (id 2)", "height is 0"]),
         (_set(["images", 0, "file_name"], "../x.png"), ["(id 1)", "../x.png", "leaves"]),
         (_set(["images", 0, "file_name"], "/etc/passwd"), ["/etc/passwd", "leaves"]),

@@ -7,16 +7,22 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from d3etr.config.data import DataConfig, SplitConfig
-from d3etr.data.coco import DetectionSplit, ImageRecord, parse_split, require_same_categories
+from d3etr.data.coco import (
+    DetectionSplit,
+    ImageRecord,
+    parse_split,
+    require_same_categories,
+    shown_ids,
+)
 from d3etr.data.images import applies_rotation, load_image, open_image, orientation
 from d3etr.data.progress import Progress
-from d3etr.data.report import DataReport, SplitReport, shown_ids
+from d3etr.data.report import DataReport, SplitReport
 from d3etr.data.splits import configured_splits
 from d3etr.errors import UserError
 
@@ -122,10 +128,7 @@ def _report(split: DetectionSplit, looks: Sequence[_Look]) -> SplitReport:
         **_object_facts(split),
         image_sizes=dict(sizes.most_common()),
         modes=dict(Counter(look.mode for look in usable).most_common()),
-        zero_size=split.cleaning.zero_size,
-        outside=split.cleaning.outside,
-        clipped=split.cleaning.clipped,
-        crowd=split.cleaning.crowd,
+        **asdict(split.cleaning),
         without_objects=tuple(record.id for record in records if record.crowd.all()),
         rotated=tuple(look.record.id for look in usable if look.rotated),
         rotation_ignored=tuple(
@@ -193,10 +196,8 @@ def _errors(report: SplitReport) -> tuple[str, ...]:
 
 
 def _warnings(report: SplitReport, split: DetectionSplit) -> tuple[str, ...]:
-    found = []
-    if report.zero_size or report.outside:
-        dropped = len(report.zero_size) + len(report.outside)
-        found.append(f"{dropped} boxes have no area within their image and are dropped")
+    # Boxes are clipped in most data sets: sides are rounded.
+    found = split.cleaning.texts("zero_size", "outside", "implausible_area", "foreign_flag")
     empty = [name for name, count in report.boxes_per_category.items() if count == 0]
     if empty and report.name == "train":
         found.append(f"categories without a box to learn from: {', '.join(empty)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ __all__ = [
     "parse_split",
     "read_split",
     "require_same_categories",
+    "shown_ids",
 ]
 
 _LOGGER = get_logger(__name__)
@@ -80,12 +81,36 @@ class Cleaning:
         outside: dropped, because no part lies within the image.
         clipped: kept; their training target is the part within the image.
         crowd: kept for evaluation only.
+        implausible_area: kept; evaluation sorts them small, medium and large by width x height.
+        foreign_flag: kept as objects, though marked to be ignored in a way that is not COCO's.
     """
 
     zero_size: tuple[int, ...] = ()
     outside: tuple[int, ...] = ()
     clipped: tuple[int, ...] = ()
     crowd: tuple[int, ...] = ()
+    implausible_area: tuple[int, ...] = ()
+    foreign_flag: tuple[int, ...] = ()
+
+    def texts(self, *names: str) -> list[str]:
+        """What was done, a sentence for each of the fields ``names`` that is not empty."""
+        found = {name: getattr(self, name) for name in names}
+        return [
+            f"{len(ids)} boxes {_DONE[name]} (annotation ids {shown_ids(ids)})"
+            for name, ids in found.items()
+            if ids
+        ]
+
+
+_DONE = {
+    "zero_size": "dropped: width or height is not above 0",
+    "outside": "dropped: outside of the image",
+    "clipped": "clipped to the image for training",
+    "implausible_area": "with an 'area' that is not above 0 or is larger than the box: width x "
+    "height is taken instead",
+    "foreign_flag": "marked 'ignore', 'difficult' or the like, which has no effect in COCO files: "
+    "they count as objects; 'iscrowd': 1 would set them aside",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,9 +237,15 @@ def _clean(raw: RawAnnotations) -> tuple[tuple[ImageRecord, ...], Cleaning]:
     outside = ~zero & (inside[:, 2:] <= inside[:, :2]).any(1)
     kept = ~(zero | outside)
     clipped = kept & (inside != boxes).any(1) & ~raw.crowd
-    cleaning = Cleaning(
-        *(tuple(raw.ids[mask].tolist()) for mask in (zero, outside, clipped, kept & raw.crowd))
-    )
+    masks = {
+        "zero_size": zero,
+        "outside": outside,
+        "clipped": clipped,
+        "crowd": kept & raw.crowd,
+        "implausible_area": kept & raw.implausible_area,
+        "foreign_flag": kept & raw.foreign_flag,
+    }
+    cleaning = Cleaning(**{name: tuple(raw.ids[mask].tolist()) for name, mask in masks.items()})
     order = np.flatnonzero(kept)[np.argsort(raw.image_index[kept], kind="stable")]
     ends = np.cumsum(np.bincount(raw.image_index[order], minlength=len(raw.images)))
     parts = np.split(order, ends[:-1])
@@ -258,14 +289,11 @@ def _missing_text(split: DetectionSplit, missing: Sequence[ImageRecord]) -> str:
 
 
 def _log_cleaning(split: DetectionSplit) -> None:
-    reasons = {
-        "dropped: width or height is not above 0": split.cleaning.zero_size,
-        "dropped: outside of the image": split.cleaning.outside,
-        "clipped to the image for training": split.cleaning.clipped,
-    }
-    for reason, ids in reasons.items():
-        if ids:
-            shown = ", ".join(map(str, ids[:_SHOWN_IDS])) + (", ..." if len(ids) > 5 else "")
-            _LOGGER.warning(
-                "%s: %d boxes %s (annotation ids %s)", split.annotations, len(ids), reason, shown
-            )
+    for text in split.cleaning.texts(*_DONE):
+        _LOGGER.warning("%s: %s", split.annotations, text)
+
+
+def shown_ids(ids: Iterable[int]) -> str:
+    """The first few of ``ids``."""
+    texts = [str(number) for number in ids]
+    return ", ".join(texts[:_SHOWN_IDS]) + (", ..." if len(texts) > _SHOWN_IDS else "")

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from d3etr.errors import UserError
 
 _SHOWN_PROBLEMS = 8
 _KEYS = ("images", "annotations", "categories")
+_FOREIGN_FLAGS = ("ignore", "ignored", "difficult", "is_crowd", "isCrowd")
+"""What other formats set an object aside by; in COCO files it has no effect."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,11 @@ class RawAnnotations:
         image_index: [A] index into ``images``.
         labels: [A] index into ``categories``.
         boxes_xywh: [A, 4] pixels, as annotated.
-        areas: [A] square pixels: the outline's where the file has it, else width x height.
+        areas: [A] square pixels: the outline's where the file has a plausible one, else
+            width x height.
+        implausible_area: [A] bool: the file has an ``area`` that cannot be this box's.
         crowd: [A] bool.
+        foreign_flag: [A] bool: marked to be ignored in a way that is not COCO's.
         digest: sha256 of the file's bytes, hex.
     """
 
@@ -67,7 +72,9 @@ class RawAnnotations:
     labels: NDArray[np.int64]
     boxes_xywh: NDArray[np.float64]
     areas: NDArray[np.float64]
+    implausible_area: NDArray[np.bool_]
     crowd: NDArray[np.bool_]
+    foreign_flag: NDArray[np.bool_]
     digest: str
 
 
@@ -108,20 +115,38 @@ def read_annotations(path: Path) -> RawAnnotations:
         problems,
     )
     problems.raise_if_any()
-    table = np.array(rows, dtype=np.float64).reshape(-1, 9)
     # Ids may be above 2**53, where float64 has gaps.
-    integers = np.array([row[:3] for row in rows], dtype=np.int64).reshape(-1, 3)
+    integers = np.array([row.integers for row in rows], dtype=np.int64).reshape(-1, 3)
+    boxes = np.array([row.box for row in rows], dtype=np.float64).reshape(-1, 4)
+    areas, implausible = _plausible_areas(boxes, [row.area for row in rows])
     return RawAnnotations(
         categories=tuple(categories),
         images=tuple(images),
         ids=integers[:, 0],
         image_index=integers[:, 1],
         labels=integers[:, 2],
-        boxes_xywh=np.ascontiguousarray(table[:, 3:7]),
-        areas=table[:, 7].copy(),
-        crowd=table[:, 8].astype(np.bool_),
+        boxes_xywh=boxes,
+        areas=areas,
+        implausible_area=implausible,
+        crowd=np.array([row.crowd for row in rows], dtype=np.bool_),
+        foreign_flag=np.array([row.foreign_flag for row in rows], dtype=np.bool_),
         digest=digest,
     )
+
+
+def _plausible_areas(
+    boxes_xywh: NDArray[np.float64], given: list[float | None]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Areas [A] to evaluate by, and [A] whether the file's own cannot be its box's.
+
+    An outline is smaller than its box, often by far. It seems larger where sides are rounded,
+    or where width is counted from pixel to pixel: by a pixel each at most.
+    """
+    own = np.array([math.nan if area is None else area for area in given], dtype=np.float64)
+    sides = np.maximum(boxes_xywh[:, 2:], 0)
+    plausible = (own > 0) & (own <= 1.01 * np.prod(sides + 1, axis=1))
+    lacks = np.array([area is None for area in given], dtype=np.bool_)
+    return np.where(plausible, own, np.prod(sides, axis=1)), ~(plausible | lacks)
 
 
 def _load(path: Path) -> tuple[dict[str, list[Any]], str]:
@@ -157,11 +182,15 @@ def _with_lists(path: Path, content: object) -> dict[str, list[Any]]:
     return content
 
 
+_ID = "an integer id (63 bits at most, and not as a float above 2**53, which has lost digits)"
+
+
 def _integer(value: object) -> int | None:
-    """``value`` as int, or None; 640.0 counts, True and "640" do not."""
+    """``value`` as int of at most 63 bits, or None; 640.0 counts, True and "640" do not."""
     if isinstance(value, bool):
         return None
-    if isinstance(value, float) and value.is_integer():
+    # A larger float has lost digits: it may be another id than the one that was written.
+    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
         value = int(value)
     # Arrays hold ids as int64.
     return value if isinstance(value, int) and abs(value) < 2**63 else None
@@ -185,7 +214,7 @@ def _categories(entries: list[Any], problems: _Problems) -> list[Category]:
             continue
         number, name = _integer(entry["id"]), entry["name"]
         if number is None or not isinstance(name, str) or not name:
-            problems.add(f"{where}: expected an integer id and a name, found {entry!r:.80}")
+            problems.add(f"{where}: expected {_ID} and a name, found {entry!r:.80}")
         elif number in found:
             problems.add(f"{where}: category id {number} is used twice; ids must be unique")
         elif name in names:
@@ -222,7 +251,7 @@ def _images(entries: list[Any], problems: _Problems) -> list[RawImage]:
 
 def _image_problem(entry: dict[str, Any], number: int | None) -> str | None:
     if number is None:
-        return f"id is {entry['id']!r:.40}; expected an integer"
+        return f"id is {entry['id']!r:.40}; expected {_ID}"
     for key in ("width", "height"):
         side = _integer(entry[key])
         if side is None or side < 1:
@@ -244,14 +273,23 @@ def _file_name_problem(name: object) -> str | None:
     return None
 
 
+class _Row(NamedTuple):
+    """One annotation: (id, image index, label), its box, and what evaluation asks about it."""
+
+    integers: tuple[int, int, int]
+    box: tuple[float, ...]
+    area: float | None
+    crowd: bool
+    foreign_flag: bool
+
+
 def _annotations(
     entries: list[Any],
     image_index: dict[int, int],
     labels: dict[int, int],
     problems: _Problems,
-) -> list[tuple[float, ...]]:
-    """Rows of (id, image index, label, x, y, width, height, area, crowd)."""
-    rows: list[tuple[float, ...]] = []
+) -> list[_Row]:
+    rows: list[_Row] = []
     for position, entry in enumerate(entries):
         problem = _entry_problem(entry, ("image_id", "category_id", "bbox"))
         number = _integer(entry.get("id")) if isinstance(entry, dict) else None
@@ -261,16 +299,16 @@ def _annotations(
             where = f"annotations[{position}]" + ("" if number is None else f" (id {number})")
             problems.add(f"{where}: {problem}")
             continue
-        box = entry["bbox"]
-        area = entry.get("area")
+        identity = position if number is None else number
+        index, label = image_index[entry["image_id"]], labels[entry["category_id"]]
+        area, crowd = entry.get("area"), bool(entry.get("iscrowd"))
         rows.append(
-            (
-                position if number is None else number,
-                image_index[entry["image_id"]],
-                labels[entry["category_id"]],
-                *box,
-                max(box[2], 0) * max(box[3], 0) if area is None else area,
-                bool(entry.get("iscrowd", 0)),
+            _Row(
+                integers=(identity, index, label),
+                box=tuple(entry["bbox"]),
+                area=None if area is None else _any_float(area),
+                crowd=crowd,
+                foreign_flag=not crowd and any(_is_set(entry.get(k)) for k in _FOREIGN_FLAGS),
             )
         )
     return rows
@@ -290,9 +328,9 @@ def _annotation_problem(
     box = entry["bbox"]
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         return f"bbox is {box!r:.60}; expected [x, y, width, height] in pixels"
-    if not (entry.get("area") is None or _is_number(entry["area"])):
+    if not isinstance(entry.get("area"), int | float | None):
         return f"area is {entry['area']!r:.40}; expected square pixels"
-    if entry.get("iscrowd", 0) not in (0, 1):
+    if entry.get("iscrowd") not in (None, 0, 1):
         return f"iscrowd is {entry['iscrowd']!r:.40}; expected 0 or 1"
     return None
 
@@ -302,3 +340,12 @@ def _is_number(value: object) -> bool:
         return False
     # Far beyond any image, and still exact in float64.
     return math.isfinite(value) and abs(value) < 1e12
+
+
+def _any_float(value: float) -> float:
+    """``value``, also where it is an integer that no float holds."""
+    return float(value) if not abs(value) > 1e300 else math.inf
+
+
+def _is_set(flag: object) -> bool:
+    return flag in (1, "1", "true", "True", "yes")

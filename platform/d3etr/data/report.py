@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-_SHOWN = 5
+from d3etr.data.coco import shown_ids
+
 _SHOWN_MESSAGES = 10
 _LINE_LENGTH = 100
 _INDENT = 21
@@ -33,6 +34,8 @@ class SplitReport:
         outside: annotations dropped because they lie outside of their image.
         clipped: annotations clipped to their image for training.
         crowd: crowd annotations, ignored in training and evaluation.
+        implausible_area: annotations whose ``area`` cannot be their box's.
+        foreign_flag: annotations that count, though other formats' flags would ignore them.
         without_objects: images without any object; they are kept.
         rotated: images turned upright by their EXIF data.
         rotation_ignored: images whose EXIF rotation the annotations speak against.
@@ -59,6 +62,8 @@ class SplitReport:
     outside: tuple[int, ...] = ()
     clipped: tuple[int, ...] = ()
     crowd: tuple[int, ...] = ()
+    implausible_area: tuple[int, ...] = ()
+    foreign_flag: tuple[int, ...] = ()
     without_objects: tuple[int, ...] = ()
     rotated: tuple[int, ...] = ()
     rotation_ignored: tuple[int, ...] = ()
@@ -150,9 +155,3 @@ def _counts(counts: Mapping[str, int], shown: int = 6) -> str:
 
 def _ids(ids: tuple[int, ...], kind: str) -> str:
     return f"{len(ids)} ({kind} ids {shown_ids(ids)})" if ids else ""
-
-
-def shown_ids(ids: Iterable[int]) -> str:
-    """The first few of ``ids``."""
-    texts = [str(number) for number in ids]
-    return ", ".join(texts[:_SHOWN]) + (", ..." if len(texts) > _SHOWN else "")
