@@ -167,6 +167,8 @@ class DecoderOutputs:
         padding: [B, S] bool, True under padding, or None.
         states: [B, N, D] decoder states that the last layer's logits are read from.
         exclusive: an object has one class: the probabilities of all classes sum to 1 at most.
+        no_object: [L, B, N] log-probability that there is none, where classes are exclusive and
+            the outputs are a detector's own; else None.
     """
 
     logits: Tensor
@@ -177,6 +179,7 @@ class DecoderOutputs:
     padding: Tensor | None = None
     states: Tensor | None = None
     exclusive: bool = False
+    no_object: Tensor | None = None
 
     @property
     def self_attention(self) -> Tensor:

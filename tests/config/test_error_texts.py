@@ -126,6 +126,15 @@ def test_a_rule_between_sections_names_both_keys() -> None:
     assert "sampling_rate_factor has no effect on detector 'conditional_detr'" in text
 
 
+def test_settings_of_the_class_loss_belong_to_the_students_classification() -> None:
+    softmax = ("student.detector.name=detr", "student.detector.classification=softmax")
+    criterion = "optimisation.set_criterion"
+    text = refusal(f"{criterion}.focal_gamma=1.5", *softmax)
+    assert f"{criterion}.focal_gamma has no effect on a student with classification" in text
+    text = refusal(f"{criterion}.no_object_weight=0.2")
+    assert f"{criterion}.no_object_weight has no effect on a student with classification" in text
+
+
 def test_a_setting_without_effect_is_refused() -> None:
     text = refusal("distillation.warmup_steps=3")
     assert "  - distillation: method 'none' distils nothing: remove warmup_steps" in text

@@ -36,6 +36,20 @@ def test_a_recipe_holds_what_it_says_and_defaults_elsewhere(tmp_path: Path) -> N
     assert config.run.name == "run"
 
 
+def test_a_softmax_student_has_detrs_weights_of_the_class_term_unless_they_are_set() -> None:
+    softmax = ("student.detector.name=detr", "student.detector.classification=softmax")
+    for overrides, expected in (
+        ((), (2.0, 2.0)),
+        (softmax, (1.0, 1.0)),
+        ((*softmax, "optimisation.set_criterion.class_weight=3"), (3.0, 1.0)),
+    ):
+        config = minimal(*overrides)
+        criterion = config.optimisation.set_criterion
+        assert (criterion.class_weight, criterion.class_cost) == expected
+        settings = config.model_dump(exclude={"distillation"})
+        assert Config.model_validate(settings) == config
+
+
 def test_lists_become_tuples_and_text_becomes_paths() -> None:
     config = minimal(
         "student.detector.backbone.stage_widths=[8, 16]", "student.backbone_weights=a/b.safetensors"

@@ -36,7 +36,9 @@ class PredictionConfig(Section):
 
     weight: Weight = 2.0
     class_loss: Literal["focal", "bce", "kl"] = "focal"
-    """focal: |p' - p|^2 BCE(z, p'). bce: soft-target BCE. kl: softmax KL with temperature."""
+    """focal: |p' - p|^2 BCE(z, p'). bce: soft-target BCE. kl: softmax KL with temperature. p are a
+    detector's class probabilities and z their logits, log(p / (1 - p)), with ``classification:
+    softmax`` too; "no object" is what they leave, and kl, which compares shares of z, misses it."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Used by ``kl`` only."""
     class_weight: Weight = 4.0

@@ -1,6 +1,7 @@
 """Configuration of optimisation and evaluation."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import Field, model_validator
@@ -17,16 +18,31 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class SetCriterionConfig(Section):
-    """DETR's loss on ground truth: weights of the loss and of the Hungarian matching cost."""
+    """Loss on ground truth: weights of its terms and of the Hungarian matching cost.
+
+    Of classes: the focal loss of Conditional DETR, or DETR's cross entropy for a detector with
+    ``classification: softmax``.
+    """
 
     class_weight: Weight = 2.0
+    """A recipe for a student with ``classification: softmax`` has 1 unless it says otherwise."""
     l1_weight: Weight = 5.0
     giou_weight: Weight = 2.0
     class_cost: Weight = 2.0
+    """Likewise. Of the focal cost; of minus the probability where the detector that is matched has
+    ``classification: softmax``."""
     l1_cost: Weight = 5.0
     giou_cost: Weight = 2.0
     focal_alpha: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Of the focal loss, as ``focal_gamma``; neither goes with ``classification: softmax``."""
     focal_gamma: Annotated[float, Field(ge=0)] = 2.0
+    no_object_weight: Annotated[float, Field(gt=0)] = 0.1
+    """``classification: softmax`` only: weight of a query that should find nothing in the cross
+    entropy; one that should find an object has 1, and the sum is divided by all weights."""
+
+
+DETR_CRITERION: Mapping[str, float] = MappingProxyType({"class_weight": 1.0, "class_cost": 1.0})
+"""Defaults of ``SetCriterionConfig`` for a student with ``classification: softmax``."""
 
 
 class ScheduleConfig(Section):

@@ -10,7 +10,7 @@ from d3etr.config.detector import StudentConfig, TeacherConfig
 from d3etr.config.distillation import DistillationConfig
 from d3etr.config.infrastructure import ClusterConfig, RunConfig, TrackingConfig
 from d3etr.config.location import Location
-from d3etr.config.training import EvaluationConfig, OptimisationConfig, Precision
+from d3etr.config.training import DETR_CRITERION, EvaluationConfig, OptimisationConfig, Precision
 
 
 class Config(Section):
@@ -52,6 +52,17 @@ class Config(Section):
         return None if self.teacher is None else self.teacher.weights
 
     @model_validator(mode="after")
+    def _criterion_is_the_students(self) -> Self:
+        """Defaults of the class term that depend on another section: DETR's for a softmax."""
+        criterion = self.optimisation.set_criterion
+        unset = {k: v for k, v in DETR_CRITERION.items() if k not in criterion.model_fields_set}
+        if self.student.detector.classification == "softmax" and unset:
+            criterion = criterion.model_copy(update=unset)
+            optimisation = self.optimisation.model_copy(update={"set_criterion": criterion})
+            object.__setattr__(self, "optimisation", optimisation)  # as it is being made
+        return self
+
+    @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         if self.distillation.method == "none" and self.teacher is not None:
             raise ValueError(
@@ -73,6 +84,7 @@ class Config(Section):
                 "distillation.general_points, which are drawn anew in each step: remove it, or "
                 "set general_points.count to 0"
             )
+        self._criterion_fits()
         student = self.student.detector.name
         if self.optimisation.sampling_rate_factor != 1 and student != "deformable_detr":
             raise ValueError(
@@ -92,3 +104,16 @@ class Config(Section):
                 "the terms would never reach their weight"
             )
         return self
+
+    def _criterion_fits(self) -> None:
+        """Refuse settings of the class loss that the student does not learn by."""
+        criterion, kind = self.optimisation.set_criterion, self.student.detector.classification
+        focal = ("focal_alpha", "focal_gamma")
+        other = {"softmax": focal, "sigmoid": ("no_object_weight",)}[kind]
+        for key in other:
+            if getattr(criterion, key) != type(criterion).model_fields[key].default:
+                name = "cross entropy" if kind == "softmax" else "focal loss"
+                raise ValueError(
+                    f"optimisation.set_criterion.{key} has no effect on a student with "
+                    f"classification '{kind}', which learns by the {name}: remove it"
+                )

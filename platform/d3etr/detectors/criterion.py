@@ -1,13 +1,15 @@
 """DETR's set criterion on ground truth, all decoder layers at once.
 
-Focal classification, L1 and generalised IoU over the Hungarian assignment (Carion et al. 2020,
-section 3.1, with the focal loss of Conditional DETR). Losses are weight-free sums over layers,
-divided by the number of objects.
+Classification, L1 and generalised IoU over the Hungarian assignment (Carion et al. 2020, section
+3.1). Of classes it is the focal loss of Conditional DETR, or DETR's own cross entropy where classes
+are exclusive. Losses are weight-free sums over layers, divided by the number of objects; the cross
+entropy by the weights of all queries instead.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from d3etr.config.training import SetCriterionConfig
 from d3etr.matching.assignment import Assignment, CostBlock, gather_queries
@@ -31,17 +33,47 @@ def _matched_labels(targets: Targets, assignment: Assignment) -> Tensor:
     return labels.gather(2, assignment.columns)
 
 
-def _class_loss(
-    logits: Tensor, labels: Tensor, assignment: Assignment, config: SetCriterionConfig
+def query_weights(targets: Targets, queries: int, config: SetCriterionConfig) -> Tensor:
+    """Scalar: weights of all images' queries in the cross entropy of one layer, summed.
+
+    Args:
+        targets: ground truth; of each image, as many objects as there are queries are matched.
+        queries: N.
+        config: uses ``no_object_weight``.
+    """
+    matched = targets.objects.clamp(max=queries).sum().float()
+    return matched + config.no_object_weight * (len(targets.counts) * queries - matched)
+
+
+def _matched_logits(logits: Tensor, targets: Targets, assignment: Assignment) -> Tensor:
+    """[L, B, P] logits of the queries of each pair, of the class of their object."""
+    labels = _matched_labels(targets, assignment)
+    return gather_queries(logits, assignment.rows).gather(3, labels[..., None])[..., 0]
+
+
+def _focal_loss(
+    outputs: DecoderOutputs, targets: Targets, assignment: Assignment, config: SetCriterionConfig
 ) -> Tensor:
     """Sum of the focal loss: all logits as negatives, then matched ones turned positive.
 
     No one-hot target of [L, B, N, C] is built.
     """
+    logits = outputs.logits.float()
     _, negative = focal_terms(logits, config.focal_alpha, config.focal_gamma)
-    matched = gather_queries(logits, assignment.rows).gather(3, labels[..., None])[..., 0]
+    matched = _matched_logits(logits, targets, assignment)
     as_positive, as_negative = focal_terms(matched, config.focal_alpha, config.focal_gamma)
     return negative.sum() + ((as_positive - as_negative) * assignment.used).sum()
+
+
+def _cross_entropy(
+    outputs: DecoderOutputs, targets: Targets, assignment: Assignment, weight: float
+) -> Tensor:
+    """Sum of -log p: of "no object", times its weight, and of matched queries' classes instead."""
+    assert outputs.no_object is not None, "only a detector's own outputs are trained"
+    matched = _matched_logits(outputs.logits.float(), targets, assignment)
+    instead = gather_queries(outputs.no_object[..., None], assignment.rows)[..., 0]
+    own = softplus(-matched) + weight * instead
+    return (own * assignment.used).sum() - weight * outputs.no_object.sum()
 
 
 def set_losses(
@@ -50,6 +82,7 @@ def set_losses(
     assignment: Assignment,
     objects: Tensor,
     config: SetCriterionConfig,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Classification, L1 and GIoU losses of all layers.
 
@@ -58,23 +91,25 @@ def set_losses(
         targets: ground truth, padded to T objects.
         assignment: queries (rows) to objects (columns) of each layer and image.
         objects: scalar, the number of objects in the global batch.
-        config: focal parameters; weights are applied by the caller.
+        config: parameters of the class loss; weights of terms are applied by the caller.
+        weights: scalar, ``query_weights`` of the global batch; needed where classes are exclusive.
 
     Returns:
         Scalars ``class``, ``l1`` and ``giou``.
     """
     count = objects.clamp(min=1)
-    losses = {
-        "class": _class_loss(
-            outputs.logits.float(), _matched_labels(targets, assignment), assignment, config
-        )
-    }
+    if outputs.exclusive:
+        assert weights is not None, "the cross entropy is divided by the weights of all queries"
+        entropy = _cross_entropy(outputs, targets, assignment, config.no_object_weight)
+        losses = {"class": entropy / weights}
+    else:
+        losses = {"class": _focal_loss(outputs, targets, assignment, config) / count}
     boxes = gather_queries(outputs.boxes_cxcywh.float(), assignment.rows)
     layers = assignment.rows.shape[0]
     truth = gather_queries(
         targets.boxes_cxcywh[None].expand(layers, -1, -1, -1), assignment.columns
     )
-    losses["l1"] = ((boxes - truth).abs() * assignment.used[..., None]).sum()
+    losses["l1"] = ((boxes - truth).abs() * assignment.used[..., None]).sum() / count
     overlap = generalised_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))
-    losses["giou"] = ((1 - overlap) * assignment.used).sum()
-    return {name: loss / count for name, loss in losses.items()}
+    losses["giou"] = ((1 - overlap) * assignment.used).sum() / count
+    return losses

@@ -120,8 +120,9 @@ class DETR(SingleScaleDetector):
             hidden = layer(hidden, embedding, memory, sizes, trace)
             states.append(hidden)
         normed = self.decoder_norm(torch.stack(states))
-        logits = self.class_head(normed).float()
+        logits, no_object = self.class_head(normed).float(), None
         if self.exclusive:
+            no_object = logits[..., -1] - logits.logsumexp(-1)
             logits = sigmoid_logits(logits, self.classes)
         boxes = predict_boxes(self.box_head, normed)
-        return split_groups(memory, sizes, logits, boxes, normed[-1], trace, self.exclusive)
+        return split_groups(memory, sizes, logits, boxes, normed[-1], trace, no_object)

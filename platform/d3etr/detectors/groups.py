@@ -104,7 +104,7 @@ def split_groups(
     boxes: Tensor,
     states: Tensor,
     trace: AttentionTrace | None,
-    exclusive: bool = False,
+    no_object: Tensor | None = None,
 ) -> list[DecoderOutputs]:
     """Cut the outputs of all groups into one entry per group.
 
@@ -115,8 +115,9 @@ def split_groups(
         boxes: [L, B, N, 4] cxcywh in [0, 1].
         states: [B, N, D] of the last layer.
         trace: attention of all layers, or None.
-        exclusive: an object has one class.
+        no_object: [L, B, N] log-probability that there is none, where classes are exclusive.
     """
+    exclusive = no_object is not None
     groups = [
         DecoderOutputs(*parts[:2], None, None, memory.levels, memory.padding, parts[2], exclusive)
         for parts in zip(
@@ -126,6 +127,9 @@ def split_groups(
             strict=True,
         )
     ]
+    if no_object is not None:
+        parts = zip(groups, torch.split(no_object, sizes, 2), strict=True)
+        groups = [replace(group, no_object=part) for group, part in parts]
     if trace is None:
         return groups
     within = trace.self_maps(len(memory.tokens))

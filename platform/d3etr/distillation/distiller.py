@@ -22,7 +22,13 @@ from d3etr.distillation.layers import teacher_layers
 from d3etr.distillation.mixmatcher import Branch, mix
 from d3etr.distillation.queries import GeneralPoints, auxiliary_queries
 from d3etr.distillation.said import Said
-from d3etr.distillation.teaching import Normalisers, Taught, map_layers, normalisers, passed_on
+from d3etr.distillation.teaching import (
+    Normalisers,
+    Taught,
+    map_layers,
+    normalisers,
+    passed_on,
+)
 from d3etr.matching.assignment import Assignment, CostBlock, Solver
 from d3etr.structures import (
     DecoderOutputs,
@@ -173,13 +179,14 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def normalisers(self, targets: Targets, taught: Taught | None) -> Tensor:
-        """[2 + 3 L] sums that the losses of the global batch are divided by; add them up."""
+        """[4 + 3 L] sums that the losses of the global batch are divided by; add them up."""
         return normalisers(
             targets,
             taught,
-            self.student.config.queries,
-            self.student.config.decoder_layers,
+            self.student.config,
+            None if self.teacher is None else self.teacher.config,
             self.distillation,
+            self.criterion,
         ).pack()
 
     def forward(
@@ -355,7 +362,8 @@ class Distiller(nn.Module):
             "l1": config.l1_weight,
             "giou": config.giou_weight,
         }
-        terms = set_losses(outputs, targets, assignment, divisors.objects, config)
+        classes = divisors.classes[int(name == "auxiliary")]
+        terms = set_losses(outputs, targets, assignment, divisors.objects, config, classes)
         losses = {f"{name}/{term}": weights[term] * loss for term, loss in terms.items()}
         return assignment.doubted(losses)
 

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from d3etr.attention_maps import take_layers
+from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import DistillationConfig
+from d3etr.config.training import SetCriterionConfig
+from d3etr.detectors.criterion import query_weights
 from d3etr.distillation.correspondence import kept_pairs, share_of
 from d3etr.matching.assignment import gather_queries
 from d3etr.structures import DecoderOutputs, ObjectQueries, Targets
@@ -55,6 +58,7 @@ def map_layers(outputs: DecoderOutputs, layers: list[int]) -> DecoderOutputs:
         boxes_cxcywh=take_layers(outputs.boxes_cxcywh, layers),
         self_maps=None if self_maps is None else self_maps.layers(layers),
         cross_maps=None if cross_maps is None else cross_maps.layers(layers),
+        no_object=None,
     )
 
 
@@ -68,6 +72,7 @@ def select_queries(outputs: DecoderOutputs, index: Tensor) -> DecoderOutputs:
         boxes_cxcywh=gather_queries(outputs.boxes_cxcywh, every_layer),
         self_maps=None if self_maps is None else self_maps.pairs(every_layer),
         cross_maps=None if cross_maps is None else cross_maps.rows(every_layer),
+        no_object=None,
     )
 
 
@@ -117,6 +122,8 @@ class Normalisers:
     Attributes:
         objects: scalar, ground truth objects.
         images: scalar.
+        classes: [2] weights of the main and the auxiliary group's queries in the cross entropy of a
+            student whose classes are exclusive; else 0.
         fixed: [L] teacher confidence summed over the auxiliary group's queries.
         adaptive: [L] teacher confidence summed over the queries that can be matched: the most
             confident ones, so that the divisor does not depend on the student.
@@ -125,43 +132,61 @@ class Normalisers:
 
     objects: Tensor
     images: Tensor
+    classes: Tensor
     fixed: Tensor
     adaptive: Tensor
     general: Tensor
 
     def pack(self) -> Tensor:
-        """One vector [2 + 3 L], so that adding over workers takes one reduction."""
-        scalars = (self.objects[None], self.images[None])
+        """One vector [4 + 3 L], so that adding over workers takes one reduction."""
+        scalars = (self.objects[None], self.images[None], self.classes)
         return torch.cat([*scalars, self.fixed, self.adaptive, self.general])
 
     @staticmethod
     def unpack(packed: Tensor) -> Normalisers:
         """Inverse of ``pack``."""
-        return Normalisers(packed[0], packed[1], *packed[2:].chunk(3))
+        return Normalisers(packed[0], packed[1], packed[2:4], *packed[4:].chunk(3))
 
 
 def normalisers(
     targets: Targets,
     taught: Taught | None,
-    student_queries: int,
-    layers: int,
+    student: DetectorConfig,
+    teacher: DetectorConfig | None,
     config: DistillationConfig,
+    criterion: SetCriterionConfig,
 ) -> Normalisers:
     """The local sums of one batch; all are known before the student runs."""
     device = targets.labels.device
     objects = targets.objects.sum().float()
     images = torch.full_like(objects, len(targets.counts))
-    nothing = torch.zeros(layers, device=device)
+    nothing = torch.zeros(student.decoder_layers, device=device)
+    classes = torch.zeros(2, device=device)
+    if student.classification == "softmax":
+        sizes = (student.queries, _auxiliary_queries(taught, teacher, config))
+        classes = torch.stack([query_weights(targets, size, criterion) for size in sizes])
     if taught is None:
-        return Normalisers(objects, images, nothing, nothing, nothing)
-    kept = kept_pairs(student_queries, taught.outputs.queries, config.matched_pair_ratio)
+        return Normalisers(objects, images, classes, nothing, nothing, nothing)
+    kept = kept_pairs(student.queries, taught.outputs.queries, config.matched_pair_ratio)
     confidence = taught.outputs.confidence().float()
     return Normalisers(
         objects,
         images,
+        classes,
         fixed=taught.group.confidence().float().sum((1, 2)),
         adaptive=confidence.topk(kept, dim=2).values.sum((1, 2)),
         general=(
             nothing if taught.general is None else taught.general.confidence().float().sum((1, 2))
         ),
     )
+
+
+def _auxiliary_queries(
+    taught: Taught | None, teacher: DetectorConfig | None, config: DistillationConfig
+) -> int:
+    """Queries of the auxiliary group; 0 where there is none."""
+    if taught is not None:
+        return taught.group.queries
+    if teacher is None or not config.has_auxiliary_group:
+        return 0
+    return group_size(teacher.queries, config.teacher_query_ratio)

@@ -57,22 +57,26 @@ def box_costs(first: Tensor, second: Tensor, l1: float, giou: float) -> Tensor:
 def detection_costs(
     outputs: DecoderOutputs, targets: Targets, config: SetCriterionConfig
 ) -> Tensor:
-    """Hungarian matching cost of queries against ground truth (DETR; focal class cost).
+    """Hungarian matching cost of queries against ground truth.
 
-    Only the logits of classes that occur in an image are looked at.
+    Of classes: Conditional DETR's focal cost, or where classes are exclusive DETR's, minus the
+    probability. Only the logits of classes that occur in an image are looked at.
 
     Returns:
         [L, B, N, T]; columns beyond an image's object count are meaningless.
     """
     layers, batch, queries, _ = outputs.logits.shape
     labels = targets.labels[None, :, None].expand(layers, batch, queries, -1)
-    positive, negative = focal_terms(
-        outputs.logits.float().gather(-1, labels), config.focal_alpha, config.focal_gamma
-    )
+    logits = outputs.logits.float().gather(-1, labels)
+    if outputs.exclusive:
+        cost = -logits.sigmoid()
+    else:
+        positive, negative = focal_terms(logits, config.focal_alpha, config.focal_gamma)
+        cost = positive - negative
     boxes = box_costs(
         outputs.boxes_cxcywh.float(), targets.boxes_cxcywh[None], config.l1_cost, config.giou_cost
     )
-    return config.class_cost * (positive - negative) + boxes
+    return config.class_cost * cost + boxes
 
 
 def _l2_distance(logits: Tensor, teacher_logits: Tensor) -> Tensor:
