@@ -1,4 +1,4 @@
-"""The demonstration, made small: three runs, a table, commands that can be pasted."""
+"""The demonstration, made small: four runs, a table, commands that can be pasted."""
 
 import json
 import shlex
@@ -59,18 +59,21 @@ def arguments(*more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_three_runs_are_made_once_and_put_side_by_side(
+def test_four_runs_are_made_once_and_put_side_by_side(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments("--json")) == 0
     first = json.loads(capsys.readouterr().out)
-    assert [run["title"] for run in first] == ["teacher", "plain student", "D3ETR student"]
-    assert len({run["mlflow_run"] for run in first}) == 3, "three tracked runs"
+    titles = ["teacher", "plain student", "inherited student", "D3ETR student"]
+    assert [run["title"] for run in first] == titles
+    assert len({run["mlflow_run"] for run in first}) == 4, "four tracked runs"
     steps = [run["metrics"]["steps"] for run in first]
-    assert steps == [6000, 6, 6], "the shipped teacher's own, then the same for both students"
+    assert steps == [6000, 6, 6, 6], "the shipped teacher's own, then what was asked for"
     assert all("test/mAP" in run["metrics"] for run in first)
 
-    teacher, _, distilled = (Path(run["run_dir"]) for run in first)
+    teacher, _, inherited, distilled = (Path(run["run_dir"]) for run in first)
+    start = load_config(inherited / "config.yaml").initial_weights
+    assert start == teacher / "weights.safetensors"
     taught = load_config(distilled / "config.yaml").teacher
     assert taught is not None
     assert taught.weights == teacher / "weights.safetensors"

@@ -1,4 +1,4 @@
-"""``d3etr demo``: three runs on the embedded data, a table, and what to do next."""
+"""``d3etr demo``: four runs on the embedded data, a table, and what to do next."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def run_demo(options: Namespace) -> int:
     console = Console()
     console.print()
     console.print(report.comparison_table(runs))
+    print(report.equal_time(runs))
     console.print()
     # Not through rich: it would break commands at the terminal's edge.
     print(report.next_steps(runs))
@@ -62,7 +63,7 @@ def _say(text: str) -> None:
 
 COMMAND = Command(
     "demo",
-    "teacher, plain student and D3ETR student on the embedded data, side by side",
+    "teacher, plain, inherited and D3ETR student on the embedded data, side by side",
     _add_arguments,
     run_demo,
 )

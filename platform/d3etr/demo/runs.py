@@ -1,4 +1,4 @@
-"""The demonstration's three runs: same data, same seed, same number of steps for the students."""
+"""The demonstration's four runs: a teacher, and students of the same data, detector and seed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEACHER_WEIGHTS = Path("trainers", "weights", "digits-teacher.safetensors")
 
 @dataclass(frozen=True)
 class DemoRun:
-    """One of the three.
+    """One of the four.
 
     Attributes:
         title: for people.
@@ -46,31 +46,38 @@ def run_demo(
     overrides: Sequence[str] = (),
     stage: Callable[[str], None] = lambda text: None,
 ) -> list[DemoRun]:
-    """Teacher, plain student, D3ETR student; runs that are finished already are not repeated.
+    """Teacher, plain, inherited and D3ETR student; runs that are finished are not repeated.
+
+    The inherited student starts from the teacher's decoder, as the D3ETR student does, and is
+    otherwise plain; it trains for the time that the D3ETR student takes.
 
     Args:
         train_teacher: train the teacher instead of measuring the shipped one.
         launcher: who trains.
-        overrides: ``a.b=c`` texts for all three.
+        overrides: ``a.b=c`` texts for all four.
         stage: takes a sentence about what comes next.
 
     Returns:
-        The three runs in that order.
+        The four runs in that order.
 
     Raises:
         UserError: recipes or weights are not where they should be, or a run cannot start.
     """
     root = project_root()
     shipped = None if train_teacher else _shipped_weights(root)
-    # A run's folder is known before it starts: all three are validated before any does.
+    # A run's folder is known before it starts: all are validated before any does.
     # Other shipped weights are another run, and what they teach is another student.
     named = [] if shipped is None else [f"run.name=digits-teacher-{file_digest(shipped)[:8]}"]
     teacher = _config(root, "teacher", [*overrides, *named])
-    plain = _config(root, "plain", overrides)
-    taught_by = f"teacher.weights={folder_of(teacher).weights}"
-    distilled = _config(root, "d3etr", [*overrides, taught_by])
+    weights = folder_of(teacher).weights
+    start = f"student.initialise_from.weights={weights}"
+    students = {
+        "plain student": _config(root, "plain", overrides),
+        "inherited student": _config(root, "inherited", [*overrides, start]),
+        "D3ETR student": _config(root, "d3etr", [*overrides, f"teacher.weights={weights}"]),
+    }
 
-    stage(f"1/3  teacher: {'training' if shipped is None else 'measuring the shipped weights'}")
+    stage(f"1/4  teacher: {'training' if shipped is None else 'measuring the shipped weights'}")
     if shipped is None:
         runs = [DemoRun("teacher", teacher, launch(teacher, launcher=launcher))]
     else:
@@ -80,11 +87,10 @@ def run_demo(
         runs = [DemoRun("teacher", teacher, measured)]
         mAP = 100 * measured.metrics.get("mAP", 0.0)
         stage(f"     it reaches {mAP:.1f} mAP on the validation split")
-    with _one_cluster(plain, launcher, stage):
-        stage("2/3  plain student")
-        runs.append(DemoRun("plain student", plain, launch(plain, launcher=launcher)))
-        stage("3/3  D3ETR student")
-        runs.append(DemoRun("D3ETR student", distilled, launch(distilled, launcher=launcher)))
+    with _one_cluster(students["plain student"], launcher, stage):
+        for number, (title, config) in enumerate(students.items(), start=2):
+            stage(f"{number}/4  {title}")
+            runs.append(DemoRun(title, config, launch(config, launcher=launcher)))
     return runs
 
 
