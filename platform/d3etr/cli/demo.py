@@ -50,8 +50,7 @@ def run_demo(options: Namespace) -> int:
     console = Console()
     console.print()
     console.print(report.comparison_table(runs))
-    print(report.equal_time(runs))
-    console.print()
+    console.print(report.equal_time(runs))
     # Not through rich: it would break commands at the terminal's edge.
     print(report.next_steps(runs))
     return 0

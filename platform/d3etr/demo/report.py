@@ -30,7 +30,7 @@ The same on data of your own (COCO format; put your paths into the first two lin
     --set "$VALIDATION" --set student.initialise_from.weights="$TEACHER"
   {python} trainers/run.py trainers/recipes/own/d3etr.yaml --set "$TRAIN" --set "$VALIDATION" \\
     --set teacher.weights="$TEACHER\""""
-HEADINGS = ("mAP", "gain", "AP50", "parameters", "images/s", "steps", "training")
+HEADINGS = ("mAP", "gain", "AP50", "parameters", "images/s", "training")
 """What of a comparison fits on any terminal."""
 
 
