@@ -1,5 +1,5 @@
 """``python -m d3etr`` is ``d3etr``."""
 
-from d3etr.cli.main import program
+from d3etr.cli import program
 
 program()

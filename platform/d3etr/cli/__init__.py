@@ -1,5 +1,17 @@
 """The command line: ``d3etr COMMAND``. Each command is a file; nothing here is slow to import."""
 
-from d3etr.cli.main import main, program
+from collections.abc import Sequence
+from typing import NoReturn
 
-__all__ = ["main", "program"]
+from d3etr.launch import ending
+
+
+def program(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command as all that this process does, and end it with the exit code."""
+    ending.program(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    from d3etr.cli.main import whole  # signals are noted while it is imported
+
+    return whole(arguments)

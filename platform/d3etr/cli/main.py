@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
-from typing import NoReturn
 
 from d3etr.cli import (
     attention,
@@ -30,7 +29,8 @@ from d3etr.cli import (
 )
 from d3etr.cli.command import Command
 from d3etr.errors import RunFailedError, UserError
-from d3etr.launch import ending
+from d3etr.launch.ending import say_interrupted
+from d3etr.launch.signals import end_wanted
 from d3etr.logs import LINES, make_plain
 from d3etr.text import printable, safe
 
@@ -51,16 +51,9 @@ COMMANDS: tuple[Command, ...] = (
 )
 FAILED = 1
 USER_MISTAKE = 2
-INTERRUPTED = 130
-"""128 + SIGINT, as shells have it."""
 
 
-def program(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command as all that this process does, and end it with the exit code."""
-    ending.program(lambda: _whole(arguments))
-
-
-def _whole(arguments: Sequence[str] | None) -> int:
+def whole(arguments: Sequence[str] | None = None) -> int:
     """``main``; the traceback of a fault of ours loses credentials too."""
     try:
         return main(arguments)
@@ -95,19 +88,23 @@ def _run(options: Namespace) -> int:
     command: Command = options.command
     try:
         return command.run(options)
-    except UserError as error:
-        print(f"error: {printable(error, LINES)}", file=sys.stderr)
-        return USER_MISTAKE
-    except RunFailedError as error:
-        print(f"error: {printable(error, LINES)}", file=sys.stderr)
-        return FAILED
     except KeyboardInterrupt as stop:
-        print(stop if str(stop) else "interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
+        return say_interrupted(stop)
+    except Exception as error:
+        # Some libraries turn an interruption into an error of their own.
+        return say_interrupted() if end_wanted() else _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """Say what went wrong; the exit code."""
+    if isinstance(error, BrokenPipeError):
         # The reader, such as head, has seen enough; nothing may be flushed into its pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if not isinstance(error, UserError | RunFailedError):
+        raise error
+    print(f"error: {printable(error, LINES)}", file=sys.stderr)
+    return USER_MISTAKE if isinstance(error, UserError) else FAILED
 
 
 def _parser() -> ArgumentParser:

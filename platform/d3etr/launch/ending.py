@@ -7,21 +7,28 @@ disconnects: its results are written and its words said, then the process is ove
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+from d3etr.launch.leftovers import end_family
+from d3etr.launch.signals import end_wanted, hold, note_signals
 from d3etr.logs import get_logger
 
 logger = get_logger(__name__)
 
 END_SECONDS = 30.0
 """What is done at the end has so long."""
+POLL_SECONDS = 0.2
+INTERRUPTED = 130
+"""The exit code of a command that a signal ended: 128 + SIGINT, as shells have it."""
 
 
 @dataclass
@@ -51,17 +58,52 @@ def program(command: Callable[[], int]) -> NoReturn:
     Args:
         command: returns the exit code.
     """
+    note_signals(_end_at_once)
     ending = _Ending()
     _ending.set(ending)
-    code = command()
+    try:
+        code = command()
+        hold()
+    except KeyboardInterrupt as stop:  # before the command could take it, or as it returned
+        hold()
+        code = say_interrupted(stop)
     for stream in (sys.stdout, sys.stderr):
         attempt(stream.flush)
     for action in ending.last:
         attempt_within(END_SECONDS, action)
+    if end_wanted() and not (ending.last or ending.at_once):
+        # Python ends itself by SIGINT, whatever the code, if one met it inside of exec().
+        attempt_within(END_SECONDS, atexit._run_exitfuncs)
+        ending.at_once = True
     if ending.last or ending.at_once:
         logging.shutdown()
         os._exit(code)
     sys.exit(code)
+
+
+def say_interrupted(stop: BaseException | None = None) -> int:
+    """Say that a signal ended the command.
+
+    Args:
+        stop: has more to say than that, perhaps.
+
+    Returns:
+        The exit code.
+    """
+    attempt(lambda: print(str(stop or "") or "interrupted", file=sys.stderr))
+    return INTERRUPTED
+
+
+def _end_at_once() -> NoReturn:
+    """On a second wish to end: what was saved is whole, as after a power cut."""
+    say_interrupted(KeyboardInterrupt("interrupted again: ended at once; what was saved is whole"))
+    attempt(end_family)
+    os._exit(INTERRUPTED)
+
+
+def is_command() -> bool:
+    """Whether this process ends with the command that it runs."""
+    return _ending.get() is not None
 
 
 def at_the_end(action: Callable[[], object]) -> bool:
@@ -88,17 +130,39 @@ def attempt(action: Callable[[], object]) -> Exception | None:
     return None
 
 
-def attempt_within(seconds: float, action: Callable[[], object]) -> Exception | None:
+def attempt_within(
+    seconds: float,
+    action: Callable[[], object],
+    stay: threading.Event | None = None,
+    unless: Callable[[], bool] | None = None,
+) -> Exception | None:
     """Run ``action`` in a thread; what it raised, or ``NoAnswerError`` if it does not come back.
 
     A thread that is left behind may crash Python's end: a command then ends at once.
+
+    Args:
+        seconds: how long to wait.
+        action: what to run.
+        stay: the thread lives until this is set: the processes that Ray starts end with the
+            thread that started them.
+        unless: ends the wait early.
     """
     outcome: list[Exception | None] = []
-    thread = threading.Thread(
-        target=lambda: outcome.append(attempt(action)), name="may-hang", daemon=True
-    )
-    thread.start()
-    thread.join(seconds)
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            outcome.append(attempt(action))
+        finally:
+            done.set()
+        if stay is not None:
+            stay.wait()
+
+    threading.Thread(target=run, name="may-hang", daemon=True).start()
+    end = time.monotonic() + seconds
+    while not done.wait(min(POLL_SECONDS, seconds)) and time.monotonic() < end:
+        if unless is not None and unless():
+            break
     if outcome:
         return outcome[0]
     if (ending := _ending.get()) is not None:

@@ -15,6 +15,10 @@ from d3etr.data.images import LIMIT_VARIABLE
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job; holds the job's runtime environment."""
+SEVERAL_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""0 keeps Ray on this machine's loopback interface, also on Linux. (It is 1 there, and 0 on the
+two in its name.) It is the one thing that does for all of Ray's processes."""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def ray_settings(cluster: ClusterConfig) -> dict[str, str]:
@@ -35,6 +39,24 @@ def ray_settings(cluster: ClusterConfig) -> dict[str, str]:
         # A worker that asked for no GPU sees none.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     }
+
+
+def own_cluster_settings() -> dict[str, str]:
+    """Environment variables for a cluster that is started here; the user's own values win."""
+    return {
+        # It loses no node to others: one process less to start.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        # Nobody else has any business with it.
+        SEVERAL_MACHINES: "0",
+    }
+
+
+def without_proxy() -> dict[str, str]:
+    """Environment variables that keep a proxy from between processes of this machine."""
+    before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    kept = [name for name in before.split(",") if name]
+    exceptions = ",".join(dict.fromkeys([*kept, *LOOPBACK]))
+    return {"no_proxy": exceptions, "NO_PROXY": exceptions}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 POLL_SECONDS = 0.05
@@ -43,7 +43,16 @@ def main(parent: int, family: Sequence[str]) -> None:
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
     alive = {f"{pid}:{start}" for pid, _, start in _processes()}
-    for process in set(family) & alive:
+    _kill(set(family) & alive)
+
+
+def end_family() -> None:
+    """End every process that came from this one."""
+    _kill(_descendants(os.getpid()))
+
+
+def _kill(processes: Iterable[str]) -> None:
+    for process in list(processes):
         with contextlib.suppress(OSError):
             os.kill(int(process.partition(":")[0]), signal.SIGKILL)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import threading
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from d3etr.errors import UserError
+from d3etr.launch.signals import held, interrupt
 from d3etr.logs import get_logger
 
 logger = get_logger(__name__)
@@ -143,10 +143,11 @@ class RunLock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._released.set()
-        self._heart.join()
-        if self._is_ours():
-            self.path.unlink(missing_ok=True)
+        with held():
+            self._released.set()
+            self._heart.join()
+            if self._is_ours():
+                self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
         try:
@@ -216,5 +217,5 @@ class RunLock:
             if owner != self.owner:
                 self.lost = True
                 logger.error("%s was taken over by another run (%s)", self.path, owner)
-                os.kill(os.getpid(), signal.SIGINT)
+                interrupt()
                 return

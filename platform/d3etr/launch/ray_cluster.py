@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -12,31 +14,40 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.errors import UserError
-from d3etr.launch.ending import NoAnswerError, at_the_end, attempt, attempt_within
+from d3etr.launch.ending import (
+    NoAnswerError,
+    at_the_end,
+    attempt,
+    attempt_within,
+    is_command,
+)
 from d3etr.launch.environment import (
+    SEVERAL_MACHINES,
     environment,
+    own_cluster_settings,
     package_environment,
     ray_settings,
     runtime_environment,
+    without_proxy,
 )
 from d3etr.launch.leftovers import end_with_this_process
 from d3etr.launch.resources import Node
-from d3etr.launch.signals import handler_kept, terminable
+from d3etr.launch.signals import end_wanted, held, terminable
 from d3etr.logs import get_logger
 
 logger = get_logger(__name__)
 
 CONNECT_SECONDS = 60.0
 """ray.init has no limit of its own: it waits for ever for a cluster that is half reachable."""
+START_SECONDS = 120.0
 LEAVE_SECONDS = 30.0
 """Where the head is gone, Ray leaves after some 15 seconds."""
 PROBE_SECONDS = 10.0
 ANSWER_SECONDS = 2.0
-NO_PREEMPTION = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""A cluster of one's own loses no node to others: one process less to start."""
 OBJECT_STORE_BYTES = 128 * 2**20
 """Training passes nothing through Ray's object store."""
 
@@ -47,39 +58,97 @@ def connected(cluster: ClusterConfig, stage: Callable[[str], None]) -> Iterator[
 
     An existing connection is used and left open. Else ``cluster.address``, the cluster of the
     submitted job that this is (``RAY_ADDRESS``), or a cluster started here that ends with the
-    block. A command's process stays connected until its end, unless the block raised: workers
-    must be gone before others may have the run's folder.
+    block. A command's process stays connected until its end.
 
     Raises:
         UserError: the cluster does not answer or refuses.
+        KeyboardInterrupt: a signal came meanwhile; a cluster that was starting here is ended.
     """
     with ExitStack() as stack:
         stack.enter_context(environment(ray_settings(cluster)))
         if not ray.is_initialized():
             address = joined_address(cluster) or "local"
             if address == "local":
-                stack.enter_context(environment(package_environment(), override=True))
-                stack.enter_context(environment(NO_PREEMPTION))
-            stack.push(_leave)
+                stack.enter_context(environment(own_cluster_settings()))
+                changed = package_environment() | without_proxy()
+                stack.enter_context(environment(changed, override=True))
+            connection = _Connection(address)
+            stack.push(connection.leave)
             stage("starting Ray" if address == "local" else f"joining the Ray cluster at {address}")
-            with handler_kept():
-                _connect(address)
+            with held():
+                connection.open()
         stack.enter_context(terminable())
         yield
 
 
-def _leave(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-    """Disconnect, which ends a cluster that was started here; that it fails costs nothing.
+class _Connection:
+    """This process's connection to Ray.
 
-    Ray's processes must not end while this one is connected: it would be ended with code 1.
+    Args:
+        address: of a cluster; ``local`` starts one here.
     """
-    if error is None and at_the_end(end_with_this_process):
-        return
-    if error is not None and isinstance(error.__cause__, NoAnswerError):
-        return  # a thread waits inside of Ray
-    failure = attempt_within(LEAVE_SECONDS, ray.shutdown)
-    if failure is not None:
-        logger.warning("Ray did not end in order: %r", failure)
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._abandoned = False
+        """A thread waits inside of Ray: nothing may be asked of Ray any more."""
+        self._left = threading.Event()
+
+    def open(self) -> None:
+        """Connect.
+
+        Raises:
+            UserError: the cluster does not answer or refuses.
+        """
+        # It would end this process at a termination signal, by SIGABRT.
+        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+        failure = self._start() if self._address == "local" else self._join()
+        if isinstance(failure, NoAnswerError):
+            self._abandoned = True
+        if failure is not None:
+            raise UserError(_explanation(self._address, failure)) from failure
+
+    def leave(self, *error: object) -> None:
+        """Disconnect, which ends a cluster that was started here; that it fails costs nothing.
+
+        A command's end does that: a thread that is inside of Ray while another one disconnects
+        ends the process with code 1, and so does Ray where its own processes end before.
+        """
+        if at_the_end(end_with_this_process) or self._abandoned:
+            return
+        with held():
+            failure = attempt_within(LEAVE_SECONDS, ray.shutdown)
+        self._left.set()
+        if failure is not None:
+            logger.warning("Ray did not end in order: %r", failure)
+
+    def _start(self) -> Exception | None:
+        """Start Ray here.
+
+        That cannot be interrupted. A command ends in the middle of it; where the process goes on,
+        the end of the start is waited for.
+        """
+        # Ray read the variable when it was imported.
+        ray_constants.ENABLE_RAY_CLUSTER = os.environ[SEVERAL_MACHINES] != "0"
+        options = {
+            **_options("local"),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+        unless = end_wanted if is_command() else None
+        return attempt_within(START_SECONDS, partial(ray.init, **options), self._left, unless)
+
+    def _join(self) -> Exception | None:
+        """Join a cluster, which may be waited for in vain: a signal ends that."""
+        failure = _probe(self._address)
+        if failure is not None:
+            return failure
+        join = partial(ray.init, **_options(self._address), runtime_env=runtime_environment())
+        return attempt_within(CONNECT_SECONDS, join, self._left, end_wanted)
+
+
+def _options(address: str) -> dict[str, Any]:
+    return {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
 
 
 def joined_address(cluster: ClusterConfig) -> str | None:
@@ -117,24 +186,6 @@ def free_resources() -> Node:
     return Node(free.get("CPU", 0.0), free.get("GPU", 0.0))
 
 
-def _connect(address: str) -> None:
-    failure: Exception | None
-    options: dict[str, Any] = {
-        "address": address,
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-    }
-    if address == "local":
-        # In this thread: Ray's processes end with the thread that started them.
-        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        failure = attempt(partial(ray.init, **options))
-    elif (failure := _probe(address)) is None:
-        join = partial(ray.init, **options, runtime_env=runtime_environment())
-        failure = attempt_within(CONNECT_SECONDS, join)
-    if failure is not None:
-        raise UserError(_explanation(address, failure)) from failure
-
-
 def _probe(address: str) -> Exception | None:
     """Whether anything listens at ``address``: known in seconds, where Ray tries for a minute."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
@@ -154,6 +205,11 @@ def _explanation(address: str, failure: Exception) -> str:
         return text + (
             "It asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or "
             "RAY_AUTH_TOKEN) to the cluster's on every node and here."
+        )
+    if urllib.request.getproxies():
+        text += (
+            "A proxy is set in the environment (http_proxy), which Ray would use too: put the "
+            "cluster's addresses into no_proxy.\n"
         )
     return text + (
         "Check that it runs (ray status) and that cluster.address is the head node's own "
