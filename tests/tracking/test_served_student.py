@@ -6,10 +6,13 @@ import base64
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -17,8 +20,9 @@ import pytest
 from PIL import Image
 
 from d3etr.config.tree import Config
-from d3etr.tracking.model import ALLOW_PATHS
+from d3etr.tracking.model import ALLOW_PATHS, MAXIMUM_MEGABYTES
 from d3etr.tracking.runs import replay
+from d3etr.tracking.served_student import ServedStudent
 
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[..., Path]
@@ -73,6 +77,97 @@ def test_it_answers_bad_input_with_a_sentence(registry: str, tmp_path: Path) -> 
         answers, ("allow_paths", "cannot be decoded", "not in [0, 1]", "neither"), strict=True
     ):
         assert expected in answer["error"] and answer["boxes_xyxy"] == []
+
+
+def test_a_bad_row_of_any_kind_leaves_the_others_their_answers(registry: str) -> None:
+    model = mlflow.pyfunc.load_model("models:/tiny@newest")
+    good = {"image": as_base64(picture()), "threshold": 0}
+    bad: list[dict[str, Any]] = [
+        {"image": as_base64(picture()), "threshold": "half"},
+        {"image": None},
+        {"threshold": 0.5},
+        {"image": [*np.asarray(picture()).tolist(), []], "threshold": 0.5},
+        {"image": [[[300, -1, 0.5]]]},
+    ]
+    answers = model.predict([good, *bad, good])
+    assert all(isinstance(answer["error"], str) for answer in answers[1:-1])
+    assert "threshold 'half'" in answers[1]["error"] and "image is missing" in answers[2]["error"]
+    for answer in (answers[0], answers[-1]):
+        assert answer["error"] is None and len(answer["scores"]) == 10
+
+
+@pytest.fixture(scope="module")
+def served(tiny_weights: Path) -> ServedStudent:
+    student = ServedStudent()
+    settings = {MAXIMUM_MEGABYTES: 0.1}
+    student.load_context(
+        SimpleNamespace(artifacts={"weights": str(tiny_weights)}, model_config=settings)
+    )
+    return student
+
+
+def one_pixel(*values: object) -> list[object]:
+    return [[list(values)] * 8] * 8
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        (one_pixel(300, 0, 0), "values from 0 to 300; expected whole numbers 0..255"),
+        (one_pixel(-1, 0, 0), "values from -1 to 0"),
+        (one_pixel(0.5, 1.0, 0.0), "values from 0.0 to 1.0.*255 times"),
+        (one_pixel(float("nan"), 0, 0), "values from nan"),
+        (one_pixel(float("inf"), 0, 0), "values from 0.0 to inf"),
+        (one_pixel(10**30, 0, 0), "neither base64 text nor an array"),
+        (one_pixel("1", "2", "3"), "neither"),
+        (one_pixel(True, False, True), "neither"),
+        (one_pixel(1, 2, 3, 4), "neither"),
+        (np.zeros((0, 5, 3), np.uint8), "no pixels"),
+        (np.zeros((5, 5, 3), np.complex64), "neither"),
+        (7, "neither"),
+        ({"a": 1}, "neither"),
+        ("", "the file is empty"),
+        ("data:image/png;base64,", "the file is empty"),
+        ("A" * 200_000, "image has 0.1 megabytes; expected at most 0.1"),
+        (base64.b64encode(b"<html>404</html>").decode(), "a web page"),
+        ("\ud800", "not base64 text"),
+    ],
+)
+def test_values_that_are_no_image_are_refused(
+    served: ServedStudent, image: object, text: str
+) -> None:
+    [answer] = served.predict(None, [{"image": image, "threshold": 0.0}])
+    assert re.search(text, answer["error"]) and answer["scores"] == []
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, 10**40, float("inf"), "0.5", True, [0.5]])
+def test_thresholds_that_are_none_are_refused(served: ServedStudent, threshold: object) -> None:
+    row = {"image": as_base64(picture())}
+    answers = served.predict(None, [row | {"threshold": threshold}, row], {"threshold": 0})
+    assert "is not in [0, 1]" in answers[0]["error"] and answers[1]["error"] is None
+    [answer] = served.predict(None, [row], {"threshold": threshold})
+    assert "is not in [0, 1]" in answer["error"]
+
+
+def test_an_image_of_too_many_pixels_is_not_decoded(
+    served: ServedStudent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*arguments: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    file = io.BytesIO()
+    Image.new("1", (13_000, 13_000)).save(file, format="PNG")
+    [answer] = served.predict(None, [base64.b64encode(file.getvalue()).decode()])
+    assert "169.0 megapixels, the limit is 90" in answer["error"]
+
+
+def test_whole_numbers_are_pixels_whatever_their_type(served: ServedStudent) -> None:
+    pixels = np.asarray(picture())
+    kinds = [pixels, pixels.astype(float), pixels.astype(np.int64).tolist()]
+    kinds.append("\n".join(re.findall(".{1,76}", as_base64(picture()))))
+    answers = served.predict(None, [{"image": kind, "threshold": 0.0} for kind in kinds])
+    assert all(answer == answers[0] and answer["error"] is None for answer in answers)
 
 
 @pytest.mark.slow

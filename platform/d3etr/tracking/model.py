@@ -31,6 +31,9 @@ DEFAULT_THRESHOLD = 0.5
 ALLOW_PATHS = "allow_paths"
 """``model_config`` key that lets the model read image paths. Off by default, since whoever
 reaches a server could read its files."""
+MAXIMUM_MEGABYTES = "maximum_megabytes"
+"""``model_config`` key: the largest image file that a request may hold, decoded from base64."""
+DEFAULT_MEGABYTES = 50.0
 REQUIREMENTS = (
     "mlflow",
     "torch",
@@ -46,8 +49,11 @@ REQUIREMENTS = (
 
 
 def signature() -> ModelSignature:
-    """Rows of image and threshold in; boxes, scores, labels, names and error out."""
-    inputs = Schema([ColSpec(AnyType(), "image"), ColSpec(DataType.double, "threshold", False)])
+    """Rows of image and threshold in; boxes, scores, labels, names and error out.
+
+    Both columns are of any type: MLflow would refuse all rows for one of another type.
+    """
+    inputs = Schema([ColSpec(AnyType(), "image"), ColSpec(AnyType(), "threshold", False)])
     outputs = Schema(
         [
             ColSpec(Array(Array(DataType.double)), "boxes_xyxy"),
@@ -140,7 +146,7 @@ def _log(client: MlflowClient, name: str, weights: Path, run_id: str, step: int)
             python_model=str(Path(__file__).with_name("served_student.py")),
             artifacts={"weights": str(weights)},
             signature=signature(),
-            model_config={ALLOW_PATHS: False},
+            model_config={ALLOW_PATHS: False, MAXIMUM_MEGABYTES: DEFAULT_MEGABYTES},
             code_paths=[str(Path(d3etr.__file__).parent)],
             pip_requirements=_pinned(),
         )

@@ -7,17 +7,27 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
+from numpy.typing import NDArray
 from PIL import Image
 
+from d3etr.config.arguments import described, require_number
+from d3etr.data.images import load_image, require_decodable_size
+from d3etr.errors import UserError
 from d3etr.inference import Predictor, load
-from d3etr.tracking.model import ALLOW_PATHS, DEFAULT_THRESHOLD
+from d3etr.tracking.model import (
+    ALLOW_PATHS,
+    DEFAULT_MEGABYTES,
+    DEFAULT_THRESHOLD,
+    MAXIMUM_MEGABYTES,
+)
 
 
 def _unannotated(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,35 +41,38 @@ class ServedStudent(PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: Any) -> None:
         """Read the weights."""
+        settings = context.model_config or {}
         self._predictor: Predictor = load(context.artifacts["weights"])
-        self._allow_paths = bool((context.model_config or {}).get(ALLOW_PATHS, False))
+        self._allow_paths = bool(settings.get(ALLOW_PATHS, False))
+        megabytes = settings.get(MAXIMUM_MEGABYTES, DEFAULT_MEGABYTES)
+        self._maximum_bytes = int(1e6 * require_number(MAXIMUM_MEGABYTES, megabytes, 0, 1e6))
 
     @_unannotated
     def predict(
         self, context: Any, model_input: Any, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """One row of detections for each row of the input.
+        """One row of detections for each row of the input; each is judged alone.
 
         Args:
             context: unused.
             model_input: rows with ``image`` and optionally ``threshold`` in [0, 1]: a data
-                frame, or a list of mappings. ``image`` is base64 of an image file, an array
-                [height, width, 3] of 0..255, or a path.
+                frame, or a list of mappings. ``image`` is base64 of an image file of at most
+                ``maximum_megabytes``, an array [height, width, 3] of whole numbers 0..255, or
+                a path.
             params: ``threshold`` for rows that have none.
 
         Returns:
             For each row boxes_xyxy (pixels), scores, labels, names, and error: null, or why
             there are no detections.
         """
-        default = float((params or {}).get("threshold", DEFAULT_THRESHOLD))
+        default = (params or {}).get("threshold", DEFAULT_THRESHOLD)
         return [self._detect(row, default) for row in _rows(model_input)]
 
-    def _detect(self, row: Mapping[str, Any], default: float) -> dict[str, Any]:
+    def _detect(self, row: Mapping[str, Any], default: Any) -> dict[str, Any]:
         try:
-            image = _read_image(row.get("image"), self._allow_paths)
             threshold = _threshold(row.get("threshold"), default)
-            [found] = self._predictor.predict([image], threshold=threshold)
-        except _BadInputError as error:
+            [found] = self._predictor.predict([self._image(row.get("image"))], threshold)
+        except UserError as error:
             return _answer(error=str(error))
         return _answer(
             boxes_xyxy=np.asarray(found.boxes_xyxy, dtype=float).reshape(-1, 4).tolist(),
@@ -68,9 +81,29 @@ class ServedStudent(PythonModel):  # type: ignore[misc]
             names=list(found.names),
         )
 
+    def _image(self, value: Any) -> Image.Image:
+        if isinstance(value, str):
+            return self._image_of_text(value)
+        if value is None or (isinstance(value, float) and value != value):
+            raise UserError("image is missing")
+        return Image.fromarray(_pixels(value))
 
-class _BadInputError(ValueError):
-    """What the caller sent cannot be used."""
+    def _image_of_text(self, text: str) -> Image.Image:
+        encoded = text.rpartition(",")[2]
+        if len(encoded) * 3 // 4 > self._maximum_bytes:
+            raise UserError(
+                f"image has {len(encoded) * 0.75e-6:.1f} megabytes; expected at most "
+                f"{self._maximum_bytes / 1e6:g} ({MAXIMUM_MEGABYTES} of the model's configuration)"
+            )
+        try:
+            return load_image(base64.b64decode("".join(encoded.split()), validate=True))
+        except (binascii.Error, ValueError):
+            if self._allow_paths:
+                return load_image(Path(text))
+            raise UserError(
+                "image is not base64 text. (Paths are read only if the model was loaded with "
+                f"model_config={{'{ALLOW_PATHS}': True}}.)"
+            ) from None
 
 
 def _answer(
@@ -90,50 +123,52 @@ def _answer(
 
 
 def _rows(model_input: Any) -> Iterable[Mapping[str, Any]]:
+    if isinstance(model_input, Mapping):
+        return [model_input]
     if hasattr(model_input, "to_dict"):  # a data frame
         rows: list[Mapping[str, Any]] = model_input.to_dict(orient="records")
         return rows
     return [row if isinstance(row, Mapping) else {"image": row} for row in model_input]
 
 
-def _threshold(value: Any, default: float) -> float:
-    if value is None or value != value:  # a data frame says NaN where a row has none
-        return default
-    if not 0 <= float(value) <= 1:
-        raise _BadInputError(f"threshold {value} is not in [0, 1]")
-    return float(value)
+def _threshold(value: Any, default: Any) -> float:
+    # A data frame says NaN where a row has none.
+    given = default if value is None or (isinstance(value, float) and value != value) else value
+    number = isinstance(given, Real) and not isinstance(given, bool)
+    if number and 0 <= given <= 1:
+        return float(given)
+    raise UserError(f"threshold {described(given)} is not in [0, 1]")
 
 
-def _read_image(value: Any, allow_paths: bool) -> Image.Image:
-    if isinstance(value, str):
-        return _image_from_text(value, allow_paths)
+def _pixels(value: Any) -> NDArray[np.uint8]:
+    """[height, width, 3] of what came as numbers.
+
+    Raises:
+        UserError: another shape, or values that no 8-bit pixel has.
+    """
     try:
         array = np.asarray(value)
-        if array.ndim == 3 and array.shape[2] == 3:
-            return Image.fromarray(array.astype(np.uint8))
     except (TypeError, ValueError):
-        pass
-    raise _BadInputError(
-        "image is neither base64 text nor an array [height, width, 3] with values 0..255"
-    )
+        array = np.zeros(0)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype.kind not in "uif":
+        raise UserError(
+            "image is neither base64 text nor an array [height, width, 3] with values 0..255"
+        )
+    require_decodable_size((array.shape[1], array.shape[0]))
+    pixels = array.astype(np.uint8) if _are_bytes(array) else None
+    if pixels is None:
+        raise UserError(
+            f"image has values from {array.min()} to {array.max()}; expected whole numbers 0..255 "
+            "(255 times those in [0, 1], rounded)"
+        )
+    return pixels
 
 
-def _image_from_text(text: str, allow_paths: bool) -> Image.Image:
-    try:
-        source: Any = io.BytesIO(base64.b64decode(text.rpartition(",")[2], validate=True))
-    except (binascii.Error, ValueError):
-        if not allow_paths:
-            raise _BadInputError(
-                "image is not base64 text. (Paths are read only if the model was loaded with "
-                f"model_config={{'{ALLOW_PATHS}': True}}.)"
-            ) from None
-        source = text
-    try:
-        with Image.open(source) as image:
-            image.load()
-            return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _BadInputError(f"image cannot be decoded: {error}") from error
+def _are_bytes(array: NDArray[Any]) -> bool:
+    """Whether every value is a whole number from 0 to 255; NaN is none."""
+    if array.dtype == np.uint8:
+        return True
+    return bool(((array >= 0) & (array <= 255) & (array == np.floor(array))).all())
 
 
 set_model(ServedStudent())
