@@ -1,5 +1,6 @@
 """Files from storage: fetched once, found again, noticed when they change or are damaged."""
 
+import json
 import logging
 import signal
 import threading
@@ -13,8 +14,9 @@ from file_server import FileServer, fetching
 from d3etr.config.location import Url
 from d3etr.errors import UserError
 from d3etr.storage import remote
-from d3etr.storage.cache import sha256
+from d3etr.storage.cache import open_cache, sha256
 from d3etr.storage.fetch import fetch_file, fetch_folder, local_file
+from d3etr.storage.inventory import entries
 from d3etr.storage.problems import MissingFileError, UnreachableError
 
 
@@ -305,3 +307,34 @@ def test_progress_is_told(memory: fsspec.AbstractFileSystem) -> None:
     fetch_file(Url("memory://place/large"), tell)
     assert told[-1][1:] == (2, 3)
     assert logging.getLogger("d3etr").level == logging.NOTSET
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"digest": "../../etc/passwd"},
+        {"digest": None},
+        {"seal": [1]},
+        {"seal": "abc"},
+        {"size": "many"},
+        {"mark": 3},
+        {"name": ["a"]},
+    ],
+)
+def test_a_damaged_line_of_the_index_is_named_and_its_file_fetched_anew(
+    server: FileServer,
+    served: Path,
+    cache: Path,
+    change: dict[str, object],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (served / "a.bin").write_bytes(b"abc")
+    assert content(f"{server.url}/a.bin") == b"abc"
+    (index,) = (cache / "index").glob("*.jsonl")
+    lines = [json.loads(line) for line in index.read_text().splitlines()]
+    changed = [line | (change if "name" in line else {}) for line in lines]
+    index.write_text("".join(json.dumps(line) + "\n" for line in changed))
+    assert content(f"{server.url}/a.bin") == b"abc"
+    assert f"{index}: damaged lines are left out (1)" in caplog.text
+    assert server.asked["GET", "/a.bin"] == 2
+    assert [entry.files for entry in entries(open_cache())] == [1]

@@ -71,6 +71,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert len(warnings) == 1 and str(path.parent) in warnings[0]
 
 
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "null", '{"sha256": {}}', '{"sha256": []}', '{"sha256": 3}', "[" * 9999]
+)
+def test_a_manifest_without_the_states_checksum_verifies_nothing(
+    tmp_path: Path, content: str
+) -> None:
+    warnings: list[str] = []
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2, warn=warnings.append)
+    store.save(1, state(1))
+    (store.save(2, state(2)) / MANIFEST).write_text(content)
+    newest = store.newest()
+    assert newest is not None and newest.step == 1
+    assert len(warnings) == 1 and "step-00000002" in warnings[0] and MANIFEST in warnings[0]
+
+
 def test_nothing_but_damaged_checkpoints_is_an_error(store: CheckpointStore) -> None:
     (store.save(1, state(1)) / STATE_FILE).write_bytes(b"")
     with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):

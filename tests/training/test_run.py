@@ -3,14 +3,16 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import (
     MakeConfig,
+    assert_identical,
     assert_same_run,
     final_state,
     losses,
@@ -24,12 +26,13 @@ from d3etr.config.tree import Config
 from d3etr.data.splits import open_split
 from d3etr.detectors.weights import load_weights
 from d3etr.errors import UserError
-from d3etr.training.checkpoints import CheckpointStore
+from d3etr.training.checkpoints import CheckpointStore, State
 from d3etr.training.context import SingleProcess
 from d3etr.training.divergence import TrainingDiverged
 from d3etr.training.journal import read_journal
 from d3etr.training.run import run_training
 from d3etr.training.step import TrainingStep
+from d3etr.training.storage import sha256
 
 
 def train(config: Config, run_dir: Path) -> dict[str, float]:
@@ -181,6 +184,51 @@ def test_a_damaged_checkpoint_costs_its_epoch_only(make_config: MakeConfig, tmp_
         if record["kind"] == "message" and "teacher does not lead" not in record["text"]
     ]
     assert len(messages) == 1 and "step-00000012 is damaged" in messages[0]
+
+
+def without(name: str) -> Callable[[State], Any]:
+    return lambda state: {key: value for key, value in state.items() if key != name}
+
+
+WRONG_STATES: dict[str, Callable[[State], Any]] = {
+    "no dict": lambda state: [1, 2],
+    "step as text": lambda state: state | {"step": "2"},
+    "another step": lambda state: state | {"step": 11},
+    "no digests": without("digests"),
+    "no optimiser": without("optimiser"),
+    "an empty optimiser": lambda state: state | {"optimiser": {}},
+    "an optimiser of others": lambda state: state | {"optimiser": {"param_groups": []}},
+    "no cost": without("cost"),
+    "a model of text": lambda state: state | {"model": dict.fromkeys(state["model"], "x")},
+    "a model of other shapes": lambda state: (
+        state | {"model": {key: torch.zeros(1, 1, 7) for key in state["model"]}}
+    ),
+    "kept as a list": lambda state: state | {"kept": []},
+}
+
+
+def test_a_state_of_wrong_types_is_named_and_the_one_before_used(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    short = {"epochs": None, "steps": 2}
+    config = make_config(optimisation=short, run={"checkpoint_every_steps": 1}, plain=True)
+    run_dir = tmp_path / "run"
+    train(config, run_dir)
+    reference = losses(run_dir)
+    folder = run_dir / "checkpoints" / "step-00000002"
+    good = CheckpointStore(run_dir / "checkpoints", keep=2).newest()
+    assert good is not None and good.folder == folder
+    state, kept = good.state(), load_file(run_dir / "weights.safetensors")
+    for wrong in WRONG_STATES.values():
+        (run_dir / "summary.json").unlink()
+        torch.save(wrong(state), folder / "state.pt")
+        manifest = {"step": 2, "sha256": {"state.pt": sha256(folder / "state.pt")}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        train(config, run_dir)
+        assert losses(run_dir) == reference
+        assert_identical(load_file(run_dir / "weights.safetensors"), kept)
+        texts = [r.get("text", "") for r in read_journal(run_dir / "journal.jsonl")]
+        assert any("step-00000002 is damaged" in text and "state.pt" in text for text in texts)
 
 
 def test_a_changed_teacher_is_refused_on_resume(

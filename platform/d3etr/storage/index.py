@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -117,11 +118,11 @@ class Index:
         return True
 
     def _take(self, record: dict[str, Any]) -> None:
-        if "checked" in record:
-            self._checked[str(record["names"])] = float(record["checked"])
-        elif "name" in record:
-            stamp = Stamp(record["size"], record["mark"])
+        if "name" in record:
+            stamp = Stamp(record.get("size"), record["mark"])
             self.known[record["name"]] = Known(stamp, record["digest"], Seal(*record["seal"]))
+        elif isinstance(record.get("checked"), int | float):
+            self._checked[str(record.get("names"))] = float(record["checked"])
 
     def _append(self, record: dict[str, Any]) -> None:
         self._lines += 1
@@ -148,18 +149,44 @@ class Index:
 
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of an index; none where there is no such file."""
+    """The whole lines of an index; none where there is no such file.
+
+    Lines that are damaged are counted in a warning: what they named is fetched anew.
+    """
     try:
         lines = file.read_bytes().splitlines()
     except FileNotFoundError:
         return
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record
+    records = [_parsed(line) for line in lines]
+    damaged = sum(record is None for record in records[:-1])  # the last may be half-written
+    if damaged:
+        logger.warning("%s: damaged lines are left out (%d)", file, damaged)
+    yield from (record for record in records if record is not None)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and _is_sound(record) else None
+
+
+def _is_sound(record: dict[str, Any]) -> bool:
+    """Whether a line says what such lines say."""
+    if "name" not in record:
+        checked, names = record.get("checked"), record.get("names")
+        noted = isinstance(checked, int | float) and isinstance(names, str)
+        return noted or isinstance(record.get("url"), str)
+    seal, size, digest = record.get("seal"), record.get("size"), str(record.get("digest"))
+    return (
+        isinstance(record["name"], str)
+        and isinstance(record.get("mark"), str)
+        and (size is None or isinstance(size, int))
+        and re.fullmatch("[0-9a-f]{64}", digest) is not None
+        and isinstance(seal, list)
+        and [type(part) for part in seal] == [int, int, int]
+    )
 
 
 def _line(record: dict[str, Any]) -> bytes:

@@ -21,6 +21,7 @@ import torch
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
 from d3etr.training.storage import (
+    DamagedFileError,
     clear_disk_errors,
     link_or_copy,
     sha256,
@@ -45,8 +46,16 @@ class Checkpoint:
     folder: Path
 
     def state(self) -> State:
-        """What was saved, on the CPU; nothing but plain data is unpickled."""
-        state: State = torch.load(self.folder / STATE_FILE, map_location="cpu", weights_only=True)
+        """What was saved, on the CPU; nothing but plain data is unpickled.
+
+        Raises:
+            DamagedFileError: the file cannot be read as one.
+        """
+        path = self.folder / STATE_FILE
+        try:
+            state: State = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # zip, pickle and torch all raise their own
+            raise DamagedFileError(f"{path} cannot be read: {error}") from error
         return state
 
     @property
@@ -109,17 +118,25 @@ class CheckpointStore:
             link_or_copy(weights, folder / WEIGHTS_FILE)
         return folder / WEIGHTS_FILE
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, examine: Callable[[Checkpoint], None] | None = None) -> Checkpoint | None:
         """The newest intact checkpoint; damaged ones are named in a warning and passed over.
+
+        Args:
+            examine: raises ``DamagedFileError`` for what cannot be used though its sums are right.
 
         Raises:
             UserError: there are checkpoints, and all are damaged.
         """
         folders = self._folders()
         for folder in reversed(folders):
-            problem = damage(folder)
+            found, problem = Checkpoint(_step_of(folder), folder), damage(folder)
+            try:
+                if problem is None and examine is not None:
+                    examine(found)
+            except DamagedFileError as error:
+                problem = str(error)
             if problem is None:
-                return Checkpoint(_step_of(folder), folder)
+                return found
             self._warn(f"checkpoint {folder} is damaged ({problem}): using the one before it")
         if folders:
             raise UserError(
@@ -162,13 +179,15 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None if it is intact."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if STATE_FILE not in manifest["sha256"]:
+            return f"{MANIFEST} has no checksum of {STATE_FILE}"
         for name, expected in manifest["sha256"].items():
             if sha256(folder / name) != expected:
                 return f"{name} does not have the checksum that {MANIFEST} says"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read: {error!r}"
     return None
 
 

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 
 import torch
+from torch import Tensor
 
 from d3etr.errors import UserError
 from d3etr.training.assembly import Models
-from d3etr.training.checkpoints import Checkpoint, CheckpointStore, State
+from d3etr.training.checkpoints import STATE_FILE, Checkpoint, CheckpointStore, State
 from d3etr.training.context import TrainContext
 from d3etr.training.examination import Examination
 from d3etr.training.inputs import ensure_same_inputs
 from d3etr.training.optimiser import restore_optimiser
 from d3etr.training.steplog import StepLog, TrainingCost
-from d3etr.training.storage import clear_disk_errors, link_or_copy, temporary_beside
+from d3etr.training.storage import (
+    DamagedFileError,
+    clear_disk_errors,
+    link_or_copy,
+    temporary_beside,
+)
 
 FORMAT = 1
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "teacher_mAP": (float, int, NoneType),
+    "last": dict,
+    "digests": dict,
+    "model": dict,
+    "optimiser": dict,
+    "average": (dict, NoneType),
+    "stability": (Tensor, NoneType),
+    "kept": (dict, NoneType),
+}
+"""Types of what a state holds."""
 
 
 @dataclass
@@ -34,13 +54,16 @@ class Progress:
     teacher_mAP: float | None = None
 
 
-def find_checkpoint(store: CheckpointStore, context: TrainContext) -> Checkpoint | None:
+def find_checkpoint(
+    store: CheckpointStore, models: Models, context: TrainContext
+) -> Checkpoint | None:
     """The newest intact checkpoint: worker 0 verifies, the others use the same.
 
     Raises:
-        UserError: all are damaged, or a worker does not see what worker 0 found.
+        UserError: all are damaged, one is of another version of d3etr, or a worker does not see
+            what worker 0 found.
     """
-    found = store.newest() if context.rank == 0 else None
+    found = store.newest(lambda one: ensure_usable(one, models)) if context.rank == 0 else None
     step = -1 if found is None else found.step
     shared = torch.tensor(step if context.rank == 0 else 0, device=context.device)
     step = int(context.all_reduce(shared))
@@ -121,6 +144,47 @@ def restore_weights(kept: Path | None, target: Path) -> None:
         link_or_copy(kept, temporary)
         os.replace(temporary, target)
         temporary.unlink(missing_ok=True)  # renaming one link onto another of a file does nothing
+
+
+def ensure_usable(checkpoint: Checkpoint, models: Models) -> None:
+    """Make sure that a state is one, of these models, before any of it is put back.
+
+    Raises:
+        DamagedFileError: naming what is not as it was written.
+        UserError: another version of d3etr wrote it.
+    """
+    state = checkpoint.state()
+    if not isinstance(state, dict):
+        raise DamagedFileError(f"{STATE_FILE} holds a {type(state).__name__}, expected a dict")
+    _check_format(state, checkpoint.folder)
+    for key, kinds in _KINDS.items():
+        if not isinstance(state.get(key), kinds):
+            found = type(state[key]).__name__ if key in state else "nothing"
+            raise DamagedFileError(f"{STATE_FILE} has {found} as '{key}'")
+    if state["step"] != checkpoint.step:
+        raise DamagedFileError(f"{STATE_FILE} is of step {state['step']}")
+    _ensure_shapes("model", state["model"], models.distiller.state_dict())
+    if models.average is not None:
+        _ensure_shapes("average", state["average"], models.average.state_dict())
+    try:
+        _cost(state)
+        sizes = [len(group["params"]) for group in state["optimiser"]["param_groups"]]
+    except (KeyError, TypeError) as error:
+        raise DamagedFileError(f"{STATE_FILE} lacks a part: {error}") from error
+    if sizes != [len(group["params"]) for group in models.optimiser.param_groups]:
+        raise DamagedFileError(f"{STATE_FILE} has an optimiser of other parameters")
+
+
+def _ensure_shapes(key: str, found: object, expected: Mapping[str, object]) -> None:
+    shapes = {name: x.shape for name, x in expected.items() if isinstance(x, Tensor)}
+    tensors = found if isinstance(found, Mapping) else {}
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if not isinstance(tensor, Tensor) or tensor.shape != shape:
+            there = list(tensor.shape) if isinstance(tensor, Tensor) else "none"
+            raise DamagedFileError(
+                f"'{key}' in {STATE_FILE} has {there} as {name}, expected {list(shape)}"
+            )
 
 
 def _check_format(state: State, folder: Path) -> None:

@@ -176,7 +176,7 @@ class _Run:
 
     def _resume(self) -> Progress:
         """Go on from a checkpoint, or begin."""
-        checkpoint = find_checkpoint(self.store, self.context)
+        checkpoint = find_checkpoint(self.store, self.models, self.context)
         if self.context.rank == 0:
             self.store.remove_leftovers()
         if checkpoint is None:

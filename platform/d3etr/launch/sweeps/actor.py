@@ -27,7 +27,7 @@ from d3etr.training.checkpoints import CheckpointStore
 from d3etr.training.context import SingleProcess
 from d3etr.training.journal import Record, read_journal
 from d3etr.training.run import CHECKPOINTS
-from d3etr.training.storage import link_or_copy, write_text
+from d3etr.training.storage import link_or_copy, read_json, write_text
 from d3etr.training.summary import is_number, read_summary
 
 LOCK_SECONDS = 60.0
@@ -52,9 +52,9 @@ def run_trial(parameters: dict[str, Any], plan: Plan, at_a_time: int) -> None:
     assert trial_dir is not None
     trial = plan.trial(parameters, int(Path(trial_dir).name))  # see numbers.py
     number = trial.number
-    note = failure_note(plan, number)
-    if note.exists():
-        raise RuntimeError(note.read_text(encoding="utf-8"))
+    note, reason = failure_note(plan, number), failure_reason(plan, number)
+    if reason is not None:
+        raise RuntimeError(reason)
     try:
         final = _final(_result(plan, trial, at_a_time))
     except Exception as error:
@@ -104,6 +104,12 @@ def _took(stack: ExitStack, place: Path) -> bool:
 def failure_note(plan: Plan, number: int) -> Path:
     """Where a trial says why it cannot succeed."""
     return plan.folder / "failures" / f"{number:03d}.txt"
+
+
+def failure_reason(plan: Plan, number: int) -> str | None:
+    """Why a trial cannot succeed; None where nothing is said."""
+    note = failure_note(plan, number)
+    return note.read_text(encoding="utf-8", errors="replace") if note.exists() else None
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ def _place(number: int, config: Config) -> tuple[Config, RunFolder]:
     if checkpoint is None:
         return config, folder_of(config)
     with checkpoint.as_directory() as given:
-        origin = json.loads((Path(given) / ORIGIN).read_text(encoding="utf-8"))
+        origin = read_json(Path(given) / ORIGIN)
         if origin["trial"] == number:
             return config, RunFolder(Path(origin["run_dir"]))
         suffix = f"_from-{origin['trial']:03d}-at-{origin['step']}"

@@ -22,7 +22,7 @@ from d3etr.launch.ray_cluster import cluster_nodes, connected, joined_address
 from d3etr.launch.ray_failures import user_error
 from d3etr.launch.resources import Demand, Node, demand_of, describe, ensure_room, room
 from d3etr.launch.signals import terminable
-from d3etr.launch.sweeps.actor import failure_note, run_trial
+from d3etr.launch.sweeps.actor import failure_note, failure_reason, run_trial
 from d3etr.launch.sweeps.children import SweepTracking
 from d3etr.launch.sweeps.folder import write_results, write_sweep
 from d3etr.launch.sweeps.leaks import free_leaked_groups
@@ -308,8 +308,7 @@ def _ended(plan: Plan, trial: Trial, result: tune.Result) -> TrialResult:
     finished = _finished(trial, run_dir, metrics.get("epoch"))
     if finished is not None:
         return finished
-    note = failure_note(plan, trial.number)
-    reason = note.read_text(encoding="utf-8") if note.exists() else None
+    reason = failure_reason(plan, trial.number)
     if result.error is not None:
         reason = reason or str(result.error).strip().splitlines()[-1]
     state: State = "failed" if reason is not None else "pruned" if metrics else "unfinished"

@@ -11,7 +11,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial as TuneTrial
 
 from d3etr.launch.driver import Status
-from d3etr.launch.sweeps.actor import failure_note
+from d3etr.launch.sweeps.actor import failure_reason
 from d3etr.launch.sweeps.numbers import number_of
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.trials import Trial
@@ -93,9 +93,9 @@ class Observer(Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
         """A trial has failed for good."""
-        note = failure_note(self._plan, trial_of(self._plan, trial).number)
-        reason = note.read_text(encoding="utf-8") if note.exists() else "its process was lost"
-        self._tell(f"{self._count(trial, trials)} failed: {reason.splitlines()[0]}")
+        reason = failure_reason(self._plan, trial_of(self._plan, trial).number)
+        first = (reason or "its process was lost").splitlines()[0]
+        self._tell(f"{self._count(trial, trials)} failed: {first}")
         run_dir = self._folders.get(trial_of(self._plan, trial).number)
         if run_dir is not None:
             self._end(run_dir, "FAILED")
