@@ -1,6 +1,7 @@
 """d3etr.load(tiny_weights).predict(images)."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from d3etr.config.data import PreprocessingConfig
+from d3etr.config.data import PreprocessingConfig, SplitConfig
+from d3etr.data.coco import read_split
+from d3etr.data.dataset import DetectionDataset
 from d3etr.drawing import READABLE_SIDE, draw
 from d3etr.errors import UserError
 from d3etr.inference import Detections, Predictor, load, read_image
@@ -114,6 +117,39 @@ def test_greyscale_and_rotated_pictures_are_read_upright() -> None:
     picture.getexif()[0x0112] = 6
     assert read_image(picture).mode == "RGB"
     assert read_image(picture).size == (20, 30)
+
+
+@pytest.mark.parametrize("kind", ["rotated", "grey", "alpha", "palette", "16 bit", "16 bit TIFF"])
+def test_prediction_shows_a_detector_the_pixels_that_evaluation_does(
+    predictor: Predictor, kind: str, tmp_path: Path
+) -> None:
+    picture = Image.fromarray(noise(40, 56))
+    exif = Image.Exif()
+    file = tmp_path / ("image.jpg" if kind == "rotated" else "image.png")
+    if kind == "rotated":
+        exif[0x0112] = 6
+        picture.transpose(Image.Transpose.ROTATE_90).save(file, exif=exif)
+    elif kind.startswith("16 bit"):
+        file = file.with_suffix(".tif") if "TIFF" in kind else file
+        deep = np.arange(40 * 56, dtype=np.uint16).reshape(40, 56) * 29
+        Image.fromarray(deep).save(file)
+        scaled = np.asarray(read_image(file))[:, :, 0]
+        np.testing.assert_array_equal(scaled, deep // 257)
+    else:
+        picture.convert({"grey": "L", "alpha": "RGBA", "palette": "P"}[kind]).save(file)
+    content = {
+        "images": [{"id": 1, "file_name": file.name, "width": 56, "height": 40}],
+        "categories": [{"id": 3, "name": "tree"}],
+        "annotations": [],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    split = read_split("test", SplitConfig(images=tmp_path, annotations=tmp_path / "a.json"))
+    [evaluated] = DetectionDataset(split, predictor.info.preprocessing)
+    [from_file] = predictor._samples(file)
+    with Image.open(file) as opened:
+        [from_pil] = predictor._samples(opened)
+    assert torch.equal(from_file.pixels, evaluated.pixels)
+    assert torch.equal(from_pil.pixels, evaluated.pixels)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from d3etr.cli.main import COMMANDS, main
@@ -128,7 +130,7 @@ def test_predict_says_when_it_cannot_write(
 ) -> None:
     path = picture(tmp_path / "a.png")
     assert main(["predict", str(tiny_weights), str(path), "--output", str(path)]) == 2
-    assert "--output: cannot write" in capsys.readouterr().err
+    assert f"cannot write {path}" in capsys.readouterr().err
 
 
 def folder_of_pictures(folder: Path) -> Path:
@@ -220,6 +222,96 @@ def test_predict_wants_a_threshold_from_0_to_1(
         main(["predict", "w.safetensors", "a.png", f"--threshold={threshold}"])
     assert stop.value.code == 2
     assert "--threshold: found" in capsys.readouterr().err
+
+
+def attention(weights: Path, folder: Path) -> list[str]:
+    """The command on a run of ``weights`` whose validation images are in ``folder``."""
+    images, annotations = coco_set(folder)
+    split = {"images": str(images), "annotations": str(annotations)}
+    preprocessing = {"normalisation": "per_image", "shortest_side": None, "longest_side": None}
+    data = {"train": split, "validation": split, "preprocessing": preprocessing}
+    run = folder / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": data, "optimisation": {"steps": 9}}))
+    shutil.copy(weights, run / "weights.safetensors")
+    return ["attention", str(run), "--output", str(folder / "attention.png"), "--json"]
+
+
+def test_attention_draws_readable_images_and_names_the_others(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = attention(tiny_weights, tmp_path)
+    assert main(command) == 0
+    assert len(json.loads(capsys.readouterr().out)["objects"]) == 2
+    damaged = tmp_path / "images" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert [entry["name"] for entry in json.loads(said.out)["objects"]] == ["tree"]
+    assert f"{damaged}: cannot be decoded: it is truncated" in said.err
+    assert (tmp_path / "attention.png").is_file()
+    (tmp_path / "images" / "2.png").write_bytes(damaged.read_bytes())
+    assert main(command) == 2
+    assert "no readable image with an object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["export", "w.safetensors", "x.onnx"], "expected a name that ends with .safetensors"),
+        (["export", "w.safetensors", "s3://b/x.safetensors"], "expected a file on this machine"),
+        (["export", "w.safetensors", "x"], "no other format is written"),
+        (["import-weights", "w.pth", "x.pth"], "expected a name that ends with .safetensors"),
+        (["import-weights", "w.pth", "x.safetensors", "--temperature", "nan"], "above 0"),
+        (["import-weights", "w.pth", "x.safetensors", "--heads", "9" * 5000], "of at least 1"),
+        (["compare", "a", "--html", "x.pdf"], "expected a name that ends with .html or .htm"),
+        (["compare", "a", "--html", "https://h.invalid/x.html"], "expected a file on this"),
+        (["attention", "a", "--output", "x.jpg"], "expected a name that ends with .png"),
+        (["evaluate", "w", "--annotations", "a", "--images", "i", "--workers", "65"], "0 to 64"),
+        (["evaluate", "w", "--annotations", "a", "--images", "i", "--workers=-1"], "0 to 64"),
+        (["evaluate", "w", "--annotations", "a", "--images", "i", "--batch-size", "0"], "at least"),
+    ],
+)
+def test_arguments_are_judged_before_anything_is_read(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert text in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["export", "import-weights"])
+def test_weights_are_not_written_over_those_that_are_read(
+    command: str, tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(tiny_weights, weights)
+    (tmp_path / "link.safetensors").symlink_to(weights)
+    assert main([command, str(weights), str(tmp_path / "link.safetensors")]) == 2
+    assert "is the file that is read" in capsys.readouterr().err
+    assert weights.read_bytes() == tiny_weights.read_bytes()
+
+
+def test_a_figure_that_cannot_be_written_is_a_user_mistake(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = attention(tiny_weights, tmp_path)
+    (tmp_path / "file").write_text("")
+    command[3] = str(tmp_path / "file" / "attention.png")
+    assert main(command) == 2
+    assert f"cannot write {command[3]}" in capsys.readouterr().err
+
+
+def test_predict_prints_no_character_that_acts_on_a_terminal(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = picture(tmp_path / "a\x1b[31m\u202e\n.png")
+    for options in ([], ["--json"]):
+        assert main(["predict", str(tiny_weights), str(path), *options]) == 0
+        text = capsys.readouterr().out
+        assert "\x1b" not in text and "\u202e" not in text
+    assert json.loads(text)[0]["image"] == str(path)
 
 
 def evaluation(weights: Path, images: Path, annotations: Path) -> list[str]:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d3etr.cli.command import Command, add_json, positive, print_json
+from d3etr.cli.command import (
+    SOME_FAILED,
+    Command,
+    add_json,
+    complain,
+    file_to_write,
+    positive,
+    print_json,
+    writing,
+)
 from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
 
 if TYPE_CHECKING:
     from d3etr.config.location import Url
     from d3etr.config.tree import Config
+    from d3etr.data.coco import DetectionSplit, ImageRecord
     from d3etr.tracking.figures.attention import ObjectView
 
 
@@ -35,7 +47,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--objects", type=positive, default=4, metavar="N", help="rows (default 4)")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=file_to_write(".png"),
         default=Path("attention.png"),
         metavar="FILE",
         help="the picture (default attention.png)",
@@ -52,20 +64,31 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> int:
     from d3etr.config.load import load_config
+    from d3etr.data.splits import open_split
+    from d3etr.fonts import readable_names
     from d3etr.launch.folder import find_run
     from d3etr.tracking.figures.attention import draw_attention
     from d3etr.tracking.figures.style import save
+    from d3etr.tracking.selection import choose_images
 
     folder = find_run(options.run, options.output_root)
     config = load_config(folder.config)
     files = _detectors(config, folder.weights, options.others)
-    views = _views(config, files, options.split, options.objects)
-    save(draw_attention(views), options.output)
+    with progress_bar() as progress:
+        split = open_split(config.data, options.split, progress)
+    chosen = choose_images(split, options.objects)
+    records = [record for record in chosen if _is_readable(split, record, config)]
+    views = _views(config, files, split, records)
+    names = {each.name: each.id for each in split.categories}
+    shown = readable_names((names[view.name], view.name) for view in views)
+    with writing(options.output):
+        drawn = [replace(view, name=name) for view, name in zip(views, shown, strict=True)]
+        save(draw_attention(drawn), options.output)
     if options.json:
         print_json({"picture": str(options.output), "objects": [_as_json(view) for view in views]})
     else:
         print(f"{len(views)} objects, {', '.join(files)} -> {options.output}")
-    return 0
+    return SOME_FAILED if len(records) < len(chosen) else 0
 
 
 def _detectors(config: Config, weights: Path, others: list[str]) -> dict[str, Url | Path]:
@@ -84,29 +107,42 @@ def _detectors(config: Config, weights: Path, others: list[str]) -> dict[str, Ur
     return files
 
 
+def _is_readable(split: DetectionSplit, record: ImageRecord, config: Config) -> bool:
+    """Whether an image can be decoded; names it if not."""
+    from d3etr.data.dataset import DetectionDataset
+
+    alone = replace(split, records=(record,))
+    try:
+        DetectionDataset(alone, config.data.preprocessing).decoded(0)
+    except UserError as error:
+        complain(f"error: {error}")
+        return False
+    return True
+
+
 def _views(
-    config: Config, files: dict[str, Url | Path], split_name: Any, count: int
+    config: Config,
+    files: dict[str, Url | Path],
+    split: DetectionSplit,
+    records: Sequence[ImageRecord],
 ) -> list[ObjectView]:
-    from d3etr.data.splits import open_split
-    from d3etr.fonts import readable_names
     from d3etr.inference import load
     from d3etr.tracking.figures.collect import object_view
     from d3etr.tracking.figures.look import look_at
-    from d3etr.tracking.selection import choose_images
 
-    with progress_bar() as progress:
-        split = open_split(config.data, split_name, progress)
-    records = choose_images(split, count)
     detectors = {name: load(place, "cpu").detector for name, place in files.items()}
     seen = {
         name: {one.record.id: one for one in look_at(detector, split, records, config.data)}
         for name, detector in detectors.items()
     }
-    names = readable_names((each.id, each.name) for each in split.categories)
+    names = [category.name for category in split.categories]
     views = [object_view(split, record, seen, names) for record in records]
     found = [view for view in views if view is not None]
     if not found:
-        raise UserError(f"{split.annotations} has no objects to look at; choose another --split")
+        raise UserError(
+            f"{split.annotations} has no readable image with an object to look at; choose another "
+            "--split"
+        )
     return found
 
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from d3etr.errors import UserError
+from d3etr.text import printable
+
 if TYPE_CHECKING:
     from d3etr.config.location import Url
+
+SOME_FAILED = 2
+"""Exit code where a picture could not be used; the others are answered."""
+_MOST_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -84,33 +93,99 @@ def location(text: str) -> Url | Path:
         raise ArgumentTypeError(str(error)) from error
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, as an argument's type."""
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise ArgumentTypeError(f"found '{text}', expected a whole number of at least 1")
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """The type of an argument that is a whole number in [low, high]."""
+
+    def parse(text: str) -> int:
+        number = int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else -1
+        if number < low or (high is not None and number > high):
+            expected = f"of at least {low}" if high is None else f"from {low} to {high}"
+            raise ArgumentTypeError(f"found '{text}', expected a whole number {expected}")
+        return number
+
+    return parse
+
+
+positive = whole_number(1)
+"""A whole number of at least 1, as an argument's type."""
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0, as an argument's type."""
+    number = _number(text)
+    if not 0 < number < math.inf:
+        raise ArgumentTypeError(f"found '{text}', expected a number above 0")
     return number
 
 
 def fraction(text: str) -> float:
     """A number from 0 to 1, as an argument's type."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
+    number = _number(text)
     if not 0 <= number <= 1:
         raise ArgumentTypeError(f"found '{text}', expected a number from 0 to 1")
     return number
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def file_to_write(*suffixes: str) -> Callable[[str], Path]:
+    """The type of an argument that names a file to write, in the one format that is written."""
+
+    def parse(text: str) -> Path:
+        path = location(text)
+        if not isinstance(path, Path):
+            raise ArgumentTypeError(f"found the URL {path.shown}, expected a file on this machine")
+        if path.suffix.lower() not in suffixes:
+            raise ArgumentTypeError(
+                f"found '{text}', expected a name that ends with {' or '.join(suffixes)}: no other "
+                "format is written"
+            )
+        if path.is_dir():
+            raise ArgumentTypeError(f"found the folder '{text}', expected a file to write")
+        return path
+
+    return parse
+
+
+def ensure_other_file(source: Url | Path, target: Path) -> None:
+    """Refuse to write over the file that is read.
+
+    Raises:
+        UserError: both are the same file.
+    """
+    if isinstance(source, Path) and source.resolve() == target.resolve():
+        raise UserError(f"{target} is the file that is read; choose another name to write to")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system refuses while a file is written into a user's error."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; choose another place, or make room"
+        ) from error
+
+
+def complain(text: str) -> None:
+    """Name on standard error what is left out or could not be used."""
+    print(printable(text), file=sys.stderr)
+
+
 def print_json(value: Any) -> None:
     """Print one JSON document; NaN and infinity are programmer errors.
 
-    What standard output cannot say, such as file names that are not UTF-8, is escaped.
+    What would act on a terminal, or what standard output cannot say, is escaped.
     """
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
     try:
-        text.encode(sys.stdout.encoding or "utf-8")
+        text.encode(sys.stdout.encoding or "utf-8", "surrogatepass")
     except UnicodeEncodeError:
         text = json.dumps(value, indent=2, allow_nan=False)
-    print(text)
+    print(printable(text, "\n"))

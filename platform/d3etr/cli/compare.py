@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d3etr.cli.command import Command, add_json, positive, print_json
+from d3etr.cli.command import Command, add_json, file_to_write, positive, print_json, writing
 
 if TYPE_CHECKING:
     from d3etr.tracking.compare import Comparison
@@ -34,7 +34,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--html",
-        type=Path,
+        type=file_to_write(".html", ".htm"),
         metavar="FILE",
         help="also write everything, with curves and images, as one page that needs nothing else",
     )
@@ -56,7 +56,8 @@ def _run(options: Namespace) -> int:
     if options.html is not None:
         from d3etr.tracking.compare_page import write_page
 
-        write_page(comparison, options.html, pictures)
+        with writing(options.html):
+            write_page(comparison, options.html, pictures)
     # The page shows images without being asked; a terminal does not.
     told = pictures if options.images is not None else None
     if options.json:

@@ -13,6 +13,7 @@ from d3etr.cli.command import (
     location,
     positive,
     print_json,
+    whole_number,
 )
 from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
@@ -38,7 +39,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--batch-size", type=positive, default=16, metavar="N", help="images at once (default 16)"
     )
     parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="loading processes (default 1)"
+        "--workers",
+        type=whole_number(0, 64),
+        default=1,
+        metavar="N",
+        help="loading processes (default 1)",
     )
     add_device(parser)
     add_json(parser)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from d3etr.cli.command import Command, add_json, add_weights, print_json
+from d3etr.cli.command import (
+    Command,
+    add_json,
+    add_weights,
+    ensure_other_file,
+    file_to_write,
+    print_json,
+)
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add_weights(parser)
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="the file to write")
+    parser.add_argument(
+        "output",
+        type=file_to_write(".safetensors"),
+        metavar="OUTPUT",
+        help="the file to write (.safetensors)",
+    )
     parser.add_argument(
         "--half",
         action="store_true",
@@ -26,6 +37,7 @@ def _run(options: Namespace) -> int:
     from d3etr.detectors.weights import load_weights, save_weights
     from d3etr.storage.fetch import local_file
 
+    ensure_other_file(options.weights, options.output)
     with local_file(options.weights) as file:
         detector, info = load_weights(file)
     if options.half:

@@ -6,7 +6,15 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d3etr.cli.command import Command, add_json, positive, print_json
+from d3etr.cli.command import (
+    Command,
+    above_zero,
+    add_json,
+    ensure_other_file,
+    file_to_write,
+    positive,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from d3etr.detectors.imports.importing import Imported
@@ -23,7 +31,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "torchvision's of a backbone (.pth); a folder of Hugging Face's; or a file of d3etr",
     )
     parser.add_argument(
-        "target", type=Path, metavar="TARGET", help="the file to write (.safetensors)"
+        "target",
+        type=file_to_write(".safetensors"),
+        metavar="TARGET",
+        help="the file to write (.safetensors)",
     )
     parser.add_argument(
         "--categories",
@@ -41,7 +52,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=above_zero,
         metavar="T",
         help="of DAB-DETR's position encoding, where nothing says (20; official R50-DC5: 10)",
     )
@@ -57,6 +68,7 @@ def _run(options: Namespace) -> int:
         known = read_annotations(options.categories).categories
         categories = tuple((category.id, category.name) for category in known)
     said = Said(options.heads, options.dilation, options.temperature, categories)
+    ensure_other_file(options.source, options.target)
     imported = import_weights(options.source, options.target, said)
     if options.json:
         print_json(imported.as_dict())

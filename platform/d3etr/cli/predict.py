@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -10,17 +9,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d3etr.cli.command import Command, add_device, add_json, add_weights, fraction, print_json
+from d3etr.cli.command import (
+    SOME_FAILED,
+    Command,
+    add_device,
+    add_json,
+    add_weights,
+    complain,
+    fraction,
+    print_json,
+    writing,
+)
 from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
+from d3etr.text import printable
 
 if TYPE_CHECKING:
     from d3etr.inference import Detections, Predictor
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 """What counts as a picture in a folder; files named by themselves may be called anything."""
-SOME_FAILED = 2
-"""Exit code where a picture could not be used; the others are answered."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -56,7 +64,7 @@ def _run(options: Namespace) -> int:
         print_json(results)
     failed = sum(result["error"] is not None for result in results) + problems
     if failed:
-        print(f"error: {failed} of those named above could not be used", file=sys.stderr)
+        complain(f"error: {failed} of those named above could not be used")
     return SOME_FAILED if failed else 0
 
 
@@ -67,7 +75,7 @@ def _answer(
     try:
         [found] = predictor.predict(path, options.threshold)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return {"image": path, "detections": [], "picture": None, "error": str(error)}
     if target is not None:
         _write(path, found, target)
@@ -85,7 +93,7 @@ def _pictures(given: list[str]) -> tuple[list[str], int]:
         try:
             found |= dict.fromkeys(_inside(Path(text)) if _is_folder(text) else [text])
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            complain(f"error: {error}")
             problems += 1
     return list(found), problems
 
@@ -114,7 +122,7 @@ def _inside(folder: Path) -> Iterator[str]:
         (len(named) - len(files), "folders or devices that are called like pictures"),
     ):
         if count:
-            print(f"{folder}: left out {count} {what}", file=sys.stderr)
+            complain(f"{folder}: left out {count} {what}")
     if not pictures:
         raise UserError(f"{folder}: no pictures in this folder ({', '.join(sorted(SUFFIXES))})")
     yield from pictures
@@ -146,22 +154,23 @@ def _write(path: str, found: Detections, target: Path) -> None:
 
     picture = draw(path, found)
     temporary = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(temporary, format="PNG")
-        temporary.replace(target)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"--output: cannot write {target}: {error.strerror or error}") from error
+    with writing(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(temporary, format="PNG")
+            temporary.replace(target)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def _tell(path: str, found: Detections, target: Path | None) -> None:
     objects = "1 object" if len(found) == 1 else f"{len(found)} objects"
-    print(f"{path}: {objects}{f' -> {target}' if target else ''}")
+    print(printable(f"{path}: {objects}{f' -> {target}' if target else ''}"))
     for detection in found.as_dicts():
         sides = ", ".join(f"{side:.0f}" for side in detection["box_xyxy"])
-        print(f"  {detection['name']}  {100 * detection['score']:.0f} %  [{sides}]")
+        print(f"  {printable(detection['name'])}  {100 * detection['score']:.0f} %  [{sides}]")
 
 
 COMMAND = Command("predict", "detect objects on pictures", _add_arguments, _run)

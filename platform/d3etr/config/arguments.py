@@ -11,6 +11,7 @@ from typing import Any
 from d3etr.config.location import Url, named_location
 from d3etr.config.problems import nearest
 from d3etr.errors import UserError
+from d3etr.text import bare_url
 
 MAXIMUM_SHOWN = 40
 """Characters of a value that are quoted."""
@@ -100,7 +101,9 @@ def require_path(name: str, value: Any) -> Path:
     Raises:
         UserError: something else, an empty text, or a URL.
     """
+    if isinstance(value, str | Url) and "://" in str(value):
+        url = bare_url(str(value))
+        raise UserError(f"{name} is the URL {url}; expected a path: download it first")
     location = require_location(name, value, "a path")
-    if isinstance(location, Url):
-        raise UserError(f"{name} is the URL {location.shown}; expected a path: download it first")
+    assert isinstance(location, Path)  # a URL has a protocol
     return location
