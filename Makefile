@@ -3,16 +3,18 @@
 
 PYTHON ?= python3
 TEACHER ?= shipped
+SEED ?= $(shell date +%s)
 RUN = .venv/bin/python
 STAMP = .venv/.installed
 
-.PHONY: help demo test bench lint environment force
+.PHONY: help demo test fuzz bench lint environment force
 .DEFAULT_GOAL = help
 
 help:
 	@echo "make demo    distil a small detector on the embedded data and compare (8 minutes on two cores)"
 	@echo "             TEACHER=train trains the teacher too instead of using the shipped one"
 	@echo "make test    every test"
+	@echo "make fuzz    5,000 changed files and arguments, others at each call (SEED=N: the same again)"
 	@echo "make bench   every benchmark, side by side, as ratios (15 minutes on two cores)"
 	@echo "make lint    ruff, ruff format and mypy"
 
@@ -21,6 +23,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
+
+fuzz: $(STAMP)
+	@D3ETR_FUZZ=5000 D3ETR_FUZZ_SEED=$(SEED) $(RUN) -m pytest tests/cli/test_fuzz.py
 
 bench: $(STAMP)
 	@PYTHONPATH=tests $(RUN) -m benchmarks $(BENCHMARKS)

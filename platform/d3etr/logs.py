@@ -5,10 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 
-from d3etr.text import printable, redacted
-
-LINES = "\n\t"
-"""What stays as it is in texts of several lines."""
+from d3etr.text import LINES, printable, redacted
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from typing import TextIO, cast
 from urllib.parse import unquote
 
+LINES = "\n\t\r"
+"""What stays as it is in texts of several lines."""
 HIDDEN = "***"
 """Stands where a credential was."""
 USER_NAMES = frozenset(
@@ -114,16 +116,26 @@ def printable(text: object, keep: str = "") -> str:
 
 
 def safe(stream: TextIO) -> TextIO:
-    """A stream that writes into another one what it is given, without credentials."""
-    return cast(TextIO, _SafeStream(stream))
+    """A stream that writes into another one what it is given, redacted and printable."""
+    return cast(TextIO, _SafeStream(stream, styled=False))
+
+
+def styled(stream: TextIO) -> TextIO:
+    """The stream behind a safe one, redacted only: for a library that draws on a terminal.
+
+    Texts of foreign origin must be made printable before the library gets them.
+    """
+    behind = stream._stream if isinstance(stream, _SafeStream) else stream
+    return cast(TextIO, _SafeStream(behind, styled=True))
 
 
 class _SafeStream:
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, *, styled: bool) -> None:
+        self._stream, self._styled = stream, styled
 
     def write(self, text: str) -> int:
-        self._stream.write(redacted(text))
+        shown = redacted(text)
+        self._stream.write(shown if self._styled else printable(shown, LINES))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

@@ -178,7 +178,7 @@ def test_predict_answers_the_good_pictures_and_names_the_bad_ones(
         assert text in found[str(folder / name)]["error"]
         assert f"{folder / name}: " in said.err
     assert f"{tmp_path / 'empty'}: no pictures in this folder" in said.err
-    assert "image is the URL https://h.invalid/a.png" in said.err
+    assert "https://h.invalid/a.png is given with a password" in said.err
     assert "5 of those named above could not be used" in said.err
     assert main(arguments) == 2, "as text too"
     assert f"{folder / '2.png'}: 15 objects" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d3etr.cli.command import Command, add_json, file_to_write, positive, print_json, writing
+from d3etr.text import styled
 
 if TYPE_CHECKING:
     from d3etr.tracking.compare import Comparison
@@ -70,7 +71,7 @@ def _run(options: Namespace) -> int:
     from d3etr.tracking.compare_text import as_tables
 
     # A pipe has no width: rich would cut the table for 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console = Console(file=styled(sys.stdout), width=None if sys.stdout.isatty() else PIPE_WIDTH)
     console.print(as_tables(comparison, pictures=told))
     if options.html is not None:
         print(f"page: {options.html}")

@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 
 from d3etr.cli.command import Command, add_json, add_overrides, print_json
 from d3etr.cli.progress import progress_bar
+from d3etr.text import styled
 
 LAUNCHERS = ("ray", "local")
 
@@ -47,7 +48,7 @@ def run_demo(options: Namespace) -> int:
     if options.json:
         print_json(report.as_json(runs))
         return 0
-    console = Console()
+    console = Console(file=styled(sys.stdout))
     console.print()
     console.print(report.comparison_table(runs))
     console.print(report.equal_time(runs))

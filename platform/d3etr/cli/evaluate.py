@@ -17,6 +17,7 @@ from d3etr.cli.command import (
 )
 from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
+from d3etr.text import printable
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -34,6 +35,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
         required=True,
         metavar="FOLDER",
         help="where its images are: a folder or a URL",
+    )
+    parser.add_argument(
+        "--follow-links", action="store_true", help="links may lead out of the image folder"
     )
     parser.add_argument(
         "--batch-size", type=positive, default=16, metavar="N", help="images at once (default 16)"
@@ -62,7 +66,7 @@ def _run(options: Namespace) -> int:
         value = metrics.pop(name, None)
         print(f"{name:<12}{'no such objects' if value is None else f'{100 * value:5.1f} %'}")
     for name, value in metrics.items():
-        print(f"  {name:<24}{100 * value:5.1f} %")
+        print(f"  {printable(name):<24}{100 * value:5.1f} %")
     return 0
 
 
@@ -76,7 +80,11 @@ def _measure(options: Namespace) -> dict[str, Any]:
     from d3etr.training.evaluation import Evaluator
 
     predictor = load(options.weights, options.device)
-    place = SplitConfig(images=options.images, annotations=options.annotations)
+    place = SplitConfig(
+        images=options.images,
+        annotations=options.annotations,
+        follow_links=options.follow_links,
+    )
     with progress_bar() as progress:
         split = read_split("evaluation", place, progress)
     theirs = [category.name for category in split.categories]

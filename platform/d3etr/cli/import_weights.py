@@ -15,6 +15,7 @@ from d3etr.cli.command import (
     positive,
     print_json,
 )
+from d3etr.text import printable
 
 if TYPE_CHECKING:
     from d3etr.detectors.imports.importing import Imported
@@ -88,7 +89,7 @@ def _tell(imported: Imported) -> None:
         print(f"  sizes       {backbone['name']}{dilated}; {numbers.replace('_', ' ')}")
         names = imported.categories
         more = ", ..." if len(names) > _SHOWN else ""
-        print(f"  categories  {len(names)}: {', '.join(names[:_SHOWN])}{more}")
+        print(f"  categories  {len(names)}: {printable(', '.join(names[:_SHOWN]))}{more}")
     print(f"  tensors     {imported.tensors}, all checked")
     for note in imported.notes:
         print(f"  note        {note}")

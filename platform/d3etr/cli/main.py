@@ -31,8 +31,8 @@ from d3etr.cli.command import Command
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch.ending import say_interrupted
 from d3etr.launch.signals import end_wanted
-from d3etr.logs import LINES, make_plain
-from d3etr.text import printable, safe
+from d3etr.logs import make_plain
+from d3etr.text import safe
 
 COMMANDS: tuple[Command, ...] = (
     demo.COMMAND,
@@ -103,7 +103,7 @@ def _failed(error: Exception) -> int:
         return 0
     if not isinstance(error, UserError | RunFailedError):
         raise error
-    print(f"error: {printable(error, LINES)}", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
     return USER_MISTAKE if isinstance(error, UserError) else FAILED
 
 

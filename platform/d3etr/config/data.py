@@ -26,6 +26,9 @@ class SplitConfig(Section):
     """Folder, or its URL, that the annotation file's ``file_name`` entries are relative to."""
     annotations: Location
     """COCO detection JSON, or its URL."""
+    follow_links: bool = False
+    """Whether links in the folder may lead to images outside of it; the folder itself may be a
+    link in any case."""
 
 
 class DigitScenesConfig(Section):

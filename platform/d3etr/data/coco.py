@@ -181,7 +181,9 @@ def parse_split(
         raw = read_annotations(file)
     records, cleaning = _clean(raw)
     names = [image.file_name for image in raw.images]
-    images = open_folder(split.images, names, progress, fetch=fetch)
+    images = open_folder(
+        split.images, names, progress, fetch=fetch, follow_links=split.follow_links
+    )
     return DetectionSplit(
         name=name,
         images=images,

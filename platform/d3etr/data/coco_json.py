@@ -339,7 +339,7 @@ def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     # Far beyond any image, and still exact in float64.
-    return math.isfinite(value) and abs(value) < 1e12
+    return abs(value) < 1e12 and math.isfinite(value)
 
 
 def _any_float(value: float) -> float:

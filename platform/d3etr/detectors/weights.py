@@ -5,7 +5,6 @@ Nothing in such a file is executed when it is read.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from d3etr.config.base import Section
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import DetectorConfig
+from d3etr.config.problems import ConfigError, problems_of
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.tensor_files import (
@@ -94,8 +94,9 @@ def read_info(path: Path) -> WeightsInfo:
         )
     try:
         return WeightsInfo.model_validate_json(metadata[INFO_KEY])
-    except (ValidationError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: its '{INFO_KEY}' metadata is broken: {error}") from error
+    except ValidationError as error:
+        problems = problems_of(error, WeightsInfo)
+        raise ConfigError(f"{path}, whose '{INFO_KEY}' metadata is broken", problems) from error
 
 
 def load_weights(path: Path) -> tuple[DetectionTransformer, WeightsInfo]:

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from d3etr.text import LINES, printable, styled
 from d3etr.training.journal import Record
 
 QUIET_SECONDS = 60.0
@@ -46,7 +47,7 @@ def open_display(quiet: bool = False, stream: TextIO | None = None) -> Display:
     stream = stream or sys.stderr
     if quiet:
         return Silence()
-    return Bar(Console(file=stream)) if stream.isatty() else Lines(stream)
+    return Bar(Console(file=styled(stream))) if stream.isatty() else Lines(stream)
 
 
 class Silence:
@@ -86,7 +87,7 @@ class Narrator:
             return self.where(record)
         if kind == "message":
             mark = "warning: " if record.get("level") == "warning" else ""
-            return f"{mark}{record.get('text', '')}"
+            return printable(f"{mark}{record.get('text', '')}", LINES)
         return None
 
     def where(self, record: Record) -> str:
@@ -209,7 +210,7 @@ class Bar:
 
     def stage(self, text: str) -> None:
         """Put ``text`` beside the bar."""
-        self._progress.update(self._task, description=escape(text))
+        self._progress.update(self._task, description=escape(printable(text)))
 
     def close(self) -> None:
         """Remove the bar."""

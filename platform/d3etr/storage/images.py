@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from d3etr.config.location import Url
+from d3etr.errors import UserError
 from d3etr.storage.fetch import Fetched, Tell, fetch_folder
 from d3etr.storage.remote import Remote
 
@@ -103,7 +105,12 @@ class LookedUpFolder:
 
 
 def open_folder(
-    location: Url | Path, names: Iterable[str], tell: Tell | None = None, *, fetch: bool = True
+    location: Url | Path,
+    names: Iterable[str],
+    tell: Tell | None = None,
+    *,
+    fetch: bool = True,
+    follow_links: bool = False,
 ) -> ImageFolder:
     """The folder of images at a location.
 
@@ -112,11 +119,14 @@ def open_folder(
         names: the images that are needed, relative to it.
         tell: told of the fetching.
         fetch: False only looks up which images there are.
+        follow_links: whether links may lead out of a folder on this machine.
 
     Raises:
-        UserError: a URL's storage does not answer, or refuses.
+        UserError: a URL's storage does not answer, or refuses; links lead out of the folder.
     """
     if isinstance(location, Path):
+        if not follow_links:
+            _ensure_inside(location, names)
         return LocalFolder(location)
     if fetch:
         return FetchedFolder(location, fetch_folder(location, names, tell))
@@ -124,3 +134,25 @@ def open_folder(
     return LookedUpFolder(
         location, {name: stamp.size or 0 for name, stamp in stamps if stamp is not None}
     )
+
+
+def _ensure_inside(folder: Path, names: Iterable[str]) -> None:
+    """Refuse names that links make files of other places; the folder itself may be a link."""
+    root = os.path.realpath(folder)
+    places: dict[str, str] = {}
+    leaving: list[tuple[str, str]] = []
+    for name in names:
+        above, last = os.path.split(name)
+        if above not in places:
+            places[above] = os.path.realpath(os.path.join(root, above))
+        place = os.path.join(places[above], last)
+        place = os.path.realpath(place) if os.path.islink(place) else place
+        if not place.startswith(os.path.join(root, "")):
+            leaving.append((name, place))
+    if leaving:
+        name, place = leaving[0]
+        raise UserError(
+            f"{folder}: links lead out of this folder for {len(leaving)} images, for example "
+            f"{name!r} to {place!r}. Copy the files, or allow it: follow_links beside the split's "
+            "images and annotations (d3etr evaluate: --follow-links)"
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 
 from d3etr.tracking.compare import Comparison, RunGroup, Spread
@@ -19,7 +18,7 @@ from d3etr.tracking.compare_text import (
 )
 from d3etr.tracking.equal_time import at_equal_time
 from d3etr.tracking.page.chart import Curve, draw_curves
-from d3etr.tracking.page.html import Cell, Head, note, section, swatch, table
+from d3etr.tracking.page.html import Cell, Head, escape, note, section, swatch, table
 from d3etr.tracking.page.scenes import scene
 from d3etr.tracking.page.style import STYLE, styles_of
 from d3etr.tracking.pictures import THRESHOLD, Pictures

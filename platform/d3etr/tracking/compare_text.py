@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from d3etr.text import printable
 from d3etr.tracking.compare import Comparison, RunGroup, Spread
 from d3etr.tracking.equal_time import CLOCKS, EqualTime, at_equal_time, clock_of
 
@@ -31,7 +32,7 @@ def as_tables(comparison: Comparison, pictures: Pictures | None = None) -> Group
     parts: list[RenderableType] = [results_table(comparison)]
     if at_equal_time(comparison):
         parts.append(equal_time_table(comparison))
-    parts += [Text(caution, style="yellow") for caution in comparison.cautions()]
+    parts += [Text(printable(caution), style="yellow") for caution in comparison.cautions()]
     if any(len(group.curve()) > 1 for group in comparison.groups):
         parts.append(curves_table(comparison))
     if comparison.differences():
@@ -39,7 +40,7 @@ def as_tables(comparison: Comparison, pictures: Pictures | None = None) -> Group
     if comparison.classes():
         parts.append(classes_table(comparison))
     if pictures is not None:
-        parts += [Text(sentence, style="yellow") for sentence in pictures.missing]
+        parts += [Text(printable(sentence), style="yellow") for sentence in pictures.missing]
         if pictures.pictures:
             parts.append(pictures_table(comparison, pictures))
     return Group(*parts)
@@ -175,7 +176,7 @@ def pictures_table(comparison: Comparison, pictures: Pictures) -> Table:
     for picture in pictures.pictures:
         found = ["no weights" if each is None else _detected(each) for each in picture.detections]
         names = ", ".join(picture.truth.names) or "nothing"
-        table.add_row(*(Text(text) for text in (picture.title, names, *found)))
+        table.add_row(*(Text(printable(text)) for text in (picture.title, names, *found)))
     return table
 
 
@@ -208,7 +209,7 @@ def classes_table(comparison: Comparison) -> Table:
         table.add_column(group.label, justify="right")
     widest = sorted(rows, key=lambda name: -_range(rows[name]))[:MANY_CLASSES]
     for name in (name for name in rows if name in set(widest)):
-        table.add_row(name, *(percent(spread) for spread in rows[name]))
+        table.add_row(Text(printable(name)), *(percent(spread) for spread in rows[name]))
     if len(rows) > MANY_CLASSES:
         table.caption = f"the {MANY_CLASSES} of {len(rows)} classes that differ most"
     return table

@@ -87,17 +87,19 @@ def read_run(folder: Path) -> FinishedRun:
     journal = read_journal(folder / "journal.jsonl")
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        if not isinstance(summary, dict):
+            raise ValueError(f"it holds a {type(summary).__name__}")
     except FileNotFoundError:
         raise UserError(
             f"{folder} has not finished (last step {_last_step(folder)}), so there is nothing to "
             f"compare yet; go on with it: d3etr train --resume {folder.name}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / 'summary.json'} is damaged: {error}") from error
     curve = tuple(
         (record["step"], record["metrics"]["val/mAP"])
         for record in journal
-        if record["kind"] == "evaluation" and "val/mAP" in record["metrics"]
+        if record.get("kind") == "evaluation" and "val/mAP" in record["metrics"]
     )
     return FinishedRun(folder, load_config(folder / "config.yaml"), summary, curve)
 

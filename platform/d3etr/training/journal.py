@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -165,9 +166,22 @@ def _parse(line: bytes) -> Record | None:
         return None
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    return record if _is_record(record) else None
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a line has what every record has, of the types that ``Journal`` writes."""
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("kind"), str)
+        and type(record.get("step")) is int
+        and 0 <= record["step"] < 2**63
+        and type(record.get("time", 0.0)) in (int, float)
+        and math.isfinite(record.get("time", 0.0))
+        and isinstance(record.get("metrics", {}), dict)
+    )
 
 
 def _digest(line: bytes) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from d3etr.config.data import PreprocessingConfig
+from d3etr.config.load import validate_section
 from d3etr.detectors.imports.architecture import (
     HUGGING_FACES_EPSILON,
     OFFICIAL_EPSILON,
@@ -151,9 +152,8 @@ def preprocessing_of(settings: Mapping[str, Any], where: str) -> PreprocessingCo
             f"{where}: size is {size}; expected shortest_edge and longest_edge. Take the file out "
             "of the folder to import the model with the usual 800 and 1333"
         )
-    return PreprocessingConfig(
-        shortest_side=size["shortest_edge"], longest_side=size["longest_edge"]
-    )
+    sides = {"shortest_side": size["shortest_edge"], "longest_side": size["longest_edge"]}
+    return validate_section(PreprocessingConfig, sides, where)
 
 
 def _require(

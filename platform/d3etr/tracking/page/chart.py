@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from d3etr.tracking.page.html import escape
 
 Point = tuple[float, float]
 LEFT, RIGHT, TOP, BOTTOM = 40, 14, 12, 40

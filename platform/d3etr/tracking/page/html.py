@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from d3etr.text import printable
 
 LONGEST_WORD = 12
 
@@ -50,6 +52,11 @@ class Head:
             scope: "row" or "col".
         """
         return f'<th scope="{scope}">{self.swatch}{breakable(self.text)}</th>'
+
+
+def escape(text: str) -> str:
+    """``text`` as HTML shows it: no markup, nothing that turns the reading direction."""
+    return html.escape(printable(text))
 
 
 def table(

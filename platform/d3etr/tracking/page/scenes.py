@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
-from html import escape
 
+from d3etr.tracking.page.html import escape
 from d3etr.tracking.pictures import SHARP_SIDE, Objects, Picture
 
 MANY_OBJECTS = 12
