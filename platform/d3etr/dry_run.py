@@ -8,22 +8,20 @@ from typing import Any
 
 import torch
 
-from d3etr.config.data import DataConfig
-from d3etr.config.detector import DetectorConfig, TeacherConfig
-from d3etr.config.infrastructure import RunConfig
+from d3etr.config.detector import DetectorConfig
+from d3etr.config.infrastructure import ClusterConfig, RunConfig
 from d3etr.config.load import plain_tree, to_yaml
 from d3etr.config.tree import Config
-from d3etr.data.coco import read_split
 from d3etr.detectors.build import build_detector, count_parameters
-from d3etr.detectors.weights import WeightsInfo, read_info
-from d3etr.distillation.compatibility import check_compatible
-from d3etr.errors import UserError
+from d3etr.launch.api import LauncherName
+from d3etr.launch.environment import joined_address
 from d3etr.launch.folder import folder_of
+from d3etr.launch.resources import demand_of, this_machine
+from d3etr.launch.resources import describe as describe_nodes
 from d3etr.storage.cache import open_cache
-from d3etr.storage.fetch import local_file
-from d3etr.training.inputs import ensure_inputs_answer, remote_files
+from d3etr.training.beginning import judge_beginning
+from d3etr.training.inputs import remote_files
 
-DIGIT_CLASSES = 10
 SHOWN_CHECKPOINTS = 4
 """So many of a long list of checkpoints are named."""
 
@@ -61,19 +59,10 @@ def make_plan(config: Config) -> Plan:
     Raises:
         UserError: the training images or the teacher would stop the run.
     """
-    ensure_inputs_answer([config])
-    images, classes = _count(config.data)
-    batch_size = config.optimisation.batch_size
-    if images < batch_size:
-        raise UserError(
-            f"the train split has {images} images, fewer than one batch: set "
-            f"optimisation.batch_size ({batch_size}) to at most that"
-        )
-    per_epoch = images // batch_size
+    begun = judge_beginning(config)
+    images, classes, teacher = begun.images, begun.classes, begun.teacher
+    per_epoch = images // config.optimisation.batch_size
     steps = config.optimisation.steps or (config.optimisation.epochs or 0) * per_epoch
-    teacher = None if config.teacher is None else _teacher_info(config.teacher)
-    if teacher is not None:
-        check_compatible(config.student.detector, teacher.detector, config.distillation, classes)
     return Plan(
         run_dir=folder_of(config).path,
         images=images,
@@ -88,8 +77,12 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def describe(config: Config) -> str:
+def describe(config: Config, launcher: LauncherName = "ray") -> str:
     """The resolved configuration and the size of the run, for people.
+
+    Args:
+        config: the run.
+        launcher: what would start it.
 
     Raises:
         UserError: see ``make_plan``.
@@ -104,6 +97,7 @@ def describe(config: Config) -> str:
         f"teacher      {_millions(plan.teacher_parameters)}",
         f"length       {plan.steps:,} steps, {epochs:.3g} epochs of {plan.steps_per_epoch:,}",
         f"checkpoints  {_checkpoints(plan)}; the newest {config.run.keep_checkpoints} are kept",
+        *_cluster(config.cluster, launcher),
         _nothing_done(config),
     ]
     return "\n".join(lines)
@@ -129,18 +123,17 @@ def describe_json(config: Config) -> dict[str, Any]:
     }
 
 
-def _count(data: DataConfig) -> tuple[int, int]:
-    """Training images and classes; digit scenes need not be rendered for that."""
-    if data.digit_scenes is not None:
-        return data.digit_scenes.train_images, DIGIT_CLASSES
-    assert data.train is not None
-    split = read_split("train", data.train, fetch=False)
-    return len(split.records), len(split.categories)
-
-
-def _teacher_info(teacher: TeacherConfig) -> WeightsInfo:
-    with local_file(teacher.weights) as file:
-        return read_info(file)
+def _cluster(cluster: ClusterConfig, launcher: LauncherName) -> list[str]:
+    """What Ray is asked for; of a cluster that is joined it is not known here whether it fits."""
+    if launcher != "ray":
+        return []
+    address = joined_address(cluster)
+    nodes = [] if address is not None else [this_machine()]
+    demand = demand_of(cluster, nodes)
+    if address is None:
+        return [f"cluster      {demand}, here ({describe_nodes(nodes)})"]
+    gpus = " (and 1 GPU each, where it has so many)" if cluster.gpus_per_worker == "auto" else ""
+    return [f"cluster      needs {demand}{gpus} at {address}, which a dry run does not ask"]
 
 
 def _checkpoint_steps(run: RunConfig, per_epoch: int, steps: int) -> tuple[int, ...]:

@@ -187,7 +187,7 @@ def test_a_signal_under_ray_ends_all_that_was_started(
             assert not open_to_others(family(tmp_path))
         for number in numbers:  # to all of them, as a terminal or a service manager does
             os.killpg(process.pid, number)
-        assert process.wait(30) == 130
+        assert process.wait(60) == 130
         text = errors.read_text()
         wait_until(lambda: not family(tmp_path), 10)
     assert text.count("interrupted; ") == 1 and "--resume" in text

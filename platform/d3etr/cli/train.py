@@ -46,7 +46,7 @@ def _run(options: Namespace) -> int:
         return run_demo(options)
     config, run_dir = _resolve(options)
     if options.dry_run:
-        return _dry_run(config, options.json)
+        return _dry_run(config, options)
     from d3etr.launch.api import launch
 
     if options.launcher != "torchrun":  # there, the first worker makes it while others wait
@@ -101,13 +101,15 @@ def write_data(configs: Iterable[Config]) -> None:
                 write_digit_scenes(scenes, progress)
 
 
-def _dry_run(config: Config, as_json: bool) -> int:
+def _dry_run(config: Config, options: Namespace) -> int:
     from d3etr.dry_run import describe, describe_json
+    from d3etr.launch.api import ensure_can_begin
 
-    if as_json:
+    ensure_can_begin(config, options.launcher)
+    if options.json:
         print_json(describe_json(config))
     else:
-        print(describe(config))
+        print(describe(config, options.launcher))
     return 0
 
 

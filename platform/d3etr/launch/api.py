@@ -13,10 +13,13 @@ from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.launch.console import open_display
 from d3etr.launch.driver import Launcher, OpenTracker, RunResult, Status, Tracker, drive
+from d3etr.launch.environment import ensure_lasting, joined_address
 from d3etr.launch.folder import RunFolder, folder_of
+from d3etr.launch.resources import demand_of, ensure_room, this_machine
 from d3etr.launch.task import Task, train
 from d3etr.text import bare_url
 from d3etr.tracking.state import read_state
+from d3etr.training.beginning import judge_beginning
 from d3etr.training.inputs import ensure_inputs_answer
 from d3etr.training.journal import Record
 
@@ -71,7 +74,7 @@ def launch(
             join_rank_0(config, folder, task)
             return RunResult(folder.path, folder.result() or {}, folder.weights, None, True)
     if folder.result() is None:
-        ensure_inputs_answer([config])
+        ensure_can_begin(config, launcher)
     return drive(
         config,
         folder,
@@ -79,6 +82,24 @@ def launch(
         display=open_display(quiet),
         open_tracker=open_tracker or _mlflow(config),
     )
+
+
+def ensure_can_begin(config: Config, launcher: LauncherName) -> None:
+    """Refuse what can be known to fail before anything is started, here and in a dry run.
+
+    Of a cluster that is joined, nothing is known here: files may be on its machines only.
+
+    Raises:
+        UserError: naming what is missing, and where.
+    """
+    ensure_lasting(config)
+    if launcher == "ray" and joined_address(config.cluster) is not None:
+        ensure_inputs_answer([config])
+        return
+    judge_beginning(config)
+    if launcher == "ray":
+        nodes = [this_machine()]
+        ensure_room(demand_of(config.cluster, nodes), nodes)
 
 
 def _launcher(name: LauncherName, task: Task) -> Launcher:

@@ -98,7 +98,8 @@ class Launch:
     later: ExitStack
 
 
-Launcher = Callable[[Launch], None]
+Launcher = Callable[[Launch], Callable[[], None]]
+"""Makes everything ready that training needs, or raises; what it returns trains until the end."""
 
 
 def drive(
@@ -114,7 +115,7 @@ def drive(
     Args:
         config: what to train.
         folder: where.
-        launcher: trains until the end, or raises.
+        launcher: makes ready what training needs.
         display: shows progress.
         open_tracker: starts tracking; None tracks nothing.
 
@@ -152,9 +153,11 @@ def _locked_run(
     trained = folder.result() is None
     if not trained:
         Inputs().ensure_result_is_of(launch.config, folder.path)
+    train = launcher(launch) if trained else None
+    # Not before: a run that cannot begin leaves no failed one where runs are compared.
     tracker = None if open_tracker is None else open_tracker(launch.config, folder.path)
-    if trained:
-        _train(launch, folder, launcher, display, tracker)
+    if train is not None:
+        _train(train, folder, display, tracker)
     elif tracker is not None:
         _finish(tracker, "FINISHED", display)
     metrics = folder.result()
@@ -165,17 +168,13 @@ def _locked_run(
 
 
 def _train(
-    launch: Launch,
-    folder: RunFolder,
-    launcher: Launcher,
-    display: Display,
-    tracker: Tracker | None,
+    train: Callable[[], None], folder: RunFolder, display: Display, tracker: Tracker | None
 ) -> None:
     follower = JournalFollower(folder.journal, display, tracker)
     follower.start()
     status: Status = "FAILED"
     try:
-        launcher(launch)
+        train()
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import d3etr
 from d3etr.config.infrastructure import ClusterConfig
+from d3etr.config.tree import Config
 from d3etr.data.images import LIMIT_VARIABLE
+from d3etr.errors import UserError
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job; holds the job's runtime environment."""
 SEVERAL_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """0 keeps Ray on this machine's loopback interface, also on Linux. (It is 1 there, and 0 on the
 two in its name.) It is the one thing that does for all of Ray's processes."""
+SQLITE = "sqlite:///"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -112,9 +115,34 @@ def runtime_environment() -> dict[str, dict[str, str]]:
     return {"env_vars": kept} if kept else {}
 
 
+def joined_address(cluster: ClusterConfig) -> str | None:
+    """The running cluster that a run joins; None where it starts one of its own."""
+    return cluster.address or os.environ.get("RAY_ADDRESS") or None
+
+
 def in_temporary_copy(folder: Path) -> bool:
     """Whether ``folder`` is inside the copy of a working directory that Ray makes for a job.
 
     The copy is on one machine only and is removed some time after the job.
     """
     return bool(os.environ.get(JOB_CONFIG)) and "working_dir_files" in folder.parts
+
+
+def ensure_lasting(config: Config) -> None:
+    """Refuse to write results where they would be removed with a job's copy of its folder.
+
+    Raises:
+        UserError: naming the key.
+    """
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
+    places = {"run.output": config.run.output}
+    if config.tracking.enabled and uri.startswith(SQLITE):
+        places["tracking.uri"] = Path(uri.removeprefix(SQLITE))
+    for key, place in places.items():
+        if in_temporary_copy(place.expanduser().absolute()):
+            raise UserError(
+                f"{key}: '{place}' is inside of the temporary copy that Ray made of the job's "
+                "working directory, and would be removed with it. Give an absolute path on "
+                f"storage that all machines of the cluster share: --set {key}="
+                f"{SQLITE if key == 'tracking.uri' else ''}/SHARED/{place.name}"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -29,8 +30,11 @@ class LocalLauncher:
     task: Task = train
     context: Callable[[], TrainContext] = SingleProcess
 
-    def __call__(self, launch: Launch) -> None:
-        """Train until the end."""
+    def __call__(self, launch: Launch) -> Callable[[], None]:
+        """Nothing is to be made ready."""
+        return partial(self._train, launch)
+
+    def _train(self, launch: Launch) -> None:
         cluster = launch.config.cluster
         if cluster.workers != 1:
             logger.warning(

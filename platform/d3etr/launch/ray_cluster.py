@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray._private import node as ray_node
 from ray._private import ray_constants
 
 from d3etr.config.infrastructure import ClusterConfig
@@ -28,6 +30,7 @@ from d3etr.launch.ending import (
 from d3etr.launch.environment import (
     SEVERAL_MACHINES,
     environment,
+    joined_address,
     own_cluster_settings,
     package_environment,
     ray_settings,
@@ -44,6 +47,7 @@ logger = get_logger(__name__)
 CONNECT_SECONDS = 60.0
 """ray.init has no limit of its own: it waits for ever for a cluster that is half reachable."""
 START_SECONDS = 120.0
+PORT_TURN_MS = 300
 LEAVE_SECONDS = 30.0
 """Where the head is gone, Ray leaves after some 15 seconds."""
 PROBE_SECONDS = 10.0
@@ -135,6 +139,8 @@ class _Connection:
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
+        if ray_node.wait_for_persisted_port is _WAIT_FOR_PORT:
+            ray_node.wait_for_persisted_port = _wait_for_port
         unless = end_wanted if is_command() else None
         return attempt_within(START_SECONDS, partial(ray.init, **options), self._left, unless)
 
@@ -147,13 +153,23 @@ class _Connection:
         return attempt_within(CONNECT_SECONDS, join, self._left, end_wanted)
 
 
+_WAIT_FOR_PORT = ray_node.wait_for_persisted_port
+
+
+def _wait_for_port(*place: Any, timeout_ms: int = 30_000, **more: Any) -> int:
+    """Ray's own, which keeps all of Python from running while it waits, in short turns."""
+    end = time.monotonic() + timeout_ms / 1000
+    while True:
+        try:
+            return int(_WAIT_FOR_PORT(*place, timeout_ms=min(timeout_ms, PORT_TURN_MS), **more))
+        except Exception:
+            if end_wanted() or time.monotonic() > end:
+                raise
+        time.sleep(0.01)
+
+
 def _options(address: str) -> dict[str, Any]:
     return {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-
-
-def joined_address(cluster: ClusterConfig) -> str | None:
-    """The running cluster that a run joins; None where it starts one of its own."""
-    return cluster.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def cluster_nodes() -> list[Node]:

@@ -6,13 +6,14 @@ run's folder and not Ray's affair, so that a run can change launchers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch.driver import Launch
 from d3etr.launch.elastic import train_elastically
-from d3etr.launch.environment import in_temporary_copy
 from d3etr.launch.notes import Notes
 from d3etr.launch.ray_cluster import cluster_nodes, connected
 from d3etr.launch.ray_failures import translate
@@ -34,20 +35,13 @@ class RayLauncher:
 
     task: Task = train
 
-    def __call__(self, launch: Launch) -> None:
-        """Train until the end.
+    def __call__(self, launch: Launch) -> Callable[[], None]:
+        """Reach a cluster that has room, and return what trains there until the end.
 
         Raises:
-            UserError: the cluster has no room, cannot be reached, or a worker met a mistake.
-            RunFailedError: workers kept failing.
+            UserError: the cluster has no room, or cannot be reached.
         """
         cluster = launch.config.cluster
-        if in_temporary_copy(launch.run_dir):
-            logger.warning(
-                "the run's folder %s is inside Ray's temporary copy of the working directory and "
-                "will be removed with it: --set run.output=FOLDER on shared storage keeps it",
-                launch.run_dir,
-            )
         launch.later.enter_context(connected(cluster, launch.stage))
         nodes = cluster_nodes()
         demand = demand_of(cluster, nodes)
@@ -56,15 +50,19 @@ class RayLauncher:
         storage.mkdir(parents=True)
         group = Group(launch, self.task, demand, storage, Notes(storage))
         if demand.elastic:
-            train_elastically(group)
-        else:
-            launch.stage(f"starting {demand} ({describe(nodes)})")
-            _train(group)
+            return partial(train_elastically, group)
+        return partial(_train, group, describe(nodes))
 
 
-def _train(group: Group) -> None:
-    """Train with as many workers as asked for; Ray starts them again where some are lost."""
+def _train(group: Group, nodes: str) -> None:
+    """Train with as many workers as asked for; Ray starts them again where some are lost.
+
+    Raises:
+        UserError: a worker met a mistake.
+        RunFailedError: workers kept failing.
+    """
     cluster = group.launch.config.cluster
+    group.launch.stage(f"starting {group.demand} ({nodes})")
     try:
         group.fit(group.demand.workers, cluster.maximum_failures, "workers")
     except (UserError, RunFailedError):

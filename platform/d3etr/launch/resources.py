@@ -99,6 +99,16 @@ def ensure_room(demand: Demand, nodes: Sequence[Node]) -> None:
     )
 
 
+def this_machine() -> Node:
+    """What Ray would find here; starts nothing."""
+    from ray._private.accelerators import get_all_accelerator_managers
+    from ray._private.utils import get_num_cpus
+
+    managers = get_all_accelerator_managers()
+    gpus = [one for one in managers if one.get_resource_name() == "GPU"]
+    return Node(get_num_cpus(), sum(one.get_current_node_num_accelerators() for one in gpus))
+
+
 def describe(nodes: Sequence[Node]) -> str:
     """The nodes in words."""
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -44,8 +46,12 @@ class TorchrunLauncher:
 
     task: Task = train
 
-    def __call__(self, launch: Launch) -> None:
-        """Train until the end."""
+    def __call__(self, launch: Launch) -> Callable[[], None]:
+        """Refuse what this number of workers cannot train."""
+        ensure_divisible(launch.config, int(os.environ["WORLD_SIZE"]))
+        return partial(self._train, launch)
+
+    def _train(self, launch: Launch) -> None:
         workers = int(os.environ["WORLD_SIZE"])
         if workers != launch.config.cluster.workers:
             logger.warning(
@@ -77,14 +83,19 @@ def join_rank_0(config: Config, folder: RunFolder, task: Task = train) -> None:
 
 
 def _work(config: Config, folder: RunFolder, task: Task) -> None:
-    _ensure_divisible(config, int(os.environ["WORLD_SIZE"]))
+    ensure_divisible(config, int(os.environ["WORLD_SIZE"]))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads_for(config.cluster, here, os.environ.get("OMP_NUM_THREADS")))
     with Torchrun() as context:
         task(config, folder.path, context)
 
 
-def _ensure_divisible(config: Config, workers: int) -> None:
+def ensure_divisible(config: Config, workers: int) -> None:
+    """Refuse a batch that this number of workers cannot share.
+
+    Raises:
+        UserError: naming the numbers.
+    """
     optimisation = config.optimisation
     if optimisation.batch_size % config.micro_batches(workers):
         raise UserError(

@@ -33,7 +33,7 @@ def build_student(
     Raises:
         UserError: weights are missing or do not fit.
     """
-    _require_start(config)
+    require_start(config)
     student = build_detector(config.student.detector, len(categories))
     weights = config.student.backbone_weights
     if isinstance(weights, Url | Path):
@@ -84,7 +84,12 @@ def _warn(taken: Taken, weights: Url | Path | None) -> None:
     )
 
 
-def _require_start(config: Config) -> None:
+def require_start(config: Config) -> None:
+    """Refuse a backbone whose statistics would be those of nothing.
+
+    Raises:
+        UserError: it is frozen and starts from no weights.
+    """
     backbone = config.student.detector.backbone
     start = config.student.initialise_from
     starts = config.student.backbone_weights or (start is not None and "backbone" in start.parts)

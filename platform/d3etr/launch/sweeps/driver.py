@@ -15,10 +15,10 @@ from ray import tune
 
 from d3etr.config.sweep import SweepConfig
 from d3etr.errors import RunFailedError, UserError
-from d3etr.launch.environment import environment
+from d3etr.launch.environment import ensure_lasting, environment, joined_address
 from d3etr.launch.folder import folder_of
 from d3etr.launch.lock import RunLock
-from d3etr.launch.ray_cluster import cluster_nodes, connected, joined_address
+from d3etr.launch.ray_cluster import cluster_nodes, connected
 from d3etr.launch.ray_failures import user_error
 from d3etr.launch.resources import Demand, Node, demand_of, describe, ensure_room, room
 from d3etr.launch.signals import terminable
@@ -101,6 +101,7 @@ def run_sweep(
         UserError: something that the user can fix.
         SweepInterrupted: Ctrl-C or a termination signal.
     """
+    ensure_lasting(plan.base)
     ensure_inputs_answer(plan.config(trial) for trial in plan.examples())
     plan.folder.mkdir(parents=True, exist_ok=True)
     try:
