@@ -204,6 +204,21 @@ def test_predict_prints_names_that_are_no_text(
     assert {Path(entry["image"]).name for entry in json.loads(done.stdout)} == set(names)
 
 
+def test_warnings_of_libraries_come_without_their_path(
+    tiny_weights: Path, tmp_path: Path, repository: Path
+) -> None:
+    Image.new("RGB", (20, 16)).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\0x")
+    done = subprocess.run(
+        [sys.executable, "-m", "d3etr", "predict", str(tiny_weights), str(tmp_path / "a.jpg")],
+        cwd=repository / "platform",
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "warning: Corrupt EXIF data" in done.stderr
+    assert ".py" not in done.stderr
+
+
 def test_predict_never_writes_over_a_picture_that_it_reads(
     tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

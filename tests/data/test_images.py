@@ -138,6 +138,8 @@ def test_the_limit_of_pixels_is_what_the_environment_says(tmp_path, monkeypatch)
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"<!doctype html><html>404</html>", "a web page"),
         (b"\x00\x00\x00\x18ftypheic" + bytes(80), "a HEIC picture"),
+        (b"\x00\x00\x00\x18ftypavif" + bytes(80), "cannot be decoded: it"),
+        (b"\x00\x00\x00\x18ftypisom" + bytes(80), "a video"),
         (b"DDS " + bytes(200), "a DDS texture"),
         (b"DDS \x7c\x00\x00\x00" + bytes([7]) * 200, "a DDS texture"),
         (b"%PDF-1.7", "a PDF document"),

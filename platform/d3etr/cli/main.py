@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
+from typing import Any
 
 from d3etr.cli import (
     attention,
@@ -55,11 +57,17 @@ USER_MISTAKE = 2
 
 def whole(arguments: Sequence[str] | None = None) -> int:
     """``main``; the traceback of a fault of ours loses credentials too."""
+    warnings.formatwarning = _as_sentence
     try:
         return main(arguments)
     except Exception:
         traceback.print_exc(file=safe(sys.stderr))
         return FAILED
+
+
+def _as_sentence(message: Warning | str, *details: Any, **more: Any) -> str:
+    """A library's warning without the library's path, which helps no user."""
+    return f"warning: {message}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,7 +22,11 @@ _FOREIGN = (
     (0, b"DDS ", "a DDS texture of an unsupported kind", "convert it to PNG"),
     (0, b"\xff\x0a", "a JPEG XL picture", "convert it to JPEG or PNG"),
     (0, b"\x00\x00\x00\x0cJXL ", "a JPEG XL picture", "convert it to JPEG or PNG"),
-    (4, b"ftyp", "a HEIC picture or a video", "convert it to JPEG or PNG"),
+    (4, b"ftyphe", "a HEIC picture", "convert it to JPEG or PNG"),
+    (4, b"ftypmif1", "a HEIF picture", "convert it to JPEG or PNG"),
+    (4, b"ftypisom", "a video", "take its frames out as JPEG or PNG"),
+    (4, b"ftypmp4", "a video", "take its frames out as JPEG or PNG"),
+    (4, b"ftypqt", "a video", "take its frames out as JPEG or PNG"),
     (128, b"DICM", "a DICOM file", "convert it to PNG"),
 )
 """(offset, bytes, what such a file is, what to do): what is often found in place of an image."""

@@ -35,11 +35,14 @@ INFO_KEY = "d3etr_info"
 FORMAT = "1"
 
 
+CategoryId = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
 class WeightsInfo(Section):
     """What a weights file says beside its tensors."""
 
     detector: DetectorConfig
-    categories: Annotated[tuple[tuple[int, str], ...], Field(min_length=1)]
+    categories: Annotated[tuple[tuple[CategoryId, str], ...], Field(min_length=1)]
     """(id of the annotation file, name) of each class, in the order of the logits."""
     preprocessing: PreprocessingConfig
     evaluation: dict[str, Any] | None = None
