@@ -13,6 +13,7 @@ from d3etr.detectors.build import build_detector, count_parameters
 from d3etr.detectors.weights import WeightsInfo, save_weights
 from d3etr.dry_run import describe, describe_json, make_plan
 from d3etr.errors import UserError
+from d3etr.launch.api import launch
 
 SMALL = (
     "student.detector={width: 16, heads: 2, feedforward: 16, encoder_layers: 1, "
@@ -122,3 +123,30 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     describe(config())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "overrides"),
+    [
+        ("student.backbone_weights", ()),
+        ("teacher.weights", ("distillation.method=d3etr",)),
+        ("student.initialise_from.weights", ("student.initialise_from.parts=[decoder]",)),
+    ],
+)
+@pytest.mark.parametrize("content", [None, b"", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_weights_that_cannot_be_used_are_named_before_anything_starts(
+    key: str, overrides: tuple[str, ...], content: bytes | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "w.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    asked = config(*overrides, f"{key}={file}", f"run.output={tmp_path / 'runs'}")
+    for judge in (make_plan, lambda asked: launch(asked, launcher="local", quiet=True)):
+        with pytest.raises(UserError, match=rf"^{key}: .*w\.safetensors"):
+            judge(asked)
+    assert not (tmp_path / "runs").exists(), "no run folder, no run in MLflow"
+
+
+def test_a_frozen_backbone_without_weights_is_refused_in_a_dry_run_too() -> None:
+    with pytest.raises(UserError, match=r"student\.backbone_weights is null"):
+        make_plan(config("student.detector.backbone={name: resnet18}"))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.data.coco import Category
-from d3etr.detectors.backbones import load_backbone_weights
+from d3etr.detectors.backbones import build_backbone, load_backbone_weights
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.parts import Taken, take_parts
-from d3etr.detectors.weights import WeightsInfo, load_weights
+from d3etr.detectors.weights import WeightsInfo, load_weights, read_info
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
 from d3etr.storage.fetch import local_file
@@ -46,6 +47,35 @@ def build_student(
         if taken.left and not quiet:
             _warn(taken, config.initial_weights)
     return student.train()
+
+
+def ensure_start(config: Config) -> None:
+    """Make sure that a run can begin with its weights, as far as this machine's files say.
+
+    Raises:
+        UserError: a file is missing, damaged or of another architecture; or weights are needed.
+    """
+    _require_start(config)
+    teacher = None if config.teacher is None else config.teacher.weights
+    if isinstance(teacher, Path):
+        with _naming("teacher.weights"):
+            read_info(teacher)
+    if isinstance(config.student.backbone_weights, Path):
+        with _naming("student.backbone_weights"):
+            backbone = build_backbone(config.student.detector.backbone)
+            load_backbone_weights(backbone, config.student.backbone_weights)
+    initial = config.initial_weights
+    if isinstance(initial, Path) and initial != teacher:
+        with _naming("student.initialise_from.weights"):
+            read_info(initial)
+
+
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def _take(student: DetectionTransformer, config: Config, categories: Sequence[Category]) -> Taken:
