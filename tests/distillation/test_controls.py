@@ -100,6 +100,7 @@ def test_impossible_layer_maps_are_refused(tiny_detector: Build, mapping: tuple[
     [
         ({"method": "none", "prediction": {"weight": 1.0}}, "remove prediction"),
         ({"adaptive_ratio": 1.0, **NO_TERMS}, "trains nothing"),
+        ({"auxiliary_group": {"ground_truth": False}, **NO_TERMS}, "group would learn nothing"),
         ({"adaptive_ratio": 1.0, "teacher_query_ratio": 0.5}, "remove auxiliary_group"),
         ({"adaptive_ratio": 0.0, "matched_pair_ratio": 0.5}, "no bipartite matching"),
         ({"auxiliary_group": {"queries": "random"}}, "no teacher outputs"),

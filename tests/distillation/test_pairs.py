@@ -171,7 +171,7 @@ def test_random_queries_are_a_control_for_every_student(
     nothing = {"weight": 0.0}
     module = _distiller(
         tiny_detector(seed=1, **FAMILY[kind]).train(),
-        tiny_detector(queries=8),
+        tiny_detector(queries=8, **FAMILY[kind]),
         prediction=nothing,
         self_attention=nothing,
         cross_attention=nothing,

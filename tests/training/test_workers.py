@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +102,22 @@ def test_two_workers_have_the_losses_of_one(make_config: MakeConfig, tmp_path: P
         strict=True,
     ):
         assert together["metrics"] == pytest.approx(alone["metrics"], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "detector",
+    [{"decoder_layers": 1}, {"name": "detr", "classification": "softmax", "encoder_layers": 0}],
+    ids=["one-decoder-layer", "softmax"],
+)
+def test_every_student_trains_on_two_workers_as_on_one(
+    detector: dict[str, Any], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    settings = {"dropout": 0.0} | detector
+    config = make_config(optimisation={"epochs": 1}, detector=settings)
+    train_alone(config, tmp_path / "one")
+    train_with_two_workers(config, tmp_path / "two")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -180,6 +180,12 @@ class DistillationConfig(Section):
                 "auxiliary_group.always without ground_truth: where adaptive_ratio is 1 the group "
                 "would learn nothing"
             )
+        supervised = self.auxiliary_group.ground_truth
+        if self.has_auxiliary_group and not supervised and not any(self.terms):
+            raise ValueError(
+                "the auxiliary group would learn nothing: all term weights are 0 and "
+                "auxiliary_group.ground_truth is false"
+            )
         if self.general_points.count and not any(self.terms):
             raise ValueError("general_points have no effect: all term weights are 0")
         if (

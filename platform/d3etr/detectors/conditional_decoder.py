@@ -91,6 +91,8 @@ class ConditionalDecoder(nn.Module):
             DecoderLayer(config, first=index == 0) for index in range(config.decoder_layers)
         )
         self.query_scale = MLP((config.width, config.width, config.width))
+        # The first layer has no use for it: workers would wait for its gradient for ever.
+        self.query_scale.requires_grad_(config.decoder_layers > 1)
         self.norm = nn.LayerNorm(config.width)
         self.dropout = config.dropout
 

@@ -42,6 +42,7 @@ class DABDecoder(nn.Module):
             for index in range(config.decoder_layers)
         )
         self.query_scale = MLP((width, width, width))
+        self.query_scale.requires_grad_(config.decoder_layers > 1)  # as in Conditional DETR
         self.size_head = MLP((width, width, 2))
         self.anchor_head = MLP((2 * width, width, width))
         self.norm = nn.LayerNorm(width)

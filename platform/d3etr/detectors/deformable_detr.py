@@ -42,6 +42,7 @@ class DeformableDETR(DetectionTransformer):
         self.levels = FeatureLevels(config, self.backbone)
         self.stride = self.backbone.stage_strides[-self.levels.stages]
         self.position = LevelPositions(width, config.levels)
+        self.position.requires_grad_(config.encoder_layers > 0)  # the decoder has no use for it
         self.encoder = DeformableEncoder(config)
         self.decoder = DeformableDecoder(config, classes)
         self.proposals = Proposals(config, classes) if config.two_stage else None

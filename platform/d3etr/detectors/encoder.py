@@ -67,6 +67,7 @@ class ScaledPositionEncoder(Encoder):
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__(config, learned_slope=True)
         self.position_scale = MLP((config.width, config.width, config.width))
+        self.position_scale.requires_grad_(config.encoder_layers > 0)  # else nobody trains it
 
     def forward(self, tokens: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
         """Encode memory tokens, as ``Encoder.forward``."""

@@ -287,7 +287,9 @@ class Distiller(nn.Module):
             return {}
         groups = {}
         if self.distillation.has_auxiliary_group:
-            queries = self.teacher.object_queries().detach() if taught is None else taught.queries
+            queries = None if taught is None else taught.queries
+            if queries is None and self.distillation.auxiliary_group.queries == "teacher":
+                queries = self.teacher.object_queries().detach()
             groups["auxiliary"] = self.auxiliary(queries)
         if taught is not None and taught.points is not None:
             groups["general"] = self.auxiliary(taught.points)

@@ -87,7 +87,7 @@ class RandomQueries(nn.Module):
             reference = places.logit(eps=1e-3)
         self.register_buffer("reference_logits", reference)
 
-    def forward(self, queries: ObjectQueries) -> ObjectQueries:
+    def forward(self, queries: ObjectQueries | None) -> ObjectQueries:
         """The random group; the teacher's ``queries`` are not used."""
         return ObjectQueries(self.embedding, self.reference_logits)
 
