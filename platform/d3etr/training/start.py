@@ -55,7 +55,7 @@ def ensure_start(config: Config) -> None:
     Raises:
         UserError: a file is missing, damaged or of another architecture; or weights are needed.
     """
-    _require_start(config)
+    require_start(config)
     teacher = None if config.teacher is None else config.teacher.weights
     if isinstance(teacher, Path):
         with _naming("teacher.weights"):
