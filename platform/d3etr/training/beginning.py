@@ -14,7 +14,7 @@ from d3etr.distillation.compatibility import check_compatible
 from d3etr.errors import UserError
 from d3etr.storage.fetch import local_file
 from d3etr.training.inputs import ensure_inputs_answer, weights_of
-from d3etr.training.start import require_start
+from d3etr.training.start import ensure_start
 
 DIGIT_CLASSES = 10
 
@@ -44,7 +44,7 @@ def judge_beginning(config: Config) -> Beginning:
     """
     ensure_inputs_answer([config])
     _ensure_weights_exist(config)
-    require_start(config)
+    ensure_start(config)
     images, classes = _count(config.data)
     batch_size = config.optimisation.batch_size
     if images < batch_size:

@@ -19,9 +19,7 @@ from d3etr.storage.images import FetchedFolder, LocalFolder
 from d3etr.storage.problems import MissingFileError
 from d3etr.storage.reach import ensure_reachable
 from d3etr.training.context import TrainContext
-from d3etr.training.start import ensure_start
 
-_BEGINNING = {"student", "teacher"}
 HASHED_BYTES = 256 * 2**20
 """Images of a split that together have at most so many bytes are compared byte by byte."""
 
@@ -93,19 +91,11 @@ def file_content(file: Url | Path) -> str | None:
 
 
 def ensure_inputs_answer(configs: Iterable[Config]) -> None:
-    """Make sure, within seconds, that storage and this machine have what runs begin with.
-
-    Nothing is fetched. Weights files on this machine are put into the networks that they are for.
+    """Make sure, within seconds, that storage has what runs read; nothing is fetched.
 
     Raises:
-        UserError: naming every URL that is not there or does not answer, or the weights that
-            cannot be used.
+        UserError: naming every URL that is not there or does not answer.
     """
-    configs = list(configs)
-    for config in {
-        config.model_dump_json(include=_BEGINNING): config for config in configs
-    }.values():
-        ensure_start(config)
     files, folders = set[tuple[str, Url]](), set[tuple[str, Url]]()
     for config in configs:
         files.update(remote_files(config).items())
