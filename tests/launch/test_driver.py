@@ -38,7 +38,7 @@ class Tracker:
         if self._breaks:
             raise ConnectionError("server gone")
 
-    def finish(self, status: str) -> str | None:
+    def finish(self, status: str, stage: object = None) -> str | None:
         self.statuses.append(status)
         if self._breaks:
             raise ConnectionError("server gone")

@@ -43,7 +43,7 @@ class Recorder:
     def consume(self, record: Record) -> None:
         self.records.append(record)
 
-    def finish(self, status: str) -> str | None:
+    def finish(self, status: str, stage: object = None) -> str | None:
         self.status = status
         return None
 

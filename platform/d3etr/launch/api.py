@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -148,7 +149,9 @@ class Told:
     def consume(self, record: Record) -> None:
         """Nothing is new."""
 
-    def finish(self, status: Status) -> str | None:
+    def finish(
+        self, status: Status, stage: Callable[[str], None] = lambda text: None
+    ) -> str | None:
         """Nothing is missing."""
         return None
 

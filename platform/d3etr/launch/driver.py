@@ -41,8 +41,11 @@ class Tracker(Protocol):
         """Take one record."""
         ...
 
-    def finish(self, status: Status) -> str | None:
-        """Send what is left; a sentence about what is missing, or None."""
+    def finish(self, status: Status, stage: Callable[[str], None] = ...) -> str | None:
+        """Send what is left; a sentence about what is missing, or None.
+
+        ``stage`` takes a line about what is being sent.
+        """
         ...
 
 
@@ -194,7 +197,7 @@ def _finish(tracker: Tracker, status: Status, display: Display) -> None:
     """Close the tracked run; what goes wrong is told, and changes nothing for the run."""
     display.stage("sending results to MLflow")
     try:
-        missing = tracker.finish(status)
+        missing = tracker.finish(status, display.stage)
     except Exception as error:
         missing = f"tracking failed at the end of the run: {error!r}"
     if missing is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,74 +14,111 @@ from mlflow.tracking import MlflowClient
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.detectors.weights import file_digest, read_info
-from d3etr.logs import get_logger
+from d3etr.errors import UserError
 from d3etr.tracking.description import role
-from d3etr.tracking.model import log_student
-from d3etr.tracking.state import RunState
-
-logger = get_logger(__name__)
+from d3etr.tracking.model import log_student, register
+from d3etr.tracking.state import RunState, write_state
 
 FILES = ("config.yaml", "summary.json", "journal.jsonl")
 WEIGHTS = "weights.safetensors"
 DIGEST_LENGTH = 16
 
 
-def log_results(
-    client: MlflowClient, config: Config, run_dir: Path, state: RunState, uri: str
-) -> RunState:
-    """Log the run folder's results; files replace what was logged before under their name.
+class Results:
+    """What a run's folder gives to MLflow besides metrics, in steps that fail alone.
 
     Args:
         client: of the MLflow at ``uri``.
         config: the run's configuration.
         run_dir: its folder.
-        state: which MLflow run it is and what of it was logged.
         uri: MLflow's address.
-
-    Returns:
-        The state with what was logged now.
-
-    Raises:
-        Exception: whatever MLflow raises; a figure that fails is a warning instead.
+        state: which MLflow run it is and what of it was sent.
     """
-    for name in FILES:
-        if (run_dir / name).is_file():
-            client.log_artifact(state.run_id, str(run_dir / name))
-    summary = read_summary(run_dir)
-    if summary is None:  # the run did not get to its end: no weights worth keeping
-        return state
-    weights = run_dir / WEIGHTS
-    digest = file_digest(weights)
-    if state.results_digest == digest:
-        return state
-    client.log_artifact(state.run_id, str(weights), "weights")
-    evaluation = read_info(weights).evaluation or {}
-    data_digest = str(evaluation.get("data_digest", ""))[:DIGEST_LENGTH]
-    if data_digest:
-        client.set_tag(state.run_id, "data_digest", data_digest)
-        client.log_inputs(state.run_id, datasets=[_dataset(config, data_digest)])
-    if config.tracking.figures:
-        _log_figures(client, config, run_dir, state.run_id)
-    model_uri = log_student(
-        weights,
-        state.run_id,
-        uri,
-        name=role(config),
-        step=max(0, state.sent_step),
-        register_as=config.tracking.register_as,
-        quality=evaluation.get("mAP"),
-        data_digest=data_digest,
-    )
-    return state.model_copy(update={"results_digest": digest, "model_uri": model_uri})
 
+    def __init__(
+        self, client: MlflowClient, config: Config, run_dir: Path, uri: str, state: RunState
+    ) -> None:
+        self._client, self._config, self._run_dir = client, config, run_dir
+        self._uri, self.state = uri, state
 
-def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """``summary.json`` of a run that reached its end, else None."""
-    try:
-        found = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    def steps(self) -> dict[str, Callable[[], None]]:
+        """What is to be sent, by its name; files replace what was sent before."""
+        present = [name for name in FILES if (self._run_dir / name).is_file()]
+        steps: dict[str, Callable[[], None]] = {
+            name: partial(self._send_file, name, None) for name in present
+        }
+        if "summary.json" not in present:  # the run did not get to its end
+            return steps
+        return steps | {
+            name: partial(self._take, name, step)
+            for name, step in self._steps_of_weights().items()
+            if name in self.state.lacking
+        }
+
+    def _steps_of_weights(self) -> dict[str, Callable[[], None]]:
+        """Those that are taken once for a weights file; the state knows which are left."""
+        steps: dict[str, Callable[[], None]] = {
+            "weights": partial(self._send_file, WEIGHTS, "weights"),
+            "data set": self._name_data,
+            "figures": self._draw,
+            "model": self._log_model,
+            "registered model": self._register,
+        }
+        if not self._config.tracking.figures:
+            del steps["figures"]
+        if self._config.tracking.register_as is None:
+            del steps["registered model"]
+        weights = self._run_dir / WEIGHTS
+        digest = file_digest(weights) if weights.is_file() else ""
+        if not digest or self.state.results_digest != digest:
+            fresh = {"results_digest": digest, "lacking": tuple(steps), "model_uri": None}
+            self._remember(**fresh)
+        return steps
+
+    def _take(self, name: str, step: Callable[[], None]) -> None:
+        step()
+        self._remember(lacking=tuple(left for left in self.state.lacking if left != name))
+
+    def _remember(self, **changes: object) -> None:
+        self.state = self.state.model_copy(update=changes)
+        write_state(self._run_dir, self.state)
+
+    def _send_file(self, name: str, folder: str | None) -> None:
+        self._client.log_artifact(self.state.run_id, str(self._run_dir / name), folder)
+
+    def _evaluation(self) -> dict[str, Any]:
+        return dict(read_info(self._run_dir / WEIGHTS).evaluation or {})
+
+    def _data_digest(self) -> str:
+        return str(self._evaluation().get("data_digest", ""))[:DIGEST_LENGTH]
+
+    def _name_data(self) -> None:
+        digest = self._data_digest()
+        if digest:
+            self._client.set_tag(self.state.run_id, "data_digest", digest)
+            data = _dataset(self._config, digest)
+            self._client.log_inputs(self.state.run_id, datasets=[data])
+
+    def _draw(self) -> None:
+        # matplotlib and the detectors take seconds to import: only who draws pays.
+        from d3etr.tracking.figures.collect import draw_figures
+
+        for path in draw_figures(self._config, self._run_dir, self._run_dir / "figures"):
+            self._client.log_artifact(self.state.run_id, str(path), "figures")
+
+    def _log_model(self) -> None:
+        step = max(0, self.state.sent_step)
+        name, weights = role(self._config), self._run_dir / WEIGHTS
+        uri = log_student(weights, self.state.run_id, self._uri, name=name, step=step)
+        self._remember(model_uri=uri)
+
+    def _register(self) -> None:
+        name, model = self._config.tracking.register_as, self.state.model_uri
+        if name is None or model is None:
+            raise UserError("the model itself is missing")
+        quality = self._evaluation().get("mAP")
+        run, digest = self.state.run_id, self._data_digest()
+        self._remember(model_uri=register(self._uri, name, model, run, quality, digest))
 
 
 def _dataset(config: Config, digest: str) -> DatasetInput:
@@ -92,16 +131,3 @@ def _dataset(config: Config, digest: str) -> DatasetInput:
         kind = place.protocol if isinstance(place, Url) else kind
     dataset = Dataset(name, digest, source_type=kind, source=json.dumps({"uri": source}))
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "validation")])
-
-
-def _log_figures(client: MlflowClient, config: Config, run_dir: Path, run_id: str) -> None:
-    # matplotlib and the detectors take seconds to import: only who draws pays.
-    from d3etr.tracking.figures.collect import draw_figures
-
-    try:
-        drawn = draw_figures(config, run_dir, run_dir / "figures")
-    except Exception:  # a picture must never cost a finished run its other results
-        logger.warning("the figures of %s could not be drawn", run_dir, exc_info=True)
-        return
-    for path in drawn:
-        client.log_artifact(run_id, str(path), "figures")

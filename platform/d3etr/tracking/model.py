@@ -6,6 +6,7 @@ serve`` serves it. Loading executes the code stored with the model: trust the re
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +25,12 @@ import d3etr
 from d3etr.logs import get_logger
 
 logger = get_logger(__name__)
+_uri_lock = threading.Lock()
 
 NEWEST_ALIAS = "newest"
 CHAMPION_ALIAS = "champion"
+DIGITS = 4
+"""Of a version's mAP: champions are told apart by these."""
 DEFAULT_THRESHOLD = 0.5
 ALLOW_PATHS = "allow_paths"
 """``model_config`` key that lets the model read image paths. Off by default, since whoever
@@ -74,9 +78,6 @@ def log_student(
     *,
     name: str = "student",
     step: int = 0,
-    register_as: str | None = None,
-    quality: float | None = None,
-    data_digest: str = "",
 ) -> str:
     """Log a weights file as a model of a run.
 
@@ -86,20 +87,12 @@ def log_student(
         uri: MLflow's address.
         name: what the run's page calls it.
         step: optimiser step of the weights; the run's metrics of this step become the model's.
-        register_as: also register it under this name. Alias ``newest`` then points at it, and
-            alias ``champion`` if it beats the registered student of the same data that has it.
-        quality: mAP in [0, 1].
-        data_digest: what ``quality`` was measured on.
 
     Returns:
         Address of the model for ``mlflow.pyfunc.load_model``.
     """
-    client = MlflowClient(tracking_uri=uri)
     with _default_uri(uri):
-        model_uri = str(_log(client, name, weights, run_id, step).model_uri)
-    if register_as is None:
-        return model_uri
-    return register(uri, register_as, model_uri, run_id, quality, data_digest)
+        return str(_log(MlflowClient(tracking_uri=uri), name, weights, run_id, step).model_uri)
 
 
 def register(
@@ -110,7 +103,10 @@ def register(
     quality: float | None,
     data_digest: str,
 ) -> str:
-    """Register a logged model and set the aliases, as ``log_student`` says.
+    """Register a logged model, once.
+
+    Alias ``newest`` then points at it, and alias ``champion`` if it beats the registered student
+    of the same data that has it.
 
     Args:
         uri: MLflow's address.
@@ -177,8 +173,8 @@ def _set_aliases(
     client.set_registered_model_alias(name, NEWEST_ALIAS, version)
     if quality is None:
         return
-    client.set_model_version_tag(name, version, "mAP", f"{quality:.4f}")
     client.set_model_version_tag(name, version, "data_digest", data_digest)
+    client.set_model_version_tag(name, version, "mAP", f"{quality:.{DIGITS}f}")
     try:
         champion = client.get_model_version_by_alias(name, CHAMPION_ALIAS).tags
     except MlflowException:  # the first one
@@ -191,19 +187,34 @@ def _set_aliases(
             version,
             CHAMPION_ALIAS,
         )
-    elif quality > float(champion.get("mAP", -1)):
+    elif round(quality, DIGITS) > float(champion.get("mAP", -1)):
         client.set_registered_model_alias(name, CHAMPION_ALIAS, version)
+        best = _best_since(client, name, version, data_digest)
+        if best != version:  # another run that ended at this moment was overruled
+            client.set_registered_model_alias(name, CHAMPION_ALIAS, best)
+
+
+def _best_since(client: MlflowClient, name: str, version: str, data_digest: str) -> str:
+    """Of the versions from ``version`` on, measured on the same data, the best: the first one."""
+    newer = [
+        found
+        for found in client.search_model_versions(f"name = '{name}'")
+        if int(found.version) >= int(version) and found.tags.get("data_digest") == data_digest
+    ]
+    best = max(newer, key=lambda one: (float(one.tags.get("mAP", -1)), -int(one.version)))
+    return str(best.version)
 
 
 @contextmanager
 def _default_uri(uri: str) -> Iterator[None]:
     """Models are logged to MLflow's process-wide address only: lend it, then put it back."""
-    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before)
+    with _uri_lock:
+        before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+        mlflow.set_tracking_uri(uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)
 
 
 def _pinned() -> list[str]:

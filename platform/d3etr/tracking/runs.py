@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from mlflow.entities import Param, Run
 from mlflow.exceptions import MlflowException
@@ -14,31 +14,36 @@ from d3etr.config.load import load_config
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
-from d3etr.text import bare_url, redacted
-from d3etr.tracking.artifacts import log_results
+from d3etr.text import bare_url
+from d3etr.tracking.artifacts import WEIGHTS, Results
 from d3etr.tracking.description import params, run_name, tags, trial_colour
 from d3etr.tracking.metrics import Record
 from d3etr.tracking.sender import Sender, known_marks
 from d3etr.tracking.server import (
     artifact_folder,
     connect,
+    first_line,
     open_experiment,
     patience,
     tracking_uri,
 )
 from d3etr.tracking.state import RunState, read_state, write_state
+from d3etr.tracking.steps import Status, close_run, listed, settled
 from d3etr.training.journal import read_journal
 
 logger = get_logger(__name__)
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
 JOURNAL = "journal.jsonl"
 PARAMS_PER_REQUEST = 100
-UPLOAD_TIMEOUT_SECONDS = 60
 
 
 def open_tracker(
-    config: Config, run_dir: Path, *, parent_run: str | None = None, name: str | None = None
+    config: Config,
+    run_dir: Path,
+    *,
+    parent_run: str | None = None,
+    name: str | None = None,
+    ended: bool = False,
 ) -> Tracker:
     """Start the folder's MLflow run, or go on with it if the folder has one.
 
@@ -47,10 +52,12 @@ def open_tracker(
         run_dir: its folder, which must exist.
         parent_run: id of the MLflow run that this one is listed under (a sweep's).
         name: what MLflow's table calls it; by default what the configuration says it is.
+        ended: nothing will be trained: a run that MLflow knows keeps the status that it has.
 
     Raises:
         UserError: MLflow does not answer (known within 15 seconds) or refuses.
     """
+    ended = ended or all((run_dir / name).is_file() for name in ("summary.json", WEIGHTS))
     uri = tracking_uri(config)
     client = connect(uri)
     try:
@@ -58,13 +65,16 @@ def open_tracker(
             experiment = open_experiment(
                 client, config.tracking.experiment, artifact_folder(config, uri)
             )
-            state = _existing(client, run_dir, uri) or _create(
-                client, config, run_dir, experiment, parent_run, name, uri
+            state = _existing(client, run_dir, uri, ended) or settled(
+                partial(_create, client, config, run_dir, experiment, parent_run, name, uri)
             )
-            _complete_params(client, state.run_id, config)
-    except MlflowException as error:
-        raise UserError(f"MLflow at {bare_url(uri)} refuses the run: {error}") from error
-    return Tracker(client, config, run_dir, state, uri)
+            settled(partial(_complete_params, client, state.run_id, config))
+            return Tracker(client, config, run_dir, state, uri)
+    except UserError:
+        raise
+    except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
+        reason = first_line(error)
+        raise UserError(f"MLflow at {bare_url(uri)} refuses the run: {reason}") from error
 
 
 def replay(run_dir: Path, report: Callable[[str], None] = logger.info) -> str | None:
@@ -84,7 +94,7 @@ def replay(run_dir: Path, report: Callable[[str], None] = logger.info) -> str | 
     if not config_file.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
     status = _status_to_report(run_dir)
-    tracker = open_tracker(load_config(config_file, ()), run_dir)
+    tracker = open_tracker(load_config(config_file, ()), run_dir, ended=True)
     missing = tracker.finish(status)
     if missing is None:
         report(f"MLflow run {tracker.run_id} has everything of {run_dir}")
@@ -102,8 +112,7 @@ class Tracker:
         self._run_dir = run_dir
         self._state = state
         self._uri = uri
-        with patience():
-            marks = known_marks(client, state.run_id)
+        marks = known_marks(client, state.run_id)
         self._sender = Sender(client, state.run_id, marks, self._remember)
 
     @property
@@ -120,42 +129,49 @@ class Tracker:
         """Take a journal record; returns at once and never raises."""
         self._sender.put(record)
 
-    def finish(self, status: Status) -> str | None:
-        """Send the rest of the journal and the results, then close the run.
+    def finish(
+        self, status: Status, stage: Callable[[str], None] = lambda text: None
+    ) -> str | None:
+        """Send the rest of the journal, close the run, then send the results.
+
+        The status never waits for the results: until all are there, tag ``missing`` names those
+        that are not.
+
+        Args:
+            status: how the run ended.
+            stage: takes a line about what is being sent.
 
         Returns:
             None when MLflow has everything, else one sentence that says what is missing and
             how to send it later.
         """
         self._update(status=status)
+        missing: dict[str, str] = {}
         failure = self._sender.close(read_journal(self._run_dir / JOURNAL))
-        if failure is None:
-            failure = self._close_run(status)
-        if failure is None:
+        if failure is not None:
+            sent = max(0, self._sender.last_step)
+            missing[f"metrics after step {sent}"] = first_line(failure)
+        results = Results(self._client, self._config, self._run_dir, self._uri, self._state)
+        missing = close_run(
+            self._client,
+            self.run_id,
+            status,
+            results.steps,
+            ended=_journal_milliseconds(self._run_dir, -1),
+            missing=missing,
+            begin=lambda name: stage(f"sending results to MLflow: {name}"),
+        )
+        self._state = results.state
+        if not missing:
             self._update(complete=True)
             return None
-        return self._what_is_missing(failure)
+        return self._what_is_missing(missing)
 
-    def _close_run(self, status: Status) -> Exception | None:
-        try:
-            with patience(UPLOAD_TIMEOUT_SECONDS, retries=1):
-                self._state = log_results(
-                    self._client, self._config, self._run_dir, self._state, self._uri
-                )
-                write_state(self._run_dir, self._state)
-                ended = _journal_milliseconds(self._run_dir, -1)
-                self._client.set_terminated(self.run_id, status, end_time=ended)
-        except Exception as error:  # whatever MLflow, its artifact stores or the network raise
-            logger.debug("MLflow could not be told the results", exc_info=True)
-            return error
-        return None
-
-    def _what_is_missing(self, failure: Exception) -> str:
-        reason = (redacted(str(failure)).strip().splitlines() or [type(failure).__name__])[0][:200]
+    def _what_is_missing(self, missing: Mapping[str, str]) -> str:
         return (
-            f"MLflow at {bare_url(self._uri)} has metrics up to step "
-            f"{max(0, self._sender.last_step)} only and lacks the results ({reason}); everything "
-            f"is kept in {self._run_dir}: send it with 'python -m d3etr.tracking {self._run_dir}'"
+            f"MLflow at {bare_url(self._uri)} lacks of {self._run_dir.name}: "
+            f"{listed(missing)}. Everything is kept in {self._run_dir}: send it with "
+            f"'python -m d3etr.tracking {self._run_dir}'"
         )
 
     def _remember(self, step: int) -> None:
@@ -166,8 +182,8 @@ class Tracker:
         write_state(self._run_dir, self._state)
 
 
-def _existing(client: MlflowClient, run_dir: Path, uri: str) -> RunState | None:
-    """The folder's run if this server still has it, set to running again."""
+def _existing(client: MlflowClient, run_dir: Path, uri: str, ended: bool) -> RunState | None:
+    """The folder's run if this server still has it, set to running again unless it has ended."""
     state = read_state(run_dir)
     if state is None:
         return None
@@ -183,6 +199,8 @@ def _existing(client: MlflowClient, run_dir: Path, uri: str) -> RunState | None:
     if run is None or run.info.lifecycle_stage == "deleted":
         logger.warning("MLflow run %s of %s is gone: starting a new one", state.run_id, run_dir)
         return None
+    if ended:
+        return state.model_copy(update={"complete": False})
     client.update_run(state.run_id, status="RUNNING")
     return state.model_copy(update={"status": "RUNNING", "complete": False})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from mlflow.tracking import MlflowClient
 
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
-from d3etr.text import bare_url
+from d3etr.text import bare_url, redacted
 from d3etr.tracking.address import embedded_uri
 from d3etr.tracking.database import half_made, make_database
 
@@ -27,6 +28,13 @@ PROBE_SECONDS = 8.0
 """How long a server may take to accept a connection: one that is just starting gets a chance."""
 CONNECT_TIMEOUT_SECONDS = 2.0
 ANSWER_TIMEOUT_SECONDS = 5
+UPLOAD_TIMEOUT_SECONDS = 60
+_PATIENCE_KEYS = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+_patience_lock = threading.Lock()
+_waiting: list[tuple[int, int]] = []
+"""Seconds and retries of each thread that talks to MLflow now."""
+_given: dict[str, str | None] = {}
+"""What the environment said before."""
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Tells MLflow's pages that models are trained here: they show runs, not traces of chats."""
 QUIET_ENVIRONMENT = {
@@ -55,17 +63,30 @@ def patience(seconds: int = ANSWER_TIMEOUT_SECONDS, retries: int = 0) -> Iterato
     """Limits MLflow's waiting for a server, where the environment does not already say.
 
     Retries are 0 because the callers retry themselves and know what is safe to send twice.
+    Where several threads wait at once, the most patient one decides.
     """
-    wanted = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
-    }
-    ours = {key: value for key, value in wanted.items() if key not in os.environ}
-    os.environ.update(ours)
+    ours = (seconds, retries)
+    with _patience_lock:
+        if not _waiting:
+            _given.update({key: os.environ.get(key) for key in _PATIENCE_KEYS})
+        _waiting.append(ours)
+        _apply_patience()
     try:
         yield
     finally:
-        for key in ours:
+        with _patience_lock:
+            _waiting.remove(ours)
+            _apply_patience()
+
+
+def _apply_patience() -> None:
+    """MLflow reads its limits from the environment, which all threads share."""
+    for place, key in enumerate(_PATIENCE_KEYS):
+        if _given[key] is not None:
+            continue
+        if _waiting:
+            os.environ[key] = str(max(each[place] for each in _waiting))
+        else:
             os.environ.pop(key, None)
 
 
@@ -95,7 +116,7 @@ def connect(uri: str) -> MlflowClient:
 
 def first_line(error: Exception) -> str:
     """What MLflow, its stores or the network say, without the trace that may follow."""
-    text = str(error).strip()
+    text = redacted(str(error)).strip()
     return text.splitlines()[0][:200] if text else repr(error)
 
 

@@ -28,7 +28,9 @@ class RunState(BaseModel):
     complete: bool = False
     """MLflow has every metric and artifact of a run that ended."""
     results_digest: str | None = None
-    """sha256 of the weights file whose results were logged, so that they are logged once."""
+    """sha256 of the weights file whose results are sent, so that they are sent once."""
+    lacking: tuple[str, ...] = ()
+    """Of these results, what MLflow does not have yet."""
     model_uri: str | None = None
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
@@ -13,17 +14,24 @@ from mlflow.exceptions import MlflowException
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
-from d3etr.text import bare_url, redacted
+from d3etr.text import bare_url
 from d3etr.tracking.address import how_to_open
 from d3etr.tracking.importance import importance
 from d3etr.tracking.model import register
-from d3etr.tracking.server import artifact_folder, connect, open_experiment, patience, tracking_uri
+from d3etr.tracking.server import (
+    UPLOAD_TIMEOUT_SECONDS,
+    artifact_folder,
+    connect,
+    open_experiment,
+    patience,
+    tracking_uri,
+)
 from d3etr.tracking.state import RunState, read_state, write_state
+from d3etr.tracking.steps import Status, close_run, listed, settled
 from d3etr.tracking.views import share, sweep_view
 
 logger = get_logger(__name__)
 
-UPLOAD_TIMEOUT_SECONDS = 60
 NOTE = "mlflow.note.content"
 COLOUR = "#009e73"
 DEFAULT_MODEL = "d3etr-student"
@@ -95,14 +103,14 @@ class SweepRun:
 
     def finish(
         self,
-        status: Literal["FINISHED", "FAILED", "KILLED"],
+        status: Status,
         trials: Sequence[Swept],
         files: Sequence[Path],
         *,
         keys: Sequence[str],
         baseline: str | None = None,
     ) -> str | None:
-        """Log what the sweep found and close its run; a failure is told, not raised.
+        """Close the sweep's run and log what it found; a failure is told, not raised.
 
         Args:
             status: how it ended.
@@ -114,19 +122,21 @@ class SweepRun:
         Returns:
             None when MLflow has everything, else a sentence about what is missing.
         """
-        try:
-            with patience(UPLOAD_TIMEOUT_SECONDS, retries=1):
-                self._log(trials, [*files, *self._figures(trials, keys, baseline)])
-                self._client.set_terminated(self.run_id, status)
-        except Exception as error:  # whatever MLflow, its stores or the network raise
-            reason = (redacted(str(error)).strip().splitlines() or [repr(error)])[0][:200]
-            return (
-                f"MLflow at {bare_url(self._uri)} lacks the sweep's results ({reason}); "
-                f"everything is kept in {self._folder}: the same command sends it again"
-            )
-        return None
+        steps: dict[str, Callable[[], None]] = {
+            "metrics": partial(self._log_metrics, trials),
+            "note": partial(self._note_best, trials),
+            "figures": partial(self._send_figures, trials, keys, baseline),
+        }
+        steps |= {file.name: partial(self._send, file) for file in files if file.exists()}
+        missing = close_run(self._client, self.run_id, status, lambda: steps)
+        if not missing:
+            return None
+        return (
+            f"MLflow at {bare_url(self._uri)} lacks of the sweep: {listed(missing)}. "
+            f"Everything is kept in {self._folder}: the same command sends it again"
+        )
 
-    def stopped(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    def stopped(self, status: Status) -> None:
         """Say that the sweep stopped before its end; never raises."""
         try:
             with patience():
@@ -144,7 +154,8 @@ class SweepRun:
             return  # each trial was, when it ended
         with patience(UPLOAD_TIMEOUT_SECONDS, retries=1):
             digest = self._client.get_run(state.run_id).data.tags.get("data_digest", "")
-            register(self._uri, DEFAULT_MODEL, state.model_uri, state.run_id, best.mAP, digest)
+            chosen = (state.model_uri, state.run_id, best.mAP, digest)
+            settled(partial(register, self._uri, DEFAULT_MODEL, *chosen))
 
     def _known(self) -> RunState | None:
         state = read_state(self._folder)
@@ -183,21 +194,31 @@ class SweepRun:
         write_state(self._folder, state)
         return state
 
-    def _log(self, trials: Sequence[Swept], files: Sequence[Path]) -> None:
+    def _log_metrics(self, trials: Sequence[Swept]) -> None:
         metrics = {"trials/finished": float(len(trials))}
         if trials:
-            best = max(trials, key=lambda trial: trial.mAP)
-            metrics["val/mAP"] = best.mAP
-            self._client.set_tag(self.run_id, "best", best.title)
-            found = f"Best of {len(trials)}: {best.title}, {100 * best.mAP:.1f} mAP on validation."
-            note = f"**{self._title}**\n\n{found}\n\n{_link(self._page)}"
-            self._client.set_tag(self.run_id, NOTE, note)
+            metrics["val/mAP"] = max(trial.mAP for trial in trials)
         now = self._client.get_run(self.run_id).info.start_time
         logged = [Metric(key, value, now, 0) for key, value in metrics.items()]
         self._client.log_batch(self.run_id, metrics=logged)
-        for file in files:
-            if file.exists():
-                self._client.log_artifact(self.run_id, str(file))
+
+    def _note_best(self, trials: Sequence[Swept]) -> None:
+        if not trials:
+            return
+        best = max(trials, key=lambda trial: trial.mAP)
+        self._client.set_tag(self.run_id, "best", best.title)
+        found = f"Best of {len(trials)}: {best.title}, {100 * best.mAP:.1f} mAP on validation."
+        note = f"**{self._title}**\n\n{found}\n\n{_link(self._page)}"
+        self._client.set_tag(self.run_id, NOTE, note)
+
+    def _send(self, file: Path) -> None:
+        self._client.log_artifact(self.run_id, str(file))
+
+    def _send_figures(
+        self, trials: Sequence[Swept], keys: Sequence[str], baseline: str | None
+    ) -> None:
+        for file in self._figures(trials, keys, baseline):
+            self._send(file)
 
     def _figures(
         self, trials: Sequence[Swept], keys: Sequence[str], baseline: str | None

@@ -147,7 +147,6 @@ class SweepTracking:
         )
         if missing is not None:
             logger.warning("%s", missing)
-            return
         winner = best(results)
         if winner is not None:
             self._register(swept[winner.trial.number])

@@ -1,0 +1,134 @@
+"""How runs end in MLflow: the status never depends on what is sent last."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.entities import Run
+from mlflow.store.tracking.dbmodels.models import SqlDataset
+from mlflow.tracking import MlflowClient
+from tracked_folders import journal_records
+
+from d3etr.config.tree import Config
+from d3etr.tracking.runs import Tracker, open_tracker, replay
+from d3etr.tracking.sweeps import SweepRun
+
+MakeConfig = Callable[..., Config]
+MakeRun = Callable[..., Path]
+
+
+def client_of(config: Config) -> MlflowClient:
+    return MlflowClient(tracking_uri=f"sqlite:///{config.run.output / 'mlflow.db'}")
+
+
+def run_of(config: Config, tracker: Tracker | SweepRun) -> Run:
+    return client_of(config).get_run(tracker.run_id)
+
+
+def artifacts_of(config: Config, tracker: Tracker) -> set[str]:
+    return {file.path for file in client_of(config).list_artifacts(tracker.run_id)}
+
+
+def test_a_run_without_an_artifact_store_is_finished_and_says_what_is_missing(
+    make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    config = make_config(tracking={"register_as": "tiny-student"})
+    run_dir = make_run(config)
+    in_the_way = config.run.output / "mlartifacts"
+    in_the_way.write_text("no folder can be made here")
+    tracker = open_tracker(config, run_dir)
+    for record in journal_records(20):
+        tracker.consume(record)
+    missing = tracker.finish("FINISHED")
+    assert missing is not None and f"python -m d3etr.tracking {run_dir}" in missing
+    run = run_of(config, tracker)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["val/mAP"] == 0.25
+    for name in ("config.yaml", "summary.json", "weights", "model", "registered model"):
+        assert name in missing and name in run.data.tags["missing"]
+    assert run.data.tags["data_digest"] == "d" * 16
+    in_the_way.unlink()
+    assert replay(run_dir) is None
+    run = run_of(config, tracker)
+    assert run.info.status == "FINISHED" and "missing" not in run.data.tags
+    assert {"config.yaml", "summary.json", "weights"} <= artifacts_of(config, tracker)
+    assert client_of(config).get_model_version_by_alias("tiny-student", "champion")
+
+
+def fails(*arguments: object, **keywords: object) -> None:
+    raise ConnectionError("gone for a moment")
+
+
+@pytest.mark.parametrize(
+    ("broken", "missing"),
+    [
+        ("mlflow.tracking.MlflowClient.log_inputs", "data set"),
+        ("d3etr.tracking.figures.collect.draw_figures", "figures"),
+        ("d3etr.tracking.artifacts.register", "registered model"),
+    ],
+)
+def test_what_cannot_be_sent_costs_nothing_else_and_is_sent_later(
+    broken: str, missing: str, make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    config = make_config(tracking={"register_as": "tiny-student", "figures": True})
+    run_dir, client = make_run(config), client_of(config)
+    tracker = open_tracker(config, run_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("d3etr.tracking.figures.collect.draw_figures", lambda *given: [])
+        patch.setattr(broken, fails)
+        lacking = tracker.finish("FINISHED")
+        assert lacking is not None and f": {missing} (gone for a moment)" in lacking
+        run = run_of(config, tracker)
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["missing"] == f"{missing} (gone for a moment)"
+        [model] = client.search_logged_models([run.info.experiment_id])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("d3etr.tracking.figures.collect.draw_figures", lambda *given: [])
+        assert replay(run_dir) is None
+    run = run_of(config, tracker)
+    assert "missing" not in run.data.tags and len(run.inputs.dataset_inputs) == 1
+    assert [found.model_id for found in client.search_logged_models(["1"])] == [model.model_id]
+    assert len(client.search_model_versions("name='tiny-student'")) == 1
+
+
+def test_two_runs_that_end_together_both_end_whole(
+    make_config: MakeConfig, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [make_config(seed=seed, tracking={"register_as": "tiny"}) for seed in (0, 1)]
+    folders = [make_run(config, mAP) for config, mAP in zip(configs, (0.3, 0.4), strict=True)]
+    trackers = [open_tracker(*each) for each in zip(configs, folders, strict=True)]
+    together, make = threading.Barrier(2), SqlDataset.__init__
+
+    def make_while_the_other_does(*arguments: Any, **keywords: Any) -> None:
+        together.wait(60)
+        make(*arguments, **keywords)
+
+    monkeypatch.setattr(SqlDataset, "__init__", make_while_the_other_does)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda tracker: tracker.finish("FINISHED"), trackers)) == [None, None]
+    for config, tracker in zip(configs, trackers, strict=True):
+        run = run_of(config, tracker)
+        assert run.info.status == "FINISHED" and len(run.inputs.dataset_inputs) == 1
+    champion = client_of(configs[0]).get_model_version_by_alias("tiny", "champion")
+    assert champion.tags["mAP"] == "0.4000"
+
+
+def test_a_sweep_is_finished_whatever_of_its_results_cannot_be_sent(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config, folder = make_config(), tmp_path / "runs" / "ratios"
+    folder.mkdir()
+    table = folder / "table.csv"
+    table.write_text("trial\n")
+    (tmp_path / "runs" / "mlartifacts").write_text("no folder can be made here")
+    sweep = SweepRun(config, folder, "The matching ratios", {"seeds": "0"})
+    missing = sweep.finish("FINISHED", [], [table], keys=[])
+    assert missing is not None and "table.csv" in missing and str(folder) in missing
+    run = run_of(config, sweep)
+    assert run.info.status == "FINISHED" and "table.csv" in run.data.tags["missing"]
+    assert run.data.metrics["trials/finished"] == 0
