@@ -176,10 +176,11 @@ def _set_aliases(
     client.set_model_version_tag(name, version, "data_digest", data_digest)
     client.set_model_version_tag(name, version, "mAP", f"{quality:.{DIGITS}f}")
     try:
-        champion = client.get_model_version_by_alias(name, CHAMPION_ALIAS).tags
+        champion = client.get_model_version_by_alias(name, CHAMPION_ALIAS)
+        known, before = champion.tags, int(champion.version)
     except MlflowException:  # the first one
-        champion = {}
-    if champion.get("data_digest", data_digest) != data_digest:
+        known, before = {}, 0
+    if known.get("data_digest", data_digest) != data_digest:
         logger.warning(
             "model %s: version %s was measured on other data than the version with alias '%s', "
             "which is left where it is",
@@ -187,19 +188,19 @@ def _set_aliases(
             version,
             CHAMPION_ALIAS,
         )
-    elif round(quality, DIGITS) > float(champion.get("mAP", -1)):
+    elif round(quality, DIGITS) > float(known.get("mAP", -1)):
         client.set_registered_model_alias(name, CHAMPION_ALIAS, version)
-        best = _best_since(client, name, version, data_digest)
-        if best != version:  # another run that ended at this moment was overruled
+        best = _best_after(client, name, before, data_digest)
+        if best != version:  # this overruled another run that ended at the same moment
             client.set_registered_model_alias(name, CHAMPION_ALIAS, best)
 
 
-def _best_since(client: MlflowClient, name: str, version: str, data_digest: str) -> str:
-    """Of the versions from ``version`` on, measured on the same data, the best: the first one."""
+def _best_after(client: MlflowClient, name: str, before: int, data_digest: str) -> str:
+    """Of the versions after ``before`` that were measured on the same data, the first best."""
     newer = [
         found
         for found in client.search_model_versions(f"name = '{name}'")
-        if int(found.version) >= int(version) and found.tags.get("data_digest") == data_digest
+        if int(found.version) > before and found.tags.get("data_digest") == data_digest
     ]
     best = max(newer, key=lambda one: (float(one.tags.get("mAP", -1)), -int(one.version)))
     return str(best.version)
