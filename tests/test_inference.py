@@ -368,6 +368,13 @@ def test_small_pictures_are_enlarged_for_drawing_and_boxes_with_them() -> None:
     assert drawn.getpixel((32 * factor, 32 * factor)) == (255, 255, 255), "inside"
 
 
+def test_a_strip_is_drawn_without_growing_beyond_measure(predictor: Predictor) -> None:
+    strip = np.zeros((1, 50_000, 3), np.uint8)
+    nothing = Detections(np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, np.int64), ())
+    assert draw(strip, nothing).size == (50_000, 1)
+    assert draw(strip[:, :1000], nothing).size == (4000, 4)
+
+
 def test_drawing_leaves_the_picture_as_it_was() -> None:
     picture = Image.new("RGB", (500, 500), "white")
     box = np.array([[0, 0, 500, 500], [490, 1, 499, 3]], dtype=np.float32)

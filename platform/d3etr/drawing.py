@@ -27,6 +27,8 @@ PALETTE = (
 """Told apart on bright and dark grounds; white text is readable on each."""
 READABLE_SIDE = 384
 """Smaller pictures are enlarged until their shorter side has this many pixels."""
+LONGEST_SIDE = 4096
+"""Pixels that no picture is enlarged beyond: strips stay narrow."""
 
 
 def draw(image: ImageLike, detections: Detections) -> Image.Image:
@@ -50,7 +52,8 @@ def draw(image: ImageLike, detections: Detections) -> Image.Image:
     if not np.isfinite(np.asarray(detections.boxes_xyxy, dtype=float)).all():
         raise UserError("detections has boxes that are not finite; expected pixels of the picture")
     picture = read_image(image)
-    factor = max(1, math.ceil(READABLE_SIDE / min(picture.size)))
+    readable = math.ceil(READABLE_SIDE / min(picture.size))
+    factor = max(1, min(readable, LONGEST_SIDE // max(picture.size)))
     if factor > 1:
         size = (picture.width * factor, picture.height * factor)
         picture = picture.resize(size, Image.Resampling.NEAREST)

@@ -165,12 +165,15 @@ def test_predict_answers_the_good_pictures_and_names_the_bad_ones(
     (folder / "0.png").write_bytes((folder / "1.png").read_bytes()[:900])
     (folder / "3.png").symlink_to("nowhere")
     (tmp_path / "empty").mkdir()
-    given = [folder, tmp_path / "empty", tmp_path / "none.png", "https://u:secret@h.invalid/a.png"]
+    given: list[object] = [folder, folder / "1.png", tmp_path / "empty", tmp_path / "none.png"]
+    given.append("https://u:secret@h.invalid/a.png")
     arguments = ["predict", str(tiny_weights), *map(str, given), "--threshold", "0"]
     output = tmp_path / "drawn"
     assert main([*arguments, "--json", "--output", str(output)]) == 2
     said = capsys.readouterr()
-    found = {entry["image"]: entry for entry in json.loads(said.out)}
+    entries = json.loads(said.out)
+    assert len(entries) == 7, "one that is given twice is answered twice"
+    found = {entry["image"]: entry for entry in entries}
     assert len(found[str(folder / "1.png")]["detections"]) == 15
     assert len(found[str(folder / "2.png")]["detections"]) == 15
     assert {path.name for path in output.iterdir()} == {"1.png", "2.png"}
@@ -178,7 +181,7 @@ def test_predict_answers_the_good_pictures_and_names_the_bad_ones(
         assert text in found[str(folder / name)]["error"]
         assert f"{folder / name}: " in said.err
     assert f"{tmp_path / 'empty'}: no pictures in this folder" in said.err
-    assert "https://h.invalid/a.png is given with a password" in said.err
+    assert "image is the URL https://h.invalid/a.png" in said.err
     assert "5 of those named above could not be used" in said.err
     assert main(arguments) == 2, "as text too"
     assert f"{folder / '2.png'}: 15 objects" in capsys.readouterr().out

@@ -86,16 +86,16 @@ def _answer(
 
 
 def _pictures(given: list[str]) -> tuple[list[str], int]:
-    """The pictures among files and folders, each once, and how many of those gave none."""
-    found: dict[str, None] = {}
+    """The pictures among files and folders, and how many of those gave none."""
+    found: list[str] = []
     problems = 0
     for text in given:
         try:
-            found |= dict.fromkeys(_inside(Path(text)) if _is_folder(text) else [text])
+            found += _inside(Path(text)) if _is_folder(text) else [text]
         except UserError as error:
             complain(f"error: {error}")
             problems += 1
-    return list(found), problems
+    return found, problems
 
 
 def _is_folder(text: str) -> bool:
@@ -136,11 +136,11 @@ def _targets(paths: list[str], output: Path | None) -> dict[str, Path]:
     """
     if output is None:
         return {}
-    stems = [Path(path).stem for path in paths]
-    times = Counter(stems)
+    stems = {path: Path(path).stem for path in paths}
+    times = Counter(stems.values())
     targets = {
         path: output / (f"{stem}.png" if times[stem] == 1 else f"{index:04d}-{stem}.png")
-        for index, (path, stem) in enumerate(zip(paths, stems, strict=True))
+        for index, (path, stem) in enumerate(stems.items())
     }
     read = {Path(path).resolve() for path in paths}
     for target in targets.values():
