@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from d3etr.attention_maps import MASKED_SCORE
 from d3etr.config.detector import BackboneConfig, DetectorConfig
 from d3etr.detectors.base import DetectionTransformer, SingleScaleDetector
 from d3etr.detectors.build import DETECTORS, build_detector, count_parameters
-from d3etr.detectors.heads import sigmoid_logits
+from d3etr.detectors.heads import movable, sigmoid_logits
 from d3etr.structures import (
     DecoderOutputs,
     ImageBatch,
@@ -313,6 +314,20 @@ def test_starts_at_the_prior_probability_and_the_configured_box_size(kind: str) 
 def test_an_encoder_without_layers_passes_tokens_on(tiny_config: DetectorConfig) -> None:
     detector = build_detector(tiny_config.model_copy(update={"encoder_layers": 0}), 5).eval()
     assert detector.encode(_images()).tokens.shape == (3, 24, 32)
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-5])
+def test_references_move_from_where_the_official_inverse_sigmoid_puts_them(epsilon: float) -> None:
+    logits = torch.linspace(-40, 40, 4001, dtype=torch.float64).requires_grad_()
+    boxes = logits.sigmoid()
+    expected = (boxes.clamp(min=epsilon) / (1 - boxes).clamp(min=epsilon)).log()
+    found = movable(logits, epsilon)
+    torch.testing.assert_close(found, expected)
+    (ours,), (theirs,) = (torch.autograd.grad(x.sum(), logits) for x in (found, expected))
+    torch.testing.assert_close(ours, theirs)
+    everything = torch.tensor([float("inf"), float("-inf")])
+    limit = torch.tensor(-math.log(epsilon))
+    torch.testing.assert_close(movable(everything, epsilon), torch.stack([limit, -limit]))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FAMILY if "deformable" in kind])
