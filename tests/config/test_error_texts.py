@@ -1,14 +1,19 @@
 """The texts that a person with a mistake in a recipe reads."""
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
 
 from d3etr.config.load import load_config
-from d3etr.config.problems import ConfigError
-from d3etr.config.sweep import load_sweep
+from d3etr.config.problems import ConfigError, models_in
+from d3etr.config.sweep import SweepConfig, load_sweep
+from d3etr.config.tree import Config
 from d3etr.errors import UserError
 
 BASE = ("data.digit_scenes={}", "optimisation.steps=10")
@@ -77,8 +82,8 @@ def test_every_problem_is_listed_at_once_under_the_recipes_name(tmp_path: Path) 
         ),
         (
             "student.detector.backbone={name: swin_t, norm: group}",
-            "student.detector.backbone: norm has no effect on backbone 'swin_t': it has no batch "
-            "norm to replace (from --set)",
+            "student.detector.backbone.norm: norm has no effect on backbone 'swin_t': it has no "
+            "batch norm to replace (from --set)",
         ),
         (
             "student.detector.backbone.stage_widths=[8, x]",
@@ -115,7 +120,7 @@ def test_a_missing_section_is_named() -> None:
 
 def test_a_rule_between_keys_carries_the_sections_path() -> None:
     text = refusal("data.digit_scenes.minimum_objects=9", "optimisation.epochs=1")
-    assert "  - data.digit_scenes: minimum_objects is above maximum_objects" in text
+    assert "  - data.digit_scenes.minimum_objects: minimum_objects is above maximum_objects" in text
     assert "  - optimisation: needs exactly one of epochs and steps" in text
 
 
@@ -137,7 +142,7 @@ def test_settings_of_the_class_loss_belong_to_the_students_classification() -> N
 
 def test_a_setting_without_effect_is_refused() -> None:
     text = refusal("distillation.warmup_steps=3")
-    assert "  - distillation: method 'none' distils nothing: remove warmup_steps" in text
+    assert "  - distillation.method: method 'none' distils nothing: remove warmup_steps" in text
 
 
 @pytest.mark.parametrize(
@@ -259,3 +264,47 @@ def test_a_missing_recipe_names_its_nearest_neighbour(tmp_path: Path) -> None:
 def test_extends_must_name_files(tmp_path: Path) -> None:
     text = file_refusal(tmp_path / "odd.yaml", "extends: {a: b}\n")
     assert "extends: found a section, expected a file name or a list of them" in text
+
+
+def test_two_lengths_come_with_the_remedy() -> None:
+    text = refusal("optimisation.epochs=5")
+    assert "but epochs is 5 and steps is 10: set the other one to null" in text
+    assert "--set optimisation.epochs=null" in text
+
+
+def numbers(annotation: Any, marks: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The marks (bounds) of every number that an annotation allows."""
+    if annotation in (int, float):
+        yield marks
+    for part in get_args(annotation)[: 1 if get_origin(annotation) is Annotated else None]:
+        below = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+        yield from numbers(part, tuple(m for b in below for m in getattr(b, "metadata", [b])))
+
+
+def numeric_fields(section: type[BaseModel], at: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for name, field in section.model_fields.items():
+        direct = field.annotation in (int, float)
+        own = tuple(field.metadata)
+        for marks in [own] if direct else numbers(field.annotation, own):
+            yield at + name, marks or own
+        for below in models_in(field.annotation):
+            yield from numeric_fields(below, f"{at}{name}.")
+
+
+@pytest.mark.parametrize("tree", [Config, SweepConfig])
+def test_every_number_has_bounds(tree: type[BaseModel]) -> None:
+    found = list(numeric_fields(tree))
+    assert len(found) > 5
+    for path, marks in found:
+        ends = {type(mark) for mark in marks}
+        assert ends & {Ge, Gt} and ends & {Le, Lt}, path
+
+
+@pytest.mark.parametrize("value", [str(10**29), "-1" + "0" * 28, "1e300"])
+@pytest.mark.parametrize(
+    "key", ["optimisation.steps", "student.detector.width", "evaluation.maximum_detections"]
+)
+def test_absurd_numbers_are_refused_with_the_limit(key: str, value: str) -> None:
+    assert re.search(
+        rf"  - {key}: found .*, expected (at (most|least)|an integer)", refusal(f"{key}={value}")
+    )

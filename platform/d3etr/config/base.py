@@ -4,6 +4,9 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from d3etr.config.credentials import refuse_credentials
 
+MAXIMUM = 10**9
+"""Of numbers that nothing else bounds: beyond it is a slip, and what computes with it breaks."""
+
 
 class Section(BaseModel):
     """A frozen, strict part of the tree: unknown keys and silent conversions are errors."""

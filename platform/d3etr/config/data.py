@@ -5,9 +5,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from d3etr.config.base import Section
+from d3etr.config.base import MAXIMUM, Section
 from d3etr.config.location import Location, refuse_url
 
+Side = Annotated[int, Field(ge=16, le=65_536)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 FilePath = Annotated[
     Path,
@@ -36,16 +37,16 @@ class DigitScenesConfig(Section):
 
     root: FilePath = Path("data/digit-scenes")
     """Parent folder; every distinct setting gets a folder of its own below it."""
-    train_images: Annotated[int, Field(ge=1)] = 6000
-    validation_images: Annotated[int, Field(ge=1)] = 500
-    test_images: Annotated[int, Field(ge=1)] = 1000
+    train_images: Annotated[int, Field(ge=1, le=MAXIMUM)] = 6000
+    validation_images: Annotated[int, Field(ge=1, le=MAXIMUM)] = 500
+    test_images: Annotated[int, Field(ge=1, le=MAXIMUM)] = 1000
     image_size: Annotated[int, Field(ge=32, le=1024)] = 64
-    minimum_objects: Annotated[int, Field(ge=0)] = 1
-    maximum_objects: Annotated[int, Field(ge=1)] = 5
-    minimum_scale: Annotated[int, Field(ge=6)] = 10
+    minimum_objects: Annotated[int, Field(ge=0, le=MAXIMUM)] = 1
+    maximum_objects: Annotated[int, Field(ge=1, le=MAXIMUM)] = 5
+    minimum_scale: Annotated[int, Field(ge=6, le=MAXIMUM)] = 10
     """Shortest long side of a digit, pixels; sizes are log-uniform."""
-    maximum_scale: Annotated[int, Field(ge=6)] = 28
-    seed: Annotated[int, Field(ge=0)] = 0
+    maximum_scale: Annotated[int, Field(ge=6, le=MAXIMUM)] = 28
+    seed: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> Self:
@@ -59,7 +60,7 @@ class DigitScenesConfig(Section):
 class AugmentationConfig(Section):
     """Training-time transforms; validation only resizes."""
 
-    shortest_sides: tuple[Annotated[int, Field(ge=16)], ...] | None = None
+    shortest_sides: Annotated[tuple[Side, ...], Field(min_length=1)] | None = None
     """Multi-scale training: one of these is drawn per image; None keeps the preprocessing's."""
     horizontal_flip: Probability = 0.5
     vertical_flip: Probability = 0.0
@@ -79,9 +80,9 @@ class PreprocessingConfig(Section):
     normalisation: Literal["imagenet", "per_image"] = "imagenet"
     """imagenet: fixed mean and deviation, what torchvision's weights expect. per_image: each
     channel of each image by its own mean and deviation."""
-    shortest_side: Annotated[int, Field(ge=16)] | None = 800
+    shortest_side: Side | None = 800
     """Images are resized so that their shorter side has this many pixels; None keeps them."""
-    longest_side: Annotated[int, Field(ge=16)] | None = 1333
+    longest_side: Side | None = 1333
     """Upper bound of the longer side after resizing."""
 
     @model_validator(mode="after")

@@ -5,11 +5,12 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from d3etr.config.backbones import SMALL, WITHOUT_BATCH_NORM, family_of, known_backbone
-from d3etr.config.base import Section
+from d3etr.config.base import MAXIMUM, Section
 from d3etr.config.location import Location
 from d3etr.config.training import Precision, PretrainingConfig
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=65_536)]
+Layers = Annotated[int, Field(ge=1, le=100)]
 
 
 class BackboneConfig(Section):
@@ -25,9 +26,9 @@ class BackboneConfig(Section):
     ``small`` is GroupNorm; ConvNeXt and Swin have LayerNorm, which stays."""
     stem_width: Positive = 16
     """``small`` only: channels of the stem (stride 2 at the first stage)."""
-    stage_widths: tuple[Positive, ...] = (24, 48, 64)
+    stage_widths: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)] = (24, 48, 64)
     """``small`` only: channels per stage; each stage halves the resolution."""
-    stage_blocks: Positive = 1
+    stage_blocks: Layers = 1
     """``small`` only: residual blocks per stage."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
     """Torchvision's networks: how many of stem and four stages, from the stem on, keep their
@@ -70,12 +71,12 @@ class DetectorConfig(Section):
     width: Positive = 256
     """Model width D, the channels of encoder and decoder."""
     heads: Positive = 8
-    encoder_layers: Annotated[int, Field(ge=0)] = 6
-    decoder_layers: Positive = 6
+    encoder_layers: Annotated[int, Field(ge=0, le=100)] = 6
+    decoder_layers: Layers = 6
     feedforward: Positive = 2048
     queries: Positive = 300
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    box_size_bias: float = 0.0
+    box_size_bias: Annotated[float, Field(ge=-100, le=100)] = 0.0
     """Initial bias of the width and height logits of boxes (DAB-DETR: of its anchors);
     negative starts small."""
     first_looks: Literal["anywhere", "reference"] = "anywhere"
@@ -84,16 +85,16 @@ class DetectorConfig(Section):
     which spares small data sets the steps that it takes to find out."""
     classification: Literal["sigmoid", "softmax"] = "sigmoid"
     """softmax: over classes and "no object", the official DETR's; ``detr`` only."""
-    unused_outputs: Annotated[int, Field(ge=0)] = 0
+    unused_outputs: Annotated[int, Field(ge=0, le=65_536)] = 0
     """With softmax only: outputs that take part in it and are no class; imported weights have
     them where ids of COCO's list belong to no category."""
-    grid_temperature: Annotated[float, Field(gt=0)] = 20.0
+    grid_temperature: Annotated[float, Field(gt=0, le=MAXIMUM)] = 20.0
     """``dab_detr`` only: longest period of the position encoding of grid cells; one of the
     official detectors has 10."""
     inverse_sigmoid_epsilon: Annotated[float, Field(gt=0, lt=0.5)] = 1e-5
     """``dab_detr`` only: a side or centre of an anchor this close to 0 or 1 moves from there; the
     official code's is 1e-3, Hugging Face's 1e-5."""
-    levels: Positive = 4
+    levels: Annotated[int, Field(ge=1, le=16)] = 4
     """``deformable_detr`` only: feature levels; up to three are the backbone's last stages,
     each further one halves the resolution again."""
     points: Positive = 4
@@ -214,7 +215,7 @@ class TeacherConfig(Section):
     else measure. measure: always evaluate."""
     precision: Precision | None = None
     """Of the teacher's forward passes in training; None: the student's, optimisation.precision."""
-    cache_gigabytes: Annotated[float, Field(gt=0)] | None = None
+    cache_gigabytes: Annotated[float, Field(gt=0, le=MAXIMUM)] | None = None
     """Keep what the teacher says about a training image in a file on each machine, of at most so
     many gigabytes, and read it where a run or trial shows the teacher the same pixels again.
     None keeps nothing."""

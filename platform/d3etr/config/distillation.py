@@ -5,12 +5,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from d3etr.config.base import Section
+from d3etr.config.base import MAXIMUM, Section
 from d3etr.config.methods import with_method
 
 # YAML knows lists only, and what a method has been put under is no JSON any more.
-LayerList = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
-Weight = Annotated[float, Field(ge=0)]
+LayerList = Annotated[tuple[Annotated[int, Field(ge=0, le=MAXIMUM)], ...], Field(strict=False)]
+Weight = Annotated[float, Field(ge=0, le=MAXIMUM)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -39,7 +39,7 @@ class PredictionConfig(Section):
     """focal: |p' - p|^2 BCE(z, p'). bce: soft-target BCE. kl: softmax KL with temperature. p are a
     detector's class probabilities and z their logits, log(p / (1 - p)), with ``classification:
     softmax`` too; "no object" is what they leave, and kl, which compares shares of z, misses it."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0, le=MAXIMUM)] = 1.0
     """Used by ``kl`` only."""
     class_weight: Weight = 4.0
     l1_weight: Weight = 5.0
@@ -88,7 +88,7 @@ class AuxiliaryGroupConfig(Section):
 class GeneralPointsConfig(Section):
     """Fresh random queries that both models decode in each step (KD-DETR's general points)."""
 
-    count: Annotated[int, Field(ge=0)] = 0
+    count: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
     """How many; 0 draws none."""
     weight: Weight = 1.0
     """Of their losses beside those of the other pairs."""
@@ -104,7 +104,7 @@ class FeatureConfig(Section):
     """Distillation of memory tokens where the teacher sees objects (DETRDistill's)."""
 
     weight: Weight = 0.0
-    queries: Annotated[int, Field(ge=1)] = 100
+    queries: Annotated[int, Field(ge=1, le=MAXIMUM)] = 100
     """The teacher's best queries, whose likeness to a token says how much it counts."""
 
 
@@ -129,7 +129,7 @@ class DistillationConfig(Section):
     features: FeatureConfig = FeatureConfig()
     layer_map: Literal["uniform", "last"] | LayerList = "uniform"
     """Teacher layer for each student layer; a list names them, last must map to last."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
     """Distillation weights grow linearly from 0 over this many optimiser steps."""
 
     @model_validator(mode="before")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from d3etr.config.base import Section
+from d3etr.config.base import MAXIMUM, Section
 from d3etr.config.data import FilePath
 
 
@@ -17,10 +17,10 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     output: FilePath = Path("runs")
     """Folder that holds runs; on a cluster, storage that all nodes share."""
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    checkpoint_every_epochs: Annotated[int, Field(ge=1)] = 1
+    keep_checkpoints: Annotated[int, Field(ge=1, le=MAXIMUM)] = 2
+    checkpoint_every_epochs: Annotated[int, Field(ge=1, le=MAXIMUM)] = 1
     """Save a checkpoint after every so many epochs, and after the last."""
-    checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
+    checkpoint_every_steps: Annotated[int, Field(ge=1, le=MAXIMUM)] | None = None
     """Save also within epochs, every so many optimiser steps; None does not."""
 
 
@@ -30,20 +30,20 @@ class ClusterConfig(Section):
     address: str | None = None
     """Ray address (``auto``: the cluster on this machine); None joins the cluster that a submitted
     job is in (``RAY_ADDRESS``), else starts one here that ends with the run."""
-    workers: Annotated[int, Field(ge=1)] = 1
-    minimum_workers: Annotated[int, Field(ge=1)] | None = None
+    workers: Annotated[int, Field(ge=1, le=MAXIMUM)] = 1
+    minimum_workers: Annotated[int, Field(ge=1, le=MAXIMUM)] | None = None
     """Elastic training: where a node goes, train on with what is left, at least so many workers,
     and grow back to ``workers`` at a checkpoint. None: always ``workers``."""
-    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    gpus_per_worker: Annotated[float, Field(ge=0, le=MAXIMUM)] | Literal["auto"] = "auto"
     """auto: 1 where the cluster has a GPU for every worker (or, elastic, for minimum_workers of
     them), else 0."""
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
-    threads_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    cpus_per_worker: Annotated[float, Field(gt=0, le=MAXIMUM)] = 1.0
+    threads_per_worker: Annotated[int, Field(ge=1, le=MAXIMUM)] | Literal["auto"] = "auto"
     """Threads of tensor operations; auto is OMP_NUM_THREADS, where that is set, else shares a
     node's cores among its workers."""
-    maximum_failures: Annotated[int, Field(ge=0)] = 3
+    maximum_failures: Annotated[int, Field(ge=0, le=MAXIMUM)] = 3
     """Lost workers or nodes that are survived."""
-    start_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    start_timeout_seconds: Annotated[float, Field(gt=0, le=MAXIMUM)] = 60.0
     """How long to wait for a busy cluster to start the workers; tried maximum_failures + 1 times
     before the run gives up."""
 

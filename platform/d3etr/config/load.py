@@ -170,7 +170,9 @@ def _without(section: Any, keys: frozenset[str]) -> Any:
 def _with_origin(problem: Problem, set_paths: set[str]) -> Problem:
     """Say so when the value came from the command line."""
     path = problem.path
-    from_set = any(path == place or path.startswith(f"{place}[") for place in set_paths)
+    from_set = any(
+        path == place or path.startswith((f"{place}[", f"{place}.")) for place in set_paths
+    )
     return Problem(path, f"{problem.text} (from --set)") if from_set else problem
 
 

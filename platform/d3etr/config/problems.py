@@ -23,6 +23,8 @@ EXPECTATIONS: Mapping[str, str] = {
     "path_type": "a path",
     "location_type": "a path or URL",
     "tuple_type": "a list",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
     "model_type": "a section",
     "finite_number": "a finite number",
     "greater_than": "above {gt}",
@@ -78,8 +80,9 @@ def problems_of(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
     for detail in error.errors(include_url=False):
         grouped.setdefault(_path(detail["loc"], root), []).append(detail)
     return [
-        Problem(path, _text(path, details, root))
+        Problem(_named_in(path, text, root), text)
         for path, details in grouped.items()
+        for text in [_text(path, details, root)]
         if not _is_explained_below(path, details, grouped)
     ]
 
@@ -105,6 +108,17 @@ def _path(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
         elif isinstance(part, int):
             parts[-1] += f"[{part}]"
     return ".".join(parts)
+
+
+def _named_in(path: str, text: str, root: type[BaseModel]) -> str:
+    """The path of the key that a section's own rule begins with; else of the section."""
+    section: type[BaseModel] | None = root
+    for part in path.split(".") if path else ():
+        field = None if section is None else section.model_fields.get(part)
+        section = None if field is None else next(models_in(field.annotation), None)
+    first = text.split()[0].rstrip(",:") if text else ""
+    known = section is not None and path and first.split(".")[0] in section.model_fields
+    return f"{path}.{first}" if known else path
 
 
 def _is_explained_below(

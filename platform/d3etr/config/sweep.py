@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from d3etr.config.base import Section
+from d3etr.config.base import MAXIMUM, Section
 from d3etr.config.data import FilePath
 from d3etr.config.problems import ConfigError, problems_of
 from d3etr.config.yaml_text import parse_yaml, read_text
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=MAXIMUM)]
 Values = Annotated[tuple[Any, ...], Field(min_length=1)]
 Range = tuple[float, float]
 Kind = Literal["grid", "choice", "uniform", "loguniform"]
@@ -81,7 +81,7 @@ class SearchConfig(Section):
     it has seen. population: ``trials`` students train together; the worst copy the weights of the
     best and change settings (population based training)."""
     trials: Positive = 1
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
     startup_trials: Positive = 8
     """optuna only: so many random points before it proposes."""
     perturb_every_epochs: Positive = 1
@@ -107,7 +107,7 @@ class PruningConfig(Section):
 
     grace_epochs: Positive = 1
     """No trial is stopped before."""
-    reduction: Annotated[int, Field(ge=2)] = 3
+    reduction: Annotated[int, Field(ge=2, le=MAXIMUM)] = 3
     """One of so many goes on at each rung."""
 
 
@@ -119,7 +119,7 @@ class SweepConfig(Section):
     recipe: FilePath
     set: tuple[str, ...] = ()
     """Overrides of every trial, as after ``--set``."""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)] = (0,)
     """Every configuration is trained with each."""
     space: dict[str, Domain] = Field(default_factory=dict)
     """Configuration key to the values it may take."""

@@ -6,15 +6,15 @@ from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import Field, model_validator
 
-from d3etr.config.base import Section
+from d3etr.config.base import MAXIMUM, Section
 from d3etr.logs import get_logger
 
 logger = get_logger(__name__)
 
 Precision = Literal["float32", "bfloat16"]
 
-Positive = Annotated[int, Field(ge=1)]
-Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=MAXIMUM)]
+Weight = Annotated[float, Field(ge=0, le=MAXIMUM)]
 
 
 class SetCriterionConfig(Section):
@@ -35,8 +35,8 @@ class SetCriterionConfig(Section):
     giou_cost: Weight = 2.0
     focal_alpha: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Of the focal loss, as ``focal_gamma``; neither goes with ``classification: softmax``."""
-    focal_gamma: Annotated[float, Field(ge=0)] = 2.0
-    no_object_weight: Annotated[float, Field(gt=0)] = 0.1
+    focal_gamma: Annotated[float, Field(ge=0, le=MAXIMUM)] = 2.0
+    no_object_weight: Annotated[float, Field(gt=0, le=MAXIMUM)] = 0.1
     """``classification: softmax`` only: weight of a query that should find nothing in the cross
     entropy; one that should find an object has 1, and the sum is divided by all weights."""
 
@@ -49,7 +49,7 @@ class ScheduleConfig(Section):
     """Learning rate over optimiser steps, as a factor on the base rates."""
 
     kind: Literal["constant", "step", "cosine"] = "step"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
     """Linear growth from 0 over this many steps, before any kind."""
     drop_at: Annotated[float, Field(gt=0, lt=1)] = 0.8
     """``step``: share of all steps after which the rate is divided by 10."""
@@ -67,14 +67,14 @@ class OptimisationConfig(Section):
     """Images per optimiser step over all workers and accumulated micro-batches."""
     accumulation: Positive = 1
     """Micro-batches per optimiser step on each worker, while all workers are there."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0, le=MAXIMUM)] = 1e-4
     backbone_rate_factor: Annotated[float, Field(ge=0, le=100)] = 0.1
     """The backbone's learning rate, as a factor on ``learning_rate``; 0 freezes the backbone."""
     sampling_rate_factor: Annotated[float, Field(gt=0, le=100)] = 1.0
     """``deformable_detr`` only: learning rate of sampling offsets and reference points, as a
     factor on ``learning_rate``; the official code has 0.1."""
     weight_decay: Weight = 1e-4
-    clip_norm: Annotated[float, Field(gt=0)] | None = 0.1
+    clip_norm: Annotated[float, Field(gt=0, le=MAXIMUM)] | None = 0.1
     schedule: ScheduleConfig = ScheduleConfig()
     set_criterion: SetCriterionConfig = SetCriterionConfig()
     precision: Precision = "float32"
@@ -100,7 +100,7 @@ class OptimisationConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("needs exactly one of epochs and steps")
+            raise ValueError(_one_length_text(self.epochs, self.steps))
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of "
@@ -177,9 +177,19 @@ class PretrainingConfig(Section):
     """A crop's side is the object's longer side times 1 + context."""
     steps: Positive = 1500
     batch_size: Positive = 32
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    learning_rate: Annotated[float, Field(gt=0, le=MAXIMUM)] = 3e-3
     weight_decay: Weight = 1e-3
     backgrounds: Annotated[float, Field(ge=0, le=10)] = 0.2
     """Crops without an object, for each crop with one."""
-    maximum_crops: Annotated[int, Field(ge=1)] = 40_000
+    maximum_crops: Annotated[int, Field(ge=1, le=MAXIMUM)] = 40_000
     """Crops kept in memory; more objects than that are sampled."""
+
+
+def _one_length_text(epochs: int | None, steps: int | None) -> str:
+    what = "needs exactly one of epochs and steps"
+    if epochs is None:
+        return f"{what}, for example --set optimisation.epochs=50"
+    return (
+        f"{what}, but epochs is {epochs} and steps is {steps}: set the other one to null as well, "
+        "--set optimisation.epochs=null or --set optimisation.steps=null"
+    )
