@@ -29,7 +29,8 @@ def config(*overrides: str) -> Config:
 def own_data(folder: Path, images: int) -> str:
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     entries = [{"id": i, "file_name": "a.png", "width": 8, "height": 8} for i in range(images)]
-    content = {"images": entries, "annotations": [], "categories": [{"id": 1, "name": "x"}]}
+    box = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [1, 1, 5, 5]}
+    content = {"images": entries, "annotations": [box], "categories": [{"id": 1, "name": "0"}]}
     (folder / "a.json").write_text(json.dumps(content))
     split = f"{{images: {folder}, annotations: {folder}/a.json}}"
     return f"data={{train: {split}, validation: {split}}}"

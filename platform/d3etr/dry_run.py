@@ -39,6 +39,7 @@ class Plan:
         steps_per_epoch: optimiser steps.
         steps: optimiser steps of the whole run.
         checkpoints: the steps after which one is written; ``run.keep_checkpoints`` stay.
+        warnings: what the run would warn of at its start.
     """
 
     run_dir: Path
@@ -49,6 +50,7 @@ class Plan:
     steps_per_epoch: int
     steps: int
     checkpoints: tuple[int, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def make_plan(config: Config) -> Plan:
@@ -57,12 +59,12 @@ def make_plan(config: Config) -> Plan:
     Files that URLs name are fetched into the cache for that, images are not.
 
     Raises:
-        UserError: the training images or the teacher would stop the run.
+        UserError: the images, their annotations or the teacher would stop the run.
     """
     begun = judge_beginning(config)
     images, classes, teacher = begun.images, begun.classes, begun.teacher
     per_epoch = images // config.optimisation.batch_size
-    steps = config.optimisation.steps or (config.optimisation.epochs or 0) * per_epoch
+    steps = config.optimisation.total_steps(per_epoch)
     return Plan(
         run_dir=folder_of(config).path,
         images=images,
@@ -74,6 +76,7 @@ def make_plan(config: Config) -> Plan:
         steps_per_epoch=per_epoch,
         steps=steps,
         checkpoints=_checkpoint_steps(config.run, per_epoch, steps),
+        warnings=begun.warnings,
     )
 
 
@@ -98,6 +101,7 @@ def describe(config: Config, launcher: LauncherName = "ray") -> str:
         f"length       {plan.steps:,} steps, {epochs:.3g} epochs of {plan.steps_per_epoch:,}",
         f"checkpoints  {_checkpoints(plan)}; the newest {config.run.keep_checkpoints} are kept",
         *_cluster(config.cluster, launcher),
+        *(f"warning      {text}" for text in plan.warnings),
         _nothing_done(config),
     ]
     return "\n".join(lines)
@@ -120,6 +124,7 @@ def describe_json(config: Config) -> dict[str, Any]:
         "steps_per_epoch": plan.steps_per_epoch,
         "steps": plan.steps,
         "checkpoints": list(plan.checkpoints),
+        "warnings": list(plan.warnings),
     }
 
 

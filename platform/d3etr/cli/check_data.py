@@ -10,7 +10,11 @@ from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
 
 if TYPE_CHECKING:
-    from d3etr.config.data import DataConfig
+    from collections.abc import Mapping
+
+    from d3etr.config.tree import Config
+    from d3etr.data.coco import DetectionSplit
+    from d3etr.data.judgement import Judgement
 
 SPLITS = ("train", "validation", "test")
 WOULD_FAIL = 1
@@ -30,21 +34,29 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> int:
     from d3etr.data.checks import check_data
+    from d3etr.data.judgement import Judgement
+    from d3etr.training.beginning import judge_recipe
+
+    config = _config(options)
+
+    def compare(splits: Mapping[str, DetectionSplit]) -> Judgement:
+        # Without a recipe, what the tree says of training is nobody's wish.
+        return judge_recipe(config, splits) if options.recipe is not None else Judgement()
 
     with progress_bar() as progress:
-        report = check_data(_data(options), progress)
+        report = check_data(config.data, progress, evaluation=config.evaluation, compare=compare)
     print(report.to_json() if options.json else report.text())
     return 0 if report.ok else WOULD_FAIL
 
 
-def _data(options: Namespace) -> DataConfig:
+def _config(options: Namespace) -> Config:
     from d3etr.config.load import load_config, validate
 
     given = {name: getattr(options, name) for name in SPLITS if getattr(options, name)}
     if options.recipe is not None and given:
         raise UserError("found a recipe and --train or --validation; expected one of the two")
     if options.recipe is not None:
-        return load_config(options.recipe, options.overrides).data
+        return load_config(options.recipe, options.overrides)
     if not given and not options.overrides:
         raise UserError(
             "nothing to check: name a recipe, or --train IMAGES ANNOTATIONS and "
@@ -56,7 +68,7 @@ def _data(options: Namespace) -> DataConfig:
     }
     # Checking needs no length of training; the tree does.
     tree = {"data": splits, "optimisation": {"steps": 1}}
-    return validate(tree, "the arguments", options.overrides).data
+    return validate(tree, "the arguments", options.overrides)
 
 
 COMMAND = Command(

@@ -106,12 +106,31 @@ class OptimisationConfig(Section):
                 f"batch_size {self.batch_size} is not a multiple of "
                 f"accumulation {self.accumulation}"
             )
-        if self.steps is not None and self.schedule.warmup_steps > self.steps:
-            raise ValueError(
-                f"schedule.warmup_steps is above steps ({self.steps}): "
-                "the learning rate would never be reached"
-            )
+        warmup = self.schedule.warmup_steps
+        if self.steps and (text := warmup_problem("schedule", warmup, self.steps, "steps")):
+            raise ValueError(text)
         return self
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimiser steps of the whole run."""
+        return self.steps or (self.epochs or 0) * steps_per_epoch
+
+
+def warmup_problem(section: str, warmup: int, steps: int, reason: str) -> str | None:
+    """Why a warm-up makes no sense, or None.
+
+    Args:
+        section: whose ``warmup_steps`` it is.
+        warmup: its length, steps.
+        steps: of the whole run.
+        reason: where the number of steps comes from.
+    """
+    if warmup <= steps:
+        return None
+    return (
+        f"{section}.warmup_steps ({warmup}) is above the run's {steps} steps ({reason}): full "
+        "strength would never be reached; set it to a fraction of them, or train longer"
+    )
 
 
 _RENAMED_RATES = {

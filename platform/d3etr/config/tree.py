@@ -10,7 +10,13 @@ from d3etr.config.detector import StudentConfig, TeacherConfig
 from d3etr.config.distillation import DistillationConfig
 from d3etr.config.infrastructure import ClusterConfig, RunConfig, TrackingConfig
 from d3etr.config.location import Location
-from d3etr.config.training import DETR_CRITERION, EvaluationConfig, OptimisationConfig, Precision
+from d3etr.config.training import (
+    DETR_CRITERION,
+    EvaluationConfig,
+    OptimisationConfig,
+    Precision,
+    warmup_problem,
+)
 
 
 class Config(Section):
@@ -98,11 +104,9 @@ class Config(Section):
                 f"cluster.workers x optimisation.accumulation = {parts}"
             )
         steps = self.optimisation.steps
-        if steps is not None and self.distillation.warmup_steps > steps:
-            raise ValueError(
-                f"distillation.warmup_steps is above optimisation.steps ({steps}): "
-                "the terms would never reach their weight"
-            )
+        warmup = self.distillation.warmup_steps
+        if steps and (text := warmup_problem("distillation", warmup, steps, "optimisation.steps")):
+            raise ValueError(text)
         return self
 
     def _criterion_fits(self) -> None:

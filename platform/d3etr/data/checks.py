@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,14 +13,19 @@ from typing import Any
 import numpy as np
 
 from d3etr.config.data import DataConfig, SplitConfig
+from d3etr.config.training import EvaluationConfig
 from d3etr.data.coco import (
     DetectionSplit,
     ImageRecord,
     parse_split,
-    require_same_categories,
     shown_ids,
 )
 from d3etr.data.images import applies_rotation, load_image, open_image, orientation
+from d3etr.data.judgement import (
+    Judgement,
+    judge_categories,
+    judge_objects,
+)
 from d3etr.data.progress import Progress
 from d3etr.data.report import DataReport, SplitReport
 from d3etr.data.splits import configured_splits
@@ -30,6 +35,9 @@ from d3etr.errors import UserError
 _MEDIUM_AREA, _LARGE_AREA = 32**2, 96**2
 _MOST_THREADS = 8
 _PROGRESS_EVERY = 20
+
+
+Compare = Callable[[Mapping[str, DetectionSplit]], Judgement]
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,20 @@ class _Look:
     problem: str = ""
 
 
-def check_data(data: DataConfig, progress: Progress | None = None) -> DataReport:
+def check_data(
+    data: DataConfig,
+    progress: Progress | None = None,
+    *,
+    evaluation: EvaluationConfig | None = None,
+    compare: Compare | None = None,
+) -> DataReport:
     """Read every annotation and decode every image of all configured splits.
 
     Args:
         data: where the splits are; digit scenes are written where they do not exist yet.
         progress: told how many images are done.
+        evaluation: which splits are measured and need objects.
+        compare: judges the splits that could be read against a recipe.
 
     Raises:
         UserError: digit scenes cannot be written. What is wrong with splits is in the report.
@@ -67,10 +83,13 @@ def check_data(data: DataConfig, progress: Progress | None = None) -> DataReport
             continue
         looks = list(_look_at_all(split, progress))
         contents[name] = {look.content: look.record.id for look in looks if look.content}
-        reports.append(_with_verdict(_report(split, looks), split))
-    return DataReport(
-        tuple(reports), errors=_category_errors(parsed), warnings=_overlap_warnings(contents)
-    )
+        objects = judge_objects(split, evaluation or EvaluationConfig())
+        reports.append(_with_verdict(_report(split, looks), split, objects))
+    between = judge_categories(parsed)
+    if compare is not None:
+        between += compare(parsed)
+    warnings = _overlap_warnings(contents) + between.warnings
+    return DataReport(tuple(reports), errors=between.errors, warnings=warnings)
 
 
 def _failed(name: str, config: SplitConfig, error: UserError) -> SplitReport:
@@ -174,8 +193,9 @@ def _repeated_files(records: Sequence[ImageRecord]) -> dict[str, tuple[int, ...]
     return {name: tuple(ids) for name, ids in users.items() if len(ids) > 1}
 
 
-def _with_verdict(report: SplitReport, split: DetectionSplit) -> SplitReport:
-    return replace(report, errors=_errors(report), warnings=_warnings(report, split))
+def _with_verdict(report: SplitReport, split: DetectionSplit, objects: Judgement) -> SplitReport:
+    errors, warnings = _errors(report), _warnings(report, split)
+    return replace(report, errors=errors + objects.errors, warnings=warnings + objects.warnings)
 
 
 def _errors(report: SplitReport) -> tuple[str, ...]:
@@ -190,8 +210,6 @@ def _errors(report: SplitReport) -> tuple[str, ...]:
         f"image id {number}: is {sizes}; correct width and height in {report.annotations}"
         for number, sizes in report.wrong_size.items()
     ]
-    if report.boxes == 0:
-        found.append("no image has an object: there is nothing to learn or to measure")
     return tuple(found)
 
 
@@ -212,17 +230,6 @@ def _warnings(report: SplitReport, split: DetectionSplit) -> tuple[str, ...]:
             f"stored (image ids {shown_ids(report.rotation_ignored)})"
         )
     return tuple(found)
-
-
-def _category_errors(splits: dict[str, DetectionSplit]) -> tuple[str, ...]:
-    parsed = list(splits.values())
-    errors = []
-    for other in parsed[1:]:
-        try:
-            require_same_categories(parsed[0], other)
-        except UserError as error:
-            errors.append(str(error))
-    return tuple(errors)
 
 
 def _overlap_warnings(contents: dict[str, dict[str, int]]) -> tuple[str, ...]:

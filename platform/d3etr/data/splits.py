@@ -37,8 +37,16 @@ def open_split(
     data: DataConfig,
     name: Literal["train", "validation", "test"],
     progress: Progress | None = None,
+    *,
+    fetch: bool = True,
 ) -> DetectionSplit:
-    """Read one split of ``data``; ``progress`` is told of what is written or fetched for it.
+    """Read one split of ``data``.
+
+    Args:
+        data: where the splits are.
+        name: the one to read.
+        progress: told of what is written or fetched for it.
+        fetch: False leaves a URL's images where they are and only makes sure that they exist.
 
     Raises:
         UserError: the split is not configured or cannot be used.
@@ -49,4 +57,4 @@ def open_split(
             f"data.{name} is not set, but the {name} split is needed: set data.{name}.images and "
             f"data.{name}.annotations (configured: {', '.join(splits)})"
         )
-    return read_split(name, splits[name], progress)
+    return read_split(name, splits[name], progress, fetch=fetch)

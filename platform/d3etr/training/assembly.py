@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.optim import AdamW
 
 from d3etr.config.tree import Config
-from d3etr.data.coco import DetectionSplit, require_same_categories
+from d3etr.data.coco import DetectionSplit
+from d3etr.data.judgement import judge
 from d3etr.data.loading import EpochLoader
 from d3etr.data.progress import Progress
 from d3etr.data.splits import open_split
@@ -34,11 +35,20 @@ from d3etr.training.teacher import check_same_classes, check_same_input
 
 @dataclass(frozen=True)
 class Splits:
-    """The image sets of a run; ``test`` only if it is measured."""
+    """The image sets of a run; ``test`` only if it is measured.
+
+    ``warnings``: what data and recipe could have better.
+    """
 
     train: DetectionSplit
     validation: DetectionSplit
     test: DetectionSplit | None
+    warnings: tuple[str, ...] = ()
+
+    def by_name(self) -> dict[str, DetectionSplit]:
+        """Those that are there."""
+        splits = {"train": self.train, "validation": self.validation}
+        return splits if self.test is None else splits | {"test": self.test}
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ def open_splits(config: Config, context: TrainContext, progress: Progress | None
         progress: told of what is fetched.
 
     Raises:
-        UserError: anything is wrong with them, or they have different categories.
+        UserError: anything is wrong with them, or the recipe contradicts them.
     """
     files, folders = remote_files(config), remote_folders(config)
     if files:
@@ -90,10 +100,9 @@ def open_splits(config: Config, context: TrainContext, progress: Progress | None
         splits = _read_splits(config)
         if context.rank == 0:
             context.barrier()
-    require_same_categories(splits.train, splits.validation)
-    if splits.test is not None:
-        require_same_categories(splits.train, splits.test)
-    return splits
+    judgement = judge(config, splits.by_name())
+    judgement.raise_errors()
+    return replace(splits, warnings=judgement.warnings)
 
 
 def _read_splits(config: Config, progress: Progress | None = None) -> Splits:
@@ -119,11 +128,7 @@ def open_loader(config: Config, split: DetectionSplit, context: TrainContext) ->
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
     """Optimiser steps of the whole run."""
-    optimisation = config.optimisation
-    if optimisation.steps is not None:
-        return optimisation.steps
-    assert optimisation.epochs is not None
-    return optimisation.epochs * steps_per_epoch
+    return config.optimisation.total_steps(steps_per_epoch)
 
 
 def build_models(config: Config, splits: Splits, context: TrainContext) -> Models:

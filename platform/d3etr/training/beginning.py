@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from d3etr.config.data import DataConfig
-from d3etr.config.detector import TeacherConfig
 from d3etr.config.tree import Config
-from d3etr.data.coco import read_split
+from d3etr.data.coco import DetectionSplit
+from d3etr.data.judgement import Judgement, judge, judge_against_recipe, judge_length
+from d3etr.data.splits import SPLIT_NAMES, open_split
 from d3etr.detectors.weights import WeightsInfo, read_info
 from d3etr.distillation.compatibility import check_compatible
 from d3etr.errors import UserError
 from d3etr.storage.fetch import local_file
 from d3etr.training.inputs import ensure_inputs_answer, weights_of
 from d3etr.training.start import ensure_start
+from d3etr.training.teacher import check_same_classes, check_same_input
 
 DIGIT_CLASSES = 10
 
@@ -27,11 +30,13 @@ class Beginning:
         images: training images.
         classes: object classes C.
         teacher: what its weights file says; None without one.
+        warnings: what data and recipe could have better.
     """
 
     images: int
     classes: int
     teacher: WeightsInfo | None
+    warnings: tuple[str, ...] = ()
 
 
 def judge_beginning(config: Config) -> Beginning:
@@ -43,19 +48,49 @@ def judge_beginning(config: Config) -> Beginning:
         UserError: training would be stopped by its images, its weights or its teacher.
     """
     ensure_inputs_answer([config])
+    splits = _read_splits(config)
+    images, classes = _count(config.data, splits)
+    judgement = judge(config, splits) if splits else judge_length(config, images)
+    judgement.raise_errors()
+    teacher = _judge_weights(config, splits.get("train"), classes)
+    return Beginning(images, classes, teacher, judgement.warnings)
+
+
+def judge_recipe(config: Config, splits: Mapping[str, DetectionSplit]) -> Judgement:
+    """Judge a recipe, its weights included, against the splits that could be read."""
+    judgement, train = judge_against_recipe(config, splits), splits.get("train")
+    try:
+        _judge_weights(config, train, None if train is None else len(train.categories))
+    except UserError as error:
+        judgement += Judgement(errors=(str(error),))
+    return judgement
+
+
+def _judge_weights(
+    config: Config, train: DetectionSplit | None, classes: int | None
+) -> WeightsInfo | None:
+    """What the teacher's file says, if there is a teacher; tensors are not read.
+
+    Args:
+        config: the run.
+        train: what is learnt; None where that is not there yet.
+        classes: C; None where that is not known.
+
+    Raises:
+        UserError: weights are missing, or the teacher cannot teach on this data.
+    """
     _ensure_weights_exist(config)
     ensure_start(config)
-    images, classes = _count(config.data)
-    batch_size = config.optimisation.batch_size
-    if images < batch_size:
-        raise UserError(
-            f"the train split has {images} images, fewer than one batch: set "
-            f"optimisation.batch_size ({batch_size}) to at most that"
-        )
-    teacher = None if config.teacher is None else _teacher_info(config.teacher)
-    if teacher is not None:
-        check_compatible(config.student.detector, teacher.detector, config.distillation, classes)
-    return Beginning(images, classes, teacher)
+    if config.teacher is None:
+        return None
+    with local_file(config.teacher.weights) as file:
+        info = read_info(file)
+    if train is not None:
+        check_same_classes(info, config.teacher.weights, train)
+    check_same_input(info, config.teacher.weights, config.data)
+    if classes is not None:
+        check_compatible(config.student.detector, info.detector, config.distillation, classes)
+    return info
 
 
 def _ensure_weights_exist(config: Config) -> None:
@@ -67,15 +102,16 @@ def _ensure_weights_exist(config: Config) -> None:
             )
 
 
-def _count(data: DataConfig) -> tuple[int, int]:
-    """Training images and classes; digit scenes need not be rendered for that."""
+def _read_splits(config: Config) -> dict[str, DetectionSplit]:
+    """What the run would read; nothing of digit scenes, which need not be rendered."""
+    if config.data.digit_scenes is not None:
+        return {}
+    names = SPLIT_NAMES if config.evaluation.test else SPLIT_NAMES[:2]
+    return {name: open_split(config.data, name, fetch=False) for name in names}
+
+
+def _count(data: DataConfig, splits: Mapping[str, DetectionSplit]) -> tuple[int, int]:
+    """Training images and classes."""
     if data.digit_scenes is not None:
         return data.digit_scenes.train_images, DIGIT_CLASSES
-    assert data.train is not None
-    split = read_split("train", data.train, fetch=False)
-    return len(split.records), len(split.categories)
-
-
-def _teacher_info(teacher: TeacherConfig) -> WeightsInfo:
-    with local_file(teacher.weights) as file:
-        return read_info(file)
+    return len(splits["train"].records), len(splits["train"].categories)

@@ -107,6 +107,7 @@ class _Run:
         # Before anything is read: what changes from now on has another stamp.
         self.stamps = Inputs().stamps(config) if context.rank == 0 else {}
         self.splits: Splits = open_splits(config, context, JournalProgress(self.journal))
+        self.warnings.extend(self.splits.warnings)
         self.loader = open_loader(config, self.splits.train, context)
         opened.callback(self.loader.close)
         self.steps = total_steps(config, self.loader.steps_per_epoch)

@@ -1,0 +1,202 @@
+"""Whether a run's data and its recipe go together, judged by one rule wherever that is asked.
+
+``check-data``, ``--dry-run`` and the start of training call the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d3etr.config.data import PreprocessingConfig
+from d3etr.config.training import EvaluationConfig, warmup_problem
+from d3etr.config.tree import Config
+from d3etr.data.coco import DetectionSplit, require_same_categories, shown_ids
+from d3etr.data.transforms import output_size
+from d3etr.errors import UserError
+
+_LEAST_SIDE = 4.0
+"""Pixels of an object's longer side, below which a detector hardly sees it."""
+_LEAST_SHARE = 0.01
+"""Fewer objects than that are odd ones, which most data sets have."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is known before the first step.
+
+    Attributes:
+        errors: why the run would fail or mean nothing.
+        warnings: what would make it worse than it could be.
+    """
+
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def __add__(self, other: Judgement) -> Judgement:
+        return Judgement(self.errors + other.errors, self.warnings + other.warnings)
+
+    def raise_errors(self) -> None:
+        """Refuse the run, naming all reasons.
+
+        Raises:
+            UserError: there are errors.
+        """
+        if self.errors:
+            raise UserError("\n".join(self.errors))
+
+
+def judge(config: Config, splits: Mapping[str, DetectionSplit]) -> Judgement:
+    """Judge the splits among themselves and against the recipe.
+
+    Args:
+        config: the run.
+        splits: by name; ``test`` only if it is there.
+    """
+    judgement = judge_categories(splits) + judge_against_recipe(config, splits)
+    for split in splits.values():
+        judgement += judge_objects(split, config.evaluation)
+    return judgement
+
+
+def judge_categories(splits: Mapping[str, DetectionSplit]) -> Judgement:
+    """A label means the same class in all splits."""
+    first, *others = splits.values()
+    errors = []
+    for other in others:
+        try:
+            require_same_categories(first, other)
+        except UserError as error:
+            errors.append(str(error))
+    return Judgement(tuple(errors))
+
+
+def judge_objects(split: DetectionSplit, evaluation: EvaluationConfig) -> Judgement:
+    """Which splits may be without objects; images without are fine everywhere."""
+    if any(len(labels) for labels in _labels(split)):
+        return Judgement()
+    where = f"data.{split.name}.annotations {split.annotations}: no image has an object"
+    if split.name == "train":
+        return Judgement(errors=(f"{where}: there is nothing to learn from; annotate some",))
+    if split.name == "validation" and evaluation.keep == "best":
+        text = (
+            f"{where}: there is nothing to measure, and without mAP no weights are best; annotate "
+            "some, or set evaluation.keep to 'last'"
+        )
+        return Judgement(errors=(text,))
+    if split.name == "test" and evaluation.test:
+        text = (
+            f"{where}: there is nothing to measure; annotate some, or set evaluation.test to false"
+        )
+        return Judgement(errors=(text,))
+    return Judgement(warnings=(f"{where}: there is nothing to measure",))
+
+
+def judge_against_recipe(config: Config, splits: Mapping[str, DetectionSplit]) -> Judgement:
+    """Contradictions between the recipe and the data that it names."""
+    judgement = Judgement()
+    if "train" in splits:
+        judgement += judge_length(config, len(splits["train"].records), splits["train"])
+    for split in splits.values():
+        warnings = (
+            _too_few_queries(split, config.student.detector.queries),
+            _too_few_detections(split, config.evaluation.maximum_detections),
+            _too_small(split, config.data.preprocessing),
+        )
+        judgement += Judgement(warnings=tuple(text for text in warnings if text))
+    return judgement
+
+
+def judge_length(config: Config, images: int, split: object = "the train split") -> Judgement:
+    """Whether a run over ``images`` training images has a step, and outlives its warm-ups.
+
+    Args:
+        config: the run.
+        images: of the train split.
+        split: what they are of, for the text.
+    """
+    optimisation = config.optimisation
+    if images < optimisation.batch_size:
+        where = split.annotations if isinstance(split, DetectionSplit) else split
+        text = (
+            f"data.train: {where} has {images} images, fewer than one batch: set "
+            f"optimisation.batch_size ({optimisation.batch_size}) to at most that"
+        )
+        return Judgement(errors=(text,))
+    per_epoch = images // optimisation.batch_size
+    steps = optimisation.total_steps(per_epoch)
+    reason = f"optimisation.epochs {optimisation.epochs} of {per_epoch} steps each"
+    problems = (
+        warmup_problem("optimisation.schedule", optimisation.schedule.warmup_steps, steps, reason),
+        warmup_problem("distillation", config.distillation.warmup_steps, steps, reason),
+    )
+    return Judgement(errors=tuple(text for text in problems if text))
+
+
+def _too_few_queries(split: DetectionSplit, queries: int) -> str | None:
+    beyond = _beyond(split, queries)
+    return beyond and (
+        f"{beyond}, more than student.detector.queries ({queries}): these can be neither learnt "
+        f"nor detected; set it to at least {_most_objects(split)}"
+    )
+
+
+def _too_few_detections(split: DetectionSplit, maximum: int) -> str | None:
+    beyond = None if split.name == "train" else _beyond(split, maximum)
+    return beyond and (
+        f"{beyond}, more than evaluation.maximum_detections ({maximum}): these count as missed "
+        f"whatever is detected; set it to at least {_most_objects(split)}"
+    )
+
+
+def _beyond(split: DetectionSplit, limit: int) -> str | None:
+    counts = {record.id: int((~record.crowd).sum()) for record in split.records}
+    full = [number for number, count in counts.items() if count > limit]
+    if not full:
+        return None
+    objects = sum(counts[number] - limit for number in full)
+    return (
+        f"data.{split.name}: {objects} of {sum(counts.values())} objects, in {len(full)} images "
+        f"(image ids {shown_ids(full)}), are beyond the first {limit} of their image"
+    )
+
+
+def _most_objects(split: DetectionSplit) -> int:
+    return max(int((~record.crowd).sum()) for record in split.records)
+
+
+def _too_small(split: DetectionSplit, preprocessing: PreprocessingConfig) -> str | None:
+    """Objects that only resizing makes too small."""
+    before, after, images = _longer_sides(split, preprocessing)
+    small = (after < _LEAST_SIDE) & (after < before)
+    if not len(before) or small.mean() < _LEAST_SHARE:
+        return None
+    least = int(after.argmin())
+    return (
+        f"data.{split.name}: {int(small.sum())} of {len(small)} objects have less than "
+        f"{_LEAST_SIDE:g} pixels after resizing (image id {images[least]}: {before[least]:.1f} "
+        f"become {after[least]:.1f}), too few to be seen; raise "
+        "data.preprocessing.shortest_side and longest_side, or cut the images into tiles"
+    )
+
+
+def _longer_sides(
+    split: DetectionSplit, preprocessing: PreprocessingConfig
+) -> tuple[NDArray[np.float64], NDArray[np.float64], Sequence[int]]:
+    """[m] pixels of every object's longer side before and after resizing, and its image's id."""
+    before, after, images = [np.zeros(0)], [np.zeros(0)], []
+    for record in split.records:
+        _, boxes = record.objects()
+        sides = (boxes[:, 2:] - boxes[:, :2]).max(1)
+        height, _ = output_size(record.width, record.height, preprocessing)
+        before.append(sides)
+        after.append(sides * (height / record.height))
+        images += [record.id] * len(sides)
+    return np.concatenate(before), np.concatenate(after), images
+
+
+def _labels(split: DetectionSplit) -> list[NDArray[np.int64]]:
+    return [record.labels[~record.crowd] for record in split.records]
