@@ -230,3 +230,43 @@ def test_fewer_images_than_a_batch_is_an_error(write_split):
     config = write_split([(40, 30)] * 3)
     with pytest.raises(UserError, match=r"3 images, fewer than one batch: set .*batch_size \(8\)"):
         _loader(read_split("train", config), _data(config))
+
+
+SHORT_OF_SHARED_MEMORY = """
+import resource, sys
+from pathlib import Path
+import torch
+from d3etr.config.data import DataConfig
+from d3etr.data.coco import read_split
+from d3etr.data.loading import EpochLoader
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # of shared memory too
+    data = DataConfig.model_validate_json(Path(sys.argv[1]).read_text())
+    found = []
+    for workers in (0, 1):
+        loader = EpochLoader(
+            read_split("train", data.train), data.model_copy(update={"workers": workers}),
+            batch_size=8, parts=1, rank=0, world_size=1, seed=5,
+        )
+        found.append([batch for step in loader.epoch(0) for batch in step])
+        loader.close()
+    for (ours, wanted), (theirs, targets) in zip(*found, strict=True):
+        assert torch.equal(ours.pixels, theirs.pixels)
+        assert torch.equal(wanted.boxes_cxcywh, targets.boxes_cxcywh)
+        assert wanted.image_ids == targets.image_ids and wanted.counts == targets.counts
+    print(len(found[1]), "batches")
+"""
+
+
+def test_without_shared_memory_batches_are_the_same_and_a_warning_says_so(config, tmp_path):
+    settings = tmp_path / "data.json"
+    settings.write_text(_data(config).model_dump_json())
+    script = tmp_path / "script.py"
+    script.write_text(SHORT_OF_SHARED_MEMORY)
+    done = subprocess.run(
+        [sys.executable, str(script), str(settings)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "3 batches\n"
+    assert done.stderr.count("shared memory is short") == 1

@@ -32,6 +32,7 @@ from d3etr.cli import (
 from d3etr.cli.command import Command
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch.ending import say_interrupted
+from d3etr.launch.limits import explained
 from d3etr.launch.signals import end_wanted
 from d3etr.logs import make_plain
 from d3etr.text import safe
@@ -110,7 +111,10 @@ def _failed(error: Exception) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if not isinstance(error, UserError | RunFailedError):
-        raise error
+        limit = explained(error)
+        if limit is None:
+            raise error
+        error = limit
     print(f"error: {error}", file=sys.stderr)
     return USER_MISTAKE if isinstance(error, UserError) else FAILED
 

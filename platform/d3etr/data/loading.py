@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterable, Iterator
 from multiprocessing.context import BaseContext
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from d3etr.config.data import DataConfig
 from d3etr.data.allocator import keep_freed_memory
@@ -21,7 +22,10 @@ from d3etr.data.dataset import CACHE_BYTES, DetectionDataset
 from d3etr.data.sampling import BatchKey, epoch_batches, evaluation_keys, micro_batches, share
 from d3etr.data.transforms import collate
 from d3etr.errors import UserError
+from d3etr.logs import get_logger
 from d3etr.structures import ImageBatch, Targets
+
+logger = get_logger(__name__)
 
 Batch = tuple[ImageBatch, Targets]
 _Packed = tuple[
@@ -158,6 +162,7 @@ class _BatchSource:
         self._loader: DataLoader[_Packed | UserError] | None = None
         self._running: Iterator[_Packed | UserError] | None = None
         self._cpu_seconds = 0.0
+        self._said = False
 
     def batches(self, keys: list[BatchKey]) -> Iterator[Batch]:
         if not keys:
@@ -175,7 +180,17 @@ class _BatchSource:
     def _received(self, packed: _Packed | UserError) -> Batch:
         if not isinstance(packed, UserError):
             self._cpu_seconds += packed[-1]
+            self._say_how(packed[0])
         return _unpack(packed)
+
+    def _say_how(self, pixels: object) -> None:
+        if isinstance(pixels, np.ndarray) and not self._said:
+            self._said = True
+            logger.warning(
+                "shared memory is short (df -h /dev/shm): batches come from loading processes "
+                "through pipes, which takes longer. Containers need more of it, for example "
+                "docker run --shm-size=2g"
+            )
 
     def close(self) -> None:
         # An exception keeps the frames, and so the iterator, of whoever was iterating.
@@ -226,7 +241,7 @@ class _BatchDataset(Dataset["_Packed | UserError"]):
             # Raised in the training process: from here it would carry a traceback as text.
             return error
         images, targets = collate(samples, self.dataset.preprocessing, key.size)
-        return (
+        packed = (
             images.pixels,
             images.padding,
             targets.labels,
@@ -237,12 +252,24 @@ class _BatchDataset(Dataset["_Packed | UserError"]):
             targets.objects,
             time.process_time() - begun,
         )
+        shared = images.pixels.is_shared()  # type: ignore[no-untyped-call]
+        if get_worker_info() is None or shared:
+            return packed
+        return cast(_Packed, tuple(_for_a_pipe(part) for part in packed))
+
+
+def _for_a_pipe(part: object) -> object:
+    """Tensors always take shared memory between processes, arrays never."""
+    return part.numpy() if isinstance(part, Tensor) else part
 
 
 def _unpack(packed: _Packed | UserError) -> Batch:
     if isinstance(packed, UserError):
         raise packed
-    pixels, padding, labels, boxes, counts, image_ids, sizes, objects, _ = packed
+    tensors = tuple(
+        torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in packed
+    )
+    pixels, padding, labels, boxes, counts, image_ids, sizes, objects, _ = cast(_Packed, tensors)
     # Pinning memory turns tuples into lists.
     original = tuple((height, width) for height, width in sizes)
     targets = Targets(labels, boxes, tuple(counts), tuple(image_ids), original, objects)

@@ -148,12 +148,16 @@ def _zeros(*shape: int) -> Tensor:
 
     What a loading process makes lies in memory shared with the training process from the start,
     as torch's own collate function has it: it would be copied there otherwise. The system hands
-    that memory out zeroed, and pages that nobody writes to cost nothing.
+    that memory out zeroed, and pages that nobody writes to cost nothing. Where it has none left,
+    the tensor is not shared.
     """
     if get_worker_info() is None:
         return torch.zeros(shape)
     size = 4 * math.prod(shape)
-    storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+    try:
+        storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return torch.zeros(shape)
     return torch.empty(0).set_(storage).view(shape)
 
 

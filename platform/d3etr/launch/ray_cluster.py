@@ -20,6 +20,7 @@ from ray._private import ray_constants
 
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.errors import UserError
+from d3etr.launch import limits
 from d3etr.launch.ending import (
     NoAnswerError,
     at_the_end,
@@ -215,7 +216,8 @@ def _probe(address: str) -> Exception | None:
 def _explanation(address: str, failure: Exception) -> str:
     reason = str(failure).strip().partition("\n")[0] or type(failure).__name__
     if address == "local":
-        return f"Ray could not be started on this machine: {reason}"
+        limit = limits.explained(failure)
+        return f"Ray could not be started on this machine: {limit or reason}"
     text = f"the Ray cluster at {address} cannot be used: {reason}\n"
     if "auth" in f"{type(failure).__name__} {failure}".lower():
         return text + (

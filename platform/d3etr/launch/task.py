@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from d3etr.config.tree import Config
+from d3etr.launch.limits import clear_limits
 from d3etr.training.context import TrainContext
 
 
@@ -22,4 +23,5 @@ def train(config: Config, run_dir: Path, context: TrainContext) -> dict[str, flo
     # Imported by the worker: the driver of a cluster needs no data or model code.
     from d3etr.training.run import run_training
 
-    return run_training(config, run_dir, context)
+    with clear_limits():
+        return run_training(config, run_dir, context)
