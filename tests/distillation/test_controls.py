@@ -14,6 +14,7 @@ from d3etr.errors import UserError
 from d3etr.structures import ImageBatch, Targets
 
 Build = Callable[..., ConditionalDETR]
+BRANCHES = ("adaptive", "fixed")
 NO_TERMS = {
     "prediction": {"weight": 0.0},
     "self_attention": {"weight": 0.0},
@@ -112,3 +113,21 @@ def test_impossible_layer_maps_are_refused(tiny_detector: Build, mapping: tuple[
 def test_settings_that_cannot_fire_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         DistillationConfig.model_validate({"method": "d3etr", **settings})
+
+
+@pytest.mark.parametrize("kind", ["prediction", "self_attention", "cross_attention"])
+def test_layers_are_added_or_averaged(
+    tiny_detector: Build, images: ImageBatch, targets: Targets, kind: str
+) -> None:
+    student, teacher = tiny_detector(seed=1, decoder_layers=3), tiny_detector()
+    found = {}
+    for layers in ("sum", "mean", None):
+        module = build(student, teacher, **({kind: {"layers": layers}} if layers else {}))
+        taught = module.teach(images)
+        found[layers] = module(images, targets, taught, module.normalisers(targets, taught))
+    names = ("class", "l1", "giou") if kind == "prediction" else (kind,)
+    default = "sum" if kind == "prediction" else "mean"
+    for name, loss in found[None].items():
+        assert loss.item() == found[default][name].item()
+        scale = 3 if name.split("/")[0] in BRANCHES and name.split("/")[1] in names else 1
+        assert found["sum"][name].item() == pytest.approx(scale * found["mean"][name].item())

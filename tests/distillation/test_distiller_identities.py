@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from d3etr.config.distillation import DistillationConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
+from d3etr.distillation import mixmatcher
 from d3etr.distillation.distiller import Distiller
 from d3etr.structures import ImageBatch, Targets
 
@@ -226,12 +228,10 @@ def part(targets: Targets, index: slice) -> Targets:
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"matched_pair_ratio": 0.5}], ids=["all", "half"])
-def test_losses_of_micro_batches_add_up_to_those_of_the_batch(
-    any_detector: Build, images: ImageBatch, targets: Targets, settings: dict[str, object]
-) -> None:
-    module = distiller(any_detector(seed=1), any_detector(), **settings)
-    whole = losses_of(module, images, targets)
+def losses_in_pieces(
+    module: Distiller, images: ImageBatch, targets: Targets
+) -> list[dict[str, Tensor]]:
+    """Losses of the batch in two micro-batches."""
     assert images.padding is not None
     pieces = [
         (ImageBatch(images.pixels[i], images.padding[i]), part(targets, i))
@@ -241,9 +241,80 @@ def test_losses_of_micro_batches_add_up_to_those_of_the_batch(
     divisors = torch.stack(
         [module.normalisers(t, s) for (_, t), s in zip(pieces, taught, strict=True)]
     ).sum(0)
-    parts = [module(batch, t, s, divisors) for (batch, t), s in zip(pieces, taught, strict=True)]
+    return [module(batch, t, s, divisors) for (batch, t), s in zip(pieces, taught, strict=True)]
+
+
+@pytest.mark.parametrize("queries", [6, 4])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"matched_pair_ratio": 0.5},
+        {"method": "kd_detr", "general_points": {"count": 5}},
+        {"method": "detrdistill"},
+    ],
+    ids=["all", "half", "kd_detr", "detrdistill"],
+)
+def test_losses_of_micro_batches_add_up_to_those_of_the_batch(
+    any_detector: Build,
+    images: ImageBatch,
+    targets: Targets,
+    settings: dict[str, object],
+    queries: int,
+) -> None:
+    module = distiller(any_detector(seed=1, queries=queries), any_detector(), **settings)
+    whole = losses_of(module, images, targets)
+    parts = losses_in_pieces(module, images, targets)
     for name, loss in whole.items():
         assert sum(p[name].item() for p in parts) == pytest.approx(loss.item(), rel=1e-4), name
+
+
+WEIGHINGS = {"pair_weights": "confidence"}
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.6])
+@pytest.mark.parametrize(
+    ("queries", "kind"),
+    [(4, {}), (6, {}), (9, {}), (500, {"name": "deformable_detr", "levels": 2, "points": 2})],
+    ids=["fewer", "as many", "more", "more than tokens"],
+)
+def test_weights_of_the_pairs_of_a_global_batch_sum_to_one(
+    tiny_detector: Build,
+    images: ImageBatch,
+    targets: Targets,
+    queries: int,
+    kind: dict[str, object],
+    ratio: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if kind:  # a two-stage detector has no more queries than tokens
+        kind = kind | {"box_refinement": True, "two_stage": True}
+    student = tiny_detector(seed=1, queries=queries, **kind)
+    teacher = tiny_detector(queries=6 if queries < 100 else 200, **kind)
+    module = distiller(
+        student,
+        teacher,
+        matched_pair_ratio=ratio,
+        adaptive_ratio=1.0,
+        prediction={"class_pair_weights": "confidence"},
+        self_attention=WEIGHINGS,
+        cross_attention=WEIGHINGS,
+    )
+    totals: dict[str, list[Tensor]] = {"prediction_losses": [], "attention_loss": []}
+    for name, seen in totals.items():
+        spied = getattr(mixmatcher, name)
+
+        def spy(*given: Any, spied: Any = spied, seen: list[Tensor] = seen) -> Any:
+            weights = [x for x in given if isinstance(x, Tensor) and x.dim() == 3]
+            seen += [part.sum((1, 2)) for part in weights]
+            return spied(*given)
+
+        monkeypatch.setattr(mixmatcher, name, spy)
+    losses_in_pieces(module, images, targets)
+    for name, seen in totals.items():
+        assert len(seen) == 4, name  # classes and boxes, or both kinds of attention, of two pieces
+        for first, second in zip(seen[:2], seen[2:], strict=True):
+            torch.testing.assert_close(first + second, torch.ones_like(first))
 
 
 @pytest.mark.parametrize(

@@ -179,3 +179,23 @@ def test_general_points_are_drawn_from_the_seeds_of_real_runs() -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, next_step) and not torch.equal(first, other)
+
+
+def test_general_points_of_an_image_depend_on_its_own_queries_alone() -> None:
+    like = ObjectQueries(torch.randn(3, 9, 4), torch.randn(3, 9, 4), torch.randn(3, 9, 4))
+    one = ObjectQueries(*(part[1:2] for part in (like.embedding, like.reference_logits)))
+    points = GeneralPoints(5, 0)
+    whole, alone = points.draw(like, 2), points.draw(one, 2)
+    assert whole.embedding.shape == (3, 5, 4) and whole.content is not None
+    assert torch.equal(whole.embedding[1:2], alone.embedding)
+    assert whole.reference_logits is not None and alone.reference_logits is not None
+    assert torch.equal(whole.reference_logits[1:2], alone.reference_logits)
+    sizes = whole.reference_logits[1, :, 2:]
+    assert all(
+        any(torch.equal(size, own) for own in one.reference_logits[0, :, 2:]) for size in sizes
+    )
+
+
+def test_general_points_of_a_lone_query_are_finite() -> None:
+    drawn = GeneralPoints(5, 0).draw(ObjectQueries(torch.randn(1, 4), torch.randn(1, 2)), 0)
+    assert drawn.embedding.isfinite().all()

@@ -66,7 +66,9 @@ def make_config(scenes: DataConfig, teacher_weights: Path) -> MakeConfig:
         return Config(
             run=RunConfig(**(run or {})),
             data=scenes,
-            teacher=None if plain else TeacherConfig(weights=teacher_weights, **(teacher or {})),
+            teacher=(
+                None if plain else TeacherConfig(**({"weights": teacher_weights} | (teacher or {})))
+            ),
             student=student,
             distillation=DistillationConfig(method="none" if plain else "d3etr"),
             optimisation=OptimisationConfig(**({"schedule": schedule} | settings)),

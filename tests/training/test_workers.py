@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import save_untrained
 from tiny_runs import MakeConfig, assert_same_run, final_state, losses, records, values
 
+from d3etr.config.distillation import DistillationConfig
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.training.context import SingleProcess, Torchrun
@@ -88,6 +90,30 @@ def test_accumulation_does_not_change_the_losses(make_config: MakeConfig, tmp_pa
         one, two, four = (values(tmp_path / part, name) for part in ("1", "2", "4"))
         assert two == pytest.approx(one, rel=1e-6), name
         assert four == pytest.approx(one, rel=1e-6), name
+
+
+@pytest.mark.slow
+def test_general_points_of_a_two_stage_teacher_are_those_of_its_images(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    kind = {"name": "deformable_detr", "levels": 2, "points": 2}
+    two_stage = kind | {"box_refinement": True, "two_stage": True, "dropout": 0.0}
+    base = make_config(detector={"dropout": 0.0})
+    detector = base.student.detector.model_copy(update=two_stage)
+    save_untrained(tmp_path / "teacher.safetensors", detector, base.data)
+    distillation = DistillationConfig.model_validate(
+        {"method": "kd_detr", "general_points": {"count": 5}}
+    )
+    for accumulation in (1, 2):
+        config = make_config(
+            optimisation={"accumulation": accumulation, "epochs": 1},
+            detector={"dropout": 0.0},
+            teacher={"weights": tmp_path / "teacher.safetensors"},
+        ).model_copy(update={"distillation": distillation})
+        train_alone(config, tmp_path / str(accumulation))
+    for name in ("train/general/l1", "train/loss"):
+        one, two = (values(tmp_path / part, name) for part in ("1", "2"))
+        assert two == pytest.approx(one, rel=1e-5), name
 
 
 @pytest.mark.slow

@@ -51,6 +51,10 @@ class PredictionConfig(Section):
     confidence, as the focal loss is by the number of objects; a query that says "nothing here"
     teaches as much about classes as one that is sure."""
 
+    layers: Literal["sum", "mean"] = "sum"
+    """Over decoder layers. sum: as the detection losses of all layers are added (DETR). mean: as
+    attention terms by default, so that their weight beside them is the same at any depth."""
+
     @model_validator(mode="after")
     def _temperature_has_effect(self) -> Self:
         if self.temperature != 1 and self.class_loss != "kl":
@@ -63,13 +67,16 @@ class PredictionConfig(Section):
 
 
 class AttentionConfig(Section):
-    """Distillation of one kind of attention map; the mean over layers, heads and pairs."""
+    """Distillation of one kind of attention map; the mean over heads and pairs."""
 
     weight: Weight = 2.0
     distance: Literal["kl", "mse"] = "kl"
     heads: Literal["apart", "averaged"] = "apart"
     """apart needs equal head counts; averaged compares the mean over heads."""
     pair_weights: Literal["confidence", "uniform"] = "uniform"
+    layers: Literal["sum", "mean"] = "mean"
+    """Over decoder layers. mean: beside summed prediction terms, twice the layers halve what
+    attention counts. sum: its weight beside them is the same at any depth."""
 
 
 class AuxiliaryGroupConfig(Section):

@@ -101,19 +101,22 @@ DISTANCES = {"kl": _kl_rows, "mse": _mse_rows}
 def attention_loss(
     student: AttentionMaps, teacher: AttentionMaps, weights: Tensor, config: AttentionConfig
 ) -> Tensor:
-    """Distance of attention maps: weighted sum over images and pairs, mean over layers and heads.
+    """Distance of attention maps: weighted sum over images and pairs, mean over heads.
+
+    Over layers the mean or the sum, by configuration: our choice.
 
     Args:
         student: maps of the pairs, [L, B, H, P, K].
         teacher: the same of the teacher, [L, B, H', P, K].
         weights: [L, B, P] weight of each pair, already divided by its normaliser.
-        config: distance, and whether heads are compared apart (needs H = H') or averaged.
+        config: distance, whether heads are compared apart (needs H = H') or averaged, and whether
+            layers are averaged or added.
 
     Returns:
         Scalar.
     """
     rows = _distances(student, teacher, config).mean(2)
-    return (rows * weights).sum() / len(rows)
+    return (rows * weights).sum() / (len(rows) if config.layers == "mean" else 1)
 
 
 def _distances(student: AttentionMaps, teacher: AttentionMaps, config: AttentionConfig) -> Tensor:

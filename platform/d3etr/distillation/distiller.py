@@ -12,11 +12,7 @@ from d3etr.config.distillation import DistillationConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.criterion import detection_problem, set_losses
 from d3etr.distillation.compatibility import check_compatible
-from d3etr.distillation.correspondence import (
-    FIXED,
-    adaptive_correspondence,
-    adaptive_problem,
-)
+from d3etr.distillation.correspondence import FIXED, adaptive_correspondence, adaptive_problem
 from d3etr.distillation.features import target_aware_loss
 from d3etr.distillation.layers import teacher_layers
 from d3etr.distillation.mixmatcher import Branch, mix
@@ -25,18 +21,13 @@ from d3etr.distillation.said import Said
 from d3etr.distillation.teaching import (
     Normalisers,
     Taught,
+    adaptive_shares,
     map_layers,
     normalisers,
     passed_on,
 )
 from d3etr.matching.assignment import Assignment, CostBlock, Solver
-from d3etr.structures import (
-    DecoderOutputs,
-    Detector,
-    ImageBatch,
-    ObjectQueries,
-    Targets,
-)
+from d3etr.structures import DecoderOutputs, Detector, ImageBatch, ObjectQueries, Targets
 
 
 class Distiller(nn.Module):
@@ -372,10 +363,10 @@ class Distiller(nn.Module):
     def _adaptive_terms(
         self, said: Said, taught: Taught, assignment: Assignment, divisors: Normalisers
     ) -> dict[str, Tensor]:
-        pairs = adaptive_correspondence(
-            assignment, said.main, taught.outputs, self.distillation.matched_pair_ratio
-        )
-        branch = Branch(said.main, taught.outputs, pairs, divisors.adaptive, divisors.images)
+        config, student, teacher = self.distillation, said.main, taught.outputs
+        pairs = adaptive_correspondence(assignment, student, teacher, config.matched_pair_ratio)
+        shares = adaptive_shares(teacher, self.student.config.queries, config)
+        branch = Branch(student, teacher, pairs, divisors.adaptive, divisors.images, shares)
         return assignment.doubted(mix({"adaptive": branch}, self.distillation))
 
     def _terms_without_pairs(

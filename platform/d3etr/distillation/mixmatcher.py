@@ -19,6 +19,8 @@ from d3etr.distillation.correspondence import Correspondence
 from d3etr.distillation.prediction import prediction_losses
 from d3etr.structures import DecoderOutputs
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -30,6 +32,8 @@ class Branch:
         pairs: which teacher query corresponds to which student query.
         confidence: [L] normaliser of pairs weighted by the teacher's confidence.
         images: scalar, images in the global batch; normaliser of pairs that weigh the same.
+        shares: [L, B] what the confidence in an image's pairs is scaled to sum to where the teacher
+            has more queries; None leaves it.
     """
 
     student: DecoderOutputs
@@ -37,15 +41,21 @@ class Branch:
     pairs: Correspondence
     confidence: Tensor
     images: Tensor
+    shares: Tensor | None = None
 
     def weights(self, kind: str) -> Tensor:
         """[L, B, P] weight of each pair divided by its normaliser."""
         confidence = self.pairs.of_teacher(self.teacher.confidence().float()[..., None])[..., 0]
         if kind == "uniform":
             return torch.ones_like(confidence) / (confidence.shape[-1] * self.images)
-        smallest = torch.finfo(confidence.dtype).tiny
-        divisor = self.confidence.clamp(min=smallest)[:, None, None]
-        return (confidence if kind == "confidence" else torch.ones_like(confidence)) / divisor
+        divisor = self.confidence.clamp(min=_TINY)[:, None, None]
+        if kind == "every":
+            return torch.ones_like(confidence) / divisor
+        # Else the most confident teacher queries have pairs, and weigh what they should.
+        if self.shares is not None and self.student.queries < self.teacher.queries:
+            found = confidence.sum(-1, keepdim=True).clamp(min=_TINY)
+            confidence = confidence / found * self.shares[..., None]
+        return confidence / divisor
 
 
 def _prediction(branch: Branch, config: DistillationConfig) -> dict[str, Tensor]:

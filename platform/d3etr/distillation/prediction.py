@@ -2,7 +2,7 @@
 
 The terms are D3ETR's (predictions of matched queries); their form is our choice, the paper's is
 not known: a focal-weighted soft-target BCE over every pair, L1 and GIoU weighted by the teacher's
-confidence.
+confidence, added over layers unless configured otherwise.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def prediction_losses(
     weights: Tensor,
     config: PredictionConfig,
 ) -> dict[str, Tensor]:
-    """Weighted sums of class, L1 and GIoU losses over layers, images and pairs.
+    """Weighted sums of class, L1 and GIoU losses over images and pairs; sum or mean over layers.
 
     Args:
         logits: [L, B, P, C] student.
@@ -85,7 +85,7 @@ def prediction_losses(
         teacher_boxes: [L, B, P, 4] cxcywh.
         class_weights: [L, B, P] weight of each pair's class loss, already normalised.
         weights: [L, B, P] the same of its box losses.
-        config: form of the class loss, and which terms are on.
+        config: form of the class loss, which terms are on, and what is made of the layers.
 
     Returns:
         Scalars ``class``, ``l1``, ``giou``; terms of weight 0 are left out.
@@ -100,4 +100,6 @@ def prediction_losses(
     if config.giou_weight:
         overlap = generalised_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(teacher_boxes))
         losses["giou"] = config.giou_weight * ((1 - overlap) * weights).sum()
+    if config.layers == "mean":
+        return {name: loss / len(logits) for name, loss in losses.items()}
     return losses

@@ -123,7 +123,11 @@ class GeneralPoints:
         self._count, self._seed = count, seed
 
     def draw(self, like: ObjectQueries, step: int) -> ObjectQueries:
-        """The points of one step, [count, ..], shared by all images.
+        """The points of one step: [count, ..] shared by all images, as the teacher's queries are.
+
+        Of a two-stage teacher, whose queries are each image's own, [B, count, ..]: the same
+        random numbers on each image's own mean, deviation and sizes. So an image's points depend
+        on nothing else in its batch.
 
         Args:
             like: the teacher's queries, [M, ..] or [B, M, ..].
@@ -139,13 +143,15 @@ class GeneralPoints:
         )
 
     def _normal(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        flat = like.flatten(0, -2)
-        drawn = torch.randn(self._count, flat.shape[-1], generator=generator)
-        return on_device(drawn, flat.device).to(flat) * flat.std(0) + flat.mean(0)
+        drawn = torch.randn(self._count, like.shape[-1], generator=generator)
+        drawn = on_device(drawn, like.device).to(like)
+        # A lone query has no deviation, which would be NaN.
+        deviation = like.std(-2, correction=min(1, like.shape[-2] - 1), keepdim=True)
+        return drawn * deviation + like.mean(-2, keepdim=True)
 
     def _places(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        flat = like.flatten(0, -2)
         places = torch.rand(self._count, 2, generator=generator).logit(eps=1e-3)
-        chosen = torch.randint(len(flat), (self._count,), generator=generator)
-        sizes = flat[on_device(chosen, flat.device), 2:]
-        return torch.cat([on_device(places, flat.device).to(flat), sizes], -1)
+        chosen = torch.randint(like.shape[-2], (self._count,), generator=generator)
+        sizes = like[..., on_device(chosen, like.device), 2:]
+        places = on_device(places, like.device).to(like).expand(*like.shape[:-2], -1, -1)
+        return torch.cat([places, sizes], -1)

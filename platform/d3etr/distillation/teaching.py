@@ -125,8 +125,7 @@ class Normalisers:
         classes: [2] weights of the main and the auxiliary group's queries in the cross entropy of a
             student whose classes are exclusive; else 0.
         fixed: [L] teacher confidence summed over the auxiliary group's queries.
-        adaptive: [L] teacher confidence summed over the queries that can be matched: the most
-            confident ones, so that the divisor does not depend on the student.
+        adaptive: [L] ``adaptive_shares`` summed over images.
         general: [L] teacher confidence summed over the general points.
     """
 
@@ -148,6 +147,28 @@ class Normalisers:
         return Normalisers(packed[0], packed[1], packed[2:4], *packed[4:].chunk(3))
 
 
+def adaptive_shares(
+    outputs: DecoderOutputs, student_queries: int, config: DistillationConfig
+) -> Tensor:
+    """What each image brings into the normaliser of adaptive pairs, known before any is found.
+
+    The teacher's confidence in as many of its queries as there will be pairs, the most confident
+    ones. Where every teacher query is matched these are the pairs; where the student has fewer
+    queries, weights of an image's pairs are scaled to sum to its share (our choice), so that
+    those of the global batch sum to 1 however it is cut.
+
+    Args:
+        outputs: the teacher's, [L, B, M, ..].
+        student_queries: N.
+        config: how many pairs are kept.
+
+    Returns:
+        [L, B].
+    """
+    kept = kept_pairs(student_queries, outputs.queries, config.matched_pair_ratio)
+    return outputs.confidence().float().topk(kept, dim=2).values.sum(2)
+
+
 def normalisers(
     targets: Targets,
     taught: Taught | None,
@@ -167,14 +188,12 @@ def normalisers(
         classes = torch.stack([query_weights(targets, size, criterion) for size in sizes])
     if taught is None:
         return Normalisers(objects, images, classes, nothing, nothing, nothing)
-    kept = kept_pairs(student.queries, taught.outputs.queries, config.matched_pair_ratio)
-    confidence = taught.outputs.confidence().float()
     return Normalisers(
         objects,
         images,
         classes,
         fixed=taught.group.confidence().float().sum((1, 2)),
-        adaptive=confidence.topk(kept, dim=2).values.sum((1, 2)),
+        adaptive=adaptive_shares(taught.outputs, student.queries, config).sum(1),
         general=(
             nothing if taught.general is None else taught.general.confidence().float().sum((1, 2))
         ),
