@@ -27,9 +27,16 @@ def attention_loss(
     return attention.attention_loss(ScoredMaps(student), ScoredMaps(teacher), weights, config)
 
 
-def resized(maps: Tensor, levels: Levels, target: Levels, padding: Tensor | None) -> Tensor:
+def resized(
+    maps: Tensor,
+    levels: Levels,
+    target: Levels,
+    padding: Tensor | None,
+    hidden: Tensor | None = None,
+) -> Tensor:
     """Probabilities on other grids."""
-    return attention.resize_maps(ScoredMaps(maps), levels, target, padding).scores().softmax(-1)
+    maps_there = attention.resize_maps(ScoredMaps(maps), levels, hidden, target, padding)
+    return maps_there.scores().softmax(-1)
 
 
 def uniform_weights() -> Tensor:
@@ -114,6 +121,14 @@ def test_resized_maps_keep_the_place_and_skip_padding() -> None:
     assert found.argmax().item() == 0
     assert found[..., 3].item() == 0
     assert found.sum().item() == pytest.approx(1.0)
+
+
+def test_padding_does_not_darken_the_border_of_resized_maps() -> None:
+    hidden, padding = torch.zeros(1, 4, 6, dtype=torch.bool), torch.zeros(1, 8, 12).bool()
+    hidden[..., 4:] = padding[..., 8:] = True
+    even = torch.zeros(1, 1, 1, 1, 24).masked_fill(hidden.flatten(), MASKED_SCORE)
+    found = resized(even, ((4, 6),), ((8, 12),), padding.flatten(1), hidden.flatten(1))
+    assert torch.allclose(found.view(8, 12)[:, :8], torch.full((8, 8), 1 / 64))
 
 
 def test_resizing_to_the_same_grid_is_the_identity() -> None:

@@ -131,3 +131,12 @@ def test_layers_are_added_or_averaged(
         assert loss.item() == found[default][name].item()
         scale = 3 if name.split("/")[0] in BRANCHES and name.split("/")[1] in names else 1
         assert found["sum"][name].item() == pytest.approx(scale * found["mean"][name].item())
+
+
+def test_cross_attention_to_one_token_is_warned_of(tiny_detector: Build, targets: Targets) -> None:
+    images = ImageBatch(torch.randn(3, 3, 4, 4))
+    module = build(tiny_detector(seed=1), tiny_detector())
+    taught = module.teach(images)
+    with pytest.warns(UserWarning, match=r"distillation\.cross_attention is 0 .* one token"):
+        losses = module(images, targets, taught, module.normalisers(targets, taught))
+    assert losses["fixed/cross_attention"].item() == 0

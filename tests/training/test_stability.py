@@ -1,6 +1,11 @@
+from pathlib import Path
+
 import torch
+from tiny import save_untrained
 from tiny_runs import MakeConfig
 
+from d3etr.config.detector import TeacherConfig
+from d3etr.config.distillation import DistillationConfig
 from d3etr.training.assembly import build_models, open_splits
 from d3etr.training.context import SingleProcess
 from d3etr.training.evaluation import Evaluator
@@ -38,3 +43,26 @@ def test_stability_compares_consecutive_evaluations(make_config: MakeConfig) -> 
         models.student.query_embedding.weight.copy_(models.student.query_embedding.weight.flip(0))
     share = examine()
     assert share is not None and share < 0.5
+
+
+def test_a_two_stage_teacher_may_have_fewer_tokens_than_queries(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config, context = make_config(), SingleProcess(CPU)
+    two_stage = {"levels": 2, "points": 2, "box_refinement": True, "two_stage": True}
+    kind = {"name": "deformable_detr", "queries": 900, **two_stage}
+    file = tmp_path / "teacher.safetensors"
+    save_untrained(file, config.student.detector.model_copy(update=kind), config.data)
+    no_maps = {"method": "d3etr", "cross_attention": {"weight": 0.0}}
+    changes = {
+        "teacher": TeacherConfig(weights=file),
+        "distillation": DistillationConfig.model_validate(no_maps),
+    }
+    config = config.model_copy(update=changes)
+    splits = open_splits(config, context)
+    models = build_models(config, splits, context)
+    evaluator = Evaluator(splits.validation, config.data, config.evaluation, context)
+    stability = MatchingStability(models.distiller, splits.validation, context)
+    evaluator.measure(models.student, stability.observe)
+    assert stability.compare() is None and stability.state is not None
+    assert (stability.state[:, 1:] >= 0).sum() == 7 * 2 * 6

@@ -24,30 +24,41 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def resize_maps(
-    teacher: AttentionMaps, levels: Levels, target: Levels, padding: Tensor | None
+    teacher: AttentionMaps,
+    levels: Levels,
+    hidden: Tensor | None,
+    target: Levels,
+    padding: Tensor | None,
 ) -> ScoredMaps:
     """Teacher maps on the student's grids, over its valid tokens.
 
     Args:
         teacher: its rows of the pairs, over S' keys on ``levels``.
         levels: (height, width) of each of the teacher's feature levels.
-        target: those of the student's, as many.
+        hidden: [B, S'] bool, True under the teacher's padding, or None.
+        target: the student's levels, as many.
         padding: [B, S] bool, True under the student's padding, or None.
 
     Returns:
         Logarithms of the resized probabilities, [L, B, H, P, S].
     """
-    parts = torch.split(
-        teacher.scores().softmax(-1), [height * width for height, width in levels], -1
-    )
-    resized = [
-        _resize_plane(part, grid, size)
-        for part, grid, size in zip(parts, levels, target, strict=True)
-    ]
-    maps = torch.cat(resized, -1).clamp(min=_TINY).log()
+    maps = _resized(teacher.scores().softmax(-1), levels, target)
+    if hidden is not None:
+        # A cell at the border has the mean of what is visible there: padding would darken it.
+        visible = (~hidden).float()[None, :, None, None]
+        whole = _resized(torch.ones_like(visible), levels, target)
+        maps = maps * whole / _resized(visible, levels, target).clamp(min=_TINY)
+    maps = maps.clamp(min=_TINY).log()
     if padding is not None:
         maps = maps.masked_fill(padding[None, :, None, None], MASKED_SCORE)
     return ScoredMaps(maps)
+
+
+def _resized(maps: Tensor, levels: Levels, target: Levels) -> Tensor:
+    """[L, B, H, P, S'] on ``levels`` to [L, B, H, P, S] on ``target``."""
+    parts = torch.split(maps, [height * width for height, width in levels], -1)
+    pairs = zip(parts, levels, target, strict=True)
+    return torch.cat([_resize_plane(part, grid, size) for part, grid, size in pairs], -1)
 
 
 def _resize_plane(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -7,6 +7,7 @@ each carries predictions, self- and cross-attention, is D3ETR's; the ratio and i
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -88,10 +89,18 @@ def _self_attention(branch: Branch, config: AttentionConfig) -> Tensor:
 def _cross_attention(branch: Branch, config: AttentionConfig) -> Tensor:
     """Rows follow the correspondence; a teacher's map on other grids is resized."""
     pairs, student, teacher = branch.pairs, branch.student, branch.teacher
+    if student.levels == ((1, 1),):
+        warnings.warn(
+            "distillation.cross_attention is 0 for a batch: its images are one token each, and all "
+            "attention is on it. Use larger images or a smaller stride, or set its weight to 0",
+            stacklevel=2,
+        )
     maps = _known(student.cross_maps).rows(pairs.student)
     target = _known(teacher.cross_maps).rows(pairs.teacher)
     if teacher.levels != student.levels:
-        target = resize_maps(target, teacher.levels, student.levels, student.padding)
+        target = resize_maps(
+            target, teacher.levels, teacher.padding, student.levels, student.padding
+        )
     return attention_loss(maps, target, branch.weights(config.pair_weights), config)
 
 

@@ -97,7 +97,10 @@ def _pairs(distiller: Distiller, student: DecoderOutputs, teacher: DecoderOutput
     columns = assignment.columns if pairs.teacher is None else pairs.teacher
     rows = assignment.rows if pairs.student is None else pairs.student
     layers, images = columns.shape[:2]
-    table = torch.full((layers, images, teacher.queries), -1, device=columns.device)
+    assert distiller.teacher is not None
+    # As many as it could have: a two-stage teacher has no more queries than tokens.
+    most = distiller.teacher.config.queries
+    table = torch.full((layers, images, most), -1, device=columns.device)
     return table.scatter_(2, columns, rows)
 
 
