@@ -7,7 +7,19 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-NUMBERS = ("0", "-1", "1", "2147483648", str(10**30), "9" * 5001, "1e999", "-1e-320", ".5", "NaN")
+NUMBERS = (
+    "0",
+    "-1",
+    "1",
+    "2147483648",
+    str(10**30),
+    "9" * 5001,
+    "1e999",
+    "999999999",
+    "-1e-320",
+    ".5",
+    "NaN",
+)
 PLAIN = (*NUMBERS, ".inf", "-Infinity", "true", "null", "~", "[]", "{}", '""', "''", "[[[[]]]]")
 TEXTS = (
     "",

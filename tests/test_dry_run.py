@@ -151,3 +151,8 @@ def test_weights_that_cannot_be_used_are_named_before_anything_starts(
 def test_a_frozen_backbone_without_weights_is_refused_in_a_dry_run_too() -> None:
     with pytest.raises(UserError, match=r"student\.backbone_weights is null"):
         make_plan(config("student.detector.backbone={name: resnet18}"))
+
+
+def test_more_checkpoints_than_anyone_keeps_are_refused_before_they_are_counted_out() -> None:
+    with pytest.raises(UserError, match="would write 83,333,333 checkpoints: save more rarely"):
+        make_plan(config("optimisation={steps: 999999999, batch_size: 8}"))

@@ -13,6 +13,7 @@ from d3etr.config.infrastructure import ClusterConfig, RunConfig
 from d3etr.config.load import plain_tree, to_yaml
 from d3etr.config.tree import Config
 from d3etr.detectors.build import build_detector, count_parameters
+from d3etr.errors import UserError
 from d3etr.launch.api import LauncherName
 from d3etr.launch.environment import joined_address
 from d3etr.launch.folder import folder_of
@@ -22,6 +23,7 @@ from d3etr.storage.cache import open_cache
 from d3etr.training.beginning import judge_beginning
 from d3etr.training.inputs import remote_files
 
+MOST_CHECKPOINTS = 100_000
 SHOWN_CHECKPOINTS = 4
 """So many of a long list of checkpoints are named."""
 
@@ -143,6 +145,12 @@ def _cluster(cluster: ClusterConfig, launcher: LauncherName) -> list[str]:
 
 def _checkpoint_steps(run: RunConfig, per_epoch: int, steps: int) -> tuple[int, ...]:
     every = per_epoch * run.checkpoint_every_epochs
+    count = steps // min(every, run.checkpoint_every_steps or every)
+    if count > MOST_CHECKPOINTS:
+        raise UserError(
+            f"{steps:,} steps would write {count:,} checkpoints: save more rarely with "
+            "run.checkpoint_every_epochs or run.checkpoint_every_steps, or train shorter"
+        )
     saved = {*range(every, steps, every), steps}
     if run.checkpoint_every_steps is not None:
         saved |= {*range(run.checkpoint_every_steps, steps, run.checkpoint_every_steps)}
