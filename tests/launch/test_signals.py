@@ -159,7 +159,7 @@ def family(tmp_path: Path) -> list[int]:
     return found
 
 
-def wait_until(true: Callable[[], object], seconds: float = 120) -> None:
+def wait_until(true: Callable[[], object], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -184,7 +184,10 @@ def test_a_signal_under_ray_ends_all_that_was_started(
         wait_until(lambda: f"\n{said}" in f"\n{errors.read_text()}")
         time.sleep(delay)
         if said == "training ":
-            assert not open_to_others(family(tmp_path))
+            # PyTorch's own store, where the workers meet, takes no address to listen at.
+            assert [place.partition(" ")[0] for place in open_to_others(family(tmp_path))] == [
+                "ray::RayTrainWorker"
+            ]
         for number in numbers:  # to all of them, as a terminal or a service manager does
             os.killpg(process.pid, number)
         assert process.wait(60) == 130
