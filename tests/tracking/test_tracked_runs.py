@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -190,18 +191,36 @@ def test_a_run_that_is_gone_from_mlflow_is_sent_anew(
     assert steps_of(config, run_dir, "train/loss") == [5, 10, 15, 20]
 
 
-def test_class_names_and_values_that_mlflow_refuses_do_no_harm(
+ODD_CLASSES = (
+    "cat", "a/b", "a_b", "a b", "a:b", "a:2f:b", "a//b", "50 % off @home", "..", ".", "", " ",
+    " a b", "a b ", "../a", "a.b", "\u00fcber", "u\u0308ber", "\u732b", "\U0001f408", "a\tb\n",
+    "\ud800", "x" * 300, "x" * 299 + "y", "/" * 300, "/" * 299 + "_",
+)  # fmt: skip
+
+
+def class_of(metric: str) -> str:
+    """A class's name as it was, from that of its metric."""
+    codes = re.compile(":([0-9a-f]*):")
+    return codes.sub(lambda code: chr(int(code[1], 16)) if code[1] else "", metric)
+
+
+def test_every_class_has_a_metric_of_its_own_that_names_it(
     make_config: MakeConfig, make_run: MakeRun
 ) -> None:
     config = make_config()
     run_dir = make_run(config, finished=False)
-    odd = {"val/AP/and/or": 0.1, "val/AP/50 % off @home": 0.2, "val/AP/..": 0.3, "val/mAP": 0.5}
-    record = {"kind": "evaluation", "step": 20, "time": 1e9, "metrics": odd}
+    sent = {f"val/AP/{name}": place / 64 for place, name in enumerate(ODD_CLASSES)}
+    record = {"kind": "evaluation", "step": 20, "time": 1e9, "metrics": sent | {"val/mAP": 0.5}}
     write_journal(run_dir, [record])
     assert open_tracker(config, run_dir).finish("FINISHED") is None
-    metrics = run_of(config, run_dir).data.metrics
-    assert metrics["val/AP/and_or"] == 0.1 and metrics["val/AP/50 _ off _home"] == 0.2
-    assert len(metrics) == 4
+    found = run_of(config, run_dir).data.metrics
+    assert found.pop("val/mAP") == 0.5
+    assert sorted(found.values()) == sorted(sent.values())
+    assert found["val/AP/a:2f:b"] == 1 / 64 and found["val/AP/a_b"] == 2 / 64
+    names = {class_of(name.removeprefix("val/AP/")): value for name, value in found.items()}
+    short = [name for name in ODD_CLASSES if len(name) < 100]
+    assert {name: names.get(name) for name in short} == {n: sent[f"val/AP/{n}"] for n in short}
+    assert max(map(len, found)) == 250
 
 
 def test_a_deleted_experiment_is_a_clear_error(make_config: MakeConfig, make_run: MakeRun) -> None:

@@ -7,6 +7,7 @@ metric is new when its step is beyond the last step MLflow has of the same name.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ RESULTS = (
 )
 """What a run's last record says about the weights that were kept."""
 _LONGEST_NAME = 250
-_FORBIDDEN = re.compile(r"[^\w.\- :]")
+_FORBIDDEN = re.compile(r"[^\w.\- ]|^ +| +$")
+_ANY = re.compile(r".")
 _CLASS_PREFIXES = ("val/AP/", "test/AP/", "teacher/AP/")
 
 
@@ -84,14 +86,28 @@ def _final_name(key: str) -> str:
 
 
 def metric_name(key: str) -> str:
-    """``key`` in MLflow's alphabet."""
+    """``key`` in MLflow's alphabet; two keys never get the same name.
+
+    A character that MLflow does not take, a slash in a class's name and the colon itself become
+    their code point: ``a/b`` is ``a:2f:b``, nothing at all is ``::``. Where that is too long, a
+    digest of the key stands for its end.
+    """
     for prefix in _CLASS_PREFIXES:
         if key.startswith(prefix):
             # A class called "and/or" must not become a folder of its own.
-            return prefix + _legal(key.removeprefix(prefix).replace("/", "_"))
-    return "/".join(_legal(part) for part in key.split("/"))[:_LONGEST_NAME]
+            name = prefix + _legal(key.removeprefix(prefix))
+            break
+    else:
+        name = "/".join(map(_legal, key.split("/")))
+    if len(name) <= _LONGEST_NAME:
+        return name
+    digest = f":{hashlib.sha256(key.encode(errors='surrogatepass')).hexdigest()[:16]}"
+    return name[: _LONGEST_NAME - len(digest)] + digest
 
 
 def _legal(part: str) -> str:
-    legal = _FORBIDDEN.sub("_", part)[: _LONGEST_NAME // 2]
-    return legal if legal.strip(".") else "_"
+    """One part of a name, which is neither empty nor a folder above, and keeps its blanks."""
+    if not part:
+        return "::"
+    odd = _FORBIDDEN if part.strip(".") else _ANY
+    return odd.sub(lambda found: "".join(f":{ord(one):x}:" for one in found[0]), part)
