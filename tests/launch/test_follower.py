@@ -1,8 +1,11 @@
+import io
+import re
 import time
 from pathlib import Path
 
 import pytest
 
+from d3etr.launch.console import Lines
 from d3etr.launch.follower import JournalFollower, OnceOnly
 from d3etr.training.journal import Journal, Record
 
@@ -109,3 +112,23 @@ def test_a_run_without_a_journal_has_nothing_to_pass_on(tmp_path: Path) -> None:
     follower.start()
     follower.stop()
     assert tracker.records == []
+
+
+def test_a_clock_that_is_set_back_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, tracker, stream = Journal(tmp_path / "j"), Recorder(), io.StringIO()
+    journal.write("step", 1)
+    follower = JournalFollower(journal.path, Lines(stream), tracker)
+    follower.start()
+    journal.write("start", 1, steps=40, steps_per_epoch=10)
+    wall = time.time()
+    monkeypatch.setattr(time, "time", lambda: wall - 3600)
+    time.sleep(0.1)
+    journal.write("evaluation", 11, metrics={"val/mAP": 0.25})
+    follower.stop()
+    assert [step for _, step in tracker.steps] == [1, 1, 11]
+    going_on, evaluated = stream.getvalue().splitlines()
+    assert going_on == "going on from the checkpoint at step 1 of 40"
+    assert "step 11/40" in evaluated and evaluated.endswith(" left")
+    assert re.search(r"\| 0:0\d left$", evaluated), "29 steps at 10 in a tenth of a second"

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,6 +45,7 @@ def elsewhere() -> Owner:
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(lock_module, "HEARTBEAT_SECONDS", 0.1)
 
 
 def test_the_lock_is_there_while_held_and_gone_afterwards(tmp_path: Path) -> None:
@@ -97,6 +99,37 @@ def test_an_owner_elsewhere_is_alive_while_its_heart_beats(tmp_path: Path) -> No
 
 def test_an_owner_elsewhere_is_dead_after_long_silence(tmp_path: Path) -> None:
     write_lock(tmp_path, elsewhere(), seconds_ago=lock_module.SILENT_SECONDS + 10)
+    with RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("set_by", [-3600, 3600])
+def test_a_clock_that_is_set_takes_no_lock_from_an_owner_elsewhere(
+    tmp_path: Path, set_by: int
+) -> None:
+    write_lock(tmp_path, elsewhere(), seconds_ago=set_by)
+    beats = iter(range(1, 1000))
+
+    def beat() -> None:
+        while not ended.wait(0.05):
+            os.utime(lock_path(tmp_path), (0, time.time() - set_by + next(beats)))
+
+    ended = threading.Event()
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        with pytest.raises(RunLockedError, match="another-machine"):
+            RunLock(tmp_path).__enter__()
+    finally:
+        ended.set()
+        heart.join()
+
+
+def test_the_lock_of_a_dead_owner_elsewhere_is_taken_over_though_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_module, "SILENT_SECONDS", 0.5)
+    write_lock(tmp_path, elsewhere(), seconds_ago=-3600)
     with RunLock(tmp_path):
         pass
 

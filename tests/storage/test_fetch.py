@@ -338,3 +338,15 @@ def test_a_damaged_line_of_the_index_is_named_and_its_file_fetched_anew(
     assert f"{index}: damaged lines are left out (1)" in caplog.text
     assert server.asked["GET", "/a.bin"] == 2
     assert [entry.files for entry in entries(open_cache())] == [1]
+
+
+def test_a_clock_that_was_ahead_hides_no_change(
+    memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe("/place/a.bin", b"one")
+    now = time.time()
+    with monkeypatch.context() as ahead:
+        ahead.setattr(time, "time", lambda: now + 1e6)
+        assert content("memory://place/a.bin") == b"one"
+    memory.pipe("/place/a.bin", b"two")
+    assert content("memory://place/a.bin") == b"two"

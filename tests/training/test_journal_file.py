@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from d3etr.errors import UserError
-from d3etr.training.journal import Journal, Record, follow_journal, read_journal
+from d3etr.training.journal import Journal, JournalReader, Record, follow_journal, read_journal
 
 
 def steps(records: list[Record]) -> list[int]:
@@ -73,7 +73,7 @@ def follow_in_steps(path: Path, actions: list) -> list[Record]:
         action()
         return False
 
-    return list(follow_journal(path, finished, poll_seconds=0.0))
+    return list(follow_journal(JournalReader(path), finished, poll_seconds=0.0))
 
 
 def test_a_follower_sees_every_record_once(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_what_is_written_before_the_end_is_still_read(tmp_path: Path) -> None:
     stop = threading.Event()
     found: list[Record] = []
     thread = threading.Thread(
-        target=lambda: found.extend(follow_journal(journal.path, stop.is_set, 0.01))
+        target=lambda: found.extend(follow_journal(JournalReader(journal.path), stop.is_set, 0.01))
     )
     thread.start()
     for step in range(50):
@@ -123,3 +123,56 @@ def test_what_is_written_before_the_end_is_still_read(tmp_path: Path) -> None:
     stop.set()
     thread.join()
     assert steps(found) == list(range(50))
+
+
+DAMAGE = (
+    b"\x00\x00\x00\x00",
+    b"\xff\xfe not text",
+    b'{"kind": "step", "st{"kind": "step", "step": 4}',
+    b"[" * 5000,
+    b'"a text"',
+    b'{"kind": "step"}',
+    b'{"kind": 5, "step": 4}',
+    b'{"kind": "step", "step": "4"}',
+    b'{"kind": "step", "step": true}',
+    b'{"kind": "step", "step": 1e3}',
+    b'{"kind": "step", "step": ' + b"9" * 5000 + b"}",
+    b'{"kind": "step", "step": 4, "time": "noon"}',
+    b'{"kind": "step", "step": 4, "time": NaN}',
+    b'{"kind": "step", "step": 4, "metrics": [1]}',
+    b'{"kind": "step", "step": 4, "metrics": {"train/loss": "1"}}',
+    b'{"kind": "evaluation", "step": 4}',
+    b'{"kind": "start", "step": 0, "steps": null}',
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
+def test_damage_in_the_middle_is_named_and_the_rest_is_used(
+    damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.write("step", 1)
+    with journal.path.open("ab") as file:
+        file.write(damage + b"\n")
+    journal.write("step", 2)
+    journal.write("step", 3)
+    assert steps(read_journal(journal.path)) == [1, 2, 3]
+    assert steps(follow_in_steps(journal.path, [])) == [1, 2, 3]
+    [warning] = caplog.messages  # once, however often the journal is read
+    assert warning.startswith(f"{journal.path} is damaged: line 2 is left out")
+    assert journal.cut_back(2) == 2
+    [first, second, message] = read_journal(journal.path)
+    assert steps([first, second]) == [1, 2]
+    assert message["text"] == "the journal had damage: line 2 is lost"
+    assert message["level"] == "warning" and message["step"] == 2
+    assert journal.cut_back(2) == 0
+
+
+def test_damage_that_is_cut_off_anyway_is_no_loss(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.write("step", 1)
+    journal.write("step", 2)
+    with journal.path.open("a") as file:
+        file.write("garbage\n")
+    assert journal.cut_back(1) == 2
+    assert [record["kind"] for record in read_journal(journal.path)] == ["step"]

@@ -72,7 +72,7 @@ class Narrator:
         self.metrics: dict[str, float] = {}
         """Newest value of every metric."""
         self._steps_per_epoch = 1
-        self._began = (time.time(), 0)
+        self._began = (0.0, 0)
         self._spoken_step = -1
 
     def tell(self, record: Record) -> str | None:
@@ -114,7 +114,7 @@ class Narrator:
         again = self.steps > 0
         self.steps, step = int(record["steps"]), int(record["step"])
         self._steps_per_epoch = max(1, int(record.get("steps_per_epoch") or self.steps or 1))
-        self._began = (float(record["time"]), step)
+        self._began = (_clock(record), step)
         self._spoken_step = step
         if again:
             return f"training was interrupted; going on from step {step} of {self.steps}"
@@ -133,7 +133,13 @@ class Narrator:
         left = self.steps - int(record["step"])
         if done <= 0 or left <= 0:
             return ""
-        return f"{duration((float(record['time']) - began) / done * left)} left"
+        return f"{duration((_clock(record) - began) / done * left)} left"
+
+
+def _clock(record: Record) -> float:
+    """Seconds that only differences are taken of: those that no setting of the clock moves."""
+    clock = record.get("elapsed", record.get("time"))
+    return 0.0 if clock is None else float(clock)
 
 
 def scores(metrics: Mapping[str, float], prefix: str) -> str:

@@ -7,12 +7,11 @@ a tracking server that is down) never reaches a training step.
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from typing import Protocol
 
 from d3etr.logs import get_logger
-from d3etr.training.journal import Record, follow_journal
+from d3etr.training.journal import JournalReader, Record, follow_journal
 
 logger = get_logger(__name__)
 
@@ -71,20 +70,24 @@ class Guarded:
 class JournalFollower:
     """A thread that feeds ``console`` and ``tracker`` from a run's journal.
 
-    The tracker gets the whole journal, each step once. The console gets what is written from
-    now on.
+    The tracker gets the whole journal, each step once. The console gets what is written after
+    ``start``.
     """
 
     def __init__(self, journal: Path, console: Consumer, tracker: Consumer | None) -> None:
-        self._journal = journal
+        self._journal, self._reader = journal, JournalReader(journal)
         self._console = Guarded(console, "the progress display")
         self._tracker = Guarded(OnceOnly(tracker), "tracking") if tracker is not None else None
-        self._shown_until = time.time()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="journal", daemon=True)
 
     def start(self) -> None:
         """Begin to follow."""
+        try:
+            for record in self._reader.new_records():
+                self._track(record)
+        except OSError as error:
+            logger.warning("cannot read %s: %s", self._journal, error)
         self._thread.start()
 
     def stop(self) -> None:
@@ -99,17 +102,14 @@ class JournalFollower:
     def _read(self) -> bool:
         """Follow until stopped; False if the storage failed and reading must begin again."""
         try:
-            for record in follow_journal(self._journal, self._stop.is_set, POLL_SECONDS):
-                self._pass_on(record)
+            for record in follow_journal(self._reader, self._stop.is_set, POLL_SECONDS):
+                self._console.consume(record)
+                self._track(record)
         except OSError as error:
             logger.warning("cannot read %s: %s", self._journal, error)
             return self._stop.is_set()
         return True
 
-    def _pass_on(self, record: Record) -> None:
-        written = record.get("time", self._shown_until)
-        if written >= self._shown_until:
-            self._shown_until = written
-            self._console.consume(record)
+    def _track(self, record: Record) -> None:
         if self._tracker is not None:
             self._tracker.consume(record)

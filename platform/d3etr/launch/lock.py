@@ -2,7 +2,8 @@
 
 A lock is a file that only one process can create (``O_EXCL``), names its owner, and is touched
 every few seconds. Where the owner runs on this machine, its process decides whether the lock is
-live; elsewhere the age of the last touch does, measured by the storage's own clock.
+live; elsewhere the age of the last touch does, measured by the storage's own clock. That clock
+may have been set since, so a lock that looks old is watched before it is taken for dead.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ logger = get_logger(__name__)
 HEARTBEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0
 """An owner on another machine that has been silent for this long is taken for dead."""
+WATCHED_BEATS = 3
+"""So many heartbeats of a lock that looks old must fail to come."""
 GRACE_SECONDS = 3.0
 """Pause after a takeover: workers of the dead owner notice within this time and leave."""
 
@@ -52,12 +55,14 @@ class Owner:
             uuid.uuid4().hex, socket.gethostname(), os.getpid(), _process(os.getpid()), time.time()
         )
 
-    def alive(self, silence: float) -> bool:
-        """Whether the owner still works, given the seconds since it last touched its lock."""
-        here = self.host == socket.gethostname() and self.process.split(":")[0] == _namespace()
-        if here:
-            return _process(self.pid) == self.process
-        return silence < SILENT_SECONDS
+    @property
+    def here(self) -> bool:
+        """Whether its process can be asked after from this one."""
+        return self.host == socket.gethostname() and self.process.split(":")[0] == _namespace()
+
+    def runs(self) -> bool:
+        """Whether the process of an owner that is here still runs."""
+        return _process(self.pid) == self.process
 
     def __str__(self) -> str:
         since = datetime.fromtimestamp(self.since).isoformat(sep=" ", timespec="seconds")
@@ -114,6 +119,31 @@ def _silence(path: Path) -> float:
         return probe.stat().st_mtime - path.stat().st_mtime
     finally:
         probe.unlink()
+
+
+def _beats(path: Path) -> bool:
+    """Whether somebody elsewhere still touches the lock, whatever its time says.
+
+    Raises:
+        FileNotFoundError: nobody holds it any more.
+    """
+    silence = _silence(path)
+    if abs(silence) < SILENT_SECONDS:
+        return True
+    # From the future: the clock was set back, and the age says nothing.
+    patience = SILENT_SECONDS if silence < 0 else WATCHED_BEATS * HEARTBEAT_SECONDS
+    touched, end = _touched(path), time.monotonic() + patience
+    while time.monotonic() < end:
+        time.sleep(min(1.0, HEARTBEAT_SECONDS))
+        if _touched(path) != touched:
+            return True
+    return False
+
+
+def _touched(path: Path) -> int:
+    """When, as far as only a change matters; opened, for network storage to look anew."""
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_mtime_ns
 
 
 class RunLock:
@@ -184,8 +214,8 @@ class RunLock:
             raise self._locked(None)
 
     def _dead_owner(self) -> Owner | None:
-        owner, silence = read_owner(self.path), _silence(self.path)
-        alive = silence < SILENT_SECONDS if owner is None else owner.alive(silence)
+        owner = read_owner(self.path)
+        alive = owner.runs() if owner is not None and owner.here else _beats(self.path)
         if alive:
             raise self._locked(owner)
         return owner

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,15 +96,16 @@ def fetch_folder(url: Url, names: Iterable[str], tell: Tell | None = None) -> Fe
 
 
 def _fetch(url: Url, names: Sequence[str], tell: Tell | None, *, single: bool) -> Fetched:
-    cache, begun = open_cache(), time.time()
+    cache = open_cache()
     with clear_cache_errors(cache):
         cache.make()
+        checked = Index(cache, url).checked_at(names)
         lock = cache.index(url).with_suffix(".lock")
         with locked(lock, lambda: _say_waiting(url, tell)):
             index = Index(cache, url)
             cache.remove_partials(index.file)
             # While this process waited, another one may have done all there is to do.
-            done = index.checked_at(names) >= begun
+            done = index.checked_at(names) != checked
             if not (done and all(index.intact(name) for name in names)):
                 names = _update(index, names, tell, single=single)
     return Fetched(cache, {name: index.known[name] for name in names})

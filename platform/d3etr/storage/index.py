@@ -63,7 +63,7 @@ class Index:
     def checked_at(self, names: Iterable[str]) -> float:
         """When the storage was last asked about exactly these names, and had them all.
 
-        In seconds of ``time.time``; 0 for never.
+        Only to be compared for equality, since clocks are set; 0 for never.
         """
         return self._checked.get(_digest_of(names), 0.0)
 

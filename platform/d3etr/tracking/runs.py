@@ -157,7 +157,7 @@ class Tracker:
             self.run_id,
             status,
             results.steps,
-            ended=_journal_milliseconds(self._run_dir, -1),
+            ended=_begun_and_ended(self._run_dir)[1],
             missing=missing,
             begin=lambda name: stage(f"sending results to MLflow: {name}"),
         )
@@ -226,7 +226,7 @@ def _create(
     named = tags(config, run_dir)
     if parent_run is not None:
         named |= {"mlflow.parentRunId": parent_run, "mlflow.runColor": trial_colour(run_dir)}
-    begun = _journal_milliseconds(run_dir, 0)
+    begun, _ = _begun_and_ended(run_dir)
     shown = name or run_name(config)
     run = client.create_run(experiment, start_time=begun, tags=named, run_name=shown)
     state = RunState(tracking_uri=bare_url(uri), experiment_id=experiment, run_id=run.info.run_id)
@@ -234,10 +234,13 @@ def _create(
     return state
 
 
-def _journal_milliseconds(run_dir: Path, place: int) -> int | None:
-    """When a record was written, so that a run that is sent late shows its own times."""
-    journal = read_journal(run_dir / JOURNAL)
-    return int(1000 * journal[place]["time"]) if journal else None
+def _begun_and_ended(run_dir: Path) -> tuple[int | None, int | None]:
+    """In milliseconds since 1970, so that a run that is sent late shows its own times."""
+    times = [record["time"] for record in read_journal(run_dir / JOURNAL) if "time" in record]
+    if not times:
+        return None, None
+    # The clock may have been set back: a run does not end before it began.
+    return int(1000 * times[0]), int(1000 * max(times[0], times[-1]))
 
 
 def _complete_params(client: MlflowClient, run_id: str, config: Config) -> None:

@@ -227,8 +227,6 @@ def _train(config: Config, folder: RunFolder, reporter: Reporter) -> RunResult:
 
 def _final(run_dir: Path) -> dict[str, Any]:
     """The last report: what the finished run found, at the epoch that it reached."""
-    journal = read_journal(run_dir / "journal.jsonl")
-    start = next(record for record in journal if record["kind"] == "start")
     summary = read_summary(run_dir)
     if summary is None or not is_number(summary.get("mAP")):
         raise UserError(
@@ -237,7 +235,17 @@ def _final(run_dir: Path) -> dict[str, Any]:
         )
     return {
         "mAP": summary["mAP"],
-        "epoch": -(-start["steps"] // start["steps_per_epoch"]),
+        "epoch": _epochs(run_dir),
         "run_dir": str(run_dir),
         "final": True,
     }
+
+
+def _epochs(run_dir: Path) -> int:
+    """That the run reached: as it began, else (a damaged journal) as it was last evaluated."""
+    journal = read_journal(run_dir / "journal.jsonl")
+    for record in journal:
+        if record["kind"] == "start" and record.get("steps_per_epoch"):
+            return int(-(-record["steps"] // record["steps_per_epoch"]))
+    evaluated = (record["metrics"] for record in journal if record["kind"] == "evaluation")
+    return max((int(metrics.get("epoch", 1)) for metrics in evaluated), default=1)

@@ -29,7 +29,9 @@ def curve_of(run_dir: Path) -> Curve:
     steps_per_epoch = 1
     for record in read_journal(RunFolder(run_dir).journal):
         if record["kind"] == "start":
-            steps_per_epoch = record["steps_per_epoch"]
-        elif record["kind"] == "evaluation" and record["step"] % steps_per_epoch == 0:
+            steps_per_epoch = record.get("steps_per_epoch") or steps_per_epoch
+        elif record["kind"] != "evaluation" or "val/mAP" not in record["metrics"]:
+            continue
+        elif record["step"] % steps_per_epoch == 0:
             curve.append((record["step"] // steps_per_epoch, record["metrics"]["val/mAP"]))
     return curve
