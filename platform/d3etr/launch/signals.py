@@ -125,13 +125,3 @@ def interrupt() -> None:
     """Interrupt the main thread, from another one."""
     # Ctrl-C may be ignored, as by what a script starts in the background.
     os.kill(os.getpid(), signal.SIGINT if _wish is None else signal.SIGTERM)
-
-
-@contextmanager
-def kept_from_children() -> Iterator[None]:
-    """Start processes that a Ctrl-C in the terminal, which goes to all, does not reach."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
