@@ -13,6 +13,7 @@ import pytest
 from sweep_runs import RATE, MakePlan, run, steps
 
 from d3etr.config.load import load_config
+from d3etr.errors import UserError
 from d3etr.training.journal import read_journal
 
 pytestmark = pytest.mark.slow
@@ -127,3 +128,28 @@ def test_what_another_sweep_or_run_has_trained_is_not_trained_again(
     assert [trial.state for trial in second.trials] == ["finished", "finished"]
     assert second.trials[1].run_dir == first.trials[0].run_dir
     assert second.trials[1].mAP == first.trials[0].mAP
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_damaged_memory_of_a_sweep_costs_no_trial_and_other_values_are_refused(
+    make_plan_of: MakePlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = make_plan_of("optimisation.epochs=1", space={RATE: {"grid": [1e-3, 1e-4]}})
+    first = run(plan)[0]
+    place = plan.folder / "tune" / plan.folder.name
+    for state in place.glob("basic-variant-state-*"):
+        state.write_bytes(b"damaged")
+    folders = [trial.run_dir or Path() for trial in first.trials]
+    (folders[1] / "summary.json").write_text("{")
+    again = run(plan)[0]
+    assert "is damaged" in caplog.text and "trials are begun anew" in caplog.text
+    assert [trial.state for trial in again.trials] == ["finished", "finished"]
+    assert [trial.run_dir for trial in again.trials] == folders
+    assert [trial.mAP for trial in again.trials] == [trial.mAP for trial in first.trials]
+    for folder in folders:
+        assert steps(folder) == list(range(1, 7)), "no step was trained again"
+
+    config = folders[0] / "config.yaml"
+    config.write_text(config.read_text().replace("weight_decay: 0.0001", "weight_decay: 0.002"))
+    with pytest.raises(UserError, match=r"another configuration(.|\n)*weight_decay: 0\.002 there"):
+        run(plan)

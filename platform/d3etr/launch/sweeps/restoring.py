@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.search import BasicVariantGenerator
+from ray.tune.search.search_generator import SearchGenerator
+from ray.tune.utils.util import _load_newest_checkpoint
 
 from d3etr.errors import UserError
 from d3etr.launch.sweeps.plan import Plan
@@ -27,6 +30,7 @@ def restored(plan: Plan, trainable: Any, place: Path) -> tune.Tuner | None:
     if not tune.Tuner.can_restore(str(place)):
         return None
     try:
+        _ensure_search_state(place)
         tuner = tune.Tuner.restore(
             str(place), trainable, resume_unfinished=True, restart_errored=True
         )
@@ -44,6 +48,19 @@ def restored(plan: Plan, trainable: Any, place: Path) -> tune.Tuner | None:
         logger.warning("trials without a usable result are resumed: %s", ", ".join(lost))
         return None
     return tuner
+
+
+def _ensure_search_state(place: Path) -> None:
+    """Make sure that Tune knows which trials it gave out: else it would make up others.
+
+    Raises:
+        Exception: whatever reading a damaged file raises.
+    """
+    for kind in (BasicVariantGenerator, SearchGenerator):
+        state = _load_newest_checkpoint(str(place), kind.CKPT_FILE_TMPL.format("*"))
+        if isinstance(state, dict):
+            return
+    raise ValueError("the state of the search is missing")
 
 
 def _without_result(plan: Plan, known: Sequence[tune.Result]) -> list[str]:
