@@ -173,3 +173,22 @@ def test_losing_the_lock_interrupts_the_run_and_leaves_the_new_owners_lock(
     assert lock.lost
     owner = read_owner(lock_path(tmp_path))
     assert owner is not None and owner.host == "another-machine"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"token": 1}', "[" * 9999, '{"pid": "1", "since": null}']
+)
+def test_a_damaged_lock_is_nobodys_and_is_taken_over_once_it_is_old(
+    tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_module, "GRACE_SECONDS", 0.0)
+    written = asdict(elsewhere())
+    if content.startswith("{"):
+        content = json.dumps(written | json.loads(content))
+    lock_path(tmp_path).write_text(content)
+    assert read_owner(lock_path(tmp_path)) is None
+    with pytest.raises(RunLockedError, match="owner not readable yet"), RunLock(tmp_path):
+        pass
+    os.utime(lock_path(tmp_path), (time.time() - 900,) * 2)
+    with RunLock(tmp_path) as lock:
+        assert read_owner(lock_path(tmp_path)) == lock.owner

@@ -116,6 +116,16 @@ def test_runs_are_found_by_folder_beginning_or_name_in_mlflow(folders: Path) -> 
     assert len(again.groups[0].runs) == 1
 
 
+def test_a_damaged_run_is_named_and_keeps_no_other_from_being_found(
+    folders: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = folders / "digits-plain-00000000"
+    (damaged / "config.yaml").write_text("run: [")
+    found = compare(["plain student · digits · seed 1"], folders).groups[0].runs
+    assert [run.folder.name for run in found] == ["digits-plain-00000001"]
+    assert f"{damaged} is not looked at" in caplog.text
+
+
 def test_what_was_refused_at_its_start_is_no_run(
     folders: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -106,9 +106,12 @@ def read_owner(path: Path) -> Owner | None:
         FileNotFoundError: nobody holds it.
     """
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+        owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError):
         return None
+    words = (owner.token, owner.host, owner.process)
+    sound = all(isinstance(word, str) for word in words) and isinstance(owner.pid, int)
+    return owner if sound and isinstance(owner.since, int | float) else None
 
 
 def _silence(path: Path) -> float:

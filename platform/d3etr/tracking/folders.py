@@ -154,6 +154,10 @@ def _last_step(folder: Path) -> int:
 
 
 def _names_in_mlflow(folder: Path) -> tuple[str, ...]:
-    state = read_state(folder)
+    try:
+        state, config = read_state(folder), load_config(folder / "config.yaml")
+    except UserError as error:
+        logger.warning("%s is not looked at: %s", folder, error)
+        return ()
     ids = () if state is None else (state.run_id,)
-    return (run_name(load_config(folder / "config.yaml")), *ids)
+    return (run_name(config), *ids)
