@@ -79,6 +79,24 @@ def test_the_table_says_quality_cost_and_gain(folders: Path) -> None:
     assert "▅█" in text and "2 times" in text, "how D3ETR's mAP grew, from half of it"
 
 
+def test_a_teacher_is_what_its_recipe_or_its_student_says_whatever_its_name(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    used = write_run(make_config("larger"), 0.6)
+    taught = {"weights": str(used / "weights.safetensors")}
+    write_run(make_config("d", teacher=taught, distillation={"method": "d3etr"}), 0.4)
+    write_run(make_config("without-a-teacher", optimisation={"steps": 30}), 0.3)
+    write_run(make_config("named", run={"role": "teacher"}, optimisation={"steps": 40}), 0.5)
+    comparison = compare(["larger", "without-a-teacher", "d-", "named"], tmp_path / "runs")
+    titles = ["teacher", "plain student", "D3ETR student", "teacher"]
+    assert [group.title for group in comparison.groups] == titles
+    assert comparison.baseline is comparison.groups[1]
+    assert [comparison.gain(group) is None for group in comparison.groups] == [True] * 2 + [
+        False,
+        True,
+    ]
+
+
 def test_json_holds_everything_and_is_valid(folders: Path) -> None:
     found = json.loads(json.dumps(compare(["digits-plain", "digits-d3etr"], folders).to_json()))
     plain, distilled = found["groups"]

@@ -59,7 +59,10 @@ def runs(make_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> Path:
         (make_config("digits-plain", 0), 0.20),
         (make_config("digits-plain", 1), 0.22),
         (make_config("digits-d3etr", 0, **TAUGHT), 0.35),
-        (make_config("digits-teacher", 0, optimisation={"steps": 90}), 0.60),
+        (
+            make_config("digits-teacher", 0, run={"role": "teacher"}, optimisation={"steps": 90}),
+            0.60,
+        ),
     ):
         folder = make_run(config, mAP)
         summary = {"mAP": mAP, "AP50": mAP, "AP/0": mAP, "AP/<7>": mAP / 2, "steps": 20}

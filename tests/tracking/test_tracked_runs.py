@@ -148,7 +148,7 @@ def test_params_and_state_hold_no_credentials(make_config: MakeConfig, make_run:
 
 
 def test_a_student_names_its_teachers_run(make_config: MakeConfig, make_run: MakeRun) -> None:
-    teacher = make_config("digits-teacher")
+    teacher = make_config("digits", run={"role": "teacher"})
     teacher_dir = make_run(teacher)
     assert replay(teacher_dir) is None
     weights = str(teacher_dir / "weights.safetensors")

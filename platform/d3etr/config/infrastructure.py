@@ -14,6 +14,8 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
     """The run's folder is this plus a digest of the configuration."""
+    role: Literal["teacher", "student"] = "student"
+    """What tables and figures call it; a teacher is not measured against students."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     output: FilePath = Path("runs")
     """Folder that holds runs; on a cluster, storage that all nodes share."""

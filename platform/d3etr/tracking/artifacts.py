@@ -15,7 +15,6 @@ from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.detectors.weights import file_digest, read_info
 from d3etr.errors import UserError
-from d3etr.tracking.description import role
 from d3etr.tracking.model import log_student, register
 from d3etr.tracking.state import RunState, write_state
 
@@ -108,7 +107,7 @@ class Results:
 
     def _log_model(self) -> None:
         step = max(0, self.state.sent_step)
-        name, weights = role(self._config), self._run_dir / WEIGHTS
+        name, weights = self._config.run.role, self._run_dir / WEIGHTS
         uri = log_student(weights, self.state.run_id, self._uri, name=name, step=step)
         self._remember(model_uri=uri)
 

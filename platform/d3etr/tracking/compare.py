@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.tracking.description import recipe_name
 from d3etr.tracking.equal_time import CLOCKS, at_equal_time
 from d3etr.tracking.folders import FinishedRun, find_folders, read_run
 from d3etr.tracking.labels import distinct_labels
+from d3etr.training.summary import WEIGHTS_FILE
 
 METRICS = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 COSTS = ("parameters", "images_per_second", *CLOCKS, "steps")
@@ -210,7 +212,7 @@ def compare(runs: Sequence[str | Path], output_root: Path) -> Comparison:
     Raises:
         UserError: a run is missing or has not finished.
     """
-    found = [read_run(folder) for folder in find_folders(runs, output_root)]
+    found = _with_teachers([read_run(folder) for folder in find_folders(runs, output_root)])
     if not found:
         raise UserError("nothing to compare: name at least one run folder")
     tested = all(run.number("test/mAP") is not None for run in found)
@@ -228,6 +230,26 @@ def compare(runs: Sequence[str | Path], output_root: Path) -> Comparison:
         RunGroup(runs, prefix, label) for runs, label in zip(members, labels, strict=True)
     )
     return Comparison(groups, _baseline(groups), "test" if tested else "validation")
+
+
+def _with_teachers(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+    """The same; whose weights taught another of them is a teacher, whatever its recipe says."""
+    taught = {
+        Path(weights).resolve()
+        for run in runs
+        if run.config.teacher is not None
+        and isinstance(weights := run.config.teacher.weights, Path)
+    }
+    return [
+        replace(run, config=_as_teacher(run.config))
+        if (run.folder / WEIGHTS_FILE).resolve() in taught
+        else run
+        for run in runs
+    ]
+
+
+def _as_teacher(config: Config) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update={"role": "teacher"})})
 
 
 def _baseline(groups: Sequence[RunGroup]) -> RunGroup:

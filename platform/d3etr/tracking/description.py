@@ -26,15 +26,9 @@ HUES = {"teacher": 0.56, "plain student": PLAIN_HUE, "D3ETR student": 0.07}
 _GIT_SECONDS = 5
 
 
-def role(config: Config) -> str:
-    """``teacher`` or ``student``: a plain run is a teacher when its name says so."""
-    plain = config.distillation.method == "none"
-    return "teacher" if plain and "teacher" in config.run.name.lower() else "student"
-
-
 def title(config: Config) -> str:
     """What the run is, in two words: teacher, plain student, D3ETR student."""
-    if role(config) == "teacher":
+    if config.run.role == "teacher":
         return "teacher"
     method = config.distillation.method
     return f"{METHOD_TITLES.get(method, method)} student"
@@ -50,7 +44,7 @@ def run_name(config: Config) -> str:
 
 def recipe_name(config: Config) -> str:
     """A run's name without its seed: ``plain student · digits``."""
-    known = {*title(config).lower().split(), role(config), config.distillation.method}
+    known = {*title(config).lower().split(), config.run.role, config.distillation.method}
     words = [word for word in re.split(r"[-_.]+", config.run.name) if word.lower() not in known]
     return " · ".join([title(config), *filter(None, ["-".join(words)])])
 
@@ -85,7 +79,7 @@ def tags(config: Config, run_dir: Path) -> dict[str, str]:
     """What runs are filtered and grouped by."""
     detector = config.student.detector
     named = {
-        "role": role(config),
+        "role": config.run.role,
         "title": title(config),
         "method": config.distillation.method,
         "detector": detector.name,

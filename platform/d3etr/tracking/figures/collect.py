@@ -18,7 +18,7 @@ from d3etr.detectors.weights import load_weights
 from d3etr.fonts import readable_names
 from d3etr.logs import get_logger
 from d3etr.storage.fetch import local_file
-from d3etr.tracking.description import role, title
+from d3etr.tracking.description import title
 from d3etr.tracking.figures.attention import ObjectView, draw_attention
 from d3etr.tracking.figures.curves import (
     Series,
@@ -66,7 +66,7 @@ def draw_figures(
     Raises:
         UserError: weights or data cannot be read.
     """
-    own = "Teacher" if role(config) == "teacher" else "Student"
+    own = "Student" if config.teacher is not None or config.run.role == "student" else "Teacher"
     detectors = {}
     if config.teacher is not None:
         with local_file(config.teacher.weights) as file:
