@@ -10,6 +10,8 @@ import fake_training
 import pytest
 
 from d3etr.config.tree import Config
+from d3etr.detectors.backbones import build_backbone
+from d3etr.detectors.tensor_files import write_tensors
 from d3etr.errors import UserError
 from d3etr.launch.api import launch
 from d3etr.launch.driver import RunFailedError, RunInterrupted, RunResult
@@ -202,7 +204,8 @@ def test_a_result_is_not_taken_for_that_of_other_weights(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     backbone = tmp_path / "backbone.safetensors"
-    backbone.write_bytes(b"first")
+    tensors = build_backbone(make_config().student.detector.backbone).state_dict()
+    write_tensors(backbone, tensors, {})
     config = make_config(f"student.backbone_weights={backbone}")
     folder = folder_of(config)
     run(config)
