@@ -17,6 +17,8 @@ from d3etr.config.training import EvaluationConfig
 from d3etr.data.coco import (
     DetectionSplit,
     ImageRecord,
+    missing_images,
+    missing_text,
     parse_split,
     shown_ids,
 )
@@ -26,6 +28,8 @@ from d3etr.data.judgement import (
     judge_categories,
     judge_objects,
 )
+from d3etr.data.plausibility import box_warnings, class_warnings
+from d3etr.data.plausible_pixels import pixel_oddity, pixel_warnings
 from d3etr.data.progress import Progress
 from d3etr.data.report import DataReport, SplitReport
 from d3etr.data.splits import configured_splits
@@ -35,6 +39,8 @@ from d3etr.errors import UserError
 _MEDIUM_AREA, _LARGE_AREA = 32**2, 96**2
 _MOST_THREADS = 8
 _PROGRESS_EVERY = 20
+_LOSSLESS = ("RGB", "L", "P", "1", "RGBA", "LA", "PA")
+"""Modes whose pixels are the same in RGB; transparent ones are looked at one by one."""
 
 
 Compare = Callable[[Mapping[str, DetectionSplit]], Judgement]
@@ -52,6 +58,7 @@ class _Look:
     rotated: bool = False
     missing: bool = False
     problem: str = ""
+    oddity: str = ""
 
 
 def check_data(
@@ -82,13 +89,15 @@ def check_data(
             reports.append(_failed(name, config, error))
             continue
         looks = list(_look_at_all(split, progress))
+        odd_pixels = pixel_warnings((look.record.id, look.oddity) for look in looks if look.oddity)
         contents[name] = {look.content: look.record.id for look in looks if look.content}
         objects = judge_objects(split, evaluation or EvaluationConfig())
+        objects += Judgement(warnings=tuple(box_warnings(split) + odd_pixels))
         reports.append(_with_verdict(_report(split, looks), split, objects))
     between = judge_categories(parsed)
     if compare is not None:
         between += compare(parsed)
-    warnings = _overlap_warnings(contents) + between.warnings
+    warnings = _overlap_warnings(contents) + tuple(class_warnings(parsed)) + between.warnings
     return DataReport(tuple(reports), errors=between.errors, warnings=warnings)
 
 
@@ -130,6 +139,7 @@ def _look_at(split: DetectionSplit, record: ImageRecord) -> _Look:
             size=pixels.size,
             has_rotation=orientation(image) != 1,
             rotated=applies_rotation(image, expected),
+            oddity=pixel_oddity(image, pixels),
         )
 
 
@@ -194,17 +204,15 @@ def _repeated_files(records: Sequence[ImageRecord]) -> dict[str, tuple[int, ...]
 
 
 def _with_verdict(report: SplitReport, split: DetectionSplit, objects: Judgement) -> SplitReport:
-    errors, warnings = _errors(report), _warnings(report, split)
+    errors, warnings = _errors(report, split), _warnings(report, split)
     return replace(report, errors=errors + objects.errors, warnings=warnings + objects.warnings)
 
 
-def _errors(report: SplitReport) -> tuple[str, ...]:
+def _errors(report: SplitReport, split: DetectionSplit) -> tuple[str, ...]:
     found = []
-    if report.missing:
-        found.append(
-            f"{len(report.missing)} images are not in {report.images_folder} "
-            f"(image ids {shown_ids(report.missing)})"
-        )
+    missing = missing_images(split)
+    if missing:
+        found.append(f"{missing_text(split, missing)} (image ids {shown_ids(report.missing)})")
     found += [f"image id {number}: {reason}" for number, reason in report.unreadable.items()]
     found += [
         f"image id {number}: is {sizes}; correct width and height in {report.annotations}"
@@ -221,9 +229,9 @@ def _warnings(report: SplitReport, split: DetectionSplit) -> tuple[str, ...]:
         found.append(f"categories without a box to learn from: {', '.join(empty)}")
     for name, ids in report.repeated_files.items():
         found.append(f"{name} is the file of several images (ids {shown_ids(ids)})")
-    grey_or_other = [mode for mode in report.modes if mode != "RGB"]
-    if grey_or_other:
-        found.append(f"converted to RGB: {', '.join(grey_or_other)}")
+    lossy = [mode for mode in report.modes if mode not in _LOSSLESS]
+    if lossy:
+        found.append(f"converted to 8-bit RGB: {', '.join(lossy)}")
     if report.rotation_ignored:
         found.append(
             f"EXIF asks for a rotation that {split.annotations.name} speaks against: left as "

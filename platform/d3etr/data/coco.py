@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from d3etr.data.progress import Progress
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
 from d3etr.storage.fetch import local_file
-from d3etr.storage.images import ImageFolder, open_folder
+from d3etr.storage.images import ImageFolder, LocalFolder, open_folder
 
 __all__ = [
     "Category",
@@ -25,6 +28,7 @@ __all__ = [
     "DetectionSplit",
     "ImageRecord",
     "missing_images",
+    "missing_text",
     "parse_split",
     "read_split",
     "require_same_categories",
@@ -157,7 +161,7 @@ def read_split(
     parsed = parse_split(name, split, progress, fetch=fetch)
     missing = missing_images(parsed)
     if missing:
-        raise UserError(_missing_text(parsed, missing))
+        raise UserError(missing_text(parsed, missing))
     _log_cleaning(parsed)
     return parsed
 
@@ -280,14 +284,39 @@ def _digest(raw: RawAnnotations, images: ImageFolder) -> str:
     return digest.hexdigest()
 
 
-def _missing_text(split: DetectionSplit, missing: Sequence[ImageRecord]) -> str:
+def missing_text(split: DetectionSplit, missing: Sequence[ImageRecord]) -> str:
+    """What to say about images that are not there, with what may be meant by their names."""
     shown = [f"{record.file_name} (image id {record.id})" for record in missing[:_SHOWN_IDS]]
     more = f" and {len(missing) - _SHOWN_IDS} more" if len(missing) > _SHOWN_IDS else ""
     return (
         f"{split.annotations}: {len(missing)} of {len(split.records)} images are not in "
         f"{split.images}: {', '.join(shown)}{more}. Expected every file_name below that folder: "
-        f"correct data.{split.name}.images, or take the images out of the annotation file"
+        f"{_name_advice(split, missing[0].file_name)}correct data.{split.name}.images, or take the "
+        "images out of the annotation file"
     )
+
+
+def _name_advice(split: DetectionSplit, name: str) -> str:
+    """Why ``name`` is not found though a file of nearly that name may be there."""
+    if "\\" in name:
+        return f"{name} has backslashes, which part folders on Windows alone: write '/' instead; "
+    folder, last = os.path.split(name)
+    if split.images.size(last) is not None:
+        return f"{last} is there, without {folder}/: point at the folder above, or shorten names; "
+    if not isinstance(split.images, LocalFolder):
+        return ""
+    with suppress(OSError):
+        for other in os.listdir(split.images.path(folder)):
+            if _plain(other) == _plain(last):
+                return (
+                    f"{other!r} is there: names differ in case, spaces or the Unicode form of "
+                    "accents; rename one; "
+                )
+    return ""
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold().strip()
 
 
 def _log_cleaning(split: DetectionSplit) -> None:
