@@ -132,3 +132,21 @@ def test_a_sweep_is_finished_whatever_of_its_results_cannot_be_sent(
     run = run_of(config, sweep)
     assert run.info.status == "FINISHED" and "table.csv" in run.data.tags["missing"]
     assert run.data.metrics["trials/finished"] == 0
+
+
+def test_a_slow_server_gets_few_files_and_a_person_sees_which(
+    make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    config = make_config(tracking={"register_as": "tiny"})
+    tracker = open_tracker(config, make_run(config))
+    seen: list[str] = []
+    assert tracker.finish("FINISHED", seen.append) is None
+    names = ["config.yaml", "summary.json", "journal.jsonl", "weights", "data set", "model"]
+    told = [f"sending results to MLflow: {name}" for name in [*names, "registered model"]]
+    assert seen == told
+    [model] = client_of(config).search_logged_models(["1"])
+    assert {metric.key: metric.value for metric in model.metrics}["val/mAP"] == 0.25
+    stored = Path(model.artifact_location.removeprefix("file://"))
+    files = [str(file.relative_to(stored)) for file in stored.rglob("*") if file.is_file()]
+    assert {"code/d3etr.zip", "artifacts/weights.safetensors", "MLmodel"} <= set(files)
+    assert len(files) <= 8

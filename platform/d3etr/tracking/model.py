@@ -6,17 +6,20 @@ serve`` serves it. Loading executes the code stored with the model: trust the re
 
 from __future__ import annotations
 
+import shutil
 import threading
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mlflow
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Run
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.models.model import ModelInfo
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType, Array
@@ -29,6 +32,8 @@ _uri_lock = threading.Lock()
 
 NEWEST_ALIAS = "newest"
 CHAMPION_ALIAS = "champion"
+CODE_ARCHIVE = "d3etr.zip"
+METRICS_PER_REQUEST = 1000
 DIGITS = 4
 """Of a version's mAP: champions are told apart by these."""
 DEFAULT_THRESHOLD = 0.5
@@ -91,8 +96,23 @@ def log_student(
     Returns:
         Address of the model for ``mlflow.pyfunc.load_model``.
     """
-    with _default_uri(uri):
-        return str(_log(MlflowClient(tracking_uri=uri), name, weights, run_id, step).model_uri)
+    client = MlflowClient(tracking_uri=uri)
+    run = client.get_run(run_id)
+    # By hand: MLflow's own way asks for every metric of the run alone.
+    model = client.create_logged_model(run.info.experiment_id, name, source_run_id=run_id)
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+    _share_metrics(client, run, model.model_id, step)
+    with TemporaryDirectory() as folder:
+        content = Model(
+            artifact_path=model.artifact_location,
+            model_uuid=model.model_id,
+            model_id=model.model_id,
+            run_id=run_id,
+        )
+        _save(Path(folder), weights, content)
+        client.log_model_artifacts(model.model_id, str(Path(folder, "model")))
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    return str(model.model_uri)
 
 
 def register(
@@ -126,29 +146,45 @@ def register(
     return f"models:/{name}/{version}"
 
 
-def _log(client: MlflowClient, name: str, weights: Path, run_id: str, step: int) -> ModelInfo:
-    run = client.get_run(run_id)
-    # Made by hand, since MLflow would put the model into the process's own experiment.
-    model = mlflow.initialize_logged_model(
-        name, source_run_id=run_id, experiment_id=run.info.experiment_id
-    )
+def _share_metrics(client: MlflowClient, run: Run, model_id: str, step: int) -> None:
+    """The run's newest metrics, as far as they are of ``step``, become the model's."""
+    newest = [metric for metric in run.data.to_proto().metrics if metric.step == step]
+    shared = [
+        Metric(each.key, each.value, each.timestamp, each.step, model_id=model_id)
+        for each in newest
+    ]
+    for start in range(0, len(shared), METRICS_PER_REQUEST):
+        part = shared[start : start + METRICS_PER_REQUEST]
+        client.log_batch(run.info.run_id, metrics=part)
+
+
+def _save(folder: Path, weights: Path, content: Model) -> None:
+    """Write the model below ``folder``: few files, since a slow server takes one at a time."""
+    archive = folder / CODE_ARCHIVE
+    _pack(Path(d3etr.__file__).parent, archive)
     with warnings.catch_warnings(record=True) as said:
-        info = Model.log(
-            None,
-            mlflow.pyfunc,
-            model_id=model.model_id,
-            run_id=run_id,
-            step=step,
+        mlflow.pyfunc.save_model(
+            str(folder / "model"),
+            mlflow_model=content,
             python_model=str(Path(__file__).with_name("served_student.py")),
             artifacts={"weights": str(weights)},
             signature=signature(),
             model_config={ALLOW_PATHS: False, MAXIMUM_MEGABYTES: DEFAULT_MEGABYTES},
-            code_paths=[str(Path(d3etr.__file__).parent)],
+            code_paths=[str(archive)],
             pip_requirements=_pinned(),
         )
     for warning in said:  # type hints and an input example, which the signature makes needless
         logger.debug("MLflow: %s", warning.message)
-    return info
+    for left in Path(folder, "model").rglob("__pycache__"):
+        shutil.rmtree(left)
+
+
+def _pack(package: Path, archive: Path) -> None:
+    """The package as one file, which Python imports as it is."""
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for file in sorted(package.rglob("*")):
+            if file.is_file() and "__pycache__" not in file.parts:
+                packed.write(file, file.relative_to(package.parent))
 
 
 def _register(client: MlflowClient, name: str, model_uri: str, run_id: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from pathlib import Path
@@ -17,6 +18,9 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 from numpy.typing import NDArray
 from PIL import Image
+
+# In a stored model, the package is an archive beside this file; elsewhere there is none.
+sys.path.insert(0, str(Path(__file__).with_name("code") / "d3etr.zip"))
 
 from d3etr.config.arguments import described, require_number
 from d3etr.data.images import load_image, require_decodable_size
