@@ -251,3 +251,15 @@ def test_time_is_not_compared_where_runs_do_not_say_what_they_cost(folders: Path
     by_wall = compare(["digits-d3etr", "digits-plain"], folders)
     assert "wall time of training steps" in shown(by_wall), "all that older runs have"
     assert compare(["digits-d3etr"], folders).to_json()["equal_time"] == []
+
+
+def test_a_plain_student_that_inherits_a_decoder_is_called_so_and_is_no_baseline(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    start = {"initialise_from": {"weights": "teacher.safetensors"}}
+    write_run(make_config("inherited", student=start), 0.30)
+    write_run(make_config("plain"), 0.20)
+    comparison = compare(["inherited", "plain"], tmp_path / "runs")
+    assert [group.title for group in comparison.groups] == ["inherited student", "plain student"]
+    gain = comparison.gain(comparison.groups[0])
+    assert gain is not None and gain.mean == pytest.approx(0.10)

@@ -21,16 +21,26 @@ from d3etr.tracking.state import read_state
 
 METHOD_TITLES = {"none": "plain", "d3etr": "D3ETR", "kd_detr": "KD-DETR"}
 PLAIN_HUE = 0.6
-HUES = {"teacher": 0.56, "plain student": PLAIN_HUE, "D3ETR student": 0.07}
-"""Blue, grey and orange as in the figures."""
+HUES = {
+    "teacher": 0.56,
+    "plain student": PLAIN_HUE,
+    "inherited student": 0.42,
+    "D3ETR student": 0.07,
+}
+"""Blue, grey, green and orange, as in the figures where these have them."""
 _GIT_SECONDS = 5
 
 
 def title(config: Config) -> str:
-    """What the run is, in two words: teacher, plain student, D3ETR student."""
+    """What the run is, in two words: teacher, plain, inherited or D3ETR student.
+
+    An inherited student is a plain one that starts from another detector's decoder.
+    """
     if config.run.role == "teacher":
         return "teacher"
-    method = config.distillation.method
+    method, start = config.distillation.method, config.student.initialise_from
+    if method == "none" and start is not None and "decoder" in start.parts:
+        return "inherited student"
     return f"{METHOD_TITLES.get(method, method)} student"
 
 
