@@ -31,7 +31,7 @@ def data_set(folder: Path, name: str) -> list[str]:
     (folder / "a.json").write_text(json.dumps(content))
     split = {"images": str(folder / "images"), "annotations": str(folder / "a.json")}
     overrides = [f"data={json.dumps({'train': split, 'validation': split})}"]
-    overrides += ["optimisation={steps: 1, batch_size: 1}"]
+    overrides += ["optimisation={steps: 1, batch_size: 1}", "student.detector.backbone.name=small"]
     return [part for override in overrides for part in ("--set", override)]
 
 
@@ -67,3 +67,12 @@ def test_links_within_the_folder_and_to_the_folder_are_followed(
     for given in (overrides, through):
         assert main(["train", *given, "--dry-run"]) == 0
         assert main(["check-data", *given, "--json"]) == 0
+
+
+def test_check_data_reports_splits_of_which_none_can_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = data_set(tmp_path, "missing.png")
+    (tmp_path / "a.json").write_text("{")
+    assert main(["check-data", *overrides]) == 1
+    assert capsys.readouterr().out.count("broken JSON") == 2

@@ -64,11 +64,11 @@ def judge(config: Config, splits: Mapping[str, DetectionSplit]) -> Judgement:
 
 def judge_categories(splits: Mapping[str, DetectionSplit]) -> Judgement:
     """A label means the same class in all splits."""
-    first, *others = splits.values()
+    readable = [*splits.values()]  # none where all are broken
     errors = []
-    for other in others:
+    for other in readable[1:]:
         try:
-            require_same_categories(first, other)
+            require_same_categories(readable[0], other)
         except UserError as error:
             errors.append(str(error))
     return Judgement(tuple(errors))
