@@ -21,7 +21,7 @@ from d3etr.distillation.said import Said
 from d3etr.distillation.teaching import (
     Normalisers,
     Taught,
-    adaptive_shares,
+    best_confidence,
     map_layers,
     normalisers,
     passed_on,
@@ -365,7 +365,7 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         config, student, teacher = self.distillation, said.main, taught.outputs
         pairs = adaptive_correspondence(assignment, student, teacher, config.matched_pair_ratio)
-        shares = adaptive_shares(teacher, self.student.config.queries, config)
+        shares = best_confidence(teacher, self.student.config.queries, config).sum(2)
         branch = Branch(student, teacher, pairs, divisors.adaptive, divisors.images, shares)
         return assignment.doubted(mix({"adaptive": branch}, self.distillation))
 

@@ -125,7 +125,7 @@ class Normalisers:
         classes: [2] weights of the main and the auxiliary group's queries in the cross entropy of a
             student whose classes are exclusive; else 0.
         fixed: [L] teacher confidence summed over the auxiliary group's queries.
-        adaptive: [L] ``adaptive_shares`` summed over images.
+        adaptive: [L] ``best_confidence`` summed over queries and images.
         general: [L] teacher confidence summed over the general points.
     """
 
@@ -147,14 +147,14 @@ class Normalisers:
         return Normalisers(packed[0], packed[1], packed[2:4], *packed[4:].chunk(3))
 
 
-def adaptive_shares(
+def best_confidence(
     outputs: DecoderOutputs, student_queries: int, config: DistillationConfig
 ) -> Tensor:
-    """What each image brings into the normaliser of adaptive pairs, known before any is found.
+    """The teacher's confidence in as many of its queries as there will be adaptive pairs.
 
-    The teacher's confidence in as many of its queries as there will be pairs, the most confident
-    ones. Where every teacher query is matched these are the pairs; where the student has fewer
-    queries, weights of an image's pairs are scaled to sum to its share (our choice), so that
+    The most confident ones, known before any pair is found: what an image brings into the
+    normaliser. Where every teacher query is matched they are the pairs; where the student has
+    fewer queries, weights of an image's pairs are scaled to sum to theirs (our choice), so that
     those of the global batch sum to 1 however it is cut.
 
     Args:
@@ -163,10 +163,10 @@ def adaptive_shares(
         config: how many pairs are kept.
 
     Returns:
-        [L, B].
+        [L, B, P].
     """
     kept = kept_pairs(student_queries, outputs.queries, config.matched_pair_ratio)
-    return outputs.confidence().float().topk(kept, dim=2).values.sum(2)
+    return outputs.confidence().float().topk(kept, dim=2).values
 
 
 def normalisers(
@@ -193,7 +193,7 @@ def normalisers(
         images,
         classes,
         fixed=taught.group.confidence().float().sum((1, 2)),
-        adaptive=adaptive_shares(taught.outputs, student.queries, config).sum(1),
+        adaptive=best_confidence(taught.outputs, student.queries, config).sum((1, 2)),
         general=(
             nothing if taught.general is None else taught.general.confidence().float().sum((1, 2))
         ),
