@@ -51,3 +51,16 @@ def test_a_category_cannot_act_on_the_terminal(
         main([*command, *overrides])
         said = "".join(capsys.readouterr())
         assert not set(said) & set("\x1b\x9b\u202e\x85")
+
+
+@pytest.mark.parametrize("place", [("images", "file_name"), ("categories", "name")])
+def test_half_a_character_in_a_name_is_one_problem_of_the_file(
+    place: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = data_set(tmp_path, "a.png")
+    file = tmp_path / "a.json"
+    content = json.loads(file.read_text())
+    content[place[0]][0][place[1]] = "\ud800.png"
+    file.write_text(json.dumps(content))
+    assert main(["check-data", *overrides]) == 1
+    assert f"{place[0]}[0]" in capsys.readouterr().out

@@ -308,3 +308,9 @@ def test_absurd_numbers_are_refused_with_the_limit(key: str, value: str) -> None
     assert re.search(
         rf"  - {key}: found .*, expected (at (most|least)|an integer)", refusal(f"{key}={value}")
     )
+
+
+def test_an_unknown_key_with_a_dot_in_it_is_named(tmp_path: Path) -> None:
+    text = file_refusal(tmp_path / "r.yaml", "learning.rate: {x: 1}\noptimisation: {a.b: 1}\n")
+    assert "  - learning.rate: unknown key; expected one of: run, data" in text
+    assert "  - optimisation.a.b: unknown key" in text

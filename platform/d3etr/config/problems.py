@@ -171,10 +171,13 @@ def _choices(detail: ErrorDetails) -> list[str]:
 
 def _unknown_key(path: str, root: type[BaseModel]) -> str:
     """Name the nearest key of the same section, or where in the tree the key lives."""
-    *parents, name = path.split(".")
-    section = root
-    for parent in parents:
-        section = next(models_in(section.model_fields[parent].annotation))
+    section, name = root, path
+    while "." in name:  # a key may itself hold a dot
+        field = section.model_fields.get(name.partition(".")[0])
+        below = None if field is None else next(models_in(field.annotation), None)
+        if below is None:
+            break
+        section, name = below, name.partition(".")[2]
     elsewhere = [place for place in _all_paths(root) if place.split(".")[-1] == name]
     close = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.6)
     if not close and elsewhere:

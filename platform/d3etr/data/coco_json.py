@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,7 +214,7 @@ def _categories(entries: list[Any], problems: _Problems) -> list[Category]:
             problems.add(f"{where}: {problem}")
             continue
         number, name = _integer(entry["id"]), entry["name"]
-        if number is None or not isinstance(name, str) or not name:
+        if number is None or not isinstance(name, str) or not name or not _is_text(name):
             problems.add(f"{where}: expected {_ID} and a name, found {entry!r:.80}")
         elif number in found:
             problems.add(f"{where}: category id {number} is used twice; ids must be unique")
@@ -263,6 +264,8 @@ def _file_name_problem(name: object) -> str | None:
     """Why ``name`` may not be joined to the image folder, or None."""
     if not isinstance(name, str) or not name or "\0" in name:
         return f"file_name is {name!r:.60}; expected a path below the image folder"
+    if not _is_text(name):
+        return f"file_name is {name!a:.60}, with half a character that no file name holds"
     parts = name.replace("\\", "/").split("/")
     # Any ".." is refused, also one that lexically stays inside: links could lead it out.
     if ".." in parts or not parts[0] or parts[0].endswith(":"):
@@ -349,3 +352,12 @@ def _any_float(value: float) -> float:
 
 def _is_set(flag: object) -> bool:
     return flag in (1, "1", "true", "True", "yes")
+
+
+def _is_text(name: str) -> bool:
+    """Whether a text of JSON's is one: escapes may leave halves of surrogate pairs."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
