@@ -17,6 +17,7 @@ from tracked_folders import journal_records, write_journal
 
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
+from d3etr.tracking.description import teacher_tags
 from d3etr.tracking.runs import open_tracker, replay
 from d3etr.tracking.state import read_state
 
@@ -156,6 +157,11 @@ def test_a_student_names_its_teachers_run(make_config: MakeConfig, make_run: Mak
         "digits-d3etr", teacher={"weights": weights}, distillation={"method": "d3etr"}
     )
     student_dir = make_run(student)
+    noted = teacher_dir / "mlflow_run.json"
+    whole = noted.read_text()
+    noted.write_text(whole[:20])
+    assert "teacher_run" not in teacher_tags(student), "named in a warning, and no error"
+    noted.write_text(whole)
     assert replay(student_dir) is None
     tags = run_of(student, student_dir).data.tags
     assert tags["teacher_run"] == run_of(teacher, teacher_dir).info.run_id

@@ -66,5 +66,7 @@ class TrackingConfig(Section):
     """None: MLFLOW_TRACKING_URI, else an SQLite file in ``run.output``."""
     experiment: str = "d3etr"
     figures: bool = True
-    register_as: str | None = None
+    register_as: Annotated[str, Field(pattern=r"^[^/:]*[^/:\s][^/:]*$", max_length=256)] | None = (
+        None
+    )
     """Register the student as a model under this name."""

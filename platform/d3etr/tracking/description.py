@@ -16,8 +16,12 @@ import d3etr
 from d3etr.config.detector import DetectorConfig
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
+from d3etr.errors import UserError
+from d3etr.logs import get_logger
 from d3etr.text import bare_url, redacted
 from d3etr.tracking.state import read_state
+
+logger = get_logger(__name__)
 
 METHOD_TITLES = {"none": "plain", "d3etr": "D3ETR", "kd_detr": "KD-DETR"}
 PLAIN_HUE = 0.6
@@ -116,7 +120,11 @@ def teacher_tags(config: Config) -> dict[str, str]:
     found = {"teacher_weights": weights.name}
     if isinstance(weights, Url):
         return found
-    state = read_state(weights.parent)
+    try:
+        state = read_state(weights.parent)
+    except UserError as error:  # what was noted of another run stops none
+        logger.warning("the teacher's run is not named: %s", error)
+        return found
     if state is not None:
         found |= {"teacher_weights": weights.parent.name, "teacher_run": state.run_id}
     return found
