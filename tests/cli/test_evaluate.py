@@ -160,3 +160,19 @@ def test_dropped_boxes_are_gone_from_training_and_evaluation_alike(
         del content["annotations"][::3]
 
     assert evaluate(turn_around) == evaluate(remove)
+
+
+def test_errors_name_the_flags_of_the_command(
+    scenes: tuple[Path, Content], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "annotations.json"
+    file.write_text(json.dumps(scenes[1]))
+    nowhere = tmp_path / "nowhere"
+    evaluate = ["evaluate", str(WEIGHTS), "--images", str(tmp_path), "--annotations", str(file)]
+    assert main(evaluate) == 2
+    said = capsys.readouterr().err
+    assert "--annotations" in said and "correct --images" in said and "data." not in said
+    place = [str(nowhere), str(file)]
+    assert main(["check-data", "--train", *place, "--validation", *place]) == 1
+    said = capsys.readouterr().out
+    assert f"--train IMAGES: {nowhere} is not a folder" in " ".join(said.split())

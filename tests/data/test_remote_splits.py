@@ -75,7 +75,8 @@ def test_missing_images_are_named_as_from_a_folder(
         with pytest.raises(UserError) as caught:
             read_split("train", remote, fetch=fetch)
         assert str(caught.value).startswith(
-            "memory://shared/a.json: 1 of 2 images are not in memory://shared/a: 2.png (image id 2)"
+            "data.train.annotations memory://shared/a.json: 1 of 2 images are not in "
+            "memory://shared/a: 2.png (image id 2)"
         )
 
 
@@ -117,4 +118,4 @@ def test_check_data_looks_at_urls_as_at_folders(
         "train": SplitConfig(images=Url("memory://plcae"), annotations=Url("memory://plcae.json"))
     }
     (error,) = check_data(DataConfig(**broken)).splits[0].errors
-    assert error == "memory://plcae.json does not exist: check the URL"
+    assert error == "data.train.annotations: memory://plcae.json does not exist: check the URL"

@@ -34,6 +34,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> int:
     from d3etr.data.checks import check_data
+    from d3etr.data.coco import Keys
     from d3etr.data.judgement import Judgement
     from d3etr.training.beginning import judge_recipe
 
@@ -44,7 +45,17 @@ def _run(options: Namespace) -> int:
         return judge_recipe(config, splits) if options.recipe is not None else Judgement()
 
     with progress_bar() as progress:
-        report = check_data(config.data, progress, evaluation=config.evaluation, compare=compare)
+        report = check_data(
+            config.data,
+            progress,
+            evaluation=config.evaluation,
+            compare=compare,
+            keys={
+                name: Keys(f"--{name} IMAGES", f"--{name} ANNOTATIONS")
+                for name in SPLITS
+                if getattr(options, name)
+            },
+        )
     print(report.to_json() if options.json else report.text())
     return 0 if report.ok else WOULD_FAIL
 

@@ -74,7 +74,7 @@ def _measure(options: Namespace) -> dict[str, Any]:
     """Evaluate in this process; values are fractions."""
     from d3etr.config.data import DataConfig, SplitConfig
     from d3etr.config.training import EvaluationConfig
-    from d3etr.data.coco import read_split
+    from d3etr.data.coco import Keys, read_split
     from d3etr.inference import load
     from d3etr.training.context import SingleProcess
     from d3etr.training.evaluation import Evaluator
@@ -86,7 +86,8 @@ def _measure(options: Namespace) -> dict[str, Any]:
         follow_links=options.follow_links,
     )
     with progress_bar() as progress:
-        split = read_split("evaluation", place, progress)
+        keys = Keys("--images", "--annotations")
+        split = read_split("evaluation", place, progress, keys=keys)
     theirs = [category.name for category in split.categories]
     _require_same_names([name for _, name in predictor.info.categories], theirs, options)
     data = DataConfig(

@@ -17,6 +17,7 @@ from d3etr.config.training import EvaluationConfig
 from d3etr.data.coco import (
     DetectionSplit,
     ImageRecord,
+    Keys,
     missing_images,
     missing_text,
     parse_split,
@@ -67,6 +68,7 @@ def check_data(
     *,
     evaluation: EvaluationConfig | None = None,
     compare: Compare | None = None,
+    keys: Mapping[str, Keys] | None = None,
 ) -> DataReport:
     """Read every annotation and decode every image of all configured splits.
 
@@ -75,6 +77,7 @@ def check_data(
         progress: told how many images are done.
         evaluation: which splits are measured and need objects.
         compare: judges the splits that could be read against a recipe.
+        keys: what error texts call the places of a split; by default a recipe's keys.
 
     Raises:
         UserError: digit scenes cannot be written. What is wrong with splits is in the report.
@@ -84,7 +87,7 @@ def check_data(
     contents: dict[str, dict[str, int]] = {}
     for name, config in configured_splits(data, progress).items():
         try:
-            split = parsed[name] = parse_split(name, config, progress)
+            split = parsed[name] = parse_split(name, config, progress, keys=(keys or {}).get(name))
         except UserError as error:
             reports.append(_failed(name, config, error))
             continue

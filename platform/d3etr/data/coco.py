@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ __all__ = [
     "Cleaning",
     "DetectionSplit",
     "ImageRecord",
+    "Keys",
     "missing_images",
     "missing_text",
     "parse_split",
@@ -117,6 +119,18 @@ _DONE = {
 }
 
 
+class Keys(NamedTuple):
+    """Configuration keys, or the flags of a command, that say where a split is."""
+
+    images: str
+    annotations: str
+
+    @classmethod
+    def of_split(cls, name: str) -> Keys:
+        """Those of a recipe."""
+        return cls(f"data.{name}.images", f"data.{name}.annotations")
+
+
 @dataclass(frozen=True, eq=False)
 class DetectionSplit:
     """A parsed annotation file with its images.
@@ -129,6 +143,7 @@ class DetectionSplit:
         records: one per image, in the file's order.
         cleaning: what was dropped, clipped or set aside.
         digest: sha256, hex, over the annotation file and the images' names and file sizes.
+        keys: where a person says what ``images`` and ``annotations`` are, for error texts.
     """
 
     name: str
@@ -138,6 +153,7 @@ class DetectionSplit:
     records: tuple[ImageRecord, ...]
     cleaning: Cleaning
     digest: str
+    keys: Keys
 
     def path(self, record: ImageRecord) -> Path:
         """Where the image of ``record`` lies on this machine."""
@@ -145,7 +161,12 @@ class DetectionSplit:
 
 
 def read_split(
-    name: str, split: SplitConfig, progress: Progress | None = None, *, fetch: bool = True
+    name: str,
+    split: SplitConfig,
+    progress: Progress | None = None,
+    *,
+    fetch: bool = True,
+    keys: Keys | None = None,
 ) -> DetectionSplit:
     """Read one split for training or evaluation, saying in the log what was dropped.
 
@@ -154,11 +175,12 @@ def read_split(
         split: where it is; what a URL names is fetched into this machine's cache.
         progress: told of the fetching.
         fetch: False leaves a URL's images where they are and only makes sure that they exist.
+        keys: what error texts name; by default those of a recipe.
 
     Raises:
         UserError: the annotation file cannot be used, or images are missing.
     """
-    parsed = parse_split(name, split, progress, fetch=fetch)
+    parsed = parse_split(name, split, progress, fetch=fetch, keys=keys)
     missing = missing_images(parsed)
     if missing:
         raise UserError(missing_text(parsed, missing))
@@ -167,7 +189,12 @@ def read_split(
 
 
 def parse_split(
-    name: str, split: SplitConfig, progress: Progress | None = None, *, fetch: bool = True
+    name: str,
+    split: SplitConfig,
+    progress: Progress | None = None,
+    *,
+    fetch: bool = True,
+    keys: Keys | None = None,
 ) -> DetectionSplit:
     """Read one split whose images may be missing; ``check_data`` names them one by one.
 
@@ -176,13 +203,17 @@ def parse_split(
     Raises:
         UserError: the annotation file cannot be used, or there is no image folder.
     """
+    keys = keys or Keys.of_split(name)
     if not isinstance(split.images, Url) and not split.images.is_dir():
         raise UserError(
-            f"data.{name}.images: {split.images} is not a folder; expected the folder that the "
+            f"{keys.images}: {split.images} is not a folder; expected the folder that the "
             f"file names in {split.annotations} are relative to"
         )
-    with local_file(split.annotations, progress) as file:
-        raw = read_annotations(file)
+    try:
+        with local_file(split.annotations, progress) as file:
+            raw = read_annotations(file)
+    except UserError as error:
+        raise type(error)(f"{keys.annotations}: {error}") from error
     records, cleaning = _clean(raw)
     names = [image.file_name for image in raw.images]
     images = open_folder(
@@ -196,6 +227,7 @@ def parse_split(
         records=records,
         cleaning=cleaning,
         digest=_digest(raw, images),
+        keys=keys,
     )
 
 
@@ -288,11 +320,12 @@ def missing_text(split: DetectionSplit, missing: Sequence[ImageRecord]) -> str:
     """What to say about images that are not there, with what may be meant by their names."""
     shown = [f"{record.file_name} (image id {record.id})" for record in missing[:_SHOWN_IDS]]
     more = f" and {len(missing) - _SHOWN_IDS} more" if len(missing) > _SHOWN_IDS else ""
+    advice = _name_advice(split, missing[0].file_name)
     return (
-        f"{split.annotations}: {len(missing)} of {len(split.records)} images are not in "
-        f"{split.images}: {', '.join(shown)}{more}. Expected every file_name below that folder: "
-        f"{_name_advice(split, missing[0].file_name)}correct data.{split.name}.images, or take the "
-        "images out of the annotation file"
+        f"{split.keys.annotations} {split.annotations}: {len(missing)} of {len(split.records)} "
+        f"images are not in {split.images}: {', '.join(shown)}{more}. Expected every file_name "
+        f"below that folder: {advice}correct {split.keys.images}, or take the images out of the "
+        "annotation file"
     )
 
 
