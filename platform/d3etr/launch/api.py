@@ -74,7 +74,7 @@ def launch(
         if torchrun_rank() != 0:
             join_rank_0(config, folder, task)
             return RunResult(folder.path, folder.result() or {}, folder.weights, None, True)
-    if folder.result() is None:
+    if folder.result() is None and task is train:  # others need less than training does
         ensure_can_begin(config, launcher)
     return drive(
         config,
