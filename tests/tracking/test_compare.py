@@ -97,6 +97,18 @@ def test_a_teacher_is_what_its_recipe_or_its_student_says_whatever_its_name(
     ]
 
 
+def test_data_that_was_changed_between_runs_is_a_caution(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    for seed, digest in enumerate(("a" * 64, "a" * 64, "b" * 64)):
+        inputs = {"the validation data": digest, "teacher.weights": str(seed)}
+        write_run(make_config("one", seed), 0.3, inputs=inputs)
+    runs = sorted(path.name for path in (tmp_path / "runs").glob("one-*"))
+    [caution] = compare(runs, tmp_path / "runs").cautions()
+    assert caution.startswith("The runs did not have the same validation data")
+    assert compare(runs[:2], tmp_path / "runs").cautions() == []
+
+
 def test_json_holds_everything_and_is_valid(folders: Path) -> None:
     found = json.loads(json.dumps(compare(["digits-plain", "digits-d3etr"], folders).to_json()))
     plain, distilled = found["groups"]

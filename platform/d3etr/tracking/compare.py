@@ -157,12 +157,26 @@ class Comparison:
         found = []
         if any(key.startswith("data.") and key not in _HARMLESS for key in differing):
             found.append("The runs differ in their data or its preparation: see the differences.")
+        found += [
+            f"The runs did not have the same {content.removeprefix('the ')}, whatever its place is "
+            "called: it was changed between them."
+            for content in self._changed_contents()
+        ]
         students = [group for group in self.groups if group.title != "teacher"]
         if len({group.runs[0].summary.get("steps") for group in students}) > 1:
             found.append("The students were not trained for the same number of steps.")
         if len({group.seeds for group in students}) > 1:
             found.append("The groups do not have the same seeds: gains are differences of means.")
         return found
+
+    def _changed_contents(self) -> list[str]:
+        """Data that several runs read with the same settings and that was not the same."""
+        seen: dict[tuple[str, str], set[object]] = {}
+        for run in (run for group in self.groups for run in group.runs):
+            data = run.config.data.model_dump_json(exclude={"workers"})
+            for name, digest in run.content().items():
+                seen.setdefault((name, data), set()).add(digest)
+        return sorted({name for (name, _), digests in seen.items() if len(digests) > 1})
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for machines; mAP and AP as fractions."""

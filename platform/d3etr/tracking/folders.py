@@ -15,6 +15,7 @@ from d3etr.logs import get_logger
 from d3etr.tracking.description import params, run_name, title
 from d3etr.tracking.state import read_state
 from d3etr.training.journal import read_journal
+from d3etr.training.results import INPUTS_KEY
 
 logger = get_logger(__name__)
 
@@ -64,6 +65,12 @@ class FinishedRun:
         """A number of the summary, None where it has none."""
         value = self.summary.get(key)
         return float(value) if isinstance(value, int | float) else None
+
+    def content(self) -> dict[str, object]:
+        """SHA-256 of the data that it read, by what error texts call it."""
+        read = self.summary.get(INPUTS_KEY)
+        data = read if isinstance(read, dict) else {}
+        return {name: digest for name, digest in data.items() if name.startswith("the ")}
 
     def recipe(self) -> str:
         """Equal for runs that differ in their seed only."""
