@@ -54,11 +54,11 @@ def test_what_a_dead_driver_was_sending_is_sent_and_the_best_registered(
     plan, results = swept
     titles = [result.trial.title(plan.sweep) for result in results]
 
-    def die(*arguments: Any) -> None:
+    def die(*arguments: Any, **keywords: Any) -> None:
         raise SystemExit  # nothing after it happens, as after SIGKILL
 
     with monkeypatch.context() as patched:
-        patched.setattr("d3etr.tracking.runs.log_results", die)
+        patched.setattr("d3etr.tracking.runs.close_run", die)
         first = SweepTracking(plan)
         for result, title in zip(results, titles, strict=True):
             assert result.run_dir is not None
