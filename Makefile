@@ -11,7 +11,7 @@ STAMP = .venv/.installed
 .DEFAULT_GOAL = help
 
 help:
-	@echo "make demo    distil a small detector on the embedded data and compare (8 minutes on two cores)"
+	@echo "make demo    distil a small detector on the embedded data and compare (10 minutes on two cores)"
 	@echo "             TEACHER=train trains the teacher too instead of using the shipped one"
 	@echo "make test    every test"
 	@echo "make fuzz    5,000 changed files and arguments, others at each call (SEED=N: the same again)"
