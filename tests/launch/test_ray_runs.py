@@ -213,7 +213,9 @@ def wait_for_step(config: Config, step: int) -> Path:
     end = time.monotonic() + 120
     while time.monotonic() < end:
         for journal in config.run.output.glob("*/journal.jsonl"):
-            if any(record["step"] >= step for record in read_journal(journal)):
+            # A checkpoint is written beside the training: it may come after later steps.
+            saved = list(journal.parent.glob("checkpoints/step-*"))
+            if saved and any(record["step"] >= step for record in read_journal(journal)):
                 return journal
         time.sleep(0.01)
     raise AssertionError(f"no step {step} within two minutes")
