@@ -314,3 +314,12 @@ def test_an_unknown_key_with_a_dot_in_it_is_named(tmp_path: Path) -> None:
     text = file_refusal(tmp_path / "r.yaml", "learning.rate: {x: 1}\noptimisation: {a.b: 1}\n")
     assert "  - learning.rate: unknown key; expected one of: run, data" in text
     assert "  - optimisation.a.b: unknown key" in text
+
+
+def test_problems_below_a_mapping_carry_its_key(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("name: s\nrecipe: r.yaml\nspace: {a.b: {grid: null}, c: text}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(path)
+    assert "  - space.a.b: needs one of grid, choice" in str(caught.value)
+    assert "  - space.c: found 'text', expected a section" in str(caught.value)

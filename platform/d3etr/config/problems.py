@@ -100,11 +100,17 @@ def _path(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
     """The dotted path of a key: pydantic's location without the names of union branches."""
     parts: list[str] = []
     section: type[BaseModel] | None = root
+    values: Any = None
     for part in location:
         if section is not None:
             parts.append(str(part))
             field = section.model_fields.get(str(part))
-            section = next(models_in(field.annotation), None) if field else None
+            annotation = field.annotation if field else None
+            section = next(models_in(annotation), None)
+            values = get_args(annotation)[1] if get_origin(annotation) is dict else None
+        elif values is not None:  # a mapping's own key
+            parts.append(str(part))
+            section, values = next(models_in(values), None), None
         elif isinstance(part, int):
             parts[-1] += f"[{part}]"
     return ".".join(parts)
@@ -136,7 +142,7 @@ def _text(path: str, details: Sequence[ErrorDetails], root: type[BaseModel]) -> 
     if first["type"] == "missing":
         return "is missing and has no default"
     if first["type"] == "value_error":
-        return "; ".join(str(detail["ctx"]["error"]) for detail in details)
+        return "; ".join(str(detail["ctx"]["error"]) for detail in details if "ctx" in detail)
     found, allowed = first["input"], " or ".join(_allowed(details))
     if isinstance(found, str) and first["type"] == "literal_error":
         guess = difflib.get_close_matches(found, _choices(first), n=1)

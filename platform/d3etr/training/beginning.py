@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def _judge_weights(
 
 def _ensure_weights_exist(config: Config) -> None:
     for key, file in weights_of(config).items():
-        if isinstance(file, Path) and not file.is_file():
+        if isinstance(file, Path) and not os.path.isfile(file):
             raise UserError(
                 f"{key}: there is no file {file.absolute()}. Expected a weights file that a run, "
                 "'d3etr import-weights' or 'd3etr pretrain-backbone' has written"
