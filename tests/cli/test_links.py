@@ -76,3 +76,25 @@ def test_check_data_reports_splits_of_which_none_can_be_read(
     (tmp_path / "a.json").write_text("{")
     assert main(["check-data", *overrides]) == 1
     assert capsys.readouterr().out.count("broken JSON") == 2
+
+
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--resume", LONG],
+        ["sweep", "--resume", LONG],
+        ["compare", LONG],
+        ["import-weights", LONG, "x.safetensors"],
+        ["check-data", "--train", LONG, LONG, "--validation", LONG, LONG],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_name_that_no_file_can_have_is_one_sentence(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "File name too long" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
@@ -145,7 +146,7 @@ def file_to_write(*suffixes: str) -> Callable[[str], Path]:
                 f"found '{text}', expected a name that ends with {' or '.join(suffixes)}: no other "
                 "format is written"
             )
-        if path.is_dir():
+        if os.path.isdir(path):  # False for names that are too long: writing says it
             raise ArgumentTypeError(f"found the folder '{text}', expected a file to write")
         return path
 

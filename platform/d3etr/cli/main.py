@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -54,6 +55,8 @@ COMMANDS: tuple[Command, ...] = (
 )
 FAILED = 1
 USER_MISTAKE = 2
+_OF_A_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
+"""The system's errors that a path alone can cause, wherever it is looked at first."""
 
 
 def whole(arguments: Sequence[str] | None = None) -> int:
@@ -110,6 +113,8 @@ def _failed(error: Exception) -> int:
         # The reader, such as head, has seen enough; nothing may be flushed into its pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if isinstance(error, OSError) and error.errno in _OF_A_NAME and error.filename is not None:
+        error = UserError(f"{error.filename}: {error.strerror}: expected a path of this machine")
     if not isinstance(error, UserError | RunFailedError):
         limit = explained(error)
         if limit is None:
