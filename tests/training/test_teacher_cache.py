@@ -73,7 +73,8 @@ def counts(summary: dict[str, float]) -> tuple[float, ...]:
 
 def said(run_dir: Path, level: str) -> list[str]:
     records = read_journal(run_dir / "journal.jsonl")
-    return [r["text"] for r in records if r["kind"] == "message" and r["level"] == level]
+    texts = [r["text"] for r in records if r["kind"] == "message" and r["level"] == level]
+    return [text for text in texts if "the teacher does not lead" not in text]
 
 
 def test_the_first_run_fills_the_cache_the_next_never_asks_the_teacher(

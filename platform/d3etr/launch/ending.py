@@ -90,7 +90,7 @@ def say_interrupted(stop: BaseException | None = None) -> int:
     Returns:
         The exit code.
     """
-    attempt(lambda: print(str(stop or "") or "interrupted", file=sys.stderr))
+    attempt(lambda: sys.stderr.write((str(stop or "") or "interrupted") + "\n"))
     return INTERRUPTED
 
 
