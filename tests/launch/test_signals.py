@@ -159,6 +159,14 @@ def family(tmp_path: Path) -> list[int]:
     return found
 
 
+def group_of(pid: int) -> int:
+    """The process group of a process, which may be gone."""
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return 0
+
+
 def wait_until(true: Callable[[], object], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not true():
@@ -173,7 +181,7 @@ def wait_until(true: Callable[[], object], seconds: float = 300) -> None:
         ("starting Ray", 0.3, [signal.SIGTERM]),
         ("starting Ray", 2.5, [signal.SIGINT, signal.SIGTERM]),
         ("starting 1 worker", 1.0, [signal.SIGTERM]),
-        ("training ", 0.1, [signal.SIGHUP]),
+        ("training ", 0.1, [signal.SIGTERM, signal.SIGHUP]),
     ],
 )
 def test_a_signal_under_ray_ends_all_that_was_started(
@@ -188,6 +196,9 @@ def test_a_signal_under_ray_ends_all_that_was_started(
             assert [place.partition(" ")[0] for place in open_to_others(family(tmp_path))] == [
                 "ray::RayTrainWorker"
             ]
+            # Ray's processes would end before the command has written what it has to.
+            reached = [pid for pid in family(tmp_path) if group_of(pid) == process.pid]
+            assert reached == [process.pid]
         for number in numbers:  # to all of them, as a terminal or a service manager does
             os.killpg(process.pid, number)
         assert process.wait(60) == 130

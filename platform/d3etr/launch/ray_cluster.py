@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 import urllib.request
@@ -17,6 +18,7 @@ from typing import Any
 import ray
 from ray._private import node as ray_node
 from ray._private import ray_constants
+from ray._private import services as ray_services
 
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.errors import UserError
@@ -142,6 +144,8 @@ class _Connection:
         }
         if ray_node.wait_for_persisted_port is _WAIT_FOR_PORT:
             ray_node.wait_for_persisted_port = _wait_for_port
+        if sys.platform == "linux" and ray_services.ConsolePopen is _POPEN:
+            ray_services.ConsolePopen = _popen_in_own_session
         unless = end_wanted if is_command() else None
         return attempt_within(START_SECONDS, partial(ray.init, **options), self._left, unless)
 
@@ -167,6 +171,18 @@ def _wait_for_port(*place: Any, timeout_ms: int = 30_000, **more: Any) -> int:
             if end_wanted() or time.monotonic() > end:
                 raise
         time.sleep(0.01)
+
+
+_POPEN = ray_services.ConsolePopen
+
+
+def _popen_in_own_session(*command: Any, **options: Any) -> Any:
+    """Ray's own, out of reach of what a terminal or an init process sends to a process group.
+
+    Ray's processes would end at once, and this one with them, by code 1 and without a word. They
+    end with this process all the same, as the kernel kills them (on Linux only).
+    """
+    return _POPEN(*command, **options, start_new_session=True)
 
 
 def _options(address: str) -> dict[str, Any]:
