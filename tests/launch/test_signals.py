@@ -64,7 +64,9 @@ def ended(process: subprocess.Popen[str], *numbers: int, gap: float = 0.1) -> tu
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("body", [WAITS, IN_EXEC])
 def test_each_signal_has_the_same_code_and_sentence(body: str, number: int) -> None:
-    assert ended(started(body), number) == (130, "", "interrupted\n")
+    library = "import atexit, logging; logging.basicConfig(level=0)\n"
+    library += "atexit.register(logging.info, 'statistics')"
+    assert ended(started(body, before=library), number) == (130, "", "interrupted\n")
 
 
 def test_a_signal_waits_for_what_cannot_be_interrupted() -> None:

@@ -73,6 +73,7 @@ def program(command: Callable[[], int]) -> NoReturn:
         attempt_within(END_SECONDS, action)
     if end_wanted() and not (ending.last or ending.at_once):
         # Python ends itself by SIGINT, whatever the code, if one met it inside of exec().
+        logging.disable(logging.INFO)  # PyTorch would log statistics where its import was cut off
         attempt_within(END_SECONDS, atexit._run_exitfuncs)
         ending.at_once = True
     if ending.last or ending.at_once:
