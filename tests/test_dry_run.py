@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from d3etr.cli.main import main
 from d3etr.config.load import load_config, validate
 from d3etr.config.tree import Config
 from d3etr.detectors.build import build_detector, count_parameters
@@ -156,3 +157,12 @@ def test_a_frozen_backbone_without_weights_is_refused_in_a_dry_run_too() -> None
 def test_more_checkpoints_than_anyone_keeps_are_refused_before_they_are_counted_out() -> None:
     with pytest.raises(UserError, match="would write 83,333,333 checkpoints: save more rarely"):
         make_plan(config("optimisation={steps: 999999999, batch_size: 8}"))
+
+
+def test_a_dry_run_without_a_recipe_does_not_start_the_demonstration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--dry-run"]) == 2
+    assert "Name one, for example trainers/recipes" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

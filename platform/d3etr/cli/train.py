@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d3etr.cli.command import Command, add_json, add_recipe, print_json
+from d3etr.errors import UserError
 
 if TYPE_CHECKING:
     from d3etr.config.tree import Config
@@ -41,6 +42,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> int:
     if options.recipe is None and options.resume is None and not options.overrides:
+        if options.dry_run:
+            raise UserError(
+                "--dry-run without a recipe: the demonstration trains several. Name one, for "
+                "example trainers/recipes/digits/d3etr.yaml"
+            )
         from d3etr.cli.demo import run_demo
 
         return run_demo(options)
