@@ -161,3 +161,20 @@ def teacher(folder: Path, *classes: str) -> list[str]:
     weights = folder / "teacher.safetensors"
     save_weights(weights, build_detector(config.student.detector, len(classes)), info)
     return [f"teacher.weights={weights}", "distillation.method=d3etr"]
+
+
+def test_a_sweeps_dry_run_names_the_trials_that_cannot_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(tiny_recipe())
+    missing = tmp_path / "missing.safetensors"
+    cases = {"whole": {}, "broken": {"set": [f"student.backbone_weights={missing}"]}}
+    (tmp_path / "sweep.yaml").write_text(
+        json.dumps({"name": "tried", "recipe": "recipe.yaml", "cases": cases})
+    )
+    assert main(["sweep", "sweep.yaml", "--dry-run", "--json"]) == 2
+    whole, broken = json.loads(capsys.readouterr().out)["trials"]
+    assert whole["problem"] is None and str(missing) in broken["problem"]
+    assert main(["sweep", "sweep.yaml", "--dry-run"]) == 2
+    assert "cannot begin: student.backbone_weights" in capsys.readouterr().out

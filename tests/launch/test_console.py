@@ -1,5 +1,6 @@
 import io
 
+import pytest
 from rich.console import Console
 
 from d3etr.launch.console import Bar, Lines, Silence, duration, open_display
@@ -82,3 +83,11 @@ def test_the_display_fits_its_place() -> None:
 
 def test_durations_are_read_at_a_glance() -> None:
     assert [duration(seconds) for seconds in (5.4, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+
+
+def test_quiet_leaves_out_progress_and_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    quiet = open_display(quiet=True)
+    for level in ("info", "warning"):
+        quiet.consume({"kind": "message", "step": 0, "level": level, "text": f"an {level}"})
+    quiet.consume({"kind": "evaluation", "step": 1, "metrics": {"val/mAP": 0.5}})
+    assert caplog.messages == ["warning: an warning"]

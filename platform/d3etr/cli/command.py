@@ -19,6 +19,8 @@ from d3etr.text import printable
 if TYPE_CHECKING:
     from d3etr.config.location import Url
 
+USER_MISTAKE = 2
+"""Exit code of a mistake that the user can fix."""
 SOME_FAILED = 2
 """Exit code where a picture could not be used; the others are answered."""
 _MOST_DIGITS = 12

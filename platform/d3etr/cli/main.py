@@ -30,7 +30,7 @@ from d3etr.cli import (
     sweep,
     train,
 )
-from d3etr.cli.command import Command
+from d3etr.cli.command import USER_MISTAKE, Command
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch.ending import say_interrupted
 from d3etr.launch.limits import explained
@@ -54,7 +54,6 @@ COMMANDS: tuple[Command, ...] = (
     render_digit_scenes.COMMAND,
 )
 FAILED = 1
-USER_MISTAKE = 2
 _OF_A_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 """The system's errors that a path alone can cause, wherever it is looked at first."""
 

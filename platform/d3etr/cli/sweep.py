@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d3etr.cli.command import Command, add_json, add_overrides, print_json
+from d3etr.cli.command import USER_MISTAKE, Command, add_json, add_overrides, print_json
 from d3etr.cli.train import write_data
 from d3etr.errors import UserError
 
@@ -96,22 +96,45 @@ def _plan(options: Namespace) -> Plan:
 
 
 def _dry_run(plan: Plan, as_json: bool) -> int:
+    """Print the trials; a mistake of the user's where one of them could not begin."""
     trials = [
         {"number": trial.number, "trial": trial.title(plan.sweep), "run": _run_name(plan, trial)}
         for trial in plan.trials
     ]
+    problems = _problems(plan)
     if as_json:
-        print_json({"folder": str(plan.folder), "trials": trials})
-        return 0
+        listed = [trial | {"problem": problems.get(i)} for i, trial in enumerate(trials)]
+        print_json({"folder": str(plan.folder), "trials": listed})
+        return USER_MISTAKE if problems else 0
     print(f"folder  {plan.folder}")
     if plan.searched:
         search = plan.sweep.search
         print(f"{search.trials} trials, proposed by '{search.method}' from:")
         for key, domain in plan.sweep.space.items():
             print(f"  {key}: {domain.model_dump(exclude_unset=True)}")
-    for trial in trials:
+    for i, trial in enumerate(trials):
         print(f"{trial['number']:4d}  {trial['trial']}")
-    return 0
+        if i in problems:
+            print(f"      cannot begin: {problems[i]}")
+    if problems:
+        print(f"{len(problems)} of {len(trials)} trials cannot begin", file=sys.stderr)
+    return USER_MISTAKE if problems else 0
+
+
+def _problems(plan: Plan) -> dict[int, str]:
+    """Place of each planned trial that could not begin -> why; of a joined cluster, nothing."""
+    from d3etr.launch.environment import joined_address
+    from d3etr.training.beginning import SplitReader, judge_beginning
+
+    found, read = dict[int, str](), SplitReader()
+    for i, trial in enumerate(plan.trials):
+        config = plan.placed(plan.config(trial))
+        if joined_address(config.cluster) is None and plan.finished_twin(config) is None:
+            try:
+                judge_beginning(config, read)
+            except UserError as error:
+                found[i] = str(error)
+    return found
 
 
 def _run_name(plan: Plan, trial: Trial) -> str:

@@ -68,10 +68,7 @@ def box_warnings(split: DetectionSplit) -> list[str]:
     if not len(table):
         return []
     found = [_meaning(table, len(split.cleaning.outside))]
-    found += [
-        check(table)
-        for check in (_normalised, _shrunk, _whole, _repeated, _placeholder, _tiny, _areas)
-    ]
+    found += [check(table) for check in _CHECKS]
     return [text for text in found if text]
 
 

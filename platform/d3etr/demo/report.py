@@ -15,7 +15,7 @@ from d3etr.demo.runs import DemoRun
 from d3etr.tracking.address import how_to_open
 from d3etr.tracking.compare import compare
 from d3etr.tracking.compare_text import RESULT_HEADINGS, duration, result_cells
-from d3etr.tracking.equal_time import at_equal_time
+from d3etr.tracking.equal_time import CLOCKS, at_equal_time, clock_of
 from d3etr.tracking.state import read_state
 
 OWN_DATA = """\
@@ -51,9 +51,11 @@ def comparison_table(runs: list[DemoRun]) -> Table:
 def equal_time(runs: list[DemoRun]) -> str:
     """What the D3ETR student gains over the strongest plain one within the same time."""
     comparison = compare([run.result.run_dir for run in runs], Path())
+    clock = clock_of([group for group in comparison.groups if group.title != "teacher"])
     titles = {group.label: run.title for run, group in zip(runs, comparison.groups, strict=True)}
     return "\n".join(
-        f"At equal time ({duration(row.seconds[0])} and {duration(row.seconds[1])} of training): "
+        f"At equal time ({duration(row.seconds[0])} and {duration(row.seconds[1])}, "
+        f"{CLOCKS[clock or 'training_seconds']}): "
         f"{titles[row.group.label]} {100 * row.mAP[0]:.1f} mAP, {titles[row.rival.label]} "
         f"{100 * row.mAP[1]:.1f}, a difference of {100 * (row.mAP[0] - row.mAP[1]):+.1f}"
         for row in at_equal_time(comparison)

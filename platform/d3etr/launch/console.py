@@ -19,8 +19,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from d3etr.logs import get_logger
 from d3etr.text import LINES, printable, styled
 from d3etr.training.journal import Record
+
+logger = get_logger(__name__)
 
 QUIET_SECONDS = 60.0
 """Without a terminal, a line is written at least this often while steps are made."""
@@ -51,10 +54,12 @@ def open_display(quiet: bool = False, stream: TextIO | None = None) -> Display:
 
 
 class Silence:
-    """Shows nothing."""
+    """Shows warnings alone."""
 
     def consume(self, record: Record) -> None:
-        """Show nothing."""
+        """Log a warning; show no progress."""
+        if record["kind"] == "message" and record.get("level") == "warning":
+            logger.warning("warning: %s", record["text"])
 
     def stage(self, text: str) -> None:
         """Show nothing."""

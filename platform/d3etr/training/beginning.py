@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,16 +40,23 @@ class Beginning:
     warnings: tuple[str, ...] = ()
 
 
-def judge_beginning(config: Config) -> Beginning:
+Splits = Mapping[str, DetectionSplit]
+
+
+def judge_beginning(config: Config, read: Callable[[Config], Splits] | None = None) -> Beginning:
     """Read what a run begins with: annotations and weights' headers; writes nothing.
 
     Files that URLs name are fetched into the cache for that, images are not.
+
+    Args:
+        config: the run.
+        read: what ``SplitReader`` gives, where several runs share their data.
 
     Raises:
         UserError: training would be stopped by its images, its weights or its teacher.
     """
     ensure_inputs_answer([config])
-    splits = _read_splits(config)
+    splits = (read or _read_splits)(config)
     images, classes = _count(config.data, splits)
     judgement = judge(config, splits) if splits else judge_length(config, images)
     judgement.raise_errors()
@@ -103,7 +110,7 @@ def _ensure_weights_exist(config: Config) -> None:
             )
 
 
-def _read_splits(config: Config) -> dict[str, DetectionSplit]:
+def _read_splits(config: Config) -> Splits:
     """What the run would read; nothing of digit scenes, which need not be rendered."""
     if config.data.digit_scenes is not None:
         return {}
@@ -111,7 +118,21 @@ def _read_splits(config: Config) -> dict[str, DetectionSplit]:
     return {name: open_split(config.data, name, fetch=False) for name in names}
 
 
-def _count(data: DataConfig, splits: Mapping[str, DetectionSplit]) -> tuple[int, int]:
+class SplitReader:
+    """Reads the splits of several runs, those of equal data once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[DataConfig, bool], Splits] = {}
+
+    def __call__(self, config: Config) -> Splits:
+        """The splits that a run would read; see ``judge_beginning``."""
+        key = (config.data, config.evaluation.test)
+        if key not in self._known:
+            self._known[key] = _read_splits(config)
+        return self._known[key]
+
+
+def _count(data: DataConfig, splits: Splits) -> tuple[int, int]:
     """Training images and classes."""
     if data.digit_scenes is not None:
         return data.digit_scenes.train_images, DIGIT_CLASSES
