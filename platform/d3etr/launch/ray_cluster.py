@@ -142,9 +142,9 @@ class _Connection:
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
-        if ray_node.wait_for_persisted_port is _WAIT_FOR_PORT:
+        if _WAIT_FOR_PORT is not None:
             ray_node.wait_for_persisted_port = _wait_for_port
-        if sys.platform == "linux" and ray_services.ConsolePopen is _POPEN:
+        if _POPEN is not None and sys.platform == "linux":
             ray_services.ConsolePopen = _popen_in_own_session
         unless = end_wanted if is_command() else None
         return attempt_within(START_SECONDS, partial(ray.init, **options), self._left, unless)
@@ -158,7 +158,9 @@ class _Connection:
         return attempt_within(CONNECT_SECONDS, join, self._left, end_wanted)
 
 
-_WAIT_FOR_PORT = ray_node.wait_for_persisted_port
+# Parts of Ray that are not for others: a version that lacks one keeps its own ways with signals.
+_WAIT_FOR_PORT: Any = getattr(ray_node, "wait_for_persisted_port", None)
+_POPEN: Any = getattr(ray_services, "ConsolePopen", None)
 
 
 def _wait_for_port(*place: Any, timeout_ms: int = 30_000, **more: Any) -> int:
@@ -171,9 +173,6 @@ def _wait_for_port(*place: Any, timeout_ms: int = 30_000, **more: Any) -> int:
             if end_wanted() or time.monotonic() > end:
                 raise
         time.sleep(0.01)
-
-
-_POPEN = ray_services.ConsolePopen
 
 
 def _popen_in_own_session(*command: Any, **options: Any) -> Any:

@@ -54,8 +54,12 @@ class EqualTime:
 
 
 def clock_of(groups: Sequence[RunGroup]) -> str | None:
-    """The first of ``CLOCKS`` that every group's summaries have."""
-    return next((name for name in CLOCKS if all(g.cost(name) for g in groups)), None)
+    """The first of ``CLOCKS`` that every group's summaries have, above 0."""
+    for name in CLOCKS:
+        costs = [group.cost(name) for group in groups]
+        if all(cost is not None and cost.mean > 0 for cost in costs):
+            return name
+    return None
 
 
 def at_equal_time(comparison: Comparison) -> list[EqualTime]:
