@@ -23,11 +23,12 @@ TIERS = (
     {"config"},
     {"storage"},
     {"attention_maps"},
-    {"structures"},
+    {"structures", "timing"},
     {"kernels"},
     {"matching"},
     {"data", "detectors"},
     {"distillation"},
+    {"evaluation"},
     {"training", "inference"},
     {"fonts"},
     {"drawing"},
@@ -43,6 +44,7 @@ THIRD_PARTY = {
     "errors": set[str](),
     "attention_maps": {"torch"},
     "structures": {"torch"},
+    "timing": {"torch"},
     "kernels": {"torch", "triton"},
     "config": {"pydantic", "pydantic_core", "yaml"},
     "storage": {"fsspec", "aiohttp"},
@@ -157,7 +159,7 @@ def test_importing_the_package_is_cheap() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["training", "inference", "distillation", "data"])
+@pytest.mark.parametrize("package", ["training", "inference", "distillation", "evaluation", "data"])
 def test_the_core_works_without_ray_and_mlflow(package: str) -> None:
     names = [
         ".".join(("d3etr", *path.relative_to(LIBRARY).with_suffix("").parts))

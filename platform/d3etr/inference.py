@@ -27,9 +27,9 @@ from d3etr.config.location import Url
 from d3etr.data.images import load_image, upright_rgb
 from d3etr.data.transforms import Sample, collate, resized
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.detectors.postprocess import top_detections
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.errors import UserError
+from d3etr.evaluation.postprocess import top_detections
 from d3etr.storage.fetch import local_file
 
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]

@@ -27,7 +27,7 @@ from d3etr.data.coco import DetectionSplit, read_split
 from d3etr.data.dataset import DetectionDataset
 from d3etr.data.transforms import collate
 from d3etr.structures import ImageBatch
-from d3etr.training.timing import PhaseTimer
+from d3etr.timing import PhaseTimer
 
 RECIPE = ROOT / "trainers" / "recipes" / "digits" / "plain.yaml"
 IMAGES, SMOKE_IMAGES = 24, 2

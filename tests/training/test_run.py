@@ -361,7 +361,7 @@ def in_use() -> tuple[set[str], int, int]:
         "training.teacher_cache._ensure_as_before",
         "training.run.TrainingStep",
         "training.step.TrainingStep._update",
-        pytest.param("training.evaluation._rows", marks=pytest.mark.slow),
+        pytest.param("evaluation.evaluator._rows", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_fails_leaves_nothing_open_though_its_error_is_kept(

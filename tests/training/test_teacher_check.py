@@ -10,8 +10,8 @@ from d3etr.config.training import EvaluationConfig
 from d3etr.data.splits import open_split
 from d3etr.detectors.weights import load_weights, read_info
 from d3etr.errors import UserError
+from d3etr.evaluation.evaluator import Evaluator
 from d3etr.training.context import SingleProcess
-from d3etr.training.evaluation import Evaluator
 from d3etr.training.teacher import check_same_classes, check_same_input, qualify_teacher
 
 

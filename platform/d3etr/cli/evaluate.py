@@ -54,7 +54,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(options: Namespace) -> int:
-    from d3etr.training.coco_metrics import COCO_NAMES
+    from d3etr.evaluation.coco_metrics import COCO_NAMES
 
     result = _measure(options)
     if options.json:
@@ -75,9 +75,9 @@ def _measure(options: Namespace) -> dict[str, Any]:
     from d3etr.config.data import DataConfig, SplitConfig
     from d3etr.config.training import EvaluationConfig
     from d3etr.data.coco import Keys, read_split
+    from d3etr.evaluation.evaluator import Evaluator
     from d3etr.inference import load
     from d3etr.training.context import SingleProcess
-    from d3etr.training.evaluation import Evaluator
 
     predictor = load(options.weights, options.device)
     place = SplitConfig(

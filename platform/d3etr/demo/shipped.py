@@ -11,9 +11,9 @@ from d3etr.data.coco import DetectionSplit
 from d3etr.detectors.build import count_parameters
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.errors import UserError
+from d3etr.evaluation.evaluator import Evaluation, Evaluator
 from d3etr.training.assembly import open_splits
 from d3etr.training.context import TrainContext
-from d3etr.training.evaluation import Evaluation, Evaluator
 from d3etr.training.journal import Journal
 from d3etr.training.run import JOURNAL_FILE
 from d3etr.training.storage import clear_disk_errors, temporary_beside

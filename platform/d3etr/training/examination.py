@@ -10,11 +10,11 @@ import torch
 
 from d3etr.config.tree import Config
 from d3etr.detectors.weights import WeightsInfo, load_weights, save_weights
+from d3etr.evaluation.evaluator import Evaluation, Evaluator
+from d3etr.evaluation.stability import MatchingStability
 from d3etr.training.assembly import Models, Splits
 from d3etr.training.context import TrainContext
-from d3etr.training.evaluation import Evaluation, Evaluator
 from d3etr.training.journal import Journal
-from d3etr.training.stability import MatchingStability
 from d3etr.training.storage import clear_disk_errors
 from d3etr.training.summary import WEIGHTS_FILE
 

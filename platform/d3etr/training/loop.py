@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from d3etr.config.tree import Config
 from d3etr.data.loading import EpochLoader
+from d3etr.timing import PhaseTimer
 from d3etr.training.assembly import Models
 from d3etr.training.background import BackgroundSaver
 from d3etr.training.context import TrainContext
@@ -13,7 +14,6 @@ from d3etr.training.examination import Examination
 from d3etr.training.resume import Progress, collect_state
 from d3etr.training.step import MicroBatch, TrainingStep
 from d3etr.training.steplog import LOADING, StepLog
-from d3etr.training.timing import PhaseTimer
 
 RECORDS_PER_EPOCH = 20
 

@@ -12,6 +12,8 @@ import torch
 from d3etr.config.tree import Config
 from d3etr.data.allocator import keep_freed_memory
 from d3etr.detectors.build import count_parameters
+from d3etr.evaluation.evaluator import Evaluator
+from d3etr.timing import PhaseTimer
 from d3etr.training.assembly import (
     Models,
     Splits,
@@ -24,7 +26,6 @@ from d3etr.training.background import BackgroundSaver
 from d3etr.training.checkpoints import CheckpointStore
 from d3etr.training.context import TrainContext
 from d3etr.training.divergence import LossWindow
-from d3etr.training.evaluation import Evaluator
 from d3etr.training.examination import Examination
 from d3etr.training.fetching import JournalProgress
 from d3etr.training.journal import Journal
@@ -37,7 +38,6 @@ from d3etr.training.storage import clear_disk_errors, read_json
 from d3etr.training.summary import SUMMARY_FILE, numbers, read_summary, write_summary
 from d3etr.training.teacher import idle_settings, qualify_teacher
 from d3etr.training.teacher_cache import TeacherCache, open_teacher_cache
-from d3etr.training.timing import PhaseTimer
 
 JOURNAL_FILE, CHECKPOINTS = "journal.jsonl", "checkpoints"
 

@@ -16,6 +16,7 @@ from d3etr.distillation.distiller import Distiller
 from d3etr.distillation.teaching import Taught
 from d3etr.matching.assignment import NonFiniteCostError
 from d3etr.structures import ImageBatch, Targets
+from d3etr.timing import PhaseTimer
 from d3etr.training.context import TrainContext
 from d3etr.training.divergence import LossWindow
 from d3etr.training.ema import WeightAverage
@@ -24,7 +25,6 @@ from d3etr.training.optimiser import autocast, clip_gradients, set_learning_rate
 from d3etr.training.schedule import distillation_scale, learning_rate_factor
 from d3etr.training.seeding import derive_seed, seed_generators
 from d3etr.training.teacher_cache import TeacherCache
-from d3etr.training.timing import PhaseTimer
 
 MicroBatch = tuple[ImageBatch, Targets]
 

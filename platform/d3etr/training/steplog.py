@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch.optim import AdamW
 
+from d3etr.timing import PhaseTimer
 from d3etr.training.context import TrainContext
 from d3etr.training.divergence import LossWindow
 from d3etr.training.journal import Journal
-from d3etr.training.timing import PhaseTimer
 
 LOADING = "loading"
 """The phase that counts the CPU seconds of loading processes."""

@@ -10,7 +10,7 @@ from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo
 from d3etr.distillation.distiller import Distiller
 from d3etr.errors import UserError
-from d3etr.training.evaluation import Evaluator
+from d3etr.evaluation.evaluator import Evaluator
 
 _SHOWN = 5
 

@@ -15,6 +15,7 @@ from d3etr.data.coco import DetectionSplit, ImageRecord
 from d3etr.data.splits import open_split
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import load_weights
+from d3etr.evaluation.evaluator import Evaluator
 from d3etr.fonts import readable_names
 from d3etr.logs import get_logger
 from d3etr.storage.fetch import local_file
@@ -37,7 +38,6 @@ from d3etr.tracking.figures.predictions import Scene, draw_predictions
 from d3etr.tracking.figures.style import DETECTORS, PLAIN, TEACHER, Array, save
 from d3etr.tracking.selection import choose_images, spaced
 from d3etr.training.context import SingleProcess
-from d3etr.training.evaluation import Evaluator
 from d3etr.training.journal import Record, read_journal
 
 logger = get_logger(__name__)

@@ -16,7 +16,7 @@ from d3etr.data.coco import DetectionSplit, ImageRecord
 from d3etr.data.images import load_image
 from d3etr.data.loading import evaluation_batches
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.detectors.postprocess import top_detections
+from d3etr.evaluation.postprocess import top_detections
 from d3etr.matching.boxes import cxcywh_to_xyxy
 from d3etr.structures import DecoderOutputs, Levels
 from d3etr.tracking.figures.attention import Look

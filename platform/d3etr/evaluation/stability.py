@@ -10,8 +10,8 @@ from torch import Tensor
 from d3etr.data.coco import DetectionSplit
 from d3etr.distillation.correspondence import adaptive_correspondence, adaptive_problem
 from d3etr.distillation.distiller import Distiller
+from d3etr.evaluation.evaluator import Workers
 from d3etr.structures import DecoderOutputs, ImageBatch, Targets
-from d3etr.training.context import TrainContext
 
 WATCHED_IMAGES = 32
 
@@ -26,11 +26,11 @@ class MatchingStability:
     Args:
         distiller: the teacher and how it is matched.
         split: the validation images; evenly spaced ones are watched.
-        context: the workers that share the images.
+        workers: those that share the images.
     """
 
-    def __init__(self, distiller: Distiller, split: DetectionSplit, context: TrainContext) -> None:
-        self._distiller, self._context = distiller, context
+    def __init__(self, distiller: Distiller, split: DetectionSplit, workers: Workers) -> None:
+        self._distiller, self._workers = distiller, workers
         stride = max(1, len(split.records) // WATCHED_IMAGES)
         self._watched = {record.id for record in split.records[::stride][:WATCHED_IMAGES]}
         self._found: list[Tensor] = []
@@ -58,7 +58,7 @@ class MatchingStability:
         Returns:
             The share over layers and images at rank 0; None at the first call and elsewhere.
         """
-        gathered = self._context.gather(torch.cat([self._nothing(), *self._found]))
+        gathered = self._workers.gather(torch.cat([self._nothing(), *self._found]))
         self._found.clear()
         if gathered is None:
             return None
@@ -72,7 +72,7 @@ class MatchingStability:
         teacher = self._distiller.teacher
         assert teacher is not None
         pairs = self._distiller.student.config.decoder_layers * teacher.config.queries
-        return torch.zeros(0, 1 + pairs, dtype=torch.int64, device=self._context.device)
+        return torch.zeros(0, 1 + pairs, dtype=torch.int64, device=self._workers.device)
 
 
 def unchanged(before: Tensor, now: Tensor) -> float:

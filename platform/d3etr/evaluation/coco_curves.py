@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from d3etr.training.coco_matching import Boxes, Matches, ranks
+from d3etr.evaluation.coco_matching import Boxes, Matches, ranks
 
 Array = NDArray[np.float64]
 Counts = NDArray[np.int64]

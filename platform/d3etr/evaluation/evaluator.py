@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +15,29 @@ from d3etr.config.training import EvaluationConfig
 from d3etr.data.coco import DetectionSplit
 from d3etr.data.loading import evaluation_batches
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.detectors.postprocess import top_detections
+from d3etr.evaluation.coco_metrics import CocoMetrics, GroundTruth, SplitDetections
+from d3etr.evaluation.postprocess import top_detections
 from d3etr.structures import DecoderOutputs, ImageBatch, Targets, on_device
-from d3etr.training.coco_metrics import CocoMetrics, GroundTruth, SplitDetections
-from d3etr.training.context import TrainContext
-from d3etr.training.timing import PhaseTimer
+from d3etr.timing import PhaseTimer
 
 Observer = Callable[[ImageBatch, Targets, DecoderOutputs], None]
-"""Sees each batch of an evaluation and what the detector says about it."""
+"""Called with each batch of an evaluation and the detector's outputs for it."""
+
+
+class Workers(Protocol):
+    """The processes that share an evaluation; a training context is one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the workers, in place; returns the same tensor."""
+        ...
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        """Every worker's tensor at rank 0 (first dimensions may differ), None elsewhere."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,7 @@ class Evaluator:
         split: images and annotations.
         data: preprocessing and loading.
         config: batch size and detections per image.
-        context: the workers that share the images.
+        workers: those that share the images.
     """
 
     def __init__(
@@ -61,17 +77,17 @@ class Evaluator:
         split: DetectionSplit,
         data: DataConfig,
         config: EvaluationConfig,
-        context: TrainContext,
+        workers: Workers,
     ) -> None:
         self.split = split
-        self._context = context
+        self._workers = workers
         self._maximum = config.maximum_detections
         self._batches = evaluation_batches(
             split,
             data,
             batch_size=config.batch_size,
-            rank=context.rank,
-            world_size=context.world_size,
+            rank=workers.rank,
+            world_size=workers.world_size,
         )
         self._truth: GroundTruth | None = None
 
@@ -92,7 +108,7 @@ class Evaluator:
         finally:
             self._batches.close()
             detector.train(training)
-        parts = self._context.gather(rows)
+        parts = self._workers.gather(rows)
         metrics = None if parts is None else self._score(torch.cat([p.cpu() for p in parts]))
         mAP = self._share(None if metrics is None else metrics.mAP)
         return Evaluation(mAP, metrics, speed, time.perf_counter() - begin)
@@ -102,7 +118,7 @@ class Evaluator:
         self, detector: DetectionTransformer, observe: Observer | None
     ) -> tuple[Tensor, float]:
         """``_rows`` of this worker's images, [n, 7], and images per second."""
-        device = self._context.device
+        device = self._workers.device
         timer = PhaseTimer(device)
         found = [torch.zeros(0, 7, dtype=torch.int64, device=device)]
         images_seen = 0
@@ -132,11 +148,11 @@ class Evaluator:
         """Rank 0's value for all; a negative number stands for None on the way."""
         known = mAP if mAP is not None else -1.0
         value = torch.tensor(
-            known if self._context.rank == 0 else 0.0,
+            known if self._workers.rank == 0 else 0.0,
             dtype=torch.float64,
-            device=self._context.device,
+            device=self._workers.device,
         )
-        shared = float(self._context.all_reduce(value))
+        shared = float(self._workers.all_reduce(value))
         return shared if shared >= 0 else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from d3etr.detectors.postprocess import top_detections
+from d3etr.evaluation.postprocess import top_detections
 from d3etr.structures import DecoderOutputs
 
 

@@ -6,10 +6,10 @@ from tiny_runs import MakeConfig
 
 from d3etr.config.detector import TeacherConfig
 from d3etr.config.distillation import DistillationConfig
+from d3etr.evaluation.evaluator import Evaluator
+from d3etr.evaluation.stability import MatchingStability, unchanged
 from d3etr.training.assembly import build_models, open_splits
 from d3etr.training.context import SingleProcess
-from d3etr.training.evaluation import Evaluator
-from d3etr.training.stability import MatchingStability, unchanged
 
 CPU = torch.device("cpu")
 

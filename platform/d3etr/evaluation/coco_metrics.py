@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from pycocotools.cocoeval import Params
 
 from d3etr.data.coco import DetectionSplit, ImageRecord
-from d3etr.training.coco_curves import Curves, curves
-from d3etr.training.coco_matching import Boxes, match, ranks
+from d3etr.evaluation.coco_curves import Curves, curves
+from d3etr.evaluation.coco_matching import Boxes, match, ranks
 
 Array = NDArray[np.float64]
 
