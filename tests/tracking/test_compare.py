@@ -16,8 +16,9 @@ from d3etr.config.load import to_yaml
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.tracking.compare import Comparison, compare
-from d3etr.tracking.compare_text import as_tables, blocks, duration, millions, percent
-from d3etr.tracking.labels import distinct_labels
+from d3etr.tracking.compare.labels import distinct_labels
+from d3etr.tracking.compare.tables import duration, millions, percent
+from d3etr.tracking.compare.text import as_tables, blocks
 
 MakeConfig = Callable[..., Config]
 

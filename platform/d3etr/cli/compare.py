@@ -12,7 +12,7 @@ from d3etr.text import styled
 
 if TYPE_CHECKING:
     from d3etr.tracking.compare import Comparison
-    from d3etr.tracking.pictures import Pictures
+    from d3etr.tracking.compare.pictures import Pictures
 
 PIPE_WIDTH = 140
 IMAGES_ON_PAGE = 6
@@ -55,7 +55,7 @@ def _run(options: Namespace) -> int:
     comparison = compare(options.runs, options.output_root)
     pictures = _pictures(comparison, options)
     if options.html is not None:
-        from d3etr.tracking.compare_page import write_page
+        from d3etr.tracking.compare.page import write_page
 
         with writing(options.html):
             write_page(comparison, options.html, pictures)
@@ -68,7 +68,7 @@ def _run(options: Namespace) -> int:
         return 0
     from rich.console import Console
 
-    from d3etr.tracking.compare_text import as_tables
+    from d3etr.tracking.compare.text import as_tables
 
     # A pipe has no width: rich would cut the table for 80 columns.
     console = Console(file=styled(sys.stdout), width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -82,7 +82,7 @@ def _pictures(comparison: Comparison, options: Namespace) -> Pictures | None:
     if options.images is None and options.html is None:
         return None
     # The detectors take seconds to import and to run: only who wants images pays.
-    from d3etr.tracking.pictures import look_at_pictures
+    from d3etr.tracking.compare.pictures import look_at_pictures
 
     return look_at_pictures(comparison, options.images or IMAGES_ON_PAGE)
 

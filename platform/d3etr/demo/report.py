@@ -14,8 +14,8 @@ from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.demo.runs import DemoRun
 from d3etr.tracking.address import how_to_open
 from d3etr.tracking.compare import compare
-from d3etr.tracking.compare_text import RESULT_HEADINGS, duration, result_cells
-from d3etr.tracking.equal_time import CLOCKS, at_equal_time, clock_of
+from d3etr.tracking.compare.equal_time import CLOCKS, at_equal_time, clock_of
+from d3etr.tracking.compare.tables import RESULT_HEADINGS, duration, result_cells
 from d3etr.tracking.state import read_state
 
 OWN_DATA = """\

@@ -33,13 +33,23 @@ MANY_CLASSES = 10
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: a value at each of some optimiser steps."""
+    """One line of a chart: a value at each of some optimiser steps.
+
+    Attributes:
+        label: in the legend.
+        steps: optimiser steps.
+        values: fractions in [0, 1], at each step.
+        colour: ``#rrggbb``.
+        stroke: line style.
+        deviations: of each value, drawn as a band; empty draws none.
+    """
 
     label: str
     steps: Sequence[float]
     values: Sequence[float]
     colour: str = STUDENT
     stroke: Stroke = "-"
+    deviations: Sequence[float] = ()
 
 
 def draw_precision_recall(
@@ -78,6 +88,9 @@ def draw_training(
     series: Sequence[Series],
     levels: Mapping[str, tuple[float, str]] | None = None,
     title: str = "Validation mAP during training",
+    *,
+    inches: tuple[float, float] = (7.6, 4.4),
+    key: bool = True,
 ) -> Figure:
     """Validation mAP over optimiser steps.
 
@@ -85,8 +98,10 @@ def draw_training(
         series: one line per run; values are fractions in [0, 1].
         levels: horizontal lines, label -> (fraction, colour): the teacher's mAP.
         title: over the figure; empty where the page around it has one.
+        inches: width and height.
+        key: draw a legend.
     """
-    figure = new_figure(7.6, 4.4)
+    figure = new_figure(*inches)
     axes = figure.subplots()
     _draw_series(axes, series)
     for label, (value, colour) in (levels or {}).items():
@@ -98,7 +113,8 @@ def draw_training(
     # A detector that has learnt nothing yet must not look like a mountain range.
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     axes.set_xlim(left=0)
-    legend(axes, loc="best")
+    if key:
+        legend(axes, loc="best")
     if title:
         headline(figure, title)
     return figure
@@ -126,9 +142,14 @@ def draw_stability(series: Sequence[Series]) -> Figure:
 def _draw_series(axes: Axes, series: Sequence[Series]) -> None:
     """Fractions as percent; single measurements are marked while they are few."""
     for line in series:
+        percent = 100 * np.asarray(line.values, dtype=float)
+        if any(line.deviations):
+            half = 100 * np.asarray(line.deviations, dtype=float)
+            low, high = percent - half, percent + half
+            axes.fill_between(line.steps, low, high, color=line.colour, alpha=0.16, linewidth=0)
         axes.plot(
             line.steps,
-            100 * np.asarray(line.values, dtype=float),
+            percent,
             color=line.colour,
             linestyle=line.stroke,
             linewidth=2.2,

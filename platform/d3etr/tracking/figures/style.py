@@ -6,13 +6,17 @@ pyplot's current figure is global.
 
 from __future__ import annotations
 
+import io
+import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from markupsafe import Markup, escape
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -23,6 +27,7 @@ from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from d3etr.fonts import default_font, font_for
+from d3etr.text import printable
 
 Array = NDArray[np.floating[Any]]
 Image = NDArray[np.uint8]
@@ -128,6 +133,36 @@ def save(figure: Figure, path: Path) -> Path:
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.png")
     figure.savefig(temporary, dpi=PIXELS_PER_INCH)
     return temporary.replace(path)
+
+
+def as_svg(figure: Figure, name: str, summary: str, colours: Mapping[str, str]) -> Markup:
+    """The figure as an element of a page, in the page's colours and font.
+
+    Args:
+        figure: with one colour of ``colours`` for everything that the page colours.
+        name: CSS class; no two figures of a page have the same.
+        summary: what it shows, for those who cannot see it.
+        colours: ``#rrggbb`` -> what stands for it in the page.
+    """
+    drawn = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
+        figure.savefig(drawn, format="svg", transparent=True)
+    svg = drawn.getvalue()
+    # What lies outside the axes is nothing here: no clip path, whose address names the page.
+    svg = re.sub(r"<(metadata|style|clipPath)\b.*?</\1>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' clip-path="[^"]*"', "", svg)
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
+    body = re.sub(r' id="[a-z.]+\d*_\d+"', "", body)  # of matplotlib's groups: nothing uses them
+    page = {INK: "var(--ink)", QUIET: "var(--quiet)", GRID: "var(--line)"}
+    for colour, instead in (page | dict(colours)).items():
+        body = body.replace(colour.lower(), instead)
+    width, height = (72 * side for side in figure.get_size_inches())
+    return Markup(
+        f'<svg class="chart {name}" viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'aria-label="{escape(printable(summary))}">{body}'
+    )
 
 
 def _make_readable(text: Text) -> None:

@@ -20,7 +20,7 @@ from d3etr.data.digit_scenes.folder import scenes_folder, split_paths
 from d3etr.data.images import load_image
 from d3etr.errors import UserError
 from d3etr.inference import Predictor, load
-from d3etr.tracking.compare import Comparison
+from d3etr.tracking.compare.comparison import Comparison
 from d3etr.tracking.selection import choose_images
 
 THRESHOLD = 0.3

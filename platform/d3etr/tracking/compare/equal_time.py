@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from d3etr.tracking.compare import Comparison, RunGroup, Spread
+    from d3etr.tracking.compare.comparison import Comparison, RunGroup, Spread
 
 CLOCKS: Mapping[str, str] = {
     "training_device_seconds": "GPU time of training steps",
