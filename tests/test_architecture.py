@@ -20,6 +20,7 @@ TIERS = (
     {"text"},
     {"logs"},
     {"errors"},
+    {"files"},
     {"config"},
     {"storage"},
     {"attention_maps"},
@@ -29,6 +30,7 @@ TIERS = (
     {"data", "detectors"},
     {"distillation"},
     {"evaluation"},
+    {"engine"},
     {"training", "inference"},
     {"fonts"},
     {"drawing"},
@@ -42,6 +44,7 @@ ARRAYS = {"torch", "torchvision", "scipy", "numpy"}
 THIRD_PARTY = {
     "text": set[str](),
     "errors": set[str](),
+    "files": set[str](),
     "attention_maps": {"torch"},
     "structures": {"torch"},
     "timing": {"torch"},

@@ -17,7 +17,7 @@ from tiny import save_untrained
 from tiny_recipe import SECTIONS, tiny_recipe
 
 from d3etr.config.load import load_config
-from d3etr.launch.folder import folder_of
+from d3etr.engine.find_run import folder_of
 from d3etr.training.journal import Record, read_journal
 
 STEPS_PER_EPOCH, EPOCHS = 6, 4

@@ -12,10 +12,10 @@ import pytest
 from d3etr.config.tree import Config
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.tensor_files import write_tensors
+from d3etr.engine.find_run import folder_of, prepare
 from d3etr.errors import UserError
 from d3etr.launch.api import launch
 from d3etr.launch.driver import RunFailedError, RunInterrupted, RunResult
-from d3etr.launch.folder import folder_of
 from d3etr.launch.lock import RunLock, RunLockedError
 from d3etr.tracking.state import RunState, write_state
 from d3etr.training.context import TrainContext
@@ -146,7 +146,7 @@ def test_tracking_that_cannot_start_stops_the_run_before_training(make_config: M
 def test_a_run_that_is_going_on_is_left_alone(make_config: MakeConfig) -> None:
     config = make_config()
     folder = folder_of(config)
-    folder.prepare(config)
+    prepare(folder, config)
     with RunLock(folder.path), pytest.raises(RunLockedError):
         run(config)
     assert not folder.journal.exists()

@@ -14,10 +14,10 @@ from d3etr.config.load import load_config
 from d3etr.config.sweep import load_sweep
 from d3etr.config.tree import Config
 from d3etr.data.digit_scenes import write_digit_scenes
+from d3etr.engine.find_run import folder_of
 from d3etr.errors import UserError
 from d3etr.launch.api import launch
 from d3etr.launch.driver import RunResult
-from d3etr.launch.folder import folder_of
 from d3etr.launch.sweeps.plan import make_plan
 from d3etr.training.journal import read_journal
 

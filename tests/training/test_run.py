@@ -26,13 +26,13 @@ from d3etr.config.tree import Config
 from d3etr.data.splits import open_split
 from d3etr.detectors.weights import load_weights
 from d3etr.errors import UserError
+from d3etr.files import sha256
 from d3etr.training.checkpoints import CheckpointStore, State
 from d3etr.training.context import SingleProcess
 from d3etr.training.divergence import TrainingDiverged
 from d3etr.training.journal import read_journal
 from d3etr.training.run import run_training
 from d3etr.training.step import TrainingStep
-from d3etr.training.storage import sha256
 
 
 def train(config: Config, run_dir: Path) -> dict[str, float]:

@@ -16,11 +16,11 @@ from tiny_runs import MakeConfig, assert_same_run, final_state, losses, records,
 
 from d3etr.config.distillation import DistillationConfig
 from d3etr.config.tree import Config
+from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.training.context import SingleProcess, Torchrun
 from d3etr.training.journal import read_journal
 from d3etr.training.run import run_training
-from d3etr.training.summary import read_summary
 
 WORKER = """
 import sys
@@ -28,7 +28,7 @@ from pathlib import Path
 from d3etr.config.tree import Config
 from d3etr.training.context import SingleProcess, Torchrun
 from d3etr.training.run import run_training
-from d3etr.training.summary import read_summary
+from d3etr.engine.run_folder import RunFolder
 config = Config.model_validate_json(Path(sys.argv[1]).read_text())
 if sys.argv[3] == "alone":
     run_training(config, Path(sys.argv[2]), SingleProcess())
@@ -222,7 +222,7 @@ def test_a_teachers_cache_outlives_its_killed_writer_and_serves_two_workers(
     train_with_two_workers(config, tmp_path / "two")
     for name in ("killed", "beside", "two"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "without"), rel=1e-5)
-    summary = read_summary(tmp_path / "two")
+    summary = RunFolder(tmp_path / "two").read_summary()
     assert summary is not None
     assert summary["teacher_cache/computed"] == summary["teacher_cache/unkept"] == 0
     assert summary["teacher_cache/read"] == 4 * 24

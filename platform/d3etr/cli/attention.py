@@ -65,8 +65,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(options: Namespace) -> int:
     from d3etr.config.load import load_config
     from d3etr.data.splits import open_split
+    from d3etr.engine.find_run import find_run
     from d3etr.fonts import readable_names
-    from d3etr.launch.folder import find_run
     from d3etr.tracking.figures.attention import draw_attention
     from d3etr.tracking.figures.style import save
     from d3etr.tracking.selection import choose_images

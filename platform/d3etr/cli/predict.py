@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from d3etr.cli.command import (
 )
 from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
+from d3etr.files import atomic_write
 from d3etr.text import printable
 
 if TYPE_CHECKING:
@@ -153,16 +153,10 @@ def _write(path: str, found: Detections, target: Path) -> None:
     from d3etr.drawing import draw
 
     picture = draw(path, found)
-    temporary = target.with_name(f".{target.name}.partial")
     with writing(target):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target) as temporary:
             picture.save(temporary, format="PNG")
-            temporary.replace(target)
-        except OSError:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
 
 
 def _tell(path: str, found: Detections, target: Path | None) -> None:

@@ -138,7 +138,7 @@ def _problems(plan: Plan) -> dict[int, str]:
 
 
 def _run_name(plan: Plan, trial: Trial) -> str:
-    from d3etr.launch.folder import folder_of
+    from d3etr.engine.find_run import folder_of
 
     return folder_of(plan.config(trial)).path.name
 

@@ -79,7 +79,7 @@ def _resolve(options: Namespace) -> tuple[Config, Path | None]:
     from d3etr.config.infrastructure import RunConfig
     from d3etr.config.load import load_config
     from d3etr.config.overrides import last_override
-    from d3etr.launch.folder import find_run, resumed_config
+    from d3etr.engine.find_run import find_run, resumed_config
 
     if options.resume is None:
         return load_config(options.recipe, options.overrides), None

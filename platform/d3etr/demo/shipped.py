@@ -10,14 +10,13 @@ from d3etr.config.tree import Config
 from d3etr.data.coco import DetectionSplit
 from d3etr.detectors.build import count_parameters
 from d3etr.detectors.weights import WeightsInfo, load_weights
+from d3etr.engine.run_folder import RunFolder, numbers
 from d3etr.errors import UserError
 from d3etr.evaluation.evaluator import Evaluation, Evaluator
+from d3etr.files import atomic_write, clear_disk_errors
 from d3etr.training.assembly import open_splits
 from d3etr.training.context import TrainContext
 from d3etr.training.journal import Journal
-from d3etr.training.run import JOURNAL_FILE
-from d3etr.training.storage import clear_disk_errors, temporary_beside
-from d3etr.training.summary import WEIGHTS_FILE, numbers, read_summary, write_summary
 from d3etr.training.teacher import check_same_classes
 
 
@@ -40,14 +39,15 @@ def measure_shipped(
     Raises:
         UserError: the file is missing, or another detector than the recipe's.
     """
-    finished = read_summary(run_dir)
+    folder = RunFolder(run_dir)
+    finished = folder.read_summary()
     if finished is not None:
         return numbers(finished)
     detector, info = load_weights(weights)
     splits = open_splits(config, context)
     _require_same_recipe(info, weights, config)
     check_same_classes(info, weights, splits.validation)
-    journal = Journal(run_dir / JOURNAL_FILE)
+    journal = Journal(folder.journal)
     journal.cut_back(-1)
     step = int(info.origin.get("step", 0))
     journal.write("start", step, steps=step, steps_per_epoch=max(1, step))
@@ -60,10 +60,10 @@ def measure_shipped(
     assert validation is not None
     metrics = {f"val/{name}": value for name, value in validation.as_dict().items()}
     journal.write("evaluation", step, epoch=1, metrics=metrics | {"epoch": 1})
-    _copy(weights, run_dir / WEIGHTS_FILE)
+    _copy(weights, folder.weights)
     summary = _summary(config, step, count_parameters(detector), validation, test)
     journal.write("end", step, metrics=numbers(summary))
-    write_summary(run_dir, summary)
+    folder.write_summary(summary)
     return numbers(summary)
 
 
@@ -90,13 +90,9 @@ def _summary(
 
 def _copy(source: Path, target: Path) -> None:
     """Copy a file whole or not at all."""
-    temporary = temporary_beside(target)
-    with clear_disk_errors("the teacher's weights", target.parent):
-        try:
-            shutil.copyfile(source, temporary)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    what = "the teacher's weights"
+    with clear_disk_errors(what, target.parent), atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def _require_same_recipe(info: WeightsInfo, weights: Path, config: Config) -> None:

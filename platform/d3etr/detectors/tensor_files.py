@@ -15,6 +15,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from d3etr.errors import UserError
+from d3etr.files import atomic_write
 
 _NAMED = 6
 """Tensors that an error message names before it counts the rest."""
@@ -36,14 +37,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         UserError: the folder can't be written to, or is full.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(plain, temporary, metadata=dict(metadata))
-        temporary.chmod(0o644)  # the library writes for the owner only; storage is shared
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            safetensors.torch.save_file(plain, temporary, metadata=dict(metadata))
+            temporary.chmod(0o644)  # the library writes for the owner only; storage is shared
     except (safetensors.SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path} ({error}): free some space, or choose another folder"
         ) from error

@@ -11,11 +11,12 @@ from typing import Literal
 
 from d3etr.config.arguments import require_choice
 from d3etr.config.tree import Config
+from d3etr.engine.find_run import folder_of
+from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.console import open_display
 from d3etr.launch.driver import Launcher, OpenTracker, RunResult, Status, Tracker, drive
 from d3etr.launch.environment import ensure_lasting, joined_address
-from d3etr.launch.folder import RunFolder, folder_of
 from d3etr.launch.resources import demand_of, ensure_room, this_machine
 from d3etr.launch.task import Task, train
 from d3etr.text import bare_url

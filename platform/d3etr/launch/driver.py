@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from d3etr.config.tree import Config
+from d3etr.engine.find_run import absolute_paths, ensure_same_recipe, prepare
+from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import RunFailedError as RunFailedError
 from d3etr.errors import UserError
 from d3etr.launch.console import Display
-from d3etr.launch.folder import RunFolder, absolute_paths, ensure_same_recipe
 from d3etr.launch.follower import JournalFollower
 from d3etr.launch.lock import RunLock
 from d3etr.launch.signals import terminable
@@ -127,9 +128,9 @@ def drive(
         RunFailedError: training broke.
         RunInterrupted: Ctrl-C or a termination signal.
     """
-    kept = folder.kept_config()
+    kept = folder.read_config()
     if kept is None:
-        folder.prepare(config)
+        prepare(folder, config)
     else:
         ensure_same_recipe(folder, kept, config)
     lock = RunLock(folder.path)

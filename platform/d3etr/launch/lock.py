@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
+from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.signals import held, interrupt
 from d3etr.logs import get_logger
@@ -96,7 +97,7 @@ def _process(pid: int) -> str:
 
 def lock_path(run_dir: Path) -> Path:
     """Where the lock of a run folder is."""
-    return run_dir / "lock"
+    return RunFolder(run_dir).lock
 
 
 def read_owner(path: Path) -> Owner | None:

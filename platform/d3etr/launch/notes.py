@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from d3etr.files import write_text
 from d3etr.text import redacted
-from d3etr.training.storage import write_text
 
 
 @dataclass(frozen=True)

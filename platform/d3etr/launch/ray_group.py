@@ -12,9 +12,9 @@ from pathlib import Path
 import ray.train
 import ray.train.torch
 
+from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import RunFailedError
 from d3etr.launch.driver import Launch
-from d3etr.launch.folder import RunFolder
 from d3etr.launch.interfaces import TorchConfig
 from d3etr.launch.notes import Notes, Reason
 from d3etr.launch.ray_failures import ended

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 
+from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch.driver import Launch
 from d3etr.launch.elastic import train_elastically
@@ -46,7 +47,7 @@ class RayLauncher:
         nodes = cluster_nodes()
         demand = demand_of(cluster, nodes)
         ensure_room(demand, nodes)
-        storage = launch.run_dir / "ray" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        storage = RunFolder(launch.run_dir).ray / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
         storage.mkdir(parents=True)
         group = Group(launch, self.task, demand, storage, Notes(storage))
         if demand.elastic:

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from d3etr.config.tree import Config
+from d3etr.engine.run_folder import CHECKPOINT_PREFIX, RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.fence import Fence
-from d3etr.launch.folder import RunFolder
 from d3etr.launch.lock import lock_path, read_owner
 from d3etr.launch.notes import Notes, Reason
 from d3etr.launch.resources import threads_for
@@ -130,7 +130,8 @@ def _ends_in_order(assignment: Assignment, context: RayContext, error: Exception
 
 
 def _progress(run_dir: Path) -> str:
-    return " ".join(sorted(path.name for path in (run_dir / "checkpoints").glob("step-*")))
+    saved = RunFolder(run_dir).checkpoints.glob(f"{CHECKPOINT_PREFIX}*")
+    return " ".join(sorted(path.name for path in saved))
 
 
 def _ensure_shared_folder(assignment: Assignment) -> None:

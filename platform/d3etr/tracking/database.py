@@ -13,7 +13,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from d3etr.training.storage import clear_disk_errors, sync_folder, temporary_beside
+from d3etr.files import clear_disk_errors, sync_folder, temporary_beside
 
 SCHEME = "sqlite:///"
 

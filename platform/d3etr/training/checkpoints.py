@@ -18,24 +18,24 @@ from typing import IO, Any, cast
 
 import torch
 
+from d3etr.engine.run_folder import CHECKPOINT_PREFIX, WEIGHTS_FILE
 from d3etr.errors import UserError
-from d3etr.logs import get_logger
-from d3etr.training.storage import (
+from d3etr.files import (
     DamagedFileError,
+    atomic_write,
     clear_disk_errors,
     link_or_copy,
     sha256,
-    sync_folder,
     temporary_beside,
 )
+from d3etr.logs import get_logger
 
 logger = get_logger(__name__)
 
 State = dict[str, Any]
 """Tensors, numbers, words, and dicts and lists of them: what ``weights_only`` loads."""
 
-STATE_FILE, WEIGHTS_FILE, MANIFEST = "state.pt", "weights.safetensors", "manifest.json"
-_PREFIX = "step-"
+STATE_FILE, MANIFEST = "state.pt", "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,14 @@ class CheckpointStore:
         Raises:
             UserError: no space left; earlier checkpoints are untouched.
         """
-        target = self.folder / f"{_PREFIX}{step:08d}"
-        temporary = temporary_beside(target)
-        with clear_disk_errors(f"the checkpoint of step {step}", self.folder):
-            try:
-                temporary.mkdir(parents=True)
-                _fill(temporary, step, state, weights)
-                shutil.rmtree(target, ignore_errors=True)  # damaged, or it would not be redone
-                os.replace(temporary, target)
-                sync_folder(self.folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        target = self.folder / f"{CHECKPOINT_PREFIX}{step:08d}"
+        with (
+            clear_disk_errors(f"the checkpoint of step {step}", self.folder),
+            atomic_write(target) as temporary,
+        ):
+            temporary.mkdir(parents=True)
+            _fill(temporary, step, state, weights)
+            shutil.rmtree(target, ignore_errors=True)  # damaged, or it would not be redone
         self._prune()
         return target
 
@@ -112,7 +109,7 @@ class CheckpointStore:
         Raises:
             UserError: no space left.
         """
-        folder = temporary_beside(self.folder / f"{_PREFIX}{step:08d}")
+        folder = temporary_beside(self.folder / f"{CHECKPOINT_PREFIX}{step:08d}")
         with clear_disk_errors(f"the checkpoint of step {step}", self.folder):
             folder.mkdir(parents=True)
             link_or_copy(weights, folder / WEIGHTS_FILE)
@@ -151,7 +148,7 @@ class CheckpointStore:
         Raises:
             UserError: it cannot be seen from here.
         """
-        folder = self.folder / f"{_PREFIX}{step:08d}"
+        folder = self.folder / f"{CHECKPOINT_PREFIX}{step:08d}"
         if not (folder / STATE_FILE).exists():
             raise UserError(
                 f"{folder} was found by the first worker, but this one does not see it: "
@@ -162,13 +159,13 @@ class CheckpointStore:
     def remove_leftovers(self) -> None:
         """Remove what a killed run left half-written."""
         if self.folder.exists():
-            for folder in self.folder.glob(f".{_PREFIX}*.tmp"):
+            for folder in self.folder.glob(f".{CHECKPOINT_PREFIX}*.tmp"):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
         if not self.folder.exists():
             return []
-        return sorted(f for f in self.folder.glob(f"{_PREFIX}*") if f.name[5:].isdigit())
+        return sorted(f for f in self.folder.glob(f"{CHECKPOINT_PREFIX}*") if f.name[5:].isdigit())
 
     def _prune(self) -> None:
         for folder in self._folders()[: -self._keep]:
@@ -200,7 +197,6 @@ def _fill(folder: Path, step: int, state: State, weights: Path | None) -> None:
         json.dump({"step": step, "sha256": sums}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(folder)
 
 
 def _write_state(path: Path, state: State) -> str:
@@ -241,4 +237,4 @@ class _HashingStream:
 
 
 def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix(_PREFIX))
+    return int(folder.name.removeprefix(CHECKPOINT_PREFIX))

@@ -10,13 +10,13 @@ import torch
 
 from d3etr.config.tree import Config
 from d3etr.detectors.weights import WeightsInfo, load_weights, save_weights
+from d3etr.engine.run_folder import RunFolder
 from d3etr.evaluation.evaluator import Evaluation, Evaluator
 from d3etr.evaluation.stability import MatchingStability
+from d3etr.files import clear_disk_errors
 from d3etr.training.assembly import Models, Splits
 from d3etr.training.context import TrainContext
 from d3etr.training.journal import Journal
-from d3etr.training.storage import clear_disk_errors
-from d3etr.training.summary import WEIGHTS_FILE
 
 
 class Examination:
@@ -44,7 +44,7 @@ class Examination:
     ) -> None:
         self._config, self._context, self._models = config, context, models
         self._splits, self._evaluator, self._journal = splits, evaluator, journal
-        self.weights = run_dir / WEIGHTS_FILE
+        self.weights = RunFolder(run_dir).weights
         self.kept: dict[str, Any] | None = None
         """Of the weights in the file: step, epoch, metrics."""
         self.teacher_mAP: float | None = None

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from d3etr.files import atomic_write, clear_disk_errors
 from d3etr.logs import get_logger
 from d3etr.text import redacted
-from d3etr.training.storage import clear_disk_errors, temporary_beside
 
 logger = get_logger(__name__)
 
@@ -83,10 +83,11 @@ class Journal:
             if record is not None and record["step"] <= step
         ]
         if len(kept) < len(lines):
-            temporary = temporary_beside(self.path)
-            with clear_disk_errors("the journal", self.path.parent):
+            with (
+                clear_disk_errors("the journal", self.path.parent),
+                atomic_write(self.path) as temporary,
+            ):
                 temporary.write_bytes(b"".join(kept))
-                os.replace(temporary, self.path)
         if kept:
             lost = _damaged(lines[: lines.index(kept[-1])])
             if lost:

@@ -28,10 +28,10 @@ from d3etr.data.transforms import normalise
 from d3etr.detectors.backbones import Backbone, build_backbone
 from d3etr.detectors.tensor_files import write_tensors
 from d3etr.errors import UserError
+from d3etr.files import clear_disk_errors
 from d3etr.training.crops import MARGIN, Crops, cut_crops
 from d3etr.training.schedule import learning_rate_factor
 from d3etr.training.seeding import derive_seed, seed_generators
-from d3etr.training.storage import clear_disk_errors
 
 _SHIFT, _SCALE = 0.06, 0.15
 """Largest shift (in crop sides) and change of scale of a crop in training."""

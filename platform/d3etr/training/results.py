@@ -16,7 +16,9 @@ from d3etr.config.data import SplitConfig
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.data.coco import parse_split
+from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
+from d3etr.files import read_json
 from d3etr.logs import get_logger
 from d3etr.storage.problems import MissingFileError, UnreachableError
 from d3etr.training.inputs import (
@@ -27,8 +29,6 @@ from d3etr.training.inputs import (
     splits_of,
     weights_of,
 )
-from d3etr.training.storage import read_json
-from d3etr.training.summary import SUMMARY_FILE
 
 logger = get_logger(__name__)
 
@@ -63,7 +63,7 @@ class Inputs:
         Raises:
             UserError: naming what changed.
         """
-        summary = read_json(run_dir / SUMMARY_FILE)
+        summary = read_json(RunFolder(run_dir).summary)
         recorded, stamps = _texts(summary, INPUTS_KEY), _texts(summary, STAMPS_KEY)
         try:
             now = self._differing(config, stamps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,12 @@ import torch
 from torch import Tensor
 
 from d3etr.errors import UserError
+from d3etr.files import (
+    DamagedFileError,
+    atomic_write,
+    clear_disk_errors,
+    link_or_copy,
+)
 from d3etr.training.assembly import Models
 from d3etr.training.checkpoints import STATE_FILE, Checkpoint, CheckpointStore, State
 from d3etr.training.context import TrainContext
@@ -19,12 +24,6 @@ from d3etr.training.examination import Examination
 from d3etr.training.inputs import ensure_same_inputs
 from d3etr.training.optimiser import restore_optimiser
 from d3etr.training.steplog import StepLog, TrainingCost
-from d3etr.training.storage import (
-    DamagedFileError,
-    clear_disk_errors,
-    link_or_copy,
-    temporary_beside,
-)
 
 FORMAT = 1
 _KINDS: dict[str, type | tuple[type, ...]] = {
@@ -139,11 +138,9 @@ def restore_weights(kept: Path | None, target: Path) -> None:
     if kept is None:
         target.unlink(missing_ok=True)
         return
-    temporary = temporary_beside(target)
-    with clear_disk_errors("the student's weights", target.parent):
+    what = "the student's weights"
+    with clear_disk_errors(what, target.parent), atomic_write(target) as temporary:
         link_or_copy(kept, temporary)
-        os.replace(temporary, target)
-        temporary.unlink(missing_ok=True)  # renaming one link onto another of a file does nothing
 
 
 def ensure_usable(checkpoint: Checkpoint, models: Models) -> None:

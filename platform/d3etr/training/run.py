@@ -12,7 +12,9 @@ import torch
 from d3etr.config.tree import Config
 from d3etr.data.allocator import keep_freed_memory
 from d3etr.detectors.build import count_parameters
+from d3etr.engine.run_folder import RunFolder, numbers
 from d3etr.evaluation.evaluator import Evaluator
+from d3etr.files import clear_disk_errors, read_json
 from d3etr.timing import PhaseTimer
 from d3etr.training.assembly import (
     Models,
@@ -34,12 +36,8 @@ from d3etr.training.results import INPUTS_KEY, STAMPS_KEY, Inputs
 from d3etr.training.resume import Progress, find_checkpoint, restore_state
 from d3etr.training.step import TrainingStep
 from d3etr.training.steplog import StepLog
-from d3etr.training.storage import clear_disk_errors, read_json
-from d3etr.training.summary import SUMMARY_FILE, numbers, read_summary, write_summary
 from d3etr.training.teacher import idle_settings, qualify_teacher
 from d3etr.training.teacher_cache import TeacherCache, open_teacher_cache
-
-JOURNAL_FILE, CHECKPOINTS = "journal.jsonl", "checkpoints"
 
 
 def run_training(config: Config, run_dir: Path, context: TrainContext) -> dict[str, float]:
@@ -75,11 +73,11 @@ def run_training(config: Config, run_dir: Path, context: TrainContext) -> dict[s
 
 def _finished(run_dir: Path, context: TrainContext) -> dict[str, float] | None:
     """Metrics of a finished run, None of any other; worker 0 looks, so that all do the same."""
-    found = read_summary(run_dir) if context.rank == 0 else None
+    found = RunFolder(run_dir).read_summary() if context.rank == 0 else None
     there = torch.tensor(int(found is not None), device=context.device)
     if not context.all_reduce(there):
         return None
-    return numbers(found if found is not None else read_json(run_dir / SUMMARY_FILE))
+    return numbers(found if found is not None else read_json(RunFolder(run_dir).summary))
 
 
 class _Run:
@@ -98,9 +96,9 @@ class _Run:
         self.config, self.run_dir, self.context = config, run_dir, context
         self.begun = time.perf_counter()
         self.warnings: list[str] = []
-        self.journal = Journal(run_dir / JOURNAL_FILE, active=context.rank == 0)
+        self.journal = Journal(RunFolder(run_dir).journal, active=context.rank == 0)
         self.store = CheckpointStore(
-            run_dir / CHECKPOINTS, config.run.keep_checkpoints, self.warnings.append
+            RunFolder(run_dir).checkpoints, config.run.keep_checkpoints, self.warnings.append
         )
         self.saver = BackgroundSaver(self.store)
         opened.callback(self.saver.close)
@@ -172,7 +170,7 @@ class _Run:
         summary = self._summary(test) | self._cache_summary()
         if self.context.rank == 0:
             self.journal.write("end", self.progress.step, metrics=numbers(summary))
-            write_summary(self.run_dir, summary)
+            RunFolder(self.run_dir).write_summary(summary)
         return numbers(summary)
 
     def _resume(self) -> Progress:

@@ -15,10 +15,12 @@ from typing import Any
 from ray import tune
 
 from d3etr.config.tree import Config
+from d3etr.engine.find_run import folder_of
+from d3etr.engine.run_folder import RunFolder, is_number
 from d3etr.errors import UserError
+from d3etr.files import atomic_write, link_or_copy, read_json, write_text
 from d3etr.launch.console import Silence
 from d3etr.launch.driver import Launcher, RunResult, drive
-from d3etr.launch.folder import RunFolder, folder_of
 from d3etr.launch.local import LocalLauncher
 from d3etr.launch.lock import RunLock, RunLockedError
 from d3etr.launch.sweeps.plan import Plan
@@ -26,9 +28,6 @@ from d3etr.launch.sweeps.trials import Trial
 from d3etr.training.checkpoints import CheckpointStore
 from d3etr.training.context import SingleProcess
 from d3etr.training.journal import Record, read_journal
-from d3etr.training.run import CHECKPOINTS
-from d3etr.training.storage import link_or_copy, read_json, write_text
-from d3etr.training.summary import is_number, read_summary
 
 LOCK_SECONDS = 60.0
 """After a driver's death its trials go on for some seconds and hold their folders."""
@@ -140,7 +139,7 @@ class Reporter:
             tune.report(told | place, checkpoint=checkpoint)
 
     def _checkpoint(self, scratch: Path) -> tune.Checkpoint:
-        newest = CheckpointStore(self.folder.path / CHECKPOINTS, keep=1).newest()
+        newest = CheckpointStore(self.folder.checkpoints, keep=1).newest()
         assert newest is not None, "the loop saves before it reports"
         for file in newest.folder.iterdir():
             link_or_copy(file, scratch / file.name)
@@ -193,7 +192,7 @@ def _place(number: int, config: Config) -> tuple[Config, RunFolder]:
         run = config.run.model_copy(update={"name": config.run.name + suffix})
         heir = config.model_copy(update={"run": run})
         folder = folder_of(heir)
-        _inherit(Path(given), folder.path / CHECKPOINTS / f"step-{origin['step']:08d}")
+        _inherit(Path(given), folder.checkpoint(origin["step"]))
         return heir, folder
 
 
@@ -201,10 +200,8 @@ def _inherit(source: Path, target: Path) -> None:
     """Copy a checkpoint, unless it was done before; it appears only when it is complete."""
     if target.parent.exists() and any(target.parent.glob("step-*")):
         return
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(ORIGIN))
-    temporary.rename(target)
+    with atomic_write(target) as temporary:
+        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(ORIGIN))
 
 
 def _train(config: Config, folder: RunFolder, reporter: Reporter) -> RunResult:
@@ -227,7 +224,7 @@ def _train(config: Config, folder: RunFolder, reporter: Reporter) -> RunResult:
 
 def _final(run_dir: Path) -> dict[str, Any]:
     """The last report: what the finished run found, at the epoch that it reached."""
-    summary = read_summary(run_dir)
+    summary = RunFolder(run_dir).read_summary()
     if summary is None or not is_number(summary.get("mAP")):
         raise UserError(
             f"{run_dir} has no validation mAP to compare trials by: does the validation split hold "
@@ -243,7 +240,7 @@ def _final(run_dir: Path) -> dict[str, Any]:
 
 def _epochs(run_dir: Path) -> int:
     """That the run reached: as it began, else (a damaged journal) as it was last evaluated."""
-    journal = read_journal(run_dir / "journal.jsonl")
+    journal = read_journal(RunFolder(run_dir).journal)
     for record in journal:
         if record["kind"] == "start" and record.get("steps_per_epoch"):
             return int(-(-record["steps"] // record["steps_per_epoch"]))

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from d3etr.config.load import load_config
 from d3etr.config.tree import Config
+from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.console import Silence
 from d3etr.launch.driver import Status, Tracker
-from d3etr.launch.folder import RunFolder
 from d3etr.launch.follower import JournalFollower
 from d3etr.launch.sweeps.outcome import TrialResult, best, table_metric
 from d3etr.launch.sweeps.plan import Plan

@@ -14,9 +14,10 @@ import ray
 from ray import tune
 
 from d3etr.config.sweep import SweepConfig
+from d3etr.engine.find_run import folder_of
+from d3etr.engine.run_folder import RunFolder, is_number
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch.environment import ensure_lasting, environment, joined_address
-from d3etr.launch.folder import folder_of
 from d3etr.launch.lock import RunLock
 from d3etr.launch.ray_cluster import cluster_nodes, connected
 from d3etr.launch.ray_failures import user_error
@@ -38,7 +39,6 @@ from d3etr.launch.sweeps.waiting import Waiting
 from d3etr.logs import get_logger
 from d3etr.training.inputs import ensure_inputs_answer
 from d3etr.training.results import Inputs
-from d3etr.training.summary import is_number, read_summary
 
 logger = get_logger(__name__)
 
@@ -294,7 +294,7 @@ def collect(plan: Plan, grid: Iterable[tune.Result]) -> list[TrialResult]:
 
 
 def _finished(trial: Trial, run_dir: Path | None, epoch: int | None = None) -> TrialResult | None:
-    summary = read_summary(run_dir)
+    summary = None if run_dir is None else RunFolder(run_dir).read_summary()
     if summary is None:
         return None
     mAP = summary.get("mAP")

@@ -9,10 +9,10 @@ from pathlib import Path
 from d3etr.config.load import to_yaml
 from d3etr.config.sweep import SweepConfig
 from d3etr.config.yaml_text import dump_yaml
-from d3etr.errors import UserError
+from d3etr.engine.find_run import find_folder
+from d3etr.files import write_text
 from d3etr.launch.sweeps.outcome import TrialResult, as_json, best, failures, table
 from d3etr.launch.sweeps.plan import Plan
-from d3etr.training.storage import write_text
 
 SWEEP_FILE, RESULTS_FILE, TABLE_FILE, BEST_FILE = (
     "sweep.yaml",
@@ -65,12 +65,4 @@ def find_sweep(name: str, output: Path) -> Path:
     Raises:
         UserError: none or several fit; the text lists them.
     """
-    given = Path(name)
-    if (given / SWEEP_FILE).is_file():
-        return given.absolute()
-    sweeps = sorted(file.parent for file in output.glob(f"*/{SWEEP_FILE}"))
-    fitting = [sweep for sweep in sweeps if sweep.name.startswith(name)]
-    if len(fitting) != 1:
-        listed = "".join(f"\n  {sweep.name}" for sweep in fitting or sweeps) or " none"
-        raise UserError(f"'{name}' fits {len(fitting)} sweeps in {output}. There are:{listed}")
-    return fitting[0].absolute()
+    return find_folder(name, output, SWEEP_FILE, "sweep")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ray import tune
 
-from d3etr.launch.folder import RunFolder
+from d3etr.engine.run_folder import RunFolder
 from d3etr.training.journal import read_journal
 
 Curve = list[tuple[int, float]]

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from ray.tune import Callback
 from ray.tune.experiment import Trial as TuneTrial
 
+from d3etr.engine.run_folder import RunFolder
 from d3etr.launch.driver import Status
 from d3etr.launch.sweeps.actor import failure_reason
 from d3etr.launch.sweeps.numbers import number_of
@@ -84,7 +85,7 @@ class Observer(Callback):  # type: ignore[misc]
     ) -> None:
         """A trial has come to its end, or was stopped early."""
         run_dir = self._folders.get(trial_of(self._plan, trial).number)
-        finished = run_dir is not None and (run_dir / "summary.json").exists()
+        finished = run_dir is not None and RunFolder(run_dir).summary.exists()
         self._tell(f"{self._count(trial, trials)} {'finished' if finished else 'stopped early'}")
         if run_dir is not None:
             self._end(run_dir, "FINISHED" if finished else "KILLED")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from d3etr.config.sweep import SweepConfig
+from d3etr.engine.run_folder import is_number
 from d3etr.launch.sweeps.trials import Trial
-from d3etr.training.summary import is_number
 
 State = Literal["finished", "pruned", "failed", "unfinished"]
 

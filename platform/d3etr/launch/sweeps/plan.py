@@ -15,13 +15,13 @@ from d3etr.config.overrides import Tree, as_overrides
 from d3etr.config.problems import ConfigError, Problem
 from d3etr.config.sweep import SweepConfig
 from d3etr.config.tree import Config
+from d3etr.engine.find_run import absolute_paths, ensure_same_recipe, holds
+from d3etr.engine.run_folder import SUMMARY_FILE, RunFolder
 from d3etr.errors import UserError
-from d3etr.launch.folder import RunFolder, absolute_paths, ensure_same_recipe
 from d3etr.launch.sweeps.trials import Trial, planned_trials, random_points
 from d3etr.logs import get_logger
 from d3etr.tracking.address import embedded_uri
 from d3etr.training.results import Inputs
-from d3etr.training.summary import SUMMARY_FILE
 
 logger = get_logger(__name__)
 
@@ -124,7 +124,7 @@ class Plan:
         for pattern in (f"*-{digest}*/{SUMMARY_FILE}", f"*/*-{digest}*/{SUMMARY_FILE}"):
             for summary in sorted(self.folder.parent.glob(pattern)):
                 run = RunFolder(summary.parent)
-                if run.result() is not None and run.holds(placed):
+                if run.result() is not None and holds(run, placed):
                     try:
                         inputs.ensure_result_is_of(placed, run.path)
                     except UserError as error:
@@ -140,7 +140,7 @@ class Plan:
             UserError: naming what changed.
         """
         config, run = self.placed(self.config(trial)), RunFolder(run_dir)
-        kept = run.kept_config()
+        kept = run.read_config()
         if kept is not None:
             ensure_same_recipe(run, kept, config)
         if run.result() is not None:

@@ -11,11 +11,11 @@ from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.search_generator import SearchGenerator
 from ray.tune.utils.util import _load_newest_checkpoint
 
+from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.logs import get_logger
 from d3etr.training.results import Inputs
-from d3etr.training.summary import read_summary
 
 logger = get_logger(__name__)
 
@@ -77,7 +77,7 @@ def _without_result(plan: Plan, known: Sequence[tune.Result]) -> list[str]:
         run_dir = Path(metrics["run_dir"])
         trial = plan.trial(result.config or {}, int(Path(result.path).name))
         plan.ensure_result_is_of(trial, run_dir, inputs)
-        if metrics["final"] and read_summary(run_dir) is None:
+        if metrics["final"] and RunFolder(run_dir).read_summary() is None:
             lost.append(run_dir.name)
     return lost
 

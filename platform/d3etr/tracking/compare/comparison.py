@@ -9,12 +9,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from d3etr.config.tree import Config
+from d3etr.engine.run_folder import WEIGHTS_FILE
 from d3etr.errors import UserError
 from d3etr.tracking.compare.equal_time import CLOCKS, at_equal_time
 from d3etr.tracking.compare.folders import FinishedRun, find_folders, read_run
 from d3etr.tracking.compare.labels import distinct_labels
 from d3etr.tracking.description import recipe_name
-from d3etr.training.summary import WEIGHTS_FILE
 
 METRICS = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 COSTS = ("parameters", "images_per_second", *CLOCKS, "steps")

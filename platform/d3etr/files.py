@@ -56,22 +56,38 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary place for a file or a folder that replaces ``path`` once the block ends well.
+
+    It is in the same folder, where a rename is atomic, and survives a power cut where the system
+    can promise that. A folder replaces none: what ``path`` was is to be removed in the block.
+    """
+    temporary = temporary_beside(path)
+    try:
+        yield temporary
+        if temporary.is_dir():
+            sync_folder(temporary)
+        else:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:  # renaming one link onto another of the same file would have left it
+            temporary.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small text file whole or not at all.
 
     Raises:
         UserError: the disk is full or the folder is not writable.
     """
-    temporary = temporary_beside(path)
-    with clear_disk_errors(path.name, path.parent):
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with clear_disk_errors(path.name, path.parent), atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

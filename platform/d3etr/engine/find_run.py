@@ -1,12 +1,11 @@
-"""A run's folder: what it is called, what is in it, how it is found again by name."""
+"""Which folder is a run's: by its configuration, or by its name."""
 
 from __future__ import annotations
 
 import difflib
 import glob
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
@@ -23,116 +22,71 @@ from d3etr.config.load import (
 from d3etr.config.overrides import Tree
 from d3etr.config.problems import ConfigError
 from d3etr.config.tree import Config
+from d3etr.engine.run_folder import CONFIG_FILE, RunFolder
 from d3etr.errors import UserError
-from d3etr.logs import get_logger
-from d3etr.training.storage import clear_disk_errors, write_text
-from d3etr.training.summary import SUMMARY_FILE, WEIGHTS_FILE, numbers, read_summary
-
-logger = get_logger(__name__)
+from d3etr.files import clear_disk_errors, write_text
 
 AnySection = TypeVar("AnySection", bound=Section)
 
-CONFIG_FILE = "config.yaml"
-DIGEST_PATTERN = "-[0-9a-f]{8}(-[0-9]+)?"
+DIGEST_PATTERN = "-[0-9a-f]{8,}(-[0-9]+)?"
 """What follows a run's name in its folder's."""
 SHOWN_RUNS = 10
-"""So many runs are listed where a name does not fit one."""
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """The paths in a run's folder."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration, with absolute paths."""
-        return self.path / CONFIG_FILE
-
-    @property
-    def journal(self) -> Path:
-        """The journal that rank 0 writes."""
-        return self.path / "journal.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        """The final metrics; there once the run is finished."""
-        return self.path / SUMMARY_FILE
-
-    @property
-    def weights(self) -> Path:
-        """The trained student."""
-        return self.path / WEIGHTS_FILE
-
-    def result(self) -> dict[str, float] | None:
-        """Final metrics of a finished run, None of any other; see ``read_summary``."""
-        summary = read_summary(self.path)
-        return None if summary is None else numbers(summary)
-
-    def kept_config(self) -> Config | None:
-        """What the run was begun with; None where there is no run.
-
-        None also, with a warning, where the file is damaged.
-        """
-        if not self.config.exists():
-            return None
-        try:
-            return load_config(self.config)
-        except ConfigError as error:
-            logger.warning("%s; its run counts as the one that its name says", error)
-            return None
-
-    def holds(self, config: Config) -> bool:
-        """Whether the run was begun with this configuration, as far as results go."""
-        kept = self.kept_config()
-        return kept is not None and _same(kept, config)
-
-    def prepare(self, config: Config) -> None:
-        """Make the folder and keep the configuration in it.
-
-        Raises:
-            UserError: the folder cannot be written to.
-        """
-        try:
-            with clear_disk_errors("the run's folder", self.path.parent):
-                self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"the run's folder {self.path} cannot be made: {error.strerror}. "
-                "Choose another place with run.output."
-            ) from error
-        write_text(self.config, to_yaml(absolute_paths(config)))
+"""So many folders are listed where a name does not fit one."""
 
 
 def folder_of(config: Config) -> RunFolder:
-    """The folder of a configuration's run: the one that it was begun in, or a new one.
+    """The folder of a configuration's run: the one that it was started in, or a new one.
 
     Its name holds a digest that leaves defaults out. Whose run it is, the configuration in it
-    says, which has every value: to another version of d3etr defaults may be others, and keys may
-    have other names. A key that has been added since has its default.
+    decides, which has every value: another version of d3etr may have other defaults, other names
+    of keys and another digest. A key that was added since has its default.
     """
     name = f"{config.run.name}-{config_digest(config)}"
     first = RunFolder((config.run.output / name).absolute())
-    kept = first.kept_config()
+    kept = first.read_config()
     # Other places with the same content are the same run, and other content is noticed.
     if kept is not None and config_digest(_placeless(kept)) == config_digest(_placeless(config)):
         return first
     for run in _runs_called(config.run.name, first.path.parent):
-        if run != first and run.holds(config):
+        other = run.read_config() if run != first else None
+        if other is not None and other.run.name == config.run.name and _same(other, config):
             return run
     return first if kept is None else _next_free(first)
 
 
 def _runs_called(name: str, output: Path) -> list[RunFolder]:
-    begun = output.glob(f"{glob.escape(name)}-*/{CONFIG_FILE}")
+    started = output.glob(f"{glob.escape(name)}-*/{CONFIG_FILE}")
     pattern = re.compile(re.escape(name) + DIGEST_PATTERN)
-    return [RunFolder(file.parent) for file in sorted(begun) if pattern.fullmatch(file.parent.name)]
+    folders = sorted(file.parent for file in started)
+    return [RunFolder(folder) for folder in folders if pattern.fullmatch(folder.name)]
 
 
 def _next_free(first: RunFolder) -> RunFolder:
     numbered = (RunFolder(first.path.with_name(f"{first.path.name}-{n}")) for n in count(2))
     return next(folder for folder in numbered if not folder.config.exists())
+
+
+def holds(folder: RunFolder, config: Config) -> bool:
+    """Whether a run was started with this configuration, as far as results go."""
+    kept = folder.read_config()
+    return kept is not None and _same(kept, config)
+
+
+def prepare(folder: RunFolder, config: Config) -> None:
+    """Make a run's folder and keep the configuration in it.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    try:
+        with clear_disk_errors("the run's folder", folder.path.parent):
+            folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the run's folder {folder.path} cannot be made: {error.strerror}. "
+            "Choose another place with run.output."
+        ) from error
+    write_text(folder.config, to_yaml(absolute_paths(config)))
 
 
 def absolute_paths(config: Config, root: Path | None = None) -> Config:
@@ -167,34 +121,49 @@ def find_run(name: str, output: Path) -> RunFolder:
     Raises:
         UserError: no run or several runs fit; the text lists them.
     """
-    given = Path(name)
-    if (given / CONFIG_FILE).is_file():
-        return RunFolder(given.absolute())
-    runs = sorted(file.parent for file in output.glob(f"*/{CONFIG_FILE}"))
-    fitting = [run for run in runs if run.name == name] or [
-        run for run in runs if run.name.startswith(name)
-    ]
+    return RunFolder(find_folder(name, output, CONFIG_FILE, "run"))
+
+
+def find_folder(name: str, output: Path, marker: str, kind: str) -> Path:
+    """The one folder that is called ``name``, absolute.
+
+    Args:
+        name: a path, or the beginning of the folder's name in ``output``.
+        output: the folder that holds them.
+        marker: the file that every such folder has.
+        kind: what error texts call it: ``run``, ``sweep``.
+
+    Raises:
+        UserError: none or several fit; the text lists them.
+    """
+    if (Path(name) / marker).is_file():
+        return Path(name).absolute()
+    known = sorted(file.parent for file in output.glob(f"*/{marker}"))
+    fitting = with_prefix(name, known)
     if len(fitting) == 1:
-        return RunFolder(fitting[0].absolute())
-    raise UserError(_not_one(name, output, fitting, runs))
-
-
-def _not_one(name: str, output: Path, fitting: list[Path], runs: list[Path]) -> str:
+        return fitting[0].absolute()
     if fitting:
-        return f"'{name}' fits {len(fitting)} runs in {output}; say which:{_listed(fitting)}"
-    if not runs:
-        return (
-            f"no run '{name}': there are no runs in {output.absolute()}. "
+        listed = _listed(fitting)
+        raise UserError(f"'{name}' fits {len(fitting)} {kind}s in {output}; say which:{listed}")
+    if not known:
+        raise UserError(
+            f"no {kind} '{name}': there are no {kind}s in {output.absolute()}. "
             "Point --set run.output=FOLDER at the folder that holds it."
         )
-    close = difflib.get_close_matches(name, [run.name for run in runs], n=3, cutoff=0.4)
-    shown = [output / match for match in close] or runs
-    return f"no run '{name}' in {output}. There are:{_listed(shown)}"
+    close = difflib.get_close_matches(name, [folder.name for folder in known], n=3, cutoff=0.4)
+    shown = [output / match for match in close] or known
+    raise UserError(f"no {kind} '{name}' in {output}. There are:{_listed(shown)}")
 
 
-def _listed(runs: list[Path]) -> str:
-    names = [f"\n  {run.name}" for run in runs[:SHOWN_RUNS]]
-    more = len(runs) - len(names)
+def with_prefix(name: str, folders: Sequence[Path]) -> list[Path]:
+    """The folder of that name, else all whose names begin with it."""
+    exact = [folder for folder in folders if folder.name == name]
+    return exact or [folder for folder in folders if folder.name.startswith(name)]
+
+
+def _listed(folders: Sequence[Path]) -> str:
+    names = [f"\n  {folder.name}" for folder in folders[:SHOWN_RUNS]]
+    more = len(folders) - len(names)
     return "".join(names) + (f"\n  and {more} more" if more > 0 else "")
 
 

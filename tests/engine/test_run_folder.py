@@ -2,24 +2,40 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_recipe import tiny_recipe
 
 from d3etr.config.load import load_config
 from d3etr.config.tree import Config
-from d3etr.errors import UserError
-from d3etr.launch.folder import (
-    RunFolder,
+from d3etr.engine.find_run import (
     absolute_paths,
     find_run,
     folder_of,
+    prepare,
     resumed_config,
 )
+from d3etr.engine.run_folder import RunFolder
+from d3etr.errors import UserError
+from d3etr.files import atomic_write
 
 MakeConfig = Callable[..., Config]
 
 
+@pytest.fixture
+def make_config(tmp_path: Path) -> MakeConfig:
+    """The tiny recipe with its runs in this test's folder, and overrides on top."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(tiny_recipe())
+
+    def make(*overrides: str) -> Config:
+        places = (f"run.output={tmp_path / 'runs'}", f"data.digit_scenes.root={tmp_path}")
+        return load_config(file, [*places, *overrides])
+
+    return make
+
+
 def make_run(config: Config) -> RunFolder:
     folder = folder_of(config)
-    folder.prepare(config)
+    prepare(folder, config)
     return folder
 
 
@@ -97,3 +113,56 @@ def test_a_run_is_finished_when_it_has_a_summary_and_weights(make_config: MakeCo
     assert folder.result() is None
     folder.weights.touch()
     assert folder.result() == {"mAP": 0.5}
+
+
+def renamed(folder: RunFolder, name: str) -> RunFolder:
+    """The run's folder under the name that another version would have given it."""
+    return RunFolder(folder.path.rename(folder.path.with_name(name)))
+
+
+@pytest.mark.parametrize("name", ["tiny-01234567", "tiny-0123456789abcdef", "tiny-01234567-2"])
+def test_another_digest_of_the_same_configuration_names_its_folder(
+    make_config: MakeConfig, name: str
+) -> None:
+    older = renamed(make_run(make_config()), name)
+    assert folder_of(make_config()) == older
+    assert folder_of(make_config("cluster.workers=2")) == older, "results are the same"
+    assert folder_of(make_config("run.seed=1")) != older
+    own = make_run(make_config("run.seed=1"))
+    assert folder_of(make_config()) == older != own
+
+
+def test_a_folder_without_the_configuration_is_not_taken_for_the_runs(
+    make_config: MakeConfig,
+) -> None:
+    older = renamed(make_run(make_config()), "tiny-01234567")
+    kept = older.config.read_text()
+    for changed in (
+        kept.replace("seed: 0", "seed: 7"),  # other results
+        kept.replace("name: tiny", "name: tiny-other"),  # a run whose name begins alike
+        "run: [",
+    ):
+        assert changed != kept
+        older.config.write_text(changed)
+        assert folder_of(make_config()) != older
+    other = renamed(older, "tiny-other")
+    other.config.write_text(kept)
+    assert folder_of(make_config()) != other, "not a digest"
+
+
+def test_what_is_written_is_whole_or_not_there(tmp_path: Path) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("before")
+    for target in (file, folder):
+        with pytest.raises(ZeroDivisionError), atomic_write(target) as temporary:
+            (temporary.write_text("half") if target is file else temporary.mkdir())
+            raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "before"
+    with atomic_write(file) as temporary:
+        temporary.write_text("after")
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "part").touch()
+    assert file.read_text() == "after" and (folder / "part").exists()
+    assert len(list(tmp_path.iterdir())) == 2

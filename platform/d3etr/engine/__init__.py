@@ -1,0 +1,1 @@
+"""What training needs around its steps: the run's folder."""

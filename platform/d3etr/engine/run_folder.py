@@ -1,0 +1,148 @@
+"""A run's folder: the one place that names the files in it.
+
+It is called NAME-DIGEST, with a digest of the configuration (see ``find_run``), and holds the
+resolved configuration, the journal that rank 0 writes, checkpoints, and, once the run is
+finished, the student's weights and a summary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from d3etr.config.load import load_config
+from d3etr.config.problems import ConfigError
+from d3etr.config.tree import Config
+from d3etr.files import DamagedFileError, read_json, write_text
+from d3etr.logs import get_logger
+
+logger = get_logger(__name__)
+
+CONFIG_FILE, JOURNAL_FILE = "config.yaml", "journal.jsonl"
+SUMMARY_FILE, WEIGHTS_FILE = "summary.json", "weights.safetensors"
+CHECKPOINT_PREFIX = "step-"
+WEIGHTS_KEY = "weights"
+"""Where a summary keeps the bytes of the weights file."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths in a run's folder, and what the small files among them hold."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, with absolute paths."""
+        return self.path / CONFIG_FILE
+
+    @property
+    def journal(self) -> Path:
+        """The journal that rank 0 writes."""
+        return self.path / JOURNAL_FILE
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints; each is a folder ``step-00000750``."""
+        return self.path / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        """The final metrics; there once the run is finished."""
+        return self.path / SUMMARY_FILE
+
+    @property
+    def weights(self) -> Path:
+        """The trained student."""
+        return self.path / WEIGHTS_FILE
+
+    @property
+    def lock(self) -> Path:
+        """Names the process that writes to the folder; see ``d3etr.launch.lock``."""
+        return self.path / "lock"
+
+    @property
+    def ray(self) -> Path:
+        """What Ray and our workers write while they train; a folder for each launch."""
+        return self.path / "ray"
+
+    @property
+    def mlflow_run(self) -> Path:
+        """Which MLflow run the folder belongs to, and what was sent to it."""
+        return self.path / "mlflow_run.json"
+
+    @property
+    def figures(self) -> Path:
+        """The folder of pictures that were drawn for MLflow."""
+        return self.path / "figures"
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after ``step`` optimiser steps."""
+        return self.checkpoints / f"{CHECKPOINT_PREFIX}{step:08d}"
+
+    def read_config(self) -> Config | None:
+        """What the run was started with; None where there is no run.
+
+        None also, with a warning, where the file is damaged.
+        """
+        if not self.config.exists():
+            return None
+        try:
+            return load_config(self.config)
+        except ConfigError as error:
+            logger.warning("%s; its run counts as the one that its name says", error)
+            return None
+
+    def result(self) -> dict[str, float] | None:
+        """Final metrics of a finished run, None of any other; see ``read_summary``."""
+        summary = self.read_summary()
+        return None if summary is None else numbers(summary)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run, None of any other.
+
+        Where the summary or the weights are damaged, a warning names the file: such a run counts
+        as one that is not finished, so that it is resumed from its newest checkpoint.
+        """
+        if not self.weights.exists():
+            return None
+        try:
+            summary = read_json(self.summary)
+            self._ensure_whole_weights(summary)
+        except FileNotFoundError:
+            return None
+        except DamagedFileError as error:
+            logger.warning("%s; the run counts as not finished", error)
+            return None
+        return summary
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Mark the run as finished; its weights must be there.
+
+        Raises:
+            UserError: no space left, or not allowed.
+        """
+        content = {**summary, WEIGHTS_KEY: {"bytes": self.weights.stat().st_size}}
+        write_text(self.summary, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def _ensure_whole_weights(self, summary: Mapping[str, Any]) -> None:
+        noted = summary.get(WEIGHTS_KEY)
+        if not isinstance(noted, dict):  # written before sizes were noted
+            return
+        found = self.weights.stat().st_size
+        if found != noted.get("bytes"):
+            expected = f"{found} bytes, expected the {noted.get('bytes')} that {SUMMARY_FILE} notes"
+            raise DamagedFileError(f"{self.weights} is damaged ({expected})")
+
+
+def numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a summary; whole ones stay whole."""
+    return {name: value for name, value in summary.items() if is_number(value)}
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of JSON is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
