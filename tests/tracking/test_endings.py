@@ -12,7 +12,6 @@ import pytest
 from mlflow.entities import Run
 from mlflow.store.tracking.dbmodels.models import SqlDataset
 from mlflow.tracking import MlflowClient
-from tracked_folders import journal_records
 
 from d3etr.config.tree import Config
 from d3etr.tracking.runs import Tracker, open_tracker, replay
@@ -42,8 +41,6 @@ def test_a_run_without_an_artifact_store_is_finished_and_says_what_is_missing(
     in_the_way = config.run.output / "mlartifacts"
     in_the_way.write_text("no folder can be made here")
     tracker = open_tracker(config, run_dir)
-    for record in journal_records(20):
-        tracker.consume(record)
     missing = tracker.finish("FINISHED")
     assert missing is not None and f"python -m d3etr.tracking {run_dir}" in missing
     run = run_of(config, tracker)
@@ -69,7 +66,7 @@ def fails(*arguments: object, **keywords: object) -> None:
     [
         ("mlflow.tracking.MlflowClient.log_inputs", "data set"),
         ("d3etr.tracking.figures.collect.draw_figures", "figures"),
-        ("d3etr.tracking.artifacts.register", "registered model"),
+        ("d3etr.tracking.results.register", "registered model"),
     ],
 )
 def test_what_cannot_be_sent_costs_nothing_else_and_is_sent_later(

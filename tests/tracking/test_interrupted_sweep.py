@@ -58,7 +58,7 @@ def test_what_a_dead_driver_was_sending_is_sent_and_the_best_registered(
         raise SystemExit  # nothing after it happens, as after SIGKILL
 
     with monkeypatch.context() as patched:
-        patched.setattr("d3etr.tracking.runs.close_run", die)
+        patched.setattr("d3etr.tracking.open_run.OpenRun.close", die)
         first = SweepTracking(plan)
         for result, title in zip(results, titles, strict=True):
             assert result.run_dir is not None

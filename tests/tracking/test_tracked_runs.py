@@ -20,6 +20,7 @@ from d3etr.errors import UserError
 from d3etr.tracking.description import teacher_tags
 from d3etr.tracking.runs import open_tracker, replay
 from d3etr.tracking.state import read_state
+from d3etr.training.journal import Journal
 
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[..., Path]
@@ -48,8 +49,6 @@ def test_a_finished_run_has_metrics_params_tags_files_and_a_model(
     config = make_config(seed=3, tracking={"register_as": "tiny-student"})
     run_dir = make_run(config)
     tracker = open_tracker(config, run_dir)
-    for record in journal_records(20):
-        tracker.consume(record)
     assert tracker.finish("FINISHED") is None
     run = run_of(config, run_dir)
     assert run.info.status == "FINISHED"
@@ -79,25 +78,52 @@ def test_going_on_and_replaying_makes_no_duplicates(
 ) -> None:
     config = make_config()
     run_dir = make_run(config, finished=False)
-    first = open_tracker(config, run_dir)
     write_journal(run_dir, journal_records(15))
-    for record in journal_records(15):
-        first.consume(record)
+    first = open_tracker(config, run_dir)
     assert first.finish("KILLED") is None
     assert run_of(config, run_dir).info.status == "KILLED"
-    # Training went back to step 10 and on to the end; the follower repeats everything.
-    records = [record | {"time": 2e9} for record in journal_records(20)]
-    write_journal(run_dir, records)
+    # Training went back to step 10 and on to the end; the journal is sent from its beginning.
+    write_journal(run_dir, [record | {"time": 2e9} for record in journal_records(20)])
     second = open_tracker(config, run_dir)
     assert second.run_id == first.run_id
     assert run_of(config, run_dir).info.status == "RUNNING"
-    for record in [*records, *records]:
-        second.consume(record)
     assert second.finish("FINISHED") is None
     assert replay(run_dir) is None
     assert steps_of(config, run_dir, "train/loss") == [5, 10, 15, 20]
     assert steps_of(config, run_dir, "val/mAP") == [10, 20]
     assert len(client_of(config).search_runs(["1"])) == 1
+
+
+def test_no_step_is_sent_twice_when_a_resume_cuts_the_journal_back(
+    make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    config = make_config()
+    run_dir = make_run(config, finished=False)
+    journal = Journal(run_dir / "journal.jsonl")
+    journal.cut_back(-1)
+    tracker = open_tracker(config, run_dir)
+    for first, last in ((1, 6), (5, 9)):
+        journal.cut_back(first - 1)
+        for step in range(first, last + 1):
+            journal.write("step", step, metrics={"train/loss": 1 / step})
+        deadline = time.monotonic() + 60
+        while last not in steps_of(config, run_dir, "train/loss"):
+            assert time.monotonic() < deadline, "the journal is not followed"
+            time.sleep(0.05)
+    assert tracker.finish("FINISHED") is None
+    assert steps_of(config, run_dir, "train/loss") == list(range(1, 10))
+
+
+def test_metrics_have_the_digits_that_a_person_reads(
+    make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    config = make_config()
+    run_dir = make_run(config, finished=False)
+    values = {"val/mAP": 0.432178943, "optimiser/learning_rate": 1.23456e-5, "epoch": 123456}
+    write_journal(run_dir, [{"kind": "evaluation", "step": 20, "time": 1e9, "metrics": values}])
+    assert open_tracker(config, run_dir).finish("FINISHED") is None
+    expected = {"val/mAP": 0.4322, "optimiser/learning_rate": 1.235e-5, "epoch": 123456}
+    assert run_of(config, run_dir).data.metrics == expected
 
 
 def test_a_lost_state_write_makes_no_duplicates(make_config: MakeConfig, make_run: MakeRun) -> None:
@@ -181,6 +207,7 @@ def test_the_last_record_adds_the_test_split_and_the_kept_weights_results(
     assert open_tracker(config, run_dir).finish("FINISHED") is None
     metrics = run_of(config, run_dir).data.metrics
     assert metrics["final/mAP"] == 0.3 and metrics["test/mAP"] == 0.28
+    assert metrics["model/parameters"] == 1000
     assert metrics["train/loss"] == 0.5 and "final/seed" not in metrics
 
 
@@ -215,14 +242,14 @@ def test_every_class_has_a_metric_of_its_own_that_names_it(
 ) -> None:
     config = make_config()
     run_dir = make_run(config, finished=False)
-    sent = {f"val/AP/{name}": place / 64 for place, name in enumerate(ODD_CLASSES)}
+    sent = {f"val/AP/{name}": place / 100 for place, name in enumerate(ODD_CLASSES)}
     record = {"kind": "evaluation", "step": 20, "time": 1e9, "metrics": sent | {"val/mAP": 0.5}}
     write_journal(run_dir, [record])
     assert open_tracker(config, run_dir).finish("FINISHED") is None
     found = run_of(config, run_dir).data.metrics
     assert found.pop("val/mAP") == 0.5
     assert sorted(found.values()) == sorted(sent.values())
-    assert found["val/AP/a:2f:b"] == 1 / 64 and found["val/AP/a_b"] == 2 / 64
+    assert found["val/AP/a:2f:b"] == 1 / 100 and found["val/AP/a_b"] == 2 / 100
     names = {class_of(name.removeprefix("val/AP/")): value for name, value in found.items()}
     short = [name for name in ODD_CLASSES if len(name) < 100]
     assert {name: names.get(name) for name in short} == {n: sent[f"val/AP/{n}"] for n in short}

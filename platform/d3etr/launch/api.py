@@ -23,7 +23,6 @@ from d3etr.text import bare_url
 from d3etr.tracking.state import read_state
 from d3etr.training.beginning import judge_beginning
 from d3etr.training.inputs import ensure_inputs_answer
-from d3etr.training.journal import Record
 
 LauncherName = Literal["ray", "local", "torchrun"]
 LAUNCHERS: tuple[LauncherName, ...] = ("ray", "local", "torchrun")
@@ -146,9 +145,6 @@ class Told:
     """Stands for a tracked run that has everything."""
 
     run_id: str
-
-    def consume(self, record: Record) -> None:
-        """Nothing is new."""
 
     def finish(
         self, status: Status, stage: Callable[[str], None] = lambda text: None

@@ -22,7 +22,6 @@ from d3etr.launch.follower import JournalFollower
 from d3etr.launch.lock import RunLock
 from d3etr.launch.signals import terminable
 from d3etr.logs import get_logger
-from d3etr.training.journal import Record
 from d3etr.training.results import Inputs
 
 logger = get_logger(__name__)
@@ -31,15 +30,11 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Tracker(Protocol):
-    """Takes the journal's records somewhere where runs are compared."""
+    """Follows the journal and takes it somewhere where runs are compared."""
 
     @property
     def run_id(self) -> str:
         """Id of the tracked run."""
-        ...
-
-    def consume(self, record: Record) -> None:
-        """Take one record."""
         ...
 
     def finish(self, status: Status, stage: Callable[[str], None] = ...) -> str | None:
@@ -174,7 +169,7 @@ def _locked_run(
 def _train(
     train: Callable[[], None], folder: RunFolder, display: Display, tracker: Tracker | None
 ) -> None:
-    follower = JournalFollower(folder.journal, display, tracker)
+    follower = JournalFollower(folder.journal, display)
     follower.start()
     status: Status = "FAILED"
     try:

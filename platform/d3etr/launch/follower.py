@@ -1,7 +1,7 @@
-"""Follow a run's journal from the driver and pass its records on.
+"""Follow a run's journal from the driver and show its records.
 
-Training writes the journal and knows nobody who reads it: what happens here (a broken terminal,
-a tracking server that is down) never reaches a training step.
+Training writes the journal and knows nobody who reads it: what happens here (a broken terminal)
+never reaches a training step. Tracking follows the same file with a reader of its own.
 """
 
 from __future__ import annotations
@@ -26,66 +26,20 @@ class Consumer(Protocol):
         ...
 
 
-class OnceOnly:
-    """Passes records on, but no step of a kind a second time.
-
-    After a failure, training goes on from its last checkpoint and repeats steps that were
-    already passed on; with the same seed they are the same numbers.
-    """
-
-    def __init__(self, consumer: Consumer) -> None:
-        self._consumer = consumer
-        self._newest: dict[str, int] = {}
-
-    def consume(self, record: Record) -> None:
-        """Pass ``record`` on unless metrics of its kind and step were seen before."""
-        if "metrics" in record:
-            kind, step = str(record["kind"]), int(record["step"])
-            if step <= self._newest.get(kind, -1):
-                return
-            self._newest[kind] = step
-        self._consumer.consume(record)
-
-
-class Guarded:
-    """Passes records on; the first exception of the consumer becomes a warning."""
-
-    def __init__(self, consumer: Consumer, name: str) -> None:
-        self._consumer = consumer
-        self._name = name
-        self._warned = False
-
-    def consume(self, record: Record) -> None:
-        """Pass ``record`` on."""
-        try:
-            self._consumer.consume(record)
-        except Exception as error:
-            if not self._warned:
-                logger.warning(
-                    "%s failed and misses records; training is not affected: %r", self._name, error
-                )
-            self._warned = True
-
-
 class JournalFollower:
-    """A thread that feeds ``console`` and ``tracker`` from a run's journal.
+    """A thread that feeds a display with what is written to a run's journal after ``start``."""
 
-    The tracker gets the whole journal, each step once. The console gets what is written after
-    ``start``.
-    """
-
-    def __init__(self, journal: Path, console: Consumer, tracker: Consumer | None) -> None:
+    def __init__(self, journal: Path, display: Consumer) -> None:
         self._journal, self._reader = journal, JournalReader(journal)
-        self._console = Guarded(console, "the progress display")
-        self._tracker = Guarded(OnceOnly(tracker), "tracking") if tracker is not None else None
+        self._display, self._warned = display, False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="journal", daemon=True)
 
     def start(self) -> None:
         """Begin to follow."""
         try:
-            for record in self._reader.new_records():
-                self._track(record)
+            for _ in self._reader.new_records():
+                pass
         except OSError as error:
             logger.warning("cannot read %s: %s", self._journal, error)
         self._thread.start()
@@ -103,13 +57,19 @@ class JournalFollower:
         """Follow until stopped; False if the storage failed and reading must begin again."""
         try:
             for record in follow_journal(self._reader, self._stop.is_set, POLL_SECONDS):
-                self._console.consume(record)
-                self._track(record)
+                self._show(record)
         except OSError as error:
             logger.warning("cannot read %s: %s", self._journal, error)
             return self._stop.is_set()
         return True
 
-    def _track(self, record: Record) -> None:
-        if self._tracker is not None:
-            self._tracker.consume(record)
+    def _show(self, record: Record) -> None:
+        try:
+            self._display.consume(record)
+        except Exception as error:
+            if not self._warned:
+                logger.warning(
+                    "the progress display failed and misses records; training is not affected: %r",
+                    error,
+                )
+            self._warned = True

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from d3etr.config.tree import Config
@@ -18,22 +18,21 @@ from d3etr.text import bare_url
 from d3etr.tracking.address import how_to_open
 from d3etr.tracking.importance import importance
 from d3etr.tracking.model import register
-from d3etr.tracking.server import (
-    UPLOAD_TIMEOUT_SECONDS,
-    artifact_folder,
-    connect,
-    open_experiment,
-    patience,
-    tracking_uri,
-)
-from d3etr.tracking.state import RunState, read_state, write_state
-from d3etr.tracking.steps import Status, close_run, listed, settled
+from d3etr.tracking.open_run import Description, Status, open_run, settled
+from d3etr.tracking.server import UPLOAD_TIMEOUT_SECONDS, patience
+from d3etr.tracking.state import read_state
 from d3etr.tracking.views import share, sweep_view
 
 logger = get_logger(__name__)
 
 NOTE = "mlflow.note.content"
-COLOUR = "#009e73"
+TAGS = {
+    "role": "sweep",
+    "title": "sweep",
+    "mlflow.runColor": "#009e73",
+    "mlflow.source.name": "sweeps/run.py",
+    "mlflow.source.type": "LOCAL",
+}
 DEFAULT_MODEL = "d3etr-student"
 """The best student is registered under this name, where ``tracking.register_as`` gives none."""
 
@@ -81,25 +80,22 @@ class SweepRun:
         params: Mapping[str, str],
         keys: Sequence[str] = (),
     ) -> None:
-        self._config, self._folder, self._title, self._keys = config, folder, title, keys
-        self._uri = tracking_uri(config)
-        self._client = connect(self._uri)
+        self._config, self._folder, self._title = config, folder, title
+        description = Description(f"sweep · {folder.name}", TAGS.copy, params)
+        self._run = open_run(config, folder, description)
+        self._client, self.run_id = self._run.client, self._run.run_id
+        view = sweep_view(self.run_id, keys)
         try:
             with patience():
-                self._state = self._known() or self._create(params)
-                self._page = self._share()
+                self._page = share(self._client, self._run.state.experiment_id, view)
+                self._describe()
         except MlflowException as error:
-            place = bare_url(self._uri)
+            place = bare_url(self._run.uri)
             raise UserError(f"MLflow at {place} refuses the sweep: {error}") from error
-
-    @property
-    def run_id(self) -> str:
-        """Id of the parent run."""
-        return self._state.run_id
 
     def how_to_open(self) -> list[str]:
         """What a person types and opens to see the trials, best first."""
-        return how_to_open(self._uri, self._page)
+        return how_to_open(self._run.uri, self._page)
 
     def finish(
         self,
@@ -110,7 +106,7 @@ class SweepRun:
         keys: Sequence[str],
         baseline: str | None = None,
     ) -> str | None:
-        """Close the sweep's run and log what it found; a failure is told, not raised.
+        """Close the sweep's run and log what it found; a failure is returned, not raised.
 
         Args:
             status: how it ended.
@@ -128,21 +124,21 @@ class SweepRun:
             "figures": partial(self._send_figures, trials, keys, baseline),
         }
         steps |= {file.name: partial(self._send, file) for file in files if file.exists()}
-        missing = close_run(self._client, self.run_id, status, lambda: steps)
-        if not missing:
+        lacks = self._run.close(status, lambda: steps)
+        if lacks is None:
             return None
         return (
-            f"MLflow at {bare_url(self._uri)} lacks of the sweep: {listed(missing)}. "
+            f"MLflow at {bare_url(self._run.uri)} lacks of the sweep: {lacks}. "
             f"Everything is kept in {self._folder}: the same command sends it again"
         )
 
     def stopped(self, status: Status) -> None:
-        """Say that the sweep stopped before its end; never raises."""
+        """Record that the sweep stopped before its end; never raises."""
         try:
             with patience():
                 self._client.set_terminated(self.run_id, status)
         except Exception as error:
-            logger.warning("MLflow was not told that the sweep was stopped: %s", error)
+            logger.warning("MLflow does not know that the sweep was stopped: %s", error)
 
     def register_best(self, best: Swept) -> None:
         """Register the best student's model; it becomes champion if it beats the one that is."""
@@ -155,44 +151,13 @@ class SweepRun:
         with patience(UPLOAD_TIMEOUT_SECONDS, retries=1):
             digest = self._client.get_run(state.run_id).data.tags.get("data_digest", "")
             chosen = (state.model_uri, state.run_id, best.mAP, digest)
-            settled(partial(register, self._uri, DEFAULT_MODEL, *chosen))
+            settled(partial(register, self._run.uri, DEFAULT_MODEL, *chosen))
 
-    def _known(self) -> RunState | None:
-        state = read_state(self._folder)
-        if state is None or state.tracking_uri != bare_url(self._uri):
-            return None
-        try:
-            self._client.update_run(state.run_id, status="RUNNING")
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
-        return state
-
-    def _share(self) -> str:
-        """The page with the sweep's trials; the parent's description leads there."""
-        view = sweep_view(self.run_id, self._keys)
-        page = share(self._client, self._state.experiment_id, view)
-        self._client.set_tag(self.run_id, NOTE, f"**{self._title}**\n\n{_link(page)}")
-        return page
-
-    def _create(self, params: Mapping[str, str]) -> RunState:
-        tracking = self._config.tracking
-        place = artifact_folder(self._config, self._uri)
-        experiment = open_experiment(self._client, tracking.experiment, place)
-        tags = {"role": "sweep", "title": "sweep", "mlflow.runColor": COLOUR}
-        tags |= {"mlflow.source.name": "sweeps/run.py", "mlflow.source.type": "LOCAL"}
-        name = f"sweep · {self._folder.name}"
-        run = self._client.create_run(experiment, tags=tags, run_name=name)
-        given = [Param(key, value) for key, value in params.items()]
-        self._client.log_batch(run.info.run_id, params=given)
-        state = RunState(
-            tracking_uri=bare_url(self._uri),
-            experiment_id=experiment,
-            run_id=run.info.run_id,
-        )
-        write_state(self._folder, state)
-        return state
+    def _describe(self, found: str = "") -> None:
+        """The parent's description, which leads to the page with the sweep's trials."""
+        link = f"[The trials, best first, with charts]({self._page})"
+        parts = [f"**{self._title}**", found, link]
+        self._client.set_tag(self.run_id, NOTE, "\n\n".join(filter(None, parts)))
 
     def _log_metrics(self, trials: Sequence[Swept]) -> None:
         metrics = {"trials/finished": float(len(trials))}
@@ -208,8 +173,7 @@ class SweepRun:
         best = max(trials, key=lambda trial: trial.mAP)
         self._client.set_tag(self.run_id, "best", best.title)
         found = f"Best of {len(trials)}: {best.title}, {100 * best.mAP:.1f} mAP on validation."
-        note = f"**{self._title}**\n\n{found}\n\n{_link(self._page)}"
-        self._client.set_tag(self.run_id, NOTE, note)
+        self._describe(found)
 
     def _send(self, file: Path) -> None:
         self._client.log_artifact(self.run_id, str(file))
@@ -249,7 +213,3 @@ class SweepRun:
             if found is not None:
                 drawn["importance"] = draw_importance(*found, len(points))
         return [save(figure, self._folder / f"{name}.png") for name, figure in drawn.items()]
-
-
-def _link(page: str) -> str:
-    return f"[The trials, best first, with charts]({page})"

@@ -41,6 +41,7 @@ OTHER_SECTIONS = (
     "train/adaptive",
     "train/fixed",
     "matching",
+    "model",
     "final",
     "teacher",
     "optimiser",
@@ -52,7 +53,7 @@ COLUMNS = {
     "metrics.`val/mAP`": 100,
     "metrics.`test/mAP`": 100,
     "metrics.`test/AP50`": 100,
-    "metrics.`final/parameters`": 130,
+    "metrics.`model/parameters`": 130,
     "metrics.`final/images_per_second`": 180,
     "params.`optimisation.steps`": 150,
     "tags.`backbone`": 130,
@@ -77,7 +78,7 @@ def comparison_view(runs: Sequence[str], last_step: int | None = None) -> View:
     charts = [
         _line("val/mAP", last_step),
         _bar("test/mAP"),
-        _bar("final/parameters"),
+        _bar("model/parameters"),
         _bar("final/images_per_second"),
         _line("train/loss"),
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +11,7 @@ from d3etr.config.load import load_config
 from d3etr.config.tree import Config
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
-from d3etr.launch.console import Silence
 from d3etr.launch.driver import Status, Tracker
-from d3etr.launch.follower import JournalFollower
 from d3etr.launch.sweeps.outcome import TrialResult, best, table_metric
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.trials import short_names
@@ -30,12 +27,6 @@ OpenChild = Callable[[Config, Path, str], Tracker]
 """Starts tracking of a run, under a name."""
 
 
-@dataclass(frozen=True)
-class _Child:
-    tracker: Tracker
-    follower: JournalFollower
-
-
 class TrackedChildren:
     """Runs that are followed, and ended in the background: a sweep never waits for MLflow.
 
@@ -45,7 +36,7 @@ class TrackedChildren:
 
     def __init__(self, open_child: OpenChild) -> None:
         self._open = open_child
-        self._followed: dict[Path, _Child] = {}
+        self._followed: dict[Path, Tracker] = {}
         self._asked: set[Path] = set()
         self._pool = ThreadPoolExecutor(1, "tracking")
 
@@ -59,19 +50,15 @@ class TrackedChildren:
             state = read_state(run_dir)
             if state is not None and state.complete and folder.result() is not None:
                 return
-            tracker = self._open(load_config(folder.config), run_dir, title)
+            self._followed[run_dir] = self._open(load_config(folder.config), run_dir, title)
         except Exception as error:
             logger.warning("%s is not tracked: %s", run_dir.name, error)
-            return
-        child = _Child(tracker, JournalFollower(folder.journal, Silence(), tracker))
-        child.follower.start()
-        self._followed[run_dir] = child
 
     def end(self, run_dir: Path, status: Status) -> None:
         """Send the rest in the background."""
-        child = self._followed.pop(run_dir, None)
-        if child is not None:
-            self._pool.submit(_end, child, status)
+        tracker = self._followed.pop(run_dir, None)
+        if tracker is not None:
+            self._pool.submit(_end, tracker, status)
 
     def replay(self, run_dir: Path, title: str, status: Status) -> None:
         """Send, in the background, what MLflow lacks of a run that ended under a driver before.
@@ -89,10 +76,9 @@ class TrackedChildren:
         self._pool.shutdown()
 
 
-def _end(child: _Child, status: Status) -> None:
+def _end(tracker: Tracker, status: Status) -> None:
     try:
-        child.follower.stop()
-        missing = child.tracker.finish(status)
+        missing = tracker.finish(status)
     except Exception as error:
         missing = f"tracking failed at the end of a run: {error!r}"
     if missing is not None:
