@@ -16,7 +16,7 @@ from PIL import Image
 from d3etr import fonts
 from d3etr.drawing import draw
 from d3etr.inference import Detections
-from d3etr.tracking.figures.predictions import Boxes, Scene, draw_predictions
+from d3etr.tracking.figures.images import Objects, Scene, draw_predictions
 from d3etr.tracking.figures.style import save
 
 TREE = "\N{CJK UNIFIED IDEOGRAPH-6728}"
@@ -115,8 +115,8 @@ def test_figures_show_any_name_without_a_warning(
     for name in (TREE, "\N{CJK UNIFIED IDEOGRAPH-7334}", r"$\frac$"):
         scene = Scene(
             np.full((60, 60, 3), 255, np.uint8),
-            Boxes(np.array([[10.0, 30, 50, 50]]), fonts.readable_names([(7, name)])),
-            {"Student": Boxes(np.zeros((0, 4)), [], [])},
+            Objects(np.array([[10.0, 30, 50, 50]]), fonts.readable_names([(7, name)])),
+            {"Student": Objects(np.zeros((0, 4)), [], [])},
             title=name,
         )
         with warnings.catch_warnings():

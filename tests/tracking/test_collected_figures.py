@@ -14,8 +14,7 @@ from d3etr.config.tree import Config
 from d3etr.data.splits import open_split
 from d3etr.detectors.build import build_detector
 from d3etr.tracking.figures.collect import draw_figures
-from d3etr.tracking.figures.look import largest_object, look_at
-from d3etr.tracking.selection import choose_images
+from d3etr.tracking.figures.look import choose_images, largest_object, look_at
 
 MakeConfig = Callable[..., Config]
 

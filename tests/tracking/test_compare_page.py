@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tracked_folders import write_weights
 
@@ -17,7 +18,8 @@ from d3etr.config.tree import Config
 from d3etr.data.digit_scenes.folder import scenes_folder, write_digit_scenes
 from d3etr.tracking.compare import compare
 from d3etr.tracking.compare.page import as_page, styles_of, write_page
-from d3etr.tracking.compare.pictures import Objects, Picture, Pictures, look_at_pictures
+from d3etr.tracking.compare.pictures import Pictures, look_at_pictures
+from d3etr.tracking.figures.images import Objects, Scene
 
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[..., Path]
@@ -70,9 +72,13 @@ def runs(make_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def picture(*detections: Objects | None) -> Picture:
+LABELS = ("plain student · digits", "D3ETR student · digits", "teacher · digits")
+
+
+def picture(*detections: Objects | None) -> Scene:
     truth = Objects(((1.0, 2.0, 9.0, 12.0),), ("<b>7</b>",))
-    return Picture("a&b.png", 32, 32, b"pixels", "image/png", truth, detections)
+    found = dict(zip(LABELS, detections, strict=False))
+    return Scene(np.full((32, 32, 3), 99, np.uint8), truth, found, "a&b.png")
 
 
 def test_the_page_has_every_part_and_loads_nothing(runs: Path, tmp_path: Path) -> None:
@@ -159,10 +165,10 @@ def test_the_same_images_are_shown_to_every_run(
     pictures = look_at_pictures(comparison, 2)
     assert not pictures.missing and len(pictures.pictures) == 2
     for shown in pictures.pictures:
-        assert shown.content.startswith(b"\x89PNG") and (shown.width, shown.height) == (32, 32)
+        assert shown.image.shape == (32, 32, 3)
         assert shown.truth.names and len(shown.detections) == 2
-        assert all(found is not None and found.names for found in shown.detections)
-    found = pictures.as_json([group.label for group in comparison.groups])
+        assert all(found is not None and found.names for found in shown.detections.values())
+    found = pictures.as_json()
     assert json.loads(json.dumps(found))["images"][0]["detections"].keys() == {
         "plain student · digits",
         "D3ETR student · digits",
@@ -185,7 +191,7 @@ def test_what_is_not_there_is_said_and_nothing_is_made(runs: Path, make_config: 
     first = sorted((scenes_folder(scenes) / "images" / "validation").iterdir())[0]
     first.write_bytes(b"broken")
     pictures = look_at_pictures(comparison, 4)
-    assert [shown.detections[1] for shown in pictures.pictures] == [None] * 3
+    assert [shown.detections[LABELS[1]] for shown in pictures.pictures] == [None] * 3
     assert any("No detections of D3ETR student" in sentence for sentence in pictures.missing)
     assert any(first.name in sentence for sentence in pictures.missing)
 

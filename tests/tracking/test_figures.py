@@ -10,25 +10,32 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from d3etr.tracking.figures.attention import Look, ObjectView, draw_attention
 from d3etr.tracking.figures.curves import (
     Series,
     draw_precision_recall,
     draw_stability,
     draw_training,
 )
-from d3etr.tracking.figures.predictions import MANY_BOXES, Boxes, Scene, draw_predictions
+from d3etr.tracking.figures.images import (
+    MANY_OBJECTS,
+    Look,
+    Objects,
+    ObjectView,
+    Scene,
+    draw_attention,
+    draw_predictions,
+)
 from d3etr.tracking.figures.style import save
 
-NOTHING = Boxes(np.zeros((0, 4)), [], [])
+NOTHING = Objects(np.zeros((0, 4)), [], [])
 
 
-def boxes(count: int, scores: bool = True) -> Boxes:
+def boxes(count: int, scores: bool = True) -> Objects:
     corners = np.tile([[4.0, 4.0, 20.0, 24.0]], (count, 1))
-    return Boxes(corners, ["cat"] * count, [0.5] * count if scores else None)
+    return Objects(corners, ["cat"] * count, [0.5] * count if scores else None)
 
 
-def scene(**detections: Boxes) -> Scene:
+def scene(**detections: Objects) -> Scene:
     image = np.full((32, 48, 3), 128, dtype=np.uint8)
     return Scene(image, boxes(1, scores=False), detections, "image 1")
 
@@ -49,8 +56,8 @@ def rows(*classes: float) -> np.ndarray:
     return np.broadcast_to(np.asarray(classes, dtype=float), (10, 101, len(classes))).copy()
 
 
-@pytest.mark.parametrize("detections", [NOTHING, boxes(1), boxes(MANY_BOXES + 1)])
-def test_predictions_draw_any_number_of_boxes(tmp_path: Path, detections: Boxes) -> None:
+@pytest.mark.parametrize("detections", [NOTHING, boxes(1), boxes(MANY_OBJECTS + 1)])
+def test_predictions_draw_any_number_of_boxes(tmp_path: Path, detections: Objects) -> None:
     figure = draw_predictions(
         [scene(Teacher=detections, Student=NOTHING)], 0.5, "validation images"
     )

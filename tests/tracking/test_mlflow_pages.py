@@ -84,7 +84,7 @@ def swept(make_config: MakeConfig, make_run: MakeRun, uri: str, folder: Path) ->
         title = f"adaptive_ratio={ratio:g}"
         tracker = open_tracker(trial, run_dir, parent_run=sweep.run_id, name=title)
         assert tracker.finish("FINISHED") is None
-        trials.append(Swept(title, None, {"adaptive_ratio": ratio}, mAP, mAP, run_dir))
+        trials.append(Swept(title, title, {"adaptive_ratio": ratio}, mAP, mAP, run_dir))
     assert sweep.finish("FINISHED", trials, [], keys=["adaptive_ratio"]) is None
     return sweep
 
@@ -149,7 +149,7 @@ def test_the_pages_read_well(
     # A picture among the sweep's files is shown; its description leads to the trials.
     parent = run_page(runs[0].experiment_id, sweep.run_id)
     page.goto("about:blank")
-    page.goto(f"{server.uri}/{parent.replace('?', '/artifacts/parallel_coordinates.png?')}")
+    page.goto(f"{server.uri}/{parent.replace('?', '/artifacts/cases.png?')}")
     picture = page.locator("img[src^='blob:'], img[src^='data:'], img[src*='artifact']").first
     picture.wait_for()
     page.wait_for_function("[...document.images].some(image => image.naturalWidth > 500)")

@@ -1,4 +1,4 @@
-"""What a sweep shows: axes, importance."""
+"""What a sweep shows: importance and cases."""
 
 import math
 from pathlib import Path
@@ -7,29 +7,8 @@ import numpy as np
 import pytest
 
 from d3etr.tracking.figures.style import save
-from d3etr.tracking.figures.sweeps import (
-    Point,
-    draw_cases,
-    draw_importance,
-    draw_parallel_coordinates,
-    scale_of,
-)
+from d3etr.tracking.figures.sweeps import draw_cases, draw_importance
 from d3etr.tracking.importance import FEWEST_TRIALS, importance
-
-
-def test_numbers_are_placed_by_size_and_wide_ranges_by_their_logarithm() -> None:
-    plain = scale_of([0.0, 1.0, 4.0])
-    assert [plain.place(value) for value in (0.0, 1.0, 4.0)] == [0.0, 0.25, 1.0]
-    wide = scale_of([1e-4, 1e-3, 1e-2])
-    assert wide.logarithmic and wide.place(1e-3) == pytest.approx(0.5)
-    assert wide.ticks()[0][1] == "0.0001" and wide.ticks()[-1][1] == "0.01"
-
-
-def test_words_and_mixtures_are_placed_in_order() -> None:
-    scale = scale_of(["kl", "bce", "kl"])
-    assert scale.words == ("bce", "kl") and scale.place("kl") == 1.0
-    assert scale_of([True, False]).words == ("False", "True")
-    assert scale_of([0.5, 0.5]).place(0.5) == 0.5
 
 
 def test_the_setting_that_decides_is_the_important_one() -> None:
@@ -62,15 +41,7 @@ def test_few_or_equal_trials_say_nothing() -> None:
 
 
 def test_figures_can_be_drawn_of_anything_that_sweeps_give(tmp_path: Path) -> None:
-    points = [
-        Point({"adaptive_ratio": 0.5, "kind": "kl", "rate": 1e-4}, 0.31),
-        Point({"adaptive_ratio": 1.0, "kind": "mse", "rate": 1e-2}, 0.36),
-        Point({"adaptive_ratio": 0.0, "rate": 3e-3}, 0.02),
-    ]
     figures = {
-        "parallel": draw_parallel_coordinates(points, ["adaptive_ratio", "kind", "rate"], "Ratios"),
-        "one": draw_parallel_coordinates(points[:1], ["rate"], "One"),
-        "none": draw_parallel_coordinates([], ["rate"], "None"),
         "importance": draw_importance({"rate": 0.7, "kind": 0.3}, 0.8, 20),
         "cases": draw_cases({"plain": [0.18, 0.19], "D3ETR": [0.35, 0.36]}, "plain"),
     }

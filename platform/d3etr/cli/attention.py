@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from d3etr.config.location import Url
     from d3etr.config.tree import Config
     from d3etr.data.coco import DetectionSplit, ImageRecord
-    from d3etr.tracking.figures.attention import ObjectView
+    from d3etr.tracking.figures.images import ObjectView
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -67,9 +67,9 @@ def _run(options: Namespace) -> int:
     from d3etr.data.splits import open_split
     from d3etr.engine.find_run import find_run
     from d3etr.fonts import readable_names
-    from d3etr.tracking.figures.attention import draw_attention
+    from d3etr.tracking.figures.images import draw_attention
+    from d3etr.tracking.figures.look import choose_images
     from d3etr.tracking.figures.style import save
-    from d3etr.tracking.selection import choose_images
 
     folder = find_run(options.run, options.output_root)
     config = load_config(folder.config)
@@ -127,8 +127,7 @@ def _views(
     records: Sequence[ImageRecord],
 ) -> list[ObjectView]:
     from d3etr.inference import load
-    from d3etr.tracking.figures.collect import object_view
-    from d3etr.tracking.figures.look import look_at
+    from d3etr.tracking.figures.look import look_at, object_view
 
     detectors = {name: load(place, "cpu").detector for name, place in files.items()}
     seen = {

@@ -60,11 +60,10 @@ def _run(options: Namespace) -> int:
         with writing(options.html):
             write_page(comparison, options.html, pictures)
     # The page shows images without being asked; a terminal does not.
-    told = pictures if options.images is not None else None
+    shown = pictures if options.images is not None else None
     if options.json:
         found = comparison.to_json()
-        names = [group.label for group in comparison.groups]
-        print_json(found if told is None else found | {"pictures": told.as_json(names)})
+        print_json(found if shown is None else found | {"pictures": shown.as_json()})
         return 0
     from rich.console import Console
 
@@ -72,7 +71,7 @@ def _run(options: Namespace) -> int:
 
     # A pipe has no width: rich would cut the table for 80 columns.
     console = Console(file=styled(sys.stdout), width=None if sys.stdout.isatty() else PIPE_WIDTH)
-    console.print(as_tables(comparison, pictures=told))
+    console.print(as_tables(comparison, pictures=shown))
     if options.html is not None:
         print(f"page: {options.html}")
     return 0

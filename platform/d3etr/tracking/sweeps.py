@@ -191,12 +191,7 @@ class SweepRun:
             return []
         # matplotlib takes a second to import: only who draws pays.
         from d3etr.tracking.figures.style import save
-        from d3etr.tracking.figures.sweeps import (
-            Point,
-            draw_cases,
-            draw_importance,
-            draw_parallel_coordinates,
-        )
+        from d3etr.tracking.figures.sweeps import draw_cases, draw_importance
 
         drawn = {}
         if any(trial.case is not None for trial in trials):
@@ -205,11 +200,7 @@ class SweepRun:
                 cases.setdefault(trial.case or "", []).append(trial.published)
             drawn["cases"] = draw_cases(cases, baseline)
         if keys:
-            points = [Point(trial.values, trial.mAP) for trial in trials]
-            drawn["parallel_coordinates"] = draw_parallel_coordinates(
-                points, keys, self._folder.name
-            )
-            found = importance([p.values for p in points], [p.mAP for p in points], keys)
+            found = importance([t.values for t in trials], [t.mAP for t in trials], keys)
             if found is not None:
-                drawn["importance"] = draw_importance(*found, len(points))
+                drawn["importance"] = draw_importance(*found, len(trials))
         return [save(figure, self._folder / f"{name}.png") for name, figure in drawn.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -10,12 +11,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
+from numpy.typing import NDArray
+from PIL import Image
 
 from d3etr.text import printable
 from d3etr.tracking.compare.comparison import Comparison, RunGroup
-from d3etr.tracking.compare.pictures import SHARP_SIDE, THRESHOLD, Objects, Picture, Pictures
+from d3etr.tracking.compare.pictures import THRESHOLD, Pictures
 from d3etr.tracking.compare.tables import (
     classes_table,
     curves_table,
@@ -25,6 +29,7 @@ from d3etr.tracking.compare.tables import (
     runs_table,
 )
 from d3etr.tracking.figures.curves import Series, draw_training
+from d3etr.tracking.figures.images import MANY_OBJECTS, SHARP_SIDE, Objects
 from d3etr.tracking.figures.style import STROKES, Stroke, as_svg
 
 COLOURS = (
@@ -43,8 +48,8 @@ OWN_COLOURS = {"teacher": 0, "plain student": 1}
 DISTILLED = 2
 SIZES = {"large": (7.8, 3.5), "small": (3.9, 3.1)}
 """Inches of the chart on a desk and on a phone."""
-MANY_OBJECTS = 12
-"""More boxes than this are drawn without labels, which would cover the picture."""
+LONGEST_SIDE = 512
+"""Pixels of a large image in the page."""
 LONGEST_WORD = 12
 
 Style = tuple[int, Stroke]
@@ -205,9 +210,16 @@ def _breakable(text: str) -> Markup:
     return Markup(re.sub(r"(?<=\w)([._/])(?=\w)", r"\1<wbr>", str(safe)))
 
 
-def _address(picture: Picture) -> str:
-    """The image itself as an address."""
-    return f"data:{picture.media_type};base64,{base64.b64encode(picture.content).decode()}"
+def _address(pixels: NDArray[np.uint8]) -> str:
+    """The image itself as an address: small ones pixel by pixel, others smaller and as JPEG."""
+    image, stored = Image.fromarray(pixels), io.BytesIO()
+    if max(image.size) <= SHARP_SIDE:
+        image.save(stored, "PNG", optimize=True)
+    else:
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        image.save(stored, "JPEG", quality=82)
+    kind = "png" if max(pixels.shape) <= SHARP_SIDE else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(stored.getvalue()).decode()}"
 
 
 def _verdict(detected: Objects, truth: Objects) -> str:
@@ -220,36 +232,28 @@ def _verdict(detected: Objects, truth: Objects) -> str:
 
 def _spoken(objects: Objects) -> str:
     """Names and scores in one line: ``3 0.92, 5 0.44 (wrong)``."""
-    parts = [f"{text}{' (wrong)' if kind == 'wrong' else ''}" for text, kind in _named(objects)]
+    pairs = zip(objects.labels, _kinds(objects), strict=True)
+    parts = [f"{label}{' (wrong)' if kind == 'wrong' else ''}" for label, kind in pairs]
     return ", ".join(parts) or "nothing"
 
 
-def _named(objects: Objects) -> list[tuple[str, str]]:
-    """Text and kind (truth, right or wrong) of each object."""
-    scores = objects.scores or [None] * len(objects.names)
-    right = objects.right or [None] * len(objects.names)
-    return [
-        (
-            name if score is None else f"{name} {score:.2f}",
-            "truth" if good is None else "right" if good else "wrong",
-        )
-        for name, score, good in zip(objects.names, scores, right, strict=True)
-    ]
+def _kinds(objects: Objects) -> list[str]:
+    if objects.right is None:
+        return ["truth"] * len(objects.names)
+    return ["right" if right else "wrong" for right in objects.right]
 
 
-def _marks(objects: Objects, picture: Picture) -> list[dict[str, Any]]:
+def _marks(objects: Objects, width: int, height: int) -> list[dict[str, Any]]:
     """Boxes with the places of their labels, the least certain first: others cover it."""
-    size = max(picture.width, picture.height) / 16
+    size = max(width, height) / 16
     found = []
-    for box, (text, kind) in zip(objects.boxes_xyxy, _named(objects), strict=True):
-        left, top, right, bottom = box
+    columns = zip(objects.boxes_xyxy, objects.labels, _kinds(objects), strict=True)
+    for (left, top, right, bottom), label, kind in columns:
         # Above the box, or in it where the picture ends; below a wrong one, which often covers.
         y = top - size / 4 if top > 1.2 * size else top + size
         if kind == "wrong":
-            y = bottom + size if bottom + 1.2 * size < picture.height else bottom - size / 4
-        label = text if len(objects.names) <= MANY_OBJECTS else ""
-        place = {"left": left, "top": top, "width": right - left, "height": bottom - top}
-        found.append(
-            {"kind": kind, "label": label, "x": max(left, 0.0), "y": y, "size": size} | place
-        )
+            y = bottom + size if bottom + 1.2 * size < height else bottom - size / 4
+        mark = {"left": left, "top": top, "width": right - left, "height": bottom - top}
+        mark |= {"x": max(left, 0.0), "y": y, "size": size, "kind": kind}
+        found.append(mark | {"label": label if len(objects.names) <= MANY_OBJECTS else ""})
     return found[::-1]

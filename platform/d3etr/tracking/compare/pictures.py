@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,72 +10,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torchvision.ops import box_iou
 
 from d3etr.config.data import DataConfig
 from d3etr.data.coco import DetectionSplit, ImageRecord, read_split
 from d3etr.data.digit_scenes.folder import scenes_folder, split_paths
-from d3etr.data.images import load_image
 from d3etr.errors import UserError
 from d3etr.inference import Predictor, load
 from d3etr.tracking.compare.comparison import Comparison
-from d3etr.tracking.selection import choose_images
+from d3etr.tracking.figures.images import Objects, Scene
+from d3etr.tracking.figures.look import choose_images, pixels_of, truth_of
+from d3etr.tracking.figures.style import Array
 
 THRESHOLD = 0.3
 SAME_OBJECT_IOU = 0.5
-SHARP_SIDE = 200
-"""Smaller images are kept pixel by pixel; larger ones are stored as JPEG."""
-LONGEST_SIDE = 512
-
-
-@dataclass(frozen=True)
-class Objects:
-    """K objects in an image, annotated or detected.
-
-    Attributes:
-        boxes_xyxy: K boxes in pixels of the image.
-        names: K class names.
-        scores: K probabilities; None for annotated objects.
-        right: K times whether an annotated object of that class is there; None for those.
-    """
-
-    boxes_xyxy: tuple[tuple[float, ...], ...]
-    names: tuple[str, ...]
-    scores: tuple[float, ...] | None = None
-    right: tuple[bool, ...] | None = None
-
-    def as_json(self) -> list[dict[str, Any]]:
-        """One plain mapping an object."""
-        objects: list[dict[str, Any]] = []
-        for index, (name, box) in enumerate(zip(self.names, self.boxes_xyxy, strict=True)):
-            objects.append({"name": name, "box_xyxy": [round(side, 1) for side in box]})
-            if self.scores is not None and self.right is not None:
-                objects[-1] |= {"score": round(self.scores[index], 4), "right": self.right[index]}
-        return objects
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image, what is on it, and what each group's first run detects.
-
-    Attributes:
-        title: its file.
-        width: pixels.
-        height: pixels.
-        content: bytes of an image file, perhaps smaller than the image.
-        media_type: of ``content``.
-        truth: annotated objects.
-        detections: of each group; None where its weights cannot be used.
-    """
-
-    title: str
-    width: int
-    height: int
-    content: bytes
-    media_type: Literal["image/png", "image/jpeg"]
-    truth: Objects
-    detections: tuple[Objects | None, ...]
 
 
 @dataclass(frozen=True)
@@ -90,22 +37,18 @@ class Pictures:
     """
 
     split: str
-    pictures: tuple[Picture, ...]
+    pictures: tuple[Scene, ...]
     missing: tuple[str, ...]
 
-    def as_json(self, names: Sequence[str]) -> dict[str, Any]:
-        """Everything but the pixels.
-
-        Args:
-            names: of the groups.
-        """
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the pixels."""
         shown = [
             {
                 "image": picture.title,
-                "truth": picture.truth.as_json(),
+                "truth": _as_json(picture.truth),
                 "detections": {
-                    name: None if found is None else found.as_json()
-                    for name, found in zip(names, picture.detections, strict=True)
+                    name: None if found is None else _as_json(found)
+                    for name, found in picture.detections.items()
                 },
             }
             for picture in self.pictures
@@ -113,6 +56,19 @@ class Pictures:
         return {"split": self.split, "threshold": THRESHOLD, "images": shown} | {
             "missing": list(self.missing)
         }
+
+
+def _as_json(objects: Objects) -> list[dict[str, Any]]:
+    """One plain mapping an object."""
+    found: list[dict[str, Any]] = []
+    for index, (name, box) in enumerate(zip(objects.names, objects.boxes_xyxy, strict=True)):
+        found.append({"name": name, "box_xyxy": [round(float(side), 1) for side in box]})
+        if objects.scores is not None and objects.right is not None:
+            found[-1] |= {
+                "score": round(objects.scores[index], 4),
+                "right": objects.right[index],
+            }
+    return found
 
 
 def look_at_pictures(comparison: Comparison, count: int) -> Pictures:
@@ -127,12 +83,12 @@ def look_at_pictures(comparison: Comparison, count: int) -> Pictures:
     split, missing = _find_split(comparison)
     if split is None:
         return Pictures(comparison.split, (), tuple(missing))
-    predictors: list[Predictor | None] = []
+    predictors: dict[str, Predictor | None] = {}
     for group in comparison.groups:
         try:
-            predictors.append(load(group.runs[0].folder / "weights.safetensors"))
+            predictors[group.label] = load(group.runs[0].folder / "weights.safetensors")
         except UserError as error:
-            predictors.append(None)
+            predictors[group.label] = None
             missing.append(f"No detections of {group.label}: {error}")
     pictures = []
     for record in choose_images(split, count):
@@ -172,39 +128,32 @@ def _open(data: DataConfig, name: Literal["validation", "test"]) -> DetectionSpl
 
 
 def _picture(
-    split: DetectionSplit, record: ImageRecord, predictors: Sequence[Predictor | None]
-) -> Picture:
-    labels, boxes = record.objects()
-    classes = [category.name for category in split.categories]
-    truth = Objects(_boxes(boxes), tuple(classes[label] for label in labels.tolist()))
-    # Upright as the annotations have it.
-    image = load_image(split.path(record), (record.width, record.height))
-    pixels = np.asarray(image, dtype=np.uint8)
-    content, media_type = _content(image)
-    return Picture(
-        record.file_name,
-        record.width,
-        record.height,
-        content,
-        media_type,
-        truth,
-        tuple(None if each is None else _detect(each, pixels, truth) for each in predictors),
-    )
+    split: DetectionSplit, record: ImageRecord, predictors: Mapping[str, Predictor | None]
+) -> Scene:
+    truth = truth_of(record, [category.name for category in split.categories])
+    pixels = pixels_of(split, record)
+    found = {
+        label: None if predictor is None else _detect(predictor, pixels, truth)
+        for label, predictor in predictors.items()
+    }
+    return Scene(pixels, truth, found, record.file_name)
 
 
 def _detect(predictor: Predictor, pixels: NDArray[np.uint8], truth: Objects) -> Objects:
     [found] = predictor.predict(pixels, THRESHOLD)
-    boxes, names = _boxes(found.boxes_xyxy), found.names
-    return Objects(boxes, names, tuple(found.scores.tolist()), _right(boxes, names, truth))
+    boxes = np.asarray(found.boxes_xyxy, dtype=float)
+    return Objects(boxes, found.names, found.scores.tolist(), _right(boxes, found.names, truth))
 
 
 def _right(
-    boxes: tuple[tuple[float, ...], ...], names: Sequence[str], truth: Objects
+    boxes: Array | Sequence[Sequence[float]], names: Sequence[str], truth: Objects
 ) -> tuple[bool, ...]:
     """Which detections, most certain first, find an object that none before has found."""
     if not names or not truth.names:
         return (False,) * len(names)
-    overlaps = box_iou(torch.tensor(boxes), torch.tensor(truth.boxes_xyxy)).numpy()
+    overlaps = box_iou(
+        *(torch.as_tensor(np.asarray(each)) for each in (boxes, truth.boxes_xyxy))
+    ).numpy()
     free = np.ones(len(truth.names), dtype=bool)
     verdicts = []
     for row, name in zip(overlaps, names, strict=True):
@@ -214,17 +163,3 @@ def _right(
         verdicts.append(bool(overlap[best] >= SAME_OBJECT_IOU))
         free[best] &= not verdicts[-1]
     return tuple(verdicts)
-
-
-def _content(image: Image.Image) -> tuple[bytes, Literal["image/png", "image/jpeg"]]:
-    stored = io.BytesIO()
-    if max(image.size) <= SHARP_SIDE:
-        image.save(stored, "PNG", optimize=True)
-        return stored.getvalue(), "image/png"
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    image.save(stored, "JPEG", quality=82)
-    return stored.getvalue(), "image/jpeg"
-
-
-def _boxes(boxes: NDArray[Any]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(float(side) for side in box) for box in boxes)

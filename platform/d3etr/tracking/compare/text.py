@@ -21,7 +21,8 @@ from d3etr.tracking.compare.tables import (
 )
 
 if TYPE_CHECKING:
-    from d3etr.tracking.compare.pictures import Objects, Pictures
+    from d3etr.tracking.compare.pictures import Pictures
+    from d3etr.tracking.figures.images import Objects
 
 MANY_CLASSES = 20
 LONGEST_VALUE = 40
@@ -104,7 +105,10 @@ def _detections(comparison: Comparison, pictures: Pictures) -> Table:
         (
             picture.title,
             ", ".join(picture.truth.names) or "nothing",
-            *("no weights" if each is None else _detected(each) for each in picture.detections),
+            *(
+                "no weights" if found is None else _detected(found)
+                for found in picture.detections.values()
+            ),
         )
         for picture in pictures.pictures
     ]
@@ -114,12 +118,9 @@ def _detections(comparison: Comparison, pictures: Pictures) -> Table:
 
 
 def _detected(objects: Objects) -> str:
-    scores, right = objects.scores or (), objects.right or ()
-    parts = [
-        f"{name} {score:.2f}" if is_right else f"({name} {score:.2f})"
-        for name, score, is_right in zip(objects.names, scores, right, strict=True)
-    ]
-    return ", ".join(parts) or "nothing"
+    right = objects.right or [True] * len(objects.names)
+    pairs = zip(objects.labels, right, strict=True)
+    return ", ".join(text if is_right else f"({text})" for text, is_right in pairs) or "nothing"
 
 
 def _most_different(table: Table) -> Table:

@@ -20,23 +20,23 @@ from d3etr.fonts import readable_names
 from d3etr.logs import get_logger
 from d3etr.storage.fetch import local_file
 from d3etr.tracking.description import title
-from d3etr.tracking.figures.attention import ObjectView, draw_attention
 from d3etr.tracking.figures.curves import (
     Series,
     draw_precision_recall,
     draw_stability,
     draw_training,
 )
+from d3etr.tracking.figures.images import Scene, draw_attention, draw_predictions
 from d3etr.tracking.figures.look import (
     Seen,
-    largest_object,
+    choose_images,
     look_at,
+    object_view,
     pixels_of,
+    spaced,
     truth_of,
 )
-from d3etr.tracking.figures.predictions import Scene, draw_predictions
 from d3etr.tracking.figures.style import DETECTORS, PLAIN, TEACHER, Array, save
-from d3etr.tracking.selection import choose_images, spaced
 from d3etr.training.context import SingleProcess
 from d3etr.training.journal import Record, read_journal
 
@@ -114,30 +114,8 @@ def _scene(
     shown: Sequence[str],
     names: Sequence[str],
 ) -> Scene:
-    found = {name: seen[name][record.id].boxes(names, THRESHOLD) for name in shown}
+    found = {name: seen[name][record.id].objects(names, THRESHOLD) for name in shown}
     return Scene(pixels_of(split, record), truth_of(record, names), found, f"image {record.id}")
-
-
-def object_view(
-    split: DetectionSplit,
-    record: ImageRecord,
-    seen: Mapping[str, Mapping[int, Seen]],
-    names: Sequence[str],
-) -> ObjectView | None:
-    """The image's most visible object through the eyes of each detector; None if it has none.
-
-    Args:
-        split: where the image is.
-        record: the image.
-        seen: detector -> image id -> what it says.
-        names: of the classes.
-    """
-    chosen = largest_object(record)
-    if chosen is None:
-        return None
-    label, box = chosen
-    looks = {name: images[record.id].look(label, box) for name, images in seen.items()}
-    return ObjectView(pixels_of(split, record), box, names[label], looks)
 
 
 def _draw_measured(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,8 +19,7 @@ from d3etr.detectors.base import DetectionTransformer
 from d3etr.evaluation.postprocess import top_detections
 from d3etr.matching.boxes import cxcywh_to_xyxy
 from d3etr.structures import DecoderOutputs, Levels
-from d3etr.tracking.figures.attention import Look
-from d3etr.tracking.figures.predictions import Boxes
+from d3etr.tracking.figures.images import Look, Objects, ObjectView
 from d3etr.tracking.figures.style import Array, Image
 
 SAME_OBJECT_IOU = 0.5
@@ -30,7 +29,7 @@ LOWEST_SCORE = 0.1
 
 @dataclass(frozen=True)
 class Seen:
-    """One image, its record and what a detector says about it.
+    """One image, its record and what a detector finds on it.
 
     Attributes:
         record: the annotated image.
@@ -40,12 +39,12 @@ class Seen:
     record: ImageRecord
     outputs: DecoderOutputs
 
-    def boxes(self, names: Sequence[str], threshold: float) -> Boxes:
+    def objects(self, names: Sequence[str], threshold: float) -> Objects:
         """Detections with at least this score, in pixels of the original image."""
         size = (self.record.height, self.record.width)
         scores, labels, corners = (part[0] for part in top_detections(self.outputs, [size], 100))
         kept = scores >= threshold
-        return Boxes(
+        return Objects(
             corners[kept].double().numpy(),
             [names[label] for label in labels[kept].tolist()],
             scores[kept].tolist(),
@@ -116,10 +115,10 @@ def pixels_of(split: DetectionSplit, record: ImageRecord) -> Image:
     return np.asarray(image, dtype=np.uint8)
 
 
-def truth_of(record: ImageRecord, names: Sequence[str]) -> Boxes:
+def truth_of(record: ImageRecord, names: Sequence[str]) -> Objects:
     """The annotated objects, without crowds."""
     labels, boxes = record.objects()
-    return Boxes(boxes, [names[label] for label in labels.tolist()])
+    return Objects(boxes, [names[label] for label in labels.tolist()])
 
 
 def largest_object(record: ImageRecord) -> tuple[int, Array] | None:
@@ -129,3 +128,37 @@ def largest_object(record: ImageRecord) -> tuple[int, Array] | None:
         return None
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     return int(labels[areas.argmax()]), boxes[areas.argmax()]
+
+
+def object_view(
+    split: DetectionSplit,
+    record: ImageRecord,
+    seen: Mapping[str, Mapping[int, Seen]],
+    names: Sequence[str],
+) -> ObjectView | None:
+    """The image's most visible object through the eyes of each detector; None if it has none.
+
+    Args:
+        split: where the image is.
+        record: the image.
+        seen: detector -> image id -> what it sees.
+        names: of the classes.
+    """
+    chosen = largest_object(record)
+    if chosen is None:
+        return None
+    label, box = chosen
+    looks = {name: images[record.id].look(label, box) for name, images in seen.items()}
+    return ObjectView(pixels_of(split, record), box, names[label], looks)
+
+
+def choose_images(split: DetectionSplit, count: int) -> list[ImageRecord]:
+    """Evenly spaced images with objects; without any where the split has no others."""
+    inhabited = [record for record in split.records if len(record.objects()[0])]
+    return spaced(inhabited or list(split.records), count)
+
+
+def spaced(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
+    """At most ``count`` of them, evenly spaced."""
+    stride = max(1, len(records) // max(1, count))
+    return list(records[::stride][:count])
