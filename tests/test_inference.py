@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from d3etr.config.data import PreprocessingConfig, SplitConfig
-from d3etr.data.coco import read_split
 from d3etr.data.dataset import DetectionDataset
+from d3etr.data.splits import read_split
 from d3etr.drawing import READABLE_SIDE, draw
 from d3etr.errors import UserError
 from d3etr.inference import Detections, Predictor, load, read_image

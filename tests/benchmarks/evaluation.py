@@ -20,7 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from benchmarks.coco_shaped import CATEGORIES, Array, annotations, detections
 from benchmarks.side_by_side import Comparison, Scale, alternate
 from d3etr.config.data import SplitConfig
-from d3etr.data.coco import parse_split
+from d3etr.data.splits import parse_split
 from d3etr.evaluation.coco_metrics import COCO_NAMES, CocoMetrics, GroundTruth, SplitDetections
 
 IMAGES, SMOKE_IMAGES = 5_000, 50

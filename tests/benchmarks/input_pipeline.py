@@ -23,8 +23,8 @@ from benchmarks.step_costs import Case
 from d3etr.config.data import AugmentationConfig, PreprocessingConfig
 from d3etr.config.load import load_config
 from d3etr.data.augmentation import Augmentation
-from d3etr.data.coco import DetectionSplit, read_split
 from d3etr.data.dataset import DetectionDataset
+from d3etr.data.splits import DetectionSplit, read_split
 from d3etr.data.transforms import collate
 from d3etr.structures import ImageBatch
 from d3etr.timing import PhaseTimer

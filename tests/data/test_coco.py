@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d3etr.config.data import SplitConfig
-from d3etr.data.coco import Category, read_split, require_same_categories
-from d3etr.data.coco_json import _file_name_problem
+from d3etr.data.annotations import Category, file_name_problem
+from d3etr.data.splits import read_split, require_same_categories
 from d3etr.errors import UserError
 
 
@@ -242,6 +242,6 @@ def test_large_ids_keep_every_digit(write_split):
 @given(st.lists(st.sampled_from(["a", "..", ".", "", "b.png", "\\", "/", "C:"]), min_size=1))
 def test_accepted_file_names_stay_below_the_image_folder(parts):
     name = "/".join(parts)
-    if _file_name_problem(name) is None:
+    if file_name_problem(name) is None:
         resolved = np.array(name.replace("\\", "/").split("/"))
         assert ".." not in resolved and not name.startswith(("/", "\\", "C:"))

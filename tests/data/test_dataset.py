@@ -4,9 +4,9 @@ import torch
 from coco_files import annotation, picture
 
 from d3etr.config.data import AugmentationConfig, PreprocessingConfig
-from d3etr.data.coco import read_split
 from d3etr.data.dataset import DetectionDataset
 from d3etr.data.images import load_image
+from d3etr.data.splits import read_split
 from d3etr.data.transforms import resized
 from d3etr.errors import UserError
 

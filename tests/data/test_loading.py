@@ -11,8 +11,8 @@ import torch
 from coco_files import annotation
 
 from d3etr.config.data import AugmentationConfig, DataConfig, PreprocessingConfig
-from d3etr.data.coco import read_split
 from d3etr.data.loading import EpochLoader, evaluation_batches
+from d3etr.data.splits import read_split
 from d3etr.errors import UserError
 
 SIZES = [(40, 30), (30, 40), (36, 36), (48, 30), (30, 44)] * 5
@@ -148,7 +148,7 @@ _ENDLESS = """
 import sys, time
 from pathlib import Path
 from d3etr.config.data import DataConfig, SplitConfig
-from d3etr.data.coco import read_split
+from d3etr.data.splits import read_split
 from d3etr.data.loading import EpochLoader
 
 def main():
@@ -237,7 +237,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from d3etr.config.data import DataConfig
-from d3etr.data.coco import read_split
+from d3etr.data.splits import read_split
 from d3etr.data.loading import EpochLoader
 
 if __name__ == "__main__":

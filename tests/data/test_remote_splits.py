@@ -10,8 +10,8 @@ from coco_files import annotation
 from d3etr.config.data import AugmentationConfig, DataConfig, PreprocessingConfig, SplitConfig
 from d3etr.config.location import Url
 from d3etr.data.checks import check_data
-from d3etr.data.coco import read_split
 from d3etr.data.dataset import DetectionDataset
+from d3etr.data.splits import read_split
 from d3etr.errors import UserError
 
 WriteSplit = Callable[..., SplitConfig]

@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from d3etr.config.data import SplitConfig
-from d3etr.data.coco import parse_split
+from d3etr.data.splits import parse_split
 from d3etr.evaluation.coco_metrics import COCO_NAMES, CocoMetrics, GroundTruth, SplitDetections
 
 CATEGORIES = ((3, "cat"), (7, "dog"), (12, "cow"))

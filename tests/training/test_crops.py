@@ -8,7 +8,7 @@ from PIL import Image
 
 from d3etr.config.data import SplitConfig
 from d3etr.config.training import PretrainingConfig
-from d3etr.data.coco import DetectionSplit, read_split
+from d3etr.data.splits import DetectionSplit, read_split
 from d3etr.training.crops import MARGIN, cut_crops
 
 OBJECTS = {(10, 20, 20, 20): (255, 0, 0), (70, 60, 10, 24): (0, 255, 0)}

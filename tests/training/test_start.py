@@ -15,7 +15,7 @@ from d3etr.config.detector import InitialiseFromConfig, StudentConfig
 from d3etr.config.load import load_config
 from d3etr.config.problems import ConfigError
 from d3etr.config.tree import Config
-from d3etr.data.coco import Category
+from d3etr.data.annotations import Category
 from d3etr.data.splits import open_split
 from d3etr.detectors.parts import part_of
 from d3etr.detectors.weights import load_weights

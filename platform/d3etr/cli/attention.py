@@ -24,7 +24,8 @@ from d3etr.errors import UserError
 if TYPE_CHECKING:
     from d3etr.config.location import Url
     from d3etr.config.tree import Config
-    from d3etr.data.coco import DetectionSplit, ImageRecord
+    from d3etr.data.records import ImageRecord
+    from d3etr.data.splits import DetectionSplit
     from d3etr.tracking.figures.images import ObjectView
 
 

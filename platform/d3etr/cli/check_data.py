@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from d3etr.config.tree import Config
-    from d3etr.data.coco import DetectionSplit
     from d3etr.data.judgement import Judgement
+    from d3etr.data.splits import DetectionSplit
 
 SPLITS = ("train", "validation", "test")
 WOULD_FAIL = 1
@@ -34,8 +34,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> int:
     from d3etr.data.checks import check_data
-    from d3etr.data.coco import Keys
     from d3etr.data.judgement import Judgement
+    from d3etr.data.splits import Keys
     from d3etr.training.beginning import judge_recipe
 
     config = _config(options)

@@ -74,7 +74,7 @@ def _measure(options: Namespace) -> dict[str, Any]:
     """Evaluate in this process; values are fractions."""
     from d3etr.config.data import DataConfig, SplitConfig
     from d3etr.config.training import EvaluationConfig
-    from d3etr.data.coco import Keys, read_split
+    from d3etr.data.splits import Keys, read_split
     from d3etr.evaluation.evaluator import Evaluator
     from d3etr.inference import load
     from d3etr.training.context import SingleProcess

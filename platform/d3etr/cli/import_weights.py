@@ -61,12 +61,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(options: Namespace) -> int:
-    from d3etr.data.coco_json import read_annotations
+    from d3etr.data.annotations import Source
+    from d3etr.data.formats import AUTO, find_format
     from d3etr.detectors.imports.importing import Said, import_weights
 
     categories = None
     if options.categories is not None:
-        known = read_annotations(options.categories).categories
+        _, annotated = find_format(AUTO, options.categories)
+        known = annotated.read(Source(options.categories)).categories
         categories = tuple((category.id, category.name) for category in known)
     said = Said(options.heads, options.dilation, options.temperature, categories)
     ensure_other_file(options.source, options.target)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from d3etr.config.base import MAXIMUM, Section
-from d3etr.config.location import Location, refuse_url
+from d3etr.config.location import Location, Url, refuse_url
 
 Side = Annotated[int, Field(ge=16, le=65_536)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -21,15 +21,35 @@ FilePath = Annotated[
 
 
 class SplitConfig(Section):
-    """One COCO-format split."""
+    """Images and annotations of one split."""
 
-    images: Location
-    """Folder, or its URL, that the annotation file's ``file_name`` entries are relative to."""
+    images: Location | None = None
+    """Folder, or its URL, that the annotations' file names are relative to; null where the
+    format itself says where images are (YOLO, Pascal VOC, image folder)."""
     annotations: Location
-    """COCO detection JSON, or its URL."""
+    """COCO detection JSON or its URL; YOLO's data.yaml; folder of a Pascal VOC data set or of its
+    XML files; image folder with metadata.jsonl."""
+    format: Annotated[str, Field(min_length=1)] = "auto"
+    """coco, yolo, voc, imagefolder, or one that a package adds; auto: what the path looks like."""
+    subset: Annotated[str, Field(min_length=1)] | None = None
+    """The part of a data set in one folder: a key of data.yaml, a list in ImageSets/Main, a
+    folder; null: train, val or test, as the split is called."""
     follow_links: bool = False
     """Whether links in the folder may lead to images outside of it; the folder itself may be a
     link in any case."""
+
+    @model_validator(mode="after")
+    def _coco_needs_images(self) -> Self:
+        place = self.annotations
+        remote, name = isinstance(place, Url), (place.path if isinstance(place, Url) else place)
+        is_coco = self.format == "coco" or (
+            self.format == "auto" and (remote or name.suffix.lower() == ".json")
+        )
+        if is_coco and self.images is None:
+            raise ValueError(
+                "images is missing: expected the folder that the COCO file's names are relative to"
+            )
+        return self
 
 
 class DigitScenesConfig(Section):
@@ -95,6 +115,9 @@ class PreprocessingConfig(Section):
 class DataConfig(Section):
     """Images, annotations, and what is done to them before a detector sees them."""
 
+    dataset: Location | None = None
+    """Short for the annotations of train and validation where one path holds both: a YOLO
+    data.yaml, a Pascal VOC folder, an image folder. Resolved into these two."""
     train: SplitConfig | None = None
     validation: SplitConfig | None = None
     test: SplitConfig | None = None
@@ -108,9 +131,26 @@ class DataConfig(Section):
     """Processes per training worker that decode and transform images."""
 
     @model_validator(mode="after")
+    def _splits_of_dataset(self) -> Self:
+        """``dataset`` is written out, so that a resolved configuration says what is read."""
+        if self.dataset is None:
+            return self
+        clashing = [n for n in ("train", "validation", "digit_scenes") if getattr(self, n)]
+        if clashing:
+            raise ValueError(
+                f"dataset stands for train and validation: remove {' and '.join(clashing)}, or "
+                "dataset"
+            )
+        split = SplitConfig(annotations=self.dataset)
+        # Frozen from here on.
+        self.__dict__.update(dataset=None, train=split, validation=split)
+        self.__pydantic_fields_set__.update({"train", "validation"})
+        return self
+
+    @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.digit_scenes is None and (self.train is None or self.validation is None):
-            raise ValueError("needs either digit_scenes, or both train and validation")
+            raise ValueError("needs dataset, or digit_scenes, or both train and validation")
         if self.digit_scenes and (self.train or self.validation or self.test):
             raise ValueError("digit_scenes brings its own splits: remove train, validation, test")
         return self

@@ -14,15 +14,6 @@ import numpy as np
 
 from d3etr.config.data import DataConfig, SplitConfig
 from d3etr.config.training import EvaluationConfig
-from d3etr.data.coco import (
-    DetectionSplit,
-    ImageRecord,
-    Keys,
-    missing_images,
-    missing_text,
-    parse_split,
-    shown_ids,
-)
 from d3etr.data.images import applies_rotation, load_image, open_image, orientation
 from d3etr.data.judgement import (
     Judgement,
@@ -32,8 +23,16 @@ from d3etr.data.judgement import (
 from d3etr.data.plausibility import box_warnings, class_warnings
 from d3etr.data.plausible_pixels import pixel_oddity, pixel_warnings
 from d3etr.data.progress import Progress
+from d3etr.data.records import ImageRecord, shown_ids
 from d3etr.data.report import DataReport, SplitReport
-from d3etr.data.splits import configured_splits
+from d3etr.data.splits import (
+    DetectionSplit,
+    Keys,
+    configured_splits,
+    missing_images,
+    missing_text,
+    parse_split,
+)
 from d3etr.errors import UserError
 
 # COCO's borders between small, medium and large, square pixels.
@@ -92,7 +91,8 @@ def check_data(
             reports.append(_failed(name, config, error))
             continue
         looks = list(_look_at_all(split, progress))
-        odd_pixels = pixel_warnings((look.record.id, look.oddity) for look in looks if look.oddity)
+        oddities = ((look.record.id, look.oddity) for look in looks if look.oddity)
+        odd_pixels = pixel_warnings(oddities, split.shown_images)
         contents[name] = {look.content: look.record.id for look in looks if look.content}
         objects = judge_objects(split, evaluation or EvaluationConfig())
         objects += Judgement(warnings=tuple(box_warnings(split) + odd_pixels))
@@ -155,6 +155,7 @@ def _report(split: DetectionSplit, looks: Sequence[_Look]) -> SplitReport:
         name=split.name,
         images_folder=str(split.images),
         annotations=str(split.annotations),
+        format=split.format,
         digest=split.digest,
         images=len(records),
         **_object_facts(split),
@@ -215,18 +216,25 @@ def _errors(report: SplitReport, split: DetectionSplit) -> tuple[str, ...]:
     found = []
     missing = missing_images(split)
     if missing:
-        found.append(f"{missing_text(split, missing)} (image ids {shown_ids(report.missing)})")
-    found += [f"image id {number}: {reason}" for number, reason in report.unreadable.items()]
+        found.append(f"{missing_text(split, missing)} ({split.shown_images(report.missing)})")
+    found += [f"{_image(split, number)}: {why}" for number, why in report.unreadable.items()]
     found += [
-        f"image id {number}: is {sizes}; correct width and height in {report.annotations}"
+        f"{_image(split, number)}: is {sizes}; correct width and height in {report.annotations}"
         for number, sizes in report.wrong_size.items()
     ]
     return tuple(found)
 
 
+def _image(split: DetectionSplit, number: int) -> str:
+    names = () if split.own_ids else (r.file_name for r in split.records if r.id == number)
+    return next(iter(names), f"image id {number}")
+
+
 def _warnings(report: SplitReport, split: DetectionSplit) -> tuple[str, ...]:
     # Boxes are clipped in most data sets: sides are rounded.
-    found = split.cleaning.texts("zero_size", "outside", "implausible_area", "foreign_flag")
+    found = split.cleaning.texts(
+        split.places, "zero_size", "outside", "implausible_area", "foreign_flag"
+    )
     empty = [name for name, count in report.boxes_per_category.items() if count == 0]
     if empty and report.name == "train":
         found.append(f"categories without a box to learn from: {', '.join(empty)}")
@@ -238,7 +246,7 @@ def _warnings(report: SplitReport, split: DetectionSplit) -> tuple[str, ...]:
     if report.rotation_ignored:
         found.append(
             f"EXIF asks for a rotation that {split.annotations.name} speaks against: left as "
-            f"stored (image ids {shown_ids(report.rotation_ignored)})"
+            f"stored ({split.shown_images(report.rotation_ignored)})"
         )
     return tuple(found)
 

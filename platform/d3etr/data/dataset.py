@@ -15,8 +15,9 @@ from d3etr.data.augmentation import (
     draw_augmentation,
     sample_generator,
 )
-from d3etr.data.coco import DetectionSplit, ImageRecord
 from d3etr.data.images import load_image, to_pixels
+from d3etr.data.records import ImageRecord
+from d3etr.data.splits import DetectionSplit
 from d3etr.data.transforms import Sample, output_size, relative_cxcywh
 from d3etr.errors import UserError
 

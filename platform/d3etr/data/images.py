@@ -151,6 +151,13 @@ def orientation(image: Image.Image) -> int:
     return value if value in _UPRIGHT else 1
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) in pixels once the EXIF rotation is applied."""
+    width, height = image.size
+    swapped = orientation(image) >= _FIRST_SWAPPING_ORIENTATION
+    return (height, width) if swapped else (width, height)
+
+
 def applies_rotation(image: Image.Image, expected_size: tuple[int, int] | None) -> bool:
     """Whether ``image`` has an EXIF rotation that ``expected_size`` does not speak against."""
     turn = orientation(image)

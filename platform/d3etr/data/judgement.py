@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.training import EvaluationConfig, warmup_problem
 from d3etr.config.tree import Config
-from d3etr.data.coco import DetectionSplit, require_same_categories, shown_ids
+from d3etr.data.splits import DetectionSplit, require_same_categories
 from d3etr.data.transforms import output_size
 from d3etr.errors import UserError
 
@@ -160,7 +160,7 @@ def _beyond(split: DetectionSplit, limit: int) -> str | None:
     objects = sum(counts[number] - limit for number in full)
     return (
         f"data.{split.name}: {objects} of {sum(counts.values())} objects, in {len(full)} images "
-        f"(image ids {shown_ids(full)}), are beyond the first {limit} of their image"
+        f"({split.shown_images(full)}), are beyond the first {limit} of their image"
     )
 
 

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from d3etr.config.data import DataConfig
 from d3etr.data.allocator import keep_freed_memory
-from d3etr.data.coco import DetectionSplit
 from d3etr.data.dataset import CACHE_BYTES, DetectionDataset
 from d3etr.data.sampling import BatchKey, epoch_batches, evaluation_keys, micro_batches, share
+from d3etr.data.splits import DetectionSplit
 from d3etr.data.transforms import collate
 from d3etr.errors import UserError
 from d3etr.logs import get_logger

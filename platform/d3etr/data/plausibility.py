@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from d3etr.data.coco import DetectionSplit
+from d3etr.data.splits import DetectionSplit
 
 Boxes = NDArray[np.float64]
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from PIL import Image
-
-from d3etr.data.coco import shown_ids
 
 _LEAST_SIDE = 8
 """Smaller images may be of one colour."""
@@ -41,12 +39,19 @@ def pixel_oddity(image: Image.Image, pixels: Image.Image) -> str:
     return ""
 
 
-def pixel_warnings(found: Iterable[tuple[int, str]]) -> list[str]:
-    """A sentence for each oddity, from image ids and what ``pixel_oddity`` says of them."""
+def pixel_warnings(
+    found: Iterable[tuple[int, str]], shown_images: Callable[[list[int]], str]
+) -> list[str]:
+    """A sentence for each oddity.
+
+    Args:
+        found: image ids, and what ``pixel_oddity`` says of them.
+        shown_images: text of image ids.
+    """
     ids: dict[str, list[int]] = defaultdict(list)
     for number, oddity in found:
         ids[oddity].append(number)
     return [
-        f"{len(numbers)} images {_TEXTS[oddity]} (image ids {shown_ids(numbers)})"
+        f"{len(numbers)} images {_TEXTS[oddity]} ({shown_images(numbers)})"
         for oddity, numbers in ids.items()
     ]

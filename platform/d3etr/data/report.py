@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from d3etr.data.coco import shown_ids
+from d3etr.data.records import shown_ids
 
 _SHOWN_MESSAGES = 10
 _LINE_LENGTH = 100
@@ -21,7 +21,8 @@ class SplitReport:
     Attributes:
         name: train, validation or test.
         images_folder: where its images are.
-        annotations: its COCO JSON.
+        annotations: the file or folder of its annotations.
+        format: of the annotations; empty where they could not be read.
         digest: sha256 of its content.
         images: number of images.
         boxes: number of boxes that count as objects: not dropped, no crowds.
@@ -50,6 +51,7 @@ class SplitReport:
     name: str
     images_folder: str
     annotations: str
+    format: str = ""
     digest: str = ""
     images: int = 0
     boxes: int = 0
@@ -79,7 +81,8 @@ class SplitReport:
         lines = [
             f"{self.name}: {self.images} images, {self.boxes} boxes",
             f"  images             {self.images_folder}",
-            f"  annotations        {self.annotations}",
+            f"  annotations        {self.annotations}"
+            + (f" ({self.format})" if self.format else ""),
         ]
         facts = {
             "boxes by category": _counts(self.boxes_per_category, len(self.boxes_per_category)),

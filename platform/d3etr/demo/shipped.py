@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from d3etr.config.tree import Config
-from d3etr.data.coco import DetectionSplit
+from d3etr.data.splits import DetectionSplit
 from d3etr.detectors.build import count_parameters
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.engine.run_folder import RunFolder, numbers

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools.cocoeval import Params
 
-from d3etr.data.coco import DetectionSplit, ImageRecord
+from d3etr.data.records import ImageRecord
+from d3etr.data.splits import DetectionSplit
 from d3etr.evaluation.coco_curves import Curves, curves
 from d3etr.evaluation.coco_matching import Boxes, match, ranks
 

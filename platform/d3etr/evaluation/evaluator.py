@@ -12,8 +12,8 @@ from torch import Tensor
 
 from d3etr.config.data import DataConfig
 from d3etr.config.training import EvaluationConfig
-from d3etr.data.coco import DetectionSplit
 from d3etr.data.loading import evaluation_batches
+from d3etr.data.splits import DetectionSplit
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.evaluation.coco_metrics import CocoMetrics, GroundTruth, SplitDetections
 from d3etr.evaluation.postprocess import top_detections

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from d3etr.data.coco import DetectionSplit
+from d3etr.data.splits import DetectionSplit
 from d3etr.distillation.correspondence import adaptive_correspondence, adaptive_problem
 from d3etr.distillation.distiller import Distiller
 from d3etr.evaluation.evaluator import Workers

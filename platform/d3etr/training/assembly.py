@@ -8,11 +8,10 @@ import torch
 from torch.optim import AdamW
 
 from d3etr.config.tree import Config
-from d3etr.data.coco import DetectionSplit
 from d3etr.data.judgement import judge
 from d3etr.data.loading import EpochLoader
 from d3etr.data.progress import Progress
-from d3etr.data.splits import open_split
+from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.distillation.distiller import Distiller

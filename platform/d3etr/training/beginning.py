@@ -9,9 +9,8 @@ from pathlib import Path
 
 from d3etr.config.data import DataConfig
 from d3etr.config.tree import Config
-from d3etr.data.coco import DetectionSplit
 from d3etr.data.judgement import Judgement, judge, judge_against_recipe, judge_length
-from d3etr.data.splits import SPLIT_NAMES, open_split
+from d3etr.data.splits import SPLIT_NAMES, DetectionSplit, open_split
 from d3etr.detectors.weights import WeightsInfo, read_info
 from d3etr.distillation.compatibility import check_compatible
 from d3etr.errors import UserError

@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from d3etr.config.training import PretrainingConfig
-from d3etr.data.coco import DetectionSplit, ImageRecord
 from d3etr.data.images import load_image, to_pixels
 from d3etr.data.progress import Progress
+from d3etr.data.records import ImageRecord
+from d3etr.data.splits import DetectionSplit
 
 MARGIN = 1.4
 """Crops are cut this much larger than they are used, so that they can be shifted and scaled."""

@@ -11,7 +11,7 @@ import torch
 from d3etr.config.data import SplitConfig
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
-from d3etr.data.coco import DetectionSplit
+from d3etr.data.splits import DetectionSplit
 from d3etr.detectors.weights import file_digest
 from d3etr.errors import UserError
 from d3etr.storage.fetch import fetch_file

@@ -21,9 +21,8 @@ from torch.optim import AdamW
 from d3etr.config.data import AugmentationConfig, DataConfig, PreprocessingConfig
 from d3etr.config.detector import BackboneConfig
 from d3etr.config.training import PretrainingConfig, ScheduleConfig
-from d3etr.data.coco import DetectionSplit, require_same_categories
 from d3etr.data.progress import Progress
-from d3etr.data.splits import open_split
+from d3etr.data.splits import DetectionSplit, open_split, require_same_categories
 from d3etr.data.transforms import normalise
 from d3etr.detectors.backbones import Backbone, build_backbone
 from d3etr.detectors.tensor_files import write_tensors

@@ -6,16 +6,15 @@ where that is unchanged, nothing has to be read again.
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from d3etr.config.data import SplitConfig
-from d3etr.config.location import Url
+from d3etr.config.location import Location, Url
 from d3etr.config.tree import Config
-from d3etr.data.coco import parse_split
+from d3etr.data.fingerprint import fingerprint
+from d3etr.data.splits import parse_split, places_of
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.files import read_json
@@ -47,7 +46,7 @@ class Inputs:
         """By key, what the file system says of each input that is on this machine."""
         found = {key: self._stamp(file) for key, file in weights_of(config).items()}
         for name, split in splits_of(config):
-            parts = self._stamp(split.annotations), self._stamp(split.images)
+            parts = [self._stamp(place) for place in _places(name, split)]
             found[f"data.{name}"] = None if None in parts else "-".join(map(str, parts))
         return {key: stamp for key, stamp in found.items() if stamp is not None}
 
@@ -91,36 +90,20 @@ class Inputs:
             self._data[which] = _read(name, split)
         return self._data[which]
 
-    def _stamp(self, place: Url | Path) -> str | None:
-        if isinstance(place, Url):
+    def _stamp(self, place: Location | None) -> str | None:
+        if place is None or isinstance(place, Url):
             return None
         if place not in self._stamps:
-            self._stamps[place] = stamp_of(place)
+            self._stamps[place] = fingerprint(place)
         return self._stamps[place]
 
 
-def stamp_of(place: Path) -> str | None:
-    """A digest of names, sizes and times of a file, or of all files in a folder; None if gone."""
+def _places(name: str, split: SplitConfig) -> list[Location | None]:
+    """What the split is read from; one of them None where that is unknown."""
     try:
-        facts = sorted(_facts(place)) if place.is_dir() else [_fact(place.name, place.stat())]
-    except OSError:
-        return None
-    return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-
-
-def _facts(folder: Path, above: str = "") -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = f"{above}{entry.name}"
-            if entry.is_dir(follow_symlinks=False):
-                yield from _facts(Path(entry.path), f"{name}/")
-            else:
-                yield _fact(name, entry.stat())
-
-
-def _fact(name: str, status: os.stat_result) -> str:
-    # A copy may keep the time of the last change, never that of the last change of its inode.
-    return f"{name}\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+        return list(places_of(name, split))
+    except UserError:
+        return [None]
 
 
 def _read(name: str, split: SplitConfig) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
-from d3etr.data.coco import Category
+from d3etr.data.annotations import Category
 from d3etr.detectors.backbones import build_backbone, load_backbone_weights
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector

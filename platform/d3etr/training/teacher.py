@@ -5,7 +5,7 @@ from __future__ import annotations
 from d3etr.config.data import DataConfig
 from d3etr.config.detector import TeacherConfig
 from d3etr.config.location import Location
-from d3etr.data.coco import DetectionSplit
+from d3etr.data.splits import DetectionSplit
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo
 from d3etr.distillation.distiller import Distiller

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torchvision.ops import box_iou
 
 from d3etr.config.data import DataConfig
-from d3etr.data.coco import DetectionSplit, ImageRecord, read_split
 from d3etr.data.digit_scenes.folder import scenes_folder, split_paths
+from d3etr.data.records import ImageRecord
+from d3etr.data.splits import DetectionSplit, read_split
 from d3etr.errors import UserError
 from d3etr.inference import Predictor, load
 from d3etr.tracking.compare.comparison import Comparison

@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 
 from d3etr.config.tree import Config
-from d3etr.data.coco import DetectionSplit, ImageRecord
-from d3etr.data.splits import open_split
+from d3etr.data.records import ImageRecord
+from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import load_weights
 from d3etr.evaluation.evaluator import Evaluator

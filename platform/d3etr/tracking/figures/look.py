@@ -12,9 +12,10 @@ from torch.nn import functional
 from torchvision.ops import box_iou
 
 from d3etr.config.data import DataConfig
-from d3etr.data.coco import DetectionSplit, ImageRecord
 from d3etr.data.images import load_image
 from d3etr.data.loading import evaluation_batches
+from d3etr.data.records import ImageRecord
+from d3etr.data.splits import DetectionSplit
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.evaluation.postprocess import top_detections
 from d3etr.matching.boxes import cxcywh_to_xyxy

@@ -1,0 +1,155 @@
+"""What formats of many small files share: images below a folder, their sizes, digests, names."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from d3etr.data.annotations import Category, Problems
+from d3etr.data.image_problems import decoding_problem
+from d3etr.data.images import open_image, upright_size
+from d3etr.errors import UserError
+
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".dds", ".dib", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".pgm"}
+    | {".png", ".ppm", ".tif", ".tiff", ".tga", ".webp"}
+)
+CLASSES_FILE = "classes.txt"
+"""Fixes classes and their order where annotations carry names alone; one name a line."""
+_MOST_BYTES = 20 * 2**20
+"""Of an annotation file of one image."""
+_THREADS = 8
+Size = tuple[int, int]
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is named like an image."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def images_below(folder: Path) -> Iterator[Path]:
+    """Every image in a folder and those below it; links are followed, no folder comes twice."""
+    seen: set[str] = set()
+    for above, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(above)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        yield from (Path(above, name) for name in names if is_image(name))
+
+
+def image_sizes(files: Sequence[Path], problems: Problems) -> list[Size]:
+    """Upright (width, height) in pixels of every image, from their headers.
+
+    Args:
+        files: images.
+        problems: takes those that cannot be read; their size is (1, 1).
+    """
+
+    def look(file: Path) -> Size | str:
+        try:
+            with open_image(file) as image:
+                size = upright_size(image)
+        except Exception as error:  # damaged bytes lead decoders to errors of any type
+            return decoding_problem(file, error)
+        return size if min(size) > 0 else f"the image has no pixels ({size[0]} x {size[1]})"
+
+    sizes: list[Size] = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for file, found in zip(files, pool.map(look, files), strict=True):
+            if isinstance(found, str):
+                problems.add(f"{file}: {found}")
+                found = (1, 1)
+            sizes.append(found)
+    return sizes
+
+
+def read_bytes(file: Path) -> bytes:
+    """The content of a small annotation file.
+
+    Raises:
+        UserError: it cannot be read, or is far too large.
+    """
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{str(file)!r} cannot be read ({error})") from error
+    if len(content) > _MOST_BYTES:
+        raise UserError(
+            f"{file} has more than {_MOST_BYTES / 2**20:.0f} MiB: it is no annotation file of this "
+            "format"
+        )
+    return content
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file, without their ends.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    return text_of(read_bytes(file), file).splitlines()
+
+
+def text_of(content: bytes, file: Path) -> str:
+    """UTF-8 text, with or without a byte order mark.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+
+
+def digest_of(parts: Iterable[tuple[str, bytes]]) -> str:
+    """sha256, hex, over names and contents of files, in their order."""
+    digest = hashlib.sha256()
+    for name, content in parts:
+        digest.update(f"{name}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def categories_of(names: Sequence[str]) -> tuple[Category, ...]:
+    """Classes in the order of their names here, with ids from 0."""
+    return tuple(Category(index, name) for index, name in enumerate(names))
+
+
+def class_names(folder: Path, found: Iterable[str]) -> list[str]:
+    """The classes of a data set whose annotations carry names alone.
+
+    Args:
+        folder: of the data set; where it has a ``classes.txt``, that gives them and their order.
+        found: the names in all annotations, in any order.
+
+    Returns:
+        Those of the file, or those that were found, by their spelling.
+
+    Raises:
+        UserError: the file repeats a name, or lacks one that annotations have.
+    """
+    file, used = folder / CLASSES_FILE, set(found)
+    if not file.is_file():
+        # Numbers as names: 2 before 10.
+        numbers = all(name.isdecimal() for name in used)
+        return sorted(used, key=lambda name: (len(name), name) if numbers else (0, name))
+    names = [line.strip() for line in read_lines(file) if line.strip()]
+    again = [name for index, name in enumerate(names) if name in names[:index]]
+    if again:
+        raise UserError(f"{file}: {again[0]!r} is there twice; expected one class a line")
+    lacking = sorted(used - set(names))
+    if lacking:
+        raise UserError(
+            f"{file}: lacks {', '.join(map(repr, lacking[:5]))}, which annotations name: add a "
+            "line, or correct the annotations"
+        )
+    return names
