@@ -20,6 +20,7 @@ TIERS = (
     {"text"},
     {"logs"},
     {"errors"},
+    {"registry"},
     {"files"},
     {"config"},
     {"storage"},

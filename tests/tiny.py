@@ -43,7 +43,7 @@ def tiny_detector_config(**changes: Any) -> DetectorConfig:
         "queries": 5,
         "dropout": 0.0,
     }
-    return DetectorConfig.model_validate(settings | changes)
+    return DetectorConfig.parse(settings | changes)
 
 
 def save_untrained(path: Path, config: DetectorConfig, data: DataConfig, **info: Any) -> None:

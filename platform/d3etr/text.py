@@ -5,6 +5,7 @@ Whatever is shown, logged, stored in a run's folder or sent to MLflow goes throu
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import unicodedata
@@ -59,6 +60,13 @@ _ASSIGNMENT = re.compile(
     r"=(?P<value>[^\s,;&'\"<>]+|'[^']*'|\"[^\"]*\")"
 )
 _HEADER = re.compile(r"\b(?P<kind>[Bb]asic|[Bb]earer)\s+(?=\S*[0-9=])[A-Za-z0-9+/=._~-]{8,}")
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The sentence that helps with an unknown name: the nearest valid one, or all of them."""
+    choices = list(valid)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else f"expected one of: {', '.join(choices)}"
 
 
 def redacted(text: str) -> str:

@@ -31,7 +31,7 @@ TEACHER = Path(__file__).resolve().parents[2] / "trainers/weights/digits-teacher
 
 def _untrained(backbone: str, queries: int) -> DetectionTransformer:
     settings = {"backbone": {"name": backbone}, "queries": queries, "dropout": 0.0}
-    return build_detector(DetectorConfig.model_validate(settings), CLASSES)
+    return build_detector(DetectorConfig.parse(settings), CLASSES)
 
 
 def problems(scale: Scale) -> dict[str, CostBlock]:

@@ -51,7 +51,7 @@ def random_batch(
 def detector_config(scale: Scale, backbone: str, **changes: Any) -> DetectorConfig:
     """Conditional DETR of the papers' size: 256 channels, six layers, eight heads."""
     sizes = {"encoder_layers": 1, "decoder_layers": 2, "feedforward": 64} if scale.smoke else {}
-    return DetectorConfig.model_validate(
+    return DetectorConfig.parse(
         {
             "name": "conditional_detr",
             "backbone": {"name": backbone},

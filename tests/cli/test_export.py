@@ -6,13 +6,13 @@ import torch
 
 from d3etr.cli.main import main
 from d3etr.config.data import PreprocessingConfig
-from d3etr.config.detector import BackboneConfig, DetectorConfig
+from d3etr.config.detector import BackboneConfig, detector_config
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import WeightsInfo, load_weights, read_info, save_weights
 
 
 def test_half_the_space_same_detector_no_evaluation_of_other_numbers(tmp_path: Path) -> None:
-    config = DetectorConfig(
+    config = detector_config(
         backbone=BackboneConfig(name="small"), width=64, encoder_layers=1, decoder_layers=1
     )
     detector = build_detector(config, 2)
@@ -33,7 +33,7 @@ def test_half_the_space_same_detector_no_evaluation_of_other_numbers(tmp_path: P
 
 
 def test_a_plain_copy_keeps_the_evaluation(tmp_path: Path) -> None:
-    config = DetectorConfig(backbone=BackboneConfig(name="small"), width=32, decoder_layers=1)
+    config = detector_config(backbone=BackboneConfig(name="small"), width=32, decoder_layers=1)
     info = WeightsInfo(
         detector=config,
         categories=((1, "a"),),

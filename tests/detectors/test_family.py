@@ -11,10 +11,11 @@ from tiny import FAMILY, tiny_detector_config
 from torch import Tensor
 
 from d3etr.attention_maps import MASKED_SCORE
-from d3etr.config.detector import BackboneConfig, DetectorConfig
+from d3etr.config.detector import BackboneConfig, DetectorConfig, detector_config
 from d3etr.detectors.base import DetectionTransformer, SingleScaleDetector
-from d3etr.detectors.build import DETECTORS, build_detector, count_parameters
+from d3etr.detectors.build import build_detector, count_parameters
 from d3etr.detectors.heads import movable, sigmoid_logits
+from d3etr.registry import DETECTORS
 from d3etr.structures import (
     DecoderOutputs,
     ImageBatch,
@@ -81,7 +82,7 @@ def test_every_detector_keeps_the_contract(tiny_detector: DetectionTransformer) 
 
 
 def test_every_detector_is_tested(family: dict[str, dict[str, object]]) -> None:
-    assert {config["name"] for config in family.values()} == set(DETECTORS)
+    assert {config["name"] for config in family.values()} == set(DETECTORS.names)
 
 
 @pytest.mark.parametrize("attention", [False, True])
@@ -269,7 +270,7 @@ def test_bfloat16_autocast_keeps_boxes_and_scores_in_float32(
     with torch.autocast("cpu", torch.bfloat16):
         outputs = _own(tiny_detector, images, attention)
     assert outputs.boxes_cxcywh.dtype == outputs.logits.dtype == torch.float32
-    if not tiny_detector.config.two_stage:  # there, other proposals may come first
+    if not tiny_detector.config.queries_need_images:  # there, other proposals may come first
         assert (outputs.boxes_cxcywh - exact.boxes_cxcywh).abs().mean() < 0.02
     outputs.logits.sum().backward()
     if attention:
@@ -302,9 +303,9 @@ def test_starts_at_the_prior_probability_and_the_configured_box_size(kind: str) 
     queries = detector.object_queries(memory)
     (outputs,) = detector.decode(memory, [queries])
     size = torch.tensor(-1.4).sigmoid()
-    if config.classification == "sigmoid":
+    if not config.softmax_classes:
         assert 0.002 < outputs.logits.sigmoid().mean() < 0.05
-    if not config.two_stage:
+    if not config.queries_need_images:
         assert (outputs.boxes_cxcywh[..., 2:].mean() - size).abs() < 0.08
     if queries.reference_logits is not None:  # boxes start at their references
         expected = queries.reference_logits.sigmoid()[..., :2].expand(2, 3, -1, -1)
@@ -355,8 +356,8 @@ def test_softmax_probabilities_become_the_sigmoids_of_logits() -> None:
 
 def test_the_benchmarks_detectors_have_the_published_sizes() -> None:
     sizes = {"width": 128, "feedforward": 256, "queries": 16, "decoder_layers": 3}
-    student = DetectorConfig(backbone=BackboneConfig(name="small"), encoder_layers=1, **sizes)
+    student = detector_config(backbone=BackboneConfig(name="small"), encoder_layers=1, **sizes)
     wide = BackboneConfig(name="small", stem_width=32, stage_widths=(48, 96, 128), stage_blocks=2)
-    teacher = DetectorConfig(backbone=wide, encoder_layers=2, **sizes)
+    teacher = detector_config(backbone=wide, encoder_layers=2, **sizes)
     assert count_parameters(build_detector(student, 10)) == 1_148_880
     assert count_parameters(build_detector(teacher, 10)) == 2_120_784

@@ -124,7 +124,7 @@ def test_order_of_the_teachers_queries_changes_no_adaptive_loss(
     any_detector: Build, images: ImageBatch, targets: Targets, ratio: float
 ) -> None:
     teacher, student = any_detector(), any_detector(seed=1)
-    if teacher.config.two_stage:
+    if teacher.config.queries_need_images:
         return  # its queries come in the order of their scores
     settings = {"adaptive_ratio": 1.0, "matched_pair_ratio": ratio}
     order = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -200,7 +200,7 @@ def test_detection_losses_are_those_of_the_plain_student(
     student = any_detector(seed=1)
     plain = losses_of(distiller(student, None), images, targets)
     with_teacher = losses_of(distiller(student, any_detector()), images, targets)
-    groups = ["detection", "proposals"] if student.config.two_stage else ["detection"]
+    groups = ["detection", "proposals"] if student.config.queries_need_images else ["detection"]
     assert set(plain) == {f"{group}/{term}" for group in groups for term in ("class", "l1", "giou")}
     for name, loss in plain.items():
         assert with_teacher[name].item() == pytest.approx(loss.item(), rel=1e-5)
@@ -388,7 +388,7 @@ def test_teacher_and_student_of_other_shapes(
     )
     losses = losses_of(module, images, targets)
     expected = 16 if student.config.queries > 1 else 14
-    assert len(losses) == expected + 3 * student.config.two_stage
+    assert len(losses) == expected + 3 * student.config.queries_need_images
     assert all(torch.isfinite(loss) and loss >= -1e-5 for loss in losses.values()), losses
     torch.stack(list(losses.values())).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)

@@ -68,7 +68,7 @@ def record(folder: Path, names: list[str]) -> None:
 def compare(old: Path, new: Path, tolerance: float) -> int:
     """Print what differs; the number of differences."""
     count = 0
-    for file in sorted(old.glob("*.json")):
+    for file in sorted(new.glob("*.json")):
         pair = (json.loads((folder / file.name).read_text()) for folder in (old, new))
         for place, before, after in differences(*pair, tolerance):
             count += 1

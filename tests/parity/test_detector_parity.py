@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.detectors.build import DETECTORS, build_detector
+from d3etr.detectors.build import build_detector
 from d3etr.detectors.imports.hugging_face import from_hugging_face
+from d3etr.registry import DETECTORS
 from d3etr.structures import DecoderOutputs, ImageBatch
 
 transformers = pytest.importorskip("transformers")
@@ -121,7 +122,7 @@ def _randomise(name: str, tensor: Tensor, spread: float = 1.0) -> None:
 
 
 def _ours(kind: Kind, theirs: nn.Module) -> DetectionTransformer:
-    config = DetectorConfig.model_validate(
+    config = DetectorConfig.parse(
         {
             "name": kind.name,
             "backbone": {"name": "resnet18"},
@@ -246,7 +247,7 @@ def _assert_equal(ours: DecoderOutputs, theirs: dict[str, Tensor], names: list[s
 
 
 def test_every_detector_is_compared() -> None:
-    assert {kind.name for kind in KINDS.values()} == set(DETECTORS)
+    assert {kind.name for kind in KINDS.values()} == set(DETECTORS.names)
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -345,7 +346,7 @@ def test_bottleneck_features_equal_hugging_face() -> None:
     for name, tensor in backbone.state_dict().items():
         _randomise(name, tensor)
     state = {f"model.backbone.model.{name}": value for name, value in backbone.state_dict().items()}
-    config = DetectorConfig.model_validate(
+    config = DetectorConfig.parse(
         {"name": "deformable_detr", "backbone": {"name": "resnet50"}, **SIZES}
     )
     detector = build_detector(config, CLASSES).eval()

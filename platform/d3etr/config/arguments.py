@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from d3etr.config.location import Url, named_location
-from d3etr.config.problems import nearest
 from d3etr.errors import UserError
-from d3etr.text import bare_url
+from d3etr.text import bare_url, nearest
 
 MAXIMUM_SHOWN = 40
 """Characters of a value that are quoted."""

@@ -1,13 +1,16 @@
 """Configuration of detectors, and of the roles teacher and student."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from d3etr.config.backbones import SMALL, WITHOUT_BATCH_NORM, family_of, known_backbone
 from d3etr.config.base import MAXIMUM, Section
 from d3etr.config.location import Location
 from d3etr.config.training import Precision, PretrainingConfig
+from d3etr.config.variants import VariantSection
+from d3etr.registry import DETECTORS
 
 Positive = Annotated[int, Field(ge=1, le=65_536)]
 Layers = Annotated[int, Field(ge=1, le=100)]
@@ -63,10 +66,17 @@ class BackboneConfig(Section):
         return self
 
 
-class DetectorConfig(Section):
-    """Architecture of one detector. The number of classes comes from the data."""
+class DetectorConfig(VariantSection):
+    """Architecture of one detector: what all kinds have. The classes come from the data.
 
-    name: Literal["detr", "conditional_detr", "dab_detr", "deformable_detr"] = "conditional_detr"
+    Each kind adds its own keys in a class beside its detector (``detectors/<name>.py``).
+    """
+
+    registry: ClassVar = DETECTORS
+    variant_key: ClassVar = "name"
+    default_variant: ClassVar = "conditional_detr"
+
+    name: str
     backbone: BackboneConfig = BackboneConfig()
     width: Positive = 256
     """Model width D, the channels of encoder and decoder."""
@@ -79,70 +89,51 @@ class DetectorConfig(Section):
     box_size_bias: Annotated[float, Field(ge=-100, le=100)] = 0.0
     """Initial bias of the width and height logits of boxes (DAB-DETR: of its anchors);
     negative starts small."""
-    first_looks: Literal["anywhere", "reference"] = "anywhere"
-    """``conditional_detr`` only: where untrained cross-attention looks. anywhere: random
-    projections, the official code's. reference: around each query's reference point (our choice),
-    which spares small data sets the steps that it takes to find out."""
-    classification: Literal["sigmoid", "softmax"] = "sigmoid"
-    """softmax: over classes and "no object", the official DETR's; ``detr`` only."""
-    unused_outputs: Annotated[int, Field(ge=0, le=65_536)] = 0
-    """With softmax only: outputs that take part in it and are no class; imported weights have
-    them where ids of COCO's list belong to no category."""
-    grid_temperature: Annotated[float, Field(gt=0, le=MAXIMUM)] = 20.0
-    """``dab_detr`` only: longest period of the position encoding of grid cells; one of the
-    official detectors has 10."""
-    inverse_sigmoid_epsilon: Annotated[float, Field(gt=0, lt=0.5)] = 1e-5
-    """``dab_detr`` only: a side or centre of an anchor this close to 0 or 1 moves from there; the
-    official code's is 1e-3, Hugging Face's 1e-5."""
-    levels: Annotated[int, Field(ge=1, le=16)] = 4
-    """``deformable_detr`` only: feature levels; up to three are the backbone's last stages,
-    each further one halves the resolution again."""
-    points: Positive = 4
-    """``deformable_detr`` only: places that each head samples on each level."""
-    box_refinement: bool = False
-    """``deformable_detr`` only: every decoder layer moves the boxes of the one before."""
-    two_stage: bool = False
-    """``deformable_detr`` only: the encoder proposes the boxes that queries start from;
-    needs box_refinement."""
 
     @property
     def feature_levels(self) -> int:
         """Feature levels that cross-attention maps run over."""
-        return self.levels if self.name == "deformable_detr" else 1
+        return 1
 
     @property
     def reference_size(self) -> int:
         """Numbers of a query's reference that the decoder takes: a point's 2, a box's 4, or 0."""
-        sizes = {"detr": 0, "conditional_detr": 2, "dab_detr": 4, "deformable_detr": 2}
-        return 4 if self.two_stage else sizes[self.name]
+        return 0
 
-    @model_validator(mode="after")
-    def _settings_belong_to_the_detector(self) -> Self:
-        multi_scale = ("levels", "points", "box_refinement", "two_stage")
-        owners = {
-            "classification": "detr",
-            "unused_outputs": "detr",
-            "grid_temperature": "dab_detr",
-            "inverse_sigmoid_epsilon": "dab_detr",
-            "first_looks": "conditional_detr",
-            **dict.fromkeys(multi_scale, "deformable_detr"),
-        }
-        fields = type(self).model_fields
-        for key, owner in owners.items():
-            if self.name != owner and getattr(self, key) != fields[key].default:
-                raise ValueError(
-                    f"{key} has no effect on detector '{self.name}', only on '{owner}'"
-                )
-        if self.unused_outputs and self.classification != "softmax":
-            raise ValueError("unused_outputs has no effect without classification 'softmax'")
-        if self.two_stage and not self.box_refinement:
-            raise ValueError("two_stage needs box_refinement: set it to true, as in the paper")
-        if self.name == "deformable_detr" and self.width % 32:
-            raise ValueError(
-                f"width {self.width} must be a multiple of 32 for detector 'deformable_detr' "
-                "(GroupNorm of its feature levels)"
-            )
-        return self
+    @property
+    def softmax_classes(self) -> bool:
+        """Whether classes and "no object" share one softmax."""
+        return False
+
+    @property
+    def criterion_defaults(self) -> Mapping[str, float]:
+        """Defaults of ``optimisation.set_criterion`` that differ for a student of this kind."""
+        return {}
+
+    @property
+    def sampling_parts(self) -> frozenset[str]:
+        """Names of modules that ``optimisation.sampling_rate_factor`` is about."""
+        return frozenset()
+
+    @property
+    def queries_need_images(self) -> bool:
+        """Whether each image has queries of its own, which the encoder selects."""
+        return False
+
+    @property
+    def takes_embedding(self) -> bool:
+        """Whether the decoder uses a query's embedding that somebody else made."""
+        return True
+
+    @property
+    def takes_content(self) -> bool:
+        """Whether the decoder's states start from a query's content."""
+        return False
+
+    @property
+    def derives_references(self) -> bool:
+        """Whether the detector makes references from embeddings where a group has none."""
+        return False
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -153,6 +144,18 @@ class DetectorConfig(Section):
         if self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of 4 (position encoding)")
         return self
+
+
+AnyDetector = Annotated[SerializeAsAny[DetectorConfig], BeforeValidator(DetectorConfig.coerce)]
+
+
+def detector_config(**settings: Any) -> DetectorConfig:
+    """The architecture of a detector, of the class that ``name`` stands for.
+
+    Raises:
+        ValidationError: something is wrong with the settings.
+    """
+    return DetectorConfig.parse(settings)
 
 
 DetectorPart = Literal["backbone", "encoder", "decoder", "heads", "queries"]
@@ -181,7 +184,7 @@ class InitialiseFromConfig(Section):
 class StudentConfig(Section):
     """The detector that is trained: a student, or a teacher-to-be with method ``none``."""
 
-    detector: DetectorConfig = DetectorConfig()
+    detector: AnyDetector = Field(default_factory=detector_config)
     backbone_weights: Annotated[
         Literal["imagenet"] | Location | None, Field(union_mode="left_to_right")
     ] = None

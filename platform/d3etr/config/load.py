@@ -135,7 +135,7 @@ def config_digest(config: Config) -> str:
     Values that are the default's are left out: a setting that a later version adds does not turn
     the runs of before into others.
     """
-    tree: dict[str, Any] = _told_apart(config)
+    tree: dict[str, Any] = _changed(config)
     kept = {
         section: _without(value, WITHOUT_INFLUENCE.get(section, frozenset()))
         for section, value in tree.items()
@@ -146,17 +146,24 @@ def config_digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _told_apart(config: Section) -> Tree:
-    """The values in effect that are not the defaults."""
+def _changed(config: Section, reference: object = None) -> Tree:
+    """The values in effect that are not the defaults.
+
+    Args:
+        config: a section.
+        reference: what it is by default, maybe of another class: its values are the defaults of
+            the keys that it has.
+    """
     tree = plain_tree(config)
-    fields = type(config).model_fields
     for name in list(tree):
-        value, default = getattr(config, name), fields[name].default
+        field, value = type(config).model_fields[name], getattr(config, name)
+        default = field.get_default(call_default_factory=True)
+        default = getattr(reference, name, default)
         if isinstance(value, Section):
-            tree[name] = _told_apart(value)
+            tree[name] = _changed(value, default)
             if not tree[name] and isinstance(default, Section):
                 del tree[name]
-        elif not fields[name].is_required() and value == default:
+        elif value == default and (reference is not None or not field.is_required()):
             del tree[name]
     return tree
 

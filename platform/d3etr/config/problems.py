@@ -2,14 +2,16 @@
 
 import difflib
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from d3etr.config.variants import fields_of
 from d3etr.errors import UserError
+from d3etr.text import nearest
 
 MAXIMUM_SHOWN = 60
 """Characters of a found value that are quoted."""
@@ -62,13 +64,6 @@ class ConfigError(UserError):
         super().__init__("\n".join(lines))
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """The sentence that helps with an unknown name: the nearest valid one, or all of them."""
-    choices = list(valid)
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    return f"did you mean '{close[0]}'?" if close else f"expected one of: {', '.join(choices)}"
-
-
 def problems_of(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
     """The problems in a pydantic error, one per key, in the order of the configuration.
 
@@ -104,7 +99,7 @@ def _path(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
     for part in location:
         if section is not None:
             parts.append(str(part))
-            field = section.model_fields.get(str(part))
+            field = fields_of(section).get(str(part))
             annotation = field.annotation if field else None
             section = next(models_in(annotation), None)
             values = get_args(annotation)[1] if get_origin(annotation) is dict else None
@@ -120,10 +115,10 @@ def _named_in(path: str, text: str, root: type[BaseModel]) -> str:
     """The path of the key that a section's own rule begins with; else of the section."""
     section: type[BaseModel] | None = root
     for part in path.split(".") if path else ():
-        field = None if section is None else section.model_fields.get(part)
+        field = None if section is None else fields_of(section).get(part)
         section = None if field is None else next(models_in(field.annotation), None)
     first = text.split()[0].rstrip(",:") if text else ""
-    known = section is not None and path and first.split(".")[0] in section.model_fields
+    known = section is not None and path and first.split(".")[0] in fields_of(section)
     return f"{path}.{first}" if known else path
 
 
@@ -179,20 +174,20 @@ def _unknown_key(path: str, root: type[BaseModel]) -> str:
     """Name the nearest key of the same section, or where in the tree the key lives."""
     section, name = root, path
     while "." in name:  # a key may itself hold a dot
-        field = section.model_fields.get(name.partition(".")[0])
+        field = fields_of(section).get(name.partition(".")[0])
         below = None if field is None else next(models_in(field.annotation), None)
         if below is None:
             break
         section, name = below, name.partition(".")[2]
     elsewhere = [place for place in _all_paths(root) if place.split(".")[-1] == name]
-    close = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, fields_of(section), n=1, cutoff=0.6)
     if not close and elsewhere:
         return f"unknown key; did you mean '{elsewhere[0]}'?"
-    return f"unknown key; {nearest(name, section.model_fields)}"
+    return f"unknown key; {nearest(name, fields_of(section))}"
 
 
 def _all_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
+    for name, field in fields_of(section).items():
         yield prefix + name
         for model in models_in(field.annotation):
             yield from _all_paths(model, f"{prefix}{name}.")

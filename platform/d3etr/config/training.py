@@ -1,7 +1,6 @@
 """Configuration of optimisation and evaluation."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import Field, model_validator
@@ -39,10 +38,6 @@ class SetCriterionConfig(Section):
     no_object_weight: Annotated[float, Field(gt=0, le=MAXIMUM)] = 0.1
     """``classification: softmax`` only: weight of a query that should find nothing in the cross
     entropy; one that should find an object has 1, and the sum is divided by all weights."""
-
-
-DETR_CRITERION: Mapping[str, float] = MappingProxyType({"class_weight": 1.0, "class_cost": 1.0})
-"""Defaults of ``SetCriterionConfig`` for a student with ``classification: softmax``."""
 
 
 class ScheduleConfig(Section):

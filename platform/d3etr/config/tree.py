@@ -11,7 +11,6 @@ from d3etr.config.distillation import DistillationConfig
 from d3etr.config.infrastructure import ClusterConfig, RunConfig, TrackingConfig
 from d3etr.config.location import Location
 from d3etr.config.training import (
-    DETR_CRITERION,
     EvaluationConfig,
     OptimisationConfig,
     Precision,
@@ -59,10 +58,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _criterion_is_the_students(self) -> Self:
-        """Defaults of the class term that depend on another section: DETR's for a softmax."""
+        """Defaults of the criterion that depend on the kind of student."""
         criterion = self.optimisation.set_criterion
-        unset = {k: v for k, v in DETR_CRITERION.items() if k not in criterion.model_fields_set}
-        if self.student.detector.classification == "softmax" and unset:
+        defaults = self.student.detector.criterion_defaults
+        unset = {k: v for k, v in defaults.items() if k not in criterion.model_fields_set}
+        if unset:
             criterion = criterion.model_copy(update=unset)
             optimisation = self.optimisation.model_copy(update={"set_criterion": criterion})
             object.__setattr__(self, "optimisation", optimisation)  # as it is being made
@@ -91,11 +91,11 @@ class Config(Section):
                 "set general_points.count to 0"
             )
         self._criterion_fits()
-        student = self.student.detector.name
-        if self.optimisation.sampling_rate_factor != 1 and student != "deformable_detr":
+        student = self.student.detector
+        if self.optimisation.sampling_rate_factor != 1 and not student.sampling_parts:
             raise ValueError(
-                f"optimisation.sampling_rate_factor has no effect on detector '{student}', "
-                "only on 'deformable_detr'"
+                f"optimisation.sampling_rate_factor has no effect on detector '{student.name}', "
+                "only on those that sample locations, such as 'deformable_detr'"
             )
         parts = self.micro_batches(self.cluster.workers)
         if self.optimisation.batch_size % parts:
@@ -111,12 +111,11 @@ class Config(Section):
 
     def _criterion_fits(self) -> None:
         """Refuse settings of the class loss that the student does not learn by."""
-        criterion, kind = self.optimisation.set_criterion, self.student.detector.classification
-        focal = ("focal_alpha", "focal_gamma")
-        other = {"softmax": focal, "sigmoid": ("no_object_weight",)}[kind]
-        for key in other:
+        criterion, softmax = self.optimisation.set_criterion, self.student.detector.softmax_classes
+        for key in ("focal_alpha", "focal_gamma") if softmax else ("no_object_weight",):
             if getattr(criterion, key) != type(criterion).model_fields[key].default:
-                name = "cross entropy" if kind == "softmax" else "focal loss"
+                kind = "softmax" if softmax else "sigmoid"
+                name = "cross entropy" if softmax else "focal loss"
                 raise ValueError(
                     f"optimisation.set_criterion.{key} has no effect on a student with "
                     f"classification '{kind}', which learns by the {name}: remove it"

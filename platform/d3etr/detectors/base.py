@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,12 +24,14 @@ class DetectionTransformer(nn.Module, ABC):
         classes: C.
 
     Attributes:
+        config_class: section of the configuration that describes detectors of this class.
         config: the architecture.
         classes: C.
         backbone: the convolutional network.
         stride: pixels per cell of the finest feature level.
     """
 
+    config_class: ClassVar[type[DetectorConfig]]
     stride: int
 
     def __init__(self, config: DetectorConfig, classes: int) -> None:

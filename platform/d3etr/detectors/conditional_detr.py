@@ -6,6 +6,7 @@ Shapes: B images · L decoder layers · N queries · C classes · S = h*w memory
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,26 @@ from d3etr.detectors.layers import MLP
 from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
 
 
+class ConditionalDETRConfig(DetectorConfig):
+    """Conditional DETR."""
+
+    name: Literal["conditional_detr"] = "conditional_detr"
+    first_looks: Literal["anywhere", "reference"] = "anywhere"
+    """Where untrained cross-attention looks. anywhere: random projections, the official code's.
+    reference: around each query's reference point (our choice), which spares small data sets the
+    steps that it takes to find out."""
+
+    @property
+    def reference_size(self) -> int:
+        """Queries have reference points."""
+        return 2
+
+    @property
+    def derives_references(self) -> bool:
+        """A small network makes reference points from embeddings."""
+        return True
+
+
 class ConditionalDETR(SingleScaleDetector):
     """Queries look for distinct regions around reference points.
 
@@ -33,7 +54,10 @@ class ConditionalDETR(SingleScaleDetector):
         classes: C.
     """
 
-    def __init__(self, config: DetectorConfig, classes: int) -> None:
+    config: ConditionalDETRConfig
+    config_class = ConditionalDETRConfig
+
+    def __init__(self, config: ConditionalDETRConfig, classes: int) -> None:
         super().__init__(config, classes)
         width = config.width
         self.decoder = ConditionalDecoder(config)

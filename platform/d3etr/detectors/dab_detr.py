@@ -6,10 +6,13 @@ Shapes: B images · L decoder layers · N queries · C classes · S memory token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from d3etr.config.base import MAXIMUM
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import SingleScaleDetector
 from d3etr.detectors.conditional_decoder import DecoderLayer
@@ -26,6 +29,28 @@ from d3etr.detectors.position import SineEncoding
 from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
 
 
+class DABDETRConfig(DetectorConfig):
+    """DAB-DETR."""
+
+    name: Literal["dab_detr"] = "dab_detr"
+    grid_temperature: Annotated[float, Field(gt=0, le=MAXIMUM)] = 20.0
+    """Longest period of the position encoding of grid cells; one of the official detectors has
+    10."""
+    inverse_sigmoid_epsilon: Annotated[float, Field(gt=0, lt=0.5)] = 1e-5
+    """A side or centre of an anchor this close to 0 or 1 moves from there; the official code's is
+    1e-3, Hugging Face's 1e-5."""
+
+    @property
+    def reference_size(self) -> int:
+        """Queries are anchor boxes."""
+        return 4
+
+    @property
+    def takes_embedding(self) -> bool:
+        """Embeddings are computed from anchors."""
+        return False
+
+
 class DABDecoder(nn.Module):
     """Conditional attention around anchor boxes that every layer moves.
 
@@ -34,7 +59,7 @@ class DABDecoder(nn.Module):
             inverse_sigmoid_epsilon.
     """
 
-    def __init__(self, config: DetectorConfig) -> None:
+    def __init__(self, config: DABDETRConfig) -> None:
         super().__init__()
         width = config.width
         self.layers = nn.ModuleList(
@@ -120,7 +145,10 @@ class DABDETR(SingleScaleDetector):
         classes: C.
     """
 
-    def __init__(self, config: DetectorConfig, classes: int) -> None:
+    config: DABDETRConfig
+    config_class = DABDETRConfig
+
+    def __init__(self, config: DABDETRConfig, classes: int) -> None:
         super().__init__(config, classes, ScaledPositionEncoder, config.grid_temperature)
         width = config.width
         self.decoder = DABDecoder(config)

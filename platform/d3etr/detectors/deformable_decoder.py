@@ -6,11 +6,11 @@ Shapes: B images · L layers · N queries of all groups · V feature levels · D
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.deformable_attention import DeformableAttention, splatted_scores
 from d3etr.detectors.feature_levels import on_levels, valid_ratios
 from d3etr.detectors.groups import AttentionTrace
@@ -18,6 +18,9 @@ from d3etr.detectors.heads import box_logits
 from d3etr.detectors.layers import MLP, FeedForward
 from d3etr.detectors.query_attention import QuerySelfAttention
 from d3etr.structures import Memory
+
+if TYPE_CHECKING:
+    from d3etr.detectors.deformable_detr import DeformableDETRConfig
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class DeformableDecoderLayer(nn.Module):
         config: uses width, heads, levels, points, feedforward and dropout.
     """
 
-    def __init__(self, config: DetectorConfig) -> None:
+    def __init__(self, config: DeformableDETRConfig) -> None:
         super().__init__()
         self.self_attention = QuerySelfAttention(config.width, config.heads, config.dropout)
         self.self_norm = nn.LayerNorm(config.width)
@@ -99,7 +102,7 @@ class DeformableDecoder(nn.Module):
         classes: C.
     """
 
-    def __init__(self, config: DetectorConfig, classes: int) -> None:
+    def __init__(self, config: DeformableDETRConfig, classes: int) -> None:
         super().__init__()
         width, depth = config.width, config.decoder_layers
         self.refines = config.box_refinement

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Annotated, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from d3etr.config.detector import DetectorConfig
+from d3etr.config.detector import DetectorConfig, Positive
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.deformable_attention import DeformableAttention, initialise_deformable
 from d3etr.detectors.deformable_decoder import DeformableDecoder
@@ -28,6 +30,62 @@ from d3etr.detectors.proposals import Proposals
 from d3etr.structures import DecoderOutputs, ImageBatch, Memory, ObjectQueries
 
 
+class DeformableDETRConfig(DetectorConfig):
+    """Deformable DETR."""
+
+    name: Literal["deformable_detr"] = "deformable_detr"
+    levels: Annotated[int, Field(ge=1, le=16)] = 4
+    """Feature levels; up to three are the backbone's last stages, each further one halves the
+    resolution again."""
+    points: Positive = 4
+    """Places that each head samples on each level."""
+    box_refinement: bool = False
+    """Every decoder layer moves the boxes of the one before."""
+    two_stage: bool = False
+    """The encoder proposes the boxes that queries start from; needs box_refinement."""
+
+    @property
+    def feature_levels(self) -> int:
+        """Feature levels that cross-attention maps run over."""
+        return self.levels
+
+    @property
+    def reference_size(self) -> int:
+        """Queries have reference points, or boxes where the encoder proposes them."""
+        return 4 if self.two_stage else 2
+
+    @property
+    def queries_need_images(self) -> bool:
+        """Two-stage queries are each image's own."""
+        return self.two_stage
+
+    @property
+    def sampling_parts(self) -> frozenset[str]:
+        """Sampling offsets and reference points."""
+        return frozenset({"offsets", "reference_head"})
+
+    @property
+    def takes_content(self) -> bool:
+        """Queries have a learned content beside their embedding."""
+        return True
+
+    @property
+    def derives_references(self) -> bool:
+        """A linear map makes reference points from embeddings."""
+        return not self.two_stage
+
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> Self:
+        if self.two_stage and not self.box_refinement:
+            raise ValueError("two_stage needs box_refinement: set it to true, as in the paper")
+        if self.width % 32:
+            raise ValueError(
+                f"width {self.width} must be a multiple of 32 for detector 'deformable_detr' "
+                "(GroupNorm of its feature levels)"
+            )
+        return self
+
+
 class DeformableDETR(DetectionTransformer):
     """Queries sample few places around their references, on several feature levels.
 
@@ -36,7 +94,10 @@ class DeformableDETR(DetectionTransformer):
         classes: C.
     """
 
-    def __init__(self, config: DetectorConfig, classes: int) -> None:
+    config: DeformableDETRConfig
+    config_class = DeformableDETRConfig
+
+    def __init__(self, config: DeformableDETRConfig, classes: int) -> None:
         super().__init__(config, classes)
         width = config.width
         self.levels = FeatureLevels(config, self.backbone)
@@ -52,7 +113,7 @@ class DeformableDETR(DetectionTransformer):
             self.reference_head = nn.Linear(width, 2)
         self._initialise(config)
 
-    def _initialise(self, config: DetectorConfig) -> None:
+    def _initialise(self, config: DeformableDETRConfig) -> None:
         for part in (self.encoder, self.decoder):
             initialise_transformer(part)
         heads = [*self.decoder.class_heads], [*self.decoder.box_heads]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
-from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.deformable_attention import DeformableAttention
 from d3etr.detectors.feature_levels import cell_centres, on_levels, valid_ratios
 from d3etr.detectors.layers import FeedForward
 from d3etr.structures import Levels
+
+if TYPE_CHECKING:
+    from d3etr.detectors.deformable_detr import DeformableDETRConfig
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -18,7 +22,7 @@ class DeformableEncoderLayer(nn.Module):
         config: uses width, heads, levels, points, feedforward and dropout.
     """
 
-    def __init__(self, config: DetectorConfig) -> None:
+    def __init__(self, config: DeformableDETRConfig) -> None:
         super().__init__()
         self.attention = DeformableAttention(
             config.width, config.heads, config.levels, config.points
@@ -47,7 +51,7 @@ class DeformableEncoder(nn.Module):
         config: uses encoder_layers beside what its layers use.
     """
 
-    def __init__(self, config: DetectorConfig) -> None:
+    def __init__(self, config: DeformableDETRConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             DeformableEncoderLayer(config) for _ in range(config.encoder_layers)

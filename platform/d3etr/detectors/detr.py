@@ -5,9 +5,11 @@ Shapes: B images · L decoder layers · N queries · C classes · S memory token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
@@ -22,6 +24,33 @@ from d3etr.detectors.initialisation import (
 from d3etr.detectors.layers import MLP, FeedForward
 from d3etr.detectors.query_attention import MemoryAttention, QuerySelfAttention
 from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
+
+
+class DETRConfig(DetectorConfig):
+    """DETR."""
+
+    name: Literal["detr"] = "detr"
+    classification: Literal["sigmoid", "softmax"] = "sigmoid"
+    """softmax: over classes and "no object", the official DETR's."""
+    unused_outputs: Annotated[int, Field(ge=0, le=65_536)] = 0
+    """With softmax only: outputs that take part in it and are no class; imported weights have
+    them where ids of COCO's list belong to no category."""
+
+    @property
+    def softmax_classes(self) -> bool:
+        """Whether classes and "no object" share one softmax."""
+        return self.classification == "softmax"
+
+    @property
+    def criterion_defaults(self) -> Mapping[str, float]:
+        """DETR weighs and costs classes 1 where one softmax tells them apart."""
+        return {"class_weight": 1.0, "class_cost": 1.0} if self.softmax_classes else {}
+
+    @model_validator(mode="after")
+    def _unused_outputs_have_an_effect(self) -> Self:
+        if self.unused_outputs and not self.softmax_classes:
+            raise ValueError("unused_outputs has no effect without classification 'softmax'")
+        return self
 
 
 class DETRDecoderLayer(nn.Module):
@@ -86,13 +115,16 @@ class DETR(SingleScaleDetector):
         classes: C.
     """
 
-    def __init__(self, config: DetectorConfig, classes: int) -> None:
+    config: DETRConfig
+    config_class = DETRConfig
+
+    def __init__(self, config: DETRConfig, classes: int) -> None:
         super().__init__(config, classes)
         width = config.width
         self.decoder = nn.ModuleList(DETRDecoderLayer(config) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.LayerNorm(width)
         self.query_embedding = nn.Embedding(config.queries, width)
-        self.exclusive = config.classification == "softmax"
+        self.exclusive = config.softmax_classes
         others = config.unused_outputs + self.exclusive
         self.class_head = nn.Linear(width, classes + others)
         self.box_head = MLP((width, width, width, 4))

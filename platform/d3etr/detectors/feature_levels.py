@@ -5,15 +5,19 @@ Shapes: B images · V feature levels · S tokens of all levels · D width.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.backbones import Backbone
 from d3etr.detectors.base import shrink_padding
 from d3etr.detectors.group_norm import GroupNorm
 from d3etr.detectors.position import SineEncoding
 from d3etr.structures import Levels
+
+if TYPE_CHECKING:
+    from d3etr.detectors.deformable_detr import DeformableDETRConfig
 
 BACKBONE_LEVELS = 3
 """Stages that a backbone gives at most; further levels are strided convolutions of the last."""
@@ -31,7 +35,7 @@ class FeatureLevels(nn.Module):
         stages: number of the backbone's stages that are used.
     """
 
-    def __init__(self, config: DetectorConfig, backbone: Backbone) -> None:
+    def __init__(self, config: DeformableDETRConfig, backbone: Backbone) -> None:
         super().__init__()
         width = config.width
         self.stages = min(config.levels, BACKBONE_LEVELS, len(backbone.stage_channels))

@@ -7,15 +7,19 @@ Shapes: B images · S tokens of all levels · N queries · C classes · D width.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.feature_levels import cell_centres, valid_ratios
 from d3etr.detectors.heads import box_logits
 from d3etr.detectors.layers import MLP
 from d3etr.detectors.position import SineEncoding
 from d3etr.structures import DecoderOutputs, Levels, Memory, ObjectQueries
+
+if TYPE_CHECKING:
+    from d3etr.detectors.deformable_detr import DeformableDETRConfig
 
 FINEST_SIZE = 0.05
 """Width and height that tokens of the finest level propose before they have learned; each
@@ -32,7 +36,7 @@ class Proposals(nn.Module):
         classes: C; as in the official code, class 0's score stands for "some object".
     """
 
-    def __init__(self, config: DetectorConfig, classes: int) -> None:
+    def __init__(self, config: DeformableDETRConfig, classes: int) -> None:
         super().__init__()
         width = config.width
         self.queries = config.queries

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d3etr.config.base import Section
 from d3etr.config.data import PreprocessingConfig
-from d3etr.config.detector import DetectorConfig
+from d3etr.config.detector import AnyDetector
 from d3etr.config.problems import ConfigError, problems_of
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
@@ -41,7 +41,7 @@ CategoryId = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 class WeightsInfo(Section):
     """What a weights file says beside its tensors."""
 
-    detector: DetectorConfig
+    detector: AnyDetector
     categories: Annotated[tuple[tuple[CategoryId, str], ...], Field(min_length=1)]
     """(id of the annotation file, name) of each class, in the order of the logits."""
     preprocessing: PreprocessingConfig

@@ -114,7 +114,7 @@ class Distiller(nn.Module):
 
     @property
     def _queries_need_images(self) -> bool:
-        return self.teacher is not None and self.teacher.config.two_stage
+        return self.teacher is not None and self.teacher.config.queries_need_images
 
     @property
     def _needs_attention(self) -> bool:

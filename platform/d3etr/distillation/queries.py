@@ -29,19 +29,16 @@ class TeacherQueries(nn.Module):
         super().__init__()
         self.size = student.reference_size
         same = teacher.width == student.width
-        # DAB-DETR computes its embeddings from its anchors.
-        unused = student.name == "dab_detr"
+        adapts = student.takes_embedding and not same
         self.adapter: nn.Module = (
-            nn.Identity() if same or unused else nn.Linear(teacher.width, student.width)
+            nn.Linear(teacher.width, student.width) if adapts else nn.Identity()
         )
         missing = self.size - teacher.reference_size
-        # A detector that makes reference points from embeddings does so for these too.
-        makes_points = self.size == 2
         self.reference: nn.Linear | None = None
-        if missing > 0 and not makes_points:
+        if missing > 0 and not student.derives_references:
             self.reference = nn.Linear(teacher.width, missing)
         self.content: nn.Module | None = None
-        if student.name == "deformable_detr" and teacher.name == "deformable_detr":
+        if student.takes_content and teacher.takes_content:
             self.content = nn.Identity() if same else nn.Linear(teacher.width, student.width)
 
     def forward(self, queries: ObjectQueries) -> ObjectQueries:

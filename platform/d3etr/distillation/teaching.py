@@ -183,7 +183,7 @@ def normalisers(
     images = torch.full_like(objects, len(targets.counts))
     nothing = torch.zeros(student.decoder_layers, device=device)
     classes = torch.zeros(2, device=device)
-    if student.classification == "softmax":
+    if student.softmax_classes:
         sizes = (student.queries, _auxiliary_queries(taught, teacher, config))
         classes = torch.stack([query_weights(targets, size, criterion) for size in sizes])
     if taught is None:

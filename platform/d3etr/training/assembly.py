@@ -156,7 +156,9 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
     digests = _digests(config, splits)
     ensure_same_everywhere(digests, context)
     # First, as it may freeze the backbone: what is frozen has no average and no gradient.
-    optimiser = build_optimiser(distiller, student.backbone, config.optimisation)
+    optimiser = build_optimiser(
+        distiller, student.backbone, config.optimisation, student.config.sampling_parts
+    )
     decay = config.optimisation.ema_decay
     return Models(
         student,

@@ -40,7 +40,7 @@ def why_not_recorded(distiller: Distiller, device: torch.device) -> str | None:
         return "general points are drawn by the host"
     from d3etr.kernels.assignment import LARGEST_SIDE
 
-    if distiller.student.config.two_stage:
+    if distiller.student.config.queries_need_images:
         return "the proposals of a two-stage student are matched by the host"
     detectors = [part for part in (distiller.student, distiller.teacher) if part is not None]
     most = max(detector.config.queries for detector in detectors)

@@ -15,7 +15,10 @@ logger = get_logger(__name__)
 
 
 def parameter_groups(
-    module: nn.Module, backbone: nn.Module, config: OptimisationConfig
+    module: nn.Module,
+    backbone: nn.Module,
+    config: OptimisationConfig,
+    sampling_parts: frozenset[str] = frozenset(),
 ) -> list[dict[str, object]]:
     """Split what is trained into backbone, what says where to sample, and the rest.
 
@@ -27,6 +30,8 @@ def parameter_groups(
         backbone: the part of it with ``backbone_rate_factor``.
         config: the rates. A backbone's factor of 0 freezes the backbone (as in DETR), which also
             saves its backward pass.
+        sampling_parts: names of the modules that say where to sample, as the detector's
+            configuration has them.
 
     Returns:
         Groups for ``AdamW``; ``base_rate`` is the rate before any schedule.
@@ -41,7 +46,7 @@ def parameter_groups(
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter is trained")
-    sampling = set() if config.sampling_rate_factor == 1 else _sampling(module)
+    sampling = set() if config.sampling_rate_factor == 1 else _sampling(module, sampling_parts)
     parts = [
         ([p for p in trained if id(p) not in inside | sampling], 1.0),
         ([p for p in trained if id(p) in inside], config.backbone_rate_factor),
@@ -55,18 +60,21 @@ def parameter_groups(
     ]
 
 
-def _sampling(module: nn.Module) -> set[int]:
-    """Ids of the parameters of Deformable DETR's sampling offsets and reference points."""
+def _sampling(module: nn.Module, names: frozenset[str]) -> set[int]:
+    """Ids of the parameters of the modules of these names."""
     return {
-        id(parameter)
-        for name, parameter in module.named_parameters()
-        if {"offsets", "reference_head"} & {*name.split(".")}
+        id(parameter) for name, parameter in module.named_parameters() if names & {*name.split(".")}
     }
 
 
-def build_optimiser(module: nn.Module, backbone: nn.Module, config: OptimisationConfig) -> AdamW:
+def build_optimiser(
+    module: nn.Module,
+    backbone: nn.Module,
+    config: OptimisationConfig,
+    sampling_parts: frozenset[str] = frozenset(),
+) -> AdamW:
     """AdamW over ``parameter_groups``, in its fused form where device and type have one."""
-    groups = parameter_groups(module, backbone, config)
+    groups = parameter_groups(module, backbone, config, sampling_parts)
     parameters = [p for p in module.parameters() if p.requires_grad]
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     return AdamW(groups, weight_decay=config.weight_decay, fused=fused)

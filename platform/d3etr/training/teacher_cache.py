@@ -193,7 +193,7 @@ def _one_size(models: Models, loader: EpochLoader) -> tuple[int, int]:
     Raises:
         UserError: the teacher's outputs do not depend on an image's own pixels alone.
     """
-    if models.teacher is not None and models.teacher.config.two_stage:
+    if models.teacher is not None and models.teacher.config.queries_need_images:
         raise UserError(
             f"{SETTING} cannot keep the queries that a two-stage teacher makes of each image: "
             "leave it out"

@@ -98,7 +98,7 @@ def infer_detector(
     try:
         settings |= _sizes(name, tensors)
         settings |= _own_settings(name, tensors, unseen, heads)
-        return DetectorConfig.model_validate(settings), notes
+        return DetectorConfig.parse(settings), notes
     except KeyError as missing:
         raise UserError(f"tensor {missing} is missing: its shape tells the architecture") from None
     except ValidationError as error:

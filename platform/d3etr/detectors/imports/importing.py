@@ -145,7 +145,7 @@ def _build(
 
 def _exclusive(config: DetectorConfig, unused: int) -> DetectorConfig:
     changes = {"classification": "softmax", "unused_outputs": unused}
-    return DetectorConfig.model_validate(config.model_dump() | changes)
+    return DetectorConfig.parse(config.model_dump(mode="json") | changes)
 
 
 def _outputs(tensors: Mapping[str, Tensor]) -> int:
