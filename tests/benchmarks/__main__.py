@@ -33,7 +33,6 @@ BENCHMARKS = {
     "distilled_step": "a D3ETR step beside a plain step and the teacher's forward pass",
     "compiled": "torch.compile for student and teacher",
     "growth": "how a D3ETR step grows with its problem",
-    "teacher_cache": "the teacher's outputs read from the cache beside its forward pass",
     "matching": "ways to solve Adaptive Matching, and what matching adds to a D3ETR step",
     "evaluation": "COCO's numbers of detections beside pycocotools used plainly",
     "ray_overhead": "Ray Train beside the bare loop, and what a checkpoint costs",

@@ -27,7 +27,6 @@ from d3etr.training.assembly import build_models, open_loader, open_splits
 from d3etr.training.context import SingleProcess
 from d3etr.training.divergence import LossWindow
 from d3etr.training.step import MicroBatch, TrainingStep
-from d3etr.training.teacher_cache import open_teacher_cache
 
 WARM_UP_STEPS = 3
 
@@ -40,7 +39,6 @@ class Case:
         milliseconds: per step, as ``measure`` finds them.
         device: where it runs.
         distiller: student and teacher.
-        cache: of what the teacher says, where the recipe has one.
     """
 
     def __init__(self, name: str, config: Config, device: torch.device | None = None) -> None:
@@ -53,7 +51,6 @@ class Case:
         self._loader = open_loader(config, splits.train, context)
         self._batches = self.epoch(0)
         self._made = 0
-        self.cache = open_teacher_cache(config, models, self._loader, context, _ignore)
         self._step = TrainingStep(
             models.distiller,
             models.optimiser,
@@ -63,7 +60,6 @@ class Case:
             steps=1_000_000,
             window=LossWindow(),
             timer=PhaseTimer(context.device),
-            cache=self.cache,
         )
 
     def run(self, steps: int) -> float:
@@ -88,12 +84,6 @@ class Case:
     def close(self) -> None:
         """End the processes that load images."""
         self._loader.close()
-        if self.cache is not None:
-            self.cache.close()
-
-
-def _ignore(_text: str, _level: str) -> None:
-    pass
 
 
 def measure(cases: Sequence[Case], rounds: int, steps: int) -> None:

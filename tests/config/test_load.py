@@ -221,25 +221,6 @@ def test_keyword_arguments_become_overrides() -> None:
     assert config.optimisation.learning_rate == 1e-5
 
 
-def test_absolute_learning_rates_of_older_recipes_mean_the_same(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    rates = "learning_rate: 2.0e-4, backbone_learning_rate: 2.0e-5, sampling_learning_rate: null"
-    old = f"data: {{digit_scenes: {{}}}}\noptimisation: {{steps: 10, {rates}}}\n"
-    found = load_config(recipe(tmp_path, old)).optimisation
-    assert (found.backbone_rate_factor, found.sampling_rate_factor) == (0.1, 1.0)
-    assert "optimisation.backbone_learning_rate is now backbone_rate_factor: 0.1" in caplog.text
-
-
 def test_twice_the_learning_rate_is_one_key() -> None:
     once, twice = (minimal(f"optimisation.learning_rate={rate}") for rate in (1e-3, 2e-3))
     assert once.optimisation.backbone_rate_factor == twice.optimisation.backbone_rate_factor
-
-
-def test_a_rate_that_is_stated_in_both_ways_is_refused() -> None:
-    text = refusal(
-        None,
-        "data.digit_scenes={}",
-        "optimisation={steps: 1, backbone_learning_rate: 1e-5, backbone_rate_factor: 1.0}",
-    )
-    assert "set only backbone_rate_factor" in text

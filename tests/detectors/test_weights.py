@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from d3etr.config import renamed
 from d3etr.config.data import PreprocessingConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.tensor_files import write_tensors
@@ -156,6 +157,19 @@ def test_broken_metadata_is_named(path: Path, info: str) -> None:
     _rewrite(path, **{INFO_KEY: info})
     with pytest.raises(UserError, match=f"{INFO_KEY}' metadata is broken"):
         load_weights(path)
+
+
+def test_a_file_with_keys_of_an_earlier_version_is_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = {"student.detector.hidden": "student.detector.width", "data.preprocessing.cut": None}
+    monkeypatch.setattr(renamed, "EARLIER_KEYS", earlier)
+    today = read_info(path)
+    info = json.loads(today.model_dump_json())
+    info["detector"]["hidden"] = info["detector"].pop("width")
+    info["preprocessing"]["cut"] = 3
+    _rewrite(path, **{INFO_KEY: json.dumps(info)})
+    assert read_info(path) == today
 
 
 def test_tensors_of_another_architecture_are_named(path: Path) -> None:

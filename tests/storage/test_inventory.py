@@ -8,9 +8,7 @@ import pytest
 
 from d3etr.cli.main import main
 from d3etr.config.location import Url
-from d3etr.storage.cache import Cache
 from d3etr.storage.fetch import fetch_file, fetch_folder
-from d3etr.storage.records import RecordFile
 
 
 @pytest.fixture(autouse=True)
@@ -48,22 +46,6 @@ def test_one_url_is_cleared_and_what_others_need_stays(
     assert main(["cache", "--clear", "everything"]) == 0
     capsys.readouterr()
     assert listed(capsys) == {"all": 0}
-
-
-def test_outputs_of_teachers_are_listed_by_what_they_take_and_cleared(
-    capsys: pytest.CaptureFixture[str], cache: Path
-) -> None:
-    path = Cache(cache).teacher("0123")
-    file = RecordFile(path, 100_000, 10**9)
-    file.write(bytes(32), memoryview(bytes(100_000)))
-    assert main(["cache", "--json"]) == 0
-    content = json.loads(capsys.readouterr().out)
-    (taken,) = content["teachers"].values()
-    assert 100_000 < taken < 200_000 and content["bytes"] == 1500 + taken
-    assert main(["cache"]) == 0
-    assert "outputs of a teacher, 0123.records" in capsys.readouterr().out
-    assert main(["cache", "--clear", "everything"]) == 0
-    assert not path.exists()
 
 
 def test_what_is_no_url_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

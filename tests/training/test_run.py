@@ -358,7 +358,6 @@ def in_use() -> tuple[set[str], int, int]:
         "training.run.build_models",
         "training.run.Examination",
         "training.run.find_checkpoint",
-        "training.teacher_cache._ensure_as_before",
         "training.run.TrainingStep",
         "training.step.TrainingStep._update",
         pytest.param("evaluation.evaluator._rows", marks=pytest.mark.slow),
@@ -370,11 +369,10 @@ def test_a_run_that_fails_leaves_nothing_open_though_its_error_is_kept(
     def fail(*arguments: Any, **named: Any) -> None:
         raise Interruption
 
-    config = make_config(teacher={"cache_gigabytes": 0.01}, optimisation={"accumulation": 2})
+    config = make_config(optimisation={"accumulation": 2})
     if broken.endswith("_rows"):  # the teacher is evaluated, by loading processes
         data = config.data.model_copy(update={"workers": 1})
         config = config.model_copy(update={"data": data})
-    monkeypatch.setenv("D3ETR_CACHE", str(tmp_path / "cache"))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     before = in_use()
     monkeypatch.setattr(f"d3etr.{broken}", fail)

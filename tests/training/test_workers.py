@@ -16,7 +16,6 @@ from tiny_runs import MakeConfig, assert_same_run, final_state, losses, records,
 
 from d3etr.config.distillation import DistillationConfig
 from d3etr.config.tree import Config
-from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.training.context import SingleProcess, Torchrun
 from d3etr.training.journal import read_journal
@@ -198,34 +197,6 @@ def test_a_killed_process_is_resumed_bit_for_bit(make_config: MakeConfig, tmp_pa
     assert_same_run(run_dir, tmp_path / "whole")
     starts = [r["step"] for r in read_journal(run_dir / "journal.jsonl") if r["kind"] == "start"]
     assert len(starts) == 2 and starts[1] >= 6
-
-
-@pytest.mark.slow
-def test_a_teachers_cache_outlives_its_killed_writer_and_serves_two_workers(
-    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("D3ETR_CACHE", str(tmp_path / "cache"))
-    settings = {"optimisation": {"epochs": 4}, "detector": {"dropout": 0.0}}
-    train_alone(make_config(**settings), tmp_path / "without")
-    config = make_config(**settings, teacher={"cache_gigabytes": 0.05})
-    killed = tmp_path / "killed"
-    writer = start(config, killed)
-    deadline = time.monotonic() + 120
-    while not any(record["step"] >= 4 for record in read_journal(killed / "journal.jsonl")):
-        assert time.monotonic() < deadline and writer.poll() is None
-        time.sleep(0.01)
-    writer.send_signal(signal.SIGKILL)
-    assert writer.wait() == -signal.SIGKILL
-    # One goes on with the killed run, the other is a trial beside it.
-    both = [start(config, killed), start(config, tmp_path / "beside")]
-    assert [worker.wait(timeout=180) for worker in both] == [0, 0]
-    train_with_two_workers(config, tmp_path / "two")
-    for name in ("killed", "beside", "two"):
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "without"), rel=1e-5)
-    summary = RunFolder(tmp_path / "two").read_summary()
-    assert summary is not None
-    assert summary["teacher_cache/computed"] == summary["teacher_cache/unkept"] == 0
-    assert summary["teacher_cache/read"] == 4 * 24
 
 
 def test_torchrun_without_torchrun_says_how_to_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""``d3etr cache``: what this machine keeps, from URLs and of what teachers said."""
+"""``d3etr cache``: what this machine keeps of files that were fetched from URLs."""
 
 from __future__ import annotations
 
@@ -35,21 +35,17 @@ def _run(options: Namespace) -> int:
 
 def _list(options: Namespace) -> int:
     from d3etr.storage.cache import megabytes, open_cache
-    from d3etr.storage.inventory import entries, size, teachers
+    from d3etr.storage.inventory import entries, size
 
     cache = open_cache()
-    found, total, taught = entries(cache), size(cache), teachers(cache)
+    found, total = entries(cache), size(cache)
     if options.json:
         listed = [asdict(entry) for entry in found]
-        said = {str(file): taken for file, taken in taught.items()}
-        content = {"folder": str(cache.folder), "bytes": total, "urls": listed, "teachers": said}
-        print_json(content)
+        print_json({"folder": str(cache.folder), "bytes": total, "urls": listed})
         return 0
     for entry in found:
         files = "1 file" if entry.files == 1 else f"{entry.files:,} files"
         print(f"{megabytes(entry.size):>12}  {files:>14}  {entry.url}")
-    for file, taken in taught.items():
-        print(f"{megabytes(taken):>12}  {'1 file':>14}  outputs of a teacher, {file.name}")
     print(f"{megabytes(total):>12}  in {cache.folder} (another folder: D3ETR_CACHE)")
     return 0
 
@@ -86,9 +82,4 @@ def _verify(options: Namespace) -> int:
     return DAMAGED if damaged else 0
 
 
-COMMAND = Command(
-    "cache",
-    "list or clear what was fetched from URLs, and outputs of teachers",
-    _add_arguments,
-    _run,
-)
+COMMAND = Command("cache", "list or clear what was fetched from URLs", _add_arguments, _run)

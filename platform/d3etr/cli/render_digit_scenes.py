@@ -23,7 +23,10 @@ def _run(options: Namespace) -> int:
     from d3etr.data.digit_scenes import VERSION, write_digit_scenes
 
     root = [] if options.root is None else [f"root={options.root}"]
-    config = validate_section(DigitScenesConfig, {}, "the settings", [*root, *options.overrides])
+    overrides = [*root, *options.overrides]
+    config = validate_section(
+        DigitScenesConfig, {}, "the settings", overrides, below="data.digit_scenes"
+    )
     with progress_bar() as progress:
         splits = write_digit_scenes(config, progress)
     if options.json:

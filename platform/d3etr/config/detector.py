@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from d3etr.config.backbones import SMALL, WITHOUT_BATCH_NORM, family_of, known_backbone
-from d3etr.config.base import MAXIMUM, Section
+from d3etr.config.base import Section
 from d3etr.config.location import Location
 from d3etr.config.training import Precision, PretrainingConfig
 from d3etr.config.variants import VariantSection
@@ -218,7 +218,3 @@ class TeacherConfig(Section):
     else measure. measure: always evaluate."""
     precision: Precision | None = None
     """Of the teacher's forward passes in training; None: the student's, optimisation.precision."""
-    cache_gigabytes: Annotated[float, Field(gt=0, le=MAXIMUM)] | None = None
-    """Keep what the teacher says about a training image in a file on each machine, of at most so
-    many gigabytes, and read it where a run or trial shows the teacher the same pixels again.
-    None keeps nothing."""

@@ -12,6 +12,7 @@ from d3etr.config.base import Section
 from d3etr.config.infrastructure import RunConfig
 from d3etr.config.overrides import Tree, apply_overrides, merge, overridden_paths
 from d3etr.config.problems import ConfigError, Problem, problems_of, shown
+from d3etr.config.renamed import with_current_keys
 from d3etr.config.tree import Config
 from d3etr.config.yaml_text import MAXIMUM_DEPTH, dump_yaml, parse_yaml, read_text
 
@@ -20,7 +21,6 @@ SectionType = TypeVar("SectionType", bound=Section)
 WITHOUT_INFLUENCE: Mapping[str, frozenset[str]] = {
     "run": frozenset(RunConfig.model_fields) - {"seed"},
     "data": frozenset({"workers"}),
-    "teacher": frozenset({"cache_gigabytes"}),
     "student": frozenset({"pretraining"}),
 }
 """Keys that change where and how fast a run happens, never its result."""
@@ -59,14 +59,27 @@ def validate(tree: Tree, source: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def validate_section(
-    section: type[SectionType], tree: Tree, source: str, overrides: Sequence[str] = ()
+    section: type[SectionType],
+    tree: Tree,
+    source: str,
+    overrides: Sequence[str] = (),
+    below: str = "",
 ) -> SectionType:
     """``validate`` for a section that stands alone.
+
+    Args:
+        section: its model.
+        tree: what YAML holds.
+        source: what error texts call it.
+        overrides: ``a.b=c`` texts.
+        below: the section's dotted path in the whole configuration, for keys of earlier versions.
 
     Raises:
         ConfigError: listing every problem.
     """
     tree, problems = apply_overrides(tree, overrides)
+    tree, of_earlier_keys = with_current_keys(tree, below)
+    problems += of_earlier_keys
     try:
         validated = section.model_validate_json(json.dumps(tree))
     except ValidationError as error:

@@ -179,18 +179,19 @@ def _unknown_key(path: str, root: type[BaseModel]) -> str:
         if below is None:
             break
         section, name = below, name.partition(".")[2]
-    elsewhere = [place for place in _all_paths(root) if place.split(".")[-1] == name]
+    elsewhere = [place for place in all_paths(root) if place.split(".")[-1] == name]
     close = difflib.get_close_matches(name, fields_of(section), n=1, cutoff=0.6)
     if not close and elsewhere:
         return f"unknown key; did you mean '{elsewhere[0]}'?"
     return f"unknown key; {nearest(name, fields_of(section))}"
 
 
-def _all_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def all_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted paths of a section's keys and of the sections in it."""
     for name, field in fields_of(section).items():
         yield prefix + name
         for model in models_in(field.annotation):
-            yield from _all_paths(model, f"{prefix}{name}.")
+            yield from all_paths(model, f"{prefix}{name}.")
 
 
 def shown(value: object) -> str:

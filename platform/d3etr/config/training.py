@@ -1,14 +1,10 @@
 """Configuration of optimisation and evaluation."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeGuard
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from d3etr.config.base import MAXIMUM, Section
-from d3etr.logs import get_logger
-
-logger = get_logger(__name__)
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -87,11 +83,6 @@ class OptimisationConfig(Section):
         """Off, ``cuda_graphs`` is no part of a configuration's digest."""
         return frozenset() if self.cuda_graphs else frozenset({"cuda_graphs"})
 
-    @model_validator(mode="before")
-    @classmethod
-    def _absolute_rates(cls, settings: object) -> object:
-        return _with_rate_factors(settings) if isinstance(settings, Mapping) else settings
-
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
@@ -126,38 +117,6 @@ def warmup_problem(section: str, warmup: int, steps: int, reason: str) -> str | 
         f"{section}.warmup_steps ({warmup}) is above the run's {steps} steps ({reason}): full "
         "strength would never be reached; set it to a fraction of them, or train longer"
     )
-
-
-_RENAMED_RATES = {
-    "backbone_learning_rate": "backbone_rate_factor",
-    "sampling_learning_rate": "sampling_rate_factor",
-}
-"""Rates that recipes of version 0.1 state absolutely -> today's factors on ``learning_rate``."""
-
-
-def _with_rate_factors(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the absolute rates of older recipes; a warning names the new key.
-
-    Raises:
-        ValueError: a rate is stated both ways, or a factor cannot be computed from it.
-    """
-    found = dict(settings)
-    for old in _RENAMED_RATES.keys() & settings.keys():
-        new, rate = _RENAMED_RATES[old], found.pop(old)
-        base = found.get("learning_rate", OptimisationConfig.model_fields["learning_rate"].default)
-        if new in found:
-            raise ValueError(f"{old} is the older name of {new}: set only {new}")
-        if rate is None:
-            continue
-        if not (_is_rate(rate) and _is_rate(base) and base > 0):
-            raise ValueError(f"{old} is no longer read: set {new}, a factor on learning_rate")
-        found[new] = float(f"{rate / base:.12g}")
-        logger.warning("optimisation.%s is now %s: %g", old, new, found[new])
-    return found
-
-
-def _is_rate(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class EvaluationConfig(Section):

@@ -83,13 +83,6 @@ class Config(Section):
                 "student.initialise_from.weights is not set and there is no teacher whose parts "
                 "could be meant: set it to a weights file"
             )
-        points = self.distillation.general_points.count
-        if points and self.teacher is not None and self.teacher.cache_gigabytes is not None:
-            raise ValueError(
-                f"teacher.cache_gigabytes cannot keep what a teacher says about the {points} "
-                "distillation.general_points, which are drawn anew in each step: remove it, or "
-                "set general_points.count to 0"
-            )
         self._criterion_fits()
         student = self.student.detector
         if self.optimisation.sampling_rate_factor != 1 and not student.sampling_parts:

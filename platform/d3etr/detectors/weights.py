@@ -5,6 +5,7 @@ Nothing in such a file is executed when it is read.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from d3etr.config.base import Section
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import AnyDetector
 from d3etr.config.problems import ConfigError, problems_of
+from d3etr.config.renamed import with_current_keys
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.tensor_files import (
@@ -96,10 +98,23 @@ def read_info(path: Path) -> WeightsInfo:
             f"{FORMAT}: use the d3etr that wrote it, or write it again with this one."
         )
     try:
-        return WeightsInfo.model_validate_json(metadata[INFO_KEY])
+        return WeightsInfo.model_validate_json(_with_current_keys(metadata[INFO_KEY]))
     except ValidationError as error:
         problems = problems_of(error, WeightsInfo)
         raise ConfigError(f"{path}, whose '{INFO_KEY}' metadata is broken", problems) from error
+
+
+def _with_current_keys(text: str) -> str:
+    """The JSON of a file that an earlier version wrote, with today's keys."""
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # whoever validates it says what is wrong
+    sections = {"detector": "student.detector", "preprocessing": "data.preprocessing"}
+    for name, path in sections.items():
+        if isinstance(tree, dict) and isinstance(tree.get(name), dict):
+            tree[name], _ = with_current_keys(tree[name], path)
+    return json.dumps(tree)
 
 
 def load_weights(path: Path) -> tuple[DetectionTransformer, WeightsInfo]:

@@ -141,32 +141,12 @@ class Distiller(nn.Module):
             groups.append(self._points.draw(queries, step))
         decoded = teacher.decode(memory, groups, attention=self._needs_attention)
         outputs, *general = [map_layers(part, self._layers) for part in decoded]
-        taught = self._pass_on(outputs, queries, memory.tokens)
-        return replace(taught, general=general[0], points=groups[1]) if general else taught
-
-    @torch.no_grad()
-    def recall(self, outputs: DecoderOutputs, tokens: Tensor | None) -> Taught:
-        """What ``teach`` returned without general points, from what of it depends on the images.
-
-        Args:
-            outputs: as ``Taught.outputs``; of a teacher that is not two-stage.
-            tokens: as ``Taught.tokens``.
-        """
-        assert self.teacher is not None and self._points is None
-        return self._pass_on(outputs, self.teacher.object_queries().detach(), tokens)
-
-    def _pass_on(
-        self, outputs: DecoderOutputs, queries: ObjectQueries, tokens: Tensor | None
-    ) -> Taught:
+        tokens: Tensor | None = memory.tokens
         if self.feature_adapter is None:
             outputs, tokens = replace(outputs, states=None), None
         group, passed = passed_on(outputs, queries, self.distillation.teacher_query_ratio)
-        return Taught(outputs, group, passed, tokens)
-
-    @property
-    def taught_layers(self) -> tuple[int, ...]:
-        """The teacher's layer for each of the student's."""
-        return tuple(self._layers)
+        taught = Taught(outputs, group, passed, tokens)
+        return replace(taught, general=general[0], points=groups[1]) if general else taught
 
     @torch.no_grad()
     def normalisers(self, targets: Targets, taught: Taught | None) -> Tensor:

@@ -46,8 +46,7 @@ class Cache:
     """A folder of fetched files.
 
     Attributes:
-        folder: ``objects`` holds content, ``index`` what is known of each URL, ``teachers`` what
-            teachers said about training images.
+        folder: ``objects`` holds content, ``index`` what is known of each URL.
     """
 
     folder: Path
@@ -65,10 +64,6 @@ class Cache:
     def partial(self, index: Path) -> Path:
         """A fresh name for a file that is being fetched for that index."""
         return self.folder / "partial" / f"{index.stem}.{uuid.uuid4().hex}"
-
-    def teacher(self, digest: str) -> Path:
-        """The file of what one teacher says, made by the first run that needs it."""
-        return self.folder / "teachers" / f"{digest}.records"
 
     def remove_partials(self, index: Path) -> None:
         """Remove what a process left that died while it fetched; needs the index's lock."""
@@ -187,11 +182,6 @@ def seal_of(file: Path) -> Seal:
     """
     status = file.stat()
     return Seal(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
-def allocated_bytes(file: Path) -> int:
-    """What a file takes on the disk: of a sparse one less than its size."""
-    return 512 * file.stat().st_blocks
 
 
 def sha256(file: Path) -> str:

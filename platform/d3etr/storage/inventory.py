@@ -9,7 +9,7 @@ from pathlib import Path
 
 from d3etr.config.location import Url
 from d3etr.errors import UserError
-from d3etr.storage.cache import Cache, allocated_bytes, clear_cache_errors, locked, sha256
+from d3etr.storage.cache import Cache, clear_cache_errors, locked, sha256
 from d3etr.storage.index import read_records
 
 
@@ -38,18 +38,11 @@ def size(cache: Cache) -> int:
     """Bytes of all content in the cache, old versions and unfinished files included."""
     folders = (cache.folder / name for name in ("objects", "partial"))
     files = (file for folder in folders for file in folder.rglob("*"))
-    fetched = sum(file.stat().st_size for file in files if file.is_file())
-    return fetched + sum(teachers(cache).values())
-
-
-def teachers(cache: Cache) -> dict[Path, int]:
-    """The files of what teachers said, with the bytes that they take on the disk."""
-    files = sorted((cache.folder / "teachers").glob("*.records"))
-    return {file: allocated_bytes(file) for file in files}
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def clear(cache: Cache, url: Url | None = None) -> int:
-    """Remove what was fetched, and with everything also what teachers said.
+    """Remove what was fetched.
 
     A training that reads what was fetched would fail.
 

@@ -37,7 +37,6 @@ from d3etr.training.resume import Progress, find_checkpoint, restore_state
 from d3etr.training.step import TrainingStep
 from d3etr.training.steplog import StepLog
 from d3etr.training.teacher import idle_settings, qualify_teacher
-from d3etr.training.teacher_cache import TeacherCache, open_teacher_cache
 
 
 def run_training(config: Config, run_dir: Path, context: TrainContext) -> dict[str, float]:
@@ -129,11 +128,6 @@ class _Run:
         for setting in idle_settings(config.teacher, self.models.distiller):
             text = f"{setting} has no effect: this method uses nothing that the teacher says"
             self._tell(text, "warning")
-        self.cache: TeacherCache | None = open_teacher_cache(
-            config, self.models, self.loader, context, self._tell
-        )
-        if self.cache is not None:
-            opened.callback(self.cache.close)
 
     def train(self) -> None:
         """All steps that are left."""
@@ -146,7 +140,6 @@ class _Run:
             steps=self.steps,
             window=self.window,
             timer=self.timer,
-            cache=self.cache,
         )
         self._tell_of_graphs(step.obstacle())
         loop = TrainingLoop(
@@ -167,7 +160,7 @@ class _Run:
         """Measure the test split if asked to, write the summary."""
         test = self.examination.measure_test() if self.splits.test is not None else {}
         self.examination.warn_at_the_end(self.progress.step)
-        summary = self._summary(test) | self._cache_summary()
+        summary = self._summary(test)
         if self.context.rank == 0:
             self.journal.write("end", self.progress.step, metrics=numbers(summary))
             RunFolder(self.run_dir).write_summary(summary)
@@ -221,15 +214,6 @@ class _Run:
 
     def _tell(self, text: str, level: str = "info") -> None:
         self.journal.message(self.progress.step, text, level)
-
-    def _cache_summary(self) -> dict[str, int]:
-        """How often the teacher's cache had what was asked for, since this process began."""
-        if self.cache is None:
-            return {}
-        counts = self.cache.counts.over_all(self.context)
-        self._tell(counts.text())
-        names = {"read": counts.read, "computed": counts.computed, "unkept": counts.unkept}
-        return {f"teacher_cache/{name}": count for name, count in names.items()}
 
     def _summary(self, test: dict[str, float]) -> dict[str, Any]:
         kept = self.examination.kept or {"step": 0, "metrics": {}, "images_per_second": 0.0}

@@ -24,7 +24,6 @@ from d3etr.training.graphs import StepGraphs, whole_pass, why_not_recorded
 from d3etr.training.optimiser import autocast, clip_gradients, set_learning_rates
 from d3etr.training.schedule import distillation_scale, learning_rate_factor
 from d3etr.training.seeding import derive_seed, seed_generators
-from d3etr.training.teacher_cache import TeacherCache
 
 MicroBatch = tuple[ImageBatch, Targets]
 
@@ -45,7 +44,6 @@ class TrainingStep:
         steps: optimiser steps of the whole run.
         window: takes the losses.
         timer: takes the time of each phase.
-        cache: of what the teacher says, if the run has one.
     """
 
     _graphs: StepGraphs | None = None
@@ -61,14 +59,13 @@ class TrainingStep:
         steps: int,
         window: LossWindow,
         timer: PhaseTimer,
-        cache: TeacherCache | None = None,
     ) -> None:
         self._distiller, self._optimiser, self._average = distiller, optimiser, average
         self._model = context.wrap(distiller)
         self._config, self._context, self._steps = config, context, steps
         parts = config.micro_batches(context.world_size)
         self._mine = share(parts, context.rank, context.world_size)
-        self._window, self._timer, self._cache = window, timer, cache
+        self._window, self._timer = window, timer
         if config.optimisation.cuda_graphs and self.obstacle() is None:
             parameters = [p for group in optimiser.param_groups for p in group["params"]]
             precisions = config.teacher_precision, config.optimisation.precision
@@ -79,8 +76,6 @@ class TrainingStep:
         """Why ``cuda_graphs`` would have no effect, in words; None where steps can be recorded."""
         if len(self._mine) > 1 or self._context.world_size > 1:
             return "steps of several micro-batches or workers are not recorded"
-        if self._cache is not None:
-            return "the teacher's cache is read by the host"
         return why_not_recorded(self._distiller, self._context.device)
 
     def __call__(self, step: int, batches: Sequence[MicroBatch]) -> None:
@@ -90,13 +85,13 @@ class TrainingStep:
             TrainingDiverged: a matching cost is not finite and the host solved its problem.
                 Losses, NaN where a GPU did, are checked by whoever reads the window.
         """
-        device, loaded = self._context.device, batches
-        batches = [(images.to(device), targets.to(device)) for images, targets in loaded]
+        device = self._context.device
+        batches = [(images.to(device), targets.to(device)) for images, targets in batches]
         if self._graphs is not None:
             self._replay(step, batches[0], self._graphs)
         else:
             with self._timer.phase("teacher"):
-                taught, normalisers = self._teach(step, batches, loaded)
+                taught, normalisers = self._teach(step, batches)
             for index, (batch, known) in enumerate(zip(batches, taught, strict=True)):
                 with self._synchronised_if(index == len(batches) - 1):
                     self._accumulate(step, index, batch, known, normalisers)
@@ -104,21 +99,16 @@ class TrainingStep:
             self._update(step)
 
     def _teach(
-        self, step: int, batches: Sequence[MicroBatch], loaded: Sequence[MicroBatch]
+        self, step: int, batches: Sequence[MicroBatch]
     ) -> tuple[list[Taught | None], Tensor]:
         """The teacher's outputs per micro-batch, and the global batch's normalisers.
 
         Args:
             step: from 0.
             batches: on the worker's device.
-            loaded: the same on the host, where the cache takes their digests.
         """
         with autocast(self._config.teacher_precision, self._context.device):
-            if self._cache is None:
-                taught = [self._distiller.teach(images, step) for images, _ in batches]
-            else:
-                pairs = zip(batches, loaded, strict=True)
-                taught = [self._cache.teach(images, host) for (images, _), (host, _) in pairs]
+            taught = [self._distiller.teach(images, step) for images, _ in batches]
         sums = [
             self._distiller.normalisers(targets, known)
             for (_, targets), known in zip(batches, taught, strict=True)

@@ -120,5 +120,4 @@ def idle_settings(config: TeacherConfig | None, distiller: Distiller) -> list[st
     """Settings of how the teacher runs that are set where it never runs in training."""
     if config is None or distiller.needs_teacher_outputs:
         return []
-    names = ("precision", "cache_gigabytes")
-    return [f"teacher.{name}" for name in names if getattr(config, name) is not None]
+    return [] if config.precision is None else ["teacher.precision"]

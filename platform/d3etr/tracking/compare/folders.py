@@ -19,14 +19,7 @@ from d3etr.training.results import INPUTS_KEY
 
 logger = get_logger(__name__)
 
-UNCOMPARED = (
-    "run.",
-    "cluster.",
-    "tracking.",
-    "data.workers",
-    "student.pretraining.",
-    "teacher.cache_gigabytes",
-)
+UNCOMPARED = ("run.", "cluster.", "tracking.", "data.workers", "student.pretraining.")
 """What says where and how a run happened, or a backbone before it: not what the run is."""
 
 
