@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from d3etr.config.distillation import DistillationConfig
-from d3etr.config.training import DETR_CRITERION, SetCriterionConfig
+from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.criterion import detection_problem, set_losses
@@ -139,7 +139,7 @@ def test_a_softmax_detr_learns_by_detrs_own_criterion(
             torch.nn.init.normal_(parameter, std=0.3)
     images, labels = padded_images(), random_labels(counts)
     targets = as_targets(labels)
-    criterion = SetCriterionConfig(**DETR_CRITERION, no_object_weight=eos)
+    criterion = SetCriterionConfig(class_weight=1.0, class_cost=1.0, no_object_weight=eos)
     module = Distiller(student, None, DistillationConfig(), criterion, seed=0)
     losses = module(images, targets, None, module.normalisers(targets, None))
     ours = torch.stack(list(losses.values())).sum()
