@@ -136,7 +136,7 @@ def _ours(kind: Kind, theirs: nn.Module) -> DetectionTransformer:
     tensors = from_hugging_face(
         theirs.state_dict(),
         kind.name,
-        box_refinement=config.box_refinement,
+        box_refinement=bool(kind.ours.get("box_refinement")),
     )
     detector.load_state_dict(tensors, strict=True)
     return detector

@@ -42,7 +42,9 @@ def test_what_says_where_to_sample_may_have_a_third_rate() -> None:
     config = tiny_detector_config(name="deformable_detr", width=32, levels=2, points=2)
     detector = build_detector(config, 3)
     rates = optimisation(sampling_rate_factor=0.01)
-    *_, sampling = parameter_groups(detector, detector.backbone, rates)
+    *_, sampling = parameter_groups(
+        detector, detector.backbone, rates, detector.config.sampling_parts
+    )
     names = {id(p): name for name, p in detector.named_parameters()}
     found = {names[id(p)].rsplit(".", 1)[0] for p in sampling["params"]}
     assert sampling["lr"] == pytest.approx(0.001)
