@@ -16,7 +16,7 @@ from d3etr.detectors.build import build_detector, count_parameters
 from d3etr.engine.find_run import folder_of
 from d3etr.errors import UserError
 from d3etr.launch.api import LauncherName
-from d3etr.launch.environment import joined_address
+from d3etr.launch.ray_environment import joined_address
 from d3etr.launch.resources import demand_of, this_machine
 from d3etr.launch.resources import describe as describe_nodes
 from d3etr.storage.cache import open_cache

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from benchmarks.machine import ROOT
-from d3etr.launch.environment import package_environment
+from d3etr.launch.ray_environment import package_environment
 
 
 def run_script(script: str, *arguments: str) -> None:

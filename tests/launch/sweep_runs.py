@@ -13,7 +13,7 @@ MakePlan = Callable[..., Plan]
 
 def run(plan: Plan) -> tuple[SweepResult, list[str]]:
     said: list[str] = []
-    return run_sweep(plan, command="test", tell=said.append), said
+    return run_sweep(plan, command="test", on_progress=said.append), said
 
 
 def steps(run_dir: Path, kind: str = "step") -> list[int]:

@@ -11,7 +11,7 @@ from d3etr.config.load import to_yaml
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.launch.api import launch
-from d3etr.launch.environment import JOB_CONFIG
+from d3etr.launch.ray_environment import JOB_CONFIG
 
 MakeConfig = Callable[..., Config]
 TRACKED = ("tracking.enabled=true", "cluster.address=null")

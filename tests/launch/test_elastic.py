@@ -10,8 +10,8 @@ import pytest
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch import elastic, ray_failures
+from d3etr.launch.control_files import ControlFiles
 from d3etr.launch.elastic import train_elastically
-from d3etr.launch.notes import Notes
 from d3etr.launch.resources import Demand, Node
 
 
@@ -29,10 +29,10 @@ class Machines:
     def __init__(self, folder: Path, cluster: ClusterConfig, ends: list[Any]) -> None:
         self.count, self.free = cluster.workers, 0.0
         self.demand = Demand(cluster.workers, 1, 0, cluster.minimum_workers)
-        self.notes = Notes(folder)
+        self.control = ControlFiles(folder)
         self.stages: list[str] = []
         self.launch = SimpleNamespace(
-            config=SimpleNamespace(cluster=cluster), stage=self.stages.append
+            config=SimpleNamespace(cluster=cluster), on_progress=self.stages.append
         )
         self.started: list[int] = []
         self._ends: Iterator[Any] = iter(ends)
@@ -81,16 +81,16 @@ def test_a_lost_machine_leaves_the_rest_and_its_return_is_used(
 
     def grow(watch: Callable[[], None]) -> None:
         watch()
-        assert not machines.notes.regroup_asked()
+        assert not machines.control.regroup_request.exists()
         machines.count, machines.free = 2, 1.0
         for _ in range(2):
             watch()
-        assert machines.notes.regroup_asked()
-        machines.notes.leave_to_regroup()
+        assert machines.control.regroup_request.exists()
+        machines.control.regroup_reply.touch()
 
     machines = make_machines([lose, grow, None])
     assert run(machines) == [2, 1, 2]
-    assert not machines.notes.regroup_asked()
+    assert not machines.control.regroup_request.exists()
     assert any("room for 2 workers" in text for text in machines.stages)
 
 
@@ -99,7 +99,7 @@ def test_room_that_others_use_is_not_asked_for(make_machines: Callable[..., Mach
         machines.count = 2
         for _ in range(5):
             watch()
-        assert not machines.notes.regroup_asked()
+        assert not machines.control.regroup_request.exists()
 
     machines = make_machines([look])
     machines.count = 1

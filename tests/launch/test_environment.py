@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from d3etr.config.infrastructure import ClusterConfig
-from d3etr.launch.environment import (
+from d3etr.launch.ray_environment import (
     JOB_CONFIG,
     environment,
     in_temporary_copy,
@@ -57,7 +57,7 @@ def test_an_installed_package_needs_no_path(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = str(repository / "platform")
-    monkeypatch.setattr("d3etr.launch.environment.sysconfig.get_path", lambda kind: source)
+    monkeypatch.setattr("d3etr.launch.ray_environment.sysconfig.get_path", lambda kind: source)
     assert package_environment() == {}
 
 

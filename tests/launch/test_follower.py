@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from d3etr.launch.console import Lines
 from d3etr.launch.follower import JournalFollower
+from d3etr.launch.progress_reporter import Lines
 from d3etr.training.journal import Journal, Record
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from d3etr.engine.run_folder import RunFolder
 from d3etr.launch import lock as lock_module
-from d3etr.launch.lock import Owner, RunLock, RunLockedError, lock_path, read_owner
+from d3etr.launch.lock import Owner, RunLock, RunLockedError, read_owner
 
 HOLD = """
 import sys, time
@@ -23,9 +24,9 @@ with RunLock(Path(sys.argv[1])):
 
 
 def write_lock(run_dir: Path, owner: Owner, seconds_ago: float = 0) -> None:
-    lock_path(run_dir).write_text(json.dumps(asdict(owner)))
+    RunFolder(run_dir).lock.write_text(json.dumps(asdict(owner)))
     touched = time.time() - seconds_ago
-    os.utime(lock_path(run_dir), (touched, touched))
+    os.utime(RunFolder(run_dir).lock, (touched, touched))
 
 
 def hold(run_dir: Path) -> subprocess.Popen[str]:
@@ -50,7 +51,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_lock_is_there_while_held_and_gone_afterwards(tmp_path: Path) -> None:
     with RunLock(tmp_path) as lock:
-        assert read_owner(lock_path(tmp_path)) == lock.owner
+        assert read_owner(RunFolder(tmp_path).lock) == lock.owner
     assert list(tmp_path.iterdir()) == []
 
 
@@ -59,7 +60,7 @@ def test_a_live_process_keeps_its_lock_and_is_named(tmp_path: Path) -> None:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(RunLockedError, match=rf"process {holder.pid} on .*since \d{{4}}-"):
             RunLock(tmp_path).__enter__()
-        assert read_owner(lock_path(tmp_path)) is not None
+        assert read_owner(RunFolder(tmp_path).lock) is not None
         holder.kill()
 
 
@@ -67,7 +68,7 @@ def test_the_text_says_what_to_do(tmp_path: Path) -> None:
     with RunLock(tmp_path), pytest.raises(RunLockedError) as caught:
         RunLock(tmp_path).__enter__()
     text = str(caught.value)
-    assert "--set run.name=NAME" in text and f"remove {lock_path(tmp_path)}" in text
+    assert "--set run.name=NAME" in text and f"remove {RunFolder(tmp_path).lock}" in text
 
 
 def test_the_lock_of_a_killed_process_is_taken_over_with_a_warning(
@@ -77,7 +78,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_warning(
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         holder.kill()
     with RunLock(tmp_path) as lock:
-        assert read_owner(lock_path(tmp_path)) == lock.owner
+        assert read_owner(RunFolder(tmp_path).lock) == lock.owner
     assert f"process {holder.pid}" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
@@ -112,7 +113,7 @@ def test_a_clock_that_is_set_takes_no_lock_from_an_owner_elsewhere(
 
     def beat() -> None:
         while not ended.wait(0.05):
-            os.utime(lock_path(tmp_path), (0, time.time() - set_by + next(beats)))
+            os.utime(RunFolder(tmp_path).lock, (0, time.time() - set_by + next(beats)))
 
     ended = threading.Event()
     heart = threading.Thread(target=beat)
@@ -135,7 +136,7 @@ def test_the_lock_of_a_dead_owner_elsewhere_is_taken_over_though_the_clock_was_s
 
 
 def test_a_lock_that_is_just_being_written_counts_as_held(tmp_path: Path) -> None:
-    lock_path(tmp_path).touch()
+    RunFolder(tmp_path).lock.touch()
     with pytest.raises(RunLockedError, match="owner not readable yet"):
         RunLock(tmp_path).__enter__()
 
@@ -155,11 +156,11 @@ def test_a_fresh_lock_that_was_moved_aside_by_mistake_is_put_back(
 def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "HEARTBEAT_SECONDS", 0.02)
     with RunLock(tmp_path):
-        os.utime(lock_path(tmp_path), (0, 0))
+        os.utime(RunFolder(tmp_path).lock, (0, 0))
         end = time.monotonic() + 5
-        while lock_path(tmp_path).stat().st_mtime == 0 and time.monotonic() < end:
+        while RunFolder(tmp_path).lock.stat().st_mtime == 0 and time.monotonic() < end:
             time.sleep(0.01)
-        assert lock_path(tmp_path).stat().st_mtime > 0
+        assert RunFolder(tmp_path).lock.stat().st_mtime > 0
 
 
 def test_losing_the_lock_interrupts_the_run_and_leaves_the_new_owners_lock(
@@ -171,7 +172,7 @@ def test_losing_the_lock_interrupts_the_run_and_leaves_the_new_owners_lock(
         write_lock(tmp_path, elsewhere())
         time.sleep(5)
     assert lock.lost
-    owner = read_owner(lock_path(tmp_path))
+    owner = read_owner(RunFolder(tmp_path).lock)
     assert owner is not None and owner.host == "another-machine"
 
 
@@ -185,10 +186,10 @@ def test_a_damaged_lock_is_nobodys_and_is_taken_over_once_it_is_old(
     written = asdict(elsewhere())
     if content.startswith("{"):
         content = json.dumps(written | json.loads(content))
-    lock_path(tmp_path).write_text(content)
-    assert read_owner(lock_path(tmp_path)) is None
+    RunFolder(tmp_path).lock.write_text(content)
+    assert read_owner(RunFolder(tmp_path).lock) is None
     with pytest.raises(RunLockedError, match="owner not readable yet"), RunLock(tmp_path):
         pass
-    os.utime(lock_path(tmp_path), (time.time() - 900,) * 2)
+    os.utime(RunFolder(tmp_path).lock, (time.time() - 900,) * 2)
     with RunLock(tmp_path) as lock:
-        assert read_owner(lock_path(tmp_path)) == lock.owner
+        assert read_owner(RunFolder(tmp_path).lock) == lock.owner

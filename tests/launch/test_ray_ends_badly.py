@@ -14,7 +14,7 @@ import yaml
 from d3etr.config.load import to_yaml
 from d3etr.config.tree import Config
 from d3etr.launch.api import launch
-from d3etr.launch.environment import package_environment
+from d3etr.launch.ray_environment import package_environment
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ import pytest
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.errors import UserError
 from d3etr.launch import ray_cluster, ray_failures
+from d3etr.launch.control_files import ControlFiles, Reason
 from d3etr.launch.driver import RunFailedError
-from d3etr.launch.notes import Notes, Reason
 from d3etr.launch.resources import Demand, Node
 
 CLUSTER = ClusterConfig(workers=2, maximum_failures=3, start_timeout_seconds=30.0)
@@ -32,7 +32,7 @@ class WorkerGroupStartupTimeoutError(Exception):
 
 
 def translate(failure: Exception, folder: Path) -> Exception:
-    return ray_failures.translate(failure, CLUSTER, DEMAND, Notes(folder))
+    return ray_failures.translate(failure, CLUSTER, DEMAND, ControlFiles(folder))
 
 
 def raised(error: Exception) -> Exception:
@@ -73,7 +73,7 @@ def test_a_machine_without_memory_left_is_a_sentence_with_advice(tmp_path: Path)
 
 
 def test_a_workers_failure_comes_with_its_own_traceback(tmp_path: Path) -> None:
-    Notes(tmp_path).comes_back(1, raised(ZeroDivisionError("a bug")), "")
+    ControlFiles(tmp_path).repeats(1, raised(ZeroDivisionError("a bug")), "")
     answer = translate(WorkerGroupError({0: ConnectionError("peer"), 1: Exception("x")}), tmp_path)
     assert isinstance(answer, RunFailedError)
     assert "worker 1" in str(answer) and "test_ray_failures.py" in str(answer)
@@ -114,20 +114,20 @@ def test_any_other_failure_is_named(tmp_path: Path) -> None:
 
 
 def test_the_first_reason_stays(tmp_path: Path) -> None:
-    notes = Notes(tmp_path)
-    assert notes.reason() is None
-    notes.end(Reason("mistake", "cause"))
-    notes.end(Reason("failure", "consequence"))
-    assert notes.reason() == Reason("mistake", "cause")
+    control = ControlFiles(tmp_path)
+    assert control.reason() is None
+    control.end(Reason("mistake", "cause"))
+    control.end(Reason("failure", "consequence"))
+    assert control.reason() == Reason("mistake", "cause")
 
 
 def test_an_exception_comes_back_only_unchanged_and_without_progress(tmp_path: Path) -> None:
-    notes, bug = Notes(tmp_path), raised(ValueError("bug"))
-    assert not notes.comes_back(0, bug, "step-6")
-    assert not notes.comes_back(1, bug, "step-6")
-    assert notes.comes_back(0, bug, "step-6")
-    assert not notes.comes_back(0, bug, "step-12")
-    assert not notes.comes_back(0, raised(ValueError("other")), "step-12")
+    control, bug = ControlFiles(tmp_path), raised(ValueError("bug"))
+    assert not control.repeats(0, bug, "step-6")
+    assert not control.repeats(1, bug, "step-6")
+    assert control.repeats(0, bug, "step-6")
+    assert not control.repeats(0, bug, "step-12")
+    assert not control.repeats(0, raised(ValueError("other")), "step-12")
 
 
 def test_a_refused_token_says_what_to_set() -> None:

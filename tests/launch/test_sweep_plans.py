@@ -10,8 +10,8 @@ import yaml
 from d3etr.config.problems import ConfigError
 from d3etr.config.sweep import SweepConfig, load_sweep
 from d3etr.engine.find_run import folder_of
-from d3etr.launch.sweeps.outcome import TrialResult, best, table
 from d3etr.launch.sweeps.plan import TRIAL_KEY, Plan, make_plan
+from d3etr.launch.sweeps.results import TrialResult, best, table
 from d3etr.launch.sweeps.trials import Trial, planned_trials, random_points, short_names
 
 RATES = "optimisation.learning_rate"

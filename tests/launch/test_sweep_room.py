@@ -17,13 +17,13 @@ from d3etr.config.infrastructure import ClusterConfig
 from d3etr.config.sweep import load_sweep
 from d3etr.errors import UserError
 from d3etr.launch.resources import Demand, Node
-from d3etr.launch.sweeps import waiting
-from d3etr.launch.sweeps.actor import turn
+from d3etr.launch.sweeps import resource_timeout
 from d3etr.launch.sweeps.driver import run_sweep
-from d3etr.launch.sweeps.memory import curves
+from d3etr.launch.sweeps.history import curves
 from d3etr.launch.sweeps.plan import make_plan
+from d3etr.launch.sweeps.resource_timeout import ResourceTimeout
 from d3etr.launch.sweeps.search import Limited, Planned, Pruning, searcher
-from d3etr.launch.sweeps.waiting import Waiting
+from d3etr.launch.sweeps.trainable import limited
 from d3etr.training.journal import Journal
 
 RATE = "optimisation.learning_rate"
@@ -33,40 +33,40 @@ RATE = "optimisation.learning_rate"
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, which stands still; a cluster of two CPUs."""
     now = [0.0]
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(waiting, "cluster_nodes", lambda: [Node(2, 0)])
-    monkeypatch.setattr(waiting, "free_resources", lambda: Node(0, 0))
+    monkeypatch.setattr(resource_timeout.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(resource_timeout, "cluster_nodes", lambda: [Node(2, 0)])
+    monkeypatch.setattr(resource_timeout, "free_resources", lambda: Node(0, 0))
     return now
 
 
 def test_a_sweep_that_waits_for_room_says_so_and_ends_in_time(clock: list[float]) -> None:
     said: list[str] = []
     cluster = ClusterConfig(maximum_failures=1, start_timeout_seconds=10)
-    watch = Waiting(cluster, Demand(1, 1, 0), said.append)
+    watch = ResourceTimeout(cluster, Demand(1, 1, 0), said.append)
     for clock[0] in (5, 11, 12):
-        watch.look(["TERMINATED", "PENDING"])
+        watch.check(["TERMINATED", "PENDING"])
     (line,) = said
     assert line.startswith("no room for a trial (1 worker with 1 CPU): the cluster has 2 CPUs")
     assert "0 CPUs and 0 GPUs are free; waiting" in line
     clock[0] = 21
     with pytest.raises(UserError, match=r"since 20 seconds.*the same command goes on"):
-        watch.look(["PENDING"])
+        watch.check(["PENDING"])
 
 
 @pytest.mark.parametrize("states", [["RUNNING", "PENDING"], ["PAUSED", "TERMINATED"], []])
 def test_a_sweep_whose_trials_train_is_not_waiting(clock: list[float], states: list[str]) -> None:
-    watch = Waiting(ClusterConfig(), Demand(1, 1, 0), lambda line: None)
+    watch = ResourceTimeout(ClusterConfig(), Demand(1, 1, 0), lambda line: None)
     for clock[0] in range(0, 1000, 100):
-        watch.look(states)
+        watch.check(states)
     clock[0] += 100
-    watch.look(["PENDING"])
+    watch.check(["PENDING"])
 
 
 def test_trials_take_turns(tmp_path: Path) -> None:
     inside, most, lock = [0], [0], threading.Lock()
 
     def train() -> None:
-        with turn(tmp_path, 2):
+        with limited(tmp_path, 2):
             with lock:
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
@@ -84,12 +84,13 @@ def test_trials_take_turns(tmp_path: Path) -> None:
 
 def test_a_turn_of_a_process_that_was_killed_is_free_again(tmp_path: Path) -> None:
     code = (
-        "import sys, os; from pathlib import Path; from d3etr.launch.sweeps.actor import turn\n"
-        "with turn(Path(sys.argv[1]), 1): os._exit(1)"
+        "import sys, os; from pathlib import Path\n"
+        "from d3etr.launch.sweeps.trainable import limited\n"
+        "with limited(Path(sys.argv[1]), 1): os._exit(1)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ, check=False)
     assert (tmp_path / "0" / "lock").exists()
-    with turn(tmp_path, 1):
+    with limited(tmp_path, 1):
         pass
 
 
@@ -152,7 +153,7 @@ def test_room_that_others_never_give_back_ends_a_sweep_with_one_text(
     path.write_text(yaml.safe_dump(tree | {"space": {RATE: {"grid": [1e-3, 1e-4]}}}))
     said: list[str] = []
     with pytest.raises(UserError, match=r"no room for a trial .* of which 0 CPUs .* 2 seconds"):
-        run_sweep(make_plan(load_sweep(path)), command="test", tell=said.append)
+        run_sweep(make_plan(load_sweep(path)), command="test", on_progress=said.append)
     assert any("waiting for other jobs" in line for line in said)
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'd3etr'")

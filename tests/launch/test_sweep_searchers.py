@@ -9,7 +9,7 @@ from sweep_runs import RATE, MakePlan, run, steps
 
 from d3etr.config.load import load_config
 from d3etr.launch.sweeps.driver import SweepResult
-from d3etr.launch.sweeps.outcome import TrialResult
+from d3etr.launch.sweeps.results import TrialResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 

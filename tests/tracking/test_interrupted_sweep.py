@@ -10,9 +10,9 @@ from mlflow.tracking import MlflowClient
 from d3etr.config.load import to_yaml
 from d3etr.config.sweep import load_sweep
 from d3etr.config.tree import Config
-from d3etr.launch.sweeps.children import SweepTracking
-from d3etr.launch.sweeps.outcome import TrialResult
 from d3etr.launch.sweeps.plan import Plan, make_plan
+from d3etr.launch.sweeps.results import TrialResult
+from d3etr.launch.sweeps.trial_tracking import SweepTracking
 from d3etr.tracking.sweeps import DEFAULT_MODEL
 
 MakeConfig = Callable[..., Config]

@@ -6,7 +6,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 from d3etr.cli.command import Command, add_json, add_overrides, print_json
-from d3etr.cli.progress import progress_bar
+from d3etr.cli.progress import print_progress, progress_bar
 from d3etr.text import styled
 
 LAUNCHERS = ("ray", "local")
@@ -43,7 +43,7 @@ def run_demo(options: Namespace) -> int:
         train_teacher=train_teacher,
         launcher=options.launcher,
         overrides=options.overrides,
-        stage=_say,
+        on_progress=print_progress,
     )
     if options.json:
         print_json(report.as_json(runs))
@@ -55,10 +55,6 @@ def run_demo(options: Namespace) -> int:
     # Not through rich: it would break commands at the terminal's edge.
     print(report.next_steps(runs))
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 COMMAND = Command(

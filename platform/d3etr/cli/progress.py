@@ -15,6 +15,15 @@ QUIET_SECONDS = 2.0
 LINE_SECONDS = 10.0
 
 
+def print_progress(text: str, done: int = 0, total: int = 0) -> None:
+    """Write a line to standard error."""
+    print(_counted(text, done, total), file=sys.stderr, flush=True)
+
+
+def _counted(text: str, done: int, total: int) -> str:
+    return f"{text}: {done:,} of {total:,}" if total else text
+
+
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """Gives what library functions take as ``progress``; writes to standard error."""
@@ -46,4 +55,4 @@ class _Lines:
         now = time.monotonic()
         if now >= self._next:
             self._next = now + LINE_SECONDS
-            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+            print_progress(what, done, total)

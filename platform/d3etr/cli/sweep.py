@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d3etr.cli.command import USER_MISTAKE, Command, add_json, add_overrides, print_json
+from d3etr.cli.progress import print_progress
 from d3etr.cli.train import write_data
 from d3etr.errors import UserError
+from d3etr.progress import no_progress
 
 if TYPE_CHECKING:
     from d3etr.launch.sweeps.plan import Plan
@@ -47,13 +49,12 @@ def _run(options: Namespace) -> int:
     if options.dry_run:
         return _dry_run(plan, options.json)
     from d3etr.launch.sweeps.driver import run_sweep
-    from d3etr.launch.sweeps.folder import write_table
-    from d3etr.launch.sweeps.outcome import as_json, table
+    from d3etr.launch.sweeps.results import as_json, table, write_table
 
     write_data(plan.config(trial) for trial in plan.examples())
     command = _command(options)
-    tell = _quiet if options.quiet else _tell
-    result = run_sweep(plan, command=command, tell=tell)
+    on_progress = no_progress if options.quiet else print_progress
+    result = run_sweep(plan, command=command, on_progress=on_progress)
     if options.table is not None:
         place = options.table / plan.sweep.name
         write_table(
@@ -77,8 +78,8 @@ def _plan(options: Namespace) -> Plan:
     from d3etr.config.infrastructure import RunConfig
     from d3etr.config.overrides import last_override
     from d3etr.config.sweep import load_sweep
-    from d3etr.launch.sweeps.folder import SWEEP_FILE, find_sweep
     from d3etr.launch.sweeps.plan import make_plan
+    from d3etr.launch.sweeps.results import SWEEP_FILE, find_sweep
 
     if options.resume is None:
         if options.sweep is None:
@@ -123,7 +124,7 @@ def _dry_run(plan: Plan, as_json: bool) -> int:
 
 def _problems(plan: Plan) -> dict[int, str]:
     """Place of each planned trial that could not begin -> why; of a joined cluster, nothing."""
-    from d3etr.launch.environment import joined_address
+    from d3etr.launch.ray_environment import joined_address
     from d3etr.training.beginning import SplitReader, judge_beginning
 
     found, read = dict[int, str](), SplitReader()
@@ -147,14 +148,6 @@ def _command(options: Namespace) -> str:
     sets = [part for override in options.overrides for part in ("--set", override)]
     named = ["--resume", options.resume] if options.resume else [str(options.sweep)]
     return shlex.join(["python", "sweeps/run.py", *named, *sets])
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _quiet(line: str) -> None:
-    pass
 
 
 COMMAND = Command("sweep", "many trials of one recipe on Ray Tune, one table", _add_arguments, _run)

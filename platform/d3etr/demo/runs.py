@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from d3etr.engine.find_run import folder_of
 from d3etr.errors import UserError
 from d3etr.launch.api import LauncherName, launch
 from d3etr.launch.driver import RunResult
+from d3etr.progress import OnProgress, no_progress
 from d3etr.training.pretraining import pretrain_backbone
 
 RECIPES = Path("trainers", "recipes", "digits")
@@ -44,7 +45,7 @@ def run_demo(
     train_teacher: bool = False,
     launcher: LauncherName = "ray",
     overrides: Sequence[str] = (),
-    stage: Callable[[str], None] = lambda text: None,
+    on_progress: OnProgress = no_progress,
 ) -> list[DemoRun]:
     """Teacher, plain, inherited and D3ETR student; runs that are finished are not repeated.
 
@@ -55,7 +56,7 @@ def run_demo(
         train_teacher: train the teacher instead of measuring the shipped one.
         launcher: who trains.
         overrides: ``a.b=c`` texts for all four.
-        stage: takes a sentence about what comes next.
+        on_progress: takes a sentence about what comes next.
 
     Returns:
         The four runs in that order.
@@ -77,7 +78,8 @@ def run_demo(
         "D3ETR student": _config(root, "d3etr", [*overrides, f"teacher.weights={weights}"]),
     }
 
-    stage(f"1/4  teacher: {'training' if shipped is None else 'measuring the shipped weights'}")
+    first = "training" if shipped is None else "measuring the shipped weights"
+    on_progress(f"1/4  teacher: {first}")
     if shipped is None:
         runs = [DemoRun("teacher", teacher, launch(teacher, launcher=launcher))]
     else:
@@ -86,23 +88,23 @@ def run_demo(
         measured = launch(teacher, launcher="local", task=measure, quiet=True)
         runs = [DemoRun("teacher", teacher, measured)]
         mAP = 100 * measured.metrics.get("mAP", 0.0)
-        stage(f"     it reaches {mAP:.1f} mAP on the validation split")
-    with _one_cluster(students["plain student"], launcher, stage):
+        on_progress(f"     it reaches {mAP:.1f} mAP on the validation split")
+    with _one_cluster(students["plain student"], launcher, on_progress):
         for number, (title, config) in enumerate(students.items(), start=2):
-            stage(f"{number}/4  {title}")
+            on_progress(f"{number}/4  {title}")
             runs.append(DemoRun(title, config, launch(config, launcher=launcher)))
     return runs
 
 
 def _one_cluster(
-    config: Config, launcher: LauncherName, stage: Callable[[str], None]
+    config: Config, launcher: LauncherName, on_progress: OnProgress
 ) -> AbstractContextManager[None]:
     """A cluster for both students, so that Ray starts once."""
     if launcher != "ray" or folder_of(config).result() is not None:
         return nullcontext()
     from d3etr.launch.ray_cluster import connected
 
-    return connected(config.cluster, stage)
+    return connected(config.cluster, on_progress)
 
 
 def prepare(

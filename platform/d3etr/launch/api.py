@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,11 +13,12 @@ from d3etr.config.tree import Config
 from d3etr.engine.find_run import folder_of
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
-from d3etr.launch.console import open_display
 from d3etr.launch.driver import Launcher, OpenTracker, RunResult, Status, Tracker, drive
-from d3etr.launch.environment import ensure_lasting, joined_address
+from d3etr.launch.progress_reporter import open_display
+from d3etr.launch.ray_environment import ensure_lasting, joined_address
 from d3etr.launch.resources import demand_of, ensure_room, this_machine
 from d3etr.launch.task import Task, train
+from d3etr.progress import OnProgress, no_progress
 from d3etr.text import bare_url
 from d3etr.tracking.state import read_state
 from d3etr.training.beginning import judge_beginning
@@ -146,9 +146,7 @@ class Told:
 
     run_id: str
 
-    def finish(
-        self, status: Status, stage: Callable[[str], None] = lambda text: None
-    ) -> str | None:
+    def finish(self, status: Status, on_progress: OnProgress = no_progress, /) -> str | None:
         """Nothing is missing."""
         return None
 

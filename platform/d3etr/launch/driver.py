@@ -17,11 +17,12 @@ from d3etr.engine.find_run import absolute_paths, ensure_same_recipe, prepare
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import RunFailedError as RunFailedError
 from d3etr.errors import UserError
-from d3etr.launch.console import Display
 from d3etr.launch.follower import JournalFollower
 from d3etr.launch.lock import RunLock
+from d3etr.launch.progress_reporter import Display
 from d3etr.launch.signals import terminable
 from d3etr.logs import get_logger
+from d3etr.progress import OnProgress
 from d3etr.training.results import Inputs
 
 logger = get_logger(__name__)
@@ -37,11 +38,8 @@ class Tracker(Protocol):
         """Id of the tracked run."""
         ...
 
-    def finish(self, status: Status, stage: Callable[[str], None] = ...) -> str | None:
-        """Send what is left; a sentence about what is missing, or None.
-
-        ``stage`` takes a line about what is being sent.
-        """
+    def finish(self, status: Status, on_progress: OnProgress = ..., /) -> str | None:
+        """Send what is left; a sentence about what is missing, or None."""
         ...
 
 
@@ -86,14 +84,14 @@ class Launch:
         config: the configuration, with absolute paths.
         run_dir: the run's folder.
         token: identity of the driver that holds the folder's lock.
-        stage: takes a sentence about what is being waited for.
+        on_progress: takes what is being waited for.
         later: takes what is to be closed only once all results are written and sent.
     """
 
     config: Config
     run_dir: Path
     token: str
-    stage: Callable[[str], None]
+    on_progress: OnProgress
     later: ExitStack
 
 
@@ -132,7 +130,7 @@ def drive(
     try:
         with terminable(), lock, ExitStack() as later:
             placed, token = absolute_paths(config), lock.owner.token
-            launch = Launch(placed, folder.path, token, display.stage, later)
+            launch = Launch(placed, folder.path, token, display.on_progress, later)
             return _locked_run(launch, folder, launcher, display, open_tracker)
     except KeyboardInterrupt:
         if lock.lost:
@@ -191,9 +189,9 @@ def _train(
 
 def _finish(tracker: Tracker, status: Status, display: Display) -> None:
     """Close the tracked run; what goes wrong is told, and changes nothing for the run."""
-    display.stage("sending results to MLflow")
+    display.on_progress("sending results to MLflow")
     try:
-        missing = tracker.finish(status, display.stage)
+        missing = tracker.finish(status, display.on_progress)
     except Exception as error:
         missing = f"tracking failed at the end of the run: {error!r}"
     if missing is not None:

@@ -48,11 +48,12 @@ class _Elastic:
         self._patience = 0.0
 
     def run(self) -> None:
-        notes, groups = self._group.notes, 0
+        control, groups = self._group.control, 0
         while True:
             workers = min(self._most, self._wait_for_room())
-            self._group.launch.stage(f"starting {workers} of {self._demand.workers} workers")
-            notes.withdraw()
+            self._group.launch.on_progress(f"starting {workers} of {self._demand.workers} workers")
+            control.regroup_request.unlink(missing_ok=True)
+            control.regroup_reply.unlink(missing_ok=True)
             groups += 1
             growth = _Growth(self._group, workers, self._patience)
             try:
@@ -62,7 +63,7 @@ class _Elastic:
             except Exception as error:
                 self._survive(error, workers)
                 continue
-            if not notes.left_to_regroup():
+            if not control.regroup_reply.exists():
                 return
             self._most, self._patience = self._demand.workers, 0.0
 
@@ -87,24 +88,24 @@ class _Elastic:
                     "the run."
                 )
             if not told:
-                self._group.launch.stage(f"{text}; waiting for machines")
+                self._group.launch.on_progress(f"{text}; waiting for machines")
             told = True
             time.sleep(WAIT_SECONDS)
 
     def _survive(self, error: Exception, workers: int) -> None:
         """Prepare the next group, or raise if there must be none."""
-        stage = self._group.launch.stage
+        on_progress = self._group.launch.on_progress
         if not_started(error) and workers > self._demand.least:
             # Others use what seemed free. Not soon again.
             self._most, self._patience = workers - 1, self._cluster.start_timeout_seconds
-            stage(f"{workers} workers did not start; trying {workers - 1}")
+            on_progress(f"{workers} workers did not start; trying {workers - 1}")
             return
-        answer = translate(error, self._cluster, self._demand, self._group.notes)
+        answer = translate(error, self._cluster, self._demand, self._group.control)
         self._failures += 1
         mistake = isinstance(answer, UserError) and not not_started(error)
         if mistake or self._failures > self._cluster.maximum_failures:
             raise answer from error
-        stage(
+        on_progress(
             f"lost one or more of {workers} workers (loss {self._failures} of at most "
             f"{self._cluster.maximum_failures}); going on with what is left"
         )
@@ -136,8 +137,8 @@ class _Growth:
         self._before = possible
         if more and not self._asked:
             self._asked = True
-            self._group.notes.ask_to_regroup()
-            self._group.launch.stage(
+            self._group.control.regroup_request.touch()
+            self._group.launch.on_progress(
                 f"there is room for {possible} workers: they start at the next checkpoint"
             )
 

@@ -95,11 +95,6 @@ def _process(pid: int) -> str:
     return "" if fields[0] == "Z" else f"{_namespace()}:{fields[19]}"
 
 
-def lock_path(run_dir: Path) -> Path:
-    """Where the lock of a run folder is."""
-    return RunFolder(run_dir).lock
-
-
 def read_owner(path: Path) -> Owner | None:
     """Who holds the lock; None if its file is not (yet) readable as one.
 
@@ -158,7 +153,7 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = lock_path(run_dir)
+        self.path = RunFolder(run_dir).lock
         self.owner = Owner.this_process()
         self.lost = False
         """True once another process has taken the lock away."""

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -23,14 +23,15 @@ from ray._private import services as ray_services
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.errors import UserError
 from d3etr.launch import limits
-from d3etr.launch.ending import (
+from d3etr.launch.orphan_reaper import OrphanReaper
+from d3etr.launch.process_exit import (
     NoAnswerError,
-    at_the_end,
     attempt,
     attempt_within,
     is_command,
+    skip_shutdown,
 )
-from d3etr.launch.environment import (
+from d3etr.launch.ray_environment import (
     SEVERAL_MACHINES,
     environment,
     joined_address,
@@ -40,10 +41,10 @@ from d3etr.launch.environment import (
     runtime_environment,
     without_proxy,
 )
-from d3etr.launch.leftovers import end_with_this_process
 from d3etr.launch.resources import Node
 from d3etr.launch.signals import end_wanted, held, terminable
 from d3etr.logs import get_logger
+from d3etr.progress import OnProgress
 
 logger = get_logger(__name__)
 
@@ -60,7 +61,7 @@ OBJECT_STORE_BYTES = 128 * 2**20
 
 
 @contextmanager
-def connected(cluster: ClusterConfig, stage: Callable[[str], None]) -> Iterator[None]:
+def connected(cluster: ClusterConfig, on_progress: OnProgress) -> Iterator[None]:
     """A Ray connection for the block.
 
     An existing connection is used and left open. Else ``cluster.address``, the cluster of the
@@ -81,7 +82,8 @@ def connected(cluster: ClusterConfig, stage: Callable[[str], None]) -> Iterator[
                 stack.enter_context(environment(changed, override=True))
             connection = _Connection(address)
             stack.push(connection.leave)
-            stage("starting Ray" if address == "local" else f"joining the Ray cluster at {address}")
+            joining = f"joining the Ray cluster at {address}"
+            on_progress("starting Ray" if address == "local" else joining)
             with held():
                 connection.open()
         stack.enter_context(terminable())
@@ -100,6 +102,8 @@ class _Connection:
         self._abandoned = False
         """A thread waits inside of Ray: nothing may be asked of Ray any more."""
         self._left = threading.Event()
+        self._reaper: OrphanReaper | None = None
+        """Of a cluster that was started here."""
 
     def open(self) -> None:
         """Connect.
@@ -121,13 +125,15 @@ class _Connection:
         A command's end does that: a thread that is inside of Ray while another one disconnects
         ends the process with code 1, and so does Ray where its own processes end before.
         """
-        if at_the_end(end_with_this_process) or self._abandoned:
+        if skip_shutdown() or self._abandoned:
             return
         with held():
             failure = attempt_within(LEAVE_SECONDS, ray.shutdown)
         self._left.set()
         if failure is not None:
             logger.warning("Ray did not end in order: %r", failure)
+        elif self._reaper is not None:
+            self._reaper.dismiss()
 
     def _start(self) -> Exception | None:
         """Start Ray here.
@@ -147,7 +153,9 @@ class _Connection:
         if _POPEN is not None and sys.platform == "linux":
             ray_services.ConsolePopen = _popen_in_own_session
         unless = end_wanted if is_command() else None
-        return attempt_within(START_SECONDS, partial(ray.init, **options), self._left, unless)
+        self._reaper = OrphanReaper()
+        with environment(self._reaper.environment, override=True):
+            return attempt_within(START_SECONDS, partial(ray.init, **options), self._left, unless)
 
     def _join(self) -> Exception | None:
         """Join a cluster, which may be waited for in vain: a signal ends that."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.errors import RunFailedError, UserError
-from d3etr.launch.notes import Notes, Reason
+from d3etr.launch.control_files import ControlFiles, Reason
 from d3etr.launch.ray_cluster import cluster_nodes, free_resources
 from d3etr.launch.resources import Demand, describe
 
@@ -20,7 +20,7 @@ NOT_STARTED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError"
 
 
 def translate(
-    failure: Exception, cluster: ClusterConfig, demand: Demand, notes: Notes
+    failure: Exception, cluster: ClusterConfig, demand: Demand, control: ControlFiles
 ) -> Exception:
     """What a failure of Ray's means to the user.
 
@@ -28,7 +28,7 @@ def translate(
         failure: raised by ``fit``.
         cluster: what was asked for, and how long to wait for it.
         demand: the workers that were to start.
-        notes: what workers wrote down.
+        control: what workers wrote down.
 
     Returns:
         A UserError where a worker raised one or there was no room; else a RunFailedError with
@@ -45,7 +45,7 @@ def translate(
     if known is not None:
         return UserError(known)
     if workers:
-        return _worker_failure(workers, cluster, notes)
+        return _worker_failure(workers, cluster, control)
     if not_started(failure):
         return UserError(no_room(cluster, demand, str(cause)))
     return RunFailedError(f"Ray Train failed: {type(cause).__name__}: {cause}")
@@ -83,10 +83,10 @@ def no_room(cluster: ClusterConfig, demand: Demand, reason: str) -> str:
 
 
 def _worker_failure(
-    workers: Mapping[int, Exception], cluster: ClusterConfig, notes: Notes
+    workers: Mapping[int, Exception], cluster: ClusterConfig, control: ControlFiles
 ) -> RunFailedError:
     """The failure of the first worker that left a traceback, else of the first."""
-    texts = {rank: notes.failure(rank) for rank in sorted(workers)}
+    texts = {rank: control.failure(rank) for rank in sorted(workers)}
     rank = next((rank for rank, text in texts.items() if text), min(workers))
     return RunFailedError(
         f"worker {rank} failed once more than cluster.maximum_failures "

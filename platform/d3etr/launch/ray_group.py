@@ -14,9 +14,9 @@ import ray.train.torch
 
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import RunFailedError
+from d3etr.launch.control_files import ControlFiles, Reason
 from d3etr.launch.driver import Launch
-from d3etr.launch.interfaces import TorchConfig
-from d3etr.launch.notes import Notes, Reason
+from d3etr.launch.process_group import TorchConfig
 from d3etr.launch.ray_failures import ended
 from d3etr.launch.ray_worker import Assignment, work
 from d3etr.launch.resources import Demand
@@ -40,14 +40,14 @@ class Group:
         task: what each worker runs.
         demand: what each worker needs.
         storage: Ray's folder.
-        notes: what workers and driver tell each other.
+        control: what workers and driver tell each other.
     """
 
     launch: Launch
     task: Task
     demand: Demand
     storage: Path
-    notes: Notes
+    control: ControlFiles
 
     def fit(
         self, workers: int, failures: int, name: str, watch: Callable[[], None] = lambda: None
@@ -67,7 +67,7 @@ class Group:
             Exception: Ray's own, of any other failure.
         """
         ending = _Ending(RunFolder(self.launch.run_dir))
-        _fit(self._trainer(workers, failures, name), self.notes, watch, ending)
+        _fit(self._trainer(workers, failures, name), self.control, watch, ending)
 
     def _trainer(self, workers: int, failures: int, name: str) -> ray.train.torch.TorchTrainer:
         gpu = self.demand.gpus > 0
@@ -98,7 +98,7 @@ class Group:
             self.launch.config,
             self.launch.run_dir,
             self.launch.token,
-            self.notes,
+            self.control,
             self.demand.gpus > 0,
             os.environ.get("OMP_NUM_THREADS"),
         )
@@ -124,7 +124,7 @@ class _Ending:
 
 def _fit(
     trainer: ray.train.torch.TorchTrainer,
-    notes: Notes,
+    control: ControlFiles,
     watch: Callable[[], None],
     ending: _Ending,
 ) -> None:
@@ -140,14 +140,14 @@ def _fit(
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
     try:
-        while thread.is_alive() and notes.reason() is None and not ending.overdue():
+        while thread.is_alive() and control.reason() is None and not ending.overdue():
             watch()
             thread.join(POLL_SECONDS)
     except KeyboardInterrupt:
         # Where the connection to Ray outlives the run, workers must know not to start again.
-        notes.end(Reason("failure", "interrupted"))
+        control.end(Reason("failure", "interrupted"))
         raise
-    reason = notes.reason()
+    reason = control.reason()
     if reason is not None:
         thread.join(ORDERLY_SECONDS)
         raise ended(reason)

@@ -13,9 +13,9 @@ from functools import partial
 
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import RunFailedError, UserError
+from d3etr.launch.control_files import ControlFiles
 from d3etr.launch.driver import Launch
 from d3etr.launch.elastic import train_elastically
-from d3etr.launch.notes import Notes
 from d3etr.launch.ray_cluster import cluster_nodes, connected
 from d3etr.launch.ray_failures import translate
 from d3etr.launch.ray_group import Group
@@ -43,13 +43,13 @@ class RayLauncher:
             UserError: the cluster has no room, or cannot be reached.
         """
         cluster = launch.config.cluster
-        launch.later.enter_context(connected(cluster, launch.stage))
+        launch.later.enter_context(connected(cluster, launch.on_progress))
         nodes = cluster_nodes()
         demand = demand_of(cluster, nodes)
         ensure_room(demand, nodes)
         storage = RunFolder(launch.run_dir).ray / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
         storage.mkdir(parents=True)
-        group = Group(launch, self.task, demand, storage, Notes(storage))
+        group = Group(launch, self.task, demand, storage, ControlFiles(storage))
         if demand.elastic:
             return partial(train_elastically, group)
         return partial(_train, group, describe(nodes))
@@ -63,10 +63,10 @@ def _train(group: Group, nodes: str) -> None:
         RunFailedError: workers kept failing.
     """
     cluster = group.launch.config.cluster
-    group.launch.stage(f"starting {group.demand} ({nodes})")
+    group.launch.on_progress(f"starting {group.demand} ({nodes})")
     try:
         group.fit(group.demand.workers, cluster.maximum_failures, "workers")
     except (UserError, RunFailedError):
         raise
     except Exception as error:
-        raise translate(error, cluster, group.demand, group.notes) from error
+        raise translate(error, cluster, group.demand, group.control) from error

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from d3etr.config.tree import Config
 from d3etr.engine.run_folder import CHECKPOINT_PREFIX, RunFolder
 from d3etr.errors import UserError
-from d3etr.launch.fence import Fence
-from d3etr.launch.lock import lock_path, read_owner
-from d3etr.launch.notes import Notes, Reason
+from d3etr.launch.control_files import ControlFiles, Reason, as_text
+from d3etr.launch.lock import read_owner
 from d3etr.launch.resources import threads_for
 from d3etr.launch.task import Task
+from d3etr.launch.worker_watchdog import WorkerWatchdog
 from d3etr.training.context import ProcessGroup
 from d3etr.training.journal import Journal
 
@@ -37,7 +37,7 @@ class Assignment:
         config: the configuration, with absolute paths.
         run_dir: the run's folder, on storage that all workers share.
         token: identity of the driver that holds the folder's lock.
-        notes: where to say why the run must end.
+        control: where to say why the run must end.
         gpu: whether this worker was given a GPU.
         threads_wish: the driver's OMP_NUM_THREADS.
     """
@@ -46,7 +46,7 @@ class Assignment:
     config: Config
     run_dir: Path
     token: str
-    notes: Notes
+    control: ControlFiles
     gpu: bool
     threads_wish: str | None
 
@@ -66,7 +66,7 @@ class RayContext(ProcessGroup):
         # Without GPUs asked for, Ray would still offer the machine's first one.
         gpu = assignment.gpu
         super().__init__(ray.train.torch.get_device() if gpu else torch.device("cpu"))
-        self._notes = assignment.notes
+        self._control = assignment.control
         self._elastic = assignment.config.cluster.minimum_workers is not None
 
     def report(self, metrics: dict[str, float]) -> None:
@@ -81,11 +81,11 @@ class RayContext(ProcessGroup):
         """
         if not self._elastic:
             return
-        asked = self.rank == 0 and self._notes.regroup_asked()
+        asked = self.rank == 0 and self._control.regroup_request.exists()
         if not self.all_reduce(torch.tensor(int(asked), device=self.device)):
             return
         if self.rank == 0:
-            self._notes.leave_to_regroup()
+            self._control.regroup_reply.touch()
         raise Regroup
 
 
@@ -96,13 +96,13 @@ def work(settings: dict[str, Assignment]) -> None:
     is an exception that comes back unchanged: the next attempt would meet it too.
     """
     assignment = settings["assignment"]
-    if assignment.notes.reason() is not None:  # started again though the run must end
+    if assignment.control.reason() is not None:  # started again though the run must end
         return
     _ensure_shared_folder(assignment)
     _set_threads(assignment)
     context = RayContext(assignment)
-    fence = Fence(assignment.run_dir, assignment.token, assignment.notes)
-    with fence, relayed_warnings(assignment.run_dir, context.rank):
+    watchdog = WorkerWatchdog(assignment.run_dir, assignment.token, assignment.control)
+    with watchdog, relayed_warnings(assignment.run_dir, context.rank):
         try:
             assignment.task(assignment.config, assignment.run_dir, context)
         except Regroup:
@@ -114,19 +114,19 @@ def work(settings: dict[str, Assignment]) -> None:
 
 def _ends_in_order(assignment: Assignment, context: RayContext, error: Exception) -> bool:
     """Whether the run must end, because of ``error`` or of what happened to a peer."""
-    notes = assignment.notes
+    control = assignment.control
     if isinstance(error, UserError):
-        notes.end(Reason("mistake", str(error)))
+        control.end(Reason("mistake", str(error)))
         dist.destroy_process_group()  # peers that wait for this worker get an exception
-    elif context.world_size > 1 and notes.wait_for_reason(ECHO_SECONDS) is not None:
+    elif context.world_size > 1 and control.wait_for_reason(ECHO_SECONDS) is not None:
         return True
-    elif notes.comes_back(context.rank, error, _progress(assignment.run_dir)):
+    elif control.repeats(context.rank, error, _progress(assignment.run_dir)):
         # A lost connection may say the same twice and still heal.
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             return False
-        notes.end(Reason("failure", notes.text(error)))
+        control.end(Reason("failure", as_text(error)))
         dist.destroy_process_group()
-    return notes.reason() is not None
+    return control.reason() is not None
 
 
 def _progress(run_dir: Path) -> str:
@@ -137,7 +137,7 @@ def _progress(run_dir: Path) -> str:
 def _ensure_shared_folder(assignment: Assignment) -> None:
     """Refuse to write to a folder that only looks like the driver's."""
     try:
-        owner = read_owner(lock_path(assignment.run_dir))
+        owner = read_owner(RunFolder(assignment.run_dir).lock)
     except FileNotFoundError:
         owner = None
     if owner is None or owner.token != assignment.token:

@@ -57,7 +57,7 @@ _wish: _Wish | None = None
 """None where the process leaves signals as they are."""
 
 
-def note_signals(impatient: Callable[[], object] | None = None) -> None:
+def handle_signals(impatient: Callable[[], object] | None = None) -> None:
     """Handle Ctrl-C, termination and a closed terminal from now on (in the main thread).
 
     What is ignored, as under ``nohup``, stays ignored.
@@ -80,7 +80,7 @@ def terminable() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in NUMBERS}
-    note_signals()
+    handle_signals()
     try:
         yield
     finally:

@@ -64,7 +64,7 @@ class TorchrunLauncher:
             logger.warning(
                 "cluster.minimum_workers has no effect: elastic training needs the launcher 'ray'"
             )
-        launch.stage(f"waiting for {workers} workers")
+        launch.on_progress(f"waiting for {workers} workers")
         _work(launch.config, RunFolder(launch.run_dir), self.task)
 
 

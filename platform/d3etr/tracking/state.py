@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
-
-FILE_NAME = "mlflow_run.json"
+from d3etr.files import write_text
 
 
 class RunState(BaseModel):
@@ -40,7 +39,7 @@ def read_state(run_dir: Path) -> RunState | None:
     Raises:
         UserError: the file is damaged.
     """
-    path = run_dir / FILE_NAME
+    path = RunFolder(run_dir).mlflow_run
     try:
         return RunState.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -54,7 +53,4 @@ def read_state(run_dir: Path) -> RunState | None:
 
 def write_state(run_dir: Path, state: RunState) -> None:
     """Write the file whole or not at all."""
-    path = run_dir / FILE_NAME
-    temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}")
-    temporary.write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(RunFolder(run_dir).mlflow_run, state.model_dump_json(indent=2) + "\n")

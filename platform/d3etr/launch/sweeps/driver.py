@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray import tune
@@ -17,43 +14,28 @@ from d3etr.config.sweep import SweepConfig
 from d3etr.engine.find_run import folder_of
 from d3etr.engine.run_folder import RunFolder, is_number
 from d3etr.errors import RunFailedError, UserError
-from d3etr.launch.environment import ensure_lasting, environment, joined_address
 from d3etr.launch.lock import RunLock
 from d3etr.launch.ray_cluster import cluster_nodes, connected
+from d3etr.launch.ray_environment import ensure_lasting, environment, joined_address
 from d3etr.launch.ray_failures import user_error
 from d3etr.launch.resources import Demand, Node, demand_of, describe, ensure_room, room
 from d3etr.launch.signals import terminable
-from d3etr.launch.sweeps.actor import failure_note, failure_reason, run_trial
-from d3etr.launch.sweeps.children import SweepTracking
-from d3etr.launch.sweeps.folder import write_results, write_sweep
-from d3etr.launch.sweeps.leaks import free_leaked_groups
-from d3etr.launch.sweeps.memory import curves
-from d3etr.launch.sweeps.numbers import Numbers
 from d3etr.launch.sweeps.observer import Observer
-from d3etr.launch.sweeps.outcome import State, TrialResult, best
 from d3etr.launch.sweeps.plan import Plan
-from d3etr.launch.sweeps.restoring import restored
-from d3etr.launch.sweeps.search import METRIC, MODE, Pruning, parameters, scheduler, searcher
+from d3etr.launch.sweeps.resource_timeout import ResourceTimeout
+from d3etr.launch.sweeps.results import State, TrialResult, best, write_results, write_sweep
+from d3etr.launch.sweeps.search import METRIC
+from d3etr.launch.sweeps.trainable import failure_reason
+from d3etr.launch.sweeps.trial_ids import number_in
+from d3etr.launch.sweeps.trial_tracking import SweepTracking
 from d3etr.launch.sweeps.trials import Trial
-from d3etr.launch.sweeps.waiting import Waiting
+from d3etr.launch.sweeps.tuner import TUNE_SETTINGS, fit
 from d3etr.logs import get_logger
+from d3etr.progress import OnProgress
 from d3etr.training.inputs import ensure_inputs_answer
 from d3etr.training.results import Inputs
 
 logger = get_logger(__name__)
-
-TUNE_SETTINGS = {
-    # Ctrl-C is the driver's to handle; Tune would save and go on to the results.
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    # Journals and MLflow hold the metrics.
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Its new output prints to standard output even when it is told to be quiet.
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_TRAIN_V2_ENABLED": "1",
-}
-SUPERVISOR = {"memory": 1.0}
-"""A trial whose workers are processes of their own only waits: a byte, as nothing is refused."""
-TUNE_FOLDER = "tune"
 
 
 @dataclass(frozen=True)
@@ -85,14 +67,14 @@ def run_sweep(
     plan: Plan,
     *,
     command: str,
-    tell: Callable[[str], None],
+    on_progress: OnProgress,
 ) -> SweepResult:
     """Run a sweep to its end: start it, or go on where it stopped.
 
     Args:
         plan: what to train.
         command: what repeats it, for the record.
-        tell: takes a line for a person.
+        on_progress: takes lines for a person.
 
     Returns:
         Every trial; a failed one does not stop the others.
@@ -107,36 +89,34 @@ def run_sweep(
     try:
         with terminable(), RunLock(plan.folder), environment(TUNE_SETTINGS):
             write_sweep(plan)
-            results = _locked_sweep(plan, command, tell)
+            results = _locked_sweep(plan, command, on_progress)
     except KeyboardInterrupt:
         raise SweepInterrupted(plan.folder) from None
     return SweepResult(plan.folder, tuple(results), best(results))
 
 
-def _locked_sweep(plan: Plan, command: str, tell: Callable[[str], None]) -> list[TrialResult]:
+def _locked_sweep(plan: Plan, command: str, on_progress: OnProgress) -> list[TrialResult]:
     """Run all trials, then write and send what they found; Ray is left after that."""
     cluster = plan.base.cluster
     joins = ray.is_initialized() or joined_address(cluster) is not None
-    with connected(cluster, tell):
-        if joins:
-            free_leaked_groups()
+    with connected(cluster, on_progress):
         nodes = cluster_nodes()
         demand = demand_of(cluster, nodes)
         at_a_time = trials_at_a_time(plan.sweep, demand, nodes)
         count = len(plan.trials) or plan.sweep.search.trials
-        tell(f"{count} trials, {at_a_time} at a time, each {demand} ({describe(nodes)})")
+        on_progress(f"{count} trials, {at_a_time} at a time, each {demand} ({describe(nodes)})")
         with _tracked(plan) as tracking:
             children = None if tracking is None else tracking.children
             # Nobody else uses a cluster that was started here.
-            waiting = Waiting(cluster, demand, tell) if joins else None
-            observer = Observer(plan, tell, children, waiting)
-            results = _results(plan, observer, demand, at_a_time, tell)
+            timeout = ResourceTimeout(cluster, demand, on_progress) if joins else None
+            observer = Observer(plan, on_progress, children, timeout)
+            results = _results(plan, observer, demand, at_a_time, on_progress)
             files = write_results(plan, results, command)
             if tracking is not None:
-                tell("sending results to MLflow")
+                on_progress("sending results to MLflow")
                 tracking.finish(results, files)
                 for line in tracking.how_to_open():
-                    tell(line)
+                    on_progress(line)
     return results
 
 
@@ -175,11 +155,11 @@ def trials_at_a_time(sweep: SweepConfig, demand: Demand, nodes: Sequence[Node]) 
 
 
 def _results(
-    plan: Plan, observer: Observer, demand: Demand, at_a_time: int, tell: Callable[[str], None]
+    plan: Plan, observer: Observer, demand: Demand, at_a_time: int, on_progress: OnProgress
 ) -> list[TrialResult]:
     """Every trial's end; that all have finished counts more than how Ray Tune ended."""
     try:
-        return collect(plan, _fit(plan, observer, demand, at_a_time, tell))
+        return collect(plan, fit(plan, observer, demand, at_a_time, on_progress))
     except Exception as error:
         mistake = user_error(error)
         if mistake is not None:
@@ -194,87 +174,6 @@ def _results(
         return results
 
 
-def _fit(
-    plan: Plan, observer: Observer, demand: Demand, at_a_time: int, tell: Callable[[str], None]
-) -> tune.ResultGrid:
-    told = tune.with_parameters(run_trial, plan=plan, at_a_time=at_a_time)
-    trainable = tune.with_resources(told, _resources(demand))
-    place = plan.folder / TUNE_FOLDER / plan.folder.name
-    tuner = restored(plan, trainable, place)
-    if tuner is not None:
-        tell(f"going on with {plan.folder.name}")
-        for note in failure_note(plan, 0).parent.glob("*.txt"):
-            note.unlink()
-        _attach(tuner, observer, searcher(plan.sweep, at_a_time))
-    else:
-        shutil.rmtree(place, ignore_errors=True)
-        tuner = _tuner(plan, trainable, observer, at_a_time)
-    with _silenced("ray.tune"):
-        return tuner.fit()
-
-
-@contextmanager
-def _silenced(name: str) -> Iterator[None]:
-    """No word from a logger: Tune prints the stack of every failed trial, we say why it failed."""
-    ours = logging.getLogger(name)
-    before = ours.level
-    ours.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        ours.setLevel(before)
-
-
-def _resources(demand: Demand) -> dict[str, float]:
-    if demand.workers > 1:
-        return SUPERVISOR
-    return {"CPU": demand.cpus} | ({"GPU": demand.gpus} if demand.gpus else {})
-
-
-def _attach(tuner: tune.Tuner, observer: Observer, search: Any) -> None:
-    """Give a restored tuner what it lacks: callbacks, room as it is now, what was reported before.
-
-    Ray Tune then puts its saved state into ``search``.
-    """
-    ours = tuner._local_tuner
-    ours._run_config.callbacks = [observer]
-    ours._tune_config.search_alg = search
-    if isinstance(ours._tune_config.scheduler, Pruning):
-        ours._tune_config.scheduler.recall(curves(tuner.get_results()))
-
-
-def _tuner(plan: Plan, trainable: Any, observer: Observer, at_a_time: int) -> tune.Tuner:
-    return tune.Tuner(
-        trainable,
-        param_space=parameters(plan),
-        tune_config=tune.TuneConfig(
-            metric=METRIC,
-            mode=MODE,
-            num_samples=plan.sweep.search.trials if plan.searched else 1,
-            search_alg=searcher(plan.sweep, at_a_time),
-            scheduler=scheduler(plan.sweep),
-            trial_dirname_creator=Numbers(plan.folder / TUNE_FOLDER / plan.folder.name),
-            reuse_actors=False,
-        ),
-        run_config=tune.RunConfig(
-            name=plan.folder.name,
-            storage_path=str(plan.folder / TUNE_FOLDER),
-            verbose=0,
-            stop={"final": True},  # a scheduler may pause a trial at any other report
-            callbacks=[observer],
-            failure_config=tune.FailureConfig(max_failures=plan.base.cluster.maximum_failures),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=_kept(plan.sweep)),
-        ),
-    )
-
-
-def _kept(sweep: SweepConfig) -> int | None:
-    """Checkpoints of a trial that stay: until the last of those that copy one has begun."""
-    if sweep.search.method != "population":
-        return None
-    return sweep.search.perturb_every_epochs + 2
-
-
 def collect(plan: Plan, grid: Iterable[tune.Result]) -> list[TrialResult]:
     """Every trial's end, in order.
 
@@ -283,7 +182,7 @@ def collect(plan: Plan, grid: Iterable[tune.Result]) -> list[TrialResult]:
     found: dict[int, TrialResult] = {}
     inputs = Inputs()
     for result in grid:
-        trial = plan.trial(result.config or {}, int(Path(result.path).name))
+        trial = plan.trial(result.config or {}, number_in(result.path))
         found[trial.number] = _ended(plan, trial, result)
     for trial in plan.trials:
         if trial.number not in found:

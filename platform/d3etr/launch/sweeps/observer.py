@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ray.tune import Callback
 from ray.tune.experiment import Trial as TuneTrial
 
 from d3etr.engine.run_folder import RunFolder
 from d3etr.launch.driver import Status
-from d3etr.launch.sweeps.actor import failure_reason
-from d3etr.launch.sweeps.numbers import number_of
 from d3etr.launch.sweeps.plan import Plan
+from d3etr.launch.sweeps.resource_timeout import ResourceTimeout
+from d3etr.launch.sweeps.trainable import failure_reason
+from d3etr.launch.sweeps.trial_ids import number_of
+from d3etr.launch.sweeps.trial_tracking import TrackedChildren
 from d3etr.launch.sweeps.trials import Trial
-from d3etr.launch.sweeps.waiting import Waiting
-
-
-class Children(Protocol):
-    """Tracks the runs of a sweep."""
-
-    def follow(self, run_dir: Path, title: str) -> None:
-        """Follow a run's journal from now on."""
-        ...
-
-    def end(self, run_dir: Path, status: Status) -> None:
-        """The run has ended; returns at once."""
-        ...
+from d3etr.progress import OnProgress
 
 
 class Observer(Callback):  # type: ignore[misc]
@@ -36,28 +25,28 @@ class Observer(Callback):  # type: ignore[misc]
 
     Args:
         plan: the sweep.
-        tell: takes a line for a person.
+        on_progress: takes lines for a person.
         children: tracks runs; None tracks nothing.
-        waiting: ends a sweep that waits in vain for room that others use; None where there are
+        timeout: ends a sweep that waits in vain for room that others use; None where there are
             no others.
     """
 
     def __init__(
         self,
         plan: Plan,
-        tell: Callable[[str], None],
-        children: Children | None,
-        waiting: Waiting | None,
+        on_progress: OnProgress,
+        children: TrackedChildren | None,
+        timeout: ResourceTimeout | None,
     ) -> None:
-        self._plan, self._tell, self._children = plan, tell, children
-        self._waiting = waiting
+        self._plan, self._on_progress, self._children = plan, on_progress, children
+        self._timeout = timeout
         self._folders: dict[int, Path] = {}
         self._began = time.monotonic()
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         """Tune looks around, several times a second."""
-        if self._waiting is not None:
-            self._waiting.look(trial.status for trial in trials)
+        if self._timeout is not None:
+            self._timeout.check(trial.status for trial in trials)
 
     def on_trial_result(
         self,
@@ -72,11 +61,11 @@ class Observer(Callback):  # type: ignore[misc]
         before = self._folders.get(number)
         if before != run_dir:
             if before is not None:
-                self._tell(f"{self._title(trial)} goes on from another trial's weights")
+                self._on_progress(f"{self._title(trial)} goes on from another trial's weights")
                 self._end(before, "KILLED")
             self._folders[number] = run_dir
             self._follow(run_dir, trial)
-        self._tell(
+        self._on_progress(
             f"{self._title(trial)} | epoch {result['epoch']} | mAP {100 * result['mAP']:.1f}"
         )
 
@@ -86,7 +75,8 @@ class Observer(Callback):  # type: ignore[misc]
         """A trial has come to its end, or was stopped early."""
         run_dir = self._folders.get(trial_of(self._plan, trial).number)
         finished = run_dir is not None and RunFolder(run_dir).summary.exists()
-        self._tell(f"{self._count(trial, trials)} {'finished' if finished else 'stopped early'}")
+        end = "finished" if finished else "stopped early"
+        self._on_progress(f"{self._count(trial, trials)} {end}")
         if run_dir is not None:
             self._end(run_dir, "FINISHED" if finished else "KILLED")
 
@@ -96,7 +86,7 @@ class Observer(Callback):  # type: ignore[misc]
         """A trial has failed for good."""
         reason = failure_reason(self._plan, trial_of(self._plan, trial).number)
         first = (reason or "its process was lost").splitlines()[0]
-        self._tell(f"{self._count(trial, trials)} failed: {first}")
+        self._on_progress(f"{self._count(trial, trials)} failed: {first}")
         run_dir = self._folders.get(trial_of(self._plan, trial).number)
         if run_dir is not None:
             self._end(run_dir, "FAILED")

@@ -12,7 +12,7 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialSch
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
 from d3etr.config.sweep import Domain, SweepConfig
-from d3etr.launch.sweeps.memory import Curve
+from d3etr.launch.sweeps.history import Curve
 from d3etr.launch.sweeps.plan import TRIAL_KEY, Plan
 
 METRIC, MODE, TIME = "mAP", "max", "epoch"

@@ -10,6 +10,8 @@ from typing import Any
 
 from d3etr.config.load import config_digest, load_config
 from d3etr.config.tree import Config
+from d3etr.engine.find_run import with_prefix
+from d3etr.engine.run_folder import CONFIG_FILE, RunFolder
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
 from d3etr.tracking.description import params, run_name, title
@@ -82,11 +84,12 @@ def read_run(folder: Path) -> FinishedRun:
     Raises:
         UserError: it is none, or the run has not finished.
     """
-    if not (folder / "config.yaml").is_file():
+    paths = RunFolder(folder)
+    if not paths.config.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
-    journal = read_journal(folder / "journal.jsonl")
+    journal = read_journal(paths.journal)
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads(paths.summary.read_text(encoding="utf-8"))
         if not isinstance(summary, dict):
             raise ValueError(f"it holds a {type(summary).__name__}")
     except FileNotFoundError:
@@ -95,13 +98,13 @@ def read_run(folder: Path) -> FinishedRun:
             f"compare yet; go on with it: d3etr train --resume {folder.name}"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder / 'summary.json'} is damaged: {error}") from error
+        raise UserError(f"{paths.summary} is damaged: {error}") from error
     curve = tuple(
         (record["step"], record["metrics"]["val/mAP"])
         for record in journal
         if record.get("kind") == "evaluation" and "val/mAP" in record["metrics"]
     )
-    return FinishedRun(folder, load_config(folder / "config.yaml"), summary, curve)
+    return FinishedRun(folder, load_config(paths.config), summary, curve)
 
 
 def find_folders(runs: Sequence[str | Path], output_root: Path) -> list[Path]:
@@ -124,11 +127,10 @@ def find_folders(runs: Sequence[str | Path], output_root: Path) -> list[Path]:
 def _folders_of(run: str | Path, output_root: Path) -> list[Path]:
     if Path(run).is_dir():
         return [Path(run)]
-    known = [path.parent for path in sorted(output_root.glob("*/config.yaml"))]
+    known = [path.parent for path in sorted(output_root.glob(f"*/{CONFIG_FILE}"))]
     wanted = str(run)
     for fits in (
-        [folder for folder in known if folder.name == wanted],
-        _begun([folder for folder in known if folder.name.startswith(wanted)]),
+        _begun(with_prefix(wanted, known)),
         [folder for folder in known if wanted in _names_in_mlflow(folder)],
     ):
         if fits:
@@ -149,13 +151,13 @@ def _begun(folders: list[Path]) -> list[Path]:
 
 
 def _last_step(folder: Path) -> int:
-    journal = read_journal(folder / "journal.jsonl")
+    journal = read_journal(RunFolder(folder).journal)
     return max((int(record.get("step", 0)) for record in journal), default=0)
 
 
 def _names_in_mlflow(folder: Path) -> tuple[str, ...]:
     try:
-        state, config = read_state(folder), load_config(folder / "config.yaml")
+        state, config = read_state(folder), load_config(RunFolder(folder).config)
     except UserError as error:
         logger.warning("%s is not looked at: %s", folder, error)
         return ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -17,6 +16,7 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 from PIL import Image
 
+from d3etr.files import atomic_write
 from d3etr.text import printable
 from d3etr.tracking.compare.comparison import Comparison, RunGroup
 from d3etr.tracking.compare.pictures import THRESHOLD, Pictures
@@ -65,9 +65,9 @@ def write_page(comparison: Comparison, path: Path, pictures: Pictures | None = N
         pictures: what the runs detect on some images; None leaves the part out.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(as_page(comparison, pictures), encoding="utf-8")
-    return temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(as_page(comparison, pictures), encoding="utf-8")
+    return path
 
 
 def as_page(comparison: Comparison, pictures: Pictures | None = None) -> str:

@@ -16,6 +16,7 @@ from d3etr.config.data import DataConfig
 from d3etr.data.digit_scenes.folder import scenes_folder, split_paths
 from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit, read_split
+from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.inference import Predictor, load
 from d3etr.tracking.compare.comparison import Comparison
@@ -87,7 +88,7 @@ def look_at_pictures(comparison: Comparison, count: int) -> Pictures:
     predictors: dict[str, Predictor | None] = {}
     for group in comparison.groups:
         try:
-            predictors[group.label] = load(group.runs[0].folder / "weights.safetensors")
+            predictors[group.label] = load(RunFolder(group.runs[0].folder).weights)
         except UserError as error:
             predictors[group.label] = None
             missing.append(f"No detections of {group.label}: {error}")

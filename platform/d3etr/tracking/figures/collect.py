@@ -15,6 +15,7 @@ from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import load_weights
+from d3etr.engine.run_folder import RunFolder
 from d3etr.evaluation.evaluator import Evaluator
 from d3etr.fonts import readable_names
 from d3etr.logs import get_logger
@@ -71,10 +72,10 @@ def draw_figures(
     if config.teacher is not None:
         with local_file(config.teacher.weights) as file:
             detectors["Teacher"] = load_weights(file)[0]
-    detectors[own] = load_weights(run_dir / "weights.safetensors")[0]
+    detectors[own] = load_weights(RunFolder(run_dir).weights)[0]
     more = {name: load_weights(path)[0] for name, path in (others or {}).items()}
     split = open_split(config.data, SPLIT)
-    journal = read_journal(run_dir / "journal.jsonl")
+    journal = read_journal(RunFolder(run_dir).journal)
     return [
         *_draw_images(config, split, detectors, more, folder),
         _draw_measured(config, split, detectors, folder / "precision_recall.png"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -26,6 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from numpy.typing import NDArray
 
+from d3etr.files import atomic_write
 from d3etr.fonts import default_font, font_for
 from d3etr.text import printable
 
@@ -130,9 +130,9 @@ def save(figure: Figure, path: Path) -> Path:
     for text in figure.findobj(Text):
         _make_readable(text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.png")
-    figure.savefig(temporary, dpi=PIXELS_PER_INCH)
-    return temporary.replace(path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=PIXELS_PER_INCH)
+    return path
 
 
 def as_svg(figure: Figure, name: str, summary: str, colours: Mapping[str, str]) -> Markup:

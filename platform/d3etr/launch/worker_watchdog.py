@@ -1,4 +1,4 @@
-"""A worker's tie to its driver: it leaves when the run is no longer its driver's.
+"""Ends a worker whose driver is gone or has lost the run.
 
 When a driver is killed, Ray's workers go on for some seconds. A second driver that takes the
 run over in that time must not find two writers in one folder, so each worker watches the lock.
@@ -13,35 +13,36 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from d3etr.launch.lock import lock_path, read_owner
-from d3etr.launch.notes import Notes
+from d3etr.engine.run_folder import RunFolder
+from d3etr.launch.control_files import ControlFiles
+from d3etr.launch.lock import read_owner
 from d3etr.logs import get_logger
 
 logger = get_logger(__name__)
 
 WATCH_SECONDS = 1.0
 LINGER_SECONDS = 15.0
-"""A worker that still trains so long after another one has said why the run must end, ends."""
+"""A worker that still trains so long after the run was to end hangs, and is ended."""
 
 
-class Fence:
+class WorkerWatchdog:
     """Ends this process when its driver lost the run, or when the run's end left it hanging.
 
     Args:
         run_dir: the run's folder.
         token: identity of the worker's driver in the folder's lock.
-        notes: where workers say why the run must end.
+        control: where workers write why the run must end.
     """
 
-    def __init__(self, run_dir: Path, token: str, notes: Notes) -> None:
-        self._lock = lock_path(run_dir)
+    def __init__(self, run_dir: Path, token: str, control: ControlFiles) -> None:
+        self._lock = RunFolder(run_dir).lock
         self._token = token
-        self._notes = notes
-        self._noted_at: float | None = None
+        self._control = control
+        self._end_since: float | None = None
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="fence", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def __enter__(self) -> Fence:
+    def __enter__(self) -> WorkerWatchdog:
         self._thread.start()
         return self
 
@@ -59,9 +60,9 @@ class Fence:
             # Seen twice: a rename on shared storage may hide the file for a moment.
             foreign = 0 if self._ours() else foreign + 1
             if foreign >= 2:
-                _leave("the run folder's lock is not held by this worker's driver any more")
+                _exit("the run folder's lock is not held by this worker's driver any more")
             if self._hangs():
-                _leave("the run must end and this worker hangs")
+                _exit("the run must end and this worker hangs")
 
     def _ours(self) -> bool:
         try:
@@ -73,12 +74,12 @@ class Fence:
         return owner is None or owner.token == self._token
 
     def _hangs(self) -> bool:
-        if self._noted_at is None and self._notes.reason_file.exists():
-            self._noted_at = time.monotonic()
-        return self._noted_at is not None and time.monotonic() > self._noted_at + LINGER_SECONDS
+        if self._end_since is None and self._control.reason_file.exists():
+            self._end_since = time.monotonic()
+        return self._end_since is not None and time.monotonic() > self._end_since + LINGER_SECONDS
 
 
-def _leave(reason: str) -> None:
+def _exit(reason: str) -> None:
     """End the process, also while it waits inside a collective operation."""
     logger.error("worker %d ends: %s", os.getpid(), reason)
     logging.shutdown()

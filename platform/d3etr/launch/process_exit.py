@@ -1,92 +1,84 @@
 """How the process of a command ends, whatever becomes of Ray.
 
 Ray's native code may raise, hang or end the process while it disconnects, and so may a thread
-that still waits inside of it while Python ends. So a command that did what it should never
-disconnects: its results are written and its words said, then the process is over.
+that still waits inside of it while Python ends. So a command that started or joined Ray never
+disconnects: its results are written and its output is flushed, then the process is over.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NoReturn
 
-from d3etr.launch.leftovers import end_family
-from d3etr.launch.signals import end_wanted, hold, note_signals
-from d3etr.logs import get_logger
+from d3etr.launch.signals import end_wanted, handle_signals, hold
 
-logger = get_logger(__name__)
-
-END_SECONDS = 30.0
-"""What is done at the end has so long."""
+EXIT_SECONDS = 30.0
+"""Time limit of Python's exit hooks after a signal."""
 POLL_SECONDS = 0.2
 INTERRUPTED = 130
 """The exit code of a command that a signal ended: 128 + SIGINT, as shells have it."""
 
 
 @dataclass
-class _Ending:
-    """How the process of the running command will end.
+class _Command:
+    """The command that this process runs.
 
     Attributes:
-        at_once: Python must not end in order.
-        last: done at the very end.
+        skips_shutdown: the process must end without Python's own shutdown.
     """
 
-    at_once: bool = False
-    last: list[Callable[[], object]] = field(default_factory=list)
+    skips_shutdown: bool = False
 
 
-_ending: ContextVar[_Ending | None] = ContextVar("ending", default=None)
-"""None where the process goes on after what runs, as in a notebook."""
+_command: _Command | None = None
+"""None where the process outlives what runs, as in a notebook."""
 
 
 class NoAnswerError(TimeoutError):
-    """A thread was left behind."""
+    """A thread did not return in time and was left behind."""
 
 
-def program(command: Callable[[], int]) -> NoReturn:
-    """Be a command: run it and end this process with its code.
+def run_command(command: Callable[[], int]) -> NoReturn:
+    """Run a command and end this process with its exit code.
 
     Args:
         command: returns the exit code.
     """
-    note_signals(_end_at_once)
-    ending = _Ending()
-    _ending.set(ending)
+    global _command
+    handle_signals(_exit_at_once)
+    _command = _Command()
     try:
         code = command()
         hold()
     except KeyboardInterrupt as stop:  # before the command could take it, or as it returned
         hold()
-        code = say_interrupted(stop)
+        code = report_interrupt(stop)
     for stream in (sys.stdout, sys.stderr):
         attempt(stream.flush)
-    for action in ending.last:
-        attempt_within(END_SECONDS, action)
-    if end_wanted() and not (ending.last or ending.at_once):
+    if end_wanted() and not _command.skips_shutdown:
         # Python ends itself by SIGINT, whatever the code, if one met it inside of exec().
         logging.disable(logging.INFO)  # PyTorch would log statistics where its import was cut off
-        attempt_within(END_SECONDS, atexit._run_exitfuncs)
-        ending.at_once = True
-    if ending.last or ending.at_once:
+        attempt_within(EXIT_SECONDS, atexit._run_exitfuncs)
+        _command.skips_shutdown = True
+    if _command.skips_shutdown:
         logging.shutdown()
         os._exit(code)
     sys.exit(code)
 
 
-def say_interrupted(stop: BaseException | None = None) -> int:
-    """Say that a signal ended the command.
+def report_interrupt(stop: BaseException | None = None) -> int:
+    """Write that a signal ended the command.
 
     Args:
-        stop: has more to say than that, perhaps.
+        stop: its text, if it has one, is more exact.
 
     Returns:
         The exit code.
@@ -95,31 +87,28 @@ def say_interrupted(stop: BaseException | None = None) -> int:
     return INTERRUPTED
 
 
-def _end_at_once() -> NoReturn:
-    """On a second wish to end: what was saved is whole, as after a power cut."""
-    say_interrupted(KeyboardInterrupt("interrupted again: ended at once; what was saved is whole"))
-    attempt(end_family)
+def _exit_at_once() -> NoReturn:
+    """On a second signal: what was saved is whole, as after a power cut."""
+    report_interrupt(KeyboardInterrupt("interrupted again: ended at once; what was saved is whole"))
+    for child in multiprocessing.active_children():
+        attempt(child.kill)
     os._exit(INTERRUPTED)
 
 
 def is_command() -> bool:
     """Whether this process ends with the command that it runs."""
-    return _ending.get() is not None
+    return _command is not None
 
 
-def at_the_end(action: Callable[[], object]) -> bool:
-    """Have the command's process do this last and then end at once.
-
-    Args:
-        action: what it raises is nobody's concern any more.
+def skip_shutdown() -> bool:
+    """Have a command's process end without Python's shutdown.
 
     Returns:
-        False where the process goes on after the command: nothing will be done.
+        False where the process outlives what runs: nothing changes.
     """
-    ending = _ending.get()
-    if ending is not None:
-        ending.last.append(action)
-    return ending is not None
+    if _command is not None:
+        _command.skips_shutdown = True
+    return is_command()
 
 
 def attempt(action: Callable[[], object]) -> Exception | None:
@@ -137,9 +126,9 @@ def attempt_within(
     stay: threading.Event | None = None,
     unless: Callable[[], bool] | None = None,
 ) -> Exception | None:
-    """Run ``action`` in a thread; what it raised, or ``NoAnswerError`` if it does not come back.
+    """Run ``action`` in a thread; what it raised, or ``NoAnswerError`` if it does not return.
 
-    A thread that is left behind may crash Python's end: a command then ends at once.
+    A thread that is left behind may crash Python's shutdown: a command then skips it.
 
     Args:
         seconds: how long to wait.
@@ -166,6 +155,5 @@ def attempt_within(
             break
     if outcome:
         return outcome[0]
-    if (ending := _ending.get()) is not None:
-        ending.at_once = True
+    skip_shutdown()
     return NoAnswerError(f"no answer within {seconds:g} seconds")

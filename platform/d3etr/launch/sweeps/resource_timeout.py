@@ -1,33 +1,33 @@
-"""An end to waiting: Ray Tune itself waits for ever for room that others use."""
+"""Ends a sweep that waits in vain: Ray Tune itself waits for ever for room that others use."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.errors import UserError
 from d3etr.launch.ray_cluster import cluster_nodes, free_resources
 from d3etr.launch.resources import Demand, describe
+from d3etr.progress import OnProgress
 
 
-class Waiting:
-    """Notices that no trial trains.
+class ResourceTimeout:
+    """Notices that trials wait and none trains.
 
     Args:
         cluster: how long to wait for room.
         demand: of one trial.
-        tell: takes a line for a person.
+        on_progress: takes lines for a person.
     """
 
-    def __init__(self, cluster: ClusterConfig, demand: Demand, tell: Callable[[str], None]) -> None:
-        self._patience = cluster.start_timeout_seconds
-        self._limit = self._patience * (cluster.maximum_failures + 1)
-        self._demand, self._tell = demand, tell
-        self._since = time.monotonic()
-        self._told = False
+    def __init__(self, cluster: ClusterConfig, demand: Demand, on_progress: OnProgress) -> None:
+        self._notice = cluster.start_timeout_seconds
+        self._limit = self._notice * (cluster.maximum_failures + 1)
+        self._demand, self._on_progress = demand, on_progress
+        self._since, self._noticed = time.monotonic(), False
 
-    def look(self, statuses: Iterable[str]) -> None:
+    def check(self, statuses: Iterable[str]) -> None:
         """Take the trials' states; called again and again.
 
         Raises:
@@ -35,7 +35,7 @@ class Waiting:
         """
         states = set(statuses)
         if "RUNNING" in states or "PENDING" not in states:
-            self._since, self._told = time.monotonic(), False
+            self._since, self._noticed = time.monotonic(), False
             return
         waited = time.monotonic() - self._since
         if waited > self._limit:
@@ -44,9 +44,9 @@ class Waiting:
                 "times maximum_failures + 1). Wait for other jobs to end; the same command goes "
                 "on with the sweep."
             )
-        if waited > self._patience and not self._told:
-            self._told = True
-            self._tell(f"{self._lack()}; waiting for other jobs")
+        if waited > self._notice and not self._noticed:
+            self._noticed = True
+            self._on_progress(f"{self._lack()}; waiting for other jobs")
 
     def _lack(self) -> str:
         free = free_resources()

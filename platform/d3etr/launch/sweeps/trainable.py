@@ -19,11 +19,12 @@ from d3etr.engine.find_run import folder_of
 from d3etr.engine.run_folder import RunFolder, is_number
 from d3etr.errors import UserError
 from d3etr.files import atomic_write, link_or_copy, read_json, write_text
-from d3etr.launch.console import Silence
 from d3etr.launch.driver import Launcher, RunResult, drive
 from d3etr.launch.local import LocalLauncher
 from d3etr.launch.lock import RunLock, RunLockedError
+from d3etr.launch.progress_reporter import NullDisplay
 from d3etr.launch.sweeps.plan import Plan
+from d3etr.launch.sweeps.trial_ids import number_in
 from d3etr.launch.sweeps.trials import Trial
 from d3etr.training.checkpoints import CheckpointStore
 from d3etr.training.context import SingleProcess
@@ -31,8 +32,7 @@ from d3etr.training.journal import Record, read_journal
 
 LOCK_SECONDS = 60.0
 """After a driver's death its trials go on for some seconds and hold their folders."""
-ORIGIN = "origin.json"
-TURNS = "turns"
+ORIGIN_FILE = "origin.json"
 
 
 def run_trial(parameters: dict[str, Any], plan: Plan, at_a_time: int) -> None:
@@ -49,16 +49,16 @@ def run_trial(parameters: dict[str, Any], plan: Plan, at_a_time: int) -> None:
     """
     trial_dir = tune.get_context().get_trial_dir()
     assert trial_dir is not None
-    trial = plan.trial(parameters, int(Path(trial_dir).name))  # see numbers.py
-    number = trial.number
-    note, reason = failure_note(plan, number), failure_reason(plan, number)
+    trial = plan.trial(parameters, number_in(trial_dir))
+    reason = failure_reason(plan, trial.number)
     if reason is not None:
         raise RuntimeError(reason)
     try:
         final = _final(_result(plan, trial, at_a_time))
     except Exception as error:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_text(note, str(error) or repr(error))
+        file = failure_file(plan, trial.number)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, str(error) or repr(error))
         raise
     tune.report(final)
 
@@ -71,27 +71,27 @@ def _result(plan: Plan, trial: Trial, at_a_time: int) -> Path:
     if twin is not None:
         return twin
     config, folder = _place(trial.number, config)
-    reporter = Reporter(trial.number, folder, with_weights=population)
+    reporter = TuneReporter(trial.number, folder, with_weights=population)
     if config.cluster.workers == 1:
         return _train(plan.placed(config), folder, reporter).run_dir
-    with turn(plan.folder / TURNS, at_a_time):
+    with limited(plan.folder / "turns", at_a_time):
         return _train(plan.placed(config), folder, reporter).run_dir
 
 
 @contextmanager
-def turn(folder: Path, at_a_time: int) -> Iterator[None]:
+def limited(folder: Path, at_a_time: int) -> Iterator[None]:
     """Wait until fewer than ``at_a_time`` others are in the block.
 
-    To Ray, a trial whose workers are processes of their own needs no room. A sweep that is gone
-    on with begins all trials at once that were interrupted, on a cluster that may be smaller.
+    To Ray, a trial whose workers are processes of their own needs no room. A sweep that is resumed
+    starts all interrupted trials at once, on a cluster that may be smaller.
     """
     with ExitStack() as stack:
-        while not any(_took(stack, folder / str(number)) for number in range(at_a_time)):
+        while not any(_locked(stack, folder / str(number)) for number in range(at_a_time)):
             time.sleep(1.0)
         yield
 
 
-def _took(stack: ExitStack, place: Path) -> bool:
+def _locked(stack: ExitStack, place: Path) -> bool:
     place.mkdir(parents=True, exist_ok=True)
     try:
         stack.enter_context(RunLock(place))
@@ -100,20 +100,20 @@ def _took(stack: ExitStack, place: Path) -> bool:
     return True
 
 
-def failure_note(plan: Plan, number: int) -> Path:
-    """Where a trial says why it cannot succeed."""
+def failure_file(plan: Plan, number: int) -> Path:
+    """Where a trial writes why it cannot succeed."""
     return plan.folder / "failures" / f"{number:03d}.txt"
 
 
 def failure_reason(plan: Plan, number: int) -> str | None:
-    """Why a trial cannot succeed; None where nothing is said."""
-    note = failure_note(plan, number)
-    return note.read_text(encoding="utf-8", errors="replace") if note.exists() else None
+    """Why a trial cannot succeed; None where nothing is known."""
+    file = failure_file(plan, number)
+    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else None
 
 
 @dataclass(frozen=True)
-class Reporter:
-    """Tells Ray Tune what an evaluation found.
+class TuneReporter:
+    """Reports evaluations to Ray Tune.
 
     Attributes:
         number: of the trial.
@@ -126,17 +126,17 @@ class Reporter:
     with_weights: bool
 
     def __call__(self, metrics: dict[str, float]) -> None:
-        """Report an epoch in which the student was evaluated; returns when Tune has heard.
+        """Report an epoch in which the student was evaluated; returns when Tune has it.
 
         The last epoch is left to ``run_trial``, which knows the run's result.
         """
         if "val/mAP" not in metrics or metrics["final"]:
             return
-        told = {"mAP": metrics["val/mAP"], "epoch": int(metrics["epoch"])}
+        report = {"mAP": metrics["val/mAP"], "epoch": int(metrics["epoch"])}
         with tempfile.TemporaryDirectory() as scratch:
             checkpoint = self._checkpoint(Path(scratch)) if self.with_weights else None
             place = {"run_dir": str(self.folder.path), "final": False}
-            tune.report(told | place, checkpoint=checkpoint)
+            tune.report(report | place, checkpoint=checkpoint)
 
     def _checkpoint(self, scratch: Path) -> tune.Checkpoint:
         newest = CheckpointStore(self.folder.checkpoints, keep=1).newest()
@@ -144,24 +144,24 @@ class Reporter:
         for file in newest.folder.iterdir():
             link_or_copy(file, scratch / file.name)
         origin = {"trial": self.number, "run_dir": str(self.folder.path), "step": newest.step}
-        write_text(scratch / ORIGIN, json.dumps(origin))
+        write_text(scratch / ORIGIN_FILE, json.dumps(origin))
         return tune.Checkpoint.from_directory(scratch)
 
 
 class TrialContext(SingleProcess):
     """A world of one that reports to Ray Tune."""
 
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, reporter: TuneReporter) -> None:
         super().__init__()
         self._reporter = reporter
         self.reads_checkpoints = reporter.with_weights
 
     def report(self, metrics: dict[str, float]) -> None:
-        """Tell Tune of an epoch; it may end the trial here."""
+        """Report an epoch to Tune, which may end the trial here."""
         self._reporter(metrics)
 
 
-class JournalReporter(Silence):
+class JournalReporter(NullDisplay):
     """Reports from the journal, where the training is in processes of its own."""
 
     def __init__(self, reporter: Callable[[dict[str, float]], None]) -> None:
@@ -185,7 +185,7 @@ def _place(number: int, config: Config) -> tuple[Config, RunFolder]:
     if checkpoint is None:
         return config, folder_of(config)
     with checkpoint.as_directory() as given:
-        origin = read_json(Path(given) / ORIGIN)
+        origin = read_json(Path(given) / ORIGIN_FILE)
         if origin["trial"] == number:
             return config, RunFolder(Path(origin["run_dir"]))
         suffix = f"_from-{origin['trial']:03d}-at-{origin['step']}"
@@ -201,13 +201,13 @@ def _inherit(source: Path, target: Path) -> None:
     if target.parent.exists() and any(target.parent.glob("step-*")):
         return
     with atomic_write(target) as temporary:
-        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(ORIGIN))
+        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(ORIGIN_FILE))
 
 
-def _train(config: Config, folder: RunFolder, reporter: Reporter) -> RunResult:
+def _train(config: Config, folder: RunFolder, reporter: TuneReporter) -> RunResult:
     if config.cluster.workers == 1:
         launcher: Launcher = LocalLauncher(context=lambda: TrialContext(reporter))
-        display = Silence()
+        display = NullDisplay()
     else:
         from d3etr.launch.ray_train import RayLauncher
 

@@ -3,42 +3,50 @@ from pathlib import Path
 
 import pytest
 
-from d3etr.launch import fence as fence_module
-from d3etr.launch.fence import Fence
-from d3etr.launch.lock import RunLock, lock_path
-from d3etr.launch.notes import Notes, Reason
+from d3etr.engine.run_folder import RunFolder
+from d3etr.launch import worker_watchdog
+from d3etr.launch.control_files import ControlFiles, Reason
+from d3etr.launch.lock import RunLock
+from d3etr.launch.worker_watchdog import WorkerWatchdog
 
 
 @pytest.fixture
 def left(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Reasons for which the process would have ended."""
     reasons: list[str] = []
-    monkeypatch.setattr(fence_module, "WATCH_SECONDS", 0.01)
-    monkeypatch.setattr(fence_module, "_leave", reasons.append)
+    monkeypatch.setattr(worker_watchdog, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(worker_watchdog, "_exit", reasons.append)
     return reasons
 
 
+def watchdog(run_dir: Path, token: str) -> WorkerWatchdog:
+    return WorkerWatchdog(run_dir, token, ControlFiles(run_dir))
+
+
 def test_a_worker_stays_while_its_driver_holds_the_run(tmp_path: Path, left: list[str]) -> None:
-    with RunLock(tmp_path) as lock, Fence(tmp_path, lock.owner.token, Notes(tmp_path)):
+    with (
+        RunLock(tmp_path) as lock,
+        watchdog(tmp_path, lock.owner.token),
+    ):
         time.sleep(0.2)
     assert left == []
 
 
 def test_a_worker_leaves_when_another_driver_took_the_run(tmp_path: Path, left: list[str]) -> None:
-    with RunLock(tmp_path), Fence(tmp_path, "another driver", Notes(tmp_path)):
+    with RunLock(tmp_path), watchdog(tmp_path, "another driver"):
         time.sleep(0.2)
     assert left and "lock" in left[0]
 
 
 def test_a_worker_leaves_when_its_driver_let_go(tmp_path: Path, left: list[str]) -> None:
-    with Fence(tmp_path, "gone", Notes(tmp_path)):
+    with watchdog(tmp_path, "gone"):
         time.sleep(0.2)
     assert left
 
 
 def test_a_lock_that_is_being_written_drives_nobody_away(tmp_path: Path, left: list[str]) -> None:
-    lock_path(tmp_path).touch()
-    with Fence(tmp_path, "token", Notes(tmp_path)):
+    RunFolder(tmp_path).lock.touch()
+    with watchdog(tmp_path, "token"):
         time.sleep(0.2)
     assert left == []
 
@@ -46,11 +54,11 @@ def test_a_lock_that_is_being_written_drives_nobody_away(tmp_path: Path, left: l
 def test_a_worker_that_hangs_after_a_peers_mistake_leaves(
     tmp_path: Path, left: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fence_module, "LINGER_SECONDS", 0.1)
-    notes = Notes(tmp_path)
-    with RunLock(tmp_path) as lock, Fence(tmp_path, lock.owner.token, notes):
+    monkeypatch.setattr(worker_watchdog, "LINGER_SECONDS", 0.1)
+    control = ControlFiles(tmp_path)
+    with RunLock(tmp_path) as lock, WorkerWatchdog(tmp_path, lock.owner.token, control):
         time.sleep(0.2)
         assert left == []
-        notes.end(Reason("mistake", "image 17 is truncated"))
+        control.end(Reason("mistake", "image 17 is truncated"))
         time.sleep(0.4)
     assert left and "hangs" in left[0]

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, else a line per epoch."""
+"""What a person sees of a run: a progress bar on a terminal, else a line per epoch."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Display(Protocol):
     """Shows a run to a person."""
 
     def consume(self, record: Record) -> None:
-        """Show what a journal record says."""
+        """Show what a journal record holds."""
         ...
 
-    def stage(self, text: str) -> None:
-        """Say what is being waited for before the first record."""
+    def on_progress(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Show what is being done before the first record or after the last; ``OnProgress``."""
         ...
 
     def close(self) -> None:
@@ -49,11 +49,11 @@ def open_display(quiet: bool = False, stream: TextIO | None = None) -> Display:
     """The display that fits: none, a bar, or lines (``stream`` defaults to standard error)."""
     stream = stream or sys.stderr
     if quiet:
-        return Silence()
+        return NullDisplay()
     return Bar(Console(file=styled(stream))) if stream.isatty() else Lines(stream)
 
 
-class Silence:
+class NullDisplay:
     """Shows warnings alone."""
 
     def consume(self, record: Record) -> None:
@@ -61,15 +61,15 @@ class Silence:
         if record["kind"] == "message" and record.get("level") == "warning":
             logger.warning("warning: %s", record["text"])
 
-    def stage(self, text: str) -> None:
+    def on_progress(self, text: str, done: int = 0, total: int = 0) -> None:
         """Show nothing."""
 
     def close(self) -> None:
         """Nothing to leave."""
 
 
-class Narrator:
-    """Puts journal records into words, where there is something to say."""
+class ProgressReporter:
+    """Turns journal records into lines for a person, where one is due."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -77,28 +77,28 @@ class Narrator:
         self.metrics: dict[str, float] = {}
         """Newest value of every metric."""
         self._steps_per_epoch = 1
-        self._began = (0.0, 0)
-        self._spoken_step = -1
+        self._start = (0.0, 0)
+        self._reported_step = -1
 
-    def tell(self, record: Record) -> str | None:
+    def line(self, record: Record) -> str | None:
         """A line about ``record``, or None."""
         self.metrics.update(record.get("metrics") or {})
         kind = record.get("kind")
         if kind == "start":
-            return self._start(record)
+            return self._starts(record)
         if kind == "teacher":
             return f"teacher: {scores(record['metrics'], 'teacher/')}"
         if kind == "evaluation":
-            return self.where(record)
+            return self.position(record)
         if kind == "message":
             mark = "warning: " if record.get("level") == "warning" else ""
             return printable(f"{mark}{record.get('text', '')}", LINES)
         return None
 
-    def where(self, record: Record) -> str:
-        """A line about how far training is and how well it does."""
+    def position(self, record: Record) -> str:
+        """A line with step, loss, accuracy, speed and the time that is left."""
         step = int(record["step"])
-        self._spoken_step = step
+        self._reported_step = step
         parts = [self._epoch(record), f"step {step}/{self.steps or '?'}"]
         if "train/loss" in self.metrics:
             parts.append(f"loss {self.metrics['train/loss']:.3f}")
@@ -110,17 +110,17 @@ class Narrator:
         parts.append(self._remaining(record))
         return " | ".join(part for part in parts if part)
 
-    def silent_epoch(self, record: Record) -> bool:
-        """Whether a step record follows the end of an epoch that no line has told of."""
+    def unreported_epoch(self, record: Record) -> bool:
+        """Whether a step record follows the end of an epoch that no line was about."""
         ended = (int(record["step"]) - 1) // self._steps_per_epoch * self._steps_per_epoch
-        return record.get("kind") == "step" and ended > max(self._spoken_step, self._began[1])
+        return record.get("kind") == "step" and ended > max(self._reported_step, self._start[1])
 
-    def _start(self, record: Record) -> str:
+    def _starts(self, record: Record) -> str:
         again = self.steps > 0
         self.steps, step = int(record["steps"]), int(record["step"])
         self._steps_per_epoch = max(1, int(record.get("steps_per_epoch") or self.steps or 1))
-        self._began = (_clock(record), step)
-        self._spoken_step = step
+        self._start = (_clock(record), step)
+        self._reported_step = step
         if again:
             return f"training was interrupted; going on from step {step} of {self.steps}"
         if step:
@@ -133,12 +133,12 @@ class Narrator:
         return f"epoch {round(done, 2):g}/{epochs}"
 
     def _remaining(self, record: Record) -> str:
-        began, first = self._began
+        start, first = self._start
         done = int(record["step"]) - first
         left = self.steps - int(record["step"])
         if done <= 0 or left <= 0:
             return ""
-        return f"{duration((_clock(record) - began) / done * left)} left"
+        return f"{duration((_clock(record) - start) / done * left)} left"
 
 
 def _clock(record: Record) -> float:
@@ -165,34 +165,37 @@ class Lines:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._narrator = Narrator()
-        self._spoken = time.monotonic()
+        self._reporter = ProgressReporter()
+        self._written = time.monotonic()
 
     def consume(self, record: Record) -> None:
         """Write a line if ``record`` is worth one."""
-        line = self._narrator.tell(record)
+        line = self._reporter.line(record)
         if line is None and record.get("kind") == "step":
-            long_silence = time.monotonic() - self._spoken > QUIET_SECONDS
-            if long_silence or self._narrator.silent_epoch(record):
-                line = self._narrator.where(record)
+            long_silence = time.monotonic() - self._written > QUIET_SECONDS
+            if long_silence or self._reporter.unreported_epoch(record):
+                line = self._reporter.position(record)
         if line is not None:
-            self.stage(line)
+            self._write(line)
 
-    def stage(self, text: str) -> None:
-        """Write ``text``."""
-        self._spoken = time.monotonic()
-        self._stream.write(f"{text}\n")
-        self._stream.flush()
+    def on_progress(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Write a line."""
+        self._write(f"{text}: {done:,} of {total:,}" if total else text)
 
     def close(self) -> None:
         """Nothing to leave."""
+
+    def _write(self, line: str) -> None:
+        self._written = time.monotonic()
+        self._stream.write(f"{line}\n")
+        self._stream.flush()
 
 
 class Bar:
     """A progress bar with loss, mAP and the time that is left; lines scroll by above it."""
 
     def __init__(self, console: Console) -> None:
-        self._narrator = Narrator()
+        self._reporter = ProgressReporter()
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -210,24 +213,26 @@ class Bar:
 
     def consume(self, record: Record) -> None:
         """Move the bar; write a line above it if ``record`` is worth one."""
-        line = self._narrator.tell(record)
+        line = self._reporter.line(record)
         if line is not None:
             self._progress.console.print(escape(line), highlight=False)
         kind = record.get("kind")
         if kind == "start":
-            self._progress.reset(self._task, total=self._narrator.steps, description="training")
+            self._progress.reset(self._task, total=self._reporter.steps, description="training")
         if kind in ("start", "step", "evaluation"):
             self._progress.update(self._task, completed=int(record["step"]), state=self._state())
 
-    def stage(self, text: str) -> None:
-        """Put ``text`` beside the bar."""
+    def on_progress(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Describe the bar by ``text``, and move it where there is a total."""
         self._progress.update(self._task, description=escape(printable(text)))
+        if total:
+            self._progress.update(self._task, completed=done, total=total)
 
     def close(self) -> None:
         """Remove the bar."""
         self._progress.stop()
 
     def _state(self) -> str:
-        metrics = self._narrator.metrics
+        metrics = self._reporter.metrics
         loss = f"loss {metrics['train/loss']:.3f}" if "train/loss" in metrics else ""
         return f"{loss}  {scores(metrics, 'val/').partition('  ')[0]}".strip()

@@ -12,8 +12,8 @@ from d3etr.config.tree import Config
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.driver import Status, Tracker
-from d3etr.launch.sweeps.outcome import TrialResult, best, table_metric
 from d3etr.launch.sweeps.plan import Plan
+from d3etr.launch.sweeps.results import TrialResult, best, table_metric
 from d3etr.launch.sweeps.trials import short_names
 from d3etr.logs import get_logger
 from d3etr.tracking.state import read_state

@@ -1,4 +1,4 @@
-"""What trials reported before a sweep was gone on with, read from their journals.
+"""What trials reported before a sweep was interrupted, read from their journals.
 
 Ray Tune keeps the newest report only, and nothing of a scheduler.
 """
@@ -19,8 +19,12 @@ Curve = list[tuple[int, float]]
 
 def curves(grid: Iterable[tune.Result]) -> dict[str, Curve]:
     """Ray Tune's id of every trial that has reported -> its curve."""
-    told = (result.metrics or {} for result in grid)
-    return {one["trial_id"]: curve_of(Path(one["run_dir"])) for one in told if "run_dir" in one}
+    reports = (result.metrics or {} for result in grid)
+    return {
+        report["trial_id"]: curve_of(Path(report["run_dir"]))
+        for report in reports
+        if "run_dir" in report
+    }
 
 
 def curve_of(run_dir: Path) -> Curve:

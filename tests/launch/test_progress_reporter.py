@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from d3etr.launch.console import Bar, Lines, Silence, duration, open_display
+from d3etr.launch.progress_reporter import Bar, Lines, NullDisplay, duration, open_display
 from d3etr.training.journal import Record
 
 EPOCH = 10
@@ -78,7 +78,7 @@ def test_a_name_in_brackets_is_no_markup() -> None:
 
 def test_the_display_fits_its_place() -> None:
     assert isinstance(open_display(stream=io.StringIO()), Lines)
-    assert isinstance(open_display(quiet=True), Silence)
+    assert isinstance(open_display(quiet=True), NullDisplay)
 
 
 def test_durations_are_read_at_a_glance() -> None:
