@@ -13,7 +13,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from d3etr.files import clear_disk_errors, sync_folder, temporary_beside
+from d3etr.files import atomic_write, clear_disk_errors
 
 SCHEME = "sqlite:///"
 
@@ -33,7 +33,8 @@ def make_database(uri: str) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_there(path):
                 _remove_leftovers(path)
-                _build(path)
+                with atomic_write(path) as temporary:
+                    _make_tables(temporary)
 
 
 def half_made(uri: str) -> Path | None:
@@ -61,19 +62,6 @@ def _remove_leftovers(path: Path) -> None:
     """What processes that died while they made the file left: only the lock's holder makes one."""
     for left in path.parent.glob(f".{path.name}.*.tmp*"):
         left.unlink(missing_ok=True)
-
-
-def _build(path: Path) -> None:
-    temporary = temporary_beside(path)
-    try:
-        _make_tables(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        for left in path.parent.glob(f"{temporary.name}*"):
-            left.unlink(missing_ok=True)
 
 
 def _make_tables(path: Path) -> None:

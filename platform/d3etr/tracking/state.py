@@ -12,7 +12,7 @@ from d3etr.files import write_text
 
 
 class RunState(BaseModel):
-    """Which MLflow run a folder belongs to and how far it has been told."""
+    """Which MLflow run a folder belongs to and what was sent to it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -23,7 +23,7 @@ class RunState(BaseModel):
     sent_step: int = -1
     """Last optimiser step whose metrics MLflow has confirmed; -1 before any."""
     status: str = "RUNNING"
-    """How the run ended, also when MLflow could not be told."""
+    """How the run ended, also when MLflow does not know it."""
     complete: bool = False
     """MLflow has every metric and artifact of a run that ended."""
     results_digest: str | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from d3etr.config.tree import Config
 from d3etr.engine.find_run import with_prefix
 from d3etr.engine.run_folder import CONFIG_FILE, RunFolder
 from d3etr.errors import UserError
+from d3etr.files import read_json
 from d3etr.logs import get_logger
 from d3etr.tracking.description import params, run_name, title
 from d3etr.tracking.state import read_state
@@ -22,12 +22,12 @@ from d3etr.training.results import INPUTS_KEY
 logger = get_logger(__name__)
 
 UNCOMPARED = ("run.", "cluster.", "tracking.", "data.workers", "student.pretraining.")
-"""What says where and how a run happened, or a backbone before it: not what the run is."""
+"""Where and how a run happened, or a backbone before it: not what the run is."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run folder says about a run.
+    """What a run folder holds of a run.
 
     Attributes:
         folder: the run folder.
@@ -78,33 +78,28 @@ class FinishedRun:
         return {key: flat[key] for key in flat if not key.startswith(UNCOMPARED)}
 
 
-def read_run(folder: Path) -> FinishedRun:
+def read_run(path: Path) -> FinishedRun:
     """Read a run folder.
 
     Raises:
         UserError: it is none, or the run has not finished.
     """
-    paths = RunFolder(folder)
-    if not paths.config.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
-    journal = read_journal(paths.journal)
+    folder = RunFolder(path)
+    if not folder.config.is_file():
+        raise UserError(f"{path} is not a run folder: it has no {CONFIG_FILE}")
     try:
-        summary = json.loads(paths.summary.read_text(encoding="utf-8"))
-        if not isinstance(summary, dict):
-            raise ValueError(f"it holds a {type(summary).__name__}")
+        summary = read_json(folder.summary)
     except FileNotFoundError:
         raise UserError(
-            f"{folder} has not finished (last step {_last_step(folder)}), so there is nothing to "
-            f"compare yet; go on with it: d3etr train --resume {folder.name}"
+            f"{path} has not finished (last step {_last_step(path)}), so there is nothing to "
+            f"compare yet; go on with it: d3etr train --resume {path.name}"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{paths.summary} is damaged: {error}") from error
     curve = tuple(
         (record["step"], record["metrics"]["val/mAP"])
-        for record in journal
+        for record in read_journal(folder.journal)
         if record.get("kind") == "evaluation" and "val/mAP" in record["metrics"]
     )
-    return FinishedRun(folder, load_config(paths.config), summary, curve)
+    return FinishedRun(path, load_config(folder.config), summary, curve)
 
 
 def find_folders(runs: Sequence[str | Path], output_root: Path) -> list[Path]:
@@ -128,17 +123,14 @@ def _folders_of(run: str | Path, output_root: Path) -> list[Path]:
     if Path(run).is_dir():
         return [Path(run)]
     known = [path.parent for path in sorted(output_root.glob(f"*/{CONFIG_FILE}"))]
-    wanted = str(run)
-    for fits in (
-        _begun(with_prefix(wanted, known)),
-        [folder for folder in known if wanted in _names_in_mlflow(folder)],
-    ):
-        if fits:
-            return fits
-    listed = ", ".join(folder.name for folder in known[:10]) or "none"
-    raise UserError(
-        f"no run '{wanted}': neither a folder nor one of those in {output_root}: {listed}"
-    )
+    fitting = _begun(with_prefix(str(run), known))
+    fitting = fitting or [folder for folder in known if str(run) in _names_in_mlflow(folder)]
+    if not fitting:
+        listed = ", ".join(folder.name for folder in known[:10]) or "none"
+        raise UserError(
+            f"no run '{run}': neither a folder nor one of those in {output_root}: {listed}"
+        )
+    return fitting
 
 
 def _begun(folders: list[Path]) -> list[Path]:

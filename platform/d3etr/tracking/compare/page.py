@@ -65,8 +65,9 @@ def write_page(comparison: Comparison, path: Path, pictures: Pictures | None = N
         pictures: what the runs detect on some images; None leaves the part out.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    page = as_page(comparison, pictures)
     with atomic_write(path) as temporary:
-        temporary.write_text(as_page(comparison, pictures), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 
