@@ -24,7 +24,7 @@ PALETTE = (
     "#808000",
     "#000075",
 )
-"""Told apart on bright and dark grounds; white text is readable on each."""
+"""Distinct on bright and dark grounds; white text is readable on each."""
 READABLE_SIDE = 384
 """Smaller pictures are enlarged until their shorter side has this many pixels."""
 LONGEST_SIDE = 4096

@@ -19,7 +19,7 @@ _SCALABLE = 1
 """FreeType's flag of a face that has outlines; those of coloured bitmaps have one size only."""
 _SHOWN = 5
 _named: set[str] = set()
-"""What was said to be replaced by ids: one sentence a name, not one a picture."""
+"""Names that a warning has listed: once each, not once a picture."""
 
 
 def readable_names(categories: Iterable[tuple[int, str]]) -> list[str]:

@@ -93,7 +93,7 @@ def test_the_page_has_every_part_and_loads_nothing(runs: Path, tmp_path: Path) -
         "Validation mAP during training",
         "The same validation images",
         "Each class",
-        "What sets them apart",
+        "Settings that differ",
         "distillation",
         "digits-plain-00000001",
         "No images: of &lt;x&gt;",

@@ -118,7 +118,7 @@ def prepare(
     Args:
         train_teacher: as for ``run_demo``.
         overrides: as for ``run_demo``.
-        progress: told of scenes and steps.
+        progress: takes scenes and steps.
 
     Raises:
         UserError: something cannot be written.

@@ -14,7 +14,7 @@ TRAINING_MENU = "workflowType=machine_learning"
 
 
 def embedded_uri(output: Path) -> str:
-    """Address of the SQLite file beside the runs in ``output``."""
+    """Address of the SQLite file next to the runs in ``output``."""
     return f"sqlite:///{output.resolve() / 'mlflow.db'}"
 
 

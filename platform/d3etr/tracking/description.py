@@ -49,7 +49,7 @@ def title(config: Config) -> str:
 
 
 def run_name(config: Config) -> str:
-    """Name in MLflow's table: the title, what the run's own name says besides, the seed.
+    """Name in MLflow's table: the title, what the run's own name adds to it, the seed.
 
     ``digits-plain`` becomes ``plain student · digits · seed 0``.
     """
@@ -122,7 +122,7 @@ def teacher_tags(config: Config) -> dict[str, str]:
         return found
     try:
         state = read_state(weights.parent)
-    except UserError as error:  # what was noted of another run stops none
+    except UserError as error:  # what another run's folder holds stops none
         logger.warning("the teacher's run is not named: %s", error)
         return found
     if state is not None:
@@ -142,7 +142,7 @@ def note(config: Config, run_dir: Path) -> str:
     if config.teacher is not None:
         weights = config.teacher.weights
         place = weights.shown if isinstance(weights, Url) else weights
-        lines.append(f"Taught by `{place}`: {_what_is_distilled(config)}.")
+        lines.append(f"Teacher: `{place}`; {_what_is_distilled(config)}.")
     lines.append(f"Run folder: `{run_dir.resolve()}`")
     return "\n\n".join(lines)
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FEWEST_TRIALS = 8
-"""Below that a forest says nothing."""
+"""With fewer a forest is no evidence."""
 TREES = 300
 REPEATS = 20
 

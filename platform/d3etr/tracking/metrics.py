@@ -23,7 +23,7 @@ RESULTS = {"parameters": "model/parameters"} | {
         "training_device_seconds",
     )
 }
-"""What a run's last record says about the weights that were kept, and its name in MLflow."""
+"""Results of the weights that were kept, in a run's last record -> name in MLflow."""
 DIGITS = 4
 """Significant digits of a metric; whole numbers keep all of theirs."""
 _LONGEST_NAME = 250
@@ -44,7 +44,7 @@ class Point(NamedTuple):
 def metric_points(record: Record) -> list[Point]:
     """Metrics of one record; values that are not finite are left out.
 
-    Of a run's last record only what no other record says: the test split's metrics, and
+    Of a run's last record only what no other record has: the test split's metrics, and
     ``RESULTS``, those of the weights that were kept.
     """
     step, time = int(record.get("step", 0)), float(record.get("time", 0.0))

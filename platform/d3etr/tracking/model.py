@@ -35,7 +35,7 @@ CHAMPION_ALIAS = "champion"
 CODE_ARCHIVE = "d3etr.zip"
 METRICS_PER_REQUEST = 1000
 DIGITS = 4
-"""Of a version's mAP: champions are told apart by these."""
+"""Of a version's mAP: champions are compared by these."""
 DEFAULT_THRESHOLD = 0.5
 ALLOW_PATHS = "allow_paths"
 """``model_config`` key that lets the model read image paths. Off by default, since whoever
@@ -162,7 +162,7 @@ def _save(folder: Path, weights: Path, content: Model) -> None:
     """Write the model below ``folder``: few files, since a slow server takes one at a time."""
     archive = folder / CODE_ARCHIVE
     _pack(Path(d3etr.__file__).parent, archive)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         mlflow.pyfunc.save_model(
             str(folder / "model"),
             mlflow_model=content,
@@ -173,7 +173,7 @@ def _save(folder: Path, weights: Path, content: Model) -> None:
             code_paths=[str(archive)],
             pip_requirements=_pinned(),
         )
-    for warning in said:  # type hints and an input example, which the signature makes needless
+    for warning in caught:  # type hints and an input example, which the signature makes needless
         logger.debug("MLflow: %s", warning.message)
     for left in Path(folder, "model").rglob("__pycache__"):
         shutil.rmtree(left)

@@ -36,7 +36,7 @@ Answer = TypeVar("Answer")
 MISSING = "missing"
 """Tag of a run whose status is final and whose results are not all there."""
 CONFLICTS = ("unique constraint", "duplicate", "database is locked", "deadlock")
-"""What databases say where two processes write the same at the same moment."""
+"""Texts of databases' errors where two processes write the same at the same moment."""
 PAUSES_SECONDS = (0.1, 0.5, 2.0)
 PARAMS_PER_REQUEST = 100
 
@@ -120,7 +120,7 @@ class OpenRun:
 def open_run(
     config: Config, folder: Path, description: Description, *, ended: bool = False
 ) -> OpenRun:
-    """Start the folder's MLflow run, or go on with it if the folder has one.
+    """Start the folder's MLflow run, or resume it if the folder has one.
 
     Args:
         config: where MLflow is.

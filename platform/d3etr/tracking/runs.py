@@ -31,13 +31,13 @@ def open_tracker(
     name: str | None = None,
     ended: bool = False,
 ) -> Tracker:
-    """Start the folder's MLflow run, or go on with it if the folder has one.
+    """Start the folder's MLflow run, or resume it if the folder has one.
 
     Args:
         config: the run's configuration.
         run_dir: its folder, which must exist.
         parent_run: id of the MLflow run that this one is listed under (a sweep's).
-        name: what MLflow's table calls it; by default what the configuration says it is.
+        name: what MLflow's table calls it; by default after the configuration.
         ended: nothing will be trained: a run that MLflow knows keeps the status that it has.
 
     Raises:
@@ -113,8 +113,8 @@ class Tracker:
             stage: takes a line about what is being sent.
 
         Returns:
-            None when MLflow has everything, else one sentence that says what is missing and
-            how to send it later.
+            None when MLflow has everything, else one sentence: what is missing and how to send
+            it later.
         """
         run = self._run
         run.remember(status=status)

@@ -136,7 +136,7 @@ def _rows(model_input: Any) -> Iterable[Mapping[str, Any]]:
 
 
 def _threshold(value: Any, default: Any) -> float:
-    # A data frame says NaN where a row has none.
+    # A data frame has NaN where a row has none.
     given = default if value is None or (isinstance(value, float) and value != value) else value
     number = isinstance(given, Real) and not isinstance(given, bool)
     if number and 0 <= given <= 1:

@@ -1,6 +1,6 @@
 """Reaching MLflow: which server, whether it answers, which experiment.
 
-The embedded default is an SQLite file beside the runs. A server that is down is one clear
+The embedded default is an SQLite file next to the runs. A server that is down is one clear
 error at the start; MLflow's own defaults would block for four minutes.
 """
 
@@ -34,13 +34,13 @@ _patience_lock = threading.Lock()
 _waiting: list[tuple[int, int]] = []
 """Seconds and retries of each thread that talks to MLflow now."""
 _given: dict[str, str | None] = {}
-"""What the environment said before."""
+"""The environment before."""
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Tells MLflow's pages that models are trained here: they show runs, not traces of chats."""
 QUIET_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # Where to look is said once, at the end, and with a page that reads well.
+    # Commands print where to look once, at the end, with a page that reads well.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
@@ -60,7 +60,7 @@ def artifact_folder(config: Config, uri: str) -> str | None:
 
 @contextmanager
 def patience(seconds: int = ANSWER_TIMEOUT_SECONDS, retries: int = 0) -> Iterator[None]:
-    """Limits MLflow's waiting for a server, where the environment does not already say.
+    """Limits MLflow's waiting for a server, where the environment does not set them.
 
     Retries are 0 because the callers retry themselves and know what is safe to send twice.
     Where several threads wait at once, the most patient one decides.
@@ -115,7 +115,7 @@ def connect(uri: str) -> MlflowClient:
 
 
 def first_line(error: Exception) -> str:
-    """What MLflow, its stores or the network say, without the trace that may follow."""
+    """The error of MLflow, its stores or the network, without the trace that may follow."""
     text = redacted(str(error)).strip()
     return text.splitlines()[0][:200] if text else repr(error)
 

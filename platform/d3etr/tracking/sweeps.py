@@ -39,10 +39,10 @@ DEFAULT_MODEL = "d3etr-student"
 
 @dataclass(frozen=True)
 class Swept:
-    """A finished trial, as MLflow is told of it.
+    """A finished trial, as it is shown in MLflow.
 
     Attributes:
-        title: what tells it apart.
+        title: its values, as tables show them.
         case: its name, None without cases.
         values: short key -> value.
         mAP: on the validation split, in [0, 1].
@@ -59,12 +59,12 @@ class Swept:
 
 
 class SweepRun:
-    """The parent run of a sweep; made, or gone on with after a restart.
+    """The parent run of a sweep; made, or resumed after a restart.
 
     Args:
-        config: a trial's; says where MLflow is.
+        config: a trial's; has MLflow's address.
         folder: of the sweep.
-        title: a line that says what is swept.
+        title: one line: what is swept.
         params: what the sweep is.
         keys: dotted keys of the space; none for named cases.
 

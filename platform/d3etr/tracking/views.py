@@ -1,7 +1,7 @@
 """Views of MLflow's pages that read well: which runs, which columns, which charts, what order.
 
 MLflow keeps a shared view as JSON in a tag of its experiment; a page's address names the tag.
-Nothing is lost by opening a page without one: a view is a beginning, a person goes on from it.
+A page without one shows the same runs: a view only chooses where a person begins.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def sweep_view(parent: str, keys: Sequence[str]) -> View:
     """
     charts = [_bar("val/mAP"), _bar("test/mAP"), _line("val/mAP")]
     if keys:
-        charts.insert(0, _parallel(keys, "val/mAP"))
+        settings = {"selectedParams": list(keys), "selectedMetrics": ["val/mAP"]}
+        charts.insert(0, _chart("PARALLEL", "val/mAP", **settings, showAllRuns=True))
     columns = COLUMNS | {f"params.`{key}`": WIDTH for key in keys}
     order = {"orderByKey": "metrics.`val/mAP`", "orderByAsc": False}
     return _view(f"tags.`mlflow.parentRunId` = '{parent}'", charts, columns) | order
@@ -123,10 +124,10 @@ def share(client: MlflowClient, experiment: str, view: View) -> str:
 def comparison_page(config: Config, runs: Sequence[RunState], last_step: int | None = None) -> str:
     """Where some runs of one experiment are side by side: what follows the server's address.
 
-    If MLflow cannot be told of a view it is MLflow's own page.
+    It is MLflow's own page where MLflow cannot keep a view.
 
     Args:
-        config: of one of the runs; says where MLflow is.
+        config: of one of the runs; has MLflow's address.
         runs: at least one.
         last_step: see ``comparison_view``.
     """
@@ -141,8 +142,7 @@ def comparison_page(config: Config, runs: Sequence[RunState], last_step: int | N
 
 
 def _view(searched: str, charts: Sequence[View], columns: Mapping[str, int]) -> dict[str, Any]:
-    sections = [_section(RESULTS, display=True)]
-    sections += [_section(name, display=False) for name in OTHER_SECTIONS]
+    sections = [_section(RESULTS) | {"display": True}, *map(_section, OTHER_SECTIONS)]
     return {
         "searchFilter": searched,
         "startTime": "ALL",
@@ -158,11 +158,11 @@ def _view(searched: str, charts: Sequence[View], columns: Mapping[str, int]) -> 
     }
 
 
-def _section(name: str, *, display: bool) -> View:
-    return {"uuid": f"d3etr-{name}", "name": name, "display": display, "isReordered": False}
+def _section(name: str) -> dict[str, Any]:
+    return {"uuid": f"d3etr-{name}", "name": name, "display": False, "isReordered": False}
 
 
-def _chart(kind: str, name: str) -> dict[str, Any]:
+def _chart(kind: str, name: str, **settings: Any) -> View:
     return {
         "type": kind,
         "uuid": f"d3etr-{kind}-{name}",
@@ -170,34 +170,27 @@ def _chart(kind: str, name: str) -> dict[str, Any]:
         "deleted": False,
         "isGenerated": False,
         "runsCountToCompare": 100,
+        **settings,
     }
 
 
 def _line(metric: str, last_step: int | None = None) -> View:
-    return _chart("LINE", metric) | {
-        "metricKey": metric,
-        "selectedMetricKeys": [metric],
-        "lineSmoothness": 0,
-        "xAxisScaleType": "linear",
-        "scaleType": "linear",
-        "range": {} if last_step is None else {"xMin": 0, "xMax": 1.03 * last_step},
-        "xAxisKey": "step",
-        "selectedXAxisMetricKey": "",
-        "yAxisKey": "metric",
-        "yAxisExpressions": [],
-        "ignoreOutliers": False,
-        "useGlobalXaxisKey": True,
-        "useGlobalLineSmoothing": True,
-    }
+    return _chart(
+        "LINE",
+        metric,
+        metricKey=metric,
+        selectedMetricKeys=[metric],
+        lineSmoothness=0,
+        xAxisKey="step",
+        xAxisScaleType="linear",
+        yAxisKey="metric",
+        yAxisExpressions=[],
+        scaleType="linear",
+        range={} if last_step is None else {"xMin": 0, "xMax": 1.03 * last_step},
+        useGlobalXaxisKey=True,
+        useGlobalLineSmoothing=True,
+    )
 
 
 def _bar(metric: str) -> View:
-    return _chart("BAR", metric) | {"metricKey": metric}
-
-
-def _parallel(keys: Sequence[str], metric: str) -> View:
-    return _chart("PARALLEL", metric) | {
-        "selectedParams": list(keys),
-        "selectedMetrics": [metric],
-        "showAllRuns": True,
-    }
+    return _chart("BAR", metric, metricKey=metric)

@@ -1,4 +1,4 @@
-"""Finished runs side by side: what they reached, what it cost, what sets them apart."""
+"""Finished runs side by side: what they reached, what it cost, how they differ."""
 
 from d3etr.tracking.compare.comparison import Comparison, RunGroup, Spread, compare
 

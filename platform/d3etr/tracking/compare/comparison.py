@@ -1,4 +1,4 @@
-"""Runs side by side: what they reached, what it cost, what sets them apart."""
+"""Runs side by side: what they reached, what it cost, how they differ."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RunGroup:
     Attributes:
         runs: at least one, by seed.
         prefix: of the metrics' keys in the summaries: "" (validation) or "test/".
-        label: what no other group of the comparison is called.
+        label: unique in the comparison.
     """
 
     runs: tuple[FinishedRun, ...]
@@ -54,7 +54,7 @@ class RunGroup:
 
     @property
     def distils(self) -> bool:
-        """Whether a teacher taught them."""
+        """Whether they were distilled from a teacher."""
         return self.runs[0].config.distillation.method != "none"
 
     @property
@@ -138,7 +138,7 @@ class Comparison:
         keys = dict.fromkeys(key for each in longest_first for key in each)
         sections = {key.rpartition(".")[0] for key in keys}
         rows = {key: [each.get(key, "-") for each in settings] for key in keys}
-        # A section that is null in one run only repeats what its keys say in the others.
+        # A section that is null in one run only repeats its keys in the others.
         return {
             key: values
             for key, values in rows.items()
@@ -247,8 +247,8 @@ def compare(runs: Sequence[str | Path], output_root: Path) -> Comparison:
 
 
 def _with_teachers(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
-    """The same; whose weights taught another of them is a teacher, whatever its recipe says."""
-    taught = {
+    """The same; a run whose weights another one distils is a teacher, whatever its recipe."""
+    teachers = {
         Path(weights).resolve()
         for run in runs
         if run.config.teacher is not None
@@ -256,7 +256,7 @@ def _with_teachers(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     }
     return [
         replace(run, config=_as_teacher(run.config))
-        if (run.folder / WEIGHTS_FILE).resolve() in taught
+        if (run.folder / WEIGHTS_FILE).resolve() in teachers
         else run
         for run in runs
     ]

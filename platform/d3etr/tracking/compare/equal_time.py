@@ -1,4 +1,4 @@
-"""Distilled students against plain ones that cost the same: a gain at equal steps is none yet."""
+"""Distilled students against plain ones that took as long: equal steps are no fair measure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLOCKS: Mapping[str, str] = {
     "training_cpu_seconds": "CPU time of training steps",
     "training_seconds": "wall time of training steps",
 }
-"""Where a summary has what training cost, the most telling first: wall time is no measure on a
+"""Where a summary has what training cost, the most reliable first: wall time is no measure on a
 machine that others use too."""
 TOLERANCE = 0.1
 """Costs that differ by less than this share count as equal."""

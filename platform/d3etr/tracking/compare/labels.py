@@ -9,13 +9,13 @@ LONGEST_VALUE = 24
 MOST_KEYS = 1
 """So many settings are named in a label."""
 LAST_RESORT = ("evaluation.",)
-"""Settings that say when something is measured are named only where nothing else differs."""
+"""Settings of when something is measured: named only where nothing else differs."""
 
 
 def distinct_labels(
     names: Sequence[str], settings: Sequence[Mapping[str, str]], folders: Sequence[str]
 ) -> list[str]:
-    """The names; where several are equal, with what sets them apart from most of those.
+    """The names; where several are equal, with a setting in which they differ from most of those.
 
     Args:
         names: of the recipes.
@@ -48,11 +48,11 @@ def _unusual(settings: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
         {key: each.get(key, "-") for key in keys if each.get(key, "-") != usual[key]}
         for each in settings
     ]
-    telling = [
+    without_last_resort = [
         {key: each[key] for key in each if not key.startswith(LAST_RESORT)} for each in found
     ]
-    clear = len({tuple(each.items()) for each in telling}) == len(telling)
-    return telling if clear else found
+    clear = len({tuple(each.items()) for each in without_last_resort}) == len(found)
+    return without_last_resort if clear else found
 
 
 def _named(values: Mapping[str, str]) -> list[str]:

@@ -76,7 +76,7 @@ def _as_json(objects: Objects) -> list[dict[str, Any]]:
 def look_at_pictures(comparison: Comparison, count: int) -> Pictures:
     """Detect with each group's first run on a few images of the split that is compared.
 
-    What is not here (data, images, weights) is said and left out; nothing is written.
+    What is not here (data, images, weights) is named and left out; nothing is written.
 
     Args:
         comparison: of the runs.

@@ -149,10 +149,10 @@ def _seconds_per_image(
 
 def _draw_history(config: Config, journal: Sequence[Record], own: str, folder: Path) -> list[Path]:
     evaluations = [record for record in journal if record["kind"] == "evaluation"]
-    taught = [record["metrics"] for record in journal if record["kind"] == "teacher"]
+    teacher = [record["metrics"] for record in journal if record["kind"] == "teacher"]
     colour = DETECTORS.get(own, PLAIN)
     quality = Series(title(config), *_column(evaluations, "step", "val/mAP"), colour)
-    levels = {"teacher": (taught[-1]["teacher/mAP"], TEACHER)} if taught else {}
+    levels = {"teacher": (teacher[-1]["teacher/mAP"], TEACHER)} if teacher else {}
     drawn = [save(draw_training([quality], levels), folder / "validation_mAP.png")]
     if config.distillation.matches_adaptively:
         stable = Series(title(config), *_column(evaluations, "step", "matching/stability"), colour)

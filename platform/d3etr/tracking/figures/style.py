@@ -1,4 +1,4 @@
-"""One look for all figures: colours that colour-blind readers tell apart, plain axes.
+"""One look for all figures: colours that colour-blind readers can distinguish, plain axes.
 
 Figures are made object by object, never through pyplot: a driver thread may draw, and
 pyplot's current figure is global.
@@ -112,7 +112,7 @@ def series_styles(count: int) -> list[tuple[str, Stroke]]:
 
 
 def empty_note(axes: Axes, text: str) -> None:
-    """Says in the middle of a panel why there is nothing to see."""
+    """A text in the middle of a panel: why there is nothing to see."""
     axes.text(
         0.5,
         0.5,
