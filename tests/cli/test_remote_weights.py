@@ -10,6 +10,7 @@ from test_commands import coco_set, picture
 
 import d3etr
 from d3etr.cli.main import main
+from d3etr.storage.cache import CachedFile
 
 SMALL = (
     "student.detector={width: 16, heads: 2, feedforward: 16, encoder_layers: 1, "
@@ -108,7 +109,7 @@ def test_a_dry_run_fetches_no_image(
     said = capsys.readouterr().out
     assert "2 training images, 3 classes" in said
     assert f"annotations and weights are in the cache {cache}" in said
-    assert sum(path.is_file() for path in (cache / "objects").rglob("*")) == 2
+    assert sum(CachedFile.parse(path) is not None for path in cache.rglob("*")) == 2
     assert not (tmp_path / "runs").exists()
 
 

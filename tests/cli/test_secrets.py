@@ -64,14 +64,13 @@ def test_a_credential_in_a_configuration_is_refused_and_not_repeated(
 
 
 @pytest.mark.parametrize("url", WITH_SECRETS)
-@pytest.mark.parametrize("command", ["evaluate", "export", "cache", "check-data"])
+@pytest.mark.parametrize("command", ["evaluate", "export", "check-data"])
 def test_a_credential_on_the_command_line_is_refused_and_not_repeated(
     command: str, url: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments = {
         "evaluate": ["evaluate", url, "--annotations", url, "--images", url],
         "export": ["export", url, str(tmp_path / "x")],
-        "cache": ["cache", "--clear", url],
         "check-data": ["check-data", "--train", url, url, "--validation", url, url],
     }
     try:
@@ -117,12 +116,12 @@ def test_what_the_environment_keeps_secret_is_said_nowhere(
 def test_everything_that_a_command_writes_loses_credentials(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def breaks(options: object) -> int:
+    def breaks() -> None:
         print(f"seen http://me:{CANARY}@host")
         logging.getLogger("somebody").warning("at http://me:%s@host", CANARY)
         raise RuntimeError(f"cannot reach http://me:{CANARY}@host")
 
-    monkeypatch.setattr("d3etr.cli.cache._list", breaks)
+    monkeypatch.setattr("d3etr.storage.cache.open_cache", breaks)
     assert whole(["cache"]) == 1
     written = capsys.readouterr()
     assert "seen http://host" in written.out

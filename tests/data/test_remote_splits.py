@@ -13,6 +13,7 @@ from d3etr.data.checks import check_data
 from d3etr.data.dataset import DetectionDataset
 from d3etr.data.splits import read_split
 from d3etr.errors import UserError
+from d3etr.storage.cache import CachedFile
 
 WriteSplit = Callable[..., SplitConfig]
 BOXES = [annotation(1, 1, 7, [1, 1, 9, 9]), annotation(2, 2, 3, [2, 2, 8, 8])]
@@ -86,7 +87,7 @@ def test_looking_fetches_no_image_and_gives_the_digest(
     local = write_split([(40, 30), (30, 50)], BOXES)
     looked = read_split("train", uploaded(memory, local, "a"), fetch=False)
     assert looked.digest == read_split("train", local).digest
-    assert sum(path.is_file() for path in (cache / "objects").rglob("*")) == 1
+    assert sum(CachedFile.parse(path) is not None for path in cache.rglob("*")) == 1
 
 
 def test_a_damaged_image_is_named_by_its_url(

@@ -76,7 +76,7 @@ import sys
 from d3etr.config.location import Url
 from d3etr.storage.fetch import fetch_folder
 fetched = fetch_folder(Url(sys.argv[1]), sys.argv[2:])
-print(len(fetched.known))
+print(len(fetched))
 """
 
 

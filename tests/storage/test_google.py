@@ -16,7 +16,7 @@ from d3etr.errors import UserError
 from d3etr.storage import remote
 from d3etr.storage.fetch import fetch_file, fetch_folder
 from d3etr.storage.problems import MissingFileError, UnreachableError
-from d3etr.storage.reach import ensure_reachable
+from d3etr.storage.remote import ensure_reachable
 
 with_gcsfs = pytest.mark.skipif(find_spec("gcsfs") is None, reason="needs gcsfs")
 
@@ -65,11 +65,11 @@ def test_files_and_folders_are_fetched(buckets: Path) -> None:
     for name in names:
         (folder / name).write_bytes(name.encode())
     fetched = fetch_folder(Url("gs://bucket/photos"), [*names, "missing.png"])
-    assert set(fetched.known) == set(names)
-    assert fetched.path("007.png").read_bytes() == b"007.png"
+    assert set(fetched) == set(names)
+    assert fetched["007.png"].path.read_bytes() == b"007.png"
     (folder / "007.png").write_bytes(b"changed")
     url = Url("gs://bucket/photos/007.png")
-    assert fetch_file(url).path("007.png").read_bytes() == b"changed"
+    assert fetch_file(url).path.read_bytes() == b"changed"
     ensure_reachable([("x", url)], [("y", Url("gs://bucket/photos"))])
 
 

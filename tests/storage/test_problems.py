@@ -14,7 +14,7 @@ from d3etr.errors import UserError
 from d3etr.storage import remote
 from d3etr.storage.fetch import fetch_file, fetch_folder
 from d3etr.storage.problems import MissingFileError, UnreachableError, explained
-from d3etr.storage.reach import ensure_reachable
+from d3etr.storage.remote import ensure_reachable
 
 
 def text_of(kind: type[UserError], do: Callable[[], object]) -> str:
@@ -116,7 +116,7 @@ def test_a_folder_that_is_not_there_is_told_apart_from_missing_files(
     memory: fsspec.AbstractFileSystem,
 ) -> None:
     memory.pipe("/place/a", b"a")
-    assert fetch_folder(Url("memory://place"), ["b"]).known == {}
+    assert fetch_folder(Url("memory://place"), ["b"]) == {}
     text = text_of(MissingFileError, lambda: fetch_folder(Url("memory://plcae"), ["a"]))
     assert text == "memory://plcae is no folder with files in it: check the URL"
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from d3etr.config.location import Url
 from d3etr.errors import UserError
-from d3etr.storage.fetch import Fetched, Tell, fetch_folder
-from d3etr.storage.remote import Remote
+from d3etr.storage.cache import CachedFile
+from d3etr.storage.fetch import OnProgress, fetch_folder
+from d3etr.storage.remote import RemoteFiles
 
 
 class ImageFolder(Protocol):
@@ -58,43 +59,26 @@ class LocalFolder:
 
 
 @dataclass(frozen=True)
-class FetchedFolder:
-    """Images of a URL in this machine's cache."""
+class RemoteFolder:
+    """Images of a URL.
 
-    url: Url
-    fetched: Fetched
-
-    def size(self, name: str) -> int | None:
-        """Bytes of an image; None if there is none of that name."""
-        known = self.fetched.known.get(name)
-        return None if known is None else known.seal.size
-
-    def path(self, name: str) -> Path:
-        """The image's copy in the cache; where there is none, what a person would look for."""
-        return self.fetched.path(name) if name in self.fetched.known else Path(self.shown(name))
-
-    def shown(self, name: str) -> str:
-        """Its URL."""
-        return f"{self.url.shown.rstrip('/')}/{name}"
-
-    def __str__(self) -> str:
-        return self.url.shown
-
-
-@dataclass(frozen=True)
-class LookedUpFolder:
-    """Images of a URL of which only the sizes are known; there is nothing to read."""
+    Attributes:
+        url: of the folder.
+        sizes: name -> bytes, of those that are there.
+        copies: name -> copy on this machine; none where they were only looked up.
+    """
 
     url: Url
     sizes: Mapping[str, int]
+    copies: Mapping[str, CachedFile] = field(default_factory=dict)
 
     def size(self, name: str) -> int | None:
         """Bytes of an image; None if there is none of that name."""
         return self.sizes.get(name)
 
     def path(self, name: str) -> Path:
-        """No file: what a person would look for."""
-        return Path(self.shown(name))
+        """The image's copy; where there is none, what a person would look for."""
+        return self.copies[name].path if name in self.copies else Path(self.shown(name))
 
     def shown(self, name: str) -> str:
         """Its URL."""
@@ -107,7 +91,7 @@ class LookedUpFolder:
 def open_folder(
     location: Url | Path,
     names: Iterable[str],
-    tell: Tell | None = None,
+    on_progress: OnProgress | None = None,
     *,
     fetch: bool = True,
     follow_links: bool = False,
@@ -117,7 +101,7 @@ def open_folder(
     Args:
         location: a path is taken as it is.
         names: the images that are needed, relative to it.
-        tell: told of the fetching.
+        on_progress: takes the state of the transfer.
         fetch: False only looks up which images there are.
         follow_links: whether links may lead out of a folder on this machine.
 
@@ -129,10 +113,11 @@ def open_folder(
             _ensure_inside(location, names)
         return LocalFolder(location)
     if fetch:
-        return FetchedFolder(location, fetch_folder(location, names, tell))
-    stamps = Remote(location).stamps(names)
-    return LookedUpFolder(
-        location, {name: stamp.size or 0 for name, stamp in stamps if stamp is not None}
+        copies = fetch_folder(location, names, on_progress)
+        return RemoteFolder(location, {name: copy.size for name, copy in copies.items()}, copies)
+    found = RemoteFiles(location).versions(names)
+    return RemoteFolder(
+        location, {name: version.size or 0 for name, version in found if version is not None}
     )
 
 
@@ -153,6 +138,6 @@ def _ensure_inside(folder: Path, names: Iterable[str]) -> None:
         name, place = leaving[0]
         raise UserError(
             f"{folder}: links lead out of this folder for {len(leaving)} images, for example "
-            f"{name!r} to {place!r}. Copy the files, or allow it: follow_links beside the split's "
+            f"{name!r} to {place!r}. Copy the files, or allow it: follow_links next to the split's "
             "images and annotations (d3etr evaluate: --follow-links)"
         )

@@ -71,7 +71,7 @@ def explained(url: Url, error: BaseException) -> UserError:
         return UserError(f"{url.shown}: no credentials for it on this machine: {_keys(url)}")
     if isinstance(error, PermissionError) or status in _REFUSED:
         return UserError(
-            f"{url.shown}: access refused ({_said(chain)}). The credentials on this machine do "
+            f"{url.shown}: access refused ({_reason(chain)}). The credentials on this machine do "
             f"not give it, or there are none: {_keys(url)}"
         )
     if "NoSuchBucket" in names:
@@ -85,8 +85,8 @@ def explained(url: Url, error: BaseException) -> UserError:
     if isinstance(error, FileNotFoundError) and not hidden:
         return MissingFileError(f"{url.shown} does not exist: check the URL")
     return UnreachableError(
-        f"{url.shown} cannot be read ({_said(chain)}): check the URL, this machine's network, and "
-        "the endpoint and credentials in its environment"
+        f"{url.shown} cannot be read ({_reason(chain)}): check the URL, this machine's network, "
+        "and the endpoint and credentials in its environment"
     )
 
 
@@ -137,7 +137,7 @@ def _status(error: BaseException) -> int | None:
     return int(found) if found.isdigit() else None
 
 
-def _said(chain: list[BaseException]) -> str:
+def _reason(chain: list[BaseException]) -> str:
     """The first line of the innermost exception that says something."""
     for error in reversed(chain):
         text = str(error).strip().splitlines()

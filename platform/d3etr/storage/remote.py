@@ -1,7 +1,8 @@
-"""The files of one URL as the storage has them: what they are like, and their bytes."""
+"""The files of one URL as the storage has them: their versions, and their bytes."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import posixpath
 import threading
@@ -21,6 +22,7 @@ from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
 from d3etr.config.location import Url
+from d3etr.errors import UserError
 from d3etr.storage.problems import (
     GOOGLE,
     MissingFileError,
@@ -42,25 +44,15 @@ LISTED_FROM = 64
 PAUSES_SECONDS = (1.0, 5.0)
 """Between attempts to fetch a file."""
 _MARKS = (
-    "ETag",
-    "etag",
-    "md5Hash",
-    "Content-MD5",
-    "Digest",
-    "Last-Modified",
-    "LastModified",
-    "last_modified",
-    "updated",
-    "mtime",
-    "modified",
-    "created",
+    *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "Last-Modified", "LastModified"),
+    *("last_modified", "updated", "mtime", "modified", "created"),
 )
 """What storages call that which changes with a file's content; the first one there counts."""
 
 
 @dataclass(frozen=True)
-class Stamp:
-    """What a storage says about a file's content: equal stamps are taken for equal content.
+class RemoteVersion:
+    """What a storage states about a file's content: equal versions are taken for equal content.
 
     Attributes:
         size: bytes; None where the storage does not say.
@@ -71,18 +63,23 @@ class Stamp:
     mark: str
 
     @classmethod
-    def of(cls, info: Mapping[str, Any]) -> Stamp:
-        """The stamp in what fsspec says about a file."""
+    def of(cls, info: Mapping[str, Any]) -> RemoteVersion:
+        """The version in what fsspec says about a file."""
         mark = next((str(info[key]) for key in _MARKS if info.get(key) is not None), "")
         size = info.get("size")
         return cls(None if size is None else int(size), mark.strip('"'))
 
+    def key(self, name: str) -> str:
+        """24 hex digits for this version of the file of that name."""
+        text = f"{name}\0{self.size}\0{self.mark}"
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
 
 class StoppedError(Exception):
-    """A transfer was given up because another one failed."""
+    """A transfer was given up because another one failed, or the program is to end."""
 
 
-class Remote:
+class RemoteFiles:
     """A file, or a folder of files, on a storage.
 
     Args:
@@ -94,33 +91,26 @@ class Remote:
 
     def __init__(self, url: Url, *, single: bool = False) -> None:
         self.url, self._single = url, single
+        self._over_http = url.protocol in ("http", "https")
         self._stop = threading.Event()
 
-    def ensure_answer(self, name: str) -> Stamp:
-        """The stamp of one file, within ``ANSWER_SECONDS``.
+    def ensure_there(self) -> None:
+        """Make sure, within ``ANSWER_SECONDS``, that the file or folder exists.
+
+        A folder that only HTTP leads to cannot be asked for without the name of a file.
 
         Raises:
-            UserError: it is not there, there is no answer, or no way to read such URLs here.
+            UserError: it is not there, or there is no answer.
         """
-        return within(ANSWER_SECONDS, self.url_of(name), lambda: self._stamp(name))
+        if self._single:
+            within(ANSWER_SECONDS, self.url, lambda: self._version(self.url.name))
+        elif not self._over_http and not within(ANSWER_SECONDS, self.url, self._folder_exists):
+            raise MissingFileError(f"{self.url.shown} is no folder with files in it: check the URL")
 
-    def folder_exists(self) -> bool:
-        """Whether the folder is there, within ``ANSWER_SECONDS``; True where none can be listed.
+    def versions(self, names: Iterable[str]) -> Iterator[tuple[str, RemoteVersion | None]]:
+        """Every file's version, None for those that are not there.
 
-        Raises:
-            UserError: no answer, or access refused.
-        """
-        if self._over_http:
-            return True
-
-        def look() -> bool:
-            with _explained(self.url):
-                return bool(self._files.exists(self._root))
-
-        return within(ANSWER_SECONDS, self.url, look)
-
-    def stamps(self, names: Iterable[str]) -> Iterator[tuple[str, Stamp | None]]:
-        """Every file's stamp, None for those that are not there.
+        The first one shows within ``ANSWER_SECONDS`` whether the storage answers at all.
 
         Raises:
             UserError: the storage does not answer, or refuses.
@@ -129,7 +119,11 @@ class Remote:
         if not folders:
             return
         first = next(iter(folders))
-        yield first, self._first_answer(first)
+        url = self.url_of(first)
+        version = within(ANSWER_SECONDS, url, lambda: self._version_or_none(first))
+        if version is None and not self._single:
+            self.ensure_there()
+        yield first, version
         del folders[first]
         sizes = Counter(folders.values())
         listed = {f for f, count in sizes.items() if count >= LISTED_FROM and not self._over_http}
@@ -138,34 +132,53 @@ class Remote:
             for name in (name for name, place in folders.items() if place == folder):
                 yield name, found.get(posixpath.basename(name))
         single = [name for name, folder in folders.items() if folder not in listed]
-        yield from self._at_once(self._stamp_or_none, single)
+        yield from self.at_once(self._version_or_none, single)
 
-    def fetch(
-        self,
-        targets: Mapping[str, tuple[Path, Stamp]],
-        finish: Callable[[Path], T],
-        told: Callable[[int], None],
-    ) -> Iterator[tuple[str, T]]:
-        """Copy files here, several at a time; yields each one's name once it is complete.
+    def get(
+        self, name: str, target: Path, version: RemoteVersion, on_bytes: Callable[[int], None]
+    ) -> None:
+        """Copy one file here, trying again where the network failed.
 
         Args:
-            targets: name -> where to write it, and the stamp that its size is checked with.
-            finish: called with each complete file; what it returns is yielded with the name.
-            told: given the number of bytes that arrived.
-
-        ``finish`` and ``told`` are called by several threads.
+            name: of the file.
+            target: where to write it; nothing is left there on failure.
+            version: its size is checked.
+            on_bytes: takes the number of bytes that arrived.
 
         Raises:
-            UserError: one of them could not be had.
+            UserError: it could not be had.
             OSError: this machine's disk is full.
         """
+        for pause in (*PAUSES_SECONDS, None):
+            try:
+                arrived = _Arrived(on_bytes, self._stop)
+                self._files.get_file(self._place(name), str(target), callback=arrived)
+                size = target.stat().st_size
+                if version.size in (None, size):
+                    return
+                raise OSError(f"{size} bytes arrived of {version.size}")
+            except Exception as error:
+                target.unlink(missing_ok=True)
+                if isinstance(error, StoppedError) or self._stop.is_set():
+                    raise StoppedError from None
+                if disk_is_full(error):
+                    raise
+                if pause is None or is_final(error):
+                    raise explained(self.url_of(name), error) from error
+            time.sleep(pause)
 
-        def get(name: str) -> T:
-            target, stamp = targets[name]
-            self._get(name, target, stamp, told)
-            return finish(target)
-
-        yield from self._at_once(get, list(targets))
+    def at_once(self, do: Callable[[str], T], names: list[str]) -> Iterator[tuple[str, T]]:
+        """``do`` for each name, several at a time, as they finish; the first failure ends all."""
+        pool = ThreadPoolExecutor(max(1, min(CONNECTIONS, len(names))))
+        try:
+            futures = {pool.submit(do, name): name for name in names}
+            for done in as_completed(futures):
+                yield futures[done], done.result()
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def url_of(self, name: str) -> Url:
         """The URL of one file."""
@@ -184,103 +197,85 @@ class Remote:
     def _files(self) -> Any:
         return self._opened[0]
 
-    @property
-    def _root(self) -> str:
-        return self._opened[1]
-
-    @property
-    def _over_http(self) -> bool:
-        return self.url.protocol in ("http", "https")
-
     def _place(self, name: str) -> str:
         """A file as its file system calls it."""
         if self._over_http:
             return self.url_of(name).text
-        return self._root if self._single else f"{self._root.rstrip('/')}/{name}"
+        root = self._opened[1]
+        return root if self._single else f"{root.rstrip('/')}/{name}"
 
-    def _first_answer(self, name: str) -> Stamp | None:
-        """A file's stamp; finds out within the time limit whether the storage answers at all."""
-        try:
-            return self.ensure_answer(name)
-        except MissingFileError:
-            if not self._single and not self.folder_exists():
-                raise MissingFileError(
-                    f"{self.url.shown} is no folder with files in it: check the URL"
-                ) from None
-            return None
+    def _folder_exists(self) -> bool:
+        with _explained(self.url):
+            return bool(self._files.exists(self._opened[1]))
 
-    def _stamp(self, name: str) -> Stamp:
+    def _version(self, name: str) -> RemoteVersion:
         with _explained(self.url_of(name)):
             # Listings that a file system keeps would hide that a file has changed.
             self._files.invalidate_cache()
             info = self._files.info(self._place(name))
             if info.get("type") == "directory":
                 raise FileNotFoundError(name)
-            return Stamp.of(info)
+            return RemoteVersion.of(info)
 
-    def _stamp_or_none(self, name: str) -> Stamp | None:
+    def _version_or_none(self, name: str) -> RemoteVersion | None:
         try:
-            return self._stamp(name)
+            return self._version(name)
         except MissingFileError:
             return None
 
-    def _list(self, folder: str) -> dict[str, Stamp]:
-        place = f"{self._root.rstrip('/')}/{folder}".rstrip("/")
+    def _list(self, folder: str) -> dict[str, RemoteVersion]:
         with _explained(self.url):
             self._files.invalidate_cache()
             try:
-                found = self._files.ls(place, detail=True)
+                found = self._files.ls(self._place(folder).rstrip("/"), detail=True)
             except FileNotFoundError:
                 return {}
-        return {posixpath.basename(i["name"]): Stamp.of(i) for i in found if i["type"] == "file"}
-
-    def _get(self, name: str, target: Path, stamp: Stamp, told: Callable[[int], None]) -> None:
-        """Fetch one file, trying again where the network failed."""
-        for pause in (*PAUSES_SECONDS, None):
-            try:
-                self._files.get_file(
-                    self._place(name), str(target), callback=_Arrived(told, self._stop)
-                )
-                size = target.stat().st_size
-                if stamp.size in (None, size):
-                    return
-                raise OSError(f"{size} bytes arrived of {stamp.size}")
-            except Exception as error:
-                target.unlink(missing_ok=True)
-                if isinstance(error, StoppedError) or self._stop.is_set():
-                    raise StoppedError from None
-                if disk_is_full(error):
-                    raise
-                if pause is None or is_final(error):
-                    raise explained(self.url_of(name), error) from error
-            time.sleep(pause)
-
-    def _at_once(self, do: Callable[[str], T], names: list[str]) -> Iterator[tuple[str, T]]:
-        """``do`` for each name, several at a time, as they finish; the first failure ends all."""
-        pool = ThreadPoolExecutor(max(1, min(CONNECTIONS, len(names))))
-        try:
-            begun = {pool.submit(do, name): name for name in names}
-            for done in as_completed(begun):
-                yield begun[done], done.result()
-        except BaseException:
-            self._stop.set()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+        files = [info for info in found if info["type"] == "file"]
+        return {posixpath.basename(info["name"]): RemoteVersion.of(info) for info in files}
 
 
 class _Arrived(Callback):  # type: ignore[misc]
-    """Passes on how many bytes arrived, and ends the transfer when it is told to."""
+    """Passes on how many bytes arrived, and ends the transfer once others have failed."""
 
-    def __init__(self, told: Callable[[int], None], stop: threading.Event) -> None:
+    def __init__(self, on_bytes: Callable[[int], None], stop: threading.Event) -> None:
         super().__init__()
-        self._told, self._stop = told, stop
+        self._on_bytes, self._stop = on_bytes, stop
 
     def relative_update(self, inc: int = 1) -> None:
         """``inc`` more bytes arrived."""
         if self._stop.is_set():
             raise StoppedError
-        self._told(inc)
+        self._on_bytes(inc)
+
+
+def ensure_reachable(files: Iterable[tuple[str, Url]], folders: Iterable[tuple[str, Url]]) -> None:
+    """Ask for every file and folder at once, within seconds; nothing is fetched.
+
+    Args:
+        files: configuration key and URL of each.
+        folders: configuration key and URL of each.
+
+    Raises:
+        UserError: what is not there or does not answer, every one of them.
+    """
+    asked = [(key, RemoteFiles(url, single=True)) for key, url in files]
+    asked += [(key, RemoteFiles(url)) for key, url in folders]
+    if not asked:
+        return
+
+    def problem(one: tuple[str, RemoteFiles]) -> str | None:
+        try:
+            one[1].ensure_there()
+        except UserError as error:
+            return f"{one[0]}: {error}"
+        return None
+
+    asked.sort(key=lambda one: (one[0], one[1].url.text))
+    # The answers have a time limit each; they are waited for together.
+    with ThreadPoolExecutor(min(CONNECTIONS, len(asked))) as pool:
+        problems = [text for text in pool.map(problem, asked) if text is not None]
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def within(seconds: float, url: Url, do: Callable[[], T]) -> T:

@@ -15,9 +15,9 @@ from d3etr.data.splits import DetectionSplit
 from d3etr.detectors.weights import file_digest
 from d3etr.errors import UserError
 from d3etr.storage.fetch import fetch_file
-from d3etr.storage.images import FetchedFolder, LocalFolder
+from d3etr.storage.images import LocalFolder, RemoteFolder
 from d3etr.storage.problems import MissingFileError
-from d3etr.storage.reach import ensure_reachable
+from d3etr.storage.remote import ensure_reachable
 from d3etr.training.context import TrainContext
 
 HASHED_BYTES = 256 * 2**20
@@ -52,8 +52,8 @@ def _images_digest(split: DetectionSplit) -> str | None:
     More than ``HASHED_BYTES`` on this machine count by their names and sizes only.
     """
     names, images = sorted({record.file_name for record in split.records}), split.images
-    if isinstance(images, FetchedFolder):
-        contents = [images.fetched.known[name].digest for name in names]
+    if isinstance(images, RemoteFolder) and images.copies:
+        contents = [images.copies[name].digest for name in names]
     elif not isinstance(images, LocalFolder):
         return None
     elif sum(images.size(name) or 0 for name in names) > HASHED_BYTES:
@@ -85,7 +85,7 @@ def file_content(file: Url | Path) -> str | None:
     if isinstance(file, Path):
         return file_digest(file) if file.is_file() else None
     try:
-        return fetch_file(file).known[file.name].digest
+        return fetch_file(file).digest
     except MissingFileError:
         return None
 
