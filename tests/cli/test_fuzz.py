@@ -57,6 +57,7 @@ class Target:
 
 
 CHECK = "check-data --train images coco.json --validation images own.json"
+CHECK_ALL = "check-data --set data.dataset={}"
 IMPORT = "import-weights {} out.safetensors"
 HUGGING_FACE = "import-weights hf out.safetensors"  # too few tensors: always refused in the end
 START = "student.initialise_from.weights={}"
@@ -68,6 +69,32 @@ TARGETS = {
     "sweep": Target("sweep.yaml", "sweep {} --dry-run", (of_lines, of_bytes), 3),
     "annotations": Target("coco.json", CHECK, (of_json, of_json, of_bytes), 4),
     "annotations in training": Target("own.json", "train own.yaml --dry-run", (of_json,), 2),
+    "YOLO's data.yaml": Target("yolo/data.yaml", CHECK_ALL, (of_lines, of_lines, of_bytes), 2),
+    "YOLO's labels": Target(
+        "yolo/labels/train/a.txt",
+        "check-data --set data.dataset=yolo",
+        (of_lines, of_bytes),
+    ),
+    "YOLO's list": Target(
+        "yolo/val.txt", "check-data --set data.dataset=yolo", (of_lines, of_bytes)
+    ),
+    "VOC's XML": Target(
+        "voc/Annotations/a.xml",
+        "check-data --set data.dataset=voc",
+        (of_lines, of_bytes, of_bytes),
+        2,
+    ),
+    "VOC's list": Target(
+        "voc/ImageSets/Main/train.txt",
+        "check-data --set data.dataset=voc",
+        (of_lines, of_bytes),
+    ),
+    "image folder": Target(
+        "hub/train/metadata.jsonl",
+        "check-data --set data.dataset=hub",
+        (of_lines, of_json, of_bytes),
+        2,
+    ),
     "PNG": Target("images/a.png", CHECK, (of_bytes,)),
     "JPEG": Target("images/b.jpg", CHECK, (of_bytes,)),
     "DDS": Target("images/c.dds", CHECK, (of_bytes,)),
@@ -129,9 +156,41 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "search": {"method": "grid"},
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    _other_formats(folder)
     _weights(folder)
     _run_folder(folder)
     return folder
+
+
+def _other_formats(folder: Path) -> None:
+    """The picture a.png in a small data set of each format, for training and validation."""
+    places = [folder / "yolo/images/train", folder / "yolo/images/val", folder / "voc/JPEGImages"]
+    places += [folder / "hub/train", folder / "hub/validation"]
+    for place in (*places, folder / "yolo/labels/train", folder / "voc/Annotations"):
+        place.mkdir(parents=True)
+    (folder / "voc/ImageSets/Main").mkdir(parents=True)
+    for place in places:
+        shutil.copy(folder / "images/a.png", place)
+    (folder / "yolo/data.yaml").write_text(
+        "path: .\ntrain: images/train\nval: val.txt\nnc: 2\nnames:\n  0: cat\n  1: dog\n"
+    )
+    (folder / "yolo/val.txt").write_text("./images/train/a.png\nimages/train/a.png\n")
+    (folder / "yolo/labels/train/a.txt").write_text(
+        "0 0.5 0.5 0.25 0.5\n1 0.1 0.1 0.4 0.1 0.4 0.6\n"
+    )
+    corners = "<xmin>2</xmin><ymin>2</ymin><xmax>10</xmax><ymax>9</ymax>"
+    (folder / "voc/Annotations/a.xml").write_text(
+        "<annotation>\n<filename>a.png</filename>\n<size><width>24</width><height>16</height></size>"
+        f"\n<object><name>cat</name><difficult>0</difficult><bndbox>{corners}</bndbox></object>\n"
+        "</annotation>\n"
+    )
+    for name in ("train", "val"):
+        (folder / f"voc/ImageSets/Main/{name}.txt").write_text("a\n")
+    objects = {"bbox": [[1, 2, 9, 8]], "categories": ["cat"], "area": [60], "iscrowd": [0]}
+    for name in ("train", "validation"):
+        (folder / f"hub/{name}/metadata.jsonl").write_text(
+            json.dumps({"file_name": "a.png", "objects": objects})
+        )
 
 
 def _weights(folder: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import numpy as np
 import pytest
+from coco_files import picture
 from format_writers import WRITERS
 
 from d3etr.config.data import DataConfig, DigitScenesConfig, SplitConfig
@@ -205,6 +207,19 @@ def test_a_package_adds_a_format(
     (tmp_path / "one.txt").write_text("000001.png 64 64")
     split = SplitConfig(images=images, annotations=tmp_path / "one.txt", format="one")
     assert [record.file_name for record in read_split("train", split).records] == ["000001.png"]
+
+
+def test_the_guides_example_is_a_format(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repository: Path
+) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", (repository / "docs/data.md").read_text(), re.S)
+    (tmp_path / "guides_format.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    declare(monkeypatch, ("mine", "guides_format:Mine"))
+    picture(640, 480).save(tmp_path / "a.png")
+    split = SplitConfig(images=tmp_path, annotations=tmp_path / "any", format="mine")
+    [record] = read_split("train", split).records
+    assert record.boxes_xywh.tolist() == [[10, 20, 30, 40]]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from d3etr.cli.command import Command, add_json, add_recipe
 from d3etr.cli.progress import progress_bar
@@ -22,6 +22,11 @@ WOULD_FAIL = 1
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add_recipe(parser, optional=True)
+    parser.add_argument(
+        "--dataset",
+        metavar="PATH",
+        help="train and validation in one place: YOLO data.yaml, Pascal VOC or image folder",
+    )
     for name in SPLITS:
         parser.add_argument(
             f"--{name}",
@@ -64,19 +69,24 @@ def _config(options: Namespace) -> Config:
     from d3etr.config.load import load_config, validate
 
     given = {name: getattr(options, name) for name in SPLITS if getattr(options, name)}
-    if options.recipe is not None and given:
-        raise UserError("found a recipe and --train or --validation; expected one of the two")
+    sources = [options.recipe, options.dataset, given or None]
+    if sum(source is not None for source in sources) > 1:
+        raise UserError(
+            "found several of a recipe, --dataset and --train or --validation; expected one"
+        )
     if options.recipe is not None:
         return load_config(options.recipe, options.overrides)
-    if not given and not options.overrides:
+    if not given and options.dataset is None and not options.overrides:
         raise UserError(
             "nothing to check: name a recipe, or --train IMAGES ANNOTATIONS and "
-            "--validation IMAGES ANNOTATIONS"
+            "--validation IMAGES ANNOTATIONS, or --dataset PATH"
         )
-    splits = {
+    splits: dict[str, Any] = {
         name: {"images": images, "annotations": annotations}
         for name, (images, annotations) in given.items()
     }
+    if options.dataset is not None:
+        splits["dataset"] = options.dataset
     # Checking needs no length of training; the tree does.
     tree = {"data": splits, "optimisation": {"steps": 1}}
     return validate(tree, "the arguments", options.overrides)

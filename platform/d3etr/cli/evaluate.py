@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d3etr.cli.command import (
     Command,
@@ -19,6 +19,9 @@ from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
 from d3etr.text import printable
 
+if TYPE_CHECKING:
+    from d3etr.config.data import SplitConfig
+
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add_weights(parser)
@@ -27,14 +30,21 @@ def _add_arguments(parser: ArgumentParser) -> None:
         type=location,
         required=True,
         metavar="FILE",
-        help="COCO detection JSON, or its URL",
+        help="COCO detection JSON or its URL; YOLO data.yaml, Pascal VOC or image folder",
     )
     parser.add_argument(
         "--images",
         type=location,
-        required=True,
         metavar="FOLDER",
-        help="where its images are: a folder or a URL",
+        help="where COCO's images are: a folder or a URL",
+    )
+    parser.add_argument(
+        "--format", default="auto", metavar="NAME", help="of the annotations (default: recognised)"
+    )
+    parser.add_argument(
+        "--subset",
+        metavar="NAME",
+        help="part of a data set in one folder, such as test (default val)",
     )
     parser.add_argument(
         "--follow-links", action="store_true", help="links may lead out of the image folder"
@@ -72,7 +82,7 @@ def _run(options: Namespace) -> int:
 
 def _measure(options: Namespace) -> dict[str, Any]:
     """Evaluate in this process; values are fractions."""
-    from d3etr.config.data import DataConfig, SplitConfig
+    from d3etr.config.data import DataConfig
     from d3etr.config.training import EvaluationConfig
     from d3etr.data.splits import Keys, read_split
     from d3etr.evaluation.evaluator import Evaluator
@@ -80,14 +90,10 @@ def _measure(options: Namespace) -> dict[str, Any]:
     from d3etr.training.context import SingleProcess
 
     predictor = load(options.weights, options.device)
-    place = SplitConfig(
-        images=options.images,
-        annotations=options.annotations,
-        follow_links=options.follow_links,
-    )
+    place = _place(options)
     with progress_bar() as progress:
         keys = Keys("--images", "--annotations")
-        split = read_split("evaluation", place, progress, keys=keys)
+        split = read_split("validation", place, progress, keys=keys)
     theirs = [category.name for category in split.categories]
     _require_same_names([name for _, name in predictor.info.categories], theirs, options)
     data = DataConfig(
@@ -107,6 +113,16 @@ def _measure(options: Namespace) -> dict[str, Any]:
         "images_per_second": evaluation.images_per_second,
         "metrics": evaluation.as_dict(),
     }
+
+
+def _place(options: Namespace) -> SplitConfig:
+    from d3etr.config.data import SplitConfig
+    from d3etr.config.load import validate_section
+
+    given = ("images", "annotations", "format", "subset", "follow_links")
+    texts = {name: getattr(options, name) for name in given}
+    tree = {k: v if v is None or isinstance(v, bool) else str(v) for k, v in texts.items()}
+    return validate_section(SplitConfig, tree, "the arguments")
 
 
 def _require_same_names(learnt: list[str], annotated: list[str], options: Namespace) -> None:

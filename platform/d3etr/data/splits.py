@@ -247,6 +247,11 @@ def _read_once(place: Path, name: str, split: SplitConfig) -> _Parsed:
         known = _READ.pop((format_name, source), None)
         if known is None or known[0] != prints or None in prints:
             raw = found.read(source)
+            if not raw.images:
+                raise UserError(
+                    f"{place}: {found.title} without an image in '{source.subset}'; expected at "
+                    "least one"
+                )
             records, cleaning, places = clean(raw)
             known = (
                 prints,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from d3etr.config.problems import ConfigError
 from d3etr.config.yaml_text import parse_yaml, read_text
 from d3etr.data.annotations import (
     Annotations,
@@ -133,7 +134,10 @@ class _Layout:
         Raises:
             UserError: it cannot be used, or lacks the split.
         """
-        tree = parse_yaml(read_text(file), str(file))
+        try:
+            tree = parse_yaml(read_text(file), str(file))
+        except ConfigError as error:
+            raise UserError(str(error)) from error
         if not isinstance(tree, dict):
             raise UserError(
                 f"{file}: found no mapping; expected YOLO's data.yaml with train, val and names"

@@ -1,0 +1,467 @@
+"""What is odd or wrong with YOLO, Pascal VOC and image folders is named with file and line."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from coco_files import picture
+
+from d3etr.config.data import SplitConfig
+from d3etr.data.splits import DetectionSplit, open_split, read_split
+from d3etr.errors import UserError
+
+Write = Callable[..., Path]
+
+
+def read(place: Path, name: str = "train", **keys: str) -> DetectionSplit:
+    return read_split(name, SplitConfig(annotations=place, **keys))
+
+
+def problem(place: Path, name: str = "train", **keys: str) -> str:
+    with pytest.raises(UserError) as caught:
+        read(place, name, **keys)
+    assert str(caught.value).startswith(f"data.{name}.annotations")
+    return str(caught.value)
+
+
+@pytest.fixture
+def yolo(tmp_path: Path) -> Write:
+    """One picture of 40 x 20 pixels with the given label lines, and a data.yaml."""
+
+    def write(labels: str | None = "0 0.5 0.5 0.5 0.5\n", yaml: str = "", folder: str = "") -> Path:
+        root = tmp_path / (folder or "yolo")
+        (root / "images/train").mkdir(parents=True)
+        (root / "labels/train").mkdir(parents=True)
+        picture(40, 20).save(root / "images/train/a.png")
+        if labels is not None:
+            (root / "labels/train/a.txt").write_text(labels)
+        default = "train: images/train\nval: images/train\nnames: [cat, dog]\n"
+        (root / "data.yaml").write_text(yaml or default)
+        return root / "data.yaml"
+
+    return write
+
+
+def test_yolo_boxes_are_centre_and_size_as_fractions(yolo: Write) -> None:
+    [record] = read(yolo("1 0.5 0.25 0.5 0.5\n0 0.1 0.5 0.2 1\n\n")).records
+    assert record.boxes_xywh.tolist() == [[10, 0, 20, 10], [0, 0, 8, 20]]
+    assert record.labels.tolist() == [1, 0] and (record.id, record.file_name) == (1, "a.png")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("2 0.5 0.5 0.1 0.1", ["class 2", "2 names", "data.yaml", "0 to 1"]),
+        ("-1 0.5 0.5 0.1 0.1", ["class -1"]),
+        ("0.5 0.5 0.5 0.1 0.1", ["class 0.5", "whole number"]),
+        ("nan 0.5 0.5 0.1 0.1", ["class nan"]),
+        ("0 20 10 8 8", ["found 20", "from 0 to 1", "divide pixels"]),
+        ("0 0.5 0.5 1.2 0.1", ["found 1.2"]),
+        ("0 -0.5 0.5 0.2 0.1", ["found -0.5"]),
+        ("0 0.5 nan 0.2 0.1", ["found nan"]),
+        ("0 0.5 0.5 0.2", ["found 4 numbers", "class cx cy w h"]),
+        ("0 0.5 0.5 0.2 0.1 0.9", ["found 6 numbers", "confidence"]),
+        ("0 0.5 0.5 0.2 0.1 0.9 0.3 0.2", ["found 8 numbers", "outline"]),
+        ("cat 0.5 0.5 0.2 0.1", ["'cat 0.5", "expected numbers"]),
+    ],
+)
+def test_yolo_lines_that_cannot_be_used_are_named_with_file_and_line(
+    yolo: Write, line: str, words: list[str]
+) -> None:
+    text = problem(yolo(f"0 0.5 0.5 0.1 0.1\n{line}\n"))
+    for word in ["labels/train/a.txt:2: ", *words]:
+        assert word in text
+
+
+def test_all_problems_of_yolo_labels_come_at_once(yolo: Write) -> None:
+    text = problem(yolo("7 0 0 0 0\n" * 20))
+    assert "a.txt:1:" in text and "a.txt:8:" in text and "and 12 more" in text
+
+
+def test_yolo_outlines_become_boxes_and_repeated_lines_one(
+    yolo: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = yolo("0 0.25 0.5 0.75 0.5 0.5 0.75\n1 0.5 0.5 0.1 0.1\n1 0.5 0.5 0.1 0.1\n")
+    with caplog.at_level(logging.WARNING):
+        [record] = read(place).records
+    assert record.boxes_xywh[0].tolist() == [10, 10, 20, 5] and len(record.labels) == 2
+    assert "1 lines are outlines" in caplog.text and "a.txt:1" in caplog.text
+    assert "1 lines repeat another" in caplog.text and "a.txt:3" in caplog.text
+
+
+def test_yolo_keypoints_are_left_out(yolo: Write) -> None:
+    yaml = "train: images/train\nval: images/train\nnames: [cat]\nkpt_shape: [1, 2]\n"
+    [record] = read(yolo("0 0.5 0.5 0.5 0.5 0.1 0.1\n", yaml)).records
+    assert record.boxes_xywh.tolist() == [[10, 5, 20, 10]]
+
+
+def test_yolo_boxes_without_size_are_dropped_and_named_by_line(
+    yolo: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        [record] = read(yolo("0 0.5 0.5 0 0.5\n0 0.5 0.5 0.5 0.5\n")).records
+    assert len(record.labels) == 1
+    assert "1 boxes dropped" in caplog.text and "a.txt:1)" in caplog.text
+
+
+def test_yolo_images_without_labels_are_kept_unless_all_are(
+    yolo: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = yolo()
+    picture(30, 30).save(place.parent / "images/train/b.png")
+    picture(30, 30).save(place.parent / "images/train/c.png")
+    (place.parent / "labels/train/c.txt").write_text("")
+    with caplog.at_level(logging.WARNING):
+        assert [len(record.labels) for record in read(place).records] == [1, 0, 0]
+    assert "1 images have no label file" in caplog.text and "labels/train/b.txt" in caplog.text
+    (place.parent / "labels").rename(place.parent / "elsewhere")
+    text = problem(place)
+    assert "none of the 3 images has a label file" in text and "labels/train/a.txt" in text
+
+
+@pytest.mark.parametrize(
+    ("yaml", "words"),
+    [
+        ("train: images/train\nnames: [a]\ntrain: x\n", ["line 3", "given twice"]),
+        ("- images\n", ["no mapping", "train, val and names"]),
+        ("val: images/train\nnames: [a]\n", ["no 'train'", "found val"]),
+        ("train: images/gone\nnames: [a]\n", ["'images/gone'", "not there", "looked for"]),
+        ("train: 5\nnames: [a]\n", ["'train' is 5", "a list of paths"]),
+        ("path: gone\ntrain: images/train\nnames: [a]\n", ["path 'gone'", "no folder"]),
+        ("train: images/train\n", ["names is None", "class names"]),
+        ("train: images/train\nnames: {0: a, 2: b}\n", ["ids 0, 2", "from 0 to 1"]),
+        ("train: images/train\nnames: [a, a]\n", ["'a' more than once"]),
+        ("train: images/train\nnames: [a]\nnc: 2\n", ["nc is 2", "1 classes"]),
+        ("train: labels\nnames: [a]\n", ["'train' holds no images"]),
+    ],
+)
+def test_a_data_yaml_that_cannot_be_used_is_named(yolo: Write, yaml: str, words: list[str]) -> None:
+    text = problem(yolo(yaml=yaml))
+    for word in ["data.yaml", *words]:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "path: .\ntrain: images/train\nnames: {0: cat, 1: dog}\nnc: 2\ndownload: https://x/y.zip\n",
+        "train: ../images/train\nnames: ['cat', 'dog']\n",  # as Roboflow exports it
+        "train: [images/train]\nnames:\n  0: cat\n  1: dog\n",
+        "train: list.txt\nnames: [cat, dog]\n",
+    ],
+)
+def test_the_ways_to_write_a_data_yaml_mean_the_same(yolo: Write, yaml: str) -> None:
+    place = yolo(yaml=yaml)
+    (place.parent / "list.txt").write_text("./images/train/a.png\n")
+    for name in (place, place.parent):
+        split = read(name)
+        assert [category.name for category in split.categories] == ["cat", "dog"]
+        assert [len(record.labels) for record in split.records] == [1]
+
+
+def test_a_yolo_split_may_be_several_folders(yolo: Write) -> None:
+    place = yolo(yaml="train: [images/train, images/more]\nnames: [cat, dog]\n")
+    (place.parent / "images/more").mkdir()
+    (place.parent / "labels/more").mkdir()
+    picture(30, 30).save(place.parent / "images/more/a.png")
+    (place.parent / "labels/more/a.txt").write_text("1 0.5 0.5 1 1\n")
+    split = read(place)
+    assert [record.file_name for record in split.records] == ["more/a.png", "train/a.png"]
+    assert [record.labels.tolist() for record in split.records] == [[1], [0]]
+
+
+def test_a_yolo_list_cannot_leave_the_data_set(yolo: Write, tmp_path: Path) -> None:
+    place = yolo(yaml="train: list.txt\nnames: [cat, dog]\n")
+    picture(9, 9).save(tmp_path / "secret.png")
+    for line in ("../secret.png", str(tmp_path / "secret.png")):
+        (place.parent / "list.txt").write_text(f"images/train/a.png\n{line}\n")
+        assert "is outside of" in problem(place)
+    (place.parent / "list.txt").write_text("images/train/gone.png\n")
+    assert "is listed, but not there" in problem(place)
+
+
+def test_links_out_of_a_yolo_folder_have_to_be_allowed(yolo: Write, tmp_path: Path) -> None:
+    place = yolo()
+    picture(9, 9).save(tmp_path / "b.png")
+    (place.parent / "images/train/b.png").symlink_to(tmp_path / "b.png")
+    with pytest.raises(UserError, match="links lead out of this folder"):
+        read(place)
+    split = SplitConfig(annotations=place, follow_links=True)
+    assert len(read_split("train", split).records) == 2
+
+
+def test_images_and_subset_of_yolo(yolo: Write, tmp_path: Path) -> None:
+    place = yolo(yaml="train: images/train\nextra: images/train\nnames: [cat, dog]\n")
+    with pytest.raises(UserError, match="'images' is set too"):
+        read_split("train", SplitConfig(annotations=place, images=tmp_path))
+    assert len(read(place, "validation", subset="extra").records) == 1
+    assert "has no 'val'" in problem(place, "validation")
+
+
+def test_a_damaged_picture_of_a_yolo_folder_is_named(yolo: Write) -> None:
+    place = yolo()
+    (place.parent / "images/train/b.jpg").write_bytes(b"no picture")
+    assert "b.jpg: cannot be decoded" in problem(place)
+
+
+XML = """<annotation>
+  <filename>{name}</filename>
+  <size><width>{width}</width><height>{height}</height><depth>3</depth></size>
+  {objects}
+</annotation>
+"""
+
+
+def voc_object(*corners: object, name: str = "cat", difficult: str = "0") -> str:
+    places = zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=False)
+    box = "".join(f"<{place}>{value}</{place}>" for place, value in places)
+    return (
+        f"<object><name>{name}</name><difficult>{difficult}</difficult>"
+        f"<bndbox>{box}</bndbox></object>"
+    )
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Write:
+    """One picture of 40 x 20 pixels, its XML file and a list for training."""
+
+    def write(*objects: str, name: str = "a.jpg", width: object = 40, text: str = "") -> Path:
+        root = tmp_path / "voc"
+        for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+            (root / part).mkdir(parents=True)
+        picture(40, 20).save(root / "JPEGImages/a.jpg")
+        inside = "".join(objects) or voc_object(1, 1, 10, 20)
+        xml = text or XML.format(name=name, width=width, height=20, objects=inside)
+        (root / "Annotations/a.xml").write_text(xml)
+        (root / "ImageSets/Main/train.txt").write_text("a  1\n")
+        return root
+
+    return write
+
+
+def test_voc_boxes_count_pixels_from_1_and_include_both_ends(voc: Write) -> None:
+    root = voc(voc_object(1, 1, 40, 20), voc_object("11.0", 6, 20, 15, name="bird"))
+    split = read(root)
+    [record] = split.records
+    assert record.boxes_xywh.tolist() == [[0, 0, 40, 20], [10, 5, 10, 10]]
+    assert [category.name for category in split.categories] == ["bird", "cat"]
+    assert record.labels.tolist() == [1, 0] and record.file_name == "a.jpg"
+
+
+def test_difficult_voc_objects_are_set_aside_as_crowds_are(voc: Write) -> None:
+    [record] = read(voc(voc_object(1, 1, 9, 9, difficult="1"), voc_object(2, 2, 9, 9))).records
+    assert record.crowd.tolist() == [True, False] and len(record.objects()[0]) == 1
+
+
+@pytest.mark.parametrize("width", [0, "", "x", "40.5"])
+def test_a_voc_size_that_says_nothing_is_read_from_the_picture(voc: Write, width: object) -> None:
+    [record] = read(voc(width=width)).records
+    assert (record.width, record.height) == (40, 20)
+
+
+def test_a_voc_size_that_is_wrong_is_refused(voc: Write) -> None:
+    from d3etr.config.data import PreprocessingConfig
+    from d3etr.data.dataset import DetectionDataset
+
+    split = read(voc(width=50))
+    with pytest.raises(UserError, match=r"is 40 x 20 pixels, but .* says 50 x 20"):
+        DetectionDataset(split, PreprocessingConfig()).decoded(0)
+
+
+def test_a_voc_file_name_that_is_not_there_gives_way_to_that_of_the_xml_file(voc: Write) -> None:
+    assert read(voc(name="IMG_0001.jpg")).records[0].file_name == "a.jpg"
+
+
+@pytest.mark.parametrize(
+    ("objects", "words"),
+    [
+        ("<object><bndbox/></object>", ["object 1", "no name"]),
+        (voc_object(1, 2, 3), ["object 1", "ymax None", "four numbers"]),
+        (voc_object(1, 2, "x", 4), ["xmax 'x'"]),
+        (voc_object(1, 2, "nan", 4), ["xmax 'nan'"]),
+        (voc_object(1, 2, 3, 4, difficult="maybe"), ["difficult is 'maybe'", "0 or 1"]),
+    ],
+)
+def test_voc_objects_that_cannot_be_used_are_named(
+    voc: Write, objects: str, words: list[str]
+) -> None:
+    text = problem(voc(objects))
+    for word in ["Annotations/a.xml", *words]:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("<annotation>", ["a.xml: broken XML", "line 1"]),
+        ("", ["a.xml: broken XML"]),
+        ("<!DOCTYPE a [<!ENTITY x 'y'>]><annotation>&x;</annotation>", ["a.xml: has a DOCTYPE"]),
+        ("<?xml version='1.0' encoding='no-such'?><annotation/>", ["a.xml: broken XML"]),
+    ],
+)
+def test_hostile_and_broken_xml_is_one_sentence(voc: Write, text: str, words: list[str]) -> None:
+    root = voc()
+    (root / "Annotations/a.xml").write_text(text)
+    found = problem(root)
+    for word in words:
+        assert word in found
+
+
+def test_entities_are_never_expanded(voc: Write) -> None:
+    root = voc()
+    nested = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
+    bomb = f'<!DOCTYPE a [<!ENTITY e0 "ha">{nested}]><annotation>&e11;</annotation>'
+    for encoding in ("utf-8", "utf-16"):
+        (root / "Annotations/a.xml").write_bytes(bomb.encode(encoding))
+        assert "a.xml: has a DOCTYPE" in problem(root)
+
+
+def test_voc_file_names_cannot_leave_the_folder(voc: Write) -> None:
+    assert "leaves the image folder" in problem(voc(name="../../secret.jpg"))
+
+
+def test_voc_lists_choose_images(voc: Write) -> None:
+    root = voc()
+    text = problem(root, "validation")
+    assert "val.txt is not there" in text and "Found train" in text
+    assert len(read(root, "validation", subset="train").records) == 1
+    (root / "ImageSets/Main/train.txt").write_text("a\nb\n")
+    assert "b.xml is not there, but train.txt lists it" in problem(root)
+
+
+def test_voc_images_that_are_not_there_are_named(voc: Write) -> None:
+    root = voc()
+    (root / "JPEGImages/a.jpg").unlink()
+    assert "a.jpg" in problem(root) and "1 of 1 images are not in" in problem(root)
+
+
+def test_xml_files_next_to_their_pictures_are_a_split(voc: Write, tmp_path: Path) -> None:
+    root, flat = voc(), tmp_path / "flat"
+    (root / "Annotations").rename(flat)
+    (root / "JPEGImages/a.jpg").rename(flat / "a.jpg")
+    assert [record.file_name for record in read(flat).records] == ["a.jpg"]
+
+
+def test_classes_txt_fixes_the_order_of_voc_classes(voc: Write) -> None:
+    root = voc()
+    (root / "classes.txt").write_text("dog\ncat\n")
+    split = read(root)
+    assert [(c.id, c.name) for c in split.categories] == [(0, "dog"), (1, "cat")]
+    (root / "classes.txt").write_text("dog\n")
+    assert "classes.txt: lacks 'cat'" in problem(root)
+    (root / "classes.txt").write_text("cat\ncat\n")
+    assert "'cat' is there twice" in problem(root)
+
+
+def test_voc_boxes_that_begin_at_pixel_0_are_worth_a_word(
+    voc: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        read(voc(voc_object(0, 0, 9, 9)))
+    assert "1 boxes begin before pixel 1" in caplog.text and "object 1" in caplog.text
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Write:
+    """One picture of 40 x 20 pixels and its line, for training."""
+
+    def write(objects: object = None, line: str = "", **more: object) -> Path:
+        root = tmp_path / "hub"
+        (root / "train").mkdir(parents=True)
+        picture(40, 20).save(root / "train/a.png")
+        boxes = {"bbox": [[1, 2, 3, 4]], "categories": ["cat"]} if objects is None else objects
+        entry = {"file_name": "a.png", "objects": boxes, **more}
+        (root / "train/metadata.jsonl").write_text((line or json.dumps(entry)) + "\n")
+        return root
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("objects", "words"),
+    [
+        ([], ["objects is []", "bbox and categories"]),
+        ({"bbox": [[1, 2, 3, 4]]}, ["lacks bbox or categories"]),
+        ({"bbox": [[1, 2, 3, 4]], "categories": []}, ["1 boxes", "another length"]),
+        ({"bbox": [[1, 2, 3]], "categories": ["a"]}, ["bbox is [1, 2, 3]", "[x, y, width"]),
+        ({"bbox": [[1, 2, 3, None]], "categories": ["a"]}, ["bbox is"]),
+        ({"bbox": [[1, 2, 3, 4]], "categories": [None]}, ["class None"]),
+        ({"bbox": [[1, 2, 3, 4]], "categories": ["a"], "area": ["x"]}, ["area is 'x'"]),
+    ],
+)
+def test_image_folder_lines_that_cannot_be_used_are_named(
+    hub: Write, objects: object, words: list[str]
+) -> None:
+    text = problem(hub(objects))
+    for word in ["train/metadata.jsonl:1: ", *words]:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", ["metadata.jsonl:1: broken JSON"]),
+        ("[]", ["expected an object"]),
+        ('{"file_name": "../a.png"}', ["leaves the image folder"]),
+        ('{"file_name": 5}', ["file_name is 5"]),
+        ('{"file_name": "a.png"}\n{"file_name": "a.png"}', ["jsonl:2: 'a.png' is also in"]),
+        ('{"file_name": "gone.png"}', ["no object has a class"]),
+    ],
+)
+def test_image_folder_entries_that_cannot_be_used_are_named(
+    hub: Write, line: str, words: list[str]
+) -> None:
+    text = problem(hub(line=line))
+    for word in words:
+        assert word in text
+
+
+def test_image_folder_numbers_are_lines_of_classes_txt(hub: Write) -> None:
+    root = hub({"bbox": [[1, 2, 3, 4], [5, 6, 7, 8]], "category": [1, 0], "iscrowd": [0, 1]})
+    assert [category.name for category in read(root).categories] == ["0", "1"]
+    (root / "classes.txt").write_text("dog\ncat\n")
+    split = read(root)
+    assert [category.name for category in split.categories] == ["dog", "cat"]
+    assert split.records[0].labels.tolist() == [1, 0]
+    assert split.records[0].crowd.tolist() == [False, True]
+    (root / "classes.txt").write_text("dog\n")
+    assert "class 1 is unknown" in problem(root)
+
+
+def test_an_image_folder_without_the_split_says_where_it_looked(hub: Write) -> None:
+    text = problem(hub(), "validation")
+    assert "val/metadata.jsonl or validation/metadata.jsonl" in text
+
+
+def test_a_photograph_that_lies_on_its_side_is_upright_in_every_format(
+    yolo: Write, tmp_path: Path
+) -> None:
+    from PIL import ExifTags
+
+    from d3etr.config.data import PreprocessingConfig
+    from d3etr.data.dataset import DetectionDataset
+
+    place = yolo("0 0.5 0.25 1 0.5\n")
+    exif = picture(40, 20).getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    (place.parent / "images/train/a.png").unlink()
+    picture(40, 20).save(place.parent / "images/train/a.jpg", exif=exif)
+    split = read(place)
+    [record] = split.records
+    assert (record.width, record.height) == (20, 40)
+    assert record.boxes_xywh.tolist() == [[0, 0, 20, 20]]
+    assert DetectionDataset(split, PreprocessingConfig()).decoded(0).shape == (3, 40, 20)
+
+
+def test_open_split_says_which_split_a_data_set_lacks(yolo: Write) -> None:
+    from d3etr.config.data import DataConfig
+
+    data = DataConfig(dataset=yolo(yaml="train: images/train\nnames: [cat, dog]\n"))
+    assert np.sum([len(record.labels) for record in open_split(data, "train").records]) == 1
+    with pytest.raises(UserError, match=r"data\.validation\.annotations: .*has no 'val'"):
+        open_split(data, "validation")
