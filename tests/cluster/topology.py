@@ -32,6 +32,8 @@ WORKERS = 2
 PORTS = ("5000", "5432", "6379", "8265", "9000", "10001", "52365")
 """Of compose.yaml's services, of Ray's clients and of the agent that the health check asks."""
 START_SECONDS = 180.0
+Service = tuple[subprocess.Popen[bytes], Callable[[], bool]]
+"""A process, and whether what it serves answers."""
 
 
 def postgres_programs() -> Path | None:
@@ -100,11 +102,8 @@ class Topology:
             stack.push(self.__exit__)
             self._prepare()
             self._start_postgres()
-            self._start_s3()
-            self._start_mlflow()
-            self._start_head()
-            for _ in range(WORKERS):
-                self.start_worker()
+            self._await_all([self._start_s3(), self._start_mlflow(), self._start_head()])
+            self._await_all([self._start_worker() for _ in range(WORKERS)])
             stack.pop_all()
         return self
 
@@ -170,14 +169,18 @@ class Topology:
 
     def start_worker(self) -> subprocess.Popen[bytes]:
         """One more Ray node, as ``--scale worker`` adds it; returns once it is well."""
+        service = self._start_worker()
+        self._await_all([service])
+        return service[0]
+
+    def _start_worker(self) -> Service:
         agent = free_port()
         # Nodes that shared a folder would take each other's copies of jobs' code away.
         places = [f"--temp-dir={self.folder / f'ray-{agent}'}"]
         places += [f"--dashboard-agent-listen-port={agent}"]
         command = [*self.command("worker"), *places]
         node = self._start("worker", command, self.settings("worker"), self.project)
-        self._await(node, lambda: answers(f"http://127.0.0.1:{agent}/api/healthz"))
-        return node
+        return node, lambda: answers(f"http://127.0.0.1:{agent}/api/healthz")
 
     def stop(self, process: subprocess.Popen[bytes]) -> None:
         """End a service and everything that came from it."""
@@ -231,7 +234,8 @@ class Topology:
         subprocess.run(initdb, check=True, cwd=folder, stdout=subprocess.DEVNULL)
         server = [*owner, str(programs / "postgres"), "-D", data, "-p", self.ports["5432"]]
         server += ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
-        self._await(self._start("postgres", server, {}, folder), self._database_answers)
+        process = self._start("postgres", server, {}, folder)
+        self._await_all([(process, self._database_answers)])
         self.query(f"create database {settings['POSTGRES_DB']}", database="postgres")
 
     def _database_answers(self) -> bool:
@@ -240,17 +244,17 @@ class Topology:
         except psycopg2.OperationalError:
             return False
 
-    def _start_s3(self) -> None:
+    def _start_s3(self) -> Service:
         command = ["python", "-m", "moto.server", "-H", "127.0.0.1", "-p", self.ports["9000"]]
         process = self._start("s3", command, {}, self.folder)
-        self._await(process, lambda: answers(f"http://127.0.0.1:{self.ports['9000']}/moto-api/"))
+        return process, lambda: answers(f"http://127.0.0.1:{self.ports['9000']}/moto-api/")
 
-    def _start_mlflow(self) -> None:
+    def _start_mlflow(self) -> Service:
         settings = self.settings("mlflow") | {"POSTGRES_HOST": "127.0.0.1"}
         process = self._start("mlflow", self.command("mlflow"), settings, ROOT)
-        self._await(process, lambda: answers(f"{self.tracking_uri}/health"))
+        return process, lambda: answers(f"{self.tracking_uri}/health")
 
-    def _start_head(self) -> None:
+    def _start_head(self) -> Service:
         command = [
             *self.command("head"),
             f"--node-ip-address={self._host}",
@@ -259,7 +263,7 @@ class Topology:
             f"--temp-dir={self.folder / 'ray'}",
         ]
         head = self._start("head", command, self.settings("head"), self.project)
-        self._await(head, self.healthy)
+        return head, self.healthy
 
     def _start(
         self, name: str, command: Sequence[str], settings: Mapping[str, str], folder: Path
@@ -277,14 +281,16 @@ class Topology:
         self._cleanup.callback(self.stop, process)
         return process
 
-    def _await(self, process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
+    def _await_all(self, services: Sequence[Service]) -> None:
+        """Wait for services that start side by side."""
         deadline = time.monotonic() + START_SECONDS
-        while not ready():
-            late = time.monotonic() > deadline
-            if late or process.poll() is not None:
-                reason = "did not get ready" if late else "ended"
-                raise AssertionError(f"{process.args!r} {reason}:\n{self.logs()}")
-            time.sleep(0.3)
+        for process, ready in services:
+            while not ready():
+                late = time.monotonic() > deadline
+                if late or process.poll() is not None:
+                    reason = "did not get ready" if late else "ended"
+                    raise AssertionError(f"{process.args!r} {reason}:\n{self.logs()}")
+                time.sleep(0.3)
 
     def logs(self) -> str:
         """The last lines of every service."""

@@ -5,12 +5,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import ray
 import yaml
 
 from d3etr.config.infrastructure import ClusterConfig
@@ -18,9 +16,7 @@ from d3etr.config.sweep import load_sweep
 from d3etr.errors import UserError
 from d3etr.launch.resources import Demand, Node
 from d3etr.launch.sweeps import resource_timeout
-from d3etr.launch.sweeps.driver import run_sweep
 from d3etr.launch.sweeps.history import curves
-from d3etr.launch.sweeps.plan import make_plan
 from d3etr.launch.sweeps.resource_timeout import ResourceTimeout
 from d3etr.launch.sweeps.search import Limited, Planned, Pruning, searcher
 from d3etr.launch.sweeps.trainable import limited
@@ -121,41 +117,3 @@ def test_pruning_remembers_what_was_reported_before(tmp_path: Path) -> None:
         trial = SimpleNamespace(trial_id="now")
         pruning.on_trial_add(None, trial)
         assert pruning.on_trial_result(None, trial, {"epoch": 1, "mAP": 0.4}) == action
-
-
-@pytest.fixture
-def full_cluster() -> Iterator[None]:
-    """A local Ray whose only CPU is taken."""
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-
-    @ray.remote(num_cpus=1)
-    class Other:
-        def there(self) -> bool:
-            return True
-
-    other = Other.remote()
-    assert ray.get(other.there.remote())
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("full_cluster")
-def test_room_that_others_never_give_back_ends_a_sweep_with_one_text(
-    recipe: Path, scenes: Path, tmp_path: Path
-) -> None:
-    from mlflow.tracking import MlflowClient
-
-    sets = [f"run.output={tmp_path / 'runs'}", f"data.digit_scenes.root={scenes}"]
-    sets += ["cluster.start_timeout_seconds=1", "tracking.enabled=true"]
-    tree = {"name": "tried", "recipe": str(recipe), "set": sets}
-    path = tmp_path / "sweep.yaml"
-    path.write_text(yaml.safe_dump(tree | {"space": {RATE: {"grid": [1e-3, 1e-4]}}}))
-    said: list[str] = []
-    with pytest.raises(UserError, match=r"no room for a trial .* of which 0 CPUs .* 2 seconds"):
-        run_sweep(make_plan(load_sweep(path)), command="test", on_progress=said.append)
-    assert any("waiting for other jobs" in line for line in said)
-    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
-    (experiment,) = client.search_experiments(filter_string="name = 'd3etr'")
-    (parent,) = client.search_runs([experiment.experiment_id])
-    assert parent.info.status == "FAILED"

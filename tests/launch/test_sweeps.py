@@ -1,4 +1,4 @@
-"""Sweeps on a real Ray: failures, resume after SIGKILL, several workers."""
+"""Sweeps on a real Ray, one for all: failures, resume, room, Optuna with ASHA, populations."""
 
 import json
 import os
@@ -6,17 +6,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import ray
+import torch
+from safetensors.torch import load_file
 from sweep_runs import RATE, MakePlan, run, steps
 
 from d3etr.config.load import load_config
 from d3etr.errors import UserError
+from d3etr.launch.sweeps.driver import SweepResult, run_sweep
+from d3etr.launch.sweeps.results import TrialResult
 from d3etr.training.journal import read_journal
 
 pytestmark = pytest.mark.slow
+
+EPOCHS = 16
+"""Of trials, so that the driver dies in the middle of one."""
 
 
 @pytest.mark.usefixtures("cluster")
@@ -70,7 +78,7 @@ def test_a_killed_driver_loses_no_trial_and_no_epoch(
     make_plan_of: MakePlan, tmp_path: Path
 ) -> None:
     space = {RATE: {"grid": [1e-3, 1e-4]}}
-    sets = ["optimisation.epochs=40", "run.checkpoint_every_epochs=1"]
+    sets = [f"optimisation.epochs={EPOCHS}", "run.checkpoint_every_epochs=1"]
     plan = make_plan_of(*sets, space=space, maximum_concurrent=1)
     arguments = [str(tmp_path / "sweep.yaml"), *(p for s in sets for p in ("--set", s))]
     root = Path(__file__).resolve().parents[2]
@@ -93,9 +101,9 @@ def test_a_killed_driver_loses_no_trial_and_no_epoch(
     (other,) = plan.folder.glob("001_*")
     starts = steps(other, "start")
     assert len(starts) == 2 and starts[1] >= 6, "went on from a checkpoint"
-    assert steps(other) == sorted(set(steps(other))) and steps(other)[-1] == 240
+    assert steps(other) == sorted(set(steps(other))) and steps(other)[-1] == 6 * EPOCHS
     evaluations = steps(other, "evaluation")
-    assert evaluations == list(range(6, 241, 6)), "no epoch is missing, none is there twice"
+    assert evaluations == list(range(6, 6 * EPOCHS + 1, 6)), "each epoch once"
 
 
 def _wait_for(happened: Callable[[], bool], seconds: float = 600.0) -> None:
@@ -153,3 +161,90 @@ def test_a_damaged_memory_of_a_sweep_costs_no_trial_and_other_values_are_refused
     config.write_text(config.read_text().replace("weight_decay: 0.0001", "weight_decay: 0.002"))
     with pytest.raises(UserError, match=r"another configuration(.|\n)*weight_decay: 0\.002 there"):
         run(plan)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_optuna_proposes_and_asha_stops_the_worse(make_plan_of: MakePlan) -> None:
+    space = {
+        RATE: {"loguniform": [1e-6, 1e-2]},
+        "optimisation.schedule.kind": {"choice": ["constant", "cosine"]},
+        "optimisation.schedule.final_factor": {
+            "uniform": [0.0, 0.5],
+            "when": {"optimisation.schedule.kind": ["cosine"]},
+        },
+    }
+    search = {"method": "optuna", "trials": 6, "startup_trials": 3}
+    plan = make_plan_of(space=space, search=search, pruning={"reduction": 2})
+    result, _ = run(plan)
+    assert [trial.trial.number for trial in result.trials] == list(range(6))
+    states = [trial.state for trial in result.trials]
+    assert set(states) <= {"finished", "pruned"} and "finished" in states
+    for trial in result.trials:
+        point = trial.trial.point
+        conditional = "optimisation.schedule.final_factor" in point
+        assert conditional == (point["optimisation.schedule.kind"] == "cosine")
+        assert trial.run_dir is not None
+        assert load_config(trial.run_dir / "config.yaml").optimisation.learning_rate == point[RATE]
+        assert (trial.state == "finished") == (steps(trial.run_dir)[-1] == 18)
+    again, said = run(plan)
+    assert [trial.state for trial in again.trials] == states
+    assert any(line.startswith("going on with") for line in said)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_population_copies_the_weights_of_its_best(make_plan_of: MakePlan) -> None:
+    space = {RATE: {"choice": [1e-3, 1e-9]}}
+    search = {"method": "population", "trials": 2, "seed": 3}
+    result, said = run(make_plan_of("optimisation.epochs=3", space=space, search=search))
+    assert [trial.state for trial in result.trials] == ["finished"] * 2
+    heirs = [trial for trial in result.trials if "_from-" in (trial.run_dir or Path()).name]
+    assert heirs, "nobody copied anybody"
+    assert any("goes on from another trial's weights" in line for line in said)
+    for heir in heirs:
+        _assert_inherited(heir, result)
+
+
+def _assert_inherited(heir: TrialResult, result: SweepResult) -> None:
+    run_dir = heir.run_dir or Path()
+    step = int(run_dir.name.rpartition("-at-")[2].partition("-")[0])
+    origin = int(run_dir.name.rpartition("_from-")[2].partition("-")[0])
+    assert steps(run_dir, "start")[0] == step, "it begins where the other one was"
+    given = [*result.folder.glob(f"{origin:03d}_*/checkpoints/step-{step:08d}")]
+    kept = run_dir / "checkpoints" / f"step-{step:08d}"
+    if not given or not kept.exists():
+        return  # pruned since, as checkpoints are
+    ours, theirs = (load_file(folder / "weights.safetensors") for folder in (kept, given[0]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture
+def full_cluster(cluster: None) -> Iterator[None]:
+    """The local Ray, whose CPUs are taken."""
+
+    @ray.remote(num_cpus=2)
+    class Other:
+        def there(self) -> bool:
+            return True
+
+    other = Other.remote()
+    assert ray.get(other.there.remote())
+    yield
+    ray.kill(other)
+
+
+@pytest.mark.usefixtures("full_cluster")
+def test_room_that_others_never_give_back_ends_a_sweep_with_one_text(
+    make_plan_of: MakePlan, tmp_path: Path
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    sets = ["cluster.start_timeout_seconds=1", "tracking.enabled=true"]
+    plan = make_plan_of(*sets, space={RATE: {"grid": [1e-3, 1e-4]}})
+    lines: list[str] = []
+    with pytest.raises(UserError, match=r"no room for a trial .* of which 0 CPUs .* 2 seconds"):
+        run_sweep(plan, command="test", on_progress=lines.append)
+    assert any("waiting for other jobs" in line for line in lines)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'd3etr'")
+    (parent,) = client.search_runs([experiment.experiment_id])
+    assert parent.info.status == "FAILED"

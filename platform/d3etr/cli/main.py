@@ -34,7 +34,7 @@ from d3etr.cli.command import USER_MISTAKE, Command
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch.limits import explained
 from d3etr.launch.process_exit import report_interrupt
-from d3etr.launch.signals import end_wanted
+from d3etr.launch.signals import stop_requested
 from d3etr.logs import make_plain
 from d3etr.text import safe
 
@@ -103,7 +103,7 @@ def _run(options: Namespace) -> int:
         return report_interrupt(stop)
     except Exception as error:
         # Some libraries turn an interruption into an error of their own.
-        return report_interrupt() if end_wanted() else _failed(error)
+        return report_interrupt() if stop_requested() else _failed(error)
 
 
 def _failed(error: Exception) -> int:

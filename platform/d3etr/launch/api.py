@@ -124,10 +124,10 @@ def _mlflow(config: Config) -> OpenTracker | None:
         return None
 
     def start(config: Config, run_dir: Path) -> Tracker:
-        told = _told_before(config, RunFolder(run_dir))
-        if told is not None:
-            return told
-        # Slow to import, and not needed for a run that MLflow knows all about.
+        tracked = _complete_run(config, RunFolder(run_dir))
+        if tracked is not None:
+            return tracked
+        # Slow to import, and not needed for a run that MLflow has all of.
         from d3etr.tracking.runs import open_tracker
 
         return open_tracker(config, run_dir)
@@ -141,8 +141,8 @@ def _mlflow(config: Config) -> OpenTracker | None:
 
 
 @dataclass(frozen=True)
-class Told:
-    """Stands for a tracked run that has everything."""
+class CompleteRun:
+    """The tracker of a run that MLflow has all of."""
 
     run_id: str
 
@@ -151,12 +151,11 @@ class Told:
         return None
 
 
-def _told_before(config: Config, folder: RunFolder) -> Told | None:
+def _complete_run(config: Config, folder: RunFolder) -> CompleteRun | None:
     """The MLflow run of a finished run, if it has everything and is where it should be."""
     state = None if folder.result() is None else read_state(folder.path)
     if state is None or not state.complete:
         return None
     wanted = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if wanted and bare_url(wanted) != state.tracking_uri:
-        return None
-    return Told(state.run_id)
+    elsewhere = wanted and bare_url(wanted) != state.tracking_uri
+    return None if elsewhere else CompleteRun(state.run_id)

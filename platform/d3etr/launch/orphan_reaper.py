@@ -35,7 +35,9 @@ class OrphanReaper:
         self._reaper: subprocess.Popen[bytes] | None = None
         if sys.platform != "linux":
             return
-        self.environment[VARIABLE] = mark = uuid.uuid4().hex
+        mark = uuid.uuid4().hex
+        # Else Ray's agents write the titles that they give themselves over their environment.
+        self.environment = {VARIABLE: mark, "SPT_NOENV": "1"}
         self._reaper = subprocess.Popen(
             [sys.executable, "-I", __file__, str(os.getpid()), mark],
             stdin=subprocess.DEVNULL,

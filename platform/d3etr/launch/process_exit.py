@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from d3etr.launch.signals import end_wanted, handle_signals, hold
+from d3etr.launch.signals import handle_signals, hold, stop_requested
 
 EXIT_SECONDS = 30.0
 """Time limit of Python's exit hooks after a signal."""
@@ -63,7 +63,7 @@ def run_command(command: Callable[[], int]) -> NoReturn:
         code = report_interrupt(stop)
     for stream in (sys.stdout, sys.stderr):
         attempt(stream.flush)
-    if end_wanted() and not _command.skips_shutdown:
+    if stop_requested() and not _command.skips_shutdown:
         # Python ends itself by SIGINT, whatever the code, if one met it inside of exec().
         logging.disable(logging.INFO)  # PyTorch would log statistics where its import was cut off
         attempt_within(EXIT_SECONDS, atexit._run_exitfuncs)

@@ -42,7 +42,7 @@ from d3etr.launch.ray_environment import (
     without_proxy,
 )
 from d3etr.launch.resources import Node
-from d3etr.launch.signals import end_wanted, held, terminable
+from d3etr.launch.signals import held, stop_requested, terminable
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress
 
@@ -152,7 +152,7 @@ class _Connection:
             ray_node.wait_for_persisted_port = _wait_for_port
         if _POPEN is not None and sys.platform == "linux":
             ray_services.ConsolePopen = _popen_in_own_session
-        unless = end_wanted if is_command() else None
+        unless = stop_requested if is_command() else None
         self._reaper = OrphanReaper()
         with environment(self._reaper.environment, override=True):
             return attempt_within(START_SECONDS, partial(ray.init, **options), self._left, unless)
@@ -163,7 +163,7 @@ class _Connection:
         if failure is not None:
             return failure
         join = partial(ray.init, **_options(self._address), runtime_env=runtime_environment())
-        return attempt_within(CONNECT_SECONDS, join, self._left, end_wanted)
+        return attempt_within(CONNECT_SECONDS, join, self._left, stop_requested)
 
 
 # Parts of Ray that are not for others: a version that lacks one keeps its own ways with signals.
@@ -178,7 +178,7 @@ def _wait_for_port(*place: Any, timeout_ms: int = 30_000, **more: Any) -> int:
         try:
             return int(_WAIT_FOR_PORT(*place, timeout_ms=min(timeout_ms, PORT_TURN_MS), **more))
         except Exception:
-            if end_wanted() or time.monotonic() > end:
+            if stop_requested() or time.monotonic() > end:
                 raise
         time.sleep(0.01)
 

@@ -20,26 +20,26 @@ NUMBERS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
 ECHO_SECONDS = 5.0
-"""Terminals, shells and schedulers send several signals for one wish: so long, they are one."""
+"""Terminals, shells and schedulers send several signals for one request: so long, they are one."""
 
 
 @dataclass
-class _Wish:
-    """Whether somebody wants this process to end.
+class _StopRequest:
+    """Whether, and since when, this process is to end.
 
     Attributes:
-        impatient: ends the process at once, on a second wish while the first is acted on.
+        end_at_once: called on a second request while the first is acted on; must not return.
         noted: monotonic time of the first signal.
         raised: the first signal has become an exception.
-        held: so many blocks want none.
+        held: so many blocks must not be interrupted.
     """
 
-    impatient: Callable[[], object] | None = None
+    end_at_once: Callable[[], object] | None = None
     noted: float | None = None
     raised: bool = False
     held: int = 0
 
-    def take(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal."""
         first, now = self.noted is None, time.monotonic()
         if self.noted is None:
@@ -49,34 +49,34 @@ class _Wish:
         if not self.held:
             self.raised = True
             raise KeyboardInterrupt
-        if not first and self.impatient is not None:
-            self.impatient()
+        if not first and self.end_at_once is not None:
+            self.end_at_once()
 
 
-_wish: _Wish | None = None
+_request: _StopRequest | None = None
 """None where the process leaves signals as they are."""
 
 
-def handle_signals(impatient: Callable[[], object] | None = None) -> None:
+def handle_signals(end_at_once: Callable[[], object] | None = None) -> None:
     """Handle Ctrl-C, termination and a closed terminal from now on (in the main thread).
 
     What is ignored, as under ``nohup``, stays ignored.
 
     Args:
-        impatient: see ``_Wish``; must not return.
+        end_at_once: see ``_StopRequest``.
     """
-    global _wish
-    _wish = _Wish(impatient)
+    global _request
+    _request = _StopRequest(end_at_once)
     for number in NUMBERS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _wish.take)
+            signal.signal(number, _request.handle)
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
     """Make signals end the block like Ctrl-C does, unless they do already."""
-    global _wish
-    if _wish is not None or threading.current_thread() is not threading.main_thread():
+    global _request
+    if _request is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in NUMBERS}
@@ -84,7 +84,7 @@ def terminable() -> Iterator[None]:
     try:
         yield
     finally:
-        _wish = None
+        _request = None
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -96,32 +96,32 @@ def held() -> Iterator[None]:
     Raises:
         KeyboardInterrupt: at the end of the block.
     """
-    wish = _wish
-    if wish is None or threading.current_thread() is not threading.main_thread():
+    request = _request
+    if request is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    wish.held += 1
+    request.held += 1
     try:
         yield
     finally:
-        wish.held -= 1
-        if wish.noted is not None and not wish.raised and not wish.held:
-            wish.raised = True
+        request.held -= 1
+        if request.noted is not None and not request.raised and not request.held:
+            request.raised = True
             raise KeyboardInterrupt
 
 
 def hold() -> None:
     """Let no signal interrupt this process any more: it ends."""
-    if _wish is not None:
-        _wish.held += 1
+    if _request is not None:
+        _request.held += 1
 
 
-def end_wanted() -> bool:
+def stop_requested() -> bool:
     """Whether a signal was noted: what fails from then on may fail for that reason."""
-    return _wish is not None and _wish.noted is not None
+    return _request is not None and _request.noted is not None
 
 
 def interrupt() -> None:
     """Interrupt the main thread, from another one."""
     # Ctrl-C may be ignored, as by what a script starts in the background.
-    os.kill(os.getpid(), signal.SIGINT if _wish is None else signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT if _request is None else signal.SIGTERM)
