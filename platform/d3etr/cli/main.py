@@ -22,6 +22,7 @@ from d3etr.cli import (
     compare,
     demo,
     evaluate,
+    explain,
     export,
     import_weights,
     predict,
@@ -50,6 +51,7 @@ COMMANDS: tuple[Command, ...] = (
     predict.COMMAND,
     compare.COMMAND,
     attention.COMMAND,
+    explain.COMMAND,
     cache.COMMAND,
     render_digit_scenes.COMMAND,
 )

@@ -58,15 +58,23 @@ class DigitScenesConfig(Section):
     root: FilePath = Path("data/digit-scenes")
     """Parent folder; every distinct setting gets a folder of its own below it."""
     train_images: Annotated[int, Field(ge=1, le=MAXIMUM)] = 6000
+    """In the training split."""
     validation_images: Annotated[int, Field(ge=1, le=MAXIMUM)] = 500
+    """In the validation split."""
     test_images: Annotated[int, Field(ge=1, le=MAXIMUM)] = 1000
+    """In the test split."""
     image_size: Annotated[int, Field(ge=32, le=1024)] = 64
+    """Side of the square images."""
     minimum_objects: Annotated[int, Field(ge=0, le=MAXIMUM)] = 1
+    """Fewest digits in an image."""
     maximum_objects: Annotated[int, Field(ge=1, le=MAXIMUM)] = 5
+    """Most digits in an image."""
     minimum_scale: Annotated[int, Field(ge=6, le=MAXIMUM)] = 10
     """Shortest long side of a digit, pixels; sizes are log-uniform."""
     maximum_scale: Annotated[int, Field(ge=6, le=MAXIMUM)] = 28
+    """Longest long side of a digit, pixels."""
     seed: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
+    """Of the scenes; another one gives other images."""
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> Self:
@@ -83,7 +91,9 @@ class AugmentationConfig(Section):
     shortest_sides: Annotated[tuple[Side, ...], Field(min_length=1)] | None = None
     """Multi-scale training: one of these is drawn per image; None keeps the preprocessing's."""
     horizontal_flip: Probability = 0.5
+    """Share of images that are mirrored left to right."""
     vertical_flip: Probability = 0.0
+    """Share of images that are mirrored top to bottom."""
     crop: Probability = 0.0
     """Share of images that are cropped (to 50-100 % of each side) before resizing."""
     colour_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -119,8 +129,11 @@ class DataConfig(Section):
     """Short for the annotations of train and validation where one path holds both: a YOLO
     data.yaml, a Pascal VOC folder, an image folder. Resolved into these two."""
     train: SplitConfig | None = None
+    """Images to learn from."""
     validation: SplitConfig | None = None
+    """Images that the student is measured on during training, and its weights chosen by."""
     test: SplitConfig | None = None
+    """Images that are measured once, after training, where ``evaluation.test`` asks for it."""
     digit_scenes: DigitScenesConfig | None = None
     """Use the embedded benchmark instead of files of your own."""
     preprocessing: PreprocessingConfig = PreprocessingConfig()

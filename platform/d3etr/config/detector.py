@@ -81,11 +81,17 @@ class DetectorConfig(VariantSection):
     width: Positive = 256
     """Model width D, the channels of encoder and decoder."""
     heads: Positive = 8
+    """Attention heads; ``width`` must be a multiple of twice their number."""
     encoder_layers: Annotated[int, Field(ge=0, le=100)] = 6
+    """Layers of the transformer's encoder; 0 leaves it out."""
     decoder_layers: Layers = 6
+    """L, layers of the transformer's decoder."""
     feedforward: Positive = 2048
+    """Channels between the two linear maps of each layer."""
     queries: Positive = 300
+    """N, object queries: the most objects that can be found in an image."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of activations that training sets to 0."""
     box_size_bias: Annotated[float, Field(ge=-100, le=100)] = 0.0
     """Initial bias of the width and height logits of boxes (DAB-DETR: of its anchors);
     negative starts small."""

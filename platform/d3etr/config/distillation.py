@@ -21,8 +21,11 @@ class MatchingCostConfig(Section):
     class_distance: Literal["l2", "bce"] = "l2"
     """l2: distance of class probabilities. bce: cross entropy with the teacher's as target."""
     class_cost: Weight = 2.0
+    """Weight of the class distance."""
     l1_cost: Weight = 5.0
+    """Weight of the L1 distance of boxes."""
     giou_cost: Weight = 2.0
+    """Weight of 1 - GIoU of boxes."""
 
     @model_validator(mode="after")
     def _something_costs(self) -> Self:
@@ -35,6 +38,7 @@ class PredictionConfig(Section):
     """Distillation of class logits and boxes."""
 
     weight: Weight = 2.0
+    """Of the whole term in the total loss; 0 switches it off."""
     class_loss: Literal["focal", "bce", "kl"] = "focal"
     """focal: |p' - p|^2 BCE(z, p'). bce: soft-target BCE. kl: softmax KL with temperature. p are a
     detector's class probabilities and z their logits, log(p / (1 - p)), with ``classification:
@@ -42,8 +46,11 @@ class PredictionConfig(Section):
     temperature: Annotated[float, Field(gt=0, le=MAXIMUM)] = 1.0
     """Used by ``kl`` only."""
     class_weight: Weight = 4.0
+    """Weight of the class loss within the term."""
     l1_weight: Weight = 5.0
+    """Weight of the L1 distance of boxes within the term."""
     giou_weight: Weight = 2.0
+    """Weight of 1 - GIoU of boxes within the term."""
     pair_weights: Literal["confidence", "uniform"] = "confidence"
     """Of boxes. confidence: a pair counts as much as the teacher is sure of its query."""
     class_pair_weights: Literal["every", "confidence", "uniform"] = "every"
@@ -70,10 +77,15 @@ class AttentionConfig(Section):
     """Distillation of one kind of attention map; the mean over heads and pairs."""
 
     weight: Weight = 2.0
+    """Of the term in the total loss; 0 switches it off."""
     distance: Literal["kl", "mse"] = "kl"
+    """Between two attention maps. kl: Kullback-Leibler divergence of each row. mse: mean squared
+    difference."""
     heads: Literal["apart", "averaged"] = "apart"
     """apart needs equal head counts; averaged compares the mean over heads."""
     pair_weights: Literal["confidence", "uniform"] = "uniform"
+    """confidence: a pair counts as much as the teacher is sure of its query. uniform: all pairs
+    count the same."""
     layers: Literal["sum", "mean"] = "mean"
     """Over decoder layers. mean: beside summed prediction terms, twice the layers halve what
     attention counts. sum: its weight beside them is the same at any depth."""
@@ -111,6 +123,7 @@ class FeatureConfig(Section):
     """Distillation of memory tokens where the teacher sees objects (DETRDistill's)."""
 
     weight: Weight = 0.0
+    """Of the term in the total loss; 0 switches it off."""
     queries: Annotated[int, Field(ge=1, le=MAXIMUM)] = 100
     """The teacher's best queries, whose likeness to a token says how much it counts."""
 

@@ -17,9 +17,11 @@ class RunConfig(Section):
     role: Literal["teacher", "student"] = "student"
     """What tables and figures call it; a teacher is not measured against students."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of every random number: weights, order and augmentation of images, dropout."""
     output: FilePath = Path("runs")
     """Folder that holds runs; on a cluster, storage that all nodes share."""
     keep_checkpoints: Annotated[int, Field(ge=1, le=MAXIMUM)] = 2
+    """How many of the newest checkpoints stay."""
     checkpoint_every_epochs: Annotated[int, Field(ge=1, le=MAXIMUM)] = 1
     """Save a checkpoint after every so many epochs, and after the last."""
     checkpoint_every_steps: Annotated[int, Field(ge=1, le=MAXIMUM)] | None = None
@@ -33,6 +35,7 @@ class ClusterConfig(Section):
     """Ray address (``auto``: the cluster on this machine); None joins the cluster that a submitted
     job is in (``RAY_ADDRESS``), else starts one here that ends with the run."""
     workers: Annotated[int, Field(ge=1, le=MAXIMUM)] = 1
+    """Training processes; the images of a step are shared among them."""
     minimum_workers: Annotated[int, Field(ge=1, le=MAXIMUM)] | None = None
     """Elastic training: where a node goes, train on with what is left, at least so many workers,
     and grow back to ``workers`` at a checkpoint. None: always ``workers``."""
@@ -40,6 +43,7 @@ class ClusterConfig(Section):
     """auto: 1 where the cluster has a GPU for every worker (or, elastic, for minimum_workers of
     them), else 0."""
     cpus_per_worker: Annotated[float, Field(gt=0, le=MAXIMUM)] = 1.0
+    """Cores that Ray reserves for each worker."""
     threads_per_worker: Annotated[int, Field(ge=1, le=MAXIMUM)] | Literal["auto"] = "auto"
     """Threads of tensor operations; auto is OMP_NUM_THREADS, where that is set, else shares a
     node's cores among its workers."""
@@ -62,10 +66,13 @@ class TrackingConfig(Section):
     """MLflow."""
 
     enabled: bool = True
+    """Record the run in MLflow."""
     uri: str | None = None
     """None: MLFLOW_TRACKING_URI, else an SQLite file in ``run.output``."""
     experiment: str = "d3etr"
+    """MLflow's experiment that the run belongs to."""
     figures: bool = True
+    """Draw figures and example images at the end of a run and record them."""
     register_as: Annotated[str, Field(pattern=r"^[^/:]*[^/:\s][^/:]*$", max_length=256)] | None = (
         None
     )

@@ -22,15 +22,20 @@ class SetCriterionConfig(Section):
     class_weight: Weight = 2.0
     """A recipe for a student with ``classification: softmax`` has 1 unless it says otherwise."""
     l1_weight: Weight = 5.0
+    """Weight of the L1 distance of boxes in the loss."""
     giou_weight: Weight = 2.0
+    """Weight of 1 - GIoU of boxes in the loss."""
     class_cost: Weight = 2.0
     """Likewise. Of the focal cost; of minus the probability where the detector that is matched has
     ``classification: softmax``."""
     l1_cost: Weight = 5.0
+    """Weight of the L1 distance of boxes in the matching cost."""
     giou_cost: Weight = 2.0
+    """Weight of minus the GIoU of boxes in the matching cost."""
     focal_alpha: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Of the focal loss, as ``focal_gamma``; neither goes with ``classification: softmax``."""
     focal_gamma: Annotated[float, Field(ge=0, le=MAXIMUM)] = 2.0
+    """Exponent of the focal loss: how little easy queries count."""
     no_object_weight: Annotated[float, Field(gt=0, le=MAXIMUM)] = 0.1
     """``classification: softmax`` only: weight of a query that should find nothing in the cross
     entropy; one that should find an object has 1, and the sum is divided by all weights."""
@@ -40,6 +45,8 @@ class ScheduleConfig(Section):
     """Learning rate over optimiser steps, as a factor on the base rates."""
 
     kind: Literal["constant", "step", "cosine"] = "step"
+    """constant: the base rates. step: a tenth of them after ``drop_at``. cosine: down to
+    ``final_factor`` along half a cosine."""
     warmup_steps: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
     """Linear growth from 0 over this many steps, before any kind."""
     drop_at: Annotated[float, Field(gt=0, lt=1)] = 0.8
@@ -52,6 +59,7 @@ class OptimisationConfig(Section):
     """AdamW and everything around it."""
 
     epochs: Positive | None = None
+    """Length of the run in passes over the training images; or set ``steps``."""
     steps: Positive | None = None
     """Length of the run: exactly one of epochs and (optimiser) steps."""
     batch_size: Positive = 16
@@ -59,13 +67,16 @@ class OptimisationConfig(Section):
     accumulation: Positive = 1
     """Micro-batches per optimiser step on each worker, while all workers are there."""
     learning_rate: Annotated[float, Field(gt=0, le=MAXIMUM)] = 1e-4
+    """AdamW's, of everything but the parts that have a factor of their own."""
     backbone_rate_factor: Annotated[float, Field(ge=0, le=100)] = 0.1
     """The backbone's learning rate, as a factor on ``learning_rate``; 0 freezes the backbone."""
     sampling_rate_factor: Annotated[float, Field(gt=0, le=100)] = 1.0
     """``deformable_detr`` only: learning rate of sampling offsets and reference points, as a
     factor on ``learning_rate``; the official code has 0.1."""
     weight_decay: Weight = 1e-4
+    """AdamW's."""
     clip_norm: Annotated[float, Field(gt=0, le=MAXIMUM)] | None = 0.1
+    """Gradients are scaled down to this L2 norm where theirs is larger; None does not clip."""
     schedule: ScheduleConfig = ScheduleConfig()
     set_criterion: SetCriterionConfig = SetCriterionConfig()
     precision: Precision = "float32"
@@ -149,9 +160,13 @@ class PretrainingConfig(Section):
     context: Annotated[float, Field(ge=0, le=4)] = 0.1
     """A crop's side is the object's longer side times 1 + context."""
     steps: Positive = 1500
+    """Length of the training."""
     batch_size: Positive = 32
+    """Crops per optimiser step."""
     learning_rate: Annotated[float, Field(gt=0, le=MAXIMUM)] = 3e-3
+    """Highest learning rate of AdamW; it warms up and falls along a cosine."""
     weight_decay: Weight = 1e-3
+    """AdamW's, of all matrices and kernels."""
     backgrounds: Annotated[float, Field(ge=0, le=10)] = 0.2
     """Crops without an object, for each crop with one."""
     maximum_crops: Annotated[int, Field(ge=1, le=MAXIMUM)] = 40_000
