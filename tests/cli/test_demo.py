@@ -15,6 +15,8 @@ from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import WeightsInfo, read_info, save_weights
 from d3etr.errors import UserError
 
+RECIPES = demo.RECIPES / "digits"
+WEIGHTS = demo.RECIPES.parent / demo.TEACHER_WEIGHTS
 TINY = (
     "data.digit_scenes.train_images=32",
     "data.digit_scenes.validation_images=8",
@@ -35,8 +37,8 @@ TINY = (
 def project(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project folder with the recipes, and a teacher that knows nothing yet."""
     monkeypatch.chdir(tmp_path)
-    recipes = tmp_path / demo.RECIPES
-    shutil.copytree(repository / demo.RECIPES, recipes)
+    recipes = tmp_path / RECIPES
+    shutil.copytree(repository / RECIPES, recipes)
     base = recipes / "base.yaml"
     shipped = "  backbone_weights: trainers/weights/digits-student-backbone.safetensors\n"
     assert shipped in base.read_text()
@@ -53,7 +55,7 @@ def project(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -
         origin={"step": 6000},
     )
     teacher = build_detector(config.student.detector, 10)
-    save_weights(tmp_path / demo.TEACHER_WEIGHTS, teacher, info, torch.float16)
+    save_weights(tmp_path / WEIGHTS, teacher, info, torch.float16)
     return tmp_path
 
 
@@ -100,14 +102,14 @@ def test_four_runs_are_made_once_and_put_side_by_side(
 
 
 def test_without_shipped_weights_it_says_how_to_train_them(project: Path) -> None:
-    (project / demo.TEACHER_WEIGHTS).unlink()
+    (project / WEIGHTS).unlink()
     with pytest.raises(UserError, match="make demo TEACHER=train"):
         demo.run_demo(launcher="local", overrides=TINY)
     assert not (project / "runs").exists()
 
 
 def test_all_recipes_are_checked_before_anything_runs(project: Path) -> None:
-    (project / demo.RECIPES / "d3etr.yaml").write_text("extends: base.yaml\nrunn: {}\n")
+    (project / RECIPES / "d3etr.yaml").write_text("extends: base.yaml\nrunn: {}\n")
     with pytest.raises(UserError, match="did you mean 'run'"):
         demo.run_demo(launcher="local", overrides=TINY)
     assert not (project / "runs").exists()
@@ -124,7 +126,7 @@ def test_shipped_weights_of_another_recipe_are_refused(project: Path) -> None:
 def test_missing_backbones_are_pretrained(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = project / demo.RECIPES / "plain.yaml"
+    recipe = project / RECIPES / "plain.yaml"
     place = project / "weights" / "backbone.safetensors"
     sets = [part for value in TINY for part in ("--set", value)]
     sets += ["--set", f"student.backbone_weights={place}"]
@@ -137,6 +139,6 @@ def test_missing_backbones_are_pretrained(
 def test_pretraining_without_a_place_to_write_says_so(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = str(project / demo.RECIPES / "plain.yaml")
+    recipe = str(project / RECIPES / "plain.yaml")
     assert main(["pretrain-backbone", recipe, "--set", "student.backbone_weights=null"]) == 2
     assert "--set student.backbone_weights=FILE" in capsys.readouterr().err

@@ -9,28 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow.entities import Run
 from mlflow.store.tracking.dbmodels.models import SqlDataset
-from mlflow.tracking import MlflowClient
+from tracked_folders import client_of, run_of
 
 from d3etr.config.tree import Config
-from d3etr.tracking.runs import Tracker, open_tracker, replay
+from d3etr.tracking.runs import open_tracker, replay
 from d3etr.tracking.sweeps import SweepRun
 
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[..., Path]
-
-
-def client_of(config: Config) -> MlflowClient:
-    return MlflowClient(tracking_uri=f"sqlite:///{config.run.output / 'mlflow.db'}")
-
-
-def run_of(config: Config, tracker: Tracker | SweepRun) -> Run:
-    return client_of(config).get_run(tracker.run_id)
-
-
-def artifacts_of(config: Config, tracker: Tracker) -> set[str]:
-    return {file.path for file in client_of(config).list_artifacts(tracker.run_id)}
 
 
 def test_a_run_without_an_artifact_store_is_finished_and_says_what_is_missing(
@@ -43,7 +30,7 @@ def test_a_run_without_an_artifact_store_is_finished_and_says_what_is_missing(
     tracker = open_tracker(config, run_dir)
     missing = tracker.finish("FINISHED")
     assert missing is not None and f"python -m d3etr.tracking {run_dir}" in missing
-    run = run_of(config, tracker)
+    run = run_of(config, run_dir)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["val/mAP"] == 0.25
     for name in ("config.yaml", "summary.json", "weights", "model", "registered model"):
@@ -51,9 +38,10 @@ def test_a_run_without_an_artifact_store_is_finished_and_says_what_is_missing(
     assert run.data.tags["data_digest"] == "d" * 16
     in_the_way.unlink()
     assert replay(run_dir) is None
-    run = run_of(config, tracker)
+    run = run_of(config, run_dir)
     assert run.info.status == "FINISHED" and "missing" not in run.data.tags
-    assert {"config.yaml", "summary.json", "weights"} <= artifacts_of(config, tracker)
+    names = {file.path for file in client_of(config).list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "summary.json", "weights"} <= names
     assert client_of(config).get_model_version_by_alias("tiny-student", "champion")
 
 
@@ -80,14 +68,14 @@ def test_what_cannot_be_sent_costs_nothing_else_and_is_sent_later(
         patch.setattr(broken, fails)
         lacking = tracker.finish("FINISHED")
         assert lacking is not None and f": {missing} (gone for a moment)" in lacking
-        run = run_of(config, tracker)
+        run = run_of(config, run_dir)
         assert run.info.status == "FINISHED"
         assert run.data.tags["missing"] == f"{missing} (gone for a moment)"
         [model] = client.search_logged_models([run.info.experiment_id])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("d3etr.tracking.figures.collect.draw_figures", lambda *given: [])
         assert replay(run_dir) is None
-    run = run_of(config, tracker)
+    run = run_of(config, run_dir)
     assert "missing" not in run.data.tags and len(run.inputs.dataset_inputs) == 1
     assert [found.model_id for found in client.search_logged_models(["1"])] == [model.model_id]
     assert len(client.search_model_versions("name='tiny-student'")) == 1
@@ -108,8 +96,8 @@ def test_two_runs_that_end_together_both_end_whole(
     monkeypatch.setattr(SqlDataset, "__init__", make_while_the_other_does)
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lambda tracker: tracker.finish("FINISHED"), trackers)) == [None, None]
-    for config, tracker in zip(configs, trackers, strict=True):
-        run = run_of(config, tracker)
+    for config, folder in zip(configs, folders, strict=True):
+        run = run_of(config, folder)
         assert run.info.status == "FINISHED" and len(run.inputs.dataset_inputs) == 1
     champion = client_of(configs[0]).get_model_version_by_alias("tiny", "champion")
     assert champion.tags["mAP"] == "0.4000"
@@ -126,7 +114,7 @@ def test_a_sweep_is_finished_whatever_of_its_results_cannot_be_sent(
     sweep = SweepRun(config, folder, "The matching ratios", {"seeds": "0"})
     missing = sweep.finish("FINISHED", [], [table], keys=[])
     assert missing is not None and "table.csv" in missing and str(folder) in missing
-    run = run_of(config, sweep)
+    run = run_of(config, folder)
     assert run.info.status == "FINISHED" and "table.csv" in run.data.tags["missing"]
     assert run.data.metrics["trials/finished"] == 0
 

@@ -123,7 +123,8 @@ def test_curves_draw_without_measurements(tmp_path: Path) -> None:
     empty = Series("student", [], [])
     assert "not measured yet" in texts(draw_training([empty]))
     assert any("fewer than two" in text for text in texts(draw_stability([empty])))
-    full = draw_training([Series("student", [1, 2], [0.1, 0.2])], {"teacher": (0.6, "#0072B2")})
+    teacher = Series("teacher", [0], [0.6], level=True)
+    full = draw_training([Series("student", [1, 2], [0.1, 0.2]), teacher])
     labels = [text.get_text() for text in full.axes[0].get_legend().get_texts()]
     assert labels == ["student", "teacher: 60.0"]
     assert list(full.axes[0].lines[0].get_ydata()) == [10.0, 20.0]

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from mlflow.entities import Run
-from mlflow.tracking import MlflowClient
-from tracked_folders import journal_records, write_journal
+from tracked_folders import client_of, journal_records, run_of, write_journal
 
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
@@ -26,21 +24,9 @@ MakeConfig = Callable[..., Config]
 MakeRun = Callable[..., Path]
 
 
-def client_of(config: Config) -> MlflowClient:
-    return MlflowClient(tracking_uri=f"sqlite:///{config.run.output / 'mlflow.db'}")
-
-
 def steps_of(config: Config, run_dir: Path, metric: str) -> list[int]:
-    state = read_state(run_dir)
-    assert state is not None
-    history = client_of(config).get_metric_history(state.run_id, metric)
+    history = client_of(config).get_metric_history(run_of(config, run_dir).info.run_id, metric)
     return [point.step for point in history]
-
-
-def run_of(config: Config, run_dir: Path) -> Run:
-    state = read_state(run_dir)
-    assert state is not None
-    return client_of(config).get_run(state.run_id)
 
 
 def test_a_finished_run_has_metrics_params_tags_files_and_a_model(

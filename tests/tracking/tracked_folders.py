@@ -7,13 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
 from tiny import tiny_detector_config
 
+from d3etr.config.tree import Config
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import WeightsInfo, save_weights
+from d3etr.tracking.state import read_state
 
 CLASSES = ((1, "cat"), (3, "dog"))
 TINY = tiny_detector_config()
+
+
+def client_of(config: Config) -> MlflowClient:
+    """Of the embedded database next to the run."""
+    return MlflowClient(tracking_uri=f"sqlite:///{config.run.output / 'mlflow.db'}")
+
+
+def run_of(config: Config, folder: Path) -> Run:
+    """The MLflow run of a run's or sweep's folder."""
+    state = read_state(folder)
+    assert state is not None
+    return client_of(config).get_run(state.run_id)
 
 
 def journal_records(steps: int, final: float = 0.25) -> list[dict[str, Any]]:

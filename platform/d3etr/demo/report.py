@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from d3etr.data.digit_scenes import write_digit_scenes
-from d3etr.demo.runs import DemoRun
+from d3etr.demo.runs import DemoRun, find_recipes
 from d3etr.tracking.address import how_to_open
 from d3etr.tracking.compare import compare
 from d3etr.tracking.compare.equal_time import CLOCKS, at_equal_time, clock_of
@@ -22,13 +22,13 @@ OWN_DATA = """\
 The same on data of your own (COCO format; put your paths into the first two lines):
   TRAIN="data.train={{images: photos/train, annotations: photos/train.json}}"
   VALIDATION="data.validation={{images: photos/val, annotations: photos/val.json}}"
-  {python} -m d3etr check-data --set "$TRAIN" --set "$VALIDATION"
-  {python} trainers/run.py trainers/recipes/own/teacher.yaml --set "$TRAIN" --set "$VALIDATION"
-  {python} trainers/run.py trainers/recipes/own/plain.yaml --set "$TRAIN" --set "$VALIDATION"
+  {d3etr} check-data --set "$TRAIN" --set "$VALIDATION"
+  {d3etr} train {recipes}/teacher.yaml --set "$TRAIN" --set "$VALIDATION"
+  {d3etr} train {recipes}/plain.yaml --set "$TRAIN" --set "$VALIDATION"
   TEACHER="$(ls -t runs/own-teacher-*/weights.safetensors | head -n 1)"
-  {python} trainers/run.py trainers/recipes/own/inherited.yaml --set "$TRAIN" \\
+  {d3etr} train {recipes}/inherited.yaml --set "$TRAIN" \\
     --set "$VALIDATION" --set student.initialise_from.weights="$TEACHER"
-  {python} trainers/run.py trainers/recipes/own/d3etr.yaml --set "$TRAIN" --set "$VALIDATION" \\
+  {d3etr} train {recipes}/d3etr.yaml --set "$TRAIN" --set "$VALIDATION" \\
     --set teacher.weights="$TEACHER\""""
 HEADINGS = ("mAP", "gain", "AP50", "parameters", "images/s", "training")
 """What of a comparison fits on any terminal."""
@@ -80,15 +80,15 @@ def as_json(runs: list[DemoRun]) -> list[dict[str, Any]]:
 def next_steps(runs: list[DemoRun]) -> str:
     """Commands that can be pasted: the comparison in MLflow, a picture, own data."""
     python = _shown_path(Path(sys.executable))
-    weights = _shown_path(runs[-1].result.weights)
+    d3etr, weights = f"{python} -m d3etr", _shown_path(runs[-1].result.weights)
     folders = " ".join(_shown_path(run.result.run_dir) for run in runs)
     parts = [
         *_mlflow_commands(runs, python),
         "Detect digits on a picture, drawn into predictions/:",
-        f"  {python} -m d3etr predict {weights} {_a_picture(runs[-1])} --output predictions",
+        f"  {d3etr} predict {weights} {_a_picture(runs[-1])} --output predictions",
         "Compare the runs here; the page adds curves and what each detects on the same images:",
-        f"  {python} -m d3etr compare {folders} --html comparison.html",
-        OWN_DATA.format(python=python),
+        f"  {d3etr} compare {folders} --html comparison.html",
+        OWN_DATA.format(d3etr=d3etr, recipes=_shown_path(find_recipes() / "own")),
     ]
     return "\n".join(parts)
 

@@ -21,8 +21,8 @@ from d3etr.launch.driver import RunResult
 from d3etr.progress import OnProgress, no_progress
 from d3etr.training.pretraining import pretrain_backbone
 
-RECIPES = Path("trainers", "recipes", "digits")
-TEACHER_WEIGHTS = Path("trainers", "weights", "digits-teacher.safetensors")
+RECIPES = Path("trainers", "recipes")
+TEACHER_WEIGHTS = Path("weights", "digits-teacher.safetensors")
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,18 @@ def run_demo(
     Raises:
         UserError: recipes or weights are not where they should be, or a run cannot start.
     """
-    root = project_root()
-    shipped = None if train_teacher else _shipped_weights(root)
+    recipes = find_recipes()
+    shipped = None if train_teacher else _shipped_weights(recipes)
     # A run's folder is known before it starts: all are validated before any does.
     # Other shipped weights are another run, and what they teach is another student.
     named = [] if shipped is None else [f"run.name=digits-teacher-{file_digest(shipped)[:8]}"]
-    teacher = _config(root, "teacher", [*overrides, *named])
+    teacher = _config(recipes, "teacher", [*overrides, *named])
     weights = folder_of(teacher).weights
     start = f"student.initialise_from.weights={weights}"
     students = {
-        "plain student": _config(root, "plain", overrides),
-        "inherited student": _config(root, "inherited", [*overrides, start]),
-        "D3ETR student": _config(root, "d3etr", [*overrides, f"teacher.weights={weights}"]),
+        "plain student": _config(recipes, "plain", overrides),
+        "inherited student": _config(recipes, "inherited", [*overrides, start]),
+        "D3ETR student": _config(recipes, "d3etr", [*overrides, f"teacher.weights={weights}"]),
     }
 
     first = "training" if shipped is None else "measuring the shipped weights"
@@ -123,9 +123,9 @@ def prepare(
     Raises:
         UserError: something cannot be written.
     """
-    root = project_root()
+    recipes = find_recipes()
     for recipe in ("teacher", "plain") if train_teacher else ("plain",):
-        config = _config(root, recipe, overrides)
+        config = _config(recipes, recipe, overrides)
         if config.data.digit_scenes is not None:
             write_digit_scenes(config.data.digit_scenes, progress)
         weights = config.student.backbone_weights
@@ -140,32 +140,33 @@ def prepare(
             )
 
 
-def project_root() -> Path:
-    """The folder that holds ``trainers/``: the working directory, or where this code lies.
+def find_recipes() -> Path:
+    """The folder of recipes, with that of shipped weights next to it.
 
     Raises:
         UserError: d3etr was installed without its recipes.
     """
     for root in (Path(), Path(__file__).resolve().parents[3]):
-        if (root / RECIPES).is_dir():
-            return root
+        if (root / RECIPES / "digits").is_dir():
+            return root / RECIPES
     raise UserError(
-        f"{RECIPES} is not here: the demonstration needs the project's folder (recipes and the "
-        "teacher's weights). Change to it, or clone the project."
+        f"{RECIPES / 'digits'} is not here: the demonstration needs the project's folder (recipes "
+        "and the teacher's weights). Change to it, or clone the project."
     )
 
 
-def _shipped_weights(root: Path) -> Path:
-    weights = root / TEACHER_WEIGHTS
+def _shipped_weights(recipes: Path) -> Path:
+    weights = recipes.parent / TEACHER_WEIGHTS
     if not weights.is_file():
         raise UserError(f"{weights} is missing: train the teacher with 'make demo TEACHER=train'")
     return weights
 
 
-def _config(root: Path, recipe: str, overrides: Sequence[str]) -> Config:
+def _config(recipes: Path, recipe: str, overrides: Sequence[str]) -> Config:
     """A recipe whose weights are found from any working directory."""
-    path = root / RECIPES / f"{recipe}.yaml"
+    path = recipes / "digits" / f"{recipe}.yaml"
     weights = load_config(path, overrides).student.backbone_weights
     if not isinstance(weights, Path) or weights.is_absolute():
         return load_config(path, overrides)
-    return load_config(path, [*overrides, f"student.backbone_weights={root / weights}"])
+    found = recipes.parents[1] / weights  # as the recipes name it: from the project's folder
+    return load_config(path, [*overrides, f"student.backbone_weights={found}"])

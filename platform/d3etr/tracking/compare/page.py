@@ -91,6 +91,7 @@ def as_page(comparison: Comparison, pictures: Pictures | None = None) -> str:
             results=results_table(comparison),
             equal_time=equal_time_table(comparison),
             curves=_curves(comparison.groups, styles),
+            charts=_charts,
             several_seeds=any(len(group.runs) > 1 for group in comparison.groups),
             numbers=curves_table(comparison),
             pictures=pictures,
@@ -120,6 +121,7 @@ def _environment() -> Environment:
         "verdict": _verdict,
         "marks": _marks,
     }
+    made.tests["any"] = any
     made.globals["sharp_side"] = SHARP_SIDE
     return made
 
@@ -150,54 +152,43 @@ def styles_of(titles: Sequence[str]) -> list[Style]:
     return chosen
 
 
-def _curves(groups: Sequence[RunGroup], styles: Sequence[Style]) -> dict[str, Any]:
-    """The chart in both sizes, its legend, and whether it has bands and levels."""
+def _curves(groups: Sequence[RunGroup], styles: Sequence[Style]) -> list[Series]:
+    """Validation mAP of the groups that were measured while they trained."""
+    measured = [
+        (group, style) for group, style in zip(groups, styles, strict=True) if group.curve()
+    ]
     # A teacher was trained before, often for far more steps than the students: it is a level.
-    measured = [(group, style, group.curve()) for group, style in zip(groups, styles, strict=True)]
-    measured = [each for each in measured if each[2]]
-    trained = [each for each in measured if each[0].title != "teacher"] or measured
-    series = [
+    students = any(group.title != "teacher" for group, _ in measured)
+    return [
         Series(
             group.label,
-            list(curve),
-            [at.mean for at in curve.values()],
+            list(group.curve()),
+            [at.mean for at in group.curve().values()],
             COLOURS[colour][0],
             stroke,
-            [at.deviation or 0.0 for at in curve.values()],
+            [at.deviation or 0.0 for at in group.curve().values()],
+            level=students and group.title == "teacher",
         )
-        for group, (colour, stroke), curve in trained
+        for group, (colour, stroke) in measured
     ]
-    ends = {group.label: list(curve.values())[-1].mean for group, _, curve in measured}
-    levels = {
-        group.label: (ends[group.label], COLOURS[colour][0])
-        for group, (colour, _), _ in measured
-        if group not in [each[0] for each in trained]
-    }
-    spoken = [*map(_summary, series)]
-    spoken += [f"{label}: the level {100 * value:.1f}" for label, (value, _) in levels.items()]
+
+
+def _charts(curves: Sequence[Series]) -> list[Markup]:
+    """The curves for a desk and for a phone."""
+    spoken = "; ".join(map(_summary, curves))
     colours = {light: f"var(--s{index})" for index, (light, _) in enumerate(COLOURS)}
-    return {
-        "charts": {
-            size: as_svg(
-                draw_training(series, levels, "", inches=inches, key=False),
-                size,
-                "; ".join(spoken),
-                colours,
-            )
-            for size, inches in SIZES.items()
-        }
-        if series
-        else {},
-        "legend": {label: f"{100 * value:.1f}" for label, value in ends.items()},
-        "bands": any(any(each.deviations) for each in series),
-        "levels": bool(levels),
-    }
+    return [
+        as_svg(draw_training(curves, "", inches=inches, key=False), size, spoken, colours)
+        for size, inches in SIZES.items()
+    ]
 
 
 def _summary(series: Series) -> str:
     (first, start), (last, end) = (
         (series.steps[place], 100 * series.values[place]) for place in (0, -1)
     )
+    if series.level:
+        return f"{series.label}: the level {end:.1f}"
     if len(series.steps) == 1:
         return f"{series.label}: {end:.1f} at step {last:g}"
     return f"{series.label}: from {start:.1f} at step {first:g} to {end:.1f} at step {last:g}"

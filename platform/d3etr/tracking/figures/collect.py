@@ -149,11 +149,11 @@ def _seconds_per_image(
 
 def _draw_history(config: Config, journal: Sequence[Record], own: str, folder: Path) -> list[Path]:
     evaluations = [record for record in journal if record["kind"] == "evaluation"]
-    teacher = [record["metrics"] for record in journal if record["kind"] == "teacher"]
+    teacher = [r["metrics"]["teacher/mAP"] for r in journal if r["kind"] == "teacher"]
     colour = DETECTORS.get(own, PLAIN)
     quality = Series(title(config), *_column(evaluations, "step", "val/mAP"), colour)
-    levels = {"teacher": (teacher[-1]["teacher/mAP"], TEACHER)} if teacher else {}
-    drawn = [save(draw_training([quality], levels), folder / "validation_mAP.png")]
+    levels = [Series("teacher", [0], teacher[-1:], TEACHER, level=True)] if teacher else []
+    drawn = [save(draw_training([quality, *levels]), folder / "validation_mAP.png")]
     if config.distillation.matches_adaptively:
         stable = Series(title(config), *_column(evaluations, "step", "matching/stability"), colour)
         drawn.append(save(draw_stability([stable]), folder / "matching_stability.png"))

@@ -42,6 +42,7 @@ class Series:
         colour: ``#rrggbb``.
         stroke: line style.
         deviations: of each value, drawn as a band; empty draws none.
+        level: draw the last value as a dashed level over all steps instead.
     """
 
     label: str
@@ -50,6 +51,7 @@ class Series:
     colour: str = STUDENT
     stroke: Stroke = "-"
     deviations: Sequence[float] = ()
+    level: bool = False
 
 
 def draw_precision_recall(
@@ -86,7 +88,6 @@ def draw_precision_recall(
 
 def draw_training(
     series: Sequence[Series],
-    levels: Mapping[str, tuple[float, str]] | None = None,
     title: str = "Validation mAP during training",
     *,
     inches: tuple[float, float] = (7.6, 4.4),
@@ -95,21 +96,12 @@ def draw_training(
     """Validation mAP over optimiser steps.
 
     Args:
-        series: one line per run; values are fractions in [0, 1].
-        levels: horizontal lines, label -> (fraction, colour): the teacher's mAP.
+        series: one line per run.
         title: over the figure; empty where the page around it has one.
         inches: width and height.
         key: draw a legend.
     """
-    figure = new_figure(*inches)
-    axes = figure.subplots()
-    _draw_series(axes, series)
-    for label, (value, colour) in (levels or {}).items():
-        text = f"{label}: {100 * value:.1f}"
-        axes.axhline(100 * value, color=colour, linestyle="--", linewidth=1.5, label=text)
-    if not any(len(line.steps) for line in series):
-        empty_note(axes, "not measured yet")
-    plain_axes(axes, "optimiser step", "mAP (%)")
+    figure, axes = _draw_series(series, "mAP (%)", inches, "not measured yet")
     # A detector that has learnt nothing yet must not look like a mountain range.
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     axes.set_xlim(left=0)
@@ -122,12 +114,8 @@ def draw_training(
 
 def draw_stability(series: Sequence[Series]) -> Figure:
     """Share of adaptive pairs that stayed as they were an evaluation before."""
-    figure = new_figure(7.6, 3.8)
-    axes = figure.subplots()
-    _draw_series(axes, series)
-    if not any(len(line.steps) for line in series):
-        empty_note(axes, "no adaptive matching, or fewer than two measurements")
-    plain_axes(axes, "optimiser step", "unchanged pairs (%)")
+    nothing = "no adaptive matching, or fewer than two measurements"
+    figure, axes = _draw_series(series, "unchanged pairs (%)", (7.6, 3.8), nothing)
     axes.set_ylim(0, 102)
     if len(series) > 1:
         legend(axes, loc="lower right")
@@ -139,10 +127,18 @@ def draw_stability(series: Sequence[Series]) -> Figure:
     return figure
 
 
-def _draw_series(axes: Axes, series: Sequence[Series]) -> None:
+def _draw_series(
+    series: Sequence[Series], label: str, inches: tuple[float, float], nothing: str
+) -> tuple[Figure, Axes]:
     """Fractions as percent; single measurements are marked while they are few."""
+    figure = new_figure(*inches)
+    axes = figure.subplots()
     for line in series:
         percent = 100 * np.asarray(line.values, dtype=float)
+        if line.level:
+            text = f"{line.label}: {percent[-1]:.1f}"
+            axes.axhline(percent[-1], color=line.colour, linestyle="--", linewidth=1.5, label=text)
+            continue
         if any(line.deviations):
             half = 100 * np.asarray(line.deviations, dtype=float)
             low, high = percent - half, percent + half
@@ -157,6 +153,10 @@ def _draw_series(axes: Axes, series: Sequence[Series]) -> None:
             markersize=4,
             label=line.label,
         )
+    if not any(len(line.steps) for line in series):
+        empty_note(axes, nothing)
+    plain_axes(axes, "optimiser step", label)
+    return figure, axes
 
 
 def _draw_classes(axes: Axes, precision: Array, names: Sequence[str], label: str) -> None:
