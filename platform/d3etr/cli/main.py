@@ -20,6 +20,7 @@ from d3etr.cli import (
     cache,
     check_data,
     compare,
+    completion,
     demo,
     evaluate,
     explain,
@@ -52,6 +53,7 @@ COMMANDS: tuple[Command, ...] = (
     compare.COMMAND,
     attention.COMMAND,
     explain.COMMAND,
+    completion.COMMAND,
     cache.COMMAND,
     render_digit_scenes.COMMAND,
 )
