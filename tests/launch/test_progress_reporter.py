@@ -3,7 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
-from d3etr.launch.progress_reporter import Bar, Lines, NullDisplay, duration, open_display
+from d3etr.launch.progress_reporter import Bar, Lines, NullDisplay, open_display
+from d3etr.progress import PacedProgress, duration
 from d3etr.training.journal import Record
 
 EPOCH = 10
@@ -91,3 +92,17 @@ def test_quiet_leaves_out_progress_and_no_warning(caplog: pytest.LogCaptureFixtu
         quiet.consume({"kind": "message", "step": 0, "level": level, "text": f"an {level}"})
     quiet.consume({"kind": "evaluation", "step": 1, "metrics": {"val/mAP": 0.5}})
     assert caplog.messages == ["warning: an warning"]
+
+
+def test_long_work_says_now_and_then_how_long_it_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, lines = [0.0], list[str]()
+    monkeypatch.setattr("d3etr.progress.time.monotonic", lambda: now[0])
+    progress = PacedProgress(lines.append, first=2.0, every=10.0)
+    for now[0] in range(25):
+        progress("images", int(100 * now[0]), 2500)
+    progress("waiting")
+    assert lines == [
+        "images: 200 of 2,500, 0:23 left",
+        "images: 1,200 of 2,500, 0:13 left",
+        "images: 2,200 of 2,500, 0:03 left",
+    ]

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import yaml
+from sweep_runs import MakePlan
 
 from d3etr.config.problems import ConfigError
 from d3etr.config.sweep import SweepConfig, load_sweep
-from d3etr.engine.find_run import folder_of
+from d3etr.engine.find_run import folder_of, prepare
 from d3etr.launch.sweeps.plan import TRIAL_KEY, Plan, make_plan
 from d3etr.launch.sweeps.results import TrialResult, best, table
+from d3etr.launch.sweeps.results import write_sweep as keep_sweep
 from d3etr.launch.sweeps.trials import Trial, planned_trials, random_points, short_names
 
 RATES = "optimisation.learning_rate"
@@ -271,3 +273,25 @@ def test_a_sweep_of_one_plan_is_the_same_in_another_process(make_sweep: MakeSwee
     assert [again.config(trial) for trial in again.trials] == [
         plan.config(trial) for trial in plan.trials
     ]
+
+
+def test_another_versions_digest_of_the_same_sweep_names_its_folder(
+    make_plan_of: MakePlan, recipe: Path
+) -> None:
+    space = {RATES: {"grid": [1e-3, 1e-4]}}
+    plan = make_plan_of(space=space)
+    plan.folder.mkdir(parents=True)
+    keep_sweep(plan)
+    started = plan.config(plan.trials[1])
+    run = folder_of(started)
+    prepare(run, plan.placed(started))
+    run.path.rename(run.path.with_name(f"{started.run.name}-01234567"))
+    older = plan.folder.rename(plan.folder.with_name("tried-01234567"))
+
+    again = make_plan_of(space=space)
+    assert again.folder == older
+    assert folder_of(again.config(again.trials[1])).path.name == f"{started.run.name}-01234567"
+    assert make_plan_of("optimisation.epochs=7", space=space).folder not in (older, plan.folder)
+    config = older / f"{started.run.name}-01234567" / "config.yaml"
+    config.write_text(config.read_text().replace("weight_decay: 0.0001", "weight_decay: 0.002"))
+    assert make_plan_of(space=space).folder == plan.folder, "its recipe was another one"

@@ -38,7 +38,7 @@ def run_demo(options: Namespace) -> int:
 
     train_teacher = getattr(options, "teacher", "shipped") == "train"
     with progress_bar() as progress:
-        prepare(train_teacher=train_teacher, overrides=options.overrides, progress=progress)
+        prepare(train_teacher=train_teacher, overrides=options.overrides, on_progress=progress)
     runs = make_runs(
         train_teacher=train_teacher,
         launcher=options.launcher,

@@ -34,7 +34,7 @@ def _run(options: Namespace) -> int:
             config.student.pretraining,
             seed=config.run.seed,
             device=usable_device(options.device),
-            progress=progress,
+            on_progress=progress,
         )
     if options.json:
         print_json(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from d3etr.data.progress import Progress
+from d3etr.progress import OnProgress, PacedProgress, counted
 from d3etr.text import printable, styled
 
 QUIET_SECONDS = 2.0
@@ -15,20 +14,16 @@ QUIET_SECONDS = 2.0
 LINE_SECONDS = 10.0
 
 
-def print_progress(text: str, done: int = 0, total: int = 0) -> None:
+def print_progress(text: str, done: int = 0, total: int = 0, /) -> None:
     """Write a line to standard error."""
-    print(_counted(text, done, total), file=sys.stderr, flush=True)
-
-
-def _counted(text: str, done: int, total: int) -> str:
-    return f"{text}: {done:,} of {total:,}" if total else text
+    print(counted(text, done, total), file=sys.stderr, flush=True)
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Gives what library functions take as ``progress``; writes to standard error."""
+def progress_bar() -> Iterator[OnProgress]:
+    """Gives what library functions take as ``on_progress``; writes to standard error."""
     if not sys.stderr.isatty():
-        yield _Lines()
+        yield PacedProgress(print_progress, QUIET_SECONDS, LINE_SECONDS)
         return
     from rich.console import Console
     from rich.progress import Progress as Bar
@@ -37,22 +32,9 @@ def progress_bar() -> Iterator[Progress]:
     with Bar(console=Console(file=styled(sys.stderr)), transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(printable(what), total=total)
-            bar.update(tasks[what], completed=done, total=total)
+        def show(text: str, done: int = 0, total: int = 0, /) -> None:
+            if text not in tasks:
+                tasks[text] = bar.add_task(printable(text), total=total)
+            bar.update(tasks[text], completed=done, total=total)
 
         yield show
-
-
-class _Lines:
-    """A line after a while, and then every so often."""
-
-    def __init__(self) -> None:
-        self._next = time.monotonic() + QUIET_SECONDS
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + LINE_SECONDS
-            print_progress(what, done, total)

@@ -78,8 +78,8 @@ def _plan(options: Namespace) -> Plan:
     from d3etr.config.infrastructure import RunConfig
     from d3etr.config.overrides import last_override
     from d3etr.config.sweep import load_sweep
-    from d3etr.launch.sweeps.plan import make_plan
-    from d3etr.launch.sweeps.results import SWEEP_FILE, find_sweep
+    from d3etr.launch.sweeps.plan import SWEEP_FILE, make_plan
+    from d3etr.launch.sweeps.results import find_sweep
 
     if options.resume is None:
         if options.sweep is None:

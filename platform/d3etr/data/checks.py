@@ -22,7 +22,6 @@ from d3etr.data.judgement import (
 )
 from d3etr.data.plausibility import box_warnings, class_warnings
 from d3etr.data.plausible_pixels import pixel_oddity, pixel_warnings
-from d3etr.data.progress import Progress
 from d3etr.data.records import ImageRecord, shown_ids
 from d3etr.data.report import DataReport, SplitReport
 from d3etr.data.splits import (
@@ -34,6 +33,7 @@ from d3etr.data.splits import (
     parse_split,
 )
 from d3etr.errors import UserError
+from d3etr.progress import OnProgress
 
 # COCO's borders between small, medium and large, square pixels.
 _MEDIUM_AREA, _LARGE_AREA = 32**2, 96**2
@@ -63,7 +63,7 @@ class _Look:
 
 def check_data(
     data: DataConfig,
-    progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     *,
     evaluation: EvaluationConfig | None = None,
     compare: Compare | None = None,
@@ -73,7 +73,7 @@ def check_data(
 
     Args:
         data: where the splits are; digit scenes are written where they do not exist yet.
-        progress: told how many images are done.
+        on_progress: told how many images are done.
         evaluation: which splits are measured and need objects.
         compare: judges the splits that could be read against a recipe.
         keys: what error texts call the places of a split; by default a recipe's keys.
@@ -84,13 +84,15 @@ def check_data(
     reports: list[SplitReport] = []
     parsed: dict[str, DetectionSplit] = {}
     contents: dict[str, dict[str, int]] = {}
-    for name, config in configured_splits(data, progress).items():
+    for name, config in configured_splits(data, on_progress).items():
         try:
-            split = parsed[name] = parse_split(name, config, progress, keys=(keys or {}).get(name))
+            split = parsed[name] = parse_split(
+                name, config, on_progress, keys=(keys or {}).get(name)
+            )
         except UserError as error:
             reports.append(_failed(name, config, error))
             continue
-        looks = list(_look_at_all(split, progress))
+        looks = list(_look_at_all(split, on_progress))
         oddities = ((look.record.id, look.oddity) for look in looks if look.oddity)
         odd_pixels = pixel_warnings(oddities, split.shown_images)
         contents[name] = {look.content: look.record.id for look in looks if look.content}
@@ -108,7 +110,7 @@ def _failed(name: str, config: SplitConfig, error: UserError) -> SplitReport:
     return SplitReport(name, str(config.images), str(config.annotations), errors=(str(error),))
 
 
-def _look_at_all(split: DetectionSplit, progress: Progress | None) -> Iterator[_Look]:
+def _look_at_all(split: DetectionSplit, on_progress: OnProgress | None) -> Iterator[_Look]:
     def look(record: ImageRecord) -> _Look:
         return _look_at(split, record)
 
@@ -116,8 +118,8 @@ def _look_at_all(split: DetectionSplit, progress: Progress | None) -> Iterator[_
     # Decoders and hashes let other threads run.
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         for done, found in enumerate(pool.map(look, split.records), start=1):
-            if progress is not None and (done % _PROGRESS_EVERY == 0 or done == total):
-                progress(f"checking {split.name} images", done, total)
+            if on_progress is not None and (done % _PROGRESS_EVERY == 0 or done == total):
+                on_progress(f"checking {split.name} images", done, total)
             yield found
 
 

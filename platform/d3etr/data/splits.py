@@ -19,10 +19,10 @@ from d3etr.data.annotations import Category, Source
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.data.fingerprint import fingerprint
 from d3etr.data.formats import find_format
-from d3etr.data.progress import Progress
 from d3etr.data.records import SHOWN, Cleaning, ImageRecord, clean, shown_ids
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
+from d3etr.progress import OnProgress as Progress
 from d3etr.storage.fetch import local_file
 from d3etr.storage.images import ImageFolder, LocalFolder, open_folder
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from d3etr.config.load import load_config
 from d3etr.config.tree import Config
 from d3etr.data.digit_scenes import write_digit_scenes
-from d3etr.data.progress import Progress
 from d3etr.demo.shipped import measure_shipped
 from d3etr.detectors.weights import file_digest
 from d3etr.engine.find_run import folder_of
@@ -111,14 +110,14 @@ def prepare(
     *,
     train_teacher: bool = False,
     overrides: Sequence[str] = (),
-    progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
     """Make what the runs need and is not there: the embedded data, pre-trained backbones.
 
     Args:
         train_teacher: as for ``run_demo``.
         overrides: as for ``run_demo``.
-        progress: takes scenes and steps.
+        on_progress: takes scenes and steps.
 
     Raises:
         UserError: something cannot be written.
@@ -127,7 +126,7 @@ def prepare(
     for recipe in ("teacher", "plain") if train_teacher else ("plain",):
         config = _config(recipes, recipe, overrides)
         if config.data.digit_scenes is not None:
-            write_digit_scenes(config.data.digit_scenes, progress)
+            write_digit_scenes(config.data.digit_scenes, on_progress)
         weights = config.student.backbone_weights
         if isinstance(weights, Path) and not weights.exists():
             pretrain_backbone(
@@ -136,7 +135,7 @@ def prepare(
                 weights,
                 config.student.pretraining,
                 seed=config.run.seed,
-                progress=progress,
+                on_progress=on_progress,
             )
 
 

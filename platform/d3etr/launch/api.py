@@ -38,7 +38,7 @@ def launch(
     task: Task = train,
     open_tracker: OpenTracker | None = None,
 ) -> RunResult:
-    """Train what ``config`` says: start the run, go on with it, or return what it gave.
+    """Train a configuration: start its run, resume it, or return its result.
 
     The run's folder follows from the configuration, so the same call goes on where an earlier
     one stopped, and returns at once where it finished.

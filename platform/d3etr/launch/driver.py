@@ -188,7 +188,7 @@ def _train(
 
 
 def _finish(tracker: Tracker, status: Status, display: Display) -> None:
-    """Close the tracked run; what goes wrong is told, and changes nothing for the run."""
+    """Close the tracked run; a failure is a warning, and changes nothing for the run."""
     display.on_progress("sending results to MLflow")
     try:
         missing = tracker.finish(status, display.on_progress)

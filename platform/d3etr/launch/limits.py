@@ -52,7 +52,7 @@ LIMITS = tuple(
 
 
 def explained(error: BaseException) -> UserError | None:
-    """The sentence for a limit of the system that an exception speaks of; None for any other.
+    """The sentence for a limit of the system that an exception names; None for any other.
 
     Args:
         error: also one that holds another process's traceback as text.
@@ -63,10 +63,10 @@ def explained(error: BaseException) -> UserError | None:
         seen.append(cause)
         cause = cause.__cause__ or cause.__context__
     for one in seen:
-        said = f"{type(one).__name__}: {one}".strip().splitlines()
+        lines = f"{type(one).__name__}: {one}".strip().splitlines()
         # The first line of an exception, and the last of a traceback that is its text.
         for pattern, text in LIMITS:
-            for line in (said[0], said[-1]):
+            for line in (lines[0], lines[-1]):
                 if isinstance(one, OSError | RuntimeError | MemoryError) and pattern.search(line):
                     return UserError(f"{text}. {AGAIN}\nThe system says: {line}")
     return None

@@ -58,7 +58,7 @@ class Owner:
 
     @property
     def here(self) -> bool:
-        """Whether its process can be asked after from this one."""
+        """Whether its process can be looked up from this one."""
         return self.host == socket.gethostname() and self.process.split(":")[0] == _namespace()
 
     def runs(self) -> bool:
@@ -79,7 +79,7 @@ def _namespace() -> str:
 
 
 def _process(pid: int) -> str:
-    """Namespace and start time of a process, so that a reused id is told apart; "" if gone."""
+    """Namespace and start time of a process, so that a reused id is another; "" if gone."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -105,8 +105,8 @@ def read_owner(path: Path) -> Owner | None:
         owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError):
         return None
-    words = (owner.token, owner.host, owner.process)
-    sound = all(isinstance(word, str) for word in words) and isinstance(owner.pid, int)
+    texts = (owner.token, owner.host, owner.process)
+    sound = all(isinstance(text, str) for text in texts) and isinstance(owner.pid, int)
     return owner if sound and isinstance(owner.since, int | float) else None
 
 
@@ -121,7 +121,7 @@ def _silence(path: Path) -> float:
 
 
 def _beats(path: Path) -> bool:
-    """Whether somebody elsewhere still touches the lock, whatever its time says.
+    """Whether somebody elsewhere still touches the lock, whatever its time is.
 
     Raises:
         FileNotFoundError: nobody holds it any more.
@@ -129,7 +129,7 @@ def _beats(path: Path) -> bool:
     silence = _silence(path)
     if abs(silence) < SILENT_SECONDS:
         return True
-    # From the future: the clock was set back, and the age says nothing.
+    # From the future: the clock was set back, and the age means nothing.
     patience = SILENT_SECONDS if silence < 0 else WATCHED_BEATS * HEARTBEAT_SECONDS
     touched, end = _touched(path), time.monotonic() + patience
     while time.monotonic() < end:

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from d3etr.logs import get_logger
+from d3etr.progress import counted, duration
 from d3etr.text import LINES, printable, styled
 from d3etr.training.journal import Record
 
@@ -36,7 +37,7 @@ class Display(Protocol):
         """Show what a journal record holds."""
         ...
 
-    def on_progress(self, text: str, done: int = 0, total: int = 0) -> None:
+    def on_progress(self, text: str, done: int = 0, total: int = 0, /) -> None:
         """Show what is being done before the first record or after the last; ``OnProgress``."""
         ...
 
@@ -61,7 +62,7 @@ class NullDisplay:
         if record["kind"] == "message" and record.get("level") == "warning":
             logger.warning("warning: %s", record["text"])
 
-    def on_progress(self, text: str, done: int = 0, total: int = 0) -> None:
+    def on_progress(self, text: str, done: int = 0, total: int = 0, /) -> None:
         """Show nothing."""
 
     def close(self) -> None:
@@ -153,13 +154,6 @@ def scores(metrics: Mapping[str, float], prefix: str) -> str:
     return "  ".join(f"{name} {100 * metrics[prefix + name]:.1f}" for name in names)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 class Lines:
     """A readable line per epoch and evaluation, for logs and pipes."""
 
@@ -178,9 +172,9 @@ class Lines:
         if line is not None:
             self._write(line)
 
-    def on_progress(self, text: str, done: int = 0, total: int = 0) -> None:
+    def on_progress(self, text: str, done: int = 0, total: int = 0, /) -> None:
         """Write a line."""
-        self._write(f"{text}: {done:,} of {total:,}" if total else text)
+        self._write(counted(text, done, total))
 
     def close(self) -> None:
         """Nothing to leave."""
@@ -222,7 +216,7 @@ class Bar:
         if kind in ("start", "step", "evaluation"):
             self._progress.update(self._task, completed=int(record["step"]), state=self._state())
 
-    def on_progress(self, text: str, done: int = 0, total: int = 0) -> None:
+    def on_progress(self, text: str, done: int = 0, total: int = 0, /) -> None:
         """Describe the bar by ``text``, and move it where there is a total."""
         self._progress.update(self._task, description=escape(printable(text)))
         if total:

@@ -100,7 +100,7 @@ class _Connection:
     def __init__(self, address: str) -> None:
         self._address = address
         self._abandoned = False
-        """A thread waits inside of Ray: nothing may be asked of Ray any more."""
+        """A thread waits inside of Ray, which must not be called any more."""
         self._left = threading.Event()
         self._reaper: OrphanReaper | None = None
         """Of a cluster that was started here."""
@@ -186,7 +186,7 @@ def _wait_for_port(*place: Any, timeout_ms: int = 30_000, **more: Any) -> int:
 def _popen_in_own_session(*command: Any, **options: Any) -> Any:
     """Ray's own, out of reach of what a terminal or an init process sends to a process group.
 
-    Ray's processes would end at once, and this one with them, by code 1 and without a word. They
+    Ray's processes would end at once, and this one with them, with code 1 and no message. They
     end with this process all the same, as the kernel kills them (on Linux only).
     """
     return _POPEN(*command, **options, start_new_session=True)

@@ -15,7 +15,7 @@ MISSING = re.compile(r"No module named '([\w.]+)'")
 PLACE = re.compile(r"\bip=([\w.:]+)")
 """How Ray names the node that an exception comes from."""
 LOW_ON_MEMORY = re.compile(r"running low on memory.*?was ([\d.]+ ?GB used / [\d.]+ ?GB)", re.S)
-"""How Ray says that it killed a process before its machine ran out of memory."""
+"""Ray's text where it killed a process before its machine ran out of memory."""
 NOT_STARTED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
 
 
@@ -100,7 +100,7 @@ def _missing_package(errors: Iterable[object]) -> str | None:
         module = MISSING.search(text)
         # An import that fails later, in training, is the traceback's to explain.
         if module is not None and ("d3etr" in module[1] or "init_train_context" in text):
-            # Whoever asked the node comes first in the text, the node itself last.
+            # The node that called comes first in the text, the one that failed last.
             places = PLACE.findall(text, 0, module.start())
             where = f"the node {places[-1]}" if places else "a node of the cluster"
             return (
@@ -115,11 +115,11 @@ def _missing_package(errors: Iterable[object]) -> str | None:
 def _low_on_memory(errors: Iterable[object]) -> str | None:
     """What to do when Ray killed workers whose machine had hardly any memory left."""
     for text in map(str, errors):
-        said = LOW_ON_MEMORY.search(text)
-        if said is not None:
+        found = LOW_ON_MEMORY.search(text)
+        if found is not None:
             return (
                 f"Ray killed workers because their machine had hardly any memory left "
-                f"({said[1]}; other programs count too). A larger optimisation.accumulation makes "
+                f"({found[1]}; other programs count too). A larger optimisation.accumulation makes "
                 "each worker hold fewer images at once and changes no loss but for dropout; fewer "
                 "data.workers or cluster.workers help too. With the last two, the run goes on from "
                 "its last checkpoint"

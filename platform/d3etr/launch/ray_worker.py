@@ -25,12 +25,12 @@ from d3etr.training.context import ProcessGroup
 from d3etr.training.journal import Journal
 
 ECHO_SECONDS = 3.0
-"""A peer's mistake breaks collective operations here; its note is there within this time."""
+"""A peer's mistake breaks collective operations here; its reason is there within this time."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Everything a worker is told.
+    """Everything that a worker needs to know.
 
     Attributes:
         task: what to run.
@@ -39,7 +39,7 @@ class Assignment:
         token: identity of the driver that holds the folder's lock.
         control: where to say why the run must end.
         gpu: whether this worker was given a GPU.
-        threads_wish: the driver's OMP_NUM_THREADS.
+        omp_threads: the driver's OMP_NUM_THREADS.
     """
 
     task: Task
@@ -48,7 +48,7 @@ class Assignment:
     token: str
     control: ControlFiles
     gpu: bool
-    threads_wish: str | None
+    omp_threads: str | None
 
 
 class Regroup(Exception):  # noqa: N818 - not an error
@@ -59,7 +59,7 @@ class RayContext(ProcessGroup):
     """A Ray Train worker's view of the run; Ray has made the process group.
 
     Args:
-        assignment: what the worker was told.
+        assignment: of the worker.
     """
 
     def __init__(self, assignment: Assignment) -> None:
@@ -81,8 +81,8 @@ class RayContext(ProcessGroup):
         """
         if not self._elastic:
             return
-        asked = self.rank == 0 and self._control.regroup_request.exists()
-        if not self.all_reduce(torch.tensor(int(asked), device=self.device)):
+        requested = self.rank == 0 and self._control.regroup_request.exists()
+        if not self.all_reduce(torch.tensor(int(requested), device=self.device)):
             return
         if self.rank == 0:
             self._control.regroup_reply.touch()
@@ -149,8 +149,8 @@ def _ensure_shared_folder(assignment: Assignment) -> None:
 
 def _set_threads(assignment: Assignment) -> None:
     here = ray.train.get_context().get_local_world_size()
-    wish = assignment.threads_wish
-    torch.set_num_threads(threads_for(assignment.config.cluster, here, wish))
+    omp_threads = assignment.omp_threads
+    torch.set_num_threads(threads_for(assignment.config.cluster, here, omp_threads))
 
 
 class Relay(logging.Handler):

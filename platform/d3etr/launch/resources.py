@@ -115,18 +115,18 @@ def describe(nodes: Sequence[Node]) -> str:
     return f"{_amount(cpus, 'CPU')} and {_amount(gpus, 'GPU')} on {_amount(len(nodes), 'node')}"
 
 
-def threads_for(cluster: ClusterConfig, workers_here: int, wish: str | None) -> int:
+def threads_for(cluster: ClusterConfig, workers_here: int, omp_threads: str | None) -> int:
     """Threads of tensor operations for one worker.
 
     Args:
         cluster: the configuration.
         workers_here: workers on this machine.
-        wish: the driver's OMP_NUM_THREADS, which ``auto`` respects.
+        omp_threads: the driver's OMP_NUM_THREADS, which ``auto`` respects.
     """
     if cluster.threads_per_worker != "auto":
         return cluster.threads_per_worker
-    if wish is not None and wish.isdigit() and int(wish) > 0:
-        return int(wish)
+    if omp_threads is not None and omp_threads.isdigit() and int(omp_threads) > 0:
+        return int(omp_threads)
     return max(1, usable_cores() // workers_here)
 
 

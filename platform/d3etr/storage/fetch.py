@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
 
 from d3etr.config.location import Url
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
+from d3etr.progress import OnProgress
 from d3etr.storage.cache import (
     CachedFile,
     CacheEntry,
@@ -27,8 +27,6 @@ from d3etr.storage.remote import RemoteFiles, RemoteVersion
 
 logger = get_logger(__name__)
 
-OnProgress: TypeAlias = Callable[[str, int, int], None]
-"""Takes what is being done, how much of it is done, and how much there is."""
 _MEGABYTE = 10**6
 
 

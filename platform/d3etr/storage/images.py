@@ -11,8 +11,9 @@ from typing import Protocol
 
 from d3etr.config.location import Url
 from d3etr.errors import UserError
+from d3etr.progress import OnProgress
 from d3etr.storage.cache import CachedFile
-from d3etr.storage.fetch import OnProgress, fetch_folder
+from d3etr.storage.fetch import fetch_folder
 from d3etr.storage.remote import RemoteFiles
 
 

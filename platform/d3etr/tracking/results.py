@@ -12,12 +12,12 @@ from mlflow.entities import Dataset, DatasetInput, InputTag
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.detectors.weights import file_digest, read_info
+from d3etr.engine.run_folder import CONFIG_FILE, JOURNAL_FILE, SUMMARY_FILE, WEIGHTS_FILE
 from d3etr.errors import UserError
 from d3etr.tracking.model import log_student, register
 from d3etr.tracking.open_run import OpenRun
 
-FILES = ("config.yaml", "summary.json", "journal.jsonl")
-WEIGHTS = "weights.safetensors"
+FILES = (CONFIG_FILE, SUMMARY_FILE, JOURNAL_FILE)
 DIGEST_LENGTH = 16
 
 
@@ -38,7 +38,7 @@ class Results:
         steps: dict[str, Callable[[], None]] = {
             name: partial(self._send_file, name, None) for name in present
         }
-        if "summary.json" not in present:  # the run did not get to its end
+        if SUMMARY_FILE not in present:  # the run did not get to its end
             return steps
         return steps | {
             name: partial(self._take, name, step)
@@ -49,7 +49,7 @@ class Results:
     def _steps_of_weights(self) -> dict[str, Callable[[], None]]:
         """Those that are taken once for a weights file; the state knows which are left."""
         steps: dict[str, Callable[[], None]] = {
-            "weights": partial(self._send_file, WEIGHTS, "weights"),
+            "weights": partial(self._send_file, WEIGHTS_FILE, "weights"),
             "data set": self._name_data,
             "figures": self._draw,
             "model": self._log_model,
@@ -59,7 +59,7 @@ class Results:
             del steps["figures"]
         if self._config.tracking.register_as is None:
             del steps["registered model"]
-        weights = self._run.folder / WEIGHTS
+        weights = self._run.folder / WEIGHTS_FILE
         digest = file_digest(weights) if weights.is_file() else ""
         if not digest or self._run.state.results_digest != digest:
             self._run.remember(results_digest=digest, lacking=tuple(steps), model_uri=None)
@@ -73,7 +73,7 @@ class Results:
         self._run.client.log_artifact(self._run.run_id, str(self._run.folder / name), folder)
 
     def _evaluation(self) -> dict[str, Any]:
-        return dict(read_info(self._run.folder / WEIGHTS).evaluation or {})
+        return dict(read_info(self._run.folder / WEIGHTS_FILE).evaluation or {})
 
     def _data_digest(self) -> str:
         return str(self._evaluation().get("data_digest", ""))[:DIGEST_LENGTH]
@@ -94,7 +94,7 @@ class Results:
 
     def _log_model(self) -> None:
         step = max(0, self._run.state.sent_step)
-        name, weights = self._config.run.role, self._run.folder / WEIGHTS
+        name, weights = self._config.run.role, self._run.folder / WEIGHTS_FILE
         uri = log_student(weights, self._run.run_id, self._run.uri, name=name, step=step)
         self._run.remember(model_uri=uri)
 

@@ -7,20 +7,20 @@ from pathlib import Path
 
 from d3etr.config.load import load_config
 from d3etr.config.tree import Config
+from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
+from d3etr.progress import OnProgress, no_progress
 from d3etr.text import bare_url
 from d3etr.tracking.description import params, run_name, tags, trial_colour
 from d3etr.tracking.open_run import Description, OpenRun, Status, open_run
-from d3etr.tracking.results import WEIGHTS, Results
+from d3etr.tracking.results import Results
 from d3etr.tracking.sender import Sender
 from d3etr.tracking.server import first_line
 from d3etr.tracking.state import read_state
 from d3etr.training.journal import read_journal
 
 logger = get_logger(__name__)
-
-JOURNAL = "journal.jsonl"
 
 
 def open_tracker(
@@ -43,7 +43,8 @@ def open_tracker(
     Raises:
         UserError: MLflow does not answer (known within 15 seconds) or refuses.
     """
-    ended = ended or all((run_dir / file).is_file() for file in ("summary.json", WEIGHTS))
+    folder = RunFolder(run_dir)
+    ended = ended or all(file.is_file() for file in (folder.summary, folder.weights))
     below = {}
     if parent_run is not None:
         below = {"mlflow.parentRunId": parent_run, "mlflow.runColor": trial_colour(run_dir)}
@@ -72,7 +73,7 @@ def replay(run_dir: Path, report: Callable[[str], None] = logger.info) -> str | 
     Raises:
         UserError: MLflow does not answer, or the folder holds no run.
     """
-    config_file = run_dir / "config.yaml"
+    config_file = RunFolder(run_dir).config
     if not config_file.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
     status = _status_to_report(run_dir)
@@ -91,7 +92,7 @@ class Tracker:
         self._sender = Sender(
             run.client,
             run.run_id,
-            run.folder / JOURNAL,
+            RunFolder(run.folder).journal,
             lambda step: run.remember(sent_step=step),
         )
 
@@ -100,9 +101,7 @@ class Tracker:
         """Id of the MLflow run."""
         return self._run.run_id
 
-    def finish(
-        self, status: Status, stage: Callable[[str], None] = lambda text: None
-    ) -> str | None:
+    def finish(self, status: Status, on_progress: OnProgress = no_progress) -> str | None:
         """Send the rest of the journal, close the run, then send the results.
 
         The status never waits for the results: until all are there, tag ``missing`` names those
@@ -110,7 +109,7 @@ class Tracker:
 
         Args:
             status: how the run ended.
-            stage: takes a line about what is being sent.
+            on_progress: takes a line about what is being sent.
 
         Returns:
             None when MLflow has everything, else one sentence: what is missing and how to send
@@ -127,7 +126,7 @@ class Tracker:
             Results(self._config, run).steps,
             ended=_begun_and_ended(run.folder)[1],
             missing=unsent,
-            begin=lambda name: stage(f"sending results to MLflow: {name}"),
+            begin=lambda name: on_progress(f"sending results to MLflow: {name}"),
         )
         if lacks is None:
             run.remember(complete=True)
@@ -140,7 +139,9 @@ class Tracker:
 
 def _begun_and_ended(run_dir: Path) -> tuple[int | None, int | None]:
     """In milliseconds since 1970, so that a run that is sent late shows its own times."""
-    times = [record["time"] for record in read_journal(run_dir / JOURNAL) if "time" in record]
+    times = [
+        record["time"] for record in read_journal(RunFolder(run_dir).journal) if "time" in record
+    ]
     if not times:
         return None, None
     # The clock may have been set back: a run does not end before it began.
@@ -153,4 +154,4 @@ def _status_to_report(run_dir: Path) -> Status:
     for status in ("FINISHED", "FAILED", "KILLED"):
         if state is not None and state.status == status:
             return status
-    return "FINISHED" if (run_dir / "summary.json").is_file() else "KILLED"
+    return "FINISHED" if RunFolder(run_dir).summary.is_file() else "KILLED"

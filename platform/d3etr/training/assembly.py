@@ -10,11 +10,11 @@ from torch.optim import AdamW
 from d3etr.config.tree import Config
 from d3etr.data.judgement import judge
 from d3etr.data.loading import EpochLoader
-from d3etr.data.progress import Progress
 from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.distillation.distiller import Distiller
+from d3etr.progress import OnProgress as Progress
 from d3etr.storage.fetch import fetch_file, local_file
 from d3etr.training.context import TrainContext
 from d3etr.training.ema import WeightAverage

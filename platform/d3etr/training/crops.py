@@ -13,9 +13,9 @@ from torch import Tensor
 
 from d3etr.config.training import PretrainingConfig
 from d3etr.data.images import load_image, to_pixels
-from d3etr.data.progress import Progress
 from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit
+from d3etr.progress import OnProgress
 
 MARGIN = 1.4
 """Crops are cut this much larger than they are used, so that they can be shifted and scaled."""
@@ -47,7 +47,7 @@ def cut_crops(
     split: DetectionSplit,
     config: PretrainingConfig,
     seed: int,
-    progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Crops:
     """Cut objects and backgrounds out of a split; each image is decoded once.
 
@@ -55,7 +55,7 @@ def cut_crops(
         split: images and boxes.
         config: sizes and numbers.
         seed: of the choice of objects (where there are too many) and of backgrounds.
-        progress: told after every image.
+        on_progress: told after every image.
 
     Raises:
         UserError: an image cannot be read.
@@ -72,8 +72,8 @@ def cut_crops(
             image = load_image(split.path(record), (record.width, record.height))
             pixels += [_cut(image, window, side) for window, _ in windows]
             labels += [label for _, label in windows]
-        if progress is not None:
-            progress(f"crops of {split.name}", number, len(split.records))
+        if on_progress is not None:
+            on_progress(f"crops of {split.name}", number, len(split.records))
     empty = torch.zeros(0, 3, side, side, dtype=torch.uint8)
     return Crops(torch.stack(pixels) if pixels else empty, torch.tensor(labels, dtype=torch.int64))
 

@@ -9,12 +9,13 @@ from typing import Generic, TypeVar
 
 import torch
 
+from d3etr.progress import OnProgress, PacedProgress
 from d3etr.training.context import TrainContext
 from d3etr.training.journal import Journal
 
 T = TypeVar("T")
 ASKED_EVERY_SECONDS = 0.5
-TOLD_EVERY_SECONDS = 10.0
+LINE_SECONDS = 10.0
 
 
 def together(work: Callable[[], T], context: TrainContext) -> T:
@@ -76,16 +77,6 @@ class _Job(Generic[T]):
             self._errors.append(error)
 
 
-class JournalProgress:
-    """Tells of long work in a run's journal, which the driver shows, every few seconds."""
-
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
-        self._next = time.monotonic() + TOLD_EVERY_SECONDS
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total`` items of ``what`` are finished."""
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + TOLD_EVERY_SECONDS
-            self._journal.message(0, f"{what}: {done:,} of {total:,}")
+def journal_progress(journal: Journal) -> OnProgress:
+    """Writes about long work into a run's journal, which the driver shows, every few seconds."""
+    return PacedProgress(lambda line: journal.message(0, line), LINE_SECONDS, LINE_SECONDS)

@@ -21,13 +21,13 @@ from torch.optim import AdamW
 from d3etr.config.data import AugmentationConfig, DataConfig, PreprocessingConfig
 from d3etr.config.detector import BackboneConfig
 from d3etr.config.training import PretrainingConfig, ScheduleConfig
-from d3etr.data.progress import Progress
 from d3etr.data.splits import DetectionSplit, open_split, require_same_categories
 from d3etr.data.transforms import normalise
 from d3etr.detectors.backbones import Backbone, build_backbone
 from d3etr.detectors.tensor_files import write_tensors
 from d3etr.errors import UserError
 from d3etr.files import clear_disk_errors
+from d3etr.progress import OnProgress
 from d3etr.training.crops import MARGIN, Crops, cut_crops
 from d3etr.training.schedule import learning_rate_factor
 from d3etr.training.seeding import derive_seed, seed_generators
@@ -64,7 +64,7 @@ def pretrain_backbone(
     *,
     seed: int = 0,
     device: torch.device | None = None,
-    progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> PretrainedBackbone:
     """Train a backbone to classify crops of the training split, and save it.
 
@@ -75,7 +75,7 @@ def pretrain_backbone(
         config: crops and optimisation.
         seed: of weights, crops and batches; equal seeds repeat a run on the CPU.
         device: defaults to the CPU.
-        progress: told of crops and steps.
+        on_progress: told of crops and steps.
 
     Raises:
         UserError: data cannot be used, the split has no objects, or the backbone cannot be
@@ -84,15 +84,15 @@ def pretrain_backbone(
     begin = time.perf_counter()
     config = config or PretrainingConfig()
     network = _fresh_backbone(backbone, seed)
-    train, validation = (open_split(data, name, progress) for name in ("train", "validation"))
+    train, validation = (open_split(data, name, on_progress) for name in ("train", "validation"))
     require_same_categories(train, validation)
-    crops = cut_crops(train, config, seed, progress)
+    crops = cut_crops(train, config, seed, on_progress)
     _require_objects(crops, train)
     classifier = _Classifier(network, len(train.categories) + 1, config.crop_size)
     classifier.to(device or _CPU)
-    _fit(classifier, crops, data, config, seed, progress)
+    _fit(classifier, crops, data, config, seed, on_progress)
     accuracy, objects = _measure(
-        classifier, cut_crops(validation, config, seed, progress), data.preprocessing, config
+        classifier, cut_crops(validation, config, seed, on_progress), data.preprocessing, config
     )
     seconds = time.perf_counter() - begin
     result = PretrainedBackbone(output, accuracy, objects, len(crops), seconds)
@@ -143,7 +143,7 @@ def _fit(
     data: DataConfig,
     config: PretrainingConfig,
     seed: int,
-    progress: Progress | None,
+    on_progress: OnProgress | None,
 ) -> None:
     """AdamW with a warm-up and a cosine, a batch of random crops a step."""
     optimiser = AdamW(
@@ -167,8 +167,8 @@ def _fit(
             factor = learning_rate_factor(step, config.steps, schedule)
             group["lr"] = config.learning_rate * factor
         optimiser.step()
-        if progress is not None:
-            progress("pre-training steps", step + 1, config.steps)
+        if on_progress is not None:
+            on_progress("pre-training steps", step + 1, config.steps)
 
 
 def augment_crops(

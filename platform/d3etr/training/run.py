@@ -29,7 +29,7 @@ from d3etr.training.checkpoints import CheckpointStore
 from d3etr.training.context import TrainContext
 from d3etr.training.divergence import LossWindow
 from d3etr.training.examination import Examination
-from d3etr.training.fetching import JournalProgress
+from d3etr.training.fetching import journal_progress
 from d3etr.training.journal import Journal
 from d3etr.training.loop import TrainingLoop
 from d3etr.training.results import INPUTS_KEY, STAMPS_KEY, Inputs
@@ -103,7 +103,7 @@ class _Run:
         opened.callback(self.saver.close)
         # Before anything is read: what changes from now on has another stamp.
         self.stamps = Inputs().stamps(config) if context.rank == 0 else {}
-        self.splits: Splits = open_splits(config, context, JournalProgress(self.journal))
+        self.splits: Splits = open_splits(config, context, journal_progress(self.journal))
         self.warnings.extend(self.splits.warnings)
         self.loader = open_loader(config, self.splits.train, context)
         opened.callback(self.loader.close)

@@ -15,9 +15,9 @@ from d3etr.config.data import DigitScenesConfig, SplitConfig
 from d3etr.data.digit_scenes.digits import CLASSES, SPLITS, Digit, SplitName, load_divided_digits
 from d3etr.data.digit_scenes.png import png_bytes
 from d3etr.data.digit_scenes.scene import Scene, draw_scene
-from d3etr.data.progress import Progress
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
+from d3etr.progress import OnProgress
 
 VERSION = "1"
 """Goes up whenever a setting's pictures change; results of different versions do not compare."""
@@ -36,7 +36,7 @@ _PROGRESS_EVERY = 100
 
 def write_digit_scenes(
     config: DigitScenesConfig,
-    progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     *,
     verify: Sequence[str] = SPLITS,
 ) -> dict[str, SplitConfig]:
@@ -46,7 +46,7 @@ def write_digit_scenes(
 
     Args:
         config: the settings.
-        progress: told about the writing.
+        on_progress: told about the writing.
         verify: splits whose every byte is compared with the digest file before reuse.
 
     Raises:
@@ -58,7 +58,7 @@ def write_digit_scenes(
         _LOGGER.warning("digit scenes in %s are damaged (%s): writing them again", folder, damage)
     if damage is not None or not folder.exists():
         try:
-            _write(config, folder, progress)
+            _write(config, folder, on_progress)
         except OSError as error:
             raise UserError(
                 f"data.digit_scenes.root: cannot write {folder} ({error.strerror or error}): "
@@ -108,13 +108,13 @@ def _megabytes(config: DigitScenesConfig) -> int:
     return 1 + images * (3 * config.image_size**2 + 500) // 10**6
 
 
-def _write(config: DigitScenesConfig, folder: Path, progress: Progress | None) -> None:
+def _write(config: DigitScenesConfig, folder: Path, on_progress: OnProgress | None) -> None:
     """Write into a temporary folder beside ``folder``, then put it in place."""
     config.root.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=config.root))
     try:
         for name, digits in load_divided_digits().items():
-            _write_split(config, temporary, name, digits, progress)
+            _write_split(config, temporary, name, digits, on_progress)
         _write_digests(config, temporary)
         temporary.chmod(0o755)
         _put_in_place(temporary, folder)
@@ -155,7 +155,7 @@ def _write_split(
     folder: Path,
     name: SplitName,
     digits: list[Digit],
-    progress: Progress | None,
+    on_progress: OnProgress | None,
 ) -> None:
     image_folder, annotation_file = _places(folder, name)
     image_folder.mkdir(parents=True)
@@ -174,8 +174,8 @@ def _write_split(
         size = {"width": config.image_size, "height": config.image_size}
         images.append({"id": index + 1, "file_name": file_name, **size})
         annotations += _annotations(scene, index + 1, len(annotations) + 1)
-        if progress is not None and (index + 1) % _PROGRESS_EVERY in (0, counts[name]):
-            progress(f"digit scenes, {name}", index + 1, counts[name])
+        if on_progress is not None and (index + 1) % _PROGRESS_EVERY in (0, counts[name]):
+            on_progress(f"digit scenes, {name}", index + 1, counts[name])
     content = {
         "info": {"description": "digit scenes", "version": VERSION, "split": name},
         "images": images,

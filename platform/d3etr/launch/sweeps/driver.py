@@ -44,7 +44,7 @@ class SweepResult:
 
     Attributes:
         folder: of the sweep.
-        trials: in order; what failed says why.
+        trials: in order; a failed one has the reason.
         best: the finished trial with the highest validation mAP, None if none finished.
     """
 
@@ -122,7 +122,7 @@ def _locked_sweep(plan: Plan, command: str, on_progress: OnProgress) -> list[Tri
 
 @contextmanager
 def _tracked(plan: Plan) -> Iterator[SweepTracking | None]:
-    """The sweep in MLflow, where it is tracked; told also of an end that is none."""
+    """The sweep in MLflow, where it is tracked; closed there also after a failure."""
     tracking = SweepTracking(plan) if plan.base.tracking.enabled else None
     try:
         yield tracking

@@ -1,4 +1,4 @@
-"""Watches a sweep from its driver: tells a person, and has MLflow follow every run."""
+"""Takes Tune's events in the driver: reports to a person, has MLflow follow every run."""
 
 from __future__ import annotations
 

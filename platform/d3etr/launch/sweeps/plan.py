@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +15,16 @@ from typing import Any
 from d3etr.config.load import config_digest, read_recipe, validate
 from d3etr.config.overrides import Tree, as_overrides
 from d3etr.config.problems import ConfigError, Problem
-from d3etr.config.sweep import SweepConfig
+from d3etr.config.sweep import SweepConfig, load_sweep
 from d3etr.config.tree import Config
-from d3etr.engine.find_run import absolute_paths, ensure_same_recipe, holds
-from d3etr.engine.run_folder import SUMMARY_FILE, RunFolder
+from d3etr.engine.find_run import (
+    DIGEST_PATTERN,
+    absolute_paths,
+    ensure_same_recipe,
+    folder_of,
+    holds,
+)
+from d3etr.engine.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.sweeps.trials import Trial, planned_trials, random_points
 from d3etr.logs import get_logger
@@ -28,6 +36,8 @@ logger = get_logger(__name__)
 CHECKED_POINTS = 50
 """So many random points of a space that is searched are validated before anything starts."""
 NOT_SWEPT = ("run", "cluster", "tracking")
+SWEEP_FILE = "sweep.yaml"
+"""In a sweep's folder, the sweep itself."""
 TRIAL_KEY = "trial"
 """Tune's parameter that names a planned trial by its number."""
 
@@ -121,16 +131,18 @@ class Plan:
             inputs: what runs read, looked at before.
         """
         digest, placed, inputs = config_digest(config), self.placed(config), inputs or Inputs()
+        runs = [folder_of(config)]  # also where an earlier version's digest is in its name
         for pattern in (f"*-{digest}*/{SUMMARY_FILE}", f"*/*-{digest}*/{SUMMARY_FILE}"):
-            for summary in sorted(self.folder.parent.glob(pattern)):
-                run = RunFolder(summary.parent)
-                if run.result() is not None and holds(run, placed):
-                    try:
-                        inputs.ensure_result_is_of(placed, run.path)
-                    except UserError as error:
-                        logger.info("not the same run: %s", error)
-                    else:
-                        return run.path
+            found = sorted(self.folder.parent.glob(pattern))
+            runs += [RunFolder(summary.parent) for summary in found]
+        for run in runs:
+            if run.result() is not None and holds(run, placed):
+                try:
+                    inputs.ensure_result_is_of(placed, run.path)
+                except UserError as error:
+                    logger.info("not the same run: %s", error)
+                else:
+                    return run.path
         return None
 
     def ensure_result_is_of(self, trial: Trial, run_dir: Path, inputs: Inputs) -> None:
@@ -170,6 +182,8 @@ def make_plan(sweep: SweepConfig) -> Plan:
     digest = _digest(sweep, sorted({config_digest(config) for config in configs}))
     base = draft.base
     folder = base.run.output / f"{sweep.name}-{digest}"
+    if not folder.exists():
+        folder = _older_folder(draft, base.run.output) or folder
     named = base.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     embedded = base.tracking.enabled and not named
     uri = embedded_uri(base.run.output) if embedded else None
@@ -177,7 +191,41 @@ def make_plan(sweep: SweepConfig) -> Plan:
 
 
 def _digest(sweep: SweepConfig, configs: list[str]) -> str:
-    shown = {"title": True, "maximum_concurrent": True, "baseline": True}
-    kept = sweep.model_dump(mode="json", exclude={**shown, "cases": {"__all__": {"baseline"}}})
-    content = json.dumps([kept, configs], sort_keys=True)
+    content = json.dumps([_influential(sweep), configs], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+def _influential(sweep: SweepConfig) -> Tree:
+    """What of a sweep decides which trials it has."""
+    shown = {"title": True, "maximum_concurrent": True, "baseline": True}
+    return sweep.model_dump(mode="json", exclude={**shown, "cases": {"__all__": {"baseline"}}})
+
+
+def _older_folder(draft: Plan, output: Path) -> Path | None:
+    """The folder in which a version with another digest started this sweep of planned trials.
+
+    The sweep in it is the same, and its runs have the configurations of the trials.
+    """
+    pattern = re.compile(re.escape(draft.sweep.name) + DIGEST_PATTERN)
+    for file in sorted(output.glob(f"{glob.escape(draft.sweep.name)}-*/{SWEEP_FILE}")):
+        if draft.trials and pattern.fullmatch(file.parent.name):
+            try:
+                same = _influential(load_sweep(file)) == _influential(draft.sweep)
+            except ConfigError as error:
+                logger.info("not the same sweep: %s", error)
+                continue
+            if same and _has_runs_of(replace(draft, folder=file.parent)):
+                return file.parent
+    return None
+
+
+def _has_runs_of(plan: Plan) -> bool:
+    """Whether there are runs in the plan's folder, each with its trial's configuration."""
+    runs = [RunFolder(file.parent) for file in plan.folder.glob(f"*/{CONFIG_FILE}")]
+    numbers = [run.path.name.partition("_")[0] for run in runs]
+    return bool(runs) and all(
+        number.isdigit()
+        and int(number) < len(plan.trials)
+        and holds(run, plan.placed(plan.config(plan.trials[int(number)])))
+        for run, number in zip(runs, numbers, strict=True)
+    )

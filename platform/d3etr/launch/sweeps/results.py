@@ -15,15 +15,10 @@ from d3etr.config.yaml_text import dump_yaml
 from d3etr.engine.find_run import find_folder
 from d3etr.engine.run_folder import is_number
 from d3etr.files import write_text
-from d3etr.launch.sweeps.plan import Plan
+from d3etr.launch.sweeps.plan import SWEEP_FILE, Plan
 from d3etr.launch.sweeps.trials import Trial
 
-SWEEP_FILE, RESULTS_FILE, TABLE_FILE, BEST_FILE = (
-    "sweep.yaml",
-    "results.json",
-    "table.md",
-    "best.yaml",
-)
+RESULTS_FILE, TABLE_FILE, BEST_FILE = "results.json", "table.md", "best.yaml"
 State = Literal["finished", "pruned", "failed", "unfinished"]
 
 
@@ -66,7 +61,7 @@ class Row:
     """One configuration over its seeds.
 
     Attributes:
-        title: what tells it apart.
+        title: what differs from the others.
         values: mAP by seed, of finished trials.
         failures: reason by seed.
         states: of its trials.

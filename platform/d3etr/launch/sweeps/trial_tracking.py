@@ -172,7 +172,7 @@ def _was_broken_off(run_dir: Path) -> bool:
     """Whether the run in MLflow was begun and not ended."""
     try:
         state = read_state(run_dir)
-    except UserError:  # damaged: following it says so
+    except UserError:  # damaged: following it warns
         return True
     return state is not None and not state.complete
 

@@ -37,7 +37,7 @@ class Trial:
     case: str | None = None
 
     def title(self, sweep: SweepConfig) -> str:
-        """What tells it apart, for people: ``adaptive_ratio=0.5, prediction.weight=2``."""
+        """What differs from the others, for people: ``adaptive_ratio=0.5, prediction.weight=2``."""
         short = short_names(list(sweep.space))
         parts = [self.case] if self.case is not None else []
         parts += [f"{short[key]}={shown(value)}" for key, value in self.point.items()]

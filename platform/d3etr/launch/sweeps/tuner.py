@@ -36,7 +36,7 @@ TUNE_SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Journals and MLflow hold the metrics.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Its new output prints to standard output even when it is told to be quiet.
+    # Its new output prints to standard output even where it should be quiet.
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
 }
@@ -48,7 +48,7 @@ TUNE_FOLDER = "tune"
 def fit(
     plan: Plan, observer: Observer, demand: Demand, at_a_time: int, on_progress: OnProgress
 ) -> tune.ResultGrid:
-    """Run all trials; begin, or go on where Tune's own folder says that it stopped.
+    """Run all trials; begin, or go on where Tune's own folder has it that it stopped.
 
     Args:
         plan: the sweep.
