@@ -28,8 +28,10 @@ TIERS = (
     {"structures", "timing"},
     {"kernels"},
     {"matching"},
+    {"losses"},
     {"data", "detectors"},
-    {"distillation"},
+    {"methods"},
+    {"distiller"},
     {"evaluation"},
     {"engine"},
     {"training", "inference"},
@@ -53,9 +55,12 @@ THIRD_PARTY = {
     "config": {"pydantic", "pydantic_core", "yaml"},
     "storage": {"fsspec", "aiohttp"},
     "matching": ARRAYS,
-    "distillation": ARRAYS,
+    "losses": ARRAYS,
+    "methods": ARRAYS | {"pydantic"},
+    "distiller": ARRAYS,
     "detectors": ARRAYS | {"safetensors", "pydantic"},
 }
+CORE = ("training", "inference", "methods", "losses", "distiller", "evaluation", "data")
 ONLY_IN = {"ray": "launch", "mlflow": "tracking", "fsspec": "storage", "triton": "kernels"}
 
 
@@ -163,7 +168,9 @@ def test_importing_the_package_is_cheap() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["training", "inference", "distillation", "evaluation", "data"])
+@pytest.mark.parametrize(
+    "package", ["training", "inference", "methods", "losses", "distiller", "evaluation", "data"]
+)
 def test_the_core_works_without_ray_and_mlflow(package: str) -> None:
     names = [
         ".".join(("d3etr", *path.relative_to(LIBRARY).with_suffix("").parts))

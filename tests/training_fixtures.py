@@ -10,7 +10,7 @@ from tiny_runs import DETECTOR, MakeConfig, write_teacher
 
 from d3etr.config.data import AugmentationConfig, DataConfig, DigitScenesConfig, PreprocessingConfig
 from d3etr.config.detector import StudentConfig, TeacherConfig
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.infrastructure import RunConfig
 from d3etr.config.training import EvaluationConfig, OptimisationConfig, ScheduleConfig
 from d3etr.config.tree import Config
@@ -70,7 +70,7 @@ def make_config(scenes: DataConfig, teacher_weights: Path) -> MakeConfig:
                 None if plain else TeacherConfig(**({"weights": teacher_weights} | (teacher or {})))
             ),
             student=student,
-            distillation=DistillationConfig(method="none" if plain else "d3etr"),
+            distillation=MethodConfig.parse({"method": "none" if plain else "d3etr"}),
             optimisation=OptimisationConfig(**({"schedule": schedule} | settings)),
             evaluation=EvaluationConfig(batch_size=4, **(evaluation or {})),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from functools import cache
 from typing import Protocol
 
@@ -72,8 +73,7 @@ class Targets:
         counts: objects per image; slots [counts[b], T) of image b are unused.
         image_ids: the annotation file's ids.
         original_sizes: (height, width) in pixels before any transform.
-        objects: [B] int64, the counts where the labels are: nobody has to take them there in a
-            step.
+        num_objects: [B] int64, the counts on the labels' device; avoids a device synchronisation.
     """
 
     labels: Tensor
@@ -81,7 +81,7 @@ class Targets:
     counts: tuple[int, ...]
     image_ids: tuple[int, ...]
     original_sizes: tuple[tuple[int, int], ...]
-    objects: Tensor
+    num_objects: Tensor
 
     def to(self, device: torch.device) -> Targets:
         """The same targets on ``device``."""
@@ -89,7 +89,7 @@ class Targets:
             self,
             labels=on_device(self.labels, device),
             boxes_cxcywh=on_device(self.boxes_cxcywh, device),
-            objects=on_device(self.objects, device),
+            num_objects=on_device(self.num_objects, device),
         )
 
 
@@ -123,6 +123,35 @@ class ObjectQueries:
             for part in (self.reference_logits, self.content)
         )
         return ObjectQueries(self.embedding.detach(), reference, content)
+
+
+class Supervision(Enum):
+    """How a query group learns from ground truth."""
+
+    HUNGARIAN = auto()
+    """By an assignment of its own outputs."""
+    TEACHER = auto()
+    """By the assignment of the teacher's outputs for the same queries."""
+    GIVEN = auto()
+    """Each query is made from an object, whose index is known."""
+    NONE = auto()
+
+
+@dataclass(frozen=True)
+class QueryGroup:
+    """Queries that a student decodes, and how they learn from ground truth.
+
+    Attributes:
+        queries: N of them.
+        supervision: where their assignment to objects comes from.
+        teacher: outputs of the teacher for these queries, with ``Supervision.TEACHER``.
+        objects: [B, N] int64 object of each query, -1 for none, with ``Supervision.GIVEN``.
+    """
+
+    queries: ObjectQueries
+    supervision: Supervision = Supervision.HUNGARIAN
+    teacher: DecoderOutputs | None = None
+    objects: Tensor | None = None
 
 
 Levels = tuple[tuple[int, int], ...]
@@ -236,4 +265,8 @@ class Detector(Protocol):
 
         Two-stage detectors make them from ``memory``, for each image its own, and need it.
         """
+        ...
+
+    def training_groups(self, memory: Memory, targets: Targets, step: int) -> dict[str, QueryGroup]:
+        """Query groups that the detector brings for its own training, as denoising queries are."""
         ...

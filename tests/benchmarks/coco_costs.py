@@ -34,7 +34,7 @@ from d3etr.config.tree import Config
 from d3etr.data.augmentation import draw_augmentation, sample_generator
 from d3etr.data.sampling import epoch_batches
 from d3etr.detectors.build import build_detector
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
 from d3etr.matching import assignment as assignment_module
 from d3etr.matching.assignment import Assignment, CostBlock, Solving, assign
 from d3etr.structures import ImageBatch, Targets
@@ -134,7 +134,7 @@ def measure(distiller: Distiller, size: tuple[int, int]) -> Step:
     )
     saved, operations = Saved(distiller), Operations()
     with FlopCounterMode(display=False) as flops, operations:
-        taught = distiller.teach(images)
+        taught = distiller.run_teacher(images)
         normalisers = distiller.normalisers(targets, taught)
         with saved.hooks():
             losses = distiller(images, targets, taught, normalisers)

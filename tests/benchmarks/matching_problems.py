@@ -22,8 +22,8 @@ from d3etr.data.transforms import normalise
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import load_weights
-from d3etr.distillation.correspondence import adaptive_problem
 from d3etr.matching.assignment import CostBlock
+from d3etr.methods.correspondence import adaptive_problem
 from d3etr.structures import DecoderOutputs, ImageBatch, ObjectQueries
 
 TEACHER = Path(__file__).resolve().parents[2] / "trainers/weights/digits-teacher.safetensors"

@@ -12,11 +12,11 @@ from torch.optim import AdamW
 
 from benchmarks.side_by_side import Scale
 from d3etr.config.detector import DetectorConfig
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import OptimisationConfig, Precision, SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
 from d3etr.structures import ImageBatch, Targets
 from d3etr.training.graphs import StepGraphs, whole_pass
 from d3etr.training.optimiser import build_optimiser, clip_gradients
@@ -95,7 +95,7 @@ class Step:
         graphs: bool = False,
     ) -> None:
         method = {"method": "none" if teacher is None else "d3etr"}
-        config = DistillationConfig.model_validate(method | (distillation or {}))
+        config = MethodConfig.parse(method | (distillation or {}))
         self.distiller = Distiller(student.train(), teacher, config, SetCriterionConfig(), seed=0)
         self.distiller.to(scale.device)
         self.optimiser: AdamW = build_optimiser(
@@ -126,7 +126,7 @@ class Step:
     def _pass(self) -> Tensor:
         images, targets = self._batch
         with autocast(self._teaching):
-            taught = self.distiller.teach(images)
+            taught = self.distiller.run_teacher(images)
         normalisers = self.distiller.normalisers(targets, taught)
         with autocast(self._scale):
             losses = self.distiller(images, targets, taught, normalisers)

@@ -9,7 +9,7 @@ from torch import Tensor
 from d3etr.attention_maps import MASKED_SCORE, ProductMaps, ScoredMaps
 from d3etr.config.distillation import AttentionConfig
 from d3etr.detectors.attention import attend_and_keep
-from d3etr.distillation import attention
+from d3etr.losses import attention
 from d3etr.structures import Levels
 
 SHAPE = (2, 3, 4, 5, 7)  # L, B, H, P, K

@@ -6,10 +6,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.conditional_detr import ConditionalDETR
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
 from d3etr.errors import UserError
 from d3etr.structures import ImageBatch, Targets
 
@@ -23,7 +23,7 @@ NO_TERMS = {
 
 
 def build(student: ConditionalDETR, teacher: ConditionalDETR, **settings: object) -> Distiller:
-    config = DistillationConfig.model_validate({"method": "d3etr", **settings})
+    config = MethodConfig.parse({"method": "d3etr", **settings})
     return Distiller(student, teacher, config, SetCriterionConfig(), seed=0)
 
 
@@ -31,7 +31,7 @@ def test_teacher_queries_with_ground_truth_only(
     tiny_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
     module = build(tiny_detector(seed=1), tiny_detector(), **NO_TERMS)
-    taught = module.teach(images)
+    taught = module.run_teacher(images)
     losses = module(images, targets, taught, module.normalisers(targets, taught))
     assert {name.split("/")[0] for name in losses} == {"detection", "auxiliary"}
 
@@ -41,10 +41,11 @@ def test_random_queries_run_no_teacher(
 ) -> None:
     group = {"queries": "random", "assignment": "own"}
     module = build(tiny_detector(seed=1), tiny_detector(), auxiliary_group=group, **NO_TERMS)
-    assert module.teach(images) is None
-    losses = module(images, targets, None, module.normalisers(targets, None))
+    teacher = module.run_teacher(images)
+    assert teacher is not None and not teacher.groups
+    losses = module(images, targets, teacher, module.normalisers(targets, teacher))
     assert {name.split("/")[0] for name in losses} == {"detection", "auxiliary"}
-    assert not list(module.auxiliary.parameters()) if module.auxiliary else False
+    assert not list(module.method.parameters())
 
 
 def test_random_queries_follow_the_seed(tiny_detector: Build) -> None:
@@ -54,7 +55,8 @@ def test_random_queries_follow_the_seed(tiny_detector: Build) -> None:
         for _ in range(2)
     )
     assert torch.equal(
-        first.state_dict()["auxiliary.embedding"], second.state_dict()["auxiliary.embedding"]
+        first.state_dict()["method.auxiliary.embedding"],
+        second.state_dict()["method.auxiliary.embedding"],
     )
 
 
@@ -69,7 +71,7 @@ def test_the_teachers_assignment_differs_from_the_own(
             auxiliary_group={"assignment": assignment},
             **NO_TERMS,
         )
-        taught = module.teach(images)
+        taught = module.run_teacher(images)
         losses = module(images, targets, taught, module.normalisers(targets, taught))
         results.append(sum(v.item() for k, v in losses.items() if k.startswith("auxiliary/")))
     # The own assignment minimises (nearly) what is summed; the teacher's cannot be cheaper.
@@ -80,7 +82,7 @@ def test_without_ground_truth_the_auxiliary_group_is_only_distilled(
     tiny_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
     module = build(tiny_detector(seed=1), tiny_detector(), auxiliary_group={"ground_truth": False})
-    taught = module.teach(images)
+    taught = module.run_teacher(images)
     losses = module(images, targets, taught, module.normalisers(targets, taught))
     assert {name.split("/")[0] for name in losses} == {"detection", "adaptive", "fixed"}
 
@@ -99,7 +101,7 @@ def test_impossible_layer_maps_are_refused(tiny_detector: Build, mapping: tuple[
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "none", "prediction": {"weight": 1.0}}, "remove prediction"),
+        ({"method": "none", "prediction": {"weight": 1.0}}, "no effect on method 'none'"),
         ({"adaptive_ratio": 1.0, **NO_TERMS}, "trains nothing"),
         ({"auxiliary_group": {"ground_truth": False}, **NO_TERMS}, "group would learn nothing"),
         ({"adaptive_ratio": 1.0, "teacher_query_ratio": 0.5}, "remove auxiliary_group"),
@@ -112,7 +114,7 @@ def test_impossible_layer_maps_are_refused(tiny_detector: Build, mapping: tuple[
 )
 def test_settings_that_cannot_fire_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        DistillationConfig.model_validate({"method": "d3etr", **settings})
+        MethodConfig.parse({"method": "d3etr", **settings})
 
 
 @pytest.mark.parametrize("kind", ["prediction", "self_attention", "cross_attention"])
@@ -123,7 +125,7 @@ def test_layers_are_added_or_averaged(
     found = {}
     for layers in ("sum", "mean", None):
         module = build(student, teacher, **({kind: {"layers": layers}} if layers else {}))
-        taught = module.teach(images)
+        taught = module.run_teacher(images)
         found[layers] = module(images, targets, taught, module.normalisers(targets, taught))
     names = ("class", "l1", "giou") if kind == "prediction" else (kind,)
     default = "sum" if kind == "prediction" else "mean"
@@ -136,7 +138,7 @@ def test_layers_are_added_or_averaged(
 def test_cross_attention_to_one_token_is_warned_of(tiny_detector: Build, targets: Targets) -> None:
     images = ImageBatch(torch.randn(3, 3, 4, 4))
     module = build(tiny_detector(seed=1), tiny_detector())
-    taught = module.teach(images)
+    taught = module.run_teacher(images)
     with pytest.warns(UserWarning, match=r"distillation\.cross_attention is 0 .* one token"):
         losses = module(images, targets, taught, module.normalisers(targets, taught))
     assert losses["fixed/cross_attention"].item() == 0

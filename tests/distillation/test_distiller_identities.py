@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.distillation import mixmatcher
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
+from d3etr.methods import pairs as pairs_module
 from d3etr.structures import ImageBatch, Targets
 
 Build = Callable[..., DetectionTransformer]
@@ -21,16 +21,14 @@ DISTILLATION_TERMS = {"class", "l1", "giou", "self_attention", "cross_attention"
 
 
 def distiller(student: nn.Module, teacher: nn.Module | None, **settings: object) -> Distiller:
-    config = DistillationConfig.model_validate(
-        {"method": "none" if teacher is None else "d3etr", **settings}
-    )
+    config = MethodConfig.parse({"method": "none" if teacher is None else "d3etr", **settings})
     return Distiller(student, teacher, config, SetCriterionConfig(), seed=0)
 
 
 def losses_of(
     module: Distiller, images: ImageBatch, targets: Targets, scale: float = 1.0
 ) -> dict[str, Tensor]:
-    taught = module.teach(images)
+    taught = module.run_teacher(images)
     return module(images, targets, taught, module.normalisers(targets, taught), scale)
 
 
@@ -99,9 +97,9 @@ def test_soft_target_bce_reaches_the_entropy_of_the_teacher(
         "weight": 1.0,
     }
     module = distiller(copy.deepcopy(teacher), teacher, adaptive_ratio=0.0, prediction=prediction)
-    taught = module.teach(images)
+    taught = module.run_teacher(images)
     assert taught is not None
-    probability = taught.outputs.logits.sigmoid()
+    probability = taught.main.logits.sigmoid()
     entropy = torch.special.entr(probability) + torch.special.entr(1 - probability)
     expected = entropy.sum(-1).mean((1, 2)).sum()
     assert losses_of(module, images, targets)["fixed/class"].item() == pytest.approx(
@@ -135,18 +133,18 @@ def test_order_of_the_teachers_queries_changes_no_adaptive_loss(
 
 
 def test_auxiliary_outputs_are_the_teachers_when_the_student_is_the_teacher(
-    any_detector: Build, images: ImageBatch
+    any_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
     teacher = any_detector()
     module = distiller(copy.deepcopy(teacher), teacher)
-    taught = module.teach(images)
+    taught = module.run_teacher(images)
     assert taught is not None
-    auxiliary = module._decode(images, taught).groups["auxiliary"]
+    auxiliary = module._decode(images, targets, taught, 0).student.groups["auxiliary"]
     for mine, theirs in (
-        (auxiliary.logits, taught.outputs.logits),
-        (auxiliary.boxes_cxcywh, taught.outputs.boxes_cxcywh),
-        (auxiliary.self_attention, taught.outputs.self_attention),
-        (auxiliary.cross_attention, taught.outputs.cross_attention),
+        (auxiliary.logits, taught.main.logits),
+        (auxiliary.boxes_cxcywh, taught.main.boxes_cxcywh),
+        (auxiliary.self_attention, taught.main.self_attention),
+        (auxiliary.cross_attention, taught.main.cross_attention),
     ):
         assert torch.allclose(mine, theirs, atol=1e-5)
 
@@ -224,7 +222,7 @@ def part(targets: Targets, index: slice) -> Targets:
         counts=targets.counts[index],
         image_ids=targets.image_ids[index],
         original_sizes=targets.original_sizes[index],
-        objects=targets.objects[index],
+        num_objects=targets.num_objects[index],
     )
 
 
@@ -237,10 +235,9 @@ def losses_in_pieces(
         (ImageBatch(images.pixels[i], images.padding[i]), part(targets, i))
         for i in (slice(0, 2), slice(2, 3))
     ]
-    taught = [module.teach(batch) for batch, _ in pieces]
-    divisors = torch.stack(
-        [module.normalisers(t, s) for (_, t), s in zip(pieces, taught, strict=True)]
-    ).sum(0)
+    taught = [module.run_teacher(batch) for batch, _ in pieces]
+    sums = [module.normalisers(t, s) for (_, t), s in zip(pieces, taught, strict=True)]
+    divisors = {name: sums[0][name] + sums[1][name] for name in sums[0]}
     return [module(batch, t, s, divisors) for (batch, t), s in zip(pieces, taught, strict=True)]
 
 
@@ -302,14 +299,14 @@ def test_weights_of_the_pairs_of_a_global_batch_sum_to_one(
     )
     totals: dict[str, list[Tensor]] = {"prediction_losses": [], "attention_loss": []}
     for name, seen in totals.items():
-        spied = getattr(mixmatcher, name)
+        spied = getattr(pairs_module, name)
 
         def spy(*given: Any, spied: Any = spied, seen: list[Tensor] = seen) -> Any:
             weights = [x for x in given if isinstance(x, Tensor) and x.dim() == 3]
             seen += [part.sum((1, 2)) for part in weights]
             return spied(*given)
 
-        monkeypatch.setattr(mixmatcher, name, spy)
+        monkeypatch.setattr(pairs_module, name, spy)
     losses_in_pieces(module, images, targets)
     for name, seen in totals.items():
         assert len(seen) == 4, name  # classes and boxes, or both kinds of attention, of two pieces
@@ -331,8 +328,8 @@ def test_losses_and_pairs_of_bfloat16_passes_are_computed_in_float32(
 ) -> None:
     module = distiller(any_detector(seed=1), any_detector(), **settings)
     with torch.autocast("cpu", torch.bfloat16):
-        taught = module.teach(images)
-        said = module._decode(images, taught)
+        taught = module.run_teacher(images)
+        said = module._decode(images, targets, taught, 0)
         found = module(images, targets, taught, module.normalisers(targets, taught))
     monkeypatch.setattr(module, "_decode", lambda *_: said)
     exact = module(images, targets, taught, module.normalisers(targets, taught))

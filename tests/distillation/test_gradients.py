@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import FAMILY
 
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
 from d3etr.structures import ImageBatch, Targets
 
 Build = Callable[..., DetectionTransformer]
@@ -69,9 +69,9 @@ def _without_gradient(
     images: ImageBatch,
     targets: Targets,
 ) -> list[str]:
-    config = DistillationConfig.model_validate(settings)
+    config = MethodConfig.parse(settings)
     module = Distiller(student.train(), teacher, config, SetCriterionConfig(), seed=0)
-    taught = None if teacher is None else module.teach(images)
+    taught = None if teacher is None else module.run_teacher(images)
     losses = module(images, targets, taught, module.normalisers(targets, taught))
     torch.stack(list(losses.values())).sum().backward()
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}

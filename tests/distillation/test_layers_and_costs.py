@@ -5,11 +5,11 @@ import torch
 from torch.nn.functional import binary_cross_entropy
 
 from d3etr.config.distillation import MatchingCostConfig, PredictionConfig
-from d3etr.distillation.correspondence import adaptive_problem, kept_pairs
-from d3etr.distillation.layers import teacher_layers
-from d3etr.distillation.prediction import class_loss
 from d3etr.errors import UserError
+from d3etr.losses.prediction import class_loss
 from d3etr.matching.boxes import cxcywh_to_xyxy, generalised_iou
+from d3etr.methods.correspondence import adaptive_problem, kept_pairs
+from d3etr.methods.layer_map import teacher_layers
 from d3etr.structures import DecoderOutputs
 
 

@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.distillation.distiller import Distiller
-from d3etr.distillation.features import (
+from d3etr.distiller import Distiller
+from d3etr.losses.features import (
     LEAST,
     feature_loss,
     query_quality,
     resize_tokens,
     target_weights,
 )
-from d3etr.distillation.queries import GeneralPoints
+from d3etr.methods.adapters import GeneralPoints
 from d3etr.structures import DecoderOutputs, ImageBatch, ObjectQueries, Targets
 from d3etr.training.seeding import derive_seed
 
@@ -29,14 +29,14 @@ FEW_POINTS = {"general_points": {"count": 7}}
 def _distiller(
     student: DetectionTransformer, teacher: DetectionTransformer, **settings: object
 ) -> Distiller:
-    config = DistillationConfig.model_validate(settings)
+    config = MethodConfig.parse(settings)
     return Distiller(student, teacher, config, SetCriterionConfig(), seed=0)
 
 
 def _losses(
     module: Distiller, images: ImageBatch, targets: Targets, step: int = 0
 ) -> dict[str, Tensor]:
-    taught = module.teach(images, step)
+    taught = module.run_teacher(images, step)
     return module(images, targets, taught, module.normalisers(targets, taught))
 
 
@@ -84,8 +84,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(
 def test_points_follow_seed_and_step(tiny_detector: Build, images: ImageBatch) -> None:
     settings = {"method": "kd_detr", **FEW_POINTS}
     first, second = (_distiller(tiny_detector(1), tiny_detector(), **settings) for _ in range(2))
-    drawn = [module.teach(images, step) for module in (first, second) for step in (0, 1)]
-    points = [taught.points for taught in drawn if taught is not None and taught.points]
+    drawn = [module.run_teacher(images, step) for module in (first, second) for step in (0, 1)]
+    points = [teacher.groups["general"].queries for teacher in drawn if teacher is not None]
     assert len(points) == 4 and points[0].count == 7
     assert torch.equal(points[0].embedding, points[2].embedding)
     assert not torch.equal(points[0].embedding, points[1].embedding)
@@ -99,12 +99,12 @@ def test_a_recipe_has_the_last_word() -> None:
         "prediction": {"temperature": 3.0},
         "general_points": {"count": 5},
     }
-    config = DistillationConfig.model_validate(settings)
+    config = MethodConfig.parse(settings)
     assert config.prediction.temperature == 3.0
     assert config.prediction.class_loss == "kl"
     assert config.general_points.count == 5
     assert config.layer_map == "last"
-    again = DistillationConfig.model_validate(config.model_dump(exclude=set(config.without_effect)))
+    again = MethodConfig.parse(config.model_dump(exclude=set(config.without_effect)))
     assert again == config
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import FAMILY
 
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
 from d3etr.errors import UserError
 from d3etr.structures import ImageBatch, Targets
 
@@ -22,7 +22,7 @@ GROUND_TRUTH = ("detection/", "auxiliary/", "proposals/")
 
 
 def _distiller(student: DetectionTransformer, teacher: DetectionTransformer, **settings: object):
-    config = DistillationConfig.model_validate({"method": "d3etr", **settings})
+    config = MethodConfig.parse({"method": "d3etr", **settings})
     return Distiller(student, teacher, config, SetCriterionConfig(), seed=0)
 
 
@@ -48,7 +48,7 @@ def _ensure_everything_learns(
     module: Distiller, images: ImageBatch, targets: Targets, terms: set[str]
 ) -> None:
     """A step's losses are finite, each of the terms fires, and every parameter has a gradient."""
-    taught = module.teach(images)
+    taught = module.run_teacher(images)
     losses = module(images, targets, taught, module.normalisers(targets, taught))
     assert all(torch.isfinite(loss) and loss >= 0 for loss in losses.values()), losses
     distilled = {name for name in losses if not name.startswith(GROUND_TRUTH)}
@@ -177,7 +177,8 @@ def test_random_queries_are_a_control_for_every_student(
         cross_attention=nothing,
         auxiliary_group={"queries": "random", "assignment": "own"},
     )
-    assert module.teach(images) is None
-    losses = module(images, targets, None, module.normalisers(targets, None))
+    teacher = module.run_teacher(images)
+    assert teacher is not None and not teacher.groups
+    losses = module(images, targets, teacher, module.normalisers(targets, teacher))
     assert {"auxiliary/class", "auxiliary/l1", "auxiliary/giou"} <= set(losses)
     assert all(torch.isfinite(loss) for loss in losses.values())

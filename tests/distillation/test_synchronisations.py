@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import OptimisationConfig, SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
 from d3etr.structures import ImageBatch, Targets
 from d3etr.training.divergence import LossWindow
 from d3etr.training.ema import WeightAverage
@@ -53,7 +53,7 @@ def test_the_host_hardly_waits_in_a_step(
 ) -> None:
     device = torch.device("cuda")
     student, teacher = any_detector(0).to(device), any_detector(1, decoder_layers=3).to(device)
-    config = DistillationConfig.model_validate({"method": method})
+    config = MethodConfig.parse({"method": method})
     known = None if method == "none" else teacher
     distiller = Distiller(student, known, config, SetCriterionConfig(), seed=0).to(device)
     optimiser = build_optimiser(distiller, student.backbone, OptimisationConfig(steps=1))
@@ -61,7 +61,7 @@ def test_the_host_hardly_waits_in_a_step(
 
     def step(number: int) -> None:
         batch, truth = images.to(device), targets.to(device)
-        taught = distiller.teach(batch, number)
+        taught = distiller.run_teacher(batch, number)
         sums = distiller.normalisers(truth, taught)
         total = window.add(number, distiller(batch, truth, taught, sums), truth.image_ids)
         total.backward()  # type: ignore[no-untyped-call]

@@ -4,8 +4,8 @@ import torch
 from tiny import save_untrained
 from tiny_runs import MakeConfig
 
-from d3etr.config.detector import TeacherConfig
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.detector import DetectorConfig, TeacherConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.evaluation.evaluator import Evaluator
 from d3etr.evaluation.stability import MatchingStability, unchanged
 from d3etr.training.assembly import build_models, open_splits
@@ -50,13 +50,14 @@ def test_a_two_stage_teacher_may_have_fewer_tokens_than_queries(
 ) -> None:
     config, context = make_config(), SingleProcess(CPU)
     two_stage = {"levels": 2, "points": 2, "box_refinement": True, "two_stage": True}
-    kind = {"name": "deformable_detr", "queries": 900, **two_stage}
+    student = config.student.detector.model_dump(mode="json")
+    kind = DetectorConfig.parse(student | {"name": "deformable_detr", "queries": 900, **two_stage})
     file = tmp_path / "teacher.safetensors"
-    save_untrained(file, config.student.detector.model_copy(update=kind), config.data)
+    save_untrained(file, kind, config.data)
     no_maps = {"method": "d3etr", "cross_attention": {"weight": 0.0}}
     changes = {
         "teacher": TeacherConfig(weights=file),
-        "distillation": DistillationConfig.model_validate(no_maps),
+        "distillation": MethodConfig.parse(no_maps),
     }
     config = config.model_copy(update=changes)
     splits = open_splits(config, context)

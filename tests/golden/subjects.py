@@ -23,10 +23,10 @@ from tiny import FAMILY, tiny_detector_config
 from tiny_recipe import tiny_recipe
 from torch import Tensor, nn
 
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.build import build_detector
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
 from d3etr.structures import ImageBatch, Targets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,7 +152,7 @@ def _train(
 ) -> dict[str, Any]:
     student = _detector(student_kind, 2 * seed, width=32, queries=6).train()
     teacher = _detector(teacher_kind, 2 * seed + 1, width=64, queries=8)
-    distillation = DistillationConfig.model_validate({"method": method, **settings})
+    distillation = MethodConfig.parse({"method": method, **settings})
     distiller = Distiller(
         student,
         None if method == "none" else teacher,
@@ -178,7 +178,7 @@ def _follow(distiller: Distiller) -> dict[str, Any]:
     data, kept = batches(), {}
     for step in range(1, STEPS[-1] + 1):
         images, targets = data[step % 2]
-        taught = distiller.teach(images, step)
+        taught = distiller.run_teacher(images, step)
         losses = distiller(images, targets, taught, distiller.normalisers(targets, taught))
         optimiser.zero_grad()
         torch.stack(list(losses.values())).sum().backward()

@@ -8,11 +8,11 @@ from tiny import tiny_detector_config
 
 pytest.importorskip("triton")
 
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
 from d3etr.matching.assignment import CostBlock, DeviceSolving, Solver, Solving
 from d3etr.structures import ImageBatch, Targets
 from d3etr.training.divergence import LossWindow, TrainingDiverged
@@ -40,7 +40,7 @@ def detector(seed: int) -> DetectionTransformer:
 
 
 def losses(solver: Solver) -> dict[str, torch.Tensor]:
-    config = DistillationConfig.model_validate({"method": "d3etr"})
+    config = MethodConfig.parse({"method": "d3etr"})
     student, teacher = detector(0).to(DEVICE), detector(1).to(DEVICE)
     distiller = Distiller(student, teacher, config, SetCriterionConfig(), seed=0).to(DEVICE)
     distiller.solver = solver
@@ -55,7 +55,7 @@ def losses(solver: Solver) -> dict[str, torch.Tensor]:
         torch.ones(2, dtype=torch.int64),
     )
     images, targets = images.to(DEVICE), targets.to(DEVICE)
-    taught = distiller.teach(images)
+    taught = distiller.run_teacher(images)
     found: dict[str, torch.Tensor] = distiller(
         images, targets, taught, distiller.normalisers(targets, taught), 0.0
     )

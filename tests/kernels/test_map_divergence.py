@@ -7,7 +7,7 @@ from torch import Tensor
 from d3etr.attention_maps import ProductMaps, ScoredMaps
 from d3etr.config.distillation import AttentionConfig
 from d3etr.detectors.attention import attend_with_scores
-from d3etr.distillation.attention import DISTANCES, attention_loss
+from d3etr.losses.attention import DISTANCES, attention_loss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS, IMAGES, HEADS = 2, 2, 2

@@ -4,15 +4,15 @@ import pytest
 import torch
 from tiny import tiny_detector_config
 
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
 from d3etr.structures import ImageBatch, Targets
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-USERS = ("d3etr.detectors.attention", "d3etr.distillation.attention")
+USERS = ("d3etr.detectors.attention", "d3etr.losses.attention")
 
 
 def _detector(name: str, seed: int, **changes: object) -> DetectionTransformer:
@@ -40,10 +40,10 @@ def _step(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Losses and gradients of a step with fewer pairs than queries."""
     student, teacher = _detector(name, 0), _detector(name, 1, queries=8, decoder_layers=3)
     settings = {"method": "d3etr", "matched_pair_ratio": 0.7, "teacher_query_ratio": 0.6}
-    config = DistillationConfig.model_validate(settings)
+    config = MethodConfig.parse(settings)
     distiller = Distiller(student, teacher, config, SetCriterionConfig(), seed=0).to(DEVICE)
     images, targets = _batch()
-    taught = distiller.teach(images)
+    taught = distiller.run_teacher(images)
     losses = distiller(images, targets, taught, distiller.normalisers(targets, taught))
     torch.stack([*losses.values()]).sum().backward()
     gradients = {k: p.grad for k, p in distiller.named_parameters() if p.grad is not None}

@@ -10,12 +10,12 @@ from tiny import tiny_detector_config
 from torch import Tensor
 from torch.nn.functional import pad
 
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
-from d3etr.detectors.criterion import detection_problem, set_losses
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
+from d3etr.losses.set_criterion import detection_problem, set_losses
 from d3etr.matching.assignment import assign
 from d3etr.structures import DecoderOutputs, ImageBatch, Targets
 
@@ -140,7 +140,7 @@ def test_a_softmax_detr_learns_by_detrs_own_criterion(
     images, labels = padded_images(), random_labels(counts)
     targets = as_targets(labels)
     criterion = SetCriterionConfig(class_weight=1.0, class_cost=1.0, no_object_weight=eos)
-    module = Distiller(student, None, DistillationConfig(), criterion, seed=0)
+    module = Distiller(student, None, MethodConfig.parse({}), criterion, seed=0)
     losses = module(images, targets, None, module.normalisers(targets, None))
     ours = torch.stack(list(losses.values())).sum()
     theirs = their_loss(student, images, labels, eos)

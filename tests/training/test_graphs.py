@@ -11,10 +11,10 @@ from tiny import tiny_detector_config
 from tiny_runs import MakeConfig, losses
 from torch import Tensor
 
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.build import build_detector
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
 from d3etr.structures import ImageBatch, Targets
 from d3etr.training.context import SingleProcess
 from d3etr.training.graphs import (
@@ -66,7 +66,7 @@ def test_padding_hides_what_it_adds(objects: tuple[int, ...]) -> None:
     assert slots % OBJECTS == 0 and slots >= max(OBJECTS, *objects)
     assert more.boxes_cxcywh.shape[1] == slots
     assert torch.equal(more.labels[:, : max(objects)], targets.labels)
-    assert torch.equal(more.objects, targets.objects)
+    assert torch.equal(more.objects, targets.num_objects)
 
 
 def distilled(
@@ -80,7 +80,7 @@ def distilled(
         for queries in (6, 8)
     )
     teacher = teacher.to(device)
-    config = DistillationConfig.model_validate({"method": method})
+    config = MethodConfig.parse({"method": method})
     known = None if method == "none" else teacher
     distiller = Distiller(student, known, config, SetCriterionConfig(), seed=0)
     return distiller.to(device).train()
@@ -91,7 +91,7 @@ def plain_pass(distiller: Distiller) -> Pass:
 
     def run(images: ImageBatch, targets: Targets, factor: Tensor) -> dict[str, Tensor]:
         with torch.autocast(images.pixels.device.type, torch.bfloat16):
-            taught = distiller.teach(images)
+            taught = distiller.run_teacher(images)
             sums = distiller.normalisers(targets, taught)
             found = distiller(images, targets, taught, sums, factor)
         torch.stack([*found.values()]).sum().backward()

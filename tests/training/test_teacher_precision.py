@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_runs import MakeConfig, losses
 
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.tree import Config
 from d3etr.training.context import SingleProcess
 from d3etr.training.journal import read_journal
@@ -30,7 +30,7 @@ def test_a_control_that_never_asks_the_teacher_says_what_has_no_effect(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     off = {"weight": 0.0}
-    control = DistillationConfig.model_validate(
+    control = MethodConfig.parse(
         {
             "method": "d3etr",
             "auxiliary_group": {"queries": "random", "assignment": "own"},

@@ -14,7 +14,7 @@ import torch
 from tiny import save_untrained
 from tiny_runs import MakeConfig, assert_same_run, final_state, losses, records, values
 
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import MethodConfig
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.training.context import SingleProcess, Torchrun
@@ -100,9 +100,7 @@ def test_general_points_of_a_two_stage_teacher_are_those_of_its_images(
     base = make_config(detector={"dropout": 0.0})
     detector = base.student.detector.model_copy(update=two_stage)
     save_untrained(tmp_path / "teacher.safetensors", detector, base.data)
-    distillation = DistillationConfig.model_validate(
-        {"method": "kd_detr", "general_points": {"count": 5}}
-    )
+    distillation = MethodConfig.parse({"method": "kd_detr", "general_points": {"count": 5}})
     for accumulation in (1, 2):
         config = make_config(
             optimisation={"accumulation": accumulation, "epochs": 1},

@@ -75,6 +75,7 @@ class DetectorConfig(VariantSection):
     registry: ClassVar = DETECTORS
     variant_key: ClassVar = "name"
     default_variant: ClassVar = "conditional_detr"
+    wrote_all_keys: ClassVar = True
 
     name: str
     backbone: BackboneConfig = BackboneConfig()

@@ -1,15 +1,16 @@
 """Configuration of what is distilled, over which pairs, and how strongly."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from d3etr.config.base import MAXIMUM, Section
-from d3etr.config.methods import with_method
+from d3etr.config.overrides import merge
+from d3etr.config.variants import VariantSection
+from d3etr.registry import METHODS
 
-# YAML knows lists only, and what a method has been put under is no JSON any more.
-LayerList = Annotated[tuple[Annotated[int, Field(ge=0, le=MAXIMUM)], ...], Field(strict=False)]
+LayerList = tuple[Annotated[int, Field(ge=0, le=MAXIMUM)], ...]
 Weight = Annotated[float, Field(ge=0, le=MAXIMUM)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -101,7 +102,7 @@ class AuxiliaryGroupConfig(Section):
     ground_truth: bool = True
     """Supervise the group with ground truth at all."""
     always: bool = False
-    """Build the group also where adaptive_ratio 1 distils nothing over it."""
+    """Build the group also where nothing is distilled over it."""
 
 
 class GeneralPointsConfig(Section):
@@ -128,126 +129,56 @@ class FeatureConfig(Section):
     """The teacher's best queries, whose likeness to a token says how much it counts."""
 
 
-class DistillationConfig(Section):
-    """Method, matching ratios, loss terms."""
+class MethodConfig(VariantSection):
+    """What a student learns from a teacher.
 
-    method: Literal["none", "d3etr", "kd_detr", "detrdistill"] = "none"
-    """What the settings below are unless a recipe says otherwise (config/methods.py)."""
-    adaptive_ratio: Ratio = 0.5
-    """r: L = r * L_adaptive + (1 - r) * L_fixed. 1 builds no auxiliary group, 0 runs no
-    bipartite matching."""
-    teacher_query_ratio: Share = 1.0
-    """q: share of the teacher's queries, most confident first, in the auxiliary group."""
-    matched_pair_ratio: Share = 1.0
-    """m: share of adaptive pairs kept, most confident first."""
-    matching_cost: MatchingCostConfig = MatchingCostConfig()
-    prediction: PredictionConfig = PredictionConfig()
-    self_attention: AttentionConfig = AttentionConfig()
-    cross_attention: AttentionConfig = AttentionConfig()
-    auxiliary_group: AuxiliaryGroupConfig = AuxiliaryGroupConfig()
-    general_points: GeneralPointsConfig = GeneralPointsConfig()
-    features: FeatureConfig = FeatureConfig()
-    layer_map: Literal["uniform", "last"] | LayerList = "uniform"
-    """Teacher layer for each student layer; a list names them, last must map to last."""
-    warmup_steps: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
-    """Distillation weights grow linearly from 0 over this many optimiser steps."""
+    Each method has a class of its own beside its losses (``methods/<name>.py``).
+    """
 
-    @model_validator(mode="before")
-    @classmethod
-    def _on_the_method(cls, settings: object) -> object:
-        return with_method(settings) if isinstance(settings, Mapping) else settings
+    registry: ClassVar = METHODS
+    variant_key: ClassVar = "method"
+    default_variant: ClassVar = "none"
+
+    method: str
 
     @property
-    def terms(self) -> tuple[float, float, float]:
-        """Weights of the prediction, self- and cross-attention terms."""
-        return self.prediction.weight, self.self_attention.weight, self.cross_attention.weight
-
-    @property
-    def distils(self) -> bool:
-        """Whether any distillation term is on; the controls of the ablation have none."""
-        return any(self.terms) or bool(self.features.weight)
-
-    @property
-    def has_auxiliary_group(self) -> bool:
-        """Whether the teacher's queries run through the student's decoder."""
-        wanted = self.adaptive_ratio < 1 or self.auxiliary_group.always
-        return self.method != "none" and wanted
+    def needs_teacher(self) -> bool:
+        """Whether there has to be a teacher."""
+        return True
 
     @property
     def matches_adaptively(self) -> bool:
-        """Whether bipartite matching between teacher and student runs."""
-        return self.method != "none" and self.adaptive_ratio > 0 and any(self.terms)
+        """Whether the student's queries are matched with the teacher's."""
+        return False
 
     @property
-    def without_effect(self) -> frozenset[str]:
-        """Keys that the method or a ratio of 0 or 1 switches off; setting them is an error."""
-        if self.method == "none":
-            return frozenset(type(self).model_fields) - {"method"}
-        if not self.has_auxiliary_group:
-            return frozenset({"auxiliary_group", "teacher_query_ratio"})
-        if self.adaptive_ratio == 0:
-            return frozenset({"matching_cost", "matched_pair_ratio"})
-        return frozenset()
+    def description(self) -> str:
+        """What is compared, in a few words for people who read a run's page."""
+        return ""
 
-    @model_validator(mode="after")
-    def _every_setting_fires(self) -> Self:
-        if self.method == "none":
-            return self._plain_has_nothing_set()
-        if not self.has_auxiliary_group:
-            self._adaptive_only_is_whole()
-        if self.auxiliary_group.always and not self.auxiliary_group.ground_truth:
-            raise ValueError(
-                "auxiliary_group.always without ground_truth: where adaptive_ratio is 1 the group "
-                "would learn nothing"
-            )
-        supervised = self.auxiliary_group.ground_truth
-        if self.has_auxiliary_group and not supervised and not any(self.terms):
-            raise ValueError(
-                "the auxiliary group would learn nothing: all term weights are 0 and "
-                "auxiliary_group.ground_truth is false"
-            )
-        if self.general_points.count and not any(self.terms):
-            raise ValueError("general_points have no effect: all term weights are 0")
-        if (
-            self.adaptive_ratio == 0
-            and {"matching_cost", "matched_pair_ratio"} & self.model_fields_set
-        ):
-            raise ValueError(
-                "adaptive_ratio 0 runs no bipartite matching: "
-                "remove matching_cost and matched_pair_ratio"
-            )
-        if self.auxiliary_group.queries == "random" and self.has_auxiliary_group:
-            self._random_queries_teach_nothing()
-        return self
+    @property
+    def warmup(self) -> int:
+        """Optimiser steps over which distillation weights grow linearly from 0."""
+        return 0
 
-    def _plain_has_nothing_set(self) -> Self:
-        extra = sorted(self.model_fields_set - {"method"})
-        if extra:
-            raise ValueError(f"method 'none' distils nothing: remove {', '.join(extra)}")
-        return self
+    @classmethod
+    def complete(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A section that is given in part is put on top of this method's, not of the section's."""
+        defaults = {
+            name: field.default.model_dump(mode="json")
+            for name, field in cls.model_fields.items()
+            if isinstance(field.default, Section) and isinstance(settings.get(name), Mapping)
+        }
+        return merge(defaults, dict(settings))
 
-    def _adaptive_only_is_whole(self) -> None:
-        if not self.distils:
-            raise ValueError(
-                "adaptive_ratio 1 with all term weights 0 trains nothing but the plain "
-                "student: use method 'none'"
-            )
-        if {"auxiliary_group", "teacher_query_ratio"} & self.model_fields_set:
-            raise ValueError(
-                "adaptive_ratio 1 builds no auxiliary group: "
-                "remove auxiliary_group and teacher_query_ratio"
-            )
 
-    def _random_queries_teach_nothing(self) -> None:
-        if self.distils:
-            raise ValueError(
-                "random auxiliary queries have no teacher outputs to distil: "
-                "set all term weights to 0, or auxiliary_group.queries to 'teacher'"
-            )
-        if self.general_points.count:
-            raise ValueError("random auxiliary queries and general_points exclude each other")
-        if self.auxiliary_group.assignment == "teacher":
-            raise ValueError(
-                "random auxiliary queries have no teacher assignment: "
-                "set auxiliary_group.assignment to 'own'"
-            )
+AnyMethod = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(MethodConfig.coerce)]
+
+
+def method_config(**settings: Any) -> MethodConfig:
+    """The configuration of a method, of the class that ``method`` stands for.
+
+    Raises:
+        ValidationError: something is wrong with the settings.
+    """
+    return MethodConfig.parse(settings)

@@ -2,12 +2,12 @@
 
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from d3etr.config.base import Section
 from d3etr.config.data import DataConfig
 from d3etr.config.detector import StudentConfig, TeacherConfig
-from d3etr.config.distillation import DistillationConfig
+from d3etr.config.distillation import AnyMethod, method_config
 from d3etr.config.infrastructure import ClusterConfig, RunConfig, TrackingConfig
 from d3etr.config.location import Location
 from d3etr.config.training import (
@@ -25,7 +25,7 @@ class Config(Section):
     data: DataConfig
     teacher: TeacherConfig | None = None
     student: StudentConfig = StudentConfig()
-    distillation: DistillationConfig = DistillationConfig()
+    distillation: AnyMethod = Field(default_factory=method_config)
     optimisation: OptimisationConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -70,11 +70,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if self.distillation.method == "none" and self.teacher is not None:
+        if not self.distillation.needs_teacher and self.teacher is not None:
             raise ValueError(
                 "teacher is set but distillation.method is 'none': nothing would use it"
             )
-        if self.distillation.method != "none" and self.teacher is None:
+        if self.distillation.needs_teacher and self.teacher is None:
             raise ValueError(
                 f"distillation.method '{self.distillation.method}' needs a teacher.weights"
             )
@@ -97,7 +97,7 @@ class Config(Section):
                 f"cluster.workers x optimisation.accumulation = {parts}"
             )
         steps = self.optimisation.steps
-        warmup = self.distillation.warmup_steps
+        warmup = self.distillation.warmup
         if steps and (text := warmup_problem("distillation", warmup, steps, "optimisation.steps")):
             raise ValueError(text)
         return self

@@ -28,11 +28,16 @@ class VariantSection(Section):
         registry: variant's name -> an object whose ``config_class`` is the variant's section.
         variant_key: the key that names the variant.
         default_variant: its name where the key is not set.
+        wrote_all_keys: whether version 0.1 wrote the keys of all variants into one section: those
+            of others are read where they hold their default.
+        implied: of a variant, what version 0.1 wrote of further keys that it does not have.
     """
 
     registry: ClassVar[Registry]
     variant_key: ClassVar[str]
     default_variant: ClassVar[str]
+    wrote_all_keys: ClassVar[bool] = False
+    implied: ClassVar[Mapping[str, object]] = {}
 
     @classmethod
     def variant(cls, name: str) -> type[VariantSection]:
@@ -68,12 +73,17 @@ class VariantSection(Section):
             raise _failed(cls, [_problem(cls.variant_key, name, str(error))]) from error
         known, problems = _without_foreign_defaults(cls, own, settings)
         try:
-            found: Self = own.model_validate_json(to_json(known))  # type: ignore[assignment]
+            found: Self = own.model_validate_json(to_json(own.complete(known)))  # type: ignore[assignment]
         except ValidationError as error:
             problems += [_again(detail) for detail in error.errors(include_url=False)]
         if problems:
             raise _failed(own, problems)
         return found
+
+    @classmethod
+    def complete(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The settings of a variant, completed by what its class knows better than its fields."""
+        return settings
 
     @classmethod
     def coerce(cls, value: object) -> object:
@@ -93,7 +103,7 @@ def fields_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
 def _without_foreign_defaults(
     base: type[VariantSection], own: type[VariantSection], settings: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[InitErrorDetails]]:
-    """Without keys of other variants that hold their default: version 0.1 wrote all keys.
+    """Without keys of other variants that say nothing new, as version 0.1 wrote them.
 
     Returns:
         What is left, and the problems with such keys that hold something else.
@@ -104,7 +114,10 @@ def _without_foreign_defaults(
         if not owners:
             continue  # the section's own validation says so
         value = known.pop(key)
-        if value not in [_default(variant, key) for variant in owners.values()]:
+        meant = [own.implied[key]] if key in own.implied else []
+        if base.wrote_all_keys:
+            meant += [_default(variant, key) for variant in owners.values()]
+        if not any(_agrees(value, one) for one in meant):
             names = " or ".join(f"'{name}'" for name in owners)
             chosen = settings.get(base.variant_key, base.default_variant)
             text = f"has no effect on {base.registry.kind} '{chosen}', only on {names}"
@@ -115,6 +128,13 @@ def _without_foreign_defaults(
 def _default(variant: type[BaseModel], key: str) -> object:
     value = variant.model_fields[key].get_default(call_default_factory=True)
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _agrees(value: object, known: object) -> bool:
+    """Whether all that ``value`` says is what ``known`` says."""
+    if isinstance(value, Mapping) and isinstance(known, Mapping):
+        return all(key in known and _agrees(inner, known[key]) for key, inner in value.items())
+    return value == known
 
 
 def _unknown_variant(base: type[VariantSection], name: object) -> ValidationError:

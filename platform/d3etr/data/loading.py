@@ -249,7 +249,7 @@ class _BatchDataset(Dataset["_Packed | UserError"]):
             targets.counts,
             targets.image_ids,
             targets.original_sizes,
-            targets.objects,
+            targets.num_objects,
             time.process_time() - begun,
         )
         shared = images.pixels.is_shared()  # type: ignore[no-untyped-call]

@@ -183,5 +183,5 @@ def _pad_targets(samples: Sequence[Sample]) -> Targets:
         counts=counts,
         image_ids=tuple(sample.image_id for sample in samples),
         original_sizes=tuple(sample.original_size for sample in samples),
-        objects=torch.tensor(counts),
+        num_objects=torch.tensor(counts),
     )

@@ -13,7 +13,7 @@ from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.encoder import Encoder
 from d3etr.detectors.position import TEMPERATURE, SineEncoding
-from d3etr.structures import DecoderOutputs, ImageBatch, Memory, ObjectQueries
+from d3etr.structures import DecoderOutputs, ImageBatch, Memory, ObjectQueries, QueryGroup, Targets
 
 
 class DetectionTransformer(nn.Module, ABC):
@@ -47,6 +47,18 @@ class DetectionTransformer(nn.Module, ABC):
     @abstractmethod
     def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
         """The main group; a two-stage detector makes it from ``memory``."""
+
+    def training_groups(self, memory: Memory, targets: Targets, step: int) -> dict[str, QueryGroup]:
+        """Query groups that the detector brings for its own training; none by default.
+
+        Denoising queries (noised ground truth) and copies of the main group are such groups.
+
+        Args:
+            memory: encoder output.
+            targets: ground truth.
+            step: optimiser step, for whatever is drawn.
+        """
+        return {}
 
     @abstractmethod
     def decode(

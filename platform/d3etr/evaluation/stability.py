@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from d3etr.data.splits import DetectionSplit
-from d3etr.distillation.correspondence import adaptive_correspondence, adaptive_problem
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
 from d3etr.evaluation.evaluator import Workers
 from d3etr.structures import DecoderOutputs, ImageBatch, Targets
 
@@ -43,10 +42,10 @@ class MatchingStability:
         chosen = [i for i, identity in enumerate(targets.image_ids) if identity in self._watched]
         if not chosen:
             return
-        taught = self._distiller.teach(_images(images, chosen))
-        if taught is None:
-            raise ValueError("stability needs a teacher that teaches")
-        pairs = _pairs(self._distiller, _outputs(student, chosen), taught.outputs)
+        teacher = self._distiller.run_teacher(_images(images, chosen))
+        if teacher is None:
+            raise ValueError("there is no teacher to be matched with")
+        pairs = _pairs(self._distiller, _outputs(student, chosen), teacher.main)
         ids = torch.tensor([[targets.image_ids[i]] for i in chosen], device=pairs.device)
         self._found.append(torch.cat([ids, pairs.transpose(0, 1).flatten(1)], 1))
 
@@ -89,11 +88,13 @@ def unchanged(before: Tensor, now: Tensor) -> float:
 
 def _pairs(distiller: Distiller, student: DecoderOutputs, teacher: DecoderOutputs) -> Tensor:
     """[L, B, M] student query of each teacher query, -1 for unmatched ones."""
-    config = distiller.distillation
-    problem = adaptive_problem(student, teacher, config.matching_cost)
-    (assignment,) = distiller.solver.start([problem]).result()
+    matching = distiller.method.adaptive
+    if matching is None:
+        raise ValueError(f"{type(distiller.method).__name__} matches no queries")
+    problem = matching.problem(student, teacher)
+    (assignment,) = distiller.start({"adaptive": problem})().values()
     assignment.ensure_finite(problem.name)
-    pairs = adaptive_correspondence(assignment, student, teacher, config.matched_pair_ratio)
+    pairs = matching.correspondence(assignment, student, teacher)
     columns = assignment.columns if pairs.teacher is None else pairs.teacher
     rows = assignment.rows if pairs.student is None else pairs.student
     layers, images = columns.shape[:2]

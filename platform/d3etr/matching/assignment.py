@@ -105,7 +105,7 @@ class Assignment:
     used: Tensor
     doubt: Tensor | None = None
 
-    def doubted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    def nan_if_invalid(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses over these pairs, the first one NaN if the pairs mean nothing."""
         if self.doubt is None or not losses:
             return losses

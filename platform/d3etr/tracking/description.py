@@ -142,7 +142,7 @@ def note(config: Config, run_dir: Path) -> str:
     if config.teacher is not None:
         weights = config.teacher.weights
         place = weights.shown if isinstance(weights, Url) else weights
-        lines.append(f"Teacher: `{place}`; {_what_is_distilled(config)}.")
+        lines.append(f"Teacher: `{place}`; {config.distillation.description}.")
     lines.append(f"Run folder: `{run_dir.resolve()}`")
     return "\n\n".join(lines)
 
@@ -174,17 +174,6 @@ def _git(package: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _what_is_distilled(config: Config) -> str:
-    distillation = config.distillation
-    names = ("predictions", "self-attention", "cross-attention")
-    terms = [f"{name} ({weight:g})" for name, weight in zip(names, distillation.terms, strict=True)]
-    on = [term for term, weight in zip(terms, distillation.terms, strict=True) if weight]
-    return (
-        f"{', '.join(on) or 'no distillation terms'}, "
-        f"adaptive ratio {distillation.adaptive_ratio:g}"
-    )
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:

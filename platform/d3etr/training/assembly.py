@@ -13,7 +13,7 @@ from d3etr.data.loading import EpochLoader
 from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo, load_weights
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
 from d3etr.progress import OnProgress as Progress
 from d3etr.storage.fetch import fetch_file, local_file
 from d3etr.training.context import TrainContext

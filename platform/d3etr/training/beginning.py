@@ -12,8 +12,9 @@ from d3etr.config.tree import Config
 from d3etr.data.judgement import Judgement, judge, judge_against_recipe, judge_length
 from d3etr.data.splits import SPLIT_NAMES, DetectionSplit, open_split
 from d3etr.detectors.weights import WeightsInfo, read_info
-from d3etr.distillation.compatibility import check_compatible
 from d3etr.errors import UserError
+from d3etr.methods.base import Method
+from d3etr.registry import METHODS
 from d3etr.storage.fetch import local_file
 from d3etr.training.inputs import ensure_inputs_answer, weights_of
 from d3etr.training.start import ensure_start
@@ -96,7 +97,10 @@ def _judge_weights(
         check_same_classes(info, config.teacher.weights, train)
     check_same_input(info, config.teacher.weights, config.data)
     if classes is not None:
-        check_compatible(config.student.detector, info.detector, config.distillation, classes)
+        method: type[Method] = METHODS.find(config.distillation.method)
+        method.check_compatible(
+            config.distillation, config.student.detector, info.detector, classes
+        )
     return info
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from d3etr.config.training import Precision
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
 from d3etr.kernels.availability import runs_kernels
 from d3etr.structures import ImageBatch, Targets
 from d3etr.training.optimiser import autocast
@@ -36,7 +36,7 @@ def why_not_recorded(distiller: Distiller, device: torch.device) -> str | None:
     """What in a step takes the host, in words; None where nothing does."""
     if not runs_kernels(device):
         return "it needs a GPU, and Triton"
-    if distiller.draws_points:
+    if distiller.method.draws_in_steps:
         return "general points are drawn by the host"
     from d3etr.kernels.assignment import LARGEST_SIDE
 
@@ -63,18 +63,18 @@ def whole_pass(
 
     def run(images: ImageBatch, targets: Targets, factor: Tensor) -> dict[str, Tensor]:
         current = torch.cuda.current_stream(device)
-        beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        beside.wait_stream(current)
-        with torch.cuda.stream(beside), autocast(teacher_precision, device):
-            taught = distiller.teach(images)
-            sums = distiller.normalisers(targets, taught)
-        if taught is None:
-            current.wait_stream(beside)
+        side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side_stream.wait_stream(current)
+        with torch.cuda.stream(side_stream), autocast(teacher_precision, device):
+            teacher = distiller.run_teacher(images)
+            sums = distiller.normalisers(targets, teacher)
+        if teacher is None:
+            current.wait_stream(side_stream)
         else:
-            taught = replace(taught, stream=beside)
+            teacher = replace(teacher, stream=side_stream)
         pairing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with autocast(precision, device):
-            losses = distiller(images, targets, taught, sums, factor, beside=pairing)
+            losses = distiller(images, targets, teacher, sums, factor, side_stream=pairing)
         # Not of their sum, which would have to wait for the last of them.
         torch.autograd.backward([loss for loss in losses.values() if loss.requires_grad])
         current.wait_stream(pairing)
@@ -207,9 +207,9 @@ def _shapes(images: ImageBatch, targets: Targets) -> tuple[object, ...]:
 def _clones(images: ImageBatch, targets: Targets) -> tuple[ImageBatch, Targets]:
     padding = images.padding
     copied = ImageBatch(images.pixels.clone(), None if padding is None else padding.clone())
-    boxes, objects = targets.boxes_cxcywh.clone(), targets.objects.clone()
+    boxes, objects = targets.boxes_cxcywh.clone(), targets.num_objects.clone()
     labels = targets.labels.clone()
-    return copied, replace(targets, labels=labels, boxes_cxcywh=boxes, objects=objects)
+    return copied, replace(targets, labels=labels, boxes_cxcywh=boxes, num_objects=objects)
 
 
 def _copy(images: ImageBatch, targets: Targets, recorded: _Recorded) -> None:
@@ -219,4 +219,4 @@ def _copy(images: ImageBatch, targets: Targets, recorded: _Recorded) -> None:
         recorded.images.padding.copy_(images.padding)
     recorded.targets.labels.copy_(targets.labels)
     recorded.targets.boxes_cxcywh.copy_(targets.boxes_cxcywh)
-    recorded.targets.objects.copy_(targets.objects)
+    recorded.targets.num_objects.copy_(targets.num_objects)

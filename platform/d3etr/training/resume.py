@@ -10,6 +10,7 @@ from types import NoneType
 import torch
 from torch import Tensor
 
+from d3etr.distiller import current_names
 from d3etr.errors import UserError
 from d3etr.files import (
     DamagedFileError,
@@ -106,7 +107,7 @@ def restore_state(
     Raises:
         UserError: teacher or data are not what the run began with.
     """
-    state = checkpoint.state()
+    state = _read(checkpoint)
     _check_format(state, checkpoint.folder)
     ensure_same_inputs(state["digests"], models.digests, checkpoint.folder.parent.parent)
     models.distiller.load_state_dict(state["model"])
@@ -121,6 +122,14 @@ def restore_state(
     if context.rank == 0:
         restore_weights(checkpoint.weights, examination.weights)
     return Progress(state["step"], state["teacher_mAP"])
+
+
+def _read(checkpoint: Checkpoint) -> State:
+    """The state in a checkpoint, its tensors under today's names."""
+    state = checkpoint.state()
+    if isinstance(state, dict) and isinstance(state.get("model"), Mapping):
+        state["model"] = current_names(state["model"])
+    return state
 
 
 def _cost(state: State) -> TrainingCost:
@@ -150,7 +159,7 @@ def ensure_usable(checkpoint: Checkpoint, models: Models) -> None:
         DamagedFileError: naming what is not as it was written.
         UserError: another version of d3etr wrote it.
     """
-    state = checkpoint.state()
+    state = _read(checkpoint)
     if not isinstance(state, dict):
         raise DamagedFileError(f"{STATE_FILE} holds a {type(state).__name__}, expected a dict")
     _check_format(state, checkpoint.folder)

@@ -189,7 +189,7 @@ class _Run:
             self.journal.message(progress.step, text, "warning")
         if checkpoint is None:
             self._qualify_teacher(progress)
-        if self.models.distiller.needs_teacher_outputs:
+        if self.models.distiller.method.needs_teacher_outputs:
             self.examination.teacher_mAP = progress.teacher_mAP
         return progress
 

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from d3etr.config.tree import Config
 from d3etr.data.sampling import share
-from d3etr.distillation.distiller import Distiller
-from d3etr.distillation.teaching import Taught
+from d3etr.distiller import Distiller, Normalisers
 from d3etr.matching.assignment import NonFiniteCostError
+from d3etr.methods.base import TeacherOutputs
 from d3etr.structures import ImageBatch, Targets
 from d3etr.timing import PhaseTimer
 from d3etr.training.context import TrainContext
@@ -91,16 +90,16 @@ class TrainingStep:
             self._replay(step, batches[0], self._graphs)
         else:
             with self._timer.phase("teacher"):
-                taught, normalisers = self._teach(step, batches)
-            for index, (batch, known) in enumerate(zip(batches, taught, strict=True)):
+                teachers, normalisers = self._run_teacher(step, batches)
+            for index, (batch, teacher) in enumerate(zip(batches, teachers, strict=True)):
                 with self._synchronised_if(index == len(batches) - 1):
-                    self._accumulate(step, index, batch, known, normalisers)
+                    self._accumulate(step, index, batch, teacher, normalisers)
         with self._timer.phase("optimiser"):
             self._update(step)
 
-    def _teach(
+    def _run_teacher(
         self, step: int, batches: Sequence[MicroBatch]
-    ) -> tuple[list[Taught | None], Tensor]:
+    ) -> tuple[list[TeacherOutputs | None], Normalisers]:
         """The teacher's outputs per micro-batch, and the global batch's normalisers.
 
         Args:
@@ -108,29 +107,40 @@ class TrainingStep:
             batches: on the worker's device.
         """
         with autocast(self._config.teacher_precision, self._context.device):
-            taught = [self._distiller.teach(images, step) for images, _ in batches]
+            teachers = [self._distiller.run_teacher(images, step) for images, _ in batches]
         sums = [
-            self._distiller.normalisers(targets, known)
-            for (_, targets), known in zip(batches, taught, strict=True)
+            self._distiller.normalisers(targets, teacher, step)
+            for (_, targets), teacher in zip(batches, teachers, strict=True)
         ]
-        local = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
-        return taught, self._context.all_reduce(local)
+        return teachers, self._over_the_global_batch(sums)
+
+    def _over_the_global_batch(self, sums: Sequence[Normalisers]) -> Normalisers:
+        """Sums over micro-batches and workers, by one reduction."""
+        sizes = {name: value.shape for name, value in sums[0].items()}
+        packed = [torch.cat([part[name].reshape(-1) for name in sizes]) for part in sums]
+        local = packed[0] if len(packed) == 1 else torch.stack(packed).sum(0)
+        total = self._context.all_reduce(local)
+        parts = torch.split(total, [size.numel() for size in sizes.values()])
+        return {
+            name: part.reshape(size)
+            for (name, size), part in zip(sizes.items(), parts, strict=True)
+        }
 
     def _accumulate(
         self,
         step: int,
         index: int,
         batch: MicroBatch,
-        taught: Taught | None,
-        normalisers: Tensor,
+        teacher: TeacherOutputs | None,
+        normalisers: Normalisers,
     ) -> None:
         images, targets = batch
         self._seed(step, index)
-        scale = distillation_scale(step, self._config.distillation.warmup_steps)
+        scale = distillation_scale(step, self._config.distillation.warmup)
         with self._timer.phase("forward"):
             try:
                 with self._autocast():
-                    losses = self._model(images, targets, taught, normalisers, scale)
+                    losses = self._model(images, targets, teacher, normalisers, scale, step=step)
             except NonFiniteCostError as error:
                 raise self._window.explain(step, targets.image_ids, str(error)) from error
             total = self._window.add(step, losses, targets.image_ids)
@@ -139,8 +149,8 @@ class TrainingStep:
             (total * self._context.world_size).backward()  # type: ignore[no-untyped-call]
 
     def _replay(self, step: int, batch: MicroBatch, graphs: StepGraphs) -> None:
-        """The same as teaching and accumulating the step's only micro-batch, by a graph."""
-        scale = distillation_scale(step, self._config.distillation.warmup_steps)
+        """Run the teacher and accumulate the only micro-batch, by a graph."""
+        scale = distillation_scale(step, self._config.distillation.warmup)
         with self._timer.phase("forward and backward"):
             losses = graphs(*batch, scale, lambda: self._seed(step, 0))
             self._window.add(step, losses, batch[1].image_ids)

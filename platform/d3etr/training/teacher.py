@@ -8,7 +8,7 @@ from d3etr.config.location import Location
 from d3etr.data.splits import DetectionSplit
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo
-from d3etr.distillation.distiller import Distiller
+from d3etr.distiller import Distiller
 from d3etr.errors import UserError
 from d3etr.evaluation.evaluator import Evaluator
 
@@ -118,6 +118,6 @@ def _some(names: list[str]) -> str:
 
 def idle_settings(config: TeacherConfig | None, distiller: Distiller) -> list[str]:
     """Settings of how the teacher runs that are set where it never runs in training."""
-    if config is None or distiller.needs_teacher_outputs:
+    if config is None or distiller.method.needs_teacher_outputs:
         return []
     return [] if config.precision is None else ["teacher.precision"]

@@ -3,48 +3,61 @@
 from __future__ import annotations
 
 from d3etr.config.detector import DetectorConfig
-from d3etr.config.distillation import DistillationConfig
-from d3etr.distillation.correspondence import kept_pairs
-from d3etr.distillation.layers import teacher_layers
-from d3etr.distillation.teaching import group_size
 from d3etr.errors import UserError
+from d3etr.methods.correspondence import kept_pairs, share_of
+from d3etr.methods.layer_map import teacher_layers
+from d3etr.methods.pairs import PairTerms
+from d3etr.methods.teacher_queries import TeacherQueryConfig
 
 
-def check_compatible(
+def check_pair(
+    config: TeacherQueryConfig,
     student: DetectorConfig,
     teacher: DetectorConfig,
-    distillation: DistillationConfig,
     classes: int,
+    *,
+    matched_pair_ratio: float | None = None,
+    fixed: bool = True,
+    points: int = 0,
 ) -> None:
-    """Refuse a pair that a configured loss cannot bridge, or over which it would always be 0.
+    """Refuse detectors that a configured loss cannot bridge, or over which it would always be 0.
 
     Different widths are bridged by an adapter, different depths by the layer map, different
-    strides by resizing what the teacher says about tokens, different kinds of references by a
-    learned map; different head counts only by averaging. Different numbers of feature levels are
-    bridged for features, not for cross-attention.
+    strides by resizing the teacher's maps, different kinds of references by a learned map;
+    different head counts only by averaging. Different numbers of feature levels are bridged for
+    features, not for cross-attention.
 
     Args:
+        config: what is compared over pairs.
         student: its architecture.
         teacher: its architecture.
-        distillation: what is distilled over which pairs.
         classes: C, of both.
+        matched_pair_ratio: share of adaptive pairs that are kept; None where there are none.
+        fixed: whether anything is compared over the auxiliary group.
+        points: number of general points.
 
     Raises:
         UserError: names the losses and the settings that would help.
     """
-    teacher_layers(distillation.layer_map, student.decoder_layers, teacher.decoder_layers)
-    _check_levels(student, teacher, distillation)
-    _check_heads(student, teacher, distillation)
-    _check_classes(distillation, classes)
-    _check_lone_queries(student, teacher, distillation)
+    teacher_layers(config.layer_map, student.decoder_layers, teacher.decoder_layers)
+    _check_levels(student, teacher, config)
+    _check_heads(student, teacher, config)
+    _check_classes(config, classes)
+    if config.self_attention.weight:
+        counts = student.queries, teacher.queries
+        alone = {
+            "matched_pair_ratio": matched_pair_ratio is not None
+            and kept_pairs(*counts, matched_pair_ratio) == 1,
+            "teacher_query_ratio": fixed and share_of(counts[1], config.teacher_query_ratio) == 1,
+            "general_points.count": points == 1,
+        }
+        _check_lone_queries(*counts, [key for key, one in alone.items() if one])
 
 
-def _check_heads(
-    student: DetectorConfig, teacher: DetectorConfig, distillation: DistillationConfig
-) -> None:
+def _check_heads(student: DetectorConfig, teacher: DetectorConfig, config: PairTerms) -> None:
     if student.heads == teacher.heads:
         return
-    terms = {"self": distillation.self_attention, "cross": distillation.cross_attention}
+    terms = {"self": config.self_attention, "cross": config.cross_attention}
     blocked = [
         f"distillation.{kind}_attention"
         for kind, term in terms.items()
@@ -58,10 +71,8 @@ def _check_heads(
         )
 
 
-def _check_levels(
-    student: DetectorConfig, teacher: DetectorConfig, distillation: DistillationConfig
-) -> None:
-    if not distillation.cross_attention.weight:
+def _check_levels(student: DetectorConfig, teacher: DetectorConfig, config: PairTerms) -> None:
+    if not config.cross_attention.weight:
         return
     ours, theirs = student.feature_levels, teacher.feature_levels
     if ours != theirs:
@@ -73,9 +84,9 @@ def _check_levels(
         )
 
 
-def _check_classes(distillation: DistillationConfig, classes: int) -> None:
+def _check_classes(config: PairTerms, classes: int) -> None:
     """A softmax over one class is 1 whatever the logit."""
-    prediction = distillation.prediction
+    prediction = config.prediction
     if classes > 1 or not (prediction.weight and prediction.class_weight):
         return
     if prediction.class_loss == "kl":
@@ -87,25 +98,14 @@ def _check_classes(distillation: DistillationConfig, classes: int) -> None:
         )
 
 
-def _check_lone_queries(
-    student: DetectorConfig, teacher: DetectorConfig, distillation: DistillationConfig
-) -> None:
+def _check_lone_queries(student: int, teacher: int, keys: list[str]) -> None:
     """The attention of a query to itself alone is 1 whatever the weights."""
-    if not distillation.self_attention.weight:
-        return
-    lone = {
-        "matched_pair_ratio": distillation.matches_adaptively
-        and kept_pairs(student.queries, teacher.queries, distillation.matched_pair_ratio) == 1,
-        "teacher_query_ratio": distillation.adaptive_ratio < 1
-        and group_size(teacher.queries, distillation.teacher_query_ratio) == 1,
-        "general_points.count": distillation.general_points.count == 1,
-    }
-    found = [f"distillation.{key}" for key, alone in lone.items() if alone]
-    if found:
+    if keys:
+        names = " and ".join(f"distillation.{key}" for key in keys)
         raise UserError(
             "distillation.self_attention compares how queries attend to each other, but of "
-            f"{student.queries} student and {teacher.queries} teacher queries "
-            f"{' and '.join(found)} {'leave' if len(found) > 1 else 'leaves'} one: the loss would "
+            f"{student} student and {teacher} teacher queries "
+            f"{names} {'leave' if len(keys) > 1 else 'leaves'} one: the loss would "
             "always be 0. Raise that, or the detectors' queries, or set "
             "distillation.self_attention.weight to 0"
         )

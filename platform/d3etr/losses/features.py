@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from d3etr.distillation.teaching import Taught
 from d3etr.matching.boxes import cxcywh_to_xyxy
 from d3etr.structures import DecoderOutputs, Levels, Memory, Targets
 
@@ -122,30 +121,45 @@ def feature_loss(
     return per_image.sum() / images
 
 
-def target_aware_loss(
-    student: Memory,
-    taught: Taught,
-    targets: Targets,
-    adapter: nn.Module,
-    queries: int,
-    images: Tensor,
-) -> Tensor:
+class FeatureComparison(nn.Module):
     """How far the student's memory is from the teacher's where that sees objects.
 
     Args:
-        student: [B, S, D] tokens.
-        taught: with tokens and states.
-        targets: ground truth, which says what the teacher's good queries are.
-        adapter: D to D'.
-        queries: how many of the teacher's best are used.
-        images: scalar, images in the global batch.
-
-    Returns:
-        Scalar.
+        student: D, width of the student.
+        teacher: D'; where it differs, a linear map bridges it, which only training has.
+        queries: how many of the teacher's best say where it sees objects.
     """
-    outputs, tokens = taught.outputs, taught.tokens
-    assert outputs.states is not None and tokens is not None
-    theirs = resize_tokens(tokens.float(), outputs.padding, outputs.levels, student.levels)
-    quality = query_quality(outputs, targets)
-    weights = target_weights(outputs.states, theirs, student.padding, quality, queries)
-    return feature_loss(adapter(student.tokens.float()), theirs, weights, student.padding, images)
+
+    def __init__(self, student: int, teacher: int, queries: int) -> None:
+        super().__init__()
+        same = student == teacher
+        self.feature_adapter: nn.Module = nn.Identity() if same else nn.Linear(student, teacher)
+        self._queries = queries
+
+    def forward(
+        self,
+        student: Memory,
+        teacher: DecoderOutputs,
+        tokens: Tensor,
+        targets: Targets,
+        images: Tensor,
+    ) -> Tensor:
+        """Distance of the memories.
+
+        Args:
+            student: [B, S, D] tokens.
+            teacher: outputs of its own queries, with states.
+            tokens: [B, S', D'] of the teacher.
+            targets: ground truth, which says what the teacher's good queries are.
+            images: scalar, images in the global batch.
+
+        Returns:
+            Scalar.
+        """
+        if teacher.states is None:
+            raise ValueError("features are compared, but the teacher's states were not kept")
+        theirs = resize_tokens(tokens.float(), teacher.padding, teacher.levels, student.levels)
+        quality = query_quality(teacher, targets)
+        weights = target_weights(teacher.states, theirs, student.padding, quality, self._queries)
+        ours = self.feature_adapter(student.tokens.float())
+        return feature_loss(ours, theirs, weights, student.padding, images)

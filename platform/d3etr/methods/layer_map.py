@@ -7,10 +7,10 @@ from typing import Literal
 
 from d3etr.errors import UserError
 
+LayerMap = Literal["uniform", "last"] | Sequence[int]
 
-def teacher_layers(
-    mapping: Literal["uniform", "last"] | Sequence[int], student: int, teacher: int
-) -> list[int]:
+
+def teacher_layers(mapping: LayerMap, student: int, teacher: int) -> list[int]:
     """Teacher layer index for each student layer; equal depths map layer to layer.
 
     Args:

@@ -1,4 +1,4 @@
-"""The queries of the auxiliary group, as the student's decoder takes them."""
+"""Queries of the teacher, random ones and general points, as a student's decoder takes them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
-from d3etr.config.distillation import DistillationConfig
-from d3etr.distillation.teaching import group_size
+from d3etr.methods.correspondence import share_of
 from d3etr.structures import ObjectQueries, on_device
 
 
@@ -76,7 +75,7 @@ class RandomQueries(nn.Module):
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        count = group_size(teacher.queries, ratio)
+        count = share_of(teacher.queries, ratio)
         self.register_buffer("embedding", torch.randn(count, student.width, generator=generator))
         reference = None
         if student.reference_size:
@@ -87,22 +86,6 @@ class RandomQueries(nn.Module):
     def forward(self, queries: ObjectQueries | None) -> ObjectQueries:
         """The random group; the teacher's ``queries`` are not used."""
         return ObjectQueries(self.embedding, self.reference_logits)
-
-
-def auxiliary_queries(
-    teacher: DetectorConfig, student: DetectorConfig, config: DistillationConfig, seed: int
-) -> nn.Module:
-    """What makes the auxiliary group: from the teacher's queries, or the control without them.
-
-    Args:
-        teacher: the teacher's architecture.
-        student: the student's.
-        config: which of both, and how many random ones.
-        seed: of random ones.
-    """
-    if config.auxiliary_group.queries == "random":
-        return RandomQueries(teacher, student, config.teacher_query_ratio, seed)
-    return TeacherQueries(teacher, student)
 
 
 class GeneralPoints:

@@ -23,7 +23,7 @@ def detection_problem(
 ) -> CostBlock:
     """The assignment problems of queries against the objects of their image."""
     return CostBlock(
-        name, detection_costs(outputs, targets, config), targets.counts, targets.objects
+        name, detection_costs(outputs, targets, config), targets.counts, targets.num_objects
     )
 
 
@@ -41,7 +41,7 @@ def query_weights(targets: Targets, queries: int, config: SetCriterionConfig) ->
         queries: N.
         config: uses ``no_object_weight``.
     """
-    matched = targets.objects.clamp(max=queries).sum().float()
+    matched = targets.num_objects.clamp(max=queries).sum().float()
     return matched + config.no_object_weight * (len(targets.counts) * queries - matched)
 
 

@@ -1,1 +1,0 @@
-"""The core: what is distilled between two decoder outputs, over which pairs."""

@@ -1,0 +1,379 @@
+"""The one module that is trained: a student, its frozen teacher, and all losses between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from d3etr.config.distillation import MethodConfig
+from d3etr.config.training import SetCriterionConfig
+from d3etr.losses.set_criterion import detection_problem, query_weights, set_losses
+from d3etr.matching.assignment import Assignment, CostBlock, Solver
+from d3etr.methods.base import MAIN, Method, StudentOutputs, TeacherGroup, TeacherOutputs
+from d3etr.methods.selection import map_layers
+from d3etr.registry import METHODS
+from d3etr.structures import (
+    DecoderOutputs,
+    Detector,
+    ImageBatch,
+    QueryGroup,
+    Supervision,
+    Targets,
+)
+
+PROPOSALS = "proposals"
+"""Name of the losses of what a two-stage encoder proposes."""
+_CLASS_WEIGHTS = "class_weights/"
+"""Normalisers of the cross entropy of a student with softmax classes, by group."""
+
+_PARTS_OF_VERSION_0_1 = {
+    "auxiliary.": "method.auxiliary.",
+    "feature_adapter.": "method.features.feature_adapter.",
+}
+"""Where tensors of the state dict are now."""
+
+Normalisers = dict[str, Tensor]
+
+
+def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A distiller's state dict, of version 0.1 or today's, under today's names."""
+    return {_current_name(name): tensor for name, tensor in state.items()}
+
+
+def _current_name(name: str) -> str:
+    for old, new in _PARTS_OF_VERSION_0_1.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+class Distiller(nn.Module):
+    """Student and teacher in, named losses out.
+
+    The teacher is no submodule: it is not in ``parameters``, ``state_dict``, ``train`` or
+    ``to``, and DDP never sees it. Put it on the student's device before.
+
+    Per optimiser step: ``run_teacher`` on every micro-batch, add up their ``normalisers`` over
+    micro-batches and workers, then call the module on each. Its losses then add up to the
+    global batch's loss whatever the number of workers and micro-batches.
+    """
+
+    def __init__(
+        self,
+        student: Detector,
+        teacher: Detector | None,
+        distillation: MethodConfig,
+        criterion: SetCriterionConfig,
+        *,
+        seed: int,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            student: the detector that is trained.
+            teacher: the detector that teaches; None exactly when the method needs none.
+            distillation: the method's configuration.
+            criterion: weights of the set criterion and its matching.
+            seed: of what the method draws.
+
+        Raises:
+            UserError: a configured loss cannot bridge the two detectors.
+        """
+        super().__init__()
+        if (teacher is not None) != distillation.needs_teacher:
+            raise ValueError("a teacher goes with every method but 'none'")
+        self.student = student
+        self.criterion = criterion
+        self.solver = Solver()
+        self._teacher = (teacher,)  # inside a tuple, nn.Module does not register it
+        kind: type[Method] = METHODS.find(distillation.method)
+        if teacher is None:
+            self.method = kind()
+            return
+        kind.check_compatible(distillation, student.config, teacher.config, student.classes)
+        if isinstance(teacher, nn.Module):
+            teacher.eval().requires_grad_(False)
+        self.method = kind(distillation, student.config, teacher.config, seed=seed)
+
+    @property
+    def teacher(self) -> Detector | None:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    @torch.no_grad()
+    def run_teacher(self, images: ImageBatch, step: int = 0) -> TeacherOutputs | None:
+        """The teacher's outputs for a batch; None without a teacher.
+
+        Not in inference mode: such tensors cannot take part in the student's graph.
+
+        Args:
+            images: B padded images.
+            step: optimiser step, for what the method draws.
+        """
+        teacher, method = self.teacher, self.method
+        if teacher is None:
+            return None
+        if not method.needs_teacher_outputs:
+            own = None if teacher.config.queries_need_images else teacher.object_queries().detach()
+            return TeacherOutputs(own)
+        memory = teacher.encode(images)
+        queries = teacher.object_queries(memory).detach()
+        groups = {MAIN: queries, **method.teacher_groups(queries, step)}
+        decoded = teacher.decode(memory, [*groups.values()], attention=method.needs_attention)
+        outputs = [map_layers(part, method.layers) for part in decoded]
+        if not method.needs_features:
+            outputs = [replace(part, states=None) for part in outputs]
+        pairs = zip(groups.items(), outputs, strict=True)
+        found = {name: TeacherGroup(own, part) for (name, own), part in pairs}
+        tokens = memory.tokens if method.needs_features else None
+        return method.select(TeacherOutputs(queries, found, tokens))
+
+    @torch.no_grad()
+    def normalisers(
+        self, targets: Targets, teacher: TeacherOutputs | None, step: int = 0
+    ) -> Normalisers:
+        """Sums by name that the losses of the global batch are divided by; add them up.
+
+        Args:
+            targets: ground truth of a micro-batch.
+            teacher: what ``run_teacher`` returned for it.
+            step: optimiser step.
+        """
+        objects = targets.num_objects.sum().float()
+        sums = {"objects": objects, "images": torch.full_like(objects, len(targets.counts))}
+        if teacher is not None:
+            sums |= self.method.normalisers(teacher, targets)
+        if self.student.config.softmax_classes:
+            sizes = {MAIN: self.student.config.queries}
+            if teacher is not None:
+                groups = self.method.student_groups(teacher, targets, step)
+                sizes |= {name: group.queries.count for name, group in groups.items()}
+            for name, size in sizes.items():
+                weights = query_weights(targets, size, self.criterion)
+                sums[f"{_CLASS_WEIGHTS}{name}"] = weights
+        return sums
+
+    def forward(
+        self,
+        images: ImageBatch,
+        targets: Targets,
+        teacher: TeacherOutputs | None,
+        normalisers: Normalisers,
+        distillation_scale: float | Tensor = 1.0,
+        *,
+        step: int = 0,
+        side_stream: torch.cuda.Stream | None = None,
+    ) -> dict[str, Tensor]:
+        """Weighted losses of one micro-batch; their sum is what is minimised.
+
+        Args:
+            images: B padded images.
+            targets: their ground truth.
+            teacher: what ``run_teacher`` returned for them.
+            normalisers: sums over the global batch.
+            distillation_scale: warm-up factor on the method's losses, a number or a scalar.
+            step: optimiser step.
+            side_stream: of a GPU: losses over matched pairs are computed on it. Callers
+                synchronise before reading them; a backward pass need not.
+
+        Returns:
+            Named scalars: ``detection/..``, ``<group>/..`` and, of a two-stage student,
+            ``proposals/..`` against ground truth, then the method's.
+
+        Raises:
+            NonFiniteCostError: an output is NaN or infinite, and the host solved the matching
+                problems. Where a GPU did, a loss over the pairs concerned is NaN instead.
+        """
+        decoded = self._decode(images, targets, teacher, step)
+        # Losses and matching stay float32 whatever the precision of the passes.
+        with torch.autocast(images.pixels.device.type, enabled=False):
+            supervised = _Supervised(self, decoded, targets, normalisers)
+            if teacher is None:
+                return supervised.losses()
+            problems = self.method.costs(decoded.student, teacher, targets)
+            matches = _Matches(self.start(problems), supervised.losses, side_stream)
+            terms = self.method.losses(decoded.student, teacher, matches, targets, normalisers)
+            scaled = {}
+            for name, loss in terms.items():
+                matched = name.partition("/")[0] in problems
+                with torch.cuda.stream(side_stream if matched else None):
+                    scaled[name] = distillation_scale * loss
+        return supervised.losses() | scaled
+
+    def start(self, problems: Mapping[str, CostBlock]) -> Callable[[], dict[str, Assignment]]:
+        """Begin to solve problems; what is returned waits for the solutions."""
+        solving = self.solver.start(list(problems.values()))
+        return lambda: dict(zip(problems, solving.result(), strict=True))
+
+    def _decode(
+        self, images: ImageBatch, targets: Targets, teacher: TeacherOutputs | None, step: int
+    ) -> _Decoded:
+        """All query groups in one pass over one memory; the teacher's problems begin before."""
+        waits = teacher is not None and (teacher.stream is None or self.method.groups_need_images)
+        if teacher is not None and not waits and self.teacher is not None:
+            # Made anew on this stream: the teacher's may not be there yet.
+            teacher = replace(teacher, queries=self.teacher.object_queries().detach())
+        if teacher is not None and waits:
+            teacher.wait()
+        groups = {} if teacher is None else self.method.student_groups(teacher, targets, step)
+        if waits:
+            of_teacher = self.start(self._teacher_problems(groups, targets))
+        memory = self.student.encode(images)
+        groups = {
+            MAIN: QueryGroup(self.student.object_queries(memory)),
+            **self.student.training_groups(memory, targets, step),
+            **groups,
+        }
+        queries = [group.queries for group in groups.values()]
+        outputs = self.student.decode(memory, queries, attention=self.method.needs_attention)
+        if not waits:
+            if teacher is not None:
+                teacher.wait()
+            of_teacher = self.start(self._teacher_problems(groups, targets))
+        student = StudentOutputs(memory, dict(zip(groups, outputs, strict=True)))
+        return _Decoded(student, groups, of_teacher)
+
+    def _teacher_problems(
+        self, groups: Mapping[str, QueryGroup], targets: Targets
+    ) -> dict[str, CostBlock]:
+        """Bipartite problems of the teacher's queries against objects."""
+        return {
+            name: detection_problem(
+                "teacher queries against objects", group.teacher, targets, self.criterion
+            )
+            for name, group in groups.items()
+            if group.supervision is Supervision.TEACHER and group.teacher is not None
+        }
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A student's outputs, its groups, and what waits for the teacher's assignments."""
+
+    student: StudentOutputs
+    groups: Mapping[str, QueryGroup]
+    of_teacher: Callable[[], dict[str, Assignment]]
+
+
+class _Supervised:
+    """Losses on ground truth, of every group that has any.
+
+    Args:
+        distiller: solver, criterion.
+        decoded: what the student's decoder returned.
+        targets: ground truth.
+        normalisers: of the global batch.
+    """
+
+    def __init__(
+        self, distiller: Distiller, decoded: _Decoded, targets: Targets, normalisers: Normalisers
+    ) -> None:
+        self._criterion, self._normalisers = distiller.criterion, normalisers
+        self._decoded, self._targets = decoded, targets
+        self._outputs = {
+            name: decoded.student.groups[name]
+            for name, group in decoded.groups.items()
+            if group.supervision is not Supervision.NONE
+        }
+        self._found: dict[str, Tensor] | None = None
+        problems = {
+            name: self._problem(name, outputs)
+            for name, outputs in self._outputs.items()
+            if decoded.groups[name].supervision is Supervision.HUNGARIAN
+        }
+        proposals = decoded.student.memory.proposals
+        if proposals is not None:
+            self._outputs[PROPOSALS] = proposals
+            problems[PROPOSALS] = self._problem(PROPOSALS, proposals)
+        self._of_student = distiller.start(problems)
+
+    def losses(self) -> dict[str, Tensor]:
+        """Computed at the first call, which waits for the assignments."""
+        if self._found is None:
+            assignments = self._decoded.of_teacher() | self._given() | self._of_student()
+            parts = [self._of(name, assignments[name]) for name in self._outputs]
+            self._found = {name: loss for part in parts for name, loss in part.items()}
+        return self._found
+
+    def _problem(self, name: str, outputs: DecoderOutputs) -> CostBlock:
+        whose = {MAIN: "student queries", PROPOSALS: PROPOSALS}.get(name, name)
+        targets = self._truth(name)
+        return detection_problem(f"{whose} against objects", outputs, targets, self._criterion)
+
+    def _given(self) -> dict[str, Assignment]:
+        """Assignments of groups whose queries are made from objects."""
+        return {
+            name: _given_assignment(group.objects, self._outputs[name].layers)
+            for name, group in self._decoded.groups.items()
+            if group.supervision is Supervision.GIVEN and group.objects is not None
+        }
+
+    def _truth(self, name: str) -> Targets:
+        """Proposals only tell objects from background, as class 0."""
+        if name != PROPOSALS:
+            return self._targets
+        return replace(self._targets, labels=torch.zeros_like(self._targets.labels))
+
+    def _of(self, name: str, assignment: Assignment) -> dict[str, Tensor]:
+        config = self._criterion
+        weights = {"class": config.class_weight, "l1": config.l1_weight, "giou": config.giou_weight}
+        classes = self._normalisers.get(f"{_CLASS_WEIGHTS}{name}")
+        terms = set_losses(
+            self._outputs[name],
+            self._truth(name),
+            assignment,
+            self._normalisers["objects"],
+            config,
+            classes,
+        )
+        losses = {f"{name}/{term}": weights[term] * loss for term, loss in terms.items()}
+        return assignment.nan_if_invalid(losses)
+
+
+def _given_assignment(objects: Tensor, layers: int) -> Assignment:
+    """Queries with their objects, the same in each layer.
+
+    Args:
+        objects: [B, N] index of each query's object, -1 for none.
+        layers: L.
+    """
+    used = objects >= 0
+    # Queries with an object first, in order: the slots behind them are unused.
+    rows = used.int().argsort(dim=1, descending=True, stable=True)
+    slots = used.gather(1, rows)
+    columns = objects.gather(1, rows).clamp(min=0)
+    counts = tuple(used.sum(1).tolist())
+    expand = (layers, -1, -1)
+    return Assignment(
+        (rows * slots).expand(expand), (columns * slots).expand(expand), counts, slots
+    )
+
+
+class _Matches:
+    """See ``methods.base.Matches``; losses on ground truth are computed before anybody waits.
+
+    Args:
+        solutions: waits for the solutions.
+        meanwhile: what else there is to compute.
+        stream: of a GPU, where what needs solutions is computed; None for the current one.
+    """
+
+    def __init__(
+        self,
+        solutions: Callable[[], dict[str, Assignment]],
+        meanwhile: Callable[[], object],
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        self._solutions, self._meanwhile, self._stream = solutions, meanwhile, stream
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[Assignment]:
+        self._meanwhile()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield self._solutions()[name]

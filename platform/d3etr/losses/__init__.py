@@ -1,0 +1,1 @@
+"""Losses as pure functions: on ground truth, and between teacher and student."""

@@ -1,0 +1,1 @@
+"""Distillation methods: which queries are decoded, which are paired, and what is compared."""

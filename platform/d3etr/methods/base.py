@@ -1,0 +1,208 @@
+"""What a distillation method is: query groups, costs, normalisers and losses.
+
+A method is one file with a class of this kind and its configuration. ``Distiller`` runs detectors
+and solvers and knows no term by name.
+
+Shapes: B images · L student decoder layers · N queries of a group · M teacher queries ·
+D' width of the teacher.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from d3etr.config.detector import DetectorConfig
+from d3etr.config.distillation import MethodConfig
+from d3etr.matching.assignment import Assignment, CostBlock
+from d3etr.methods.adaptive import AdaptiveMatching
+from d3etr.structures import DecoderOutputs, Memory, ObjectQueries, QueryGroup, Targets
+
+MAIN = "detection"
+"""The student's own queries, by the name that their losses have."""
+
+
+@dataclass(frozen=True)
+class TeacherGroup:
+    """One query group of the teacher, outside the autograd graph.
+
+    Attributes:
+        queries: [M, ..] or [B, M, ..], of the teacher's width.
+        outputs: of its decoder, one teacher layer per student layer.
+    """
+
+    queries: ObjectQueries
+    outputs: DecoderOutputs
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """The teacher's side of one batch, outside the autograd graph.
+
+    Attributes:
+        queries: the teacher's own, with its width; None where they are each image's own and the
+            teacher did not run.
+        groups: what was decoded, by name: ``detection`` are its own queries, others are those of
+            the method. Empty where the method needs no more of a teacher than its queries.
+        tokens: [B, S, D'] memory; None unless the method compares features.
+        stream: of a GPU, where all this is being computed; None for the current one.
+    """
+
+    queries: ObjectQueries | None
+    groups: Mapping[str, TeacherGroup] = field(default_factory=dict)
+    tokens: Tensor | None = None
+    stream: torch.cuda.Stream | None = None
+
+    @property
+    def main(self) -> DecoderOutputs:
+        """Outputs of the teacher's own queries."""
+        return self.groups[MAIN].outputs
+
+    def wait(self) -> None:
+        """Let the device's current work wait for the teacher's; the host does not wait."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
+
+@dataclass(frozen=True)
+class StudentOutputs:
+    """The student's side of one batch.
+
+    Attributes:
+        memory: its encoder output.
+        groups: outputs of each query group by name; ``detection`` is the main one.
+    """
+
+    memory: Memory
+    groups: Mapping[str, DecoderOutputs]
+
+    @property
+    def main(self) -> DecoderOutputs:
+        """Outputs of the student's own queries."""
+        return self.groups[MAIN]
+
+
+class Matches(Protocol):
+    """Solutions of the problems that ``Method.costs`` posed."""
+
+    def __call__(self, name: str) -> AbstractContextManager[Assignment]:
+        """Wait for a solution; ask for it last, and compute what needs it inside.
+
+        On a GPU that is another stream, so that the backward pass of all other losses need not
+        wait for the matching.
+        """
+        ...
+
+
+class Method(nn.Module, ABC):
+    """What a student learns from a teacher; the default answers are those of no method.
+
+    It is a module, as it may hold parameters that only training has (linear maps between widths).
+
+    Args:
+        config: of this method.
+        student: the student's architecture.
+        teacher: the teacher's.
+        seed: of whatever it draws.
+
+    Attributes:
+        config_class: its section of the configuration.
+        needs_teacher_outputs: whether the teacher runs; a control may use no more than its queries.
+        needs_attention: whether decoders return their attention maps.
+        needs_features: whether the teacher's memory and last decoder states are compared.
+        groups_need_images: whether student groups depend on the teacher's outputs of a batch, so
+            that the student's decoder has to wait for the teacher.
+        draws_in_steps: whether the host draws random numbers in every step.
+        layers: the teacher's layer for each of the student's.
+        adaptive: how main groups are matched, for methods that do; its pairs are watched during
+            training (``matching/stability``).
+    """
+
+    config_class: ClassVar[type[MethodConfig]]
+    needs_teacher_outputs: bool = False
+    needs_attention: bool = False
+    needs_features: bool = False
+    groups_need_images: bool = False
+    draws_in_steps: bool = False
+    layers: list[int]
+    adaptive: AdaptiveMatching | None = None
+
+    @classmethod
+    def check_compatible(
+        cls, config: MethodConfig, student: DetectorConfig, teacher: DetectorConfig, classes: int
+    ) -> None:
+        """Refuse a pair of detectors that a loss cannot bridge, or over which it is always 0.
+
+        Args:
+            config: of this method.
+            student: its architecture.
+            teacher: its architecture.
+            classes: C, of both.
+
+        Raises:
+            UserError: names the losses and the settings that would help.
+        """
+
+    def teacher_groups(self, queries: ObjectQueries, step: int) -> dict[str, ObjectQueries]:
+        """Further query groups that the teacher decodes.
+
+        Args:
+            queries: the teacher's own.
+            step: optimiser step.
+        """
+        return {}
+
+    def select(self, teacher: TeacherOutputs) -> TeacherOutputs:
+        """What of the teacher's outputs is used; runs beside the student where it can."""
+        return teacher
+
+    def student_groups(
+        self, teacher: TeacherOutputs, targets: Targets, step: int
+    ) -> dict[str, QueryGroup]:
+        """Query groups that the student decodes beside its own, in training only.
+
+        Args:
+            teacher: its queries; its outputs only where ``groups_need_images``.
+            targets: ground truth.
+            step: optimiser step.
+        """
+        return {}
+
+    def costs(
+        self, student: StudentOutputs, teacher: TeacherOutputs, targets: Targets
+    ) -> dict[str, CostBlock]:
+        """Bipartite problems between the student's and the teacher's queries, by name."""
+        return {}
+
+    def normalisers(self, teacher: TeacherOutputs, targets: Targets) -> dict[str, Tensor]:
+        """What losses are divided by: sums over this batch, added up over the global one."""
+        return {}
+
+    def losses(
+        self,
+        student: StudentOutputs,
+        teacher: TeacherOutputs,
+        matches: Matches,
+        targets: Targets,
+        normalisers: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Weighted losses against the teacher, by name.
+
+        Args:
+            student: outputs of all groups.
+            teacher: what ``select`` returned.
+            matches: solutions of ``costs``, to be asked for last.
+            targets: ground truth.
+            normalisers: of the global batch; ``images`` and ``objects`` are there too.
+
+        Returns:
+            Scalars; their sum is added to what the groups learn from ground truth. Those over the
+            pairs of a problem ``NAME`` are called ``NAME/..``.
+        """
+        return {}
