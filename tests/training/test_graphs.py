@@ -66,7 +66,7 @@ def test_padding_hides_what_it_adds(objects: tuple[int, ...]) -> None:
     assert slots % OBJECTS == 0 and slots >= max(OBJECTS, *objects)
     assert more.boxes_cxcywh.shape[1] == slots
     assert torch.equal(more.labels[:, : max(objects)], targets.labels)
-    assert torch.equal(more.objects, targets.num_objects)
+    assert torch.equal(more.num_objects, targets.num_objects)
 
 
 def distilled(
