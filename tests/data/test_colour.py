@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional
 
-from d3etr.data.colour import adjust_hue
+from d3etr.data.augmentation import adjust_hue
 
 
 def colours() -> torch.Tensor:

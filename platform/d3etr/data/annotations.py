@@ -79,10 +79,10 @@ class Annotations:
         images: I of them.
         objects: A of them.
         digest: sha256 of the content that was read, hex.
-        folder: of the images, where the format says it itself; None: the configured one.
+        folder: of the images, where the format determines it; None: the configured one.
         own_ids: whether image and annotation ids are the files' own; else they count from 1.
-        places: A texts, where each annotation is; none where ids say it.
-        warnings: what is worth a look, a sentence each.
+        places: A texts, where each annotation is; empty where ids are the files' own.
+        warnings: what may be wrong, a sentence each.
     """
 
     categories: tuple[Category, ...]

@@ -1,4 +1,4 @@
-"""Looking at every annotation and every image before anything trains on them."""
+"""Checking every annotation and every image before anything trains on them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from d3etr.data.judgement import (
     judge_categories,
     judge_objects,
 )
-from d3etr.data.plausibility import box_warnings, class_warnings
-from d3etr.data.plausible_pixels import pixel_oddity, pixel_warnings
+from d3etr.data.plausibility import box_warnings, class_warnings, pixel_oddity, pixel_warnings
 from d3etr.data.records import ImageRecord, shown_ids
 from d3etr.data.report import DataReport, SplitReport
 from d3etr.data.splits import (
@@ -40,15 +39,15 @@ _MEDIUM_AREA, _LARGE_AREA = 32**2, 96**2
 _MOST_THREADS = 8
 _PROGRESS_EVERY = 20
 _LOSSLESS = ("RGB", "L", "P", "1", "RGBA", "LA", "PA")
-"""Modes whose pixels are the same in RGB; transparent ones are looked at one by one."""
+"""Modes whose pixels are the same in RGB; transparent ones are checked one by one."""
 
 
 Compare = Callable[[Mapping[str, DetectionSplit]], Judgement]
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What one image file showed; ``problem`` is why it cannot be used."""
+class _ImageCheck:
+    """What was found in one image file; ``problem`` is why it cannot be used."""
 
     record: ImageRecord
     content: str = ""
@@ -73,7 +72,7 @@ def check_data(
 
     Args:
         data: where the splits are; digit scenes are written where they do not exist yet.
-        on_progress: told how many images are done.
+        on_progress: called with how many images are done.
         evaluation: which splits are measured and need objects.
         compare: judges the splits that could be read against a recipe.
         keys: what error texts call the places of a split; by default a recipe's keys.
@@ -92,13 +91,13 @@ def check_data(
         except UserError as error:
             reports.append(_failed(name, config, error))
             continue
-        looks = list(_look_at_all(split, on_progress))
-        oddities = ((look.record.id, look.oddity) for look in looks if look.oddity)
+        checked = list(_check_images(split, on_progress))
+        oddities = ((each.record.id, each.oddity) for each in checked if each.oddity)
         odd_pixels = pixel_warnings(oddities, split.shown_images)
-        contents[name] = {look.content: look.record.id for look in looks if look.content}
+        contents[name] = {each.content: each.record.id for each in checked if each.content}
         objects = judge_objects(split, evaluation or EvaluationConfig())
         objects += Judgement(warnings=tuple(box_warnings(split) + odd_pixels))
-        reports.append(_with_verdict(_report(split, looks), split, objects))
+        reports.append(_with_verdict(_report(split, checked), split, objects))
     between = judge_categories(parsed)
     if compare is not None:
         between += compare(parsed)
@@ -107,37 +106,39 @@ def check_data(
 
 
 def _failed(name: str, config: SplitConfig, error: UserError) -> SplitReport:
-    return SplitReport(name, str(config.images), str(config.annotations), errors=(str(error),))
+    return SplitReport(
+        name, str(config.images or ""), str(config.annotations), errors=(str(error),)
+    )
 
 
-def _look_at_all(split: DetectionSplit, on_progress: OnProgress | None) -> Iterator[_Look]:
-    def look(record: ImageRecord) -> _Look:
-        return _look_at(split, record)
+def _check_images(split: DetectionSplit, on_progress: OnProgress | None) -> Iterator[_ImageCheck]:
+    def check(record: ImageRecord) -> _ImageCheck:
+        return _check_image(split, record)
 
     total = len(split.records)
     # Decoders and hashes let other threads run.
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        for done, found in enumerate(pool.map(look, split.records), start=1):
+        for done, found in enumerate(pool.map(check, split.records), start=1):
             if on_progress is not None and (done % _PROGRESS_EVERY == 0 or done == total):
                 on_progress(f"checking {split.name} images", done, total)
             yield found
 
 
-def _look_at(split: DetectionSplit, record: ImageRecord) -> _Look:
+def _check_image(split: DetectionSplit, record: ImageRecord) -> _ImageCheck:
     try:
         if split.images.size(record.file_name) is None:
-            return _Look(record, missing=True)
+            return _ImageCheck(record, missing=True)
         raw = split.path(record).read_bytes()
     except OSError as error:
-        return _Look(record, problem=str(error))
+        return _ImageCheck(record, problem=str(error))
     expected = (record.width, record.height)
     content = hashlib.sha256(raw).hexdigest()
     try:
         pixels = load_image(raw, expected)
     except UserError as error:
-        return _Look(record, content, problem=str(error))
+        return _ImageCheck(record, content, problem=str(error))
     with open_image(raw) as image:
-        return _Look(
+        return _ImageCheck(
             record,
             content,
             mode=image.mode,
@@ -148,11 +149,11 @@ def _look_at(split: DetectionSplit, record: ImageRecord) -> _Look:
         )
 
 
-def _report(split: DetectionSplit, looks: Sequence[_Look]) -> SplitReport:
+def _report(split: DetectionSplit, checked: Sequence[_ImageCheck]) -> SplitReport:
     records = split.records
     sizes = Counter(f"{record.width} x {record.height}" for record in records)
-    usable = [look for look in looks if look.mode]
-    wrong = [look for look in usable if look.size != (look.record.width, look.record.height)]
+    usable = [each for each in checked if each.mode]
+    wrong = [each for each in usable if each.size != (each.record.width, each.record.height)]
     return SplitReport(
         name=split.name,
         images_folder=str(split.images),
@@ -162,16 +163,16 @@ def _report(split: DetectionSplit, looks: Sequence[_Look]) -> SplitReport:
         images=len(records),
         **_object_facts(split),
         image_sizes=dict(sizes.most_common()),
-        modes=dict(Counter(look.mode for look in usable).most_common()),
+        modes=dict(Counter(each.mode for each in usable).most_common()),
         **asdict(split.cleaning),
         without_objects=tuple(record.id for record in records if record.crowd.all()),
-        rotated=tuple(look.record.id for look in usable if look.rotated),
+        rotated=tuple(each.record.id for each in usable if each.rotated),
         rotation_ignored=tuple(
-            look.record.id for look in usable if look.has_rotation and not look.rotated
+            each.record.id for each in usable if each.has_rotation and not each.rotated
         ),
-        missing=tuple(look.record.id for look in looks if look.missing),
-        unreadable={look.record.id: look.problem for look in looks if look.problem},
-        wrong_size={look.record.id: _size_text(look) for look in wrong},
+        missing=tuple(each.record.id for each in checked if each.missing),
+        unreadable={each.record.id: each.problem for each in checked if each.problem},
+        wrong_size={each.record.id: _size_text(each) for each in wrong},
         repeated_files=_repeated_files(records),
     )
 
@@ -197,9 +198,9 @@ def _object_facts(split: DetectionSplit) -> dict[str, Any]:
     }
 
 
-def _size_text(look: _Look) -> str:
-    record = look.record
-    return f"{look.size[0]} x {look.size[1]}, annotated {record.width} x {record.height}"
+def _size_text(each: _ImageCheck) -> str:
+    record = each.record
+    return f"{each.size[0]} x {each.size[1]}, annotated {record.width} x {record.height}"
 
 
 def _repeated_files(records: Sequence[ImageRecord]) -> dict[str, tuple[int, ...]]:
@@ -247,7 +248,7 @@ def _warnings(report: SplitReport, split: DetectionSplit) -> tuple[str, ...]:
         found.append(f"converted to 8-bit RGB: {', '.join(lossy)}")
     if report.rotation_ignored:
         found.append(
-            f"EXIF asks for a rotation that {split.annotations.name} speaks against: left as "
+            f"the EXIF rotation contradicts {split.annotations.name}: left as "
             f"stored ({split.shown_images(report.rotation_ignored)})"
         )
     return tuple(found)

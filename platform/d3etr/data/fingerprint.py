@@ -1,4 +1,4 @@
-"""Whether files are as they were, by what the file system says of them: nothing is read."""
+"""Detecting changed files by name, size and time: no file is read."""
 
 from __future__ import annotations
 

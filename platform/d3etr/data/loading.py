@@ -162,7 +162,7 @@ class _BatchSource:
         self._loader: DataLoader[_Packed | UserError] | None = None
         self._running: Iterator[_Packed | UserError] | None = None
         self._cpu_seconds = 0.0
-        self._said = False
+        self._warned = False
 
     def batches(self, keys: list[BatchKey]) -> Iterator[Batch]:
         if not keys:
@@ -180,12 +180,12 @@ class _BatchSource:
     def _received(self, packed: _Packed | UserError) -> Batch:
         if not isinstance(packed, UserError):
             self._cpu_seconds += packed[-1]
-            self._say_how(packed[0])
+            self._warn_of_pipes(packed[0])
         return _unpack(packed)
 
-    def _say_how(self, pixels: object) -> None:
-        if isinstance(pixels, np.ndarray) and not self._said:
-            self._said = True
+    def _warn_of_pipes(self, pixels: object) -> None:
+        if isinstance(pixels, np.ndarray) and not self._warned:
+            self._warned = True
             logger.warning(
                 "shared memory is short (df -h /dev/shm): batches come from loading processes "
                 "through pipes, which takes longer. Containers need more of it, for example "

@@ -1,17 +1,19 @@
-"""Valid annotations that are hardly meant so: what exporters get wrong with boxes and classes.
+"""Valid data that is hardly meant so: what exporters and cameras get wrong.
 
-Shares are chosen so that nothing is said of data sets that are as they should be: single odd
+Shares are chosen so that sound data sets give no warning: single odd
 boxes are in all of them.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from d3etr.data.splits import DetectionSplit
 
@@ -22,6 +24,17 @@ _ROUNDING = 2.0
 _EXPECTED = 15
 """A class that should have had so many boxes in validation and has none is no coincidence."""
 _BACKGROUND = {"background", "bg", "void", "unlabeled", "unlabelled", "none", "nothing"}
+_LEAST_PATTERN = 8
+"""Smaller images may be of one colour."""
+_DARK = 16
+"""No pixel brighter than that, of 255: twelve bits stored in sixteen."""
+_ODDITIES = {
+    "flat": "are of one colour, as a camera or converter that failed writes them",
+    "dark": "have no pixel above 6 % of the range: 12-bit pixels in a 16-bit file must be scaled "
+    "to all 16 bits",
+    "transparent": "have transparent pixels: transparency is ignored, and what lies under it is "
+    "seen",
+}
 
 # How the four numbers may have been meant, as [x, y, width, height].
 _MEANINGS: dict[str, Callable[[Boxes], Boxes]] = {
@@ -55,7 +68,7 @@ class _Table:
         return len(self.xywh)
 
     def example(self, odd: NDArray[np.bool_]) -> str:
-        """Where to look."""
+        """The first odd box, as an example."""
         first = int(np.flatnonzero(odd)[0])
         box = ", ".join(f"{side:g}" for side in self.xywh[first])
         width, height = self.sizes[first]
@@ -264,3 +277,39 @@ def _absent_classes(splits: Mapping[str, DetectionSplit]) -> list[str]:
 def _boxes_of_classes(split: DetectionSplit) -> NDArray[np.int64]:
     labels = np.concatenate([record.labels[~record.crowd] for record in split.records])
     return np.bincount(labels, minlength=len(split.categories))
+
+
+def pixel_oddity(image: Image.Image, pixels: Image.Image) -> str:
+    """What is odd about an image, or nothing: a key that ``pixel_warnings`` explains.
+
+    Args:
+        image: as stored.
+        pixels: what a detector gets, RGB.
+    """
+    values = np.asarray(pixels)
+    if min(pixels.size) >= _LEAST_PATTERN and bool((values == values[0, 0]).all()):
+        return "flat"
+    if image.mode[0] == "I" and values.max() < _DARK:
+        return "dark"
+    has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    if has_alpha and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        return "transparent"
+    return ""
+
+
+def pixel_warnings(
+    found: Iterable[tuple[int, str]], shown_images: Callable[[list[int]], str]
+) -> list[str]:
+    """A sentence for each oddity.
+
+    Args:
+        found: image ids, and their ``pixel_oddity``.
+        shown_images: text of image ids.
+    """
+    ids: dict[str, list[int]] = defaultdict(list)
+    for number, oddity in found:
+        ids[oddity].append(number)
+    return [
+        f"{len(numbers)} images {_ODDITIES[oddity]} ({shown_images(numbers)})"
+        for oddity, numbers in ids.items()
+    ]

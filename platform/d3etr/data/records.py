@@ -76,7 +76,7 @@ class Cleaning:
         """What was done, a sentence for each of the fields that is not empty.
 
         Args:
-            places: where annotations are; empty where their ids say it.
+            places: where annotations are; empty where ids are the files' own.
             names: fields; all of them where none is named.
         """
         found = {name: getattr(self, name) for name in names or _DONE}
@@ -116,7 +116,7 @@ def clean(raw: Annotations) -> tuple[tuple[ImageRecord, ...], Cleaning, dict[int
 
     Returns:
         A record per image; what was done; and where the annotations are that it was done to,
-        by id, unless ids say it.
+        by id, unless ids are the files' own.
     """
     table = _Table.of(raw.objects)
     boxes = to_xyxy(table.boxes_xywh)

@@ -39,13 +39,13 @@ class SplitReport:
         foreign_flag: annotations that count, though other formats' flags would ignore them.
         without_objects: images without any object; they are kept.
         rotated: images turned upright by their EXIF data.
-        rotation_ignored: images whose EXIF rotation the annotations speak against.
+        rotation_ignored: images whose EXIF rotation contradicts the annotations.
         missing: images without a file.
         unreadable: image -> why it cannot be decoded.
         wrong_size: image -> its size and the annotated one.
         repeated_files: file name -> the images that name it.
         errors: why training or evaluation would fail.
-        warnings: what is worth a look.
+        warnings: what may be wrong.
     """
 
     name: str

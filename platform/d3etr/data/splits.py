@@ -15,14 +15,14 @@ from typing import Literal, NamedTuple
 
 from d3etr.config.data import DataConfig, SplitConfig
 from d3etr.config.location import Location, Url
-from d3etr.data.annotations import Category, Source
+from d3etr.data.annotations import Category, DataFormat, Source
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.data.fingerprint import fingerprint
 from d3etr.data.formats import find_format
 from d3etr.data.records import SHOWN, Cleaning, ImageRecord, clean, shown_ids
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
-from d3etr.progress import OnProgress as Progress
+from d3etr.progress import OnProgress
 from d3etr.storage.fetch import local_file
 from d3etr.storage.images import ImageFolder, LocalFolder, open_folder
 
@@ -35,7 +35,7 @@ _KEPT = 4
 
 
 class Keys(NamedTuple):
-    """Configuration keys, or the flags of a command, that say where a split is."""
+    """Configuration keys, or the flags of a command, that name the places of a split."""
 
     images: str
     annotations: str
@@ -47,36 +47,45 @@ class Keys(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class DetectionSplit:
+class ParsedAnnotations:
+    """What the annotations of a split hold, without their images.
+
+    Attributes:
+        format: what people call it.
+        categories: by rising id; a contiguous label is an index into this tuple.
+        records: one per image, in the annotations' order.
+        cleaning: what was dropped, clipped or set aside.
+        own_ids: whether ids are the annotations' own; else texts name files.
+        places: where annotations are that cleaning names; none where their ids are their own.
+        warnings: what may be wrong, a sentence each.
+    """
+
+    format: str
+    categories: tuple[Category, ...]
+    records: tuple[ImageRecord, ...]
+    cleaning: Cleaning
+    own_ids: bool
+    places: Mapping[int, str]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class DetectionSplit(ParsedAnnotations):
     """Parsed annotations with their images.
 
     Attributes:
         name: train, validation or test.
-        format: of the annotations.
         images: the folder that file names are relative to.
         annotations: the file or folder, as configured.
-        categories: by rising id; a contiguous label is an index into this tuple.
-        records: one per image, in the annotations' order.
-        cleaning: what was dropped, clipped or set aside.
         digest: sha256, hex, over the annotations and the images' names and file sizes.
-        keys: where a person says what ``images`` and ``annotations`` are, for error texts.
-        own_ids: whether ids are the annotations' own; else texts add names to them.
-        places: where annotations are that cleaning names; none where their ids say it.
-        warnings: what reading found worth a look.
+        keys: what error texts call the places of ``images`` and ``annotations``.
     """
 
     name: str
-    format: str
     images: ImageFolder
     annotations: Location
-    categories: tuple[Category, ...]
-    records: tuple[ImageRecord, ...]
-    cleaning: Cleaning
     digest: str
     keys: Keys
-    own_ids: bool
-    places: Mapping[int, str]
-    warnings: tuple[str, ...]
 
     def path(self, record: ImageRecord) -> Path:
         """Where the image of ``record`` lies on this machine."""
@@ -91,36 +100,21 @@ class DetectionSplit:
         return f"images {', '.join(names)}{', ...' if len(ids) > SHOWN else ''}"
 
 
-@dataclass(frozen=True, eq=False)
-class _Parsed:
-    """What the annotations of a split hold, without their images."""
-
-    format: str
-    folder: Path | None
-    digest: str
-    own_ids: bool
-    categories: tuple[Category, ...]
-    records: tuple[ImageRecord, ...]
-    cleaning: Cleaning
-    places: Mapping[int, str]
-    warnings: tuple[str, ...]
-
-
 def configured_splits(
-    data: DataConfig, progress: Progress | None = None, *, verify: Sequence[str] = SPLIT_NAMES
+    data: DataConfig, on_progress: OnProgress | None = None, *, verify: Sequence[str] = SPLIT_NAMES
 ) -> dict[str, SplitConfig]:
     """The splits that ``data`` names; digit scenes are written where they do not exist yet.
 
     Args:
         data: where the splits are.
-        progress: told about the writing.
+        on_progress: called while files are written.
         verify: splits of digit scenes whose files are compared with their digest.
 
     Raises:
         UserError: digit scenes cannot be written.
     """
     if data.digit_scenes is not None:
-        return write_digit_scenes(data.digit_scenes, progress, verify=verify)
+        return write_digit_scenes(data.digit_scenes, on_progress, verify=verify)
     configured = {name: getattr(data, name) for name in SPLIT_NAMES}
     return {name: split for name, split in configured.items() if split is not None}
 
@@ -128,7 +122,7 @@ def configured_splits(
 def open_split(
     data: DataConfig,
     name: Literal["train", "validation", "test"],
-    progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     *,
     fetch: bool = True,
 ) -> DetectionSplit:
@@ -137,25 +131,26 @@ def open_split(
     Args:
         data: where the splits are.
         name: the one to read.
-        progress: told of what is written or fetched for it.
+        on_progress: called while files are written or fetched.
         fetch: False leaves a URL's images where they are and only makes sure that they exist.
 
     Raises:
         UserError: the split is not configured or cannot be used.
     """
-    splits = configured_splits(data, progress, verify=[name])
+    splits = configured_splits(data, on_progress, verify=[name])
     if name not in splits:
         raise UserError(
-            f"data.{name} is not set, but the {name} split is needed: set data.{name}.images and "
-            f"data.{name}.annotations (configured: {', '.join(splits)})"
+            f"data.{name} is not set, but the {name} split is needed: set "
+            f"data.{name}.annotations, and data.{name}.images for COCO "
+            f"(configured: {', '.join(splits)})"
         )
-    return read_split(name, splits[name], progress, fetch=fetch)
+    return read_split(name, splits[name], on_progress, fetch=fetch)
 
 
 def read_split(
     name: str,
     split: SplitConfig,
-    progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     *,
     fetch: bool = True,
     keys: Keys | None = None,
@@ -165,14 +160,14 @@ def read_split(
     Args:
         name: train, validation or test.
         split: where it is; what a URL names is fetched into this machine's cache.
-        progress: called while files are fetched.
+        on_progress: called while files are fetched.
         fetch: False leaves a URL's images where they are and only makes sure that they exist.
         keys: what error texts name; by default those of a recipe.
 
     Raises:
         UserError: the annotations cannot be used, or images are missing.
     """
-    parsed = parse_split(name, split, progress, fetch=fetch, keys=keys)
+    parsed = parse_split(name, split, on_progress, fetch=fetch, keys=keys)
     missing = missing_images(parsed)
     if missing:
         raise UserError(missing_text(parsed, missing))
@@ -184,7 +179,7 @@ def read_split(
 def parse_split(
     name: str,
     split: SplitConfig,
-    progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     *,
     fetch: bool = True,
     keys: Keys | None = None,
@@ -203,79 +198,74 @@ def parse_split(
             f"file names in {split.annotations} are relative to"
         )
     try:
-        with local_file(split.annotations, progress) as place:
-            found = _read_once(place, name, split)
+        with local_file(split.annotations, on_progress) as place:
+            found, raw = _read_once(place, name, split)
     except UserError as error:
         raise type(error)(f"{keys.annotations}: {error}") from error
-    folder = found.folder or split.images
+    folder = raw.folder or split.images
     if folder is None:
         raise UserError(
             f"{keys.images} is missing: expected the folder that the file names in "
             f"{split.annotations} are relative to"
         )
     names = [record.file_name for record in found.records]
-    images = open_folder(folder, names, progress, fetch=fetch, follow_links=split.follow_links)
+    images = open_folder(folder, names, on_progress, fetch=fetch, follow_links=split.follow_links)
     return DetectionSplit(
+        **vars(found),
         name=name,
-        format=found.format,
         images=images,
         annotations=split.annotations,
-        categories=found.categories,
-        records=found.records,
-        cleaning=found.cleaning,
-        digest=_digest(found, images),
+        digest=_digest(raw.digest, names, images),
         keys=keys,
-        own_ids=found.own_ids,
-        places=found.places,
-        warnings=found.warnings,
     )
 
 
-_READ: OrderedDict[tuple[str, Source], tuple[tuple[str | None, ...], _Parsed]] = OrderedDict()
+class _Origin(NamedTuple):
+    """Of parsed annotations: sha256 of what was read, and the folder that a format names."""
+
+    digest: str
+    folder: Path | None
+
+
+_Known = tuple[tuple[str | None, ...], tuple[ParsedAnnotations, _Origin]]
+_READ: OrderedDict[tuple[str, Source], _Known] = OrderedDict()
 """Annotations that this process has read, the oldest first, with fingerprints of their files."""
 _READING = threading.Lock()
 
 
-def _read_once(place: Path, name: str, split: SplitConfig) -> _Parsed:
+def _read_once(place: Path, name: str, split: SplitConfig) -> tuple[ParsedAnnotations, _Origin]:
     """Read annotations unless this process has already, and their files are unchanged."""
-    format_name, found = find_format(
-        split.format, place if isinstance(split.annotations, Path) else split.annotations
-    )
+    local = isinstance(split.annotations, Path)
+    which, found = find_format(split.format, place if local else split.annotations)
     source = source_of(name, split, place)
     with _READING:
         prints = tuple(fingerprint(each) for each in found.places(source))
-        known = _READ.pop((format_name, source), None)
+        known = _READ.pop((which, source), None)
         if known is None or known[0] != prints or None in prints:
-            raw = found.read(source)
-            if not raw.images:
-                raise UserError(
-                    f"{place}: {found.title} without an image in '{source.subset}'; expected at "
-                    "least one"
-                )
-            records, cleaning, places = clean(raw)
-            known = (
-                prints,
-                _Parsed(
-                    format=found.title,
-                    folder=raw.folder,
-                    digest=raw.digest,
-                    own_ids=raw.own_ids,
-                    categories=raw.categories,
-                    records=records,
-                    cleaning=cleaning,
-                    places=places,
-                    warnings=raw.warnings,
-                ),
-            )
+            known = prints, _read(found, source)
             _LOGGER.info("%s: read as %s", split.annotations, found.title)
-        _READ[format_name, source] = known
+        _READ[which, source] = known
         while len(_READ) > _KEPT:
             _READ.popitem(last=False)
         return known[1]
 
 
+def _read(found: DataFormat, source: Source) -> tuple[ParsedAnnotations, _Origin]:
+    raw = found.read(source)
+    if not raw.images:
+        raise UserError(
+            f"{source.annotations}: {found.title} without an image in '{source.subset}'; expected "
+            "at least one"
+        )
+    records, cleaning, places = clean(raw)
+    parsed = ParsedAnnotations(
+        found.title, raw.categories, records, cleaning, raw.own_ids, places, raw.warnings
+    )
+    return parsed, _Origin(raw.digest, raw.folder)
+
+
 def source_of(name: str, split: SplitConfig, place: Path) -> Source:
-    """What a format is asked to read.
+    """What a format reads.
 
     Args:
         name: train, validation or test.
@@ -299,13 +289,14 @@ def places_of(name: str, split: SplitConfig) -> list[Location]:
     return [*found.places(source_of(name, split, split.annotations)), *images]
 
 
-def _digest(found: _Parsed, images: ImageFolder) -> str:
+def _digest(annotations: str, names: Sequence[str], images: ImageFolder) -> str:
     """The same wherever the files are."""
-    digest = hashlib.sha256(found.digest.encode())
-    for record in found.records:
-        size = images.size(record.file_name)
-        shown = -1 if size is None else size
-        digest.update(f"{record.file_name}\0{shown}\0".encode("utf-8", "surrogateescape"))
+    digest = hashlib.sha256(annotations.encode())
+    for name in names:
+        size = images.size(name)
+        digest.update(
+            f"{name}\0{-1 if size is None else size}\0".encode("utf-8", "surrogateescape")
+        )
     return digest.hexdigest()
 
 
@@ -322,12 +313,12 @@ def require_same_categories(expected: DetectionSplit, found: DetectionSplit) -> 
     """
     if expected.categories == found.categories:
         return
-    ours = {(category.id, category.name) for category in expected.categories}
-    theirs = {(category.id, category.name) for category in found.categories}
+    wanted = {(category.id, category.name) for category in expected.categories}
+    there = {(category.id, category.name) for category in found.categories}
     raise UserError(
         f"{found.annotations} ({found.name}) has other categories than {expected.annotations} "
-        f"({expected.name}): only in {expected.name}: {_category_list(ours - theirs)}; only in "
-        f"{found.name}: {_category_list(theirs - ours)}. Expected the same ids and names: export "
+        f"({expected.name}): only in {expected.name}: {_category_list(wanted - there)}; only in "
+        f"{found.name}: {_category_list(there - wanted)}. Expected the same ids and names: export "
         "all splits with one category list"
     )
 
@@ -338,7 +329,7 @@ def _category_list(categories: set[tuple[int, str]]) -> str:
 
 
 def missing_text(split: DetectionSplit, missing: Sequence[ImageRecord]) -> str:
-    """What to say about images that are not there, with what may be meant by their names."""
+    """The error text about missing images, with the file that may be meant."""
     shown = [f"{record.file_name} (image id {record.id})" for record in missing[:SHOWN]]
     more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     advice = _name_advice(split, missing[0].file_name)

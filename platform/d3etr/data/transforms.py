@@ -83,11 +83,11 @@ def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def normalise(pixels: Tensor, config: PreprocessingConfig, out: Tensor | None = None) -> Tensor:
-    """Float32 [3, h, w] of uint8 ``pixels`` [3, h, w], as ``config.normalisation`` says.
+    """Float32 [3, h, w] of uint8 ``pixels`` [3, h, w], by ``config.normalisation``.
 
     Args:
         pixels: of one image.
-        config: says how.
+        config: the normalisation.
         out: where to write, of the same shape; a fresh tensor if None.
     """
     values = torch.empty(pixels.shape) if out is None else out
@@ -129,7 +129,7 @@ def collate(
 
     Args:
         samples: B of them.
-        config: says how to normalise.
+        config: the normalisation.
         size: (height, width) to pad to; None: the largest height and the largest width.
     """
     shapes = [(sample.pixels.shape[-2], sample.pixels.shape[-1]) for sample in samples]

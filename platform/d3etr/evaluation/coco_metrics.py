@@ -27,7 +27,7 @@ COCO_NAMES = (
 
 @dataclass(frozen=True)
 class CocoMetrics:
-    """What COCO says about a set of detections. Fractions in [0, 1]; None: no such objects.
+    """COCO's metrics of a set of detections. Fractions in [0, 1]; None: no such objects.
 
     Attributes:
         mAP: mean average precision over IoU 0.5, 0.55, .. 0.95 and classes.

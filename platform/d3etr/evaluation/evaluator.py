@@ -46,7 +46,7 @@ class Evaluation:
 
     Attributes:
         mAP: fraction in [0, 1], known to every worker; None if the split holds no objects.
-        metrics: everything COCO says; at rank 0 only.
+        metrics: all of COCO's; at rank 0 only.
         images_per_second: of one worker's detector alone: forward pass and choice of
             detections, without loading images.
         seconds: wall time of the whole evaluation.

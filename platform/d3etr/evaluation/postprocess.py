@@ -16,7 +16,7 @@ def top_detections(
     """The highest scores of the last layer, chosen as the detectors' authors do.
 
     Of all (query, class) scores with a sigmoid per class; with a softmax over classes each query
-    says one class, its most likely one (DETR).
+    gives one detection, of its most likely class (DETR).
 
     Args:
         outputs: logits [L, B, N, C] and boxes [L, B, N, 4] of the main group.

@@ -46,7 +46,7 @@ def write_digit_scenes(
 
     Args:
         config: the settings.
-        on_progress: told about the writing.
+        on_progress: called while images are written.
         verify: splits whose every byte is compared with the digest file before reuse.
 
     Raises:
@@ -109,7 +109,7 @@ def _megabytes(config: DigitScenesConfig) -> int:
 
 
 def _write(config: DigitScenesConfig, folder: Path, on_progress: OnProgress | None) -> None:
-    """Write into a temporary folder beside ``folder``, then put it in place."""
+    """Write into a temporary folder next to ``folder``, then put it in place."""
     config.root.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=config.root))
     try:

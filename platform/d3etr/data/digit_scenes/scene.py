@@ -49,7 +49,7 @@ def draw_scene(
     """Scene ``index`` of a split: depends on the settings, the seed, the split and the index.
 
     Raises:
-        UserError: the settings ask for more digits than fit.
+        UserError: the settings want more digits than fit.
     """
     generator = np.random.default_rng((config.seed, SPLITS.index(split), index))
     canvas = _background(config.image_size, generator)

@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from d3etr.data.annotations import Category, Problems
-from d3etr.data.image_problems import decoding_problem
-from d3etr.data.images import open_image, upright_size
+from d3etr.data.images import decoding_problem, open_image, upright_size
 from d3etr.errors import UserError
 
 IMAGE_SUFFIXES = frozenset(
