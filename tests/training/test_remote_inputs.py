@@ -24,7 +24,7 @@ from d3etr.detectors.build import build_detector
 from d3etr.detectors.tensor_files import file_digest, write_tensors
 from d3etr.errors import UserError
 from d3etr.training.context import SingleProcess
-from d3etr.training.fetching import together
+from d3etr.training.fetching import run_on_all_workers
 from d3etr.training.inputs import (
     ensure_same_everywhere,
     remote_files,
@@ -230,7 +230,7 @@ class Peer(SingleProcess):
 
 
 def test_workers_go_on_when_the_last_one_has_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d3etr.training.fetching.ASKED_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr("d3etr.training.fetching.POLL_SECONDS", 0.01)
     peers, slow, order = Peers(2), threading.Event(), list[str]()
 
     def work(rank: int) -> None:
@@ -240,7 +240,7 @@ def test_workers_go_on_when_the_last_one_has_its_data(monkeypatch: pytest.Monkey
             order.append(f"{rank} fetched")
             return 10 + rank
 
-        assert together(fetch, Peer(peers, rank)) == 10 + rank
+        assert run_on_all_workers(fetch, Peer(peers, rank)) == 10 + rank
         order.append("on")
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
@@ -265,7 +265,7 @@ def test_a_worker_without_its_data_ends_with_the_reason() -> None:
         raise UserError("no such bucket")
 
     with pytest.raises(UserError, match="no such bucket"):
-        together(fetch, Peer(peers, 0))
+        run_on_all_workers(fetch, Peer(peers, 0))
 
 
 class Gathering(SingleProcess):

@@ -12,10 +12,11 @@ from d3etr.cli.command import (
     SOME_FAILED,
     Command,
     add_json,
+    add_output_root,
+    answer,
     complain,
     file_to_write,
     positive,
-    print_json,
     writing,
 )
 from d3etr.cli.progress import progress_bar
@@ -53,13 +54,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="the picture (default attention.png)",
     )
-    parser.add_argument(
-        "--output-root",
-        type=Path,
-        default=Path("runs"),
-        metavar="FOLDER",
-        help="the folder that holds runs (default runs)",
-    )
+    add_output_root(parser)
     add_json(parser)
 
 
@@ -85,10 +80,8 @@ def _run(options: Namespace) -> int:
     with writing(options.output):
         drawn = [replace(view, name=name) for view, name in zip(views, shown, strict=True)]
         save(draw_attention(drawn), options.output)
-    if options.json:
-        print_json({"picture": str(options.output), "objects": [_as_json(view) for view in views]})
-    else:
-        print(f"{len(views)} objects, {', '.join(files)} -> {options.output}")
+    value = {"picture": str(options.output), "objects": [_as_json(view) for view in views]}
+    answer(options, value, f"{len(views)} objects, {', '.join(files)} -> {options.output}")
     return SOME_FAILED if len(records) < len(chosen) else 0
 
 

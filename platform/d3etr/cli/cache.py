@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from d3etr.cli.command import Command, add_json, print_json
+from d3etr.cli.command import Command, add_json, answer
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -19,12 +19,13 @@ def _run(options: Namespace) -> int:
 
     cache = open_cache()
     size = cache.clear() if options.clear else cache.size()
-    if options.json:
-        print_json({"folder": str(cache.folder), "freed_bytes" if options.clear else "bytes": size})
-    elif options.clear:
-        print(f"{megabytes(size)} removed from {cache.folder}")
-    else:
-        print(f"{megabytes(size)} in {cache.folder} (another folder: D3ETR_CACHE)")
+    value = {"folder": str(cache.folder), "freed_bytes" if options.clear else "bytes": size}
+    text = f"{megabytes(size)} in {cache.folder} (another folder: D3ETR_CACHE)"
+    answer(
+        options,
+        value,
+        f"{megabytes(size)} removed from {cache.folder}" if options.clear else text,
+    )
     return 0
 
 

@@ -79,6 +79,28 @@ def add_json(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
+def add_output_root(parser: ArgumentParser) -> None:
+    """``--output-root``: where a run that is named by its beginning is looked for."""
+    parser.add_argument(
+        "--output-root",
+        type=Path,
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="the folder that holds runs (default runs)",
+    )
+
+
+def add_launcher(parser: ArgumentParser, *choices: str) -> None:
+    """``--launcher``, one of ``choices``; the first is the default."""
+    about = {
+        "ray": "Ray Train (default)",
+        "local": "this process",
+        "torchrun": "as one of its workers",
+    }
+    text = "; ".join(f"{name}: {about[name]}" for name in choices)
+    parser.add_argument("--launcher", choices=choices, default=choices[0], help=text)
+
+
 def add_device(parser: ArgumentParser) -> None:
     """``--device``."""
     parser.add_argument(
@@ -179,6 +201,22 @@ def writing(path: Path) -> Iterator[None]:
 def complain(text: str) -> None:
     """Name on standard error what is left out or could not be used."""
     print(printable(text), file=sys.stderr)
+
+
+def answer(options: Namespace, value: Any, text: str | Callable[[], None]) -> None:
+    """Print what a command found: as JSON with ``--json``, else for people.
+
+    Args:
+        options: of a command that has ``add_json``.
+        value: plain values.
+        text: the same as text, or what prints it.
+    """
+    if options.json:
+        print_json(value)
+    elif isinstance(text, str):
+        print(text)
+    else:
+        text()
 
 
 def print_json(value: Any) -> None:

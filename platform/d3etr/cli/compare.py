@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d3etr.cli.command import Command, add_json, file_to_write, positive, print_json, writing
+from d3etr.cli.command import (
+    Command,
+    add_json,
+    add_output_root,
+    file_to_write,
+    positive,
+    print_json,
+    writing,
+)
 from d3etr.text import styled
 
 if TYPE_CHECKING:
@@ -26,13 +33,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="a run's folder, the beginning of its name, or its name or id in MLflow; runs that "
         "differ in their seed only are averaged",
     )
-    parser.add_argument(
-        "--output-root",
-        type=Path,
-        default=Path("runs"),
-        metavar="FOLDER",
-        help="the folder that holds runs (default runs)",
-    )
+    add_output_root(parser)
     parser.add_argument(
         "--html",
         type=file_to_write(".html", ".htm"),

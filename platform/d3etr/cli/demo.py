@@ -5,11 +5,9 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 
-from d3etr.cli.command import Command, add_json, add_overrides, print_json
+from d3etr.cli.command import Command, add_json, add_launcher, add_overrides, print_json
 from d3etr.cli.progress import print_progress, progress_bar
 from d3etr.text import styled
-
-LAUNCHERS = ("ray", "local")
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -19,12 +17,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         default="shipped",
         help="measure the shipped teacher (default), or train one (minutes more)",
     )
-    parser.add_argument(
-        "--launcher",
-        choices=LAUNCHERS,
-        default="ray",
-        help="ray: Ray Train (default); local: this process",
-    )
+    add_launcher(parser, "ray", "local")
     add_overrides(parser)
     add_json(parser)
 

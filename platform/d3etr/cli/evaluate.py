@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from d3etr.cli.command import (
@@ -10,9 +11,9 @@ from d3etr.cli.command import (
     add_device,
     add_json,
     add_weights,
+    answer,
     location,
     positive,
-    print_json,
     whole_number,
 )
 from d3etr.cli.progress import progress_bar
@@ -64,12 +65,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(options: Namespace) -> int:
+    result = _measure(options)
+    answer(options, result, lambda: _print(result))
+    return 0
+
+
+def _print(result: Mapping[str, Any]) -> None:
     from d3etr.evaluation.coco_metrics import COCO_NAMES
 
-    result = _measure(options)
-    if options.json:
-        print_json(result)
-        return 0
     print(f"{result['images']} images, {result['images_per_second']:.1f} images/s")
     metrics = dict(result["metrics"])
     for name in COCO_NAMES:
@@ -77,7 +80,6 @@ def _run(options: Namespace) -> int:
         print(f"{name:<12}{'no such objects' if value is None else f'{100 * value:5.1f} %'}")
     for name, value in metrics.items():
         print(f"  {printable(name):<24}{100 * value:5.1f} %")
-    return 0
 
 
 def _measure(options: Namespace) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from d3etr.cli.command import Command, add_json, print_json, writing
+from d3etr.cli.command import Command, add_json, answer, writing
 from d3etr.errors import UserError
 
 
@@ -35,18 +35,12 @@ def _run(options: Namespace) -> int:
             raise UserError("--write writes all keys: leave KEY out")
         with writing(options.write):
             paths = [str(path) for path in reference_pages.write_pages(options.write)]
-        if options.json:
-            print_json({"written": paths})
-        else:
-            print("\n".join(paths))
+        answer(options, {"written": paths}, "\n".join(paths))
         return 0
     keys = reference.all_keys() if options.key is None else reference.find_keys(options.key)
-    if options.json:
-        print_json(reference_pages.as_json(keys))
-    elif options.key is None:
-        print(reference_pages.sections_text())
-    else:
-        print(reference_pages.explanation(keys))
+    whole = options.key is None
+    text = reference_pages.sections_text() if whole else reference_pages.explanation(keys)
+    answer(options, reference_pages.as_json(keys), text)
     return 0
 
 

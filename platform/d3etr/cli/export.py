@@ -8,9 +8,9 @@ from d3etr.cli.command import (
     Command,
     add_json,
     add_weights,
+    answer,
     ensure_other_file,
     file_to_write,
-    print_json,
 )
 
 
@@ -44,10 +44,8 @@ def _run(options: Namespace) -> int:
         info = info.model_copy(update={"evaluation": None})
     save_weights(options.output, detector, info, torch.float16 if options.half else None)
     size = options.output.stat().st_size
-    if options.json:
-        print_json({"output": str(options.output), "bytes": size})
-    else:
-        print(f"{options.output}: {size / 1e6:.1f} MB")
+    value = {"output": str(options.output), "bytes": size}
+    answer(options, value, f"{options.output}: {size / 1e6:.1f} MB")
     return 0
 
 

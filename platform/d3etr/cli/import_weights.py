@@ -10,10 +10,10 @@ from d3etr.cli.command import (
     Command,
     above_zero,
     add_json,
+    answer,
     ensure_other_file,
     file_to_write,
     positive,
-    print_json,
 )
 from d3etr.text import printable
 
@@ -73,14 +73,11 @@ def _run(options: Namespace) -> int:
     said = Said(options.heads, options.dilation, options.temperature, categories)
     ensure_other_file(options.source, options.target)
     imported = import_weights(options.source, options.target, said)
-    if options.json:
-        print_json(imported.as_dict())
-    else:
-        _tell(imported)
+    answer(options, imported.as_dict(), lambda: _print(imported))
     return 0
 
 
-def _tell(imported: Imported) -> None:
+def _print(imported: Imported) -> None:
     print(f"{imported.source}: {imported.kind}")
     print(f"  network     {imported.network}, {imported.parameters / 1e6:.2f} M parameters")
     backbone = imported.architecture.get("backbone")

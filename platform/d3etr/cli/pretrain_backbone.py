@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d3etr.cli.command import Command, add_device, add_json, add_recipe, print_json
+from d3etr.cli.command import Command, add_device, add_json, add_recipe, answer
 from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
 
@@ -36,22 +36,19 @@ def _run(options: Namespace) -> int:
             device=usable_device(options.device),
             on_progress=progress,
         )
-    if options.json:
-        print_json(
-            {
-                "output": str(result.path),
-                "accuracy": result.accuracy,
-                "accuracy_on_objects": result.objects,
-                "crops": result.crops,
-                "seconds": result.seconds,
-            }
-        )
-        return 0
-    print(
+    value = {
+        "output": str(result.path),
+        "accuracy": result.accuracy,
+        "accuracy_on_objects": result.objects,
+        "crops": result.crops,
+        "seconds": result.seconds,
+    }
+    text = (
         f"{result.path}: classifies {100 * result.accuracy:.1f} % of validation crops "
         f"({100 * result.objects:.1f} % of objects), from {result.crops:,} crops in "
         f"{result.seconds:.0f} s"
     )
+    answer(options, value, text)
     return 0
 
 

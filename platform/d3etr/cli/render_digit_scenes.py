@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from d3etr.cli.command import Command, add_json, add_overrides, print_json
+from d3etr.cli.command import Command, add_json, add_overrides, answer
 from d3etr.cli.progress import progress_bar
 
 
@@ -29,15 +29,12 @@ def _run(options: Namespace) -> int:
     )
     with progress_bar() as progress:
         splits = write_digit_scenes(config, progress)
-    if options.json:
-        paths = {
-            name: {"images": str(split.images), "annotations": str(split.annotations)}
-            for name, split in splits.items()
-        }
-        print_json({"version": VERSION, "splits": paths})
-        return 0
-    for name, split in splits.items():
-        print(f"{name:<12}{split.annotations}")
+    paths = {
+        name: {"images": str(split.images), "annotations": str(split.annotations)}
+        for name, split in splits.items()
+    }
+    text = "\n".join(f"{name:<12}{split.annotations}" for name, split in splits.items())
+    answer(options, {"version": VERSION, "splits": paths}, text)
     return 0
 
 

@@ -8,14 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d3etr.cli.command import Command, add_json, add_recipe, print_json
+from d3etr.cli.command import Command, add_json, add_launcher, add_recipe, answer
 from d3etr.errors import UserError
 
 if TYPE_CHECKING:
     from d3etr.config.tree import Config
     from d3etr.launch.driver import RunResult
-
-LAUNCHERS = ("ray", "local", "torchrun")
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -30,12 +28,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="NAME",
         help="go on with a run: its folder, or the beginning of its name; needs no recipe",
     )
-    parser.add_argument(
-        "--launcher",
-        choices=LAUNCHERS,
-        default="ray",
-        help="ray: Ray Train (default); local: this process; torchrun: as one of its workers",
-    )
+    add_launcher(parser, "ray", "local", "torchrun")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_json(parser)
 
@@ -67,10 +60,7 @@ def _run(options: Namespace) -> int:
     )
     if options.launcher == "torchrun" and os.environ["RANK"] != "0":
         return 0  # the first worker speaks for all
-    if options.json:
-        print_json(as_json(result))
-    else:
-        _tell(result)
+    answer(options, as_json(result), lambda: _print(result))
     return 0
 
 
@@ -112,10 +102,7 @@ def _dry_run(config: Config, options: Namespace) -> int:
     from d3etr.launch.api import ensure_can_begin
 
     ensure_can_begin(config, options.launcher)
-    if options.json:
-        print_json(describe_json(config))
-    else:
-        print(describe(config, options.launcher))
+    answer(options, describe_json(config), lambda: print(describe(config, options.launcher)))
     return 0
 
 
@@ -130,7 +117,7 @@ def as_json(result: RunResult) -> dict[str, object]:
     }
 
 
-def _tell(result: RunResult) -> None:
+def _print(result: RunResult) -> None:
     print("finished" if result.trained else "was finished before: nothing to do")
     for name in ("mAP", "AP50", "AP75", "test/mAP", "test/AP50"):
         if name in result.metrics:

@@ -18,7 +18,7 @@ from d3etr.progress import OnProgress as Progress
 from d3etr.storage.fetch import fetch_file, local_file
 from d3etr.training.context import TrainContext
 from d3etr.training.ema import WeightAverage
-from d3etr.training.fetching import together
+from d3etr.training.fetching import run_on_all_workers
 from d3etr.training.inputs import (
     data_digests,
     ensure_same_everywhere,
@@ -90,9 +90,9 @@ def open_splits(config: Config, context: TrainContext, progress: Progress | None
     """
     files, folders = remote_files(config), remote_folders(config)
     if files:
-        together(lambda: [fetch_file(url, progress) for url in files.values()], context)
+        run_on_all_workers(lambda: [fetch_file(url, progress) for url in files.values()], context)
     if folders:
-        splits = together(lambda: _read_splits(config, progress), context)
+        splits = run_on_all_workers(lambda: _read_splits(config, progress), context)
     else:
         if context.rank != 0:
             context.barrier()

@@ -14,11 +14,11 @@ from d3etr.training.context import TrainContext
 from d3etr.training.journal import Journal
 
 T = TypeVar("T")
-ASKED_EVERY_SECONDS = 0.5
+POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0
 
 
-def together(work: Callable[[], T], context: TrainContext) -> T:
+def run_on_all_workers(work: Callable[[], T], context: TrainContext) -> T:
     """Do something on every worker and go on when all have done it, however long that takes.
 
     A barrier would fail on the time limit of collective operations. Here a thread works, and
@@ -44,7 +44,7 @@ def together(work: Callable[[], T], context: TrainContext) -> T:
             return job.result()
         if job.failed:
             return job.result()
-        time.sleep(ASKED_EVERY_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 class _Job(Generic[T]):
@@ -54,7 +54,7 @@ class _Job(Generic[T]):
         self._work = work
         self._results: list[T] = []
         self._errors: list[BaseException] = []
-        self._thread = threading.Thread(target=self._run, name="together", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="worker-task", daemon=True)
         self._thread.start()
 
     @property
