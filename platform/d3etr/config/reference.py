@@ -154,8 +154,9 @@ def _keys(section: type[BaseModel], prefix: str, default: object) -> Iterator[Ke
 def _keys_of_variants(base: type[VariantSection], prefix: str) -> Iterator[Key]:
     """The keys of all variants; what is the same for several of them comes once."""
     kind, names = base.registry.kind, base.registry.names
+    own = f"{prefix}{base.variant_key}"
     yield Key(
-        f"{prefix}{base.variant_key}",
+        own,
         f"Which {kind}: each has keys of its own.",
         _choice(names),
         {"enum": list(names)},
@@ -164,9 +165,10 @@ def _keys_of_variants(base: type[VariantSection], prefix: str) -> Iterator[Key]:
     merged: dict[str, list[tuple[str, Key]]] = {}
     for name, variant in base.variants().items():
         for key in _keys(variant, prefix, None):
-            if key.path != f"{prefix}{base.variant_key}":
-                same = json.dumps([key.path, key.description, key.values], sort_keys=True)
-                merged.setdefault(same, []).append((name, key))
+            if key.path != own:
+                about = "" if key.is_section else f"{key.description} {key.values}"
+                merged.setdefault(f"{key.path} {about}", []).append((name, key))
+    with_keys = {name for found in merged.values() for name, _ in found}
     for found in merged.values():
         owners = tuple(name for name, _ in found)
         defaults: dict[str, list[str]] = {}
@@ -177,7 +179,7 @@ def _keys_of_variants(base: type[VariantSection], prefix: str) -> Iterator[Key]:
         yield replace(
             found[0][1],
             family=kind,
-            owners=owners if len(owners) < len(names) else (),
+            owners=owners if len(owners) < len(with_keys) else (),
             defaults=by_owner if len(by_owner) > 1 else tuple((text, ()) for text in defaults),
         )
 

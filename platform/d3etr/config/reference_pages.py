@@ -136,7 +136,7 @@ def explanation(keys: Sequence[Key]) -> str:
     for key in keys[1:]:
         name = key.path.removeprefix(f"{section.path}.")
         rest = "section" if key.is_section else _plain(key.default)
-        lines.append(f"  {name:<34}{rest:<24}{_plain(key.belongs_to)}".rstrip())
+        lines.append(f"  {name:<34}{rest:<22}  {_plain(key.belongs_to)}".rstrip())
     return "\n".join(lines)
 
 
