@@ -18,7 +18,7 @@ from d3etr.config.location import Location, Url
 from d3etr.data.annotations import Category, DataFormat, Source
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.data.fingerprint import fingerprint
-from d3etr.data.formats import find_format
+from d3etr.data.formats import AUTO, find_format
 from d3etr.data.records import SHOWN, Cleaning, ImageRecord, clean, shown_ids
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
@@ -243,7 +243,8 @@ def _read_once(place: Path, name: str, split: SplitConfig) -> tuple[ParsedAnnota
         known = _READ.pop((which, source), None)
         if known is None or known[0] != prints or None in prints:
             known = prints, _read(found, source)
-            _LOGGER.info("%s: read as %s", split.annotations, found.title)
+            if split.format == AUTO and which != "coco":
+                _LOGGER.info("%s: read as %s", split.annotations, found.title)
         _READ[which, source] = known
         while len(_READ) > _KEPT:
             _READ.popitem(last=False)
