@@ -21,7 +21,7 @@ from d3etr.launch.resources import demand_of, this_machine
 from d3etr.launch.resources import describe as describe_nodes
 from d3etr.storage.cache import open_cache
 from d3etr.training.beginning import judge_beginning
-from d3etr.training.inputs import remote_files
+from d3etr.training.provenance import remote_files
 
 MOST_CHECKPOINTS = 100_000
 SHOWN_CHECKPOINTS = 4

@@ -19,8 +19,8 @@ from d3etr.launch.driver import RunFailedError, RunInterrupted, RunResult
 from d3etr.launch.lock import RunLock, RunLockedError
 from d3etr.tracking.state import RunState, write_state
 from d3etr.training.context import TrainContext
-from d3etr.training.inputs import weight_digests
 from d3etr.training.journal import read_journal
+from d3etr.training.provenance import weight_digests
 
 MakeConfig = Callable[..., Config]
 

@@ -25,7 +25,7 @@ from d3etr.detectors.tensor_files import file_digest, write_tensors
 from d3etr.errors import UserError
 from d3etr.training.context import SingleProcess
 from d3etr.training.fetching import run_on_all_workers
-from d3etr.training.inputs import (
+from d3etr.training.provenance import (
     ensure_same_everywhere,
     remote_files,
     remote_folders,

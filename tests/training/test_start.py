@@ -20,7 +20,7 @@ from d3etr.data.splits import open_split
 from d3etr.detectors.parts import part_of
 from d3etr.detectors.weights import load_weights
 from d3etr.errors import UserError
-from d3etr.training.inputs import weight_digests
+from d3etr.training.provenance import weight_digests
 from d3etr.training.start import build_student
 
 

@@ -12,7 +12,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from d3etr.cli.command import Command
+from d3etr.cli.command import Command, add_json, answer
 
 SHELLS = ("bash", "zsh", "fish")
 _BY_DEST = {
@@ -46,6 +46,7 @@ class Completed:
 
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("shell", choices=SHELLS, help="whose script to print")
+    add_json(parser)
     parser.epilog = (
         "bash: d3etr completion bash > ~/.local/share/bash-completion/completions/d3etr\n"
         "zsh:  d3etr completion zsh > ~/.d3etr.zsh, and 'source ~/.d3etr.zsh' in ~/.zshrc\n"
@@ -59,7 +60,8 @@ def _run(options: Namespace) -> int:
 
     keys = [key.path for key in all_keys() if not key.is_section]
     script = {"bash": _bash, "zsh": _zsh, "fish": _fish}[options.shell]
-    print(script(COMMANDS, keys))
+    text = script(COMMANDS, keys)
+    answer(options, {"shell": options.shell, "script": text}, text)
     return 0
 
 

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 for a run that broke, 2 for a mistake that the user can fix (each
-        said in one text on standard error), 130 after Ctrl-C, or the command's own.
+        reported in one text on standard error), 130 after Ctrl-C, or the command's own.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # file names need not be text of its encoding

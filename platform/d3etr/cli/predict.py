@@ -129,7 +129,7 @@ def _inside(folder: Path) -> Iterator[str]:
 
 
 def _targets(paths: list[str], output: Path | None) -> dict[str, Path]:
-    """Where each drawn picture goes; pictures of one name from two folders are told apart.
+    """Where each drawn picture goes; pictures of one name from two folders get a number.
 
     Raises:
         UserError: a picture would be written over one that is read.

@@ -69,7 +69,7 @@ class BackboneConfig(Section):
 class DetectorConfig(VariantSection):
     """Architecture of one detector: what all kinds have. The classes come from the data.
 
-    Each kind adds its own keys in a class beside its detector (``detectors/<name>.py``).
+    Each kind adds its own keys in a class in its detector's file (``detectors/<name>.py``).
     """
 
     registry: ClassVar = DETECTORS

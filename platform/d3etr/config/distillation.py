@@ -61,7 +61,7 @@ class PredictionConfig(Section):
 
     layers: Literal["sum", "mean"] = "sum"
     """Over decoder layers. sum: as the detection losses of all layers are added (DETR). mean: as
-    attention terms by default, so that their weight beside them is the same at any depth."""
+    attention terms by default, so that their relative weight is the same at any depth."""
 
     @model_validator(mode="after")
     def _temperature_has_effect(self) -> Self:
@@ -88,8 +88,8 @@ class AttentionConfig(Section):
     """confidence: a pair counts as much as the teacher is sure of its query. uniform: all pairs
     count the same."""
     layers: Literal["sum", "mean"] = "mean"
-    """Over decoder layers. mean: beside summed prediction terms, twice the layers halve what
-    attention counts. sum: its weight beside them is the same at any depth."""
+    """Over decoder layers. mean: next to summed prediction terms, twice the layers halve what
+    attention counts. sum: its relative weight is the same at any depth."""
 
 
 class AuxiliaryGroupConfig(Section):
@@ -111,7 +111,7 @@ class GeneralPointsConfig(Section):
     count: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
     """How many; 0 draws none."""
     weight: Weight = 1.0
-    """Of their losses beside those of the other pairs."""
+    """Of their losses relative to those of the other pairs."""
 
     @model_validator(mode="after")
     def _weight_has_effect(self) -> Self:
@@ -132,7 +132,7 @@ class FeatureConfig(Section):
 class MethodConfig(VariantSection):
     """What a student learns from a teacher.
 
-    Each method has a class of its own beside its losses (``methods/<name>.py``).
+    Each method has a class of its own in the file of its losses (``methods/<name>.py``).
     """
 
     registry: ClassVar = METHODS

@@ -153,7 +153,7 @@ class EvaluationConfig(Section):
 
 
 class PretrainingConfig(Section):
-    """Training a backbone to tell objects apart, before it ever detects one."""
+    """Training of a backbone as a classifier of objects, before it ever detects one."""
 
     crop_size: Annotated[int, Field(ge=16, le=512)] = 32
     """Pixels of the square crops that the backbone classifies."""

@@ -22,7 +22,7 @@ from d3etr.progress import OnProgress, no_progress
 from d3etr.text import bare_url
 from d3etr.tracking.state import read_state
 from d3etr.training.beginning import judge_beginning
-from d3etr.training.inputs import ensure_inputs_answer
+from d3etr.training.provenance import ensure_inputs_answer
 
 LauncherName = Literal["ray", "local", "torchrun"]
 LAUNCHERS: tuple[LauncherName, ...] = ("ray", "local", "torchrun")

@@ -19,14 +19,14 @@ from d3etr.storage.fetch import fetch_file, local_file
 from d3etr.training.context import TrainContext
 from d3etr.training.ema import WeightAverage
 from d3etr.training.fetching import run_on_all_workers
-from d3etr.training.inputs import (
+from d3etr.training.optimiser import build_optimiser
+from d3etr.training.provenance import (
     data_digests,
     ensure_same_everywhere,
     remote_files,
     remote_folders,
     weight_digests,
 )
-from d3etr.training.optimiser import build_optimiser
 from d3etr.training.seeding import derive_seed, seed_generators
 from d3etr.training.start import build_student
 from d3etr.training.teacher import check_same_classes, check_same_input

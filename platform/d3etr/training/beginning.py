@@ -16,7 +16,7 @@ from d3etr.errors import UserError
 from d3etr.methods.base import Method
 from d3etr.registry import METHODS
 from d3etr.storage.fetch import local_file
-from d3etr.training.inputs import ensure_inputs_answer, weights_of
+from d3etr.training.provenance import ensure_inputs_answer, weights_of
 from d3etr.training.start import ensure_start
 from d3etr.training.teacher import check_same_classes, check_same_input
 

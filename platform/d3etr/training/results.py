@@ -20,7 +20,7 @@ from d3etr.errors import UserError
 from d3etr.files import read_json
 from d3etr.logs import get_logger
 from d3etr.storage.problems import MissingFileError, UnreachableError
-from d3etr.training.inputs import (
+from d3etr.training.provenance import (
     data_digests,
     data_key,
     ensure_same_inputs,

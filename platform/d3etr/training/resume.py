@@ -22,8 +22,8 @@ from d3etr.training.assembly import Models
 from d3etr.training.checkpoints import STATE_FILE, Checkpoint, CheckpointStore, State
 from d3etr.training.context import TrainContext
 from d3etr.training.examination import Examination
-from d3etr.training.inputs import ensure_same_inputs
 from d3etr.training.optimiser import restore_optimiser
+from d3etr.training.provenance import ensure_same_inputs
 from d3etr.training.steplog import StepLog, TrainingCost
 
 FORMAT = 1

@@ -32,7 +32,7 @@ from d3etr.launch.sweeps.trials import Trial
 from d3etr.launch.sweeps.tuner import TUNE_SETTINGS, fit
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress
-from d3etr.training.inputs import ensure_inputs_answer
+from d3etr.training.provenance import ensure_inputs_answer
 from d3etr.training.results import Inputs
 
 logger = get_logger(__name__)
