@@ -59,6 +59,7 @@ class ObjectEntry(NamedTuple):
         area: of the outline, square pixels; None: width x height.
         crowd: not to be learnt, and ignored in evaluation.
         foreign_flag: marked to be ignored in a way that its format does not know.
+        place: file and line, for texts; not needed where ids are the files' own.
     """
 
     id: int
@@ -68,6 +69,7 @@ class ObjectEntry(NamedTuple):
     area: float | None = None
     crowd: bool = False
     foreign_flag: bool = False
+    place: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,6 @@ class Annotations:
         digest: sha256 of the content that was read, hex.
         folder: of the images, where the format determines it; None: the configured one.
         own_ids: whether image and annotation ids are the files' own; else they count from 1.
-        places: A texts, where each annotation is; empty where ids are the files' own.
         warnings: what may be wrong, a sentence each.
     """
 
@@ -91,7 +92,6 @@ class Annotations:
     digest: str
     folder: Path | None = None
     own_ids: bool = False
-    places: Sequence[str] = ()
     warnings: tuple[str, ...] = ()
 
 

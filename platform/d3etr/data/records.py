@@ -135,8 +135,8 @@ def clean(raw: Annotations) -> tuple[tuple[ImageRecord, ...], Cleaning, dict[int
         "foreign_flag": kept & table.foreign_flag,
     }
     cleaning = Cleaning(**{name: tuple(table.ids[mask].tolist()) for name, mask in masks.items()})
-    touched = np.flatnonzero(np.any([*masks.values()], axis=0)).tolist() if raw.places else []
-    places = {int(table.ids[index]): raw.places[index] for index in touched}
+    touched = [] if raw.own_ids else np.flatnonzero(np.any([*masks.values()], axis=0)).tolist()
+    places = {raw.objects[index].id: raw.objects[index].place for index in touched}
     order = np.flatnonzero(kept)[np.argsort(table.images[kept], kind="stable")]
     ends = np.cumsum(np.bincount(table.images[order], minlength=len(raw.images)))
     parts = np.split(order, ends[:-1])

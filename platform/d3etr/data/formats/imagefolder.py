@@ -87,14 +87,12 @@ class ImageFolderFormat:
             problems.add("no object has a class; expected objects with bbox and categories")
         images = _images(file, lines, problems)
         problems.raise_if_any()
-        objects, places = _objects(lines, {name: index for index, name in enumerate(names)})
         return Annotations(
             categories=categories_of(names),
             images=images,
-            objects=objects,
+            objects=_objects(lines, {name: index for index, name in enumerate(names)}),
             digest=digest_of([("names", "\n".join(names).encode()), ("lines", content)]),
             folder=file.parent,
-            places=places,
         )
 
 
@@ -246,15 +244,14 @@ def _images(file: Path, lines: Sequence[_Line], problems: Problems) -> list[Imag
     ]
 
 
-def _objects(lines: Sequence[_Line], labels: dict[str, int]) -> tuple[list[ObjectEntry], list[str]]:
+def _objects(lines: Sequence[_Line], labels: dict[str, int]) -> list[ObjectEntry]:
     entries: list[ObjectEntry] = []
-    places: list[str] = []
     for index, line in enumerate(lines):
-        for found in line.objects:
+        for each in line.objects:
+            label, identity = labels[each.name], len(entries) + 1
             entries.append(
                 ObjectEntry(
-                    len(entries) + 1, index, labels[found.name], found.box, found.area, found.crowd
+                    identity, index, label, each.box, each.area, each.crowd, place=line.place
                 )
             )
-            places.append(line.place)
-    return entries, places
+    return entries

@@ -86,16 +86,14 @@ class VocFormat:
         if not names and not problems.found:
             problems.add("no object has a name; expected <object><name> in some XML file")
         problems.raise_if_any()
-        objects, places = _objects(chosen, {name: label for label, name in enumerate(names)})
         return Annotations(
             categories=categories_of(names),
             images=images,
-            objects=objects,
+            objects=_objects(chosen, {name: label for label, name in enumerate(names)}),
             digest=digest_of(
                 [("names", "\n".join(names).encode()), *((s.file.name, s.content) for s in chosen)]
             ),
             folder=layout.images,
-            places=places,
             warnings=_warnings(chosen),
         )
 
@@ -267,20 +265,16 @@ def _like(stem: str, named: str | None) -> Iterator[str]:
         yield from (f"{stem}{suffix}", f"{stem}{suffix.upper()}")
 
 
-def _objects(
-    scenes: Sequence[_Scene], labels: dict[str, int]
-) -> tuple[list[ObjectEntry], list[str]]:
+def _objects(scenes: Sequence[_Scene], labels: dict[str, int]) -> list[ObjectEntry]:
     entries: list[ObjectEntry] = []
-    places: list[str] = []
-    for index, scene in enumerate(scenes):
-        for found in scene.objects:
-            left, top, right, bottom = found.corners
-            box = (left - 1, top - 1, right - left + 1, bottom - top + 1)
-            entries.append(
-                ObjectEntry(len(entries) + 1, index, labels[found.name], box, crowd=found.difficult)
-            )
-            places.append(found.place)
-    return entries, places
+    for index, found in ((i, o) for i, scene in enumerate(scenes) for o in scene.objects):
+        left, top, right, bottom = found.corners
+        box = (left - 1, top - 1, right - left + 1, bottom - top + 1)
+        label, identity = labels[found.name], len(entries) + 1
+        entries.append(
+            ObjectEntry(identity, index, label, box, crowd=found.difficult, place=found.place)
+        )
+    return entries
 
 
 def _warnings(scenes: Sequence[_Scene]) -> tuple[str, ...]:

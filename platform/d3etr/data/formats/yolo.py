@@ -100,7 +100,6 @@ class YoloFormat:
             objects=labels.objects,
             digest=digest_of([("names", "\n".join(layout.names).encode()), *contents]),
             folder=folder,
-            places=labels.places,
             warnings=labels.warnings(),
         )
 
@@ -267,7 +266,6 @@ class _Labels:
     layout: _Layout
     problems: Problems
     objects: list[ObjectEntry] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
     contents: list[bytes] = field(default_factory=list)
     missing: list[Path] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
@@ -298,8 +296,8 @@ class _Labels:
                 if len(values) > _BOX_VALUES and not self.layout.keypoints:
                     self.outlines.append(place)
                 label, box = int(found[0]), _pixels(found[1:], size)
-                self.objects.append(ObjectEntry(len(self.objects) + 1, index, label, box))
-                self.places.append(place)
+                identity = len(self.objects) + 1
+                self.objects.append(ObjectEntry(identity, index, label, box, place=place))
 
     def _values(self, texts: Sequence[str]) -> tuple[float, ...] | str:
         """Class, centre and size as fractions of the image; or what is wrong with the line."""
