@@ -80,21 +80,21 @@ def test_four_runs_are_made_once_and_put_side_by_side(
     teacher, _, inherited, distilled = (Path(run["run_dir"]) for run in first)
     start = load_config(inherited / "config.yaml").initial_weights
     assert start == teacher / "weights.safetensors"
-    taught = load_config(distilled / "config.yaml").teacher
-    assert taught is not None
-    assert taught.weights == teacher / "weights.safetensors"
-    assert read_info(taught.weights).origin["step"] == 6000
+    teacher_config = load_config(distilled / "config.yaml").teacher
+    assert teacher_config is not None
+    assert teacher_config.weights == teacher / "weights.safetensors"
+    assert read_info(teacher_config.weights).origin["step"] == 6000
 
     assert main(arguments()) == 0
-    said = capsys.readouterr()
-    assert "training 6 steps" not in said.err, "finished runs are not repeated"
-    assert "D3ETR student" in said.out
-    commands = [line.strip() for line in said.out.splitlines() if " -m d3etr predict " in line]
+    shown = capsys.readouterr()
+    assert "training 6 steps" not in shown.err, "finished runs are not repeated"
+    assert "D3ETR student" in shown.out
+    commands = [line.strip() for line in shown.out.splitlines() if " -m d3etr predict " in line]
     words = shlex.split(commands[0])
     assert main(words[words.index("d3etr") + 1 :]) == 0, "the printed command works"
     assert list((project / "predictions").glob("*.png"))
-    assert "viewStateShareKey=d3etr-" in said.out, "MLflow's page with the right charts"
-    commands = [line.strip() for line in said.out.splitlines() if " -m d3etr compare " in line]
+    assert "viewStateShareKey=d3etr-" in shown.out, "MLflow's page with the right charts"
+    commands = [line.strip() for line in shown.out.splitlines() if " -m d3etr compare " in line]
     words = shlex.split(commands[0])
     assert main(words[words.index("d3etr") + 1 :]) == 0
     page = (project / "comparison.html").read_text(encoding="utf-8")

@@ -23,14 +23,14 @@ def classes_of(config: Config) -> tuple[tuple[int, str], ...]:
     return tuple((one.id, one.name) for one in open_split(config.data, "validation").categories)
 
 
-def test_a_taught_run_shows_everything(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_distilled_run_shows_everything(make_config: MakeConfig, tmp_path: Path) -> None:
     teacher, run_dir = tmp_path / "teacher.safetensors", tmp_path / "run"
     run_dir.mkdir()
     config = make_config(teacher={"weights": str(teacher)}, distillation={"method": "d3etr"})
     write_weights(teacher, seed=1, classes=classes_of(config))
     write_weights(run_dir / "weights.safetensors", classes=classes_of(config))
-    taught = {"kind": "teacher", "step": 0, "time": 1e9, "metrics": {"teacher/mAP": 0.6}}
-    write_journal(run_dir, [taught, *journal_records(20)])
+    measured = {"kind": "teacher", "step": 0, "time": 1e9, "metrics": {"teacher/mAP": 0.6}}
+    write_journal(run_dir, [measured, *journal_records(20)])
     drawn = draw_figures(config, run_dir, tmp_path / "figures")
     assert [path.name for path in drawn] == [
         "predictions.png",

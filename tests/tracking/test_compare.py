@@ -37,13 +37,13 @@ def write_run(config: Config, mAP: float, **more: Any) -> Path:
 @pytest.fixture
 def folders(make_config: MakeConfig, tmp_path: Path) -> Path:
     """Two seeds each of a plain student (20, 22 %) and a D3ETR student (35, 39 %)."""
-    taught: dict[str, Any] = {
+    with_teacher: dict[str, Any] = {
         "teacher": {"weights": "teacher.safetensors"},
         "distillation": {"method": "d3etr"},
     }
     for seed, plain, distilled in ((0, 0.20, 0.35), (1, 0.22, 0.39)):
         write_run(make_config("digits-plain", seed), plain)
-        write_run(make_config("digits-d3etr", seed, **taught), distilled)
+        write_run(make_config("digits-d3etr", seed, **with_teacher), distilled)
     return tmp_path / "runs"
 
 
@@ -84,8 +84,8 @@ def test_a_teacher_is_what_its_recipe_or_its_student_says_whatever_its_name(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     used = write_run(make_config("larger"), 0.6)
-    taught = {"weights": str(used / "weights.safetensors")}
-    write_run(make_config("d", teacher=taught, distillation={"method": "d3etr"}), 0.4)
+    with_teacher = {"weights": str(used / "weights.safetensors")}
+    write_run(make_config("d", teacher=with_teacher, distillation={"method": "d3etr"}), 0.4)
     write_run(make_config("without-a-teacher", optimisation={"steps": 30}), 0.3)
     write_run(make_config("named", run={"role": "teacher"}, optimisation={"steps": 40}), 0.5)
     comparison = compare(["larger", "without-a-teacher", "d-", "named"], tmp_path / "runs")
@@ -225,7 +225,7 @@ def test_numbers_read_well() -> None:
 
 
 @pytest.fixture
-def taught(make_config: MakeConfig, tmp_path: Path) -> Path:
+def with_teacher(make_config: MakeConfig, tmp_path: Path) -> Path:
     """A D3ETR student of 20 steps and 100 s; plain ones of 52 s and, unless removed, 104 s."""
     teacher: dict[str, Any] = {
         "teacher": {"weights": "teacher.safetensors"},
@@ -239,9 +239,9 @@ def taught(make_config: MakeConfig, tmp_path: Path) -> Path:
 
 
 def test_a_gain_at_equal_time_is_over_the_strongest_plain_student_that_took_as_long(
-    taught: Path,
+    with_teacher: Path,
 ) -> None:
-    comparison = compare(["d3etr", "plain", "longer"], taught)
+    comparison = compare(["d3etr", "plain", "longer"], with_teacher)
     [row] = comparison.to_json()["equal_time"]
     assert row["rival"] == "plain student · longer" and not row["estimated"]
     assert row["seconds"] == [100.0, 104.0], "CPU seconds, not the wall time of 80 s"
@@ -251,13 +251,13 @@ def test_a_gain_at_equal_time_is_over_the_strongest_plain_student_that_took_as_l
 
 
 def test_without_a_plain_student_of_that_length_curves_are_read_at_the_same_time(
-    taught: Path,
+    with_teacher: Path,
 ) -> None:
-    [row] = compare(["d3etr", "plain"], taught).to_json()["equal_time"]
+    [row] = compare(["d3etr", "plain"], with_teacher).to_json()["equal_time"]
     assert row["estimated"] and row["seconds"] == [52.0, 52.0]
     # D3ETR after 10.4 of its 20 steps, between 20 % at step 10 and 40 % at step 20.
     assert row["mAP"] == [pytest.approx(0.208), pytest.approx(0.20)]
-    assert "from curves" in shown(compare(["d3etr", "plain"], taught))
+    assert "from curves" in shown(compare(["d3etr", "plain"], with_teacher))
 
 
 def test_time_is_not_compared_where_runs_do_not_say_what_they_cost(folders: Path) -> None:

@@ -24,7 +24,7 @@ from d3etr.tracking.figures.images import Objects, Scene
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[..., Path]
 DIGITS = tuple((digit, str(digit)) for digit in range(10))
-TAUGHT: dict[str, Any] = {
+DISTILLED: dict[str, Any] = {
     "teacher": {"weights": "teacher.safetensors"},
     "distillation": {"method": "d3etr"},
 }
@@ -59,7 +59,7 @@ def runs(make_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> Path:
     for config, mAP in (
         (make_config("digits-plain", 0), 0.20),
         (make_config("digits-plain", 1), 0.22),
-        (make_config("digits-d3etr", 0, **TAUGHT), 0.35),
+        (make_config("digits-d3etr", 0, **DISTILLED), 0.35),
         (
             make_config("digits-teacher", 0, run={"role": "teacher"}, optimisation={"steps": 90}),
             0.60,
@@ -135,17 +135,17 @@ def axis_texts(page: str) -> list[str]:
     return [text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", page)]
 
 
-def test_a_teacher_is_a_level_beside_its_students_and_a_curve_alone(runs: Path) -> None:
-    beside = as_page(compare(["digits-teacher", "digits-plain"], runs))
-    assert "A teacher is the level that it reached" in beside
-    [spoken] = set(re.findall('class="chart [a-z]+" [^>]*aria-label="([^"]*)"', beside))
+def test_a_teacher_is_a_level_among_its_students_and_a_curve_alone(runs: Path) -> None:
+    together = as_page(compare(["digits-teacher", "digits-plain"], runs))
+    assert "A teacher is the level that it reached" in together
+    [spoken] = set(re.findall('class="chart [a-z]+" [^>]*aria-label="([^"]*)"', together))
     assert spoken.startswith("teacher · digits: the level 60.0; plain student · digits: from 10.5")
-    assert "80" not in axis_texts(beside), "the students' last step is 20"
+    assert "80" not in axis_texts(together), "the students' last step is 20"
     alone = as_page(compare(["digits-teacher"], runs))
     assert "A teacher is the level" not in alone and "teacher · digits: from 6.7" in alone
     assert "80" in axis_texts(alone), "of 90 steps"
-    assert "The band is one deviation" in beside and "The band" not in alone
-    assert beside.count("opacity: 0.16") == 2 and "opacity: 0.16" not in alone, "in both sizes"
+    assert "The band is one deviation" in together and "The band" not in alone
+    assert together.count("opacity: 0.16") == 2 and "opacity: 0.16" not in alone, "in both sizes"
 
 
 def test_a_page_without_measurements_says_so(runs: Path) -> None:

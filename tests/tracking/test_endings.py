@@ -127,8 +127,8 @@ def test_a_slow_server_gets_few_files_and_a_person_sees_which(
     seen: list[str] = []
     assert tracker.finish("FINISHED", seen.append) is None
     names = ["config.yaml", "summary.json", "journal.jsonl", "weights", "data set", "model"]
-    told = [f"sending results to MLflow: {name}" for name in [*names, "registered model"]]
-    assert seen == told
+    expected = [f"sending results to MLflow: {name}" for name in [*names, "registered model"]]
+    assert seen == expected
     [model] = client_of(config).search_logged_models(["1"])
     assert {metric.key: metric.value for metric in model.metrics}["val/mAP"] == 0.25
     stored = Path(model.artifact_location.removeprefix("file://"))

@@ -35,7 +35,7 @@ localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');
 localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');
 """
 RATIO = "distillation.adaptive_ratio"
-TAUGHT: dict[str, Any] = {"teacher": {"weights": "teacher.safetensors"}}
+DISTILLED: dict[str, Any] = {"teacher": {"weights": "teacher.safetensors"}}
 
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[..., Path]
@@ -56,7 +56,7 @@ def page() -> Iterator[Any]:
 def students(make_config: MakeConfig, make_run: MakeRun, uri: str) -> tuple[Config, list[RunState]]:
     """A plain and a D3ETR student."""
     found = []
-    distilled = TAUGHT | {"distillation": {"method": "d3etr"}}
+    distilled = DISTILLED | {"distillation": {"method": "d3etr"}}
     for hour, name, mAP, sections in (
         (0, "digits-plain", 0.2, {}),
         (1, "digits-d3etr", 0.4, distilled),
@@ -79,7 +79,7 @@ def swept(make_config: MakeConfig, make_run: MakeRun, uri: str, folder: Path) ->
     for ratio, mAP in ((0.0, 0.3), (0.5, 0.5), (1.0, 0.1)):
         method = {"method": "d3etr", "adaptive_ratio": ratio}
         name = f"trial-{ratio:g}"
-        trial = make_config(name, tracking={"uri": uri}, **TAUGHT, distillation=method)
+        trial = make_config(name, tracking={"uri": uri}, **DISTILLED, distillation=method)
         run_dir = make_run(trial, mAP)
         title = f"adaptive_ratio={ratio:g}"
         tracker = open_tracker(trial, run_dir, parent_run=sweep.run_id, name=title)

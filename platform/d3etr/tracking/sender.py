@@ -89,8 +89,9 @@ class Sender:
     def _attempt(self, take: Callable[[], None]) -> Exception | None:
         try:
             take()
-            with patience():
-                self._send()
+            if self._waiting:
+                with patience():
+                    self._send()
         except Exception as error:  # whatever the disk, MLflow, SQLAlchemy or the network raise
             if self._last_steps is not None:
                 logger.warning(
@@ -103,7 +104,7 @@ class Sender:
         return None
 
     def _send(self) -> None:
-        if self._last_steps is None and self._waiting:
+        if self._last_steps is None:
             self._last_steps = self._ask()
             logger.info("MLflow answers again: sending the metrics that were kept")
         while self._waiting:
