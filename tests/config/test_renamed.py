@@ -27,11 +27,11 @@ def earlier(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that were renamed in every way there is."""
 
     def per_head(value: object, _: object) -> object:
-        return {"apart": "per_head"}.get(str(value), value)
+        return {"one_by_one": "per_head"}.get(str(value), value)
 
     table = {
-        "student.detector.looks": "student.detector.first_looks",
-        "student.sight": "student.detector.first_looks",
+        "student.detector.looks": "student.detector.cross_attention_init",
+        "student.sight": "student.detector.cross_attention_init",
         "distillation.self_attention.heads": Renamed("distillation.self_attention.heads", per_head),
         "run.colour": None,
     }
@@ -80,24 +80,26 @@ def test_a_key_in_both_forms_is_refused() -> None:
 @pytest.mark.usefixtures("earlier")
 def test_names_places_and_values_are_carried_over(caplog: pytest.LogCaptureFixture) -> None:
     for key in ("student.detector.looks", "student.sight"):
-        found = load_config(None, [*LENGTH, f"{key}=reference"])
-        assert found.student.detector.first_looks == "reference"
-    assert "student.detector.looks is now first_looks: reference" in caplog.text
-    assert "student.sight is now student.detector.first_looks: reference" in caplog.text
-    tree = {"self_attention": {"heads": "apart", "weight": 1.0}}
+        found = load_config(None, [*LENGTH, f"{key}=reference_prior"])
+        assert found.student.detector.cross_attention_init == "reference_prior"
+    assert "student.detector.looks is now cross_attention_init: reference_prior" in caplog.text
+    assert (
+        "student.sight is now student.detector.cross_attention_init: reference_prior" in caplog.text
+    )
+    tree = {"self_attention": {"heads": "one_by_one", "weight": 1.0}}
     changed, problems = with_current_keys(tree, "distillation")
     assert changed == {"self_attention": {"heads": "per_head", "weight": 1.0}} and not problems
-    assert tree["self_attention"]["heads"] == "apart"
+    assert tree["self_attention"]["heads"] == "one_by_one"
     assert with_current_keys(changed, "distillation")[0] == changed
     assert caplog.text.count("distillation.self_attention.heads is now heads: per_head") == 1
 
 
 @pytest.mark.usefixtures("earlier")
 def test_a_section_alone_has_only_its_own_earlier_keys() -> None:
-    assert with_current_keys({"looks": "anywhere"}, "student.detector")[0] == {
-        "first_looks": "anywhere"
+    assert with_current_keys({"looks": "random"}, "student.detector")[0] == {
+        "cross_attention_init": "random"
     }
-    assert with_current_keys({"looks": "anywhere"}, "data")[0] == {"looks": "anywhere"}
+    assert with_current_keys({"looks": "random"}, "data")[0] == {"looks": "random"}
     assert with_current_keys({"run": 3, "student": {"detector": None}})[0] == {
         "run": 3,
         "student": {"detector": None},
@@ -110,3 +112,37 @@ def test_earlier_keys_are_gone_and_todays_exist() -> None:
         key = change.key if isinstance(change, Renamed) else change
         assert key is None or key in paths
         assert earlier == key or earlier not in paths
+
+
+def test_yesterdays_words_mean_todays(caplog: pytest.LogCaptureFixture) -> None:
+    old = load_config(
+        None,
+        [
+            *LENGTH,
+            *TEACHER,
+            "student.detector.first_looks=reference",
+            "distillation.self_attention={heads: averaged}",
+            "distillation.cross_attention.heads=apart",
+        ],
+    )
+    today = load_config(
+        None,
+        [
+            *LENGTH,
+            *TEACHER,
+            "student.detector.cross_attention_init=reference_prior",
+            "distillation.self_attention={heads: mean}",
+        ],
+    )
+    assert old == today
+    assert (
+        "student.detector.first_looks is now cross_attention_init: reference_prior" in caplog.text
+    )
+    assert "distillation.self_attention.heads is now heads: mean" in caplog.text
+
+
+def test_a_file_that_no_person_writes_is_read_without_a_word(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    changed, _ = with_current_keys({"first_looks": "anywhere"}, "student.detector", warn=False)
+    assert changed == {"cross_attention_init": "random"} and not caplog.records

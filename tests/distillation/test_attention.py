@@ -64,7 +64,7 @@ def test_averaged_heads_compare_the_mean_map() -> None:
     student, teacher = scores(0), scores(1)
     target, own = teacher.softmax(-1).mean(2), student.softmax(-1).mean(2)
     expected = (target * (target / own).log()).sum(-1).mean()
-    config = AttentionConfig(heads="averaged")
+    config = AttentionConfig(heads="mean")
     loss = attention_loss(
         student, teacher[:, :, :2].repeat(1, 1, 2, 1, 1), uniform_weights(), config
     )

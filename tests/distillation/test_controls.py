@@ -88,7 +88,7 @@ def test_without_ground_truth_the_auxiliary_group_is_only_distilled(
 
 
 def test_head_counts_that_differ_are_refused_with_the_way_out(tiny_detector: Build) -> None:
-    with pytest.raises(UserError, match=r"cross_attention .* 2 heads .* teacher 4.*'averaged'"):
+    with pytest.raises(UserError, match=r"cross_attention .* 2 heads .* teacher 4.*'mean'"):
         build(tiny_detector(seed=1, heads=2), tiny_detector(), self_attention={"weight": 0.0})
 
 

@@ -44,8 +44,8 @@ VARIANTS = {
         "cross_attention": {"distance": "mse"},
     },
     "heads averaged": {
-        "self_attention": {"heads": "averaged"},
-        "cross_attention": {"heads": "averaged"},
+        "self_attention": {"heads": "mean"},
+        "cross_attention": {"heads": "mean"},
     },
     "part of the pairs": {"matched_pair_ratio": 0.4},
     "bce matching": {"matching_cost": {"class_distance": "bce"}},
@@ -394,7 +394,7 @@ def test_teacher_and_student_of_other_shapes(
 def test_other_head_counts_are_averaged(
     any_detector: Build, images: ImageBatch, targets: Targets
 ) -> None:
-    averaged = {"heads": "averaged"}
+    averaged = {"heads": "mean"}
     module = distiller(
         any_detector(seed=1, heads=2),
         any_detector(),

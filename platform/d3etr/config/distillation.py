@@ -82,8 +82,8 @@ class AttentionConfig(Section):
     distance: Literal["kl", "mse"] = "kl"
     """Between two attention maps. kl: Kullback-Leibler divergence of each row. mse: mean squared
     difference."""
-    heads: Literal["apart", "averaged"] = "apart"
-    """apart needs equal head counts; averaged compares the mean over heads."""
+    heads: Literal["per_head", "mean"] = "per_head"
+    """per_head needs equal head counts; mean compares the mean over heads."""
     pair_weights: Literal["confidence", "uniform"] = "uniform"
     """confidence: a pair counts as much as the teacher is sure of its query. uniform: all pairs
     count the same."""

@@ -45,6 +45,14 @@ def _as_factor(rate: Any, section: Mapping[str, Any]) -> float | None:
     return float(f"{rate / base:.12g}")
 
 
+def _other_names(**today: str) -> Callable[[Any, Mapping[str, Any]], Any]:
+    """Earlier names of a key's values -> today's; others are left to validation."""
+    return lambda value, _: today.get(value, value) if isinstance(value, str) else value
+
+
+_HEADS = _other_names(apart="per_head", averaged="mean")
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -58,22 +66,34 @@ EARLIER_KEYS: Mapping[str, str | Renamed | None] = MappingProxyType(
             "optimisation.sampling_rate_factor", _as_factor
         ),
         "teacher.cache_gigabytes": None,
+        "student.detector.first_looks": Renamed(
+            "student.detector.cross_attention_init",
+            _other_names(anywhere="random", reference="reference_prior"),
+        ),
+        **{
+            f"distillation.{term}.heads": Renamed(f"distillation.{term}.heads", _HEADS)
+            for term in ("self_attention", "cross_attention")
+        },
     }
 )
 """Dotted key of an earlier version -> today's key; None where it has no effect any more."""
 
 
-def with_current_keys(tree: Tree, below: str = "") -> tuple[Tree, list[Problem]]:
+def with_current_keys(
+    tree: Tree, below: str = "", *, warn: bool = True
+) -> tuple[Tree, list[Problem]]:
     """A tree with today's keys in place of earlier ones; a warning names each that was there.
 
     Args:
         tree: raw values of a configuration, or of one section; it stays as it is.
         below: the section's dotted path.
+        warn: False for a file that no person writes.
 
     Returns:
         The new tree, and what was wrong with earlier keys (those are left out).
     """
     problems: list[Problem] = []
+    say = _warn_once if warn else _ignore
     start = f"{below}." if below else ""
     for earlier, change in EARLIER_KEYS.items():
         path = earlier.removeprefix(start).split(".")
@@ -83,10 +103,12 @@ def with_current_keys(tree: Tree, below: str = "") -> tuple[Tree, list[Problem]]
         value = section[path[-1]]
         tree = _without(tree, path)
         if change is None:
-            _warn_once(f"{earlier} has no effect any more: remove it")
+            say(f"{earlier} has no effect any more: remove it")
             continue
         try:
-            tree = _moved(tree, start, earlier, change, value, section)
+            tree, text = _moved(tree, start, earlier, change, value, section)
+            if text:
+                say(text)
         except ValueError as error:
             problems.append(Problem(earlier, str(error)))
     return tree, problems
@@ -99,8 +121,8 @@ def _moved(
     change: str | Renamed,
     value: Any,
     section: Mapping[str, Any],
-) -> Tree:
-    """The tree with an earlier key's value under today's key.
+) -> tuple[Tree, str]:
+    """The tree with an earlier key's value under today's key, and what became of it.
 
     Raises:
         ValueError: it is there already, or the value has no counterpart today.
@@ -118,17 +140,20 @@ def _moved(
         except ValueError as error:
             raise ValueError(str(error).format(key=shown)) from error
         if found is None:
-            return tree
-    if key != earlier or found != value:
-        shown_value = f"{found:g}" if isinstance(found, float) else f"{found}"
-        _warn_once(f"{earlier} is now {shown}: {shown_value}")
-    return _with(tree, path, found)
+            return tree, ""
+    changed = key != earlier or found != value
+    shown_value = f"{found:g}" if isinstance(found, float) else f"{found}"
+    return _with(tree, path, found), f"{earlier} is now {shown}: {shown_value}" if changed else ""
 
 
 @cache
 def _warn_once(text: str) -> None:
     """A sweep reads its recipe for every trial: one line is enough."""
     logger.warning("%s", text)
+
+
+def _ignore(text: str) -> None:
+    pass
 
 
 def _section(tree: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any] | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import SingleScaleDetector
 from d3etr.detectors.conditional_decoder import ConditionalDecoder
-from d3etr.detectors.first_looks import look_at_references
+from d3etr.detectors.cross_attention_init import attend_to_references
 from d3etr.detectors.groups import side_by_side, split_groups
 from d3etr.detectors.heads import predict_boxes
 from d3etr.detectors.initialisation import (
@@ -30,10 +30,10 @@ class ConditionalDETRConfig(DetectorConfig):
     """Conditional DETR."""
 
     name: Literal["conditional_detr"] = "conditional_detr"
-    first_looks: Literal["anywhere", "reference"] = "anywhere"
-    """Where untrained cross-attention looks. anywhere: random projections, the official code's.
-    reference: around each query's reference point (our choice), which spares small data sets the
-    steps that it takes to find out."""
+    cross_attention_init: Literal["random", "reference_prior"] = "random"
+    """How cross-attention begins. random: random projections, the official code's.
+    reference_prior: around each query's reference point (our choice), which spares small data sets
+    the steps that it takes to find out."""
 
     @property
     def reference_size(self) -> int:
@@ -69,8 +69,8 @@ class ConditionalDETR(SingleScaleDetector):
             initialise_transformer(part)
         initialise_class_head(self.class_head)
         initialise_box_head(self.box_head, config.box_size_bias)
-        if config.first_looks == "reference":
-            look_at_references(self.decoder)
+        if config.cross_attention_init == "reference_prior":
+            attend_to_references(self.decoder)
 
     def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
         """The detector's own queries: embedding [N, D], reference points [N, 2] as logits."""

@@ -113,7 +113,7 @@ def _with_current_keys(text: str) -> str:
     sections = {"detector": "student.detector", "preprocessing": "data.preprocessing"}
     for name, path in sections.items():
         if isinstance(tree, dict) and isinstance(tree.get(name), dict):
-            tree[name], _ = with_current_keys(tree[name], path)
+            tree[name], _ = with_current_keys(tree[name], path, warn=False)
     return json.dumps(tree)
 
 

@@ -120,7 +120,7 @@ def attention_loss(
         student: maps of the pairs, [L, B, H, P, K].
         teacher: the same of the teacher, [L, B, H', P, K].
         weights: [L, B, P] weight of each pair, already divided by its normaliser.
-        config: distance, whether heads are compared apart (needs H = H') or averaged, and whether
+        config: distance, whether each head is compared (needs H = H') or their mean, and whether
             layers are averaged or added.
 
     Returns:
@@ -132,10 +132,10 @@ def attention_loss(
 
 def _distances(student: AttentionMaps, teacher: AttentionMaps, config: AttentionConfig) -> Tensor:
     """[L, B, H, P], or one head where they are averaged."""
-    if config.distance == "kl" and config.heads != "averaged":
+    if config.distance == "kl" and config.heads != "mean":
         return _divergence(student, teacher)
     scores, target = student.scores(), teacher.scores()
-    if config.heads == "averaged":
+    if config.heads == "mean":
         scores, target = _average_heads(scores), _average_heads(target)
     return DISTANCES[config.distance](scores, target)
 

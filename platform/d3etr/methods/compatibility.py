@@ -61,12 +61,12 @@ def _check_heads(student: DetectorConfig, teacher: DetectorConfig, config: PairT
     blocked = [
         f"distillation.{kind}_attention"
         for kind, term in terms.items()
-        if term.weight and term.heads == "apart"
+        if term.weight and term.heads == "per_head"
     ]
     if blocked:
         raise UserError(
             f"{' and '.join(blocked)} compare attention head by head, but the student has "
-            f"{student.heads} heads and the teacher {teacher.heads}: set heads to 'averaged' "
+            f"{student.heads} heads and the teacher {teacher.heads}: set heads to 'mean' "
             "there, set weight to 0, or give the student the teacher's number of heads"
         )
 

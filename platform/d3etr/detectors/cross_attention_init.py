@@ -24,7 +24,7 @@ FALLOFF = 6.0
 places apart."""
 
 
-def look_at_references(decoder: ConditionalDecoder) -> None:
+def attend_to_references(decoder: ConditionalDecoder) -> None:
     """Give queries and keys the same spatial projection, in every layer.
 
     Args:

@@ -26,9 +26,9 @@ def _distances(config: DetectorConfig) -> Tensor:
     return (maps * away.sqrt()).sum((-1, -2)).mean((1, 2))
 
 
-def test_the_first_looks_are_around_the_reference_points(tiny_config: DetectorConfig) -> None:
+def test_untrained_attention_is_around_the_reference_points(tiny_config: DetectorConfig) -> None:
     config = tiny_config.model_copy(update={"width": 128, "heads": 8})
     anywhere = _distances(config)
-    reference = _distances(config.model_copy(update={"first_looks": "reference"}))
+    reference = _distances(config.model_copy(update={"cross_attention_init": "reference_prior"}))
     assert (anywhere > 0.3).all()
     assert (reference < 0.75 * anywhere).all(), (reference, anywhere)
