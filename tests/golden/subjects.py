@@ -65,7 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         }
     },
     "averaged heads, squared distance": {
-        "self_attention": {"heads": "averaged", "layers": "sum"},
+        "self_attention": {"heads": "mean", "layers": "sum"},
         "cross_attention": {"distance": "mse", "pair_weights": "confidence"},
     },
     "points and features too": {"general_points": {"count": 4}, "features": {"weight": 1.0}},
