@@ -1,4 +1,4 @@
-"""Detectors and methods by name: this package's, and those that installed packages bring.
+"""Detectors, methods and data formats by name: built-in ones, and those of installed packages.
 
 The one place that lists them. A name stands for ``module:attribute``, which is imported when it is
 first asked for. A package adds its own by an entry point:
@@ -9,9 +9,9 @@ first asked for. A package adds its own by an entry point:
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
-from functools import cached_property
+import sys
+from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -30,55 +30,64 @@ class Registry:
 
     def __init__(self, kind: str, group: str, built_in: Mapping[str, str]) -> None:
         self.kind, self.group = kind, group
-        self._built_in = {name: EntryPoint(name, value, group) for name, value in built_in.items()}
+        self.built_in = tuple(built_in)
+        self._own = {name: EntryPoint(name, value, group) for name, value in built_in.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Built-in ones first.
-
-        Raises:
-            UserError: two packages bring one name, or a package one of the built-in names.
-        """
-        return tuple(self._entries)
+        """Of the built-in ones, then of those that installed packages bring."""
+        others = {point.name for point in self._points()} - {*self.built_in}
+        return (*self.built_in, *sorted(others))
 
     def find(self, name: str) -> Any:
         """What ``name`` stands for.
 
         Raises:
-            UserError: no such name, or it cannot be imported.
+            UserError: no such name, two packages bring it, or it cannot be imported.
         """
-        if name not in self._entries:
-            raise UserError(f"there is no {self.kind} '{name}'; {nearest(name, self.names)}")
-        entry = self._entries[name]
-        if name in self._built_in:
-            return entry.load()
+        own = self._own.get(name)
+        # A package that lies twice on the path is listed twice.
+        found = {point.value: point for point in self._points() if point.name == name}
+        theirs = [*found.values()]
+        if own is not None and theirs:
+            raise UserError(
+                f"{_package(theirs[0])} brings a {self.kind} called '{name}', which is d3etr's "
+                f"own: uninstall it until it takes another name in its entry points '{self.group}'"
+            )
+        if own is not None:
+            return own.load()
+        if not theirs:
+            raise UserError(
+                f"there is no {self.kind} '{name}'; {nearest(name, self.names)}. Packages add "
+                f"others through entry points '{self.group}'"
+            )
+        if len(theirs) > 1:
+            packages = " and ".join(map(_package, theirs))
+            raise UserError(f"{packages} both bring a {self.kind} called '{name}': uninstall one")
+        return self._load(theirs[0])
+
+    def _load(self, point: EntryPoint) -> Any:
         try:
-            return entry.load()
+            return point.load()
         except Exception as error:  # whatever a stranger's module raises
             raise UserError(
-                f"{self.kind} '{name}' of {_package(entry)} cannot be imported from "
-                f"{entry.value}: {type(error).__name__}: {error}"
+                f"the {self.kind} '{point.name}' cannot be imported from "
+                f"{_package(point)}: {type(error).__name__}: {error}"
             ) from error
 
-    @cached_property
-    def _entries(self) -> dict[str, EntryPoint]:
-        importlib.invalidate_caches()
-        found = dict(self._built_in)
-        for entry in entry_points(group=self.group):
-            # One package that lies twice on the path is listed twice.
-            if entry.name in found and found[entry.name].value != entry.value:
-                first = _package(found[entry.name])
-                raise UserError(
-                    f"two packages bring a {self.kind} '{entry.name}': {first} and "
-                    f"{_package(entry)}. Uninstall one of them, or rename its entry point in "
-                    f"group '{self.group}'"
-                )
-            found[entry.name] = entry
-        return found
+    def _points(self) -> Iterable[EntryPoint]:
+        return _entry_points(self.group, tuple(sys.path))
 
 
-def _package(entry: EntryPoint) -> str:
-    return "d3etr" if entry.dist is None else f"package {entry.dist.name}"
+@cache
+def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Of the packages on ``path``; looking takes tens of milliseconds."""
+    return tuple(entry_points(group=group))
+
+
+def _package(point: EntryPoint) -> str:
+    name = getattr(point.dist, "name", None)
+    return f"{point.value} of package {name}" if name else point.value
 
 
 DETECTORS = Registry(
@@ -104,3 +113,15 @@ METHODS = Registry(
     },
 )
 """Classes of ``methods.base.Method``."""
+
+FORMATS = Registry(
+    "data format",
+    "d3etr.formats",
+    {
+        "coco": "d3etr.data.formats.coco:CocoFormat",
+        "yolo": "d3etr.data.formats.yolo:YoloFormat",
+        "voc": "d3etr.data.formats.voc:VocFormat",
+        "imagefolder": "d3etr.data.formats.imagefolder:ImageFolderFormat",
+    },
+)
+"""Classes of ``data.annotations.DataFormat``."""

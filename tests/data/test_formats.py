@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from importlib.metadata import EntryPoint, EntryPoints
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +14,19 @@ import pytest
 from coco_files import picture
 from format_writers import WRITERS
 
+from d3etr import registry
 from d3etr.config.data import DataConfig, DigitScenesConfig, SplitConfig
 from d3etr.config.load import validate
 from d3etr.config.location import Url
 from d3etr.config.problems import ConfigError
-from d3etr.data import formats
 from d3etr.data.annotations import Annotations, Source
 from d3etr.data.checks import check_data
 from d3etr.data.digit_scenes import write_digit_scenes
-from d3etr.data.formats import FORMATS, find_format
+from d3etr.data.formats import find_format
 from d3etr.data.formats.coco import CocoFormat
 from d3etr.data.splits import DetectionSplit, open_split, parse_split, read_split
 from d3etr.errors import UserError
+from d3etr.registry import FORMATS
 
 SCENES = {"train_images": 12, "validation_images": 5, "test_images": 4}
 
@@ -195,8 +196,8 @@ class OneImage:
 
 def declare(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
     """Entry points as if packages had been installed that bring them."""
-    found = EntryPoints(EntryPoint(name, value, formats.ENTRY_POINTS) for name, value in points)
-    monkeypatch.setattr(formats, "entry_points", lambda group: found.select(group=group))
+    found = [EntryPoint(name, value, FORMATS.group) for name, value in points]
+    monkeypatch.setattr(registry, "_entry_points", lambda group, path: found)
 
 
 def test_a_package_adds_a_format(
@@ -225,8 +226,8 @@ def test_the_guides_example_is_a_format(
 @pytest.mark.parametrize(
     ("name", "points", "words"),
     [
-        ("other", [], ["no data format 'other'", *FORMATS, "d3etr.formats"]),
-        ("other", [("mine", "m:F")], ["expected auto", "mine"]),
+        ("other", [], ["no data format 'other'", *FORMATS.built_in, "d3etr.formats"]),
+        ("other", [("mine", "m:F")], ["expected one of", "mine"]),
         ("gone", [("gone", "nowhere.at_all:F")], ["'gone'", "nowhere.at_all:F", "ModuleNotFound"]),
         ("coco", [("coco", "m:F")], ["'coco'", "d3etr's own", "another name"]),
         ("two", [("two", "a:F"), ("two", "b:F")], ["'two'", "a:F", "b:F", "uninstall one"]),

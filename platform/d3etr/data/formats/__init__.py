@@ -6,22 +6,13 @@ is a class with ``title``, ``places`` and ``read``, see ``DataFormat``.
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
 from d3etr.config.location import Location, Url
 from d3etr.data.annotations import DataFormat
 from d3etr.errors import UserError
+from d3etr.registry import FORMATS
 
-FORMATS = {
-    "coco": "d3etr.data.formats.coco:CocoFormat",
-    "yolo": "d3etr.data.formats.yolo:YoloFormat",
-    "voc": "d3etr.data.formats.voc:VocFormat",
-    "imagefolder": "d3etr.data.formats.imagefolder:ImageFolderFormat",
-}
-"""Name -> class; its module is imported when it is asked for."""
-ENTRY_POINTS = "d3etr.formats"
 AUTO = "auto"
 REMOTE = ("coco",)
 """Formats whose annotations may be a URL."""
@@ -61,53 +52,19 @@ def _recognise(place: Location) -> str:
                 "formats are read from folders of this machine: copy this one here"
             )
         return "coco"
-    for name in FORMATS:
+    for name in FORMATS.built_in:
         if cast(Any, _format(name)).recognises(place):
             return name
     if place.is_dir():
         raise UserError(
             f"{place} is a folder in no format that is known: found neither data.yaml (YOLO), nor "
             "Annotations or *.xml (Pascal VOC), nor metadata.jsonl (image folder) in it. Name the "
-            f"file or folder that holds the annotations, or set 'format' ({', '.join(FORMATS)})"
+            "file or folder that holds the annotations, or set 'format' "
+            f"({', '.join(FORMATS.names)})"
         )
     return "coco"
 
 
 def _format(name: str) -> DataFormat:
-    theirs: dict[str, dict[str, EntryPoint]] = {}
-    for point in entry_points(group=ENTRY_POINTS):
-        theirs.setdefault(point.name, {})[point.value] = point
-    points = [*theirs.get(name, {}).values()]
-    if name in FORMATS and points:
-        raise UserError(
-            f"{_package(points[0])} brings a data format called '{name}', which is d3etr's own: "
-            f"uninstall it until it takes another name in its entry points '{ENTRY_POINTS}'"
-        )
-    if name in FORMATS:
-        module, _, kind = FORMATS[name].partition(":")
-        return cast(DataFormat, getattr(import_module(module), kind)())
-    if not points:
-        raise UserError(
-            f"there is no data format '{name}': expected {AUTO}, "
-            f"{', '.join([*FORMATS, *sorted(theirs)])}; packages add others through entry points "
-            f"'{ENTRY_POINTS}'"
-        )
-    if len(points) > 1:
-        packages = " and ".join(map(_package, points))
-        raise UserError(f"{packages} both bring a data format called '{name}': uninstall one")
-    return _load(points[0])
-
-
-def _load(point: EntryPoint) -> DataFormat:
-    try:
-        return cast(DataFormat, point.load()())
-    except Exception as error:  # whatever a stranger's module raises
-        raise UserError(
-            f"the data format '{point.name}' cannot be imported from "
-            f"{_package(point)}: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _package(point: EntryPoint) -> str:
-    name = getattr(point.dist, "name", None)
-    return f"{point.value} of package {name}" if name else point.value
+    found: DataFormat = FORMATS.find(name)()
+    return found
