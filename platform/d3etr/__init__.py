@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from d3etr.drawing import draw
     from d3etr.inference import Detections, Predictor, load
     from d3etr.launch.python import train
+    from d3etr.training.hooks import Hook, TrainingEvent
 
-__all__ = ["Detections", "Predictor", "draw", "load", "train"]
+__all__ = ["Detections", "Hook", "Predictor", "TrainingEvent", "draw", "load", "train"]
 
 # Looked up when first used: importing the package loads neither torch nor Ray.
 _HOMES = {
     "Detections": "d3etr.inference",
+    "Hook": "d3etr.training.hooks",
     "Predictor": "d3etr.inference",
+    "TrainingEvent": "d3etr.training.hooks",
     "draw": "d3etr.drawing",
     "load": "d3etr.inference",
     "train": "d3etr.launch.python",

@@ -125,3 +125,6 @@ FORMATS = Registry(
     },
 )
 """Classes of ``data.annotations.DataFormat``."""
+
+HOOKS = Registry("hook", "d3etr.hooks", {})
+"""Classes of ``training.hooks.Hook``, without arguments."""

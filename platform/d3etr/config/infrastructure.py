@@ -26,6 +26,9 @@ class RunConfig(Section):
     """Save a checkpoint after every so many epochs, and after the last."""
     checkpoint_every_steps: Annotated[int, Field(ge=1, le=MAXIMUM)] | None = None
     """Save also within epochs, every so many optimiser steps; None does not."""
+    hooks: tuple[str, ...] = ()
+    """Names of hooks that installed packages bring (entry points ``d3etr.hooks``): code that is
+    told of steps, evaluations and the end, and changes no result."""
 
 
 class ClusterConfig(Section):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from d3etr.config.arguments import require_choice
 from d3etr.config.tree import Config
@@ -24,6 +26,9 @@ from d3etr.tracking.state import read_state
 from d3etr.training.beginning import judge_beginning
 from d3etr.training.provenance import ensure_inputs_answer
 
+if TYPE_CHECKING:
+    from d3etr.training.hooks import Hook
+
 LauncherName = Literal["ray", "local", "torchrun"]
 LAUNCHERS: tuple[LauncherName, ...] = ("ray", "local", "torchrun")
 
@@ -36,6 +41,7 @@ def launch(
     run_dir: Path | None = None,
     quiet: bool = False,
     task: Task = train,
+    hooks: Sequence[Hook] = (),
     open_tracker: OpenTracker | None = None,
 ) -> RunResult:
     """Train a configuration: start its run, resume it, or return its result.
@@ -51,6 +57,8 @@ def launch(
         run_dir: a folder found by name, instead of the one that follows from ``config``.
         quiet: show no progress.
         task: what each worker runs.
+        hooks: people's own code, called on the first worker; workers of other processes get
+            copies of them.
         open_tracker: starts tracking; by default MLflow, where ``tracking.enabled``.
 
     Returns:
@@ -76,6 +84,8 @@ def launch(
             return RunResult(folder.path, folder.result() or {}, folder.weights, None, True)
     if folder.result() is None and task is train:  # others need less than training does
         ensure_can_begin(config, launcher)
+    if hooks:
+        task = partial(train, hooks=tuple(hooks))
     return drive(
         config,
         folder,

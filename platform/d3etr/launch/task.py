@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from d3etr.config.tree import Config
 from d3etr.launch.limits import clear_limits
 from d3etr.training.context import TrainContext
+
+if TYPE_CHECKING:
+    from d3etr.training.hooks import Hook
 
 
 class Task(Protocol):
@@ -18,10 +22,12 @@ class Task(Protocol):
         ...
 
 
-def train(config: Config, run_dir: Path, context: TrainContext) -> dict[str, float]:
-    """The task of every real run."""
+def train(
+    config: Config, run_dir: Path, context: TrainContext, hooks: Sequence[Hook] = ()
+) -> dict[str, float]:
+    """The task of every real run; ``hooks`` are people's own code."""
     # Imported by the worker: the driver of a cluster needs no data or model code.
     from d3etr.training.run import run_training
 
     with clear_limits():
-        return run_training(config, run_dir, context)
+        return run_training(config, run_dir, context, hooks)

@@ -16,6 +16,7 @@ from d3etr.evaluation.stability import MatchingStability
 from d3etr.files import clear_disk_errors
 from d3etr.training.assembly import Models, Splits
 from d3etr.training.context import TrainContext
+from d3etr.training.hooks import Hooks
 from d3etr.training.journal import Journal
 
 
@@ -30,6 +31,7 @@ class Examination:
         splits: image sets.
         evaluator: of the validation split.
         journal: where records go.
+        hooks: people's own code that is told of evaluations.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class Examination:
         splits: Splits,
         evaluator: Evaluator,
         journal: Journal,
+        hooks: Hooks,
     ) -> None:
         self._config, self._context, self._models = config, context, models
         self._splits, self._evaluator, self._journal = splits, evaluator, journal
+        self._hooks = hooks
         self.weights = RunFolder(run_dir).weights
         self.kept: dict[str, Any] | None = None
         """Of the weights in the file: step, epoch, metrics."""
@@ -116,6 +120,8 @@ class Examination:
         metrics["time/evaluation"] = evaluation.seconds
         metrics["time/inference_images_per_second"] = evaluation.images_per_second
         self._journal.write("evaluation", step, epoch=epoch, metrics=metrics)
+        if self._context.rank == 0:
+            self._hooks.on_evaluation(step, metrics)
         if evaluation.mAP is None:
             text = f"{self._splits.validation.annotations} holds no objects: there is no mAP"
             self._journal.message(step, f"{text}, and the last weights are kept", "warning")

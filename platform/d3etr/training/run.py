@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from d3etr.training.context import TrainContext
 from d3etr.training.divergence import LossWindow
 from d3etr.training.examination import Examination
 from d3etr.training.fetching import journal_progress
+from d3etr.training.hooks import Hook, Hooks
 from d3etr.training.journal import Journal
 from d3etr.training.loop import TrainingLoop
 from d3etr.training.results import INPUTS_KEY, STAMPS_KEY, Inputs
@@ -39,7 +41,9 @@ from d3etr.training.steplog import StepLog
 from d3etr.training.teacher import idle_settings, qualify_teacher
 
 
-def run_training(config: Config, run_dir: Path, context: TrainContext) -> dict[str, float]:
+def run_training(
+    config: Config, run_dir: Path, context: TrainContext, hooks: Sequence[Hook] = ()
+) -> dict[str, float]:
     """Train, or go on training, or return what a finished run found.
 
     All workers call it. The run resumes from the newest good checkpoint in ``run_dir``; the
@@ -49,6 +53,8 @@ def run_training(config: Config, run_dir: Path, context: TrainContext) -> dict[s
         config: everything that is needed to repeat the run.
         run_dir: the run's folder, on storage that all workers share.
         context: the workers.
+        hooks: people's own code that is told of steps, evaluations and the end; those of
+            ``run.hooks`` come on top.
 
     Returns:
         Final metrics, as in ``summary.json``; mAP as fractions.
@@ -65,7 +71,7 @@ def run_training(config: Config, run_dir: Path, context: TrainContext) -> dict[s
             run_dir.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     with ExitStack() as opened:
-        run = _Run(config, run_dir, context, opened)
+        run = _Run(config, run_dir, context, opened, hooks)
         run.train()
         return run.finish()
 
@@ -87,10 +93,16 @@ class _Run:
         run_dir: its folder.
         context: the workers.
         opened: takes what must be closed, also where a later part cannot be made.
+        hooks: people's own code.
     """
 
     def __init__(
-        self, config: Config, run_dir: Path, context: TrainContext, opened: ExitStack
+        self,
+        config: Config,
+        run_dir: Path,
+        context: TrainContext,
+        opened: ExitStack,
+        hooks: Sequence[Hook],
     ) -> None:
         self.config, self.run_dir, self.context = config, run_dir, context
         self.begun = time.perf_counter()
@@ -111,8 +123,21 @@ class _Run:
         self.models: Models = build_models(config, self.splits, context)
         opened.callback(self.models.distiller.solver.close)
         self.evaluator = Evaluator(self.splits.validation, config.data, config.evaluation, context)
+        self.hooks = Hooks(
+            [*hooks, *config.run.hooks],
+            run_dir,
+            self.models.student,
+            lambda text: self._tell(text, "warning"),
+        )
         self.examination = Examination(
-            config, run_dir, context, self.models, self.splits, self.evaluator, self.journal
+            config,
+            run_dir,
+            context,
+            self.models,
+            self.splits,
+            self.evaluator,
+            self.journal,
+            self.hooks,
         )
         self.window, self.timer = LossWindow(), PhaseTimer(context.device)
         self.log = StepLog(
@@ -123,6 +148,7 @@ class _Run:
             self.timer,
             batch_size=config.optimisation.batch_size,
             steps_per_epoch=self.loader.steps_per_epoch,
+            on_step=self.hooks.on_step,
         )
         self.progress = self._resume()
         for setting in idle_settings(config.teacher, self.models.distiller):
@@ -162,6 +188,7 @@ class _Run:
         self.examination.warn_at_the_end(self.progress.step)
         summary = self._summary(test)
         if self.context.rank == 0:
+            self.hooks.on_end(self.progress.step, numbers(summary))
             self.journal.write("end", self.progress.step, metrics=numbers(summary))
             RunFolder(self.run_dir).write_summary(summary)
         return numbers(summary)

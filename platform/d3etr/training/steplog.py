@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,7 @@ class StepLog:
         timer: the phases of these steps.
         batch_size: images per optimiser step over all workers.
         steps_per_epoch: optimiser steps.
+        on_step: called with the step and the metrics of each record, at rank 0.
     """
 
     def __init__(
@@ -65,10 +67,12 @@ class StepLog:
         *,
         batch_size: int,
         steps_per_epoch: int,
+        on_step: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self._journal, self._context, self._optimiser = journal, context, optimiser
         self._window, self._timer = window, timer
         self._batch_size, self._steps_per_epoch = batch_size, steps_per_epoch
+        self._on_step = on_step
         self._started: tuple[float, float] | None = None
         self.cost = TrainingCost()
         self.last: dict[str, float] = {}
@@ -103,6 +107,9 @@ class StepLog:
         self._journal.write(
             "step", step, epoch=(step - 1) // self._steps_per_epoch, metrics=self.last
         )
+        if self._on_step is not None and self._context.rank == 0:
+            self._on_step(step, self.last)
+            self.resume_clock()  # a hook's time is not training's
 
     def _times(self, steps: int) -> dict[str, float]:
         """Seconds per step of each phase, and throughput."""
