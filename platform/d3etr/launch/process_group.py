@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # Ray brings it
 import ray
+import ray.train
 import ray.train.torch
 import ray.util
 import torch.distributed as dist
@@ -68,8 +69,16 @@ def join(place: tuple[str, int], rank: int, workers: int, backend: str, seconds:
         backend: gloo or nccl.
         seconds: time limit of collective operations, and of waiting for all workers.
     """
+    here = ray.train.get_context()
+    # What torchrun sets, and Ray too: PyTorch may choose a device by it.
+    places = {"LOCAL_RANK": here.get_local_rank(), "LOCAL_WORLD_SIZE": here.get_local_world_size()}
+    places |= {"RANK": rank, "WORLD_SIZE": workers, "NODE_RANK": here.get_node_rank()}
+    os.environ.update({name: str(number) for name, number in places.items()})
     if backend == "gloo":
         name_interface()
+    elif "TORCH_NCCL_BLOCKING_WAIT" not in os.environ:
+        # A collective operation that takes too long ends the worker.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     limit = timedelta(seconds=seconds)
     options: dict[str, Any] = {"is_master": rank == 0, "timeout": limit}
     if rank == 0:
