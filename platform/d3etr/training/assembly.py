@@ -14,7 +14,7 @@ from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.distiller import Distiller
-from d3etr.progress import OnProgress as Progress
+from d3etr.progress import OnProgress
 from d3etr.storage.fetch import fetch_file, local_file
 from d3etr.training.context import TrainContext
 from d3etr.training.ema import WeightAverage
@@ -73,7 +73,9 @@ class Models:
     digests: dict[str, str]
 
 
-def open_splits(config: Config, context: TrainContext, progress: Progress | None = None) -> Splits:
+def open_splits(
+    config: Config, context: TrainContext, on_progress: OnProgress | None = None
+) -> Splits:
     """Open the run's image sets; worker 0 first, as it may have to make the embedded ones.
 
     What URLs name is fetched before training, not when an image is first needed: a file that is
@@ -83,16 +85,18 @@ def open_splits(config: Config, context: TrainContext, progress: Progress | None
     Args:
         config: the run.
         context: the workers.
-        progress: told of what is fetched.
+        on_progress: called while files are fetched.
 
     Raises:
         UserError: anything is wrong with them, or the recipe contradicts them.
     """
     files, folders = remote_files(config), remote_folders(config)
     if files:
-        run_on_all_workers(lambda: [fetch_file(url, progress) for url in files.values()], context)
+        run_on_all_workers(
+            lambda: [fetch_file(url, on_progress) for url in files.values()], context
+        )
     if folders:
-        splits = run_on_all_workers(lambda: _read_splits(config, progress), context)
+        splits = run_on_all_workers(lambda: _read_splits(config, on_progress), context)
     else:
         if context.rank != 0:
             context.barrier()
@@ -104,11 +108,11 @@ def open_splits(config: Config, context: TrainContext, progress: Progress | None
     return replace(splits, warnings=judgement.warnings)
 
 
-def _read_splits(config: Config, progress: Progress | None = None) -> Splits:
+def _read_splits(config: Config, on_progress: OnProgress | None = None) -> Splits:
     return Splits(
-        train=open_split(config.data, "train", progress),
-        validation=open_split(config.data, "validation", progress),
-        test=open_split(config.data, "test", progress) if config.evaluation.test else None,
+        train=open_split(config.data, "train", on_progress),
+        validation=open_split(config.data, "validation", on_progress),
+        test=open_split(config.data, "test", on_progress) if config.evaluation.test else None,
     )
 
 
