@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from format_writers import WRITERS
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from d3etr.cli.main import main
-from d3etr.config.data import DigitScenesConfig
+from d3etr.config.data import DigitScenesConfig, SplitConfig
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.inference import load
 
@@ -176,3 +177,31 @@ def test_errors_name_the_flags_of_the_command(
     assert main(["check-data", "--train", *place, "--validation", *place]) == 1
     said = capsys.readouterr().out
     assert f"--train IMAGES: {nowhere} is not a folder" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_the_same_scenes_reach_the_same_metrics_in_every_format(
+    scenes: tuple[Path, Content],
+    evaluate: Evaluate,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    images, content = scenes
+    file = tmp_path / "coco.json"
+    file.write_text(json.dumps(content))
+    coco = {"validation": SplitConfig(images=images, annotations=file)}
+    place = WRITERS[name](coco, tmp_path / name)["validation"].annotations
+    expected = evaluate(lambda content: None)
+    options = ["--annotations", str(place), "--workers", "0", "--device", "cpu", "--json"]
+    assert main(["evaluate", str(WEIGHTS), *options]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"] == expected
+
+
+def test_a_coco_file_without_its_images_is_refused(
+    scenes: tuple[Path, Content], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "coco.json"
+    file.write_text(json.dumps(scenes[1]))
+    assert main(["evaluate", str(WEIGHTS), "--annotations", str(file), "--device", "cpu"]) == 2
+    assert "--images is missing: expected the folder" in capsys.readouterr().err

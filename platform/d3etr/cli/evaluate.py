@@ -120,11 +120,15 @@ def _measure(options: Namespace) -> dict[str, Any]:
 def _place(options: Namespace) -> SplitConfig:
     from d3etr.config.data import SplitConfig
     from d3etr.config.load import validate_section
+    from d3etr.config.problems import ConfigError
 
     given = ("images", "annotations", "format", "subset", "follow_links")
     texts = {name: getattr(options, name) for name in given}
     tree = {k: v if v is None or isinstance(v, bool) else str(v) for k, v in texts.items()}
-    return validate_section(SplitConfig, tree, "the arguments")
+    try:
+        return validate_section(SplitConfig, tree, "the arguments")
+    except ConfigError as error:
+        raise UserError("; ".join(f"--{problem}" for problem in error.problems)) from error
 
 
 def _require_same_names(learnt: list[str], annotated: list[str], options: Namespace) -> None:
