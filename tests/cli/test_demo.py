@@ -15,8 +15,8 @@ from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import WeightsInfo, read_info, save_weights
 from d3etr.errors import UserError
 
-RECIPES = demo.RECIPES / "digits"
-WEIGHTS = demo.RECIPES.parent / demo.TEACHER_WEIGHTS
+RECIPES = Path("trainers", "recipes", "digits")
+WEIGHTS = Path("trainers") / demo.TEACHER_WEIGHTS
 TINY = (
     "data.digit_scenes.train_images=32",
     "data.digit_scenes.validation_images=8",
@@ -40,7 +40,7 @@ def project(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -
     recipes = tmp_path / RECIPES
     shutil.copytree(repository / RECIPES, recipes)
     base = recipes / "base.yaml"
-    shipped = "  backbone_weights: trainers/weights/digits-student-backbone.safetensors\n"
+    shipped = "  backbone_weights: ../../weights/digits-student-backbone.safetensors\n"
     assert shipped in base.read_text()
     # The shipped teacher's backbone is not shipped by itself: its recipe names a missing file.
     base.write_text(base.read_text().replace(shipped, ""))

@@ -50,7 +50,7 @@ def add_recipe(parser: ArgumentParser, *, optional: bool = False) -> None:
         type=Path,
         nargs="?" if optional else None,
         metavar="RECIPE",
-        help="YAML file, for example trainers/recipes/digits/plain.yaml",
+        help="YAML file, or the name of a recipe that comes with d3etr, for example digits/plain",
     )
     add_overrides(parser)
 

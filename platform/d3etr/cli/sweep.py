@@ -25,7 +25,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="SWEEP",
-        help="YAML file, for example sweeps/matching_ratios.yaml",
+        help="YAML file, or the name of a sweep that comes with d3etr, for example matching_ratios",
     )
     add_overrides(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the trials; start nothing")

@@ -38,7 +38,7 @@ def _run(options: Namespace) -> int:
         if options.dry_run:
             raise UserError(
                 "--dry-run without a recipe: the demonstration trains several. Name one, for "
-                "example trainers/recipes/digits/d3etr.yaml"
+                "example digits/d3etr"
             )
         from d3etr.cli.demo import run_demo
 

@@ -13,6 +13,7 @@ from d3etr.config.infrastructure import RunConfig
 from d3etr.config.overrides import Tree, apply_overrides, merge, overridden_paths
 from d3etr.config.problems import ConfigError, Problem, problems_of, shown
 from d3etr.config.renamed import with_current_keys
+from d3etr.config.shipped import find_recipe, place_weights
 from d3etr.config.tree import Config
 from d3etr.config.yaml_text import MAXIMUM_DEPTH, dump_yaml, parse_yaml, read_text
 
@@ -27,21 +28,23 @@ WITHOUT_INFLUENCE: Mapping[str, frozenset[str]] = {
 SECTIONS_WITHOUT_INFLUENCE = frozenset({"cluster", "tracking"})
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe, put overrides on top and validate.
 
     Args:
-        path: a YAML recipe; None starts from an empty one. A recipe may say
-            ``extends: other.yaml`` (relative to itself; or a list, later ones win) and is
-            merged over what it extends.
+        path: a YAML recipe, or the name of a shipped one, such as ``digits/d3etr``; None starts
+            from an empty one. A recipe may say ``extends: other.yaml`` (relative to itself, or a
+            shipped name; or a list, later ones win) and is merged over what it extends.
         overrides: ``a.b=c`` texts; values are YAML.
 
     Raises:
         ConfigError: listing every problem with its dotted path, what was found and what is
             allowed.
     """
-    tree = {} if path is None else read_recipe(path)
-    return validate(tree, "the configuration" if path is None else str(path), overrides)
+    if path is None:
+        return validate({}, "the configuration", overrides)
+    path = find_recipe(path)
+    return validate(read_recipe(path), str(path), overrides)
 
 
 def validate(tree: Tree, source: str, overrides: Sequence[str] = ()) -> Config:
@@ -119,8 +122,9 @@ def read_recipe(
         raise ConfigError(str(path), [Problem("", text)])
     base: Tree = {}
     for name in _extended(tree.pop("extends", None), path):
-        base = merge(base, read_recipe(path.parent / name, (*below, resolved), known))
-    known[resolved] = merge(base, tree)
+        extended = find_recipe(name, path.parent)
+        base = merge(base, read_recipe(extended, (*below, resolved), known))
+    known[resolved] = merge(base, place_weights(tree, path.parent))
     return known[resolved]
 
 

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from d3etr.config.base import MAXIMUM, Section
 from d3etr.config.data import FilePath
 from d3etr.config.problems import ConfigError, problems_of
+from d3etr.config.shipped import find_recipe, find_sweep_file, place_overrides
 from d3etr.config.yaml_text import parse_yaml, read_text
 
 Positive = Annotated[int, Field(ge=1, le=MAXIMUM)]
@@ -187,19 +188,38 @@ class SweepConfig(Section):
                 raise ValueError("search.method 'population' has no use for maximum_concurrent")
 
 
-def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     """Read a sweep file.
 
+    Recipes and weights that it names by relative paths start at the working directory; where there
+    is nothing, at the sweep file's folder.
+
     Args:
-        path: YAML.
+        path: YAML, or the name of a shipped sweep, such as ``ablation``.
         overrides: ``a.b=c`` texts for the recipe of every trial, on top of the file's ``set``.
 
     Raises:
         ConfigError: listing every problem with its dotted path, or the file cannot be read.
     """
+    path = find_sweep_file(path)
     tree = parse_yaml(read_text(path), str(path))
     try:
         sweep = SweepConfig.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         raise ConfigError(str(path), problems_of(error, SweepConfig)) from error
-    return sweep.model_copy(update={"set": (*sweep.set, *overrides)})
+    changes = _placed(sweep, path.parent)
+    if sweep.cases:
+        cases = sweep.cases.items()
+        placed = {name: case.model_copy(update=_placed(case, path.parent)) for name, case in cases}
+        changes |= {"cases": placed}
+    return sweep.model_copy(update=changes | {"set": (*changes.get("set", ()), *overrides)})
+
+
+def _placed(section: SweepConfig | Case, folder: Path) -> dict[str, Any]:
+    """The recipe and overrides of a sweep or case with paths that start at the sweep's folder."""
+    changes: dict[str, Any] = {}
+    if section.recipe is not None:
+        changes["recipe"] = find_recipe(section.recipe, Path(), folder)
+    if section.set:
+        changes["set"] = tuple(place_overrides(section.set, folder))
+    return changes

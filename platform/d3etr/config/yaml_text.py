@@ -1,6 +1,7 @@
 """YAML as a configuration needs it: version 1.2's numbers and booleans, no duplicate keys."""
 
 import difflib
+import math
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -156,6 +157,13 @@ def parse_yaml(text: str, source: str) -> Any:
 def dump_yaml(tree: Any) -> str:
     """Write a tree of plain values so that ``parse_yaml`` reads the same tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def dump_yaml_line(tree: Any) -> str:
+    """``dump_yaml`` in one line, as values after ``--set`` are written."""
+    style: dict[str, Any] = {"default_flow_style": True, "width": math.inf}
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
+    return text.removesuffix("...\n").strip()
 
 
 def read_text(path: Path) -> str:

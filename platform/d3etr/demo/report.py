@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from d3etr.data.digit_scenes import write_digit_scenes
-from d3etr.demo.runs import DemoRun, find_recipes
+from d3etr.demo.runs import DemoRun
 from d3etr.tracking.address import how_to_open
 from d3etr.tracking.compare import compare
 from d3etr.tracking.compare.equal_time import CLOCKS, at_equal_time, clock_of
@@ -23,12 +23,12 @@ The same on data of your own (COCO format; put your paths into the first two lin
   TRAIN="data.train={{images: photos/train, annotations: photos/train.json}}"
   VALIDATION="data.validation={{images: photos/val, annotations: photos/val.json}}"
   {d3etr} check-data --set "$TRAIN" --set "$VALIDATION"
-  {d3etr} train {recipes}/teacher.yaml --set "$TRAIN" --set "$VALIDATION"
-  {d3etr} train {recipes}/plain.yaml --set "$TRAIN" --set "$VALIDATION"
+  {d3etr} train own/teacher --set "$TRAIN" --set "$VALIDATION"
+  {d3etr} train own/plain --set "$TRAIN" --set "$VALIDATION"
   TEACHER="$(ls -t runs/own-teacher-*/weights.safetensors | head -n 1)"
-  {d3etr} train {recipes}/inherited.yaml --set "$TRAIN" \\
+  {d3etr} train own/inherited --set "$TRAIN" \\
     --set "$VALIDATION" --set student.initialise_from.weights="$TEACHER"
-  {d3etr} train {recipes}/d3etr.yaml --set "$TRAIN" --set "$VALIDATION" \\
+  {d3etr} train own/d3etr --set "$TRAIN" --set "$VALIDATION" \\
     --set teacher.weights="$TEACHER\""""
 HEADINGS = ("mAP", "gain", "AP50", "parameters", "images/s", "training")
 """What of a comparison fits on any terminal."""
@@ -88,7 +88,7 @@ def next_steps(runs: list[DemoRun]) -> str:
         f"  {d3etr} predict {weights} {_a_picture(runs[-1])} --output predictions",
         "Compare the runs here; the page adds curves and what each detects on the same images:",
         f"  {d3etr} compare {folders} --html comparison.html",
-        OWN_DATA.format(d3etr=d3etr, recipes=_shown_path(find_recipes() / "own")),
+        OWN_DATA.format(d3etr=d3etr),
     ]
     return "\n".join(parts)
 

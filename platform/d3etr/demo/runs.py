@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from d3etr.config.load import load_config
+from d3etr.config.shipped import recipes_folder
 from d3etr.config.tree import Config
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.demo.shipped import measure_shipped
@@ -20,7 +21,6 @@ from d3etr.launch.driver import RunResult
 from d3etr.progress import OnProgress, no_progress
 from d3etr.training.pretraining import pretrain_backbone
 
-RECIPES = Path("trainers", "recipes")
 TEACHER_WEIGHTS = Path("weights", "digits-teacher.safetensors")
 
 
@@ -63,7 +63,7 @@ def run_demo(
     Raises:
         UserError: recipes or weights are not where they should be, or a run cannot start.
     """
-    recipes = find_recipes()
+    recipes = recipes_folder()
     shipped = None if train_teacher else _shipped_weights(recipes)
     # A run's folder is known before it starts: all are validated before any does.
     # Other shipped weights are another run, and what they teach is another student.
@@ -122,7 +122,7 @@ def prepare(
     Raises:
         UserError: something cannot be written.
     """
-    recipes = find_recipes()
+    recipes = recipes_folder()
     for recipe in ("teacher", "plain") if train_teacher else ("plain",):
         config = _config(recipes, recipe, overrides)
         if config.data.digit_scenes is not None:
@@ -139,33 +139,15 @@ def prepare(
             )
 
 
-def find_recipes() -> Path:
-    """The folder of recipes, with that of shipped weights next to it.
-
-    Raises:
-        UserError: d3etr was installed without its recipes.
-    """
-    for root in (Path(), Path(__file__).resolve().parents[3]):
-        if (root / RECIPES / "digits").is_dir():
-            return root / RECIPES
-    raise UserError(
-        f"{RECIPES / 'digits'} is not here: the demonstration needs the project's folder (recipes "
-        "and the teacher's weights). Change to it, or clone the project."
-    )
-
-
 def _shipped_weights(recipes: Path) -> Path:
     weights = recipes.parent / TEACHER_WEIGHTS
     if not weights.is_file():
-        raise UserError(f"{weights} is missing: train the teacher with 'make demo TEACHER=train'")
+        raise UserError(
+            f"{weights} is missing: train the teacher with 'd3etr demo --teacher train' "
+            "('make demo TEACHER=train')"
+        )
     return weights
 
 
 def _config(recipes: Path, recipe: str, overrides: Sequence[str]) -> Config:
-    """A recipe whose weights are found from any working directory."""
-    path = recipes / "digits" / f"{recipe}.yaml"
-    weights = load_config(path, overrides).student.backbone_weights
-    if not isinstance(weights, Path) or weights.is_absolute():
-        return load_config(path, overrides)
-    found = recipes.parents[1] / weights  # as the recipes name it: from the project's folder
-    return load_config(path, [*overrides, f"student.backbone_weights={found}"])
+    return load_config(recipes / "digits" / f"{recipe}.yaml", overrides)

@@ -27,7 +27,7 @@ def train(
     """Train a recipe; a run that is finished already is returned as it is.
 
     Args:
-        recipe: a YAML file.
+        recipe: a YAML file, or the name of a shipped recipe, such as ``digits/d3etr``.
         launcher: ``ray`` (Ray Train) or ``local`` (this process).
         quiet: show no progress.
         hooks: objects of ``d3etr.training.hooks.Hook``, told of steps, evaluations and the end.
