@@ -195,7 +195,7 @@ class DecoderOutputs:
         levels: the grids of the memory that S runs over.
         padding: [B, S] bool, True under padding, or None.
         states: [B, N, D] decoder states that the last layer's logits are read from.
-        exclusive: an object has one class: the probabilities of all classes sum to 1 at most.
+        softmax_classes: an object has one class: the probabilities of all classes sum to 1 at most.
         no_object: [L, B, N] log-probability that there is none, where classes are exclusive and
             the outputs are a detector's own; else None.
     """
@@ -207,7 +207,7 @@ class DecoderOutputs:
     levels: Levels = ()
     padding: Tensor | None = None
     states: Tensor | None = None
-    exclusive: bool = False
+    softmax_classes: bool = False
     no_object: Tensor | None = None
 
     @property

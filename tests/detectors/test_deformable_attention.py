@@ -14,8 +14,8 @@ from d3etr.detectors.deformable_attention import (
     DeformableAttention,
     Samples,
     initialise_deformable,
-    read,
-    splat,
+    rasterize_attention,
+    sample_values,
     splatted_scores,
 )
 from d3etr.structures import Levels
@@ -39,7 +39,7 @@ def _splat_by_loops(samples: Samples) -> Tensor:
         image, query, head, level, point = index
         height, width = LEVELS[level]
         start = sum(h * w for h, w in LEVELS[:level])
-        x, y = samples.places[image, query, head, level, point].tolist()
+        x, y = samples.locations[image, query, head, level, point].tolist()
         x, y = x * width - 0.5, y * height - 0.5
         for column in (math.floor(x), math.floor(x) + 1):
             for row in (math.floor(y), math.floor(y) + 1):
@@ -52,7 +52,7 @@ def _splat_by_loops(samples: Samples) -> Tensor:
 
 def test_splatted_maps_equal_a_loop_over_samples() -> None:
     samples = _samples()
-    torch.testing.assert_close(splat(samples, LEVELS), _splat_by_loops(samples))
+    torch.testing.assert_close(rasterize_attention(samples, LEVELS), _splat_by_loops(samples))
 
 
 def test_maps_say_what_was_read() -> None:
@@ -60,18 +60,18 @@ def test_maps_say_what_was_read() -> None:
     samples = _samples(1)
     value = torch.randn(2, TOKENS, 8)
     heads = value.view(2, TOKENS, 2, 4).transpose(1, 2)
-    expected = (splat(samples, LEVELS) @ heads).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(read(value, samples, LEVELS), expected)
+    expected = (rasterize_attention(samples, LEVELS) @ heads).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(sample_values(value, samples, LEVELS), expected)
 
 
 def test_maps_of_samples_inside_keep_all_mass() -> None:
-    maps = splat(_samples(2, low=0.3, high=0.7), LEVELS)
+    maps = rasterize_attention(_samples(2, low=0.3, high=0.7), LEVELS)
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 3))
 
 
 def test_scores_are_the_maps_and_little_else() -> None:
     samples = _samples(3)
-    maps = splat(samples, LEVELS)
+    maps = rasterize_attention(samples, LEVELS)
     maps = maps + (1 - maps.sum(-1, keepdim=True)) / TOKENS
     found = splatted_scores(samples, None, LEVELS).softmax(-1)
     torch.testing.assert_close(found, (1 - SPREAD) * maps + SPREAD / TOKENS)
@@ -92,7 +92,7 @@ def test_a_query_that_samples_nothing_looks_everywhere_alike() -> None:
 
 def test_maps_teach_where_to_sample() -> None:
     samples = _samples(6, low=0.3, high=0.7)
-    places = samples.places.requires_grad_()
+    places = samples.locations.requires_grad_()
     splatted_scores(Samples(places, samples.weights), None, LEVELS)[..., 8].sum().backward()
     assert places.grad is not None
     assert places.grad.abs().max() > 0
@@ -107,7 +107,7 @@ def test_heads_start_in_directions_of_their_own(size: int) -> None:
     _, samples = attention(
         torch.randn(1, 1, 32), reference, torch.randn(1, TOKENS, 32), None, LEVELS
     )
-    steps = (samples.places - 0.5)[0, 0, :, 0]  # [H, P, 2] on the first level
+    steps = (samples.locations - 0.5)[0, 0, :, 0]  # [H, P, 2] on the first level
     cells = torch.tensor([6.0, 4.0]) if size == 2 else torch.tensor([3 / 0.25, 3 / 0.25])
     right = (steps * cells)[0]
     torch.testing.assert_close(right, torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]))

@@ -11,7 +11,7 @@ from tiny import FAMILY, tiny_detector_config
 from d3etr.config.detector import DetectorPart
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
-from d3etr.detectors.parts import part_of, take_parts
+from d3etr.detectors.init_from import load_matching, part_of
 from d3etr.errors import UserError
 
 ALL: tuple[DetectorPart, ...] = get_args(DetectorPart)
@@ -31,7 +31,7 @@ def detector(seed: int, classes: int = 5, **changes: object) -> DetectionTransfo
 def test_all_parts_make_the_whole(kind: str) -> None:
     source, target = (detector(seed, **FAMILY[kind]) for seed in (0, 1))
     assert {part_of(name) for name in source.state_dict()} == set(ALL)
-    taken = take_parts(target, source, ALL, same_classes=True)
+    taken = load_matching(target, source, ALL, same_classes=True)
     assert not taken.left
     for name, tensor in target.state_dict().items():
         assert torch.equal(tensor, source.state_dict()[name]), name
@@ -42,7 +42,7 @@ def test_all_parts_make_the_whole(kind: str) -> None:
 def test_one_part_is_taken_and_the_rest_is_left(part: DetectorPart, kind: str) -> None:
     source, target = (detector(seed, **FAMILY[kind]) for seed in (0, 1))
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    taken = take_parts(target, source, (part,), same_classes=True)
+    taken = load_matching(target, source, (part,), same_classes=True)
     for name, tensor in target.state_dict().items():
         assert (name in taken.names) == (part_of(name) == part), name
         expected = source.state_dict() if part_of(name) == part else before
@@ -52,7 +52,7 @@ def test_one_part_is_taken_and_the_rest_is_left(part: DetectorPart, kind: str) -
 def test_what_does_not_fit_is_named_and_keeps_its_start() -> None:
     source, target = detector(0, classes=7), detector(1, queries=4)
     start = target.state_dict()["class_head.bias"].clone()
-    taken = take_parts(target, source, ("heads", "queries"), same_classes=False)
+    taken = load_matching(target, source, ("heads", "queries"), same_classes=False)
     assert taken.left == {
         "query_embedding.weight": "[4, 32], there [5, 32]",
         "class_head.weight": "[5, 32], there [7, 32]",
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_named_and_keeps_its_start() -> None:
 
 
 def test_class_heads_of_other_classes_are_left() -> None:
-    taken = take_parts(detector(1), detector(0), ("heads",), same_classes=False)
+    taken = load_matching(detector(1), detector(0), ("heads",), same_classes=False)
     assert taken.left == dict.fromkeys(
         ("class_head.weight", "class_head.bias"), "of other classes there"
     )
@@ -70,7 +70,7 @@ def test_class_heads_of_other_classes_are_left() -> None:
 
 def test_a_deeper_source_gives_its_first_layers() -> None:
     source, target = detector(0, decoder_layers=3), detector(1, decoder_layers=2)
-    assert not take_parts(target, source, ("decoder",), same_classes=True).left
+    assert not load_matching(target, source, ("decoder",), same_classes=True).left
     name = "decoder.layers.1.self_attention.content.weight"
     assert torch.equal(target.state_dict()[name], source.state_dict()[name])
 
@@ -94,11 +94,11 @@ def test_whole_parts_that_do_not_fit_are_refused(
     target = detector(1)
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     with pytest.raises(UserError) as caught:
-        take_parts(target, detector(0, **source), parts, same_classes=True)
+        load_matching(target, detector(0, **source), parts, same_classes=True)
     assert text in str(caught.value)
     assert all(torch.equal(x, before[name]) for name, x in target.state_dict().items())
 
 
 def test_encoders_of_relatives_are_taken() -> None:
     source, target = detector(0, name="detr"), detector(1, name="conditional_detr")
-    assert not take_parts(target, source, ("backbone", "encoder"), same_classes=True).left
+    assert not load_matching(target, source, ("backbone", "encoder"), same_classes=True).left

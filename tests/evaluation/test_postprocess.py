@@ -49,7 +49,7 @@ def test_equals_the_loop_over_images() -> None:
 def test_with_exclusive_classes_each_query_says_its_most_likely_one() -> None:
     torch.manual_seed(0)
     logits, boxes = torch.randn(2, 4, 6, 3), torch.rand(2, 4, 6, 4)
-    outputs = DecoderOutputs(logits, boxes, exclusive=True)
+    outputs = DecoderOutputs(logits, boxes, softmax_classes=True)
     scores, labels, corners = top_detections(outputs, [(10, 10)] * 4, 4)
     assert scores.shape == (4, 4)
     every, classes = logits[-1].sigmoid().max(-1)

@@ -231,10 +231,10 @@ def blocks() -> list[CostBlock]:
 def test_the_device_says_what_the_host_says() -> None:
     problems = blocks()
     for found, known in zip(DeviceSolving(problems, None).result(), assign(problems), strict=True):
-        for part in ("rows", "columns", "used"):
+        for part in ("rows", "columns", "valid_mask"):
             assert torch.equal(getattr(found, part), getattr(known, part))
         assert found.counts == known.counts
-        assert known.doubt is None and found.doubt == 0
+        assert known.nan_flag is None and found.nan_flag == 0
         found.ensure_finite("these")
 
 

@@ -70,7 +70,7 @@ def test_only_valid_columns_are_used() -> None:
     costs[:, :, :, 3:] = -100  # tempting, but padding for two of the images
     (assignment,) = assign([CostBlock("test", costs, counts=(2, 0, 5))])
     assert assignment.counts == (2, 0, 5)
-    assert assignment.used.sum(1).tolist() == [2, 0, 5]
+    assert assignment.valid_mask.sum(1).tolist() == [2, 0, 5]
     assert (assignment.columns[:, 0, :2] < 2).all()
 
 
@@ -90,7 +90,7 @@ def test_blocks_together_equal_blocks_apart() -> None:
         (apart,) = assign([block])
         assert torch.equal(together.rows, apart.rows)
         assert torch.equal(together.columns, apart.columns)
-        assert torch.equal(together.used, apart.used)
+        assert torch.equal(together.valid_mask, apart.valid_mask)
 
 
 def test_a_batch_without_any_object_has_no_pairs() -> None:
@@ -130,7 +130,7 @@ def test_threads_find_what_one_thread_finds(threads: int) -> None:
         for found, alone in zip(solving.result(), assign(blocks), strict=True):
             assert torch.equal(found.rows, alone.rows)
             assert torch.equal(found.columns, alone.columns)
-            assert torch.equal(found.used, alone.used)
+            assert torch.equal(found.valid_mask, alone.valid_mask)
             assert found.counts == alone.counts
 
 

@@ -17,7 +17,7 @@ from d3etr.config.problems import ConfigError
 from d3etr.config.tree import Config
 from d3etr.data.annotations import Category
 from d3etr.data.splits import open_split
-from d3etr.detectors.parts import part_of
+from d3etr.detectors.init_from import part_of
 from d3etr.detectors.weights import load_weights
 from d3etr.errors import UserError
 from d3etr.training.provenance import weight_digests

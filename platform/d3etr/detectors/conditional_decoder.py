@@ -118,8 +118,8 @@ class ConditionalDecoder(nn.Module):
         """
         trace = AttentionTrace() if attention else None
         # Dropout tells images apart.
-        apart = self.training and self.dropout > 0
-        hidden = zero_states(embedding, len(memory.tokens), apart)
+        per_image = self.training and self.dropout > 0
+        hidden = zero_states(embedding, len(memory.tokens), per_image)
         states = []
         for index, layer in enumerate(self.layers):
             # lambda_q of equation 3 is 1 in the first layer: queries have no content yet.

@@ -26,17 +26,17 @@ class Samples:
     """Where each head of each query looks, and how much.
 
     Attributes:
-        places: [B, N, H, V, P, 2] as (x, y), normalised to the padded feature level; samples
+        locations: [B, N, H, V, P, 2] as (x, y), normalised to the padded feature level; samples
             may lie outside.
         weights: [B, N, H, V, P], their sum over V and P is 1.
     """
 
-    places: Tensor
+    locations: Tensor
     weights: Tensor
 
 
 class DeformableAttention(nn.Module):
-    """Each query reads a few places around its reference, on every feature level.
+    """Each query reads a few locations around its reference, on every feature level.
 
     Args:
         width: D.
@@ -77,7 +77,7 @@ class DeformableAttention(nn.Module):
         value = self.value(tokens)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
-        return self.output(read(value, samples, levels)), samples
+        return self.output(sample_values(value, samples, levels)), samples
 
     def _samples(self, query: Tensor, reference: Tensor, levels: Levels) -> Samples:
         shape = (*query.shape[:2], self.heads, self.levels, self.points)
@@ -85,27 +85,27 @@ class DeformableAttention(nn.Module):
         weights = self.weights(query).view(*shape[:3], -1).float().softmax(-1).view(shape)
         anchor = reference[:, :, None, :, None].float()
         if reference.shape[-1] == 4:
-            places = anchor[..., :2] + offsets / self.points * anchor[..., 2:] * 0.5
+            locations = anchor[..., :2] + offsets / self.points * anchor[..., 2:] * 0.5
         else:
             sizes = tuple(float(side) for h, w in levels for side in (w, h))
             cells = constant(sizes, torch.float32, query.device).view(-1, 1, 2)
-            places = anchor + offsets / cells
-        return Samples(places, weights)
+            locations = anchor + offsets / cells
+        return Samples(locations, weights)
 
 
-def read(value: Tensor, samples: Samples, levels: Levels) -> Tensor:
+def sample_values(value: Tensor, samples: Samples, levels: Levels) -> Tensor:
     """Weighted sum of bilinear samples; outside the levels is zero.
 
     Args:
         value: [B, S, D].
-        samples: places and weights.
+        samples: locations and weights.
         levels: the V grids that S runs over.
 
     Returns:
         [B, N, D].
     """
     images, queries, heads = samples.weights.shape[:3]
-    grids = 2 * samples.places.transpose(1, 2).flatten(0, 1) - 1  # [B*H, N, V, P, 2]
+    grids = 2 * samples.locations.transpose(1, 2).flatten(0, 1) - 1  # [B*H, N, V, P, 2]
     parts = []
     for level, part in enumerate(torch.split(value, [h * w for h, w in levels], 1)):
         planes = part.view(images, -1, heads, part.shape[-1] // heads).permute(0, 2, 3, 1)
@@ -119,26 +119,26 @@ def read(value: Tensor, samples: Samples, levels: Levels) -> Tensor:
     return mixed.view(images, -1, queries).transpose(1, 2)
 
 
-def splat(samples: Samples, levels: Levels) -> Tensor:
+def rasterize_attention(samples: Samples, levels: Levels) -> Tensor:
     """Attention maps of sampled weights: each is spread over the four cells that it was read from.
 
     Args:
-        samples: places and weights.
+        samples: locations and weights.
         levels: the V grids that S runs over.
 
     Returns:
         [B, H, N, S]; rows sum to 1 less what was sampled outside.
     """
-    places, weights = samples.places, samples.weights.float()
+    locations, weights = samples.locations, samples.weights.float()
     shape = weights.shape
     maps = []
     for level, (height, width) in enumerate(levels):
-        size = constant((width, height), places.dtype, places.device)
-        at = places[:, :, :, level] * size - 0.5  # [B, N, H, P, 2] in cells
+        size = constant((width, height), locations.dtype, locations.device)
+        at = locations[:, :, :, level] * size - 0.5  # [B, N, H, P, 2] in cells
         first = at.floor()
         plane = weights.new_zeros(*shape[:3], height * width)
         for corner in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            cell = first + constant(corner, places.dtype, places.device)
+            cell = first + constant(corner, locations.dtype, locations.device)
             inside = ((cell >= 0) & (cell < size)).all(-1)
             # The gradient of Tensor.prod would make the host wait for a GPU.
             across, down = (1 - (at - cell).abs()).unbind(-1)
@@ -153,14 +153,14 @@ def splatted_scores(samples: Samples, padding: Tensor | None, levels: Levels) ->
     """Scores whose softmax is the splatted map over the tokens that hold something.
 
     Args:
-        samples: places and weights.
+        samples: locations and weights.
         padding: [B, S] bool or None.
         levels: the V grids that S runs over.
 
     Returns:
         [B, H, N, S] float32, ``MASKED_SCORE`` under padding.
     """
-    maps = splat(samples, levels)
+    maps = rasterize_attention(samples, levels)
     if padding is None:
         count: Tensor | int = maps.shape[-1]
     else:

@@ -134,15 +134,15 @@ class DeformableDecoder(nn.Module):
         ratios = valid_ratios(memory.padding, memory.levels)
         logits, boxes = [], []
         for index, layer in enumerate(self.layers):
-            places = on_levels(reference.sigmoid(), ratios, len(memory.levels))
-            hidden = layer(hidden, embedding, places, memory, sizes, trace)
+            locations = on_levels(reference.sigmoid(), ratios, len(memory.levels))
+            hidden = layer(hidden, embedding, locations, memory, sizes, trace)
             head = index if self.refines else 0
             logits.append(self.class_heads[head](hidden).float())
             box_head = self.box_heads[head]
             assert isinstance(box_head, MLP)
-            moved = box_logits(box_head, hidden, reference)
-            boxes.append(moved.sigmoid())
+            refined = box_logits(box_head, hidden, reference)
+            boxes.append(refined.sigmoid())
             if self.refines:
                 # Each layer learns its own move, not to make up for later ones.
-                reference = moved.detach()
+                reference = refined.detach()
         return Decoded(torch.stack(logits), torch.stack(boxes), hidden, trace)

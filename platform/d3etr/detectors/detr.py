@@ -124,13 +124,13 @@ class DETR(SingleScaleDetector):
         self.decoder = nn.ModuleList(DETRDecoderLayer(config) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.LayerNorm(width)
         self.query_embedding = nn.Embedding(config.queries, width)
-        self.exclusive = config.softmax_classes
-        others = config.unused_outputs + self.exclusive
+        self.softmax_classes = config.softmax_classes
+        others = config.unused_outputs + self.softmax_classes
         self.class_head = nn.Linear(width, classes + others)
         self.box_head = MLP((width, width, width, 4))
         for part in (self.encoder, self.decoder):
             initialise_transformer(part)
-        if not self.exclusive:
+        if not self.softmax_classes:
             initialise_class_head(self.class_head)
         initialise_sizes(self.box_head, config.box_size_bias)
 
@@ -145,15 +145,15 @@ class DETR(SingleScaleDetector):
         sizes = [group.count for group in groups]
         embedding = side_by_side([group.embedding for group in groups])
         trace = AttentionTrace() if attention else None
-        apart = self.training and self.config.dropout > 0
-        hidden = zero_states(embedding, len(memory.tokens), apart)
+        per_image = self.training and self.config.dropout > 0
+        hidden = zero_states(embedding, len(memory.tokens), per_image)
         states = []
         for layer in self.decoder:
             hidden = layer(hidden, embedding, memory, sizes, trace)
             states.append(hidden)
         normed = self.decoder_norm(torch.stack(states))
         logits, no_object = self.class_head(normed).float(), None
-        if self.exclusive:
+        if self.softmax_classes:
             no_object = logits[..., -1] - logits.logsumexp(-1)
             logits = sigmoid_logits(logits, self.classes)
         boxes = predict_boxes(self.box_head, normed)

@@ -84,17 +84,17 @@ def side_by_side(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.expand(images, -1, -1) for part in parts], 1)
 
 
-def zero_states(embedding: Tensor, images: int, apart: bool) -> Tensor:
+def zero_states(embedding: Tensor, images: int, per_image: bool) -> Tensor:
     """Where decoder states start.
 
     Args:
         embedding: [B or 1, N, D].
         images: B.
-        apart: give every image its own; else those of [1, N, D] stay shared until they meet
+        per_image: give every image its own; else those of [1, N, D] stay shared until they meet
             their image's memory.
     """
     states = torch.zeros_like(embedding)
-    return states.expand(images, -1, -1) if apart else states
+    return states.expand(images, -1, -1) if per_image else states
 
 
 def split_groups(
@@ -117,9 +117,11 @@ def split_groups(
         trace: attention of all layers, or None.
         no_object: [L, B, N] log-probability that there is none, where classes are exclusive.
     """
-    exclusive = no_object is not None
+    softmax_classes = no_object is not None
     groups = [
-        DecoderOutputs(*parts[:2], None, None, memory.levels, memory.padding, parts[2], exclusive)
+        DecoderOutputs(
+            *parts[:2], None, None, memory.levels, memory.padding, parts[2], softmax_classes
+        )
         for parts in zip(
             torch.split(logits, sizes, 2),
             torch.split(boxes, sizes, 2),

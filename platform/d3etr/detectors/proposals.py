@@ -58,30 +58,30 @@ class Proposals(nn.Module):
         """
         start, silent = first_boxes(tokens, padding, levels)
         states = self.norm(self.projection(tokens.masked_fill(silent[..., None], 0.0)))
-        places = box_logits(self.box_head, states, start)
+        box_logits_of_tokens = box_logits(self.box_head, states, start)
         # As in the official code: what proposes nothing covers everything.
-        places = places.masked_fill(silent[..., None], float("inf"))
-        logits, boxes = self.class_head(states).float()[None], places.sigmoid()[None]
-        return DecoderOutputs(logits, boxes, levels=levels, padding=padding), places
+        box_logits_of_tokens = box_logits_of_tokens.masked_fill(silent[..., None], float("inf"))
+        logits, boxes = self.class_head(states).float()[None], box_logits_of_tokens.sigmoid()[None]
+        return DecoderOutputs(logits, boxes, levels=levels, padding=padding), box_logits_of_tokens
 
     def object_queries(self, memory: Memory) -> ObjectQueries:
         """The best proposals of each image as queries: embedding, anchors and content [B, N, ..].
 
         Gradients do not pass: proposals learn from their own loss.
         """
-        proposals, places = memory.proposals, memory.proposal_logits
-        if proposals is None or places is None:
+        proposals, box_logits_of_tokens = memory.proposals, memory.proposal_logits
+        if proposals is None or box_logits_of_tokens is None:
             raise ValueError("two-stage queries are made from the memory that 'encode' returned")
         scores = proposals.logits[0, ..., 0]
         best = scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
-        anchors = places.gather(1, best[..., None].expand(-1, -1, 4)).detach()
+        anchors = box_logits_of_tokens.gather(1, best[..., None].expand(-1, -1, 4)).detach()
         embedded = self.embed_norm(self.embed(self.encoding.in_order(anchors.sigmoid())))
         embedding, content = embedded.chunk(2, -1)
         return ObjectQueries(embedding, anchors, content)
 
 
 def first_boxes(tokens: Tensor, padding: Tensor | None, levels: Levels) -> tuple[Tensor, Tensor]:
-    """Boxes at the tokens' places before they have learned anything.
+    """Boxes at the tokens' box_logits_of_tokens before they have learned anything.
 
     Args:
         tokens: [B, S, D].

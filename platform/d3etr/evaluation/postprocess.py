@@ -37,7 +37,7 @@ def top_detections(
 def _ranked(outputs: DecoderOutputs, maximum: int) -> tuple[Tensor, Tensor, Tensor]:
     """Logits in descending order, and the query and class of each, all [B, K]."""
     logits = outputs.logits[-1]
-    if outputs.exclusive:
+    if outputs.softmax_classes:
         logits, labels = logits.max(-1)
         best, queries = logits.topk(min(maximum, logits.shape[1]), dim=1)
         return best, queries, labels.gather(1, queries)

@@ -64,7 +64,7 @@ class _ShiftAndRectify(torch.autograd.Function):
         ctx.mark_dirty(maps)
         # The next convolution keeps the same tensor: this costs no memory.
         ctx.save_for_backward(maps)
-        ctx.beside = identity is not None
+        ctx.has_identity = identity is not None
         return maps
 
     @staticmethod
@@ -77,7 +77,7 @@ class _ShiftAndRectify(torch.autograd.Function):
                 *(maps, gradient, passed, maps.numel()), BLOCK=BLOCK, num_warps=WARPS
             )
         # One tensor for both, as autograd's own sum does: it never writes into what is shared.
-        return passed, None, passed if ctx.beside else None
+        return passed, None, passed if ctx.has_identity else None
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -86,15 +86,15 @@ def _costs(
     for index in range(0, classes):
         share = tl.load(shares + places * classes + index, mask=known, other=0.0)
         other = tl.load(teacher_shares + teacher_places * classes + index, mask=taught, other=0.0)
-        apart = share.to(tl.float32)[:, None] - other.to(tl.float32)[None, :]
-        squares += apart * apart
+        distance = share.to(tl.float32)[:, None] - other.to(tl.float32)[None, :]
+        squares += distance * distance
     cost = class_cost * tl.sqrt(squares)
 
     x, y, w, h = _sides(boxes, places, known)
     u, v, a, b = _sides(teacher_boxes, teacher_places, taught)
-    apart = tl.abs(x[:, None] - u[None, :]) + tl.abs(y[:, None] - v[None, :])
-    apart += tl.abs(w[:, None] - a[None, :]) + tl.abs(h[:, None] - b[None, :])
-    cost += l1_cost * apart
+    distance = tl.abs(x[:, None] - u[None, :]) + tl.abs(y[:, None] - v[None, :])
+    distance += tl.abs(w[:, None] - a[None, :]) + tl.abs(h[:, None] - b[None, :])
+    cost += l1_cost * distance
 
     wide, across = _overlap(x, w, u, a)
     high, down = _overlap(y, h, v, b)

@@ -62,7 +62,7 @@ def _focal_loss(
     _, negative = focal_terms(logits, config.focal_alpha, config.focal_gamma)
     matched = _matched_logits(logits, targets, assignment)
     as_positive, as_negative = focal_terms(matched, config.focal_alpha, config.focal_gamma)
-    return negative.sum() + ((as_positive - as_negative) * assignment.used).sum()
+    return negative.sum() + ((as_positive - as_negative) * assignment.valid_mask).sum()
 
 
 def _cross_entropy(
@@ -73,7 +73,7 @@ def _cross_entropy(
     matched = _matched_logits(outputs.logits.float(), targets, assignment)
     instead = gather_queries(outputs.no_object[..., None], assignment.rows)[..., 0]
     own = softplus(-matched) + weight * instead
-    return (own * assignment.used).sum() - weight * outputs.no_object.sum()
+    return (own * assignment.valid_mask).sum() - weight * outputs.no_object.sum()
 
 
 def set_losses(
@@ -98,7 +98,7 @@ def set_losses(
         Scalars ``class``, ``l1`` and ``giou``.
     """
     count = objects.clamp(min=1)
-    if outputs.exclusive:
+    if outputs.softmax_classes:
         assert weights is not None, "the cross entropy is divided by the weights of all queries"
         entropy = _cross_entropy(outputs, targets, assignment, config.no_object_weight)
         losses = {"class": entropy / weights}
@@ -109,7 +109,7 @@ def set_losses(
     truth = gather_queries(
         targets.boxes_cxcywh[None].expand(layers, -1, -1, -1), assignment.columns
     )
-    losses["l1"] = ((boxes - truth).abs() * assignment.used[..., None]).sum() / count
+    losses["l1"] = ((boxes - truth).abs() * assignment.valid_mask[..., None]).sum() / count
     overlap = generalised_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))
-    losses["giou"] = ((1 - overlap) * assignment.used).sum() / count
+    losses["giou"] = ((1 - overlap) * assignment.valid_mask).sum() / count
     return losses

@@ -67,7 +67,7 @@ class CostBlock:
         return tuple(min(queries, self.columns(image)) for image in range(batch))
 
     @property
-    def slots(self) -> int:
+    def max_pairs(self) -> int:
         """Pairs P that any image could have."""
         return min(self.costs.shape[2:])
 
@@ -80,9 +80,9 @@ class CostBlock:
             return torch.full((batch,), width, device=self.costs.device)
         return on_device(torch.tensor(self.counts, dtype=torch.int64), self.costs.device)
 
-    def used(self) -> Tensor:
+    def valid_mask(self) -> Tensor:
         """[B, P] bool, True for slots that hold a pair."""
-        slots = torch.arange(self.slots, device=self.costs.device)
+        slots = torch.arange(self.max_pairs, device=self.costs.device)
         return slots < self.valid_columns()[:, None]
 
 
@@ -94,23 +94,24 @@ class Assignment:
         rows: [L, B, P] int64, 0 in unused slots.
         columns: [L, B, P] int64, 0 in unused slots.
         counts: pairs per image; slots from there to P are unused.
-        used: [B, P] bool, True for slots in use.
-        doubt: scalar, 0, or NaN where a cost was not finite and its problem's pairs mean nothing:
-            found on a device, where nobody looks at once. None where it would have been an error.
+        valid_mask: [B, P] bool, True for slots in use.
+        nan_flag: scalar, 0, or NaN where a cost was not finite and its problem's pairs mean
+            nothing: found on a device without a synchronisation. None where the host solved, which
+            raises instead.
     """
 
     rows: Tensor
     columns: Tensor
     counts: tuple[int, ...]
-    used: Tensor
-    doubt: Tensor | None = None
+    valid_mask: Tensor
+    nan_flag: Tensor | None = None
 
     def nan_if_invalid(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses over these pairs, the first one NaN if the pairs mean nothing."""
-        if self.doubt is None or not losses:
+        if self.nan_flag is None or not losses:
             return losses
         first = next(iter(losses))
-        return losses | {first: losses[first] + self.doubt}
+        return losses | {first: losses[first] + self.nan_flag}
 
     def ensure_finite(self, name: str) -> None:
         """Wait for the device to say whether the costs were finite.
@@ -121,7 +122,7 @@ class Assignment:
         Raises:
             NonFiniteCostError: a cost is NaN or infinite.
         """
-        if self.doubt is not None and bool(self.doubt.isnan()):
+        if self.nan_flag is not None and bool(self.nan_flag.isnan()):
             raise NonFiniteCostError(f"a cost of {name} is NaN or infinite: {_WHAT_TO_DO}")
 
 
@@ -141,7 +142,7 @@ class Solving(Protocol):
 
         Raises:
             NonFiniteCostError: a cost is NaN or infinite; the text says where. Not raised where
-                the device solves: see ``Assignment.doubt``.
+                the device solves: see ``Assignment.nan_flag``.
         """
 
 
@@ -181,7 +182,7 @@ class HostSolving:
         device = self._blocks[0].costs.device
         found = _to_device(self._solutions, device)
         return [
-            Assignment(rows, columns, block.pairs, block.used())
+            Assignment(rows, columns, block.pairs, block.valid_mask())
             for (rows, columns), block in zip(found, self._blocks, strict=True)
         ]
 
@@ -207,7 +208,7 @@ class HostSolving:
 
 
 class DeviceSolving:
-    """Problems that their device solves, on a stream beside that of its other work.
+    """Problems that their device solves, on a side stream.
 
     Args:
         blocks: problems of sizes that ``kernels.assignment`` takes.
@@ -230,17 +231,17 @@ class DeviceSolving:
             current = torch.cuda.current_stream(self._stream.device)
             current.wait_event(self._done)
             for found in self._found:
-                for part in (found.rows, found.columns, found.used, found.doubt):
+                for part in (found.rows, found.columns, found.valid_mask, found.nan_flag):
                     if part is not None:
                         part.record_stream(current)
         return self._found
 
 
 class Solver:
-    """Solves assignment problems while the caller goes on: on their device or on threads.
+    """Solves assignment problems while the caller works: on their device or on threads.
 
     Args:
-        threads: of the host, beside the caller's, to solve all problems there. None leaves them to
+        threads: of the host, besides the caller's, to solve all problems there. None leaves them to
             a GPU that can; else it takes as many threads as PyTorch's leave or, where costs are on
             a GPU and these threads idle, one for each core.
     """
@@ -315,12 +316,12 @@ def _solve_there(block: CostBlock) -> Assignment:
     """Solve a block where its costs are."""
     from d3etr.kernels.assignment import solve
 
-    rows, columns, doubt = solve(block.costs, block.valid_columns().int(), block.slots)
-    return Assignment(rows, columns, block.pairs, block.used(), doubt)
+    rows, columns, nan_flag = solve(block.costs, block.valid_columns().int(), block.max_pairs)
+    return Assignment(rows, columns, block.pairs, block.valid_mask(), nan_flag)
 
 
 def spare_threads(device: torch.device) -> int:
-    """Threads beside the caller's: PyTorch's on a CPU, a GPU's share of the cores elsewhere."""
+    """Threads besides the caller's: PyTorch's on a CPU, a GPU's share of the cores elsewhere."""
     if device.type != "cuda":
         return torch.get_num_threads() - 1
     share = (os.cpu_count() or 1) // torch.cuda.device_count()
@@ -330,7 +331,7 @@ def spare_threads(device: torch.device) -> int:
 def _room(block: CostBlock) -> NDArray[np.int64]:
     """[2, L, B, P] zeros for the row and column indices of a block."""
     layers, batch = block.costs.shape[:2]
-    return np.zeros((2, layers, batch, block.slots), dtype=np.int64)
+    return np.zeros((2, layers, batch, block.max_pairs), dtype=np.int64)
 
 
 def _non_finite(

@@ -68,7 +68,7 @@ def detection_costs(
     layers, batch, queries, _ = outputs.logits.shape
     labels = targets.labels[None, :, None].expand(layers, batch, queries, -1)
     logits = outputs.logits.float().gather(-1, labels)
-    if outputs.exclusive:
+    if outputs.softmax_classes:
         cost = -logits.sigmoid()
     else:
         positive, negative = focal_terms(logits, config.focal_alpha, config.focal_gamma)

@@ -12,7 +12,7 @@ from d3etr.data.annotations import Category
 from d3etr.detectors.backbones import build_backbone, load_backbone_weights
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
-from d3etr.detectors.parts import Taken, take_parts
+from d3etr.detectors.init_from import LoadedParts, load_matching
 from d3etr.detectors.weights import WeightsInfo, load_weights, read_info
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
@@ -78,7 +78,9 @@ def _naming(key: str) -> Iterator[None]:
         raise UserError(f"{key}: {error}") from error
 
 
-def _take(student: DetectionTransformer, config: Config, categories: Sequence[Category]) -> Taken:
+def _take(
+    student: DetectionTransformer, config: Config, categories: Sequence[Category]
+) -> LoadedParts:
     start, weights = config.student.initialise_from, config.initial_weights
     assert start is not None and weights is not None
     with local_file(weights) as file:
@@ -87,7 +89,7 @@ def _take(student: DetectionTransformer, config: Config, categories: Sequence[Ca
         _require_same_normalisation(info, weights, config)
     same_classes = [name for _, name in info.categories] == [c.name for c in categories]
     try:
-        return take_parts(student, source, start.parts, same_classes=same_classes)
+        return load_matching(student, source, start.parts, same_classes=same_classes)
     except UserError as error:
         raise UserError(f"student.initialise_from.weights {weights}: {error}") from error
 
@@ -102,7 +104,7 @@ def _require_same_normalisation(info: WeightsInfo, weights: Url | Path, config: 
         )
 
 
-def _warn(taken: Taken, weights: Url | Path | None) -> None:
+def _warn(taken: LoadedParts, weights: Url | Path | None) -> None:
     names = ", ".join(f"{name} ({why})" for name, why in taken.left.items())
     _LOGGER.warning(
         "student.initialise_from: %d tensors taken from %s; %d of the same parts start at random: "

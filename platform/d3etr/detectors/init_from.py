@@ -1,4 +1,4 @@
-"""Detectors taken apart: which tensors are whose, and one detector started from another's parts."""
+"""Which tensors are which part of a detector, and a detector that starts from another's parts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SHOWN = 4
 
 
 @dataclass(frozen=True)
-class Taken:
+class LoadedParts:
     """What became of the tensors of the parts that were asked for.
 
     Attributes:
@@ -58,13 +58,13 @@ def part_of(name: str) -> DetectorPart:
     return PARTS[max((prefix for prefix in PARTS if name.startswith(prefix)), key=len)]
 
 
-def take_parts(
+def load_matching(
     detector: DetectionTransformer,
     source: DetectionTransformer,
     parts: Sequence[DetectorPart],
     *,
     same_classes: bool,
-) -> Taken:
+) -> LoadedParts:
     """Start parts of a detector as another one's: every tensor of the same name and shape.
 
     A deeper source gives its first layers. Backbones are taken as a whole or not at all.
@@ -93,7 +93,7 @@ def take_parts(
         _require_same_backbone(detector, source, left)
     taken = {name: found[name] for name in ours if name not in left}
     detector.load_state_dict(taken, strict=False)
-    return Taken(tuple(taken), left)
+    return LoadedParts(tuple(taken), left)
 
 
 def _misfit(
