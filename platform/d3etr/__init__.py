@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from d3etr.launch.python import train
     from d3etr.training.hooks import Hook, TrainingEvent
 
+    __version__: str
+
 __all__ = ["Detections", "Hook", "Predictor", "TrainingEvent", "draw", "load", "train"]
 
 # Looked up when first used: importing the package loads neither torch nor Ray.
@@ -32,9 +34,21 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'd3etr' has no attribute '{name}'")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def _version() -> str:
+    """The installed version; ``0+unknown`` where the source is used without an installation."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("d3etr")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -57,6 +57,8 @@ def offered(script: Path, *words: str) -> set[str]:
         (("train", "--resume", "st"), {"student-1234"}),
         (("attention", "stu"), {"student-1234"}),
         (("sweep", "ow"), {"own.yaml"}),
+        (("train", "digits/d3"), {"digits/d3etr"}),
+        (("sweep", "abl"), {"ablation"}),
         (("explain", "run.se"), {"run.seed"}),
         (("evaluate", "own.t"), {"own.txt"}),
         (("completion", ""), {*SHELLS}),

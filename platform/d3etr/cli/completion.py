@@ -1,7 +1,7 @@
 """``d3etr completion``: a script that completes commands, options, recipes, runs and keys.
 
-The script holds all names, so completing starts no Python; what is on the disk (recipes, runs) the
-shell looks up itself.
+The script holds all names, those of shipped recipes too, so completing starts no Python; what is on
+the disk (recipes and runs of the user) the shell looks up itself.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from d3etr.cli.command import Command, add_json, answer
@@ -17,7 +17,7 @@ from d3etr.cli.command import Command, add_json, answer
 SHELLS = ("bash", "zsh", "fish")
 _BY_DEST = {
     "recipe": "recipes",
-    "sweep": "recipes",
+    "sweep": "sweeps",
     "resume": "runs",
     "run": "runs",
     "runs": "runs",
@@ -33,7 +33,7 @@ class Completed:
 
     Attributes:
         flags: of an option; none of a positional argument.
-        kind: what its value is: "" (it has none), words, keys, runs, recipes or files.
+        kind: what its value is: "" (it has none), words, keys, runs, recipes, sweeps or files.
         words: the values, of kind ``words``.
         help: a line about it.
     """
@@ -57,10 +57,16 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(options: Namespace) -> int:
     from d3etr.cli.main import COMMANDS
     from d3etr.config.reference import all_keys
+    from d3etr.config.shipped import recipe_names, sweep_names
 
-    keys = [key.path for key in all_keys() if not key.is_section]
+    names = {
+        "KEYS": [key.path for key in all_keys() if not key.is_section],
+        "RECIPES": recipe_names(),
+        "SWEEPS": sweep_names(),
+        "COMMANDS": [command.name for command in COMMANDS],
+    }
     script = {"bash": _bash, "zsh": _zsh, "fish": _fish}[options.shell]
-    text = script(COMMANDS, keys)
+    text = script(COMMANDS, {name: " ".join(words) for name, words in names.items()})
     answer(options, {"shell": options.shell, "script": text}, text)
     return 0
 
@@ -77,10 +83,16 @@ def _arguments(command: Command) -> Iterator[Completed]:
             yield Completed(tuple(action.option_strings), kind, words, text.split(";")[0])
 
 
-def _bash(commands: Iterable[Command], keys: Iterable[str]) -> str:
-    names, cases = [], []
+def _filled(head: str, names: Mapping[str, str]) -> str:
+    """The beginning of a script with its placeholders replaced by what they stand for."""
+    for placeholder, words in names.items():
+        head = head.replace(placeholder, words)
+    return head
+
+
+def _bash(commands: Iterable[Command], names: Mapping[str, str]) -> str:
+    cases = []
     for command in commands:
-        names.append(command.name)
         arguments = list(_arguments(command))
         flags = " ".join(flag for one in arguments for flag in one.flags)
         cases += [
@@ -94,8 +106,7 @@ def _bash(commands: Iterable[Command], keys: Iterable[str]) -> str:
         cases.append(f'      -*) COMPREPLY=($(compgen -W "{flags}" -- "$cur")) ;;')
         cases.append(f"      *) {'; '.join(dict.fromkeys(positional)) or ':'} ;;")
         cases.append("      esac ;;")
-    head = _BASH_HEAD.replace("KEYS", " ".join(keys)).replace("COMMANDS", " ".join(names))
-    return "\n".join([head, *cases, _BASH_TAIL])
+    return "\n".join([_filled(_BASH_HEAD, names), *cases, _BASH_TAIL])
 
 
 def _bash_action(one: Completed) -> str:
@@ -103,12 +114,12 @@ def _bash_action(one: Completed) -> str:
     return words if one.kind == "words" else f"_d3etr_{one.kind}"
 
 
-def _zsh(commands: Iterable[Command], keys: Iterable[str]) -> str:
-    return f"autoload -U +X bashcompinit && bashcompinit\n{_bash(commands, keys)}"
+def _zsh(commands: Iterable[Command], names: Mapping[str, str]) -> str:
+    return f"autoload -U +X bashcompinit && bashcompinit\n{_bash(commands, names)}"
 
 
-def _fish(commands: Iterable[Command], keys: Iterable[str]) -> str:
-    lines = [_FISH_HEAD.replace("KEYS", " ".join(keys))]
+def _fish(commands: Iterable[Command], names: Mapping[str, str]) -> str:
+    lines = [_filled(_FISH_HEAD, names)]
     for command in commands:
         about = shlex.quote(command.summary)
         lines.append(f"complete -c d3etr -n __fish_use_subcommand -f -a {command.name} -d {about}")
@@ -116,10 +127,10 @@ def _fish(commands: Iterable[Command], keys: Iterable[str]) -> str:
         for one in _arguments(command):
             values = " ".join(one.words) if one.kind == "words" else f"(__d3etr_{one.kind})"
             value = f" -f -a '{values}'" if one.kind not in ("", "files") else ""
-            names = [f"-l {f[2:]}" if f.startswith("--") else f"-s {f[1:]}" for f in one.flags]
+            flags = [f"-l {f[2:]}" if f.startswith("--") else f"-s {f[1:]}" for f in one.flags]
             needs = " -r" if one.flags and one.kind else ""
-            if names:
-                lines.append(f"{here} {' '.join(names)}{needs}{value} -d {shlex.quote(one.help)}")
+            if flags:
+                lines.append(f"{here} {' '.join(flags)}{needs}{value} -d {shlex.quote(one.help)}")
             elif value:
                 lines.append(f"{here}{value}")
     return "\n".join(lines)
@@ -140,7 +151,10 @@ _d3etr_runs() {
   names=$(cd runs 2> /dev/null && ls)
   COMPREPLY+=($(compgen -W "$names" -- "$cur") $(compgen -d -- "$cur"))
 }
-_d3etr_recipes() {
+_d3etr_recipes() { _d3etr_yaml "RECIPES"; }
+_d3etr_sweeps() { _d3etr_yaml "SWEEPS"; }
+_d3etr_yaml() {
+  COMPREPLY+=($(compgen -W "$1" -- "$cur"))
   COMPREPLY+=($(compgen -f -X '!*.yaml' -- "$cur") $(compgen -d -S / -- "$cur"))
   if type compopt > /dev/null 2>&1; then compopt -o nospace; fi
 }
@@ -163,7 +177,8 @@ _FISH_HEAD = """\
 # Completion of d3etr for fish; made by 'd3etr completion'.
 function __d3etr_keys; string split ' ' 'KEYS'; end
 function __d3etr_runs; test -d runs; and ls runs; __fish_complete_directories; end
-function __d3etr_recipes; __fish_complete_suffix .yaml; end"""
+function __d3etr_recipes; string split ' ' 'RECIPES'; __fish_complete_suffix .yaml; end
+function __d3etr_sweeps; string split ' ' 'SWEEPS'; __fish_complete_suffix .yaml; end"""
 
 COMMAND = Command(
     "completion", "print a script that completes commands in a shell", _add_arguments, _run

@@ -11,10 +11,10 @@ import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
 from typing import Any
 
+import d3etr
 from d3etr.cli import (
     attention,
     cache,
@@ -133,7 +133,7 @@ def _parser() -> ArgumentParser:
         description="Knowledge distillation for detection transformers.",
         epilog="d3etr COMMAND --help says more about a command.",
     )
-    parser.add_argument("--version", action="version", version=f"d3etr {_version()}")
+    parser.add_argument("--version", action="version", version=f"d3etr {d3etr.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         below = commands.add_parser(
@@ -145,10 +145,3 @@ def _parser() -> ArgumentParser:
         command.add_arguments(below)
         below.set_defaults(command=command)
     return parser
-
-
-def _version() -> str:
-    try:
-        return version("d3etr")
-    except PackageNotFoundError:
-        return "(not installed)"
