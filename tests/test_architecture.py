@@ -33,8 +33,7 @@ TIERS = (
     {"methods"},
     {"distiller"},
     {"evaluation"},
-    {"engine"},
-    {"training", "inference"},
+    {"engine", "inference"},
     {"fonts"},
     {"drawing"},
     {"tracking"},
@@ -60,7 +59,7 @@ THIRD_PARTY = {
     "distiller": ARRAYS,
     "detectors": ARRAYS | {"safetensors", "pydantic"},
 }
-CORE = ("training", "inference", "methods", "losses", "distiller", "evaluation", "data")
+CORE = ("engine", "inference", "methods", "losses", "distiller", "evaluation", "data")
 ONLY_IN = {"ray": "launch", "mlflow": "tracking", "fsspec": "storage", "triton": "kernels"}
 
 
@@ -168,9 +167,7 @@ def test_importing_the_package_is_cheap() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "package", ["training", "inference", "methods", "losses", "distiller", "evaluation", "data"]
-)
+@pytest.mark.parametrize("package", CORE)
 def test_the_core_works_without_ray_and_mlflow(package: str) -> None:
     names = [
         ".".join(("d3etr", *path.relative_to(LIBRARY).with_suffix("").parts))

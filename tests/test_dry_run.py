@@ -164,5 +164,5 @@ def test_a_dry_run_without_a_recipe_does_not_start_the_demonstration(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--dry-run"]) == 2
-    assert "Name one, for example trainers/recipes" in capsys.readouterr().err
+    assert "Name one, for example digits/d3etr" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

@@ -12,8 +12,8 @@ from tiny import save_untrained, tiny_detector_config
 
 from d3etr.config.data import DataConfig
 from d3etr.config.tree import Config
-from d3etr.training.checkpoints import CheckpointStore, State
-from d3etr.training.journal import read_journal
+from d3etr.engine.checkpoints import CheckpointStore, State
+from d3etr.engine.journal import read_journal
 
 MakeConfig = Callable[..., Config]
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from d3etr.drawing import draw
+    from d3etr.engine.hooks import Hook, TrainingEvent
     from d3etr.inference import Detections, Predictor, load
     from d3etr.launch.python import train
-    from d3etr.training.hooks import Hook, TrainingEvent
 
     __version__: str
 
@@ -24,9 +24,9 @@ __all__ = ["Detections", "Hook", "Predictor", "TrainingEvent", "draw", "load", "
 # Looked up when first used: importing the package loads neither torch nor Ray.
 _HOMES = {
     "Detections": "d3etr.inference",
-    "Hook": "d3etr.training.hooks",
+    "Hook": "d3etr.engine.hooks",
     "Predictor": "d3etr.inference",
-    "TrainingEvent": "d3etr.training.hooks",
+    "TrainingEvent": "d3etr.engine.hooks",
     "draw": "d3etr.drawing",
     "load": "d3etr.inference",
     "train": "d3etr.launch.python",

@@ -14,14 +14,14 @@ from d3etr.config.load import plain_tree, to_yaml
 from d3etr.config.tree import Config
 from d3etr.detectors.build import build_detector, count_parameters
 from d3etr.engine.find_run import folder_of
+from d3etr.engine.preflight import judge_beginning
+from d3etr.engine.provenance import remote_files
 from d3etr.errors import UserError
 from d3etr.launch.api import LauncherName
 from d3etr.launch.ray_environment import joined_address
 from d3etr.launch.resources import demand_of, this_machine
 from d3etr.launch.resources import describe as describe_nodes
 from d3etr.storage.cache import open_cache
-from d3etr.training.beginning import judge_beginning
-from d3etr.training.provenance import remote_files
 
 MOST_CHECKPOINTS = 100_000
 SHOWN_CHECKPOINTS = 4

@@ -12,7 +12,7 @@ import torch
 from benchmarks.problems import Replayed, Step, autocast, random_batch, random_detector
 from benchmarks.side_by_side import Action, Comparison, Scale, alternate, scaled
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.training.assembly import compile_detector
+from d3etr.engine.build import compile_detector
 
 EAGER, COMPILED = "eager", "compiled"
 RECORDED, BOTH = "cuda_graphs", "compiled, cuda_graphs"

@@ -30,9 +30,9 @@ from scipy.optimize import linear_sum_assignment
 from benchmarks.matching_problems import problems
 from benchmarks.problems import Step, random_batch, random_detector
 from benchmarks.side_by_side import Action, Comparison, Scale, alternate, scaled
+from d3etr.engine.optimiser import set_learning_rates
 from d3etr.kernels.availability import runs_kernels
 from d3etr.matching.assignment import Assignment, CostBlock, Solver, Solving, spare_threads
-from d3etr.training.optimiser import set_learning_rates
 
 LOOP = "common pattern: layer by layer, scipy in a loop"
 THREADS = "one copy, scipy in threads"

@@ -17,9 +17,9 @@ from d3etr.config.training import OptimisationConfig, Precision, SetCriterionCon
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.distiller import Distiller
+from d3etr.engine.graphs import StepGraphs, whole_pass
+from d3etr.engine.optimiser import build_optimiser, clip_gradients
 from d3etr.structures import ImageBatch, Targets
-from d3etr.training.graphs import StepGraphs, whole_pass
-from d3etr.training.optimiser import build_optimiser, clip_gradients
 
 CLASSES = 80
 OBJECTS = 7

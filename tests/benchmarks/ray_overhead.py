@@ -16,9 +16,9 @@ import torch
 
 from benchmarks.scripts import run_script
 from benchmarks.side_by_side import Comparison, Scale, seconds, wait
-from d3etr.training.background import BackgroundSaver
-from d3etr.training.checkpoints import CheckpointStore, State
-from d3etr.training.journal import Record, read_journal
+from d3etr.engine.checkpoint_saver import BackgroundSaver
+from d3etr.engine.checkpoints import CheckpointStore, State
+from d3etr.engine.journal import Record, read_journal
 
 RUNNER, RECIPE = "trainers/run.py", "trainers/recipes/digits/plain.yaml"
 BATCH = 8

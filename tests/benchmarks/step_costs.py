@@ -21,12 +21,12 @@ from benchmarks.side_by_side import seconds
 from d3etr.config.sweep import load_sweep
 from d3etr.config.tree import Config
 from d3etr.data.allocator import keep_freed_memory
+from d3etr.engine.build import build_models, open_loader, open_splits
+from d3etr.engine.distributed import SingleProcess
+from d3etr.engine.divergence import LossWindow
+from d3etr.engine.step import MicroBatch, TrainingStep
 from d3etr.launch.sweeps.plan import make_plan
 from d3etr.timing import PhaseTimer
-from d3etr.training.assembly import build_models, open_loader, open_splits
-from d3etr.training.context import SingleProcess
-from d3etr.training.divergence import LossWindow
-from d3etr.training.step import MicroBatch, TrainingStep
 
 WARM_UP_STEPS = 3
 

@@ -11,7 +11,7 @@ from coco_recipes import RECIPES, write_coco
 from official_checkpoints import HEADS, D, F, official_state, resnet18_state
 
 from d3etr.cli.main import main
-from d3etr.training.journal import read_journal
+from d3etr.engine.journal import read_journal
 
 RECIPE = RECIPES / "conditional-r50"
 SIZES = {"width": D, "heads": HEADS, "encoder_layers": 2, "decoder_layers": 3, "feedforward": F}

@@ -15,9 +15,9 @@ from typing import Any
 
 from d3etr.config.load import load_config
 from d3etr.config.tree import Config
+from d3etr.engine.distributed import TrainContext
 from d3etr.launch.api import launch
 from d3etr.launch.task import train
-from d3etr.training.context import TrainContext
 
 
 class Gated:
@@ -28,7 +28,7 @@ class Gated:
 
     def __call__(self, config: Config, run_dir: Path, context: TrainContext) -> dict[str, float]:
         """Train as one worker."""
-        from d3etr.training.step import TrainingStep
+        from d3etr.engine.step import TrainingStep
 
         make_step, folder = TrainingStep.__call__, self.folder
         seen = folder / "seen" / f"{time.time_ns()}-{os.getpid()}.jsonl"

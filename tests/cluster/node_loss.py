@@ -18,7 +18,7 @@ from tiny_recipe import SECTIONS, tiny_recipe
 
 from d3etr.config.load import load_config
 from d3etr.engine.find_run import folder_of
-from d3etr.training.journal import Record, read_journal
+from d3etr.engine.journal import Record, read_journal
 
 STEPS_PER_EPOCH, EPOCHS = 6, 4
 LOST_AT, FOUND_AT = 9, 16

@@ -22,9 +22,9 @@ from node_loss import (
 from ray_nodes import ROOT, START_SECONDS, RayNodes, ray_nodes
 
 from d3etr.config.load import load_config
+from d3etr.engine.journal import read_journal
 from d3etr.launch.api import launch
 from d3etr.launch.driver import RunResult
-from d3etr.training.journal import read_journal
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from processes import running
 from tiny_recipe import tiny_recipe
 from topology import Topology, copy_project, postgres_programs
 
-from d3etr.training.journal import read_journal
+from d3etr.engine.journal import read_journal
 
 pytestmark = pytest.mark.slow
 

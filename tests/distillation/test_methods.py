@@ -11,6 +11,7 @@ from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.distiller import Distiller
+from d3etr.engine.seeding import derive_seed
 from d3etr.losses.features import (
     LEAST,
     feature_loss,
@@ -20,7 +21,6 @@ from d3etr.losses.features import (
 )
 from d3etr.methods.adapters import GeneralPoints
 from d3etr.structures import DecoderOutputs, ImageBatch, ObjectQueries, Targets
-from d3etr.training.seeding import derive_seed
 
 Build = Callable[..., DetectionTransformer]
 FEW_POINTS = {"general_points": {"count": 7}}

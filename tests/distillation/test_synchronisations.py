@@ -11,10 +11,10 @@ from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import OptimisationConfig, SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.distiller import Distiller
+from d3etr.engine.divergence import LossWindow
+from d3etr.engine.ema import WeightAverage
+from d3etr.engine.optimiser import build_optimiser, clip_gradients
 from d3etr.structures import ImageBatch, Targets
-from d3etr.training.divergence import LossWindow
-from d3etr.training.ema import WeightAverage
-from d3etr.training.optimiser import build_optimiser, clip_gradients
 
 MakeDetector = Callable[..., DetectionTransformer]
 MOST = 1

@@ -10,8 +10,8 @@ from d3etr.config.training import EvaluationConfig
 from d3etr.data.splits import open_split
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.conditional_detr import ConditionalDETR
+from d3etr.engine.distributed import SingleProcess
 from d3etr.evaluation.evaluator import Evaluation, Evaluator
-from d3etr.training.context import SingleProcess
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,10 @@ from tiny_runs import MakeConfig
 
 from d3etr.config.detector import DetectorConfig, TeacherConfig
 from d3etr.config.distillation import MethodConfig
+from d3etr.engine.build import build_models, open_splits
+from d3etr.engine.distributed import SingleProcess
 from d3etr.evaluation.evaluator import Evaluator
 from d3etr.evaluation.stability import MatchingStability, unchanged
-from d3etr.training.assembly import build_models, open_splits
-from d3etr.training.context import SingleProcess
 
 CPU = torch.device("cpu")
 

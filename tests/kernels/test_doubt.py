@@ -13,9 +13,9 @@ from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.distiller import Distiller
+from d3etr.engine.divergence import LossWindow, TrainingDiverged
 from d3etr.matching.assignment import CostBlock, DeviceSolving, Solver, Solving
 from d3etr.structures import ImageBatch, Targets
-from d3etr.training.divergence import LossWindow, TrainingDiverged
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from d3etr.config.tree import Config
+from d3etr.engine.distributed import TrainContext
+from d3etr.engine.journal import Journal
 from d3etr.errors import UserError
-from d3etr.training.context import TrainContext
-from d3etr.training.journal import Journal
 
 STEPS_PER_EPOCH = 4
 

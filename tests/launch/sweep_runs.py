@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from d3etr.engine.journal import read_journal
 from d3etr.launch.sweeps.driver import SweepResult, run_sweep
 from d3etr.launch.sweeps.plan import Plan
-from d3etr.training.journal import read_journal
 
 RATE = "optimisation.learning_rate"
 MakePlan = Callable[..., Plan]

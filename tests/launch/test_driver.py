@@ -12,15 +12,15 @@ import pytest
 from d3etr.config.tree import Config
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.tensor_files import write_tensors
+from d3etr.engine.distributed import TrainContext
 from d3etr.engine.find_run import folder_of, prepare
+from d3etr.engine.journal import read_journal
+from d3etr.engine.provenance import weight_digests
 from d3etr.errors import UserError
 from d3etr.launch.api import launch
 from d3etr.launch.driver import RunFailedError, RunInterrupted, RunResult
 from d3etr.launch.lock import RunLock, RunLockedError
 from d3etr.tracking.state import RunState, write_state
-from d3etr.training.context import TrainContext
-from d3etr.training.journal import read_journal
-from d3etr.training.provenance import weight_digests
 
 MakeConfig = Callable[..., Config]
 

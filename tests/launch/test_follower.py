@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from d3etr.engine.journal import Journal, Record
 from d3etr.launch.follower import JournalFollower
 from d3etr.launch.progress_reporter import Lines
-from d3etr.training.journal import Journal, Record
 
 
 class Recorder:

@@ -3,9 +3,9 @@ import io
 import pytest
 from rich.console import Console
 
+from d3etr.engine.journal import Record
 from d3etr.launch.progress_reporter import Bar, Lines, NullDisplay, open_display
 from d3etr.progress import PacedProgress, duration
-from d3etr.training.journal import Record
 
 EPOCH = 10
 

@@ -19,12 +19,12 @@ import sabotage
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.config.load import load_config, to_yaml
 from d3etr.config.tree import Config
+from d3etr.engine.journal import read_journal
 from d3etr.errors import UserError
 from d3etr.launch.api import launch
 from d3etr.launch.driver import RunFailedError, RunResult
 from d3etr.launch.ray_cluster import connected
 from d3etr.launch.ray_environment import environment, package_environment
-from d3etr.training.journal import read_journal
 
 pytestmark = pytest.mark.slow
 

@@ -13,6 +13,7 @@ import yaml
 
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.config.sweep import load_sweep
+from d3etr.engine.journal import Journal
 from d3etr.errors import UserError
 from d3etr.launch.resources import Demand, Node
 from d3etr.launch.sweeps import resource_timeout
@@ -20,7 +21,6 @@ from d3etr.launch.sweeps.history import curves
 from d3etr.launch.sweeps.resource_timeout import ResourceTimeout
 from d3etr.launch.sweeps.search import Limited, Planned, Pruning, searcher
 from d3etr.launch.sweeps.trainable import limited
-from d3etr.training.journal import Journal
 
 RATE = "optimisation.learning_rate"
 

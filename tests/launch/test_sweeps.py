@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from sweep_runs import RATE, MakePlan, run, steps
 
 from d3etr.config.load import load_config
+from d3etr.engine.journal import read_journal
 from d3etr.errors import UserError
 from d3etr.launch.sweeps.driver import SweepResult, run_sweep
 from d3etr.launch.sweeps.results import TrialResult
-from d3etr.training.journal import read_journal
 
 pytestmark = pytest.mark.slow
 

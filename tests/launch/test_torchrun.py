@@ -10,10 +10,10 @@ import pytest
 from d3etr.config.load import to_yaml
 from d3etr.config.tree import Config
 from d3etr.engine.find_run import folder_of
+from d3etr.engine.journal import read_journal
 from d3etr.errors import UserError
 from d3etr.launch.api import launch
 from d3etr.launch.ray_environment import package_environment
-from d3etr.training.journal import read_journal
 
 MakeConfig = Callable[..., Config]
 

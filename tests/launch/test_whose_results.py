@@ -15,11 +15,11 @@ from d3etr.config.sweep import load_sweep
 from d3etr.config.tree import Config
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.engine.find_run import folder_of
+from d3etr.engine.journal import read_journal
 from d3etr.errors import UserError
 from d3etr.launch.api import launch
 from d3etr.launch.driver import RunResult
 from d3etr.launch.sweeps.plan import make_plan
-from d3etr.training.journal import read_journal
 
 STEPS = 6
 
@@ -162,8 +162,8 @@ def test_unchanged_data_are_not_read_for_a_finished_run(
     def read(*arguments: object, **named: object) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr("d3etr.training.results.parse_split", read)
-    monkeypatch.setattr("d3etr.training.results.file_content", read)
+    monkeypatch.setattr("d3etr.engine.results.parse_split", read)
+    monkeypatch.setattr("d3etr.engine.results.file_content", read)
     assert not start(project).trained
 
 

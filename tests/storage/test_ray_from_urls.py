@@ -17,9 +17,9 @@ from tiny_recipe import tiny_recipe
 from d3etr.config.data import DataConfig, DigitScenesConfig, PreprocessingConfig
 from d3etr.config.load import load_config
 from d3etr.data.digit_scenes import write_digit_scenes
+from d3etr.engine.journal import read_journal
 from d3etr.launch.api import launch
 from d3etr.launch.ray_environment import package_environment
-from d3etr.training.journal import read_journal
 
 pytestmark = pytest.mark.slow
 

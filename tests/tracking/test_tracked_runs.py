@@ -14,11 +14,11 @@ import pytest
 from tracked_folders import client_of, journal_records, run_of, write_journal
 
 from d3etr.config.tree import Config
+from d3etr.engine.journal import Journal
 from d3etr.errors import UserError
 from d3etr.tracking.description import teacher_tags
 from d3etr.tracking.runs import open_tracker, replay
 from d3etr.tracking.state import read_state
-from d3etr.training.journal import Journal
 
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[..., Path]

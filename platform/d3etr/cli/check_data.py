@@ -41,7 +41,7 @@ def _run(options: Namespace) -> int:
     from d3etr.data.checks import check_data
     from d3etr.data.judgement import Judgement
     from d3etr.data.splits import Keys
-    from d3etr.training.beginning import judge_recipe
+    from d3etr.engine.preflight import judge_recipe
 
     config = _config(options)
 

@@ -87,9 +87,9 @@ def _measure(options: Namespace) -> dict[str, Any]:
     from d3etr.config.data import DataConfig
     from d3etr.config.training import EvaluationConfig
     from d3etr.data.splits import Keys, read_split
+    from d3etr.engine.distributed import SingleProcess
     from d3etr.evaluation.evaluator import Evaluator
     from d3etr.inference import load
-    from d3etr.training.context import SingleProcess
 
     predictor = load(options.weights, options.device)
     place = _place(options)

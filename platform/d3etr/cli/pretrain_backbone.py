@@ -22,8 +22,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> int:
     from d3etr.config.load import load_config
+    from d3etr.engine.pretraining import pretrain_backbone
     from d3etr.inference import usable_device
-    from d3etr.training.pretraining import pretrain_backbone
 
     config = load_config(options.recipe, options.overrides)
     with progress_bar() as progress:

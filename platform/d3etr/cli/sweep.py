@@ -124,8 +124,8 @@ def _dry_run(plan: Plan, as_json: bool) -> int:
 
 def _problems(plan: Plan) -> dict[int, str]:
     """Place of each planned trial that could not begin -> why; of a joined cluster, nothing."""
+    from d3etr.engine.preflight import SplitReader, judge_beginning
     from d3etr.launch.ray_environment import joined_address
-    from d3etr.training.beginning import SplitReader, judge_beginning
 
     found, read = dict[int, str](), SplitReader()
     for i, trial in enumerate(plan.trials):

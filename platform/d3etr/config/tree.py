@@ -24,7 +24,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     data: DataConfig
     teacher: TeacherConfig | None = None
-    student: StudentConfig = StudentConfig()
+    student: StudentConfig = Field(default_factory=StudentConfig)
     distillation: AnyMethod = Field(default_factory=method_config)
     optimisation: OptimisationConfig
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -15,11 +15,11 @@ from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.demo.shipped import measure_shipped
 from d3etr.detectors.weights import file_digest
 from d3etr.engine.find_run import folder_of
+from d3etr.engine.pretraining import pretrain_backbone
 from d3etr.errors import UserError
 from d3etr.launch.api import LauncherName, launch
 from d3etr.launch.driver import RunResult
 from d3etr.progress import OnProgress, no_progress
-from d3etr.training.pretraining import pretrain_backbone
 
 TEACHER_WEIGHTS = Path("weights", "digits-teacher.safetensors")
 

@@ -10,14 +10,14 @@ from d3etr.config.tree import Config
 from d3etr.data.splits import DetectionSplit
 from d3etr.detectors.build import count_parameters
 from d3etr.detectors.weights import WeightsInfo, load_weights
+from d3etr.engine.build import open_splits
+from d3etr.engine.distributed import TrainContext
+from d3etr.engine.journal import Journal
 from d3etr.engine.run_folder import RunFolder, numbers
+from d3etr.engine.teacher import check_same_classes
 from d3etr.errors import UserError
 from d3etr.evaluation.evaluator import Evaluation, Evaluator
 from d3etr.files import atomic_write, clear_disk_errors
-from d3etr.training.assembly import open_splits
-from d3etr.training.context import TrainContext
-from d3etr.training.journal import Journal
-from d3etr.training.teacher import check_same_classes
 
 
 def measure_shipped(

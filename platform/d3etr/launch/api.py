@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 from d3etr.config.arguments import require_choice
 from d3etr.config.tree import Config
 from d3etr.engine.find_run import folder_of
+from d3etr.engine.preflight import judge_beginning
+from d3etr.engine.provenance import ensure_inputs_answer
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.driver import Launcher, OpenTracker, RunResult, Status, Tracker, drive
@@ -23,11 +25,9 @@ from d3etr.launch.task import Task, train
 from d3etr.progress import OnProgress, no_progress
 from d3etr.text import bare_url
 from d3etr.tracking.state import read_state
-from d3etr.training.beginning import judge_beginning
-from d3etr.training.provenance import ensure_inputs_answer
 
 if TYPE_CHECKING:
-    from d3etr.training.hooks import Hook
+    from d3etr.engine.hooks import Hook
 
 LauncherName = Literal["ray", "local", "torchrun"]
 LAUNCHERS: tuple[LauncherName, ...] = ("ray", "local", "torchrun")

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 from d3etr.config.tree import Config
 from d3etr.engine.find_run import absolute_paths, ensure_same_recipe, prepare
+from d3etr.engine.results import Inputs
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import RunFailedError as RunFailedError
 from d3etr.errors import UserError
@@ -23,7 +24,6 @@ from d3etr.launch.progress_reporter import Display
 from d3etr.launch.signals import terminable
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress
-from d3etr.training.results import Inputs
 
 logger = get_logger(__name__)
 

@@ -10,8 +10,8 @@ import threading
 from pathlib import Path
 from typing import Protocol
 
+from d3etr.engine.journal import JournalReader, Record, follow_journal
 from d3etr.logs import get_logger
-from d3etr.training.journal import JournalReader, Record, follow_journal
 
 logger = get_logger(__name__)
 

@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 
+from d3etr.engine.distributed import SingleProcess, TrainContext
 from d3etr.launch.driver import Launch
 from d3etr.launch.resources import threads_for
 from d3etr.launch.task import Task, train
 from d3etr.logs import get_logger
-from d3etr.training.context import SingleProcess, TrainContext
 
 logger = get_logger(__name__)
 

@@ -19,10 +19,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from d3etr.engine.journal import Record
 from d3etr.logs import get_logger
 from d3etr.progress import counted, duration
 from d3etr.text import LINES, printable, styled
-from d3etr.training.journal import Record
 
 logger = get_logger(__name__)
 

@@ -13,7 +13,7 @@ from d3etr.launch.api import LauncherName, launch
 from d3etr.launch.driver import RunResult
 
 if TYPE_CHECKING:
-    from d3etr.training.hooks import Hook
+    from d3etr.engine.hooks import Hook
 
 
 def train(
@@ -30,7 +30,7 @@ def train(
         recipe: a YAML file, or the name of a shipped recipe, such as ``digits/d3etr``.
         launcher: ``ray`` (Ray Train) or ``local`` (this process).
         quiet: show no progress.
-        hooks: objects of ``d3etr.training.hooks.Hook``, told of steps, evaluations and the end.
+        hooks: objects of ``d3etr.engine.hooks.Hook``, told of steps, evaluations and the end.
         **overrides: sections of the configuration, such as ``optimisation={"epochs": 12}`` or
             ``**{"data.workers": 2}``; they win over the recipe.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import ray.train
 import ray.train.torch
 
+from d3etr.engine.distributed import COLLECTIVE_TIMEOUT_SECONDS
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch.control_files import ControlFiles, Reason
@@ -28,7 +29,6 @@ from d3etr.launch.ray_failures import ended, translate
 from d3etr.launch.ray_worker import Assignment, work
 from d3etr.launch.resources import Demand, demand_of, describe, ensure_room
 from d3etr.launch.task import Task, train
-from d3etr.training.context import COLLECTIVE_TIMEOUT_SECONDS
 
 RESULT_SECONDS = 30.0
 """Once the run's result is there, Ray gets so long to end; it ends a driver without a head after

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from d3etr.config.tree import Config
+from d3etr.engine.distributed import ProcessGroup
+from d3etr.engine.journal import Journal
 from d3etr.engine.run_folder import CHECKPOINT_PREFIX, RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.control_files import ControlFiles, Reason, as_text
@@ -21,8 +23,6 @@ from d3etr.launch.lock import read_owner
 from d3etr.launch.resources import threads_for
 from d3etr.launch.task import Task
 from d3etr.launch.worker_watchdog import WorkerWatchdog
-from d3etr.training.context import ProcessGroup
-from d3etr.training.journal import Journal
 
 ECHO_SECONDS = 3.0
 """A peer's mistake breaks collective operations here; its reason is there within this time."""

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from d3etr.config.tree import Config
+from d3etr.engine.distributed import TrainContext
 from d3etr.launch.limits import clear_limits
-from d3etr.training.context import TrainContext
 
 if TYPE_CHECKING:
-    from d3etr.training.hooks import Hook
+    from d3etr.engine.hooks import Hook
 
 
 class Task(Protocol):
@@ -27,7 +27,7 @@ def train(
 ) -> dict[str, float]:
     """The task of every real run; ``hooks`` are people's own code."""
     # Imported by the worker: the driver of a cluster needs no data or model code.
-    from d3etr.training.run import run_training
+    from d3etr.engine.run import run_training
 
     with clear_limits():
         return run_training(config, run_dir, context, hooks)

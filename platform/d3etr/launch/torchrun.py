@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from d3etr.config.tree import Config
+from d3etr.engine.distributed import Torchrun
 from d3etr.engine.find_run import absolute_paths
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
@@ -17,7 +18,6 @@ from d3etr.launch.driver import Launch
 from d3etr.launch.resources import threads_for
 from d3etr.launch.task import Task, train
 from d3etr.logs import get_logger
-from d3etr.training.context import Torchrun
 
 logger = get_logger(__name__)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from d3etr.config.load import load_config
 from d3etr.config.tree import Config
+from d3etr.engine.journal import read_journal
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
@@ -18,7 +19,6 @@ from d3etr.tracking.results import Results
 from d3etr.tracking.sender import Sender
 from d3etr.tracking.server import first_line
 from d3etr.tracking.state import read_state
-from d3etr.training.journal import read_journal
 
 logger = get_logger(__name__)
 

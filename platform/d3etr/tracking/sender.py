@@ -10,10 +10,10 @@ from pathlib import Path
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
+from d3etr.engine.journal import JournalReader, read_journal
 from d3etr.logs import get_logger
 from d3etr.tracking.metrics import Point, metric_points
 from d3etr.tracking.server import first_line, patience
-from d3etr.training.journal import JournalReader, read_journal
 
 logger = get_logger(__name__)
 

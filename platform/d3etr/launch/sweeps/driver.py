@@ -12,6 +12,8 @@ from ray import tune
 
 from d3etr.config.sweep import SweepConfig
 from d3etr.engine.find_run import folder_of
+from d3etr.engine.provenance import ensure_inputs_answer
+from d3etr.engine.results import Inputs
 from d3etr.engine.run_folder import RunFolder, is_number
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch.lock import RunLock
@@ -32,8 +34,6 @@ from d3etr.launch.sweeps.trials import Trial
 from d3etr.launch.sweeps.tuner import TUNE_SETTINGS, fit
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress
-from d3etr.training.provenance import ensure_inputs_answer
-from d3etr.training.results import Inputs
 
 logger = get_logger(__name__)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ray import tune
 
+from d3etr.engine.journal import read_journal
 from d3etr.engine.run_folder import RunFolder
-from d3etr.training.journal import read_journal
 
 Curve = list[tuple[int, float]]
 """Epochs and mAP."""

@@ -24,12 +24,12 @@ from d3etr.engine.find_run import (
     folder_of,
     holds,
 )
+from d3etr.engine.results import Inputs
 from d3etr.engine.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.sweeps.trials import Trial, planned_trials, random_points
 from d3etr.logs import get_logger
 from d3etr.tracking.address import embedded_uri
-from d3etr.training.results import Inputs
 
 logger = get_logger(__name__)
 

@@ -15,7 +15,10 @@ from typing import Any
 from ray import tune
 
 from d3etr.config.tree import Config
+from d3etr.engine.checkpoints import CheckpointStore
+from d3etr.engine.distributed import SingleProcess
 from d3etr.engine.find_run import folder_of
+from d3etr.engine.journal import Record, read_journal
 from d3etr.engine.run_folder import RunFolder, is_number
 from d3etr.errors import UserError
 from d3etr.files import atomic_write, link_or_copy, read_json, write_text
@@ -26,9 +29,6 @@ from d3etr.launch.progress_reporter import NullDisplay
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.trial_ids import number_in
 from d3etr.launch.sweeps.trials import Trial
-from d3etr.training.checkpoints import CheckpointStore
-from d3etr.training.context import SingleProcess
-from d3etr.training.journal import Record, read_journal
 
 LOCK_SECONDS = 60.0
 """After a driver's death its trials go on for some seconds and hold their folders."""

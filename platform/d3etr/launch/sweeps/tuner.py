@@ -16,6 +16,7 @@ from ray.tune.search.search_generator import SearchGenerator
 from ray.tune.utils.util import _load_newest_checkpoint
 
 from d3etr.config.sweep import SweepConfig
+from d3etr.engine.results import Inputs
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.resources import Demand
@@ -27,7 +28,6 @@ from d3etr.launch.sweeps.trainable import failure_file, run_trial
 from d3etr.launch.sweeps.trial_ids import make_trial_folder, number_in
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress
-from d3etr.training.results import Inputs
 
 logger = get_logger(__name__)
 

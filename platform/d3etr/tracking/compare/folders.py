@@ -10,14 +10,14 @@ from typing import Any
 from d3etr.config.load import config_digest, load_config
 from d3etr.config.tree import Config
 from d3etr.engine.find_run import with_prefix
+from d3etr.engine.journal import read_journal
+from d3etr.engine.results import INPUTS_KEY
 from d3etr.engine.run_folder import CONFIG_FILE, RunFolder
 from d3etr.errors import UserError
 from d3etr.files import read_json
 from d3etr.logs import get_logger
 from d3etr.tracking.description import params, run_name, title
 from d3etr.tracking.state import read_state
-from d3etr.training.journal import read_journal
-from d3etr.training.results import INPUTS_KEY
 
 logger = get_logger(__name__)
 

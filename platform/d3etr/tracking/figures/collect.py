@@ -15,6 +15,8 @@ from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import load_weights
+from d3etr.engine.distributed import SingleProcess
+from d3etr.engine.journal import Record, read_journal
 from d3etr.engine.run_folder import RunFolder
 from d3etr.evaluation.evaluator import Evaluator
 from d3etr.fonts import readable_names
@@ -38,8 +40,6 @@ from d3etr.tracking.figures.look import (
     truth_of,
 )
 from d3etr.tracking.figures.style import DETECTORS, PLAIN, TEACHER, Array, save
-from d3etr.training.context import SingleProcess
-from d3etr.training.journal import Record, read_journal
 
 logger = get_logger(__name__)
 

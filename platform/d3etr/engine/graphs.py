@@ -1,0 +1,222 @@
+"""CUDA graphs: what a GPU does in a step is recorded once for each shape of batch, then replayed.
+
+A step of DETR is thousands of small kernels, which many a host launches more slowly than a GPU
+runs them. Replaying takes one launch. So that shapes recur, batches are padded to multiples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from d3etr.config.training import Precision
+from d3etr.distiller import Distiller
+from d3etr.engine.optimiser import autocast
+from d3etr.kernels.availability import runs_kernels
+from d3etr.structures import ImageBatch, Targets
+
+SIDES = 64
+"""Heights and widths of recorded batches are multiples of this, pixels."""
+OBJECTS = 16
+"""Slots for the objects of an image are multiples of this."""
+MOST_GRAPHS = 64
+"""Shapes beyond these are not recorded: each takes seconds and some memory."""
+_WARM_UPS = 2
+"""Passes before recording: kernels are chosen and built in the first."""
+
+Pass = Callable[[ImageBatch, Targets, Tensor], dict[str, Tensor]]
+"""Takes a batch and a factor, leaves gradients, returns named losses outside the graph."""
+
+
+def unsupported_reason(distiller: Distiller, device: torch.device) -> str | None:
+    """What in a step takes the host, in words; None where nothing does."""
+    if not runs_kernels(device):
+        return "it needs a GPU, and Triton"
+    if distiller.method.draws_in_steps:
+        return "general points are drawn by the host"
+    from d3etr.kernels.assignment import LARGEST_SIDE
+
+    if distiller.student.config.queries_need_images:
+        return "the proposals of a two-stage student are matched by the host"
+    detectors = [part for part in (distiller.student, distiller.teacher) if part is not None]
+    most = max(detector.config.queries for detector in detectors)
+    if most > LARGEST_SIDE:
+        return f"{most:,} queries are matched by the host (at most {LARGEST_SIDE:,} by the GPU)"
+    return None
+
+
+def whole_pass(
+    distiller: Distiller, device: torch.device, teacher_precision: Precision, precision: Precision
+) -> Pass:
+    """What is recorded of a step: the teacher's pass beside the student's, losses, the way back.
+
+    Args:
+        distiller: on the device; it draws no general points.
+        device: a GPU.
+        teacher_precision: of the teacher's pass.
+        precision: of the student's.
+    """
+
+    def run(images: ImageBatch, targets: Targets, factor: Tensor) -> dict[str, Tensor]:
+        current = torch.cuda.current_stream(device)
+        side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side_stream.wait_stream(current)
+        with torch.cuda.stream(side_stream), autocast(teacher_precision, device):
+            teacher = distiller.run_teacher(images)
+            sums = distiller.normalisers(targets, teacher)
+        if teacher is None:
+            current.wait_stream(side_stream)
+        else:
+            teacher = replace(teacher, stream=side_stream)
+        pairing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with autocast(precision, device):
+            losses = distiller(images, targets, teacher, sums, factor, side_stream=pairing)
+        # Not of their sum, which would have to wait for the last of them.
+        torch.autograd.backward([loss for loss in losses.values() if loss.requires_grad])
+        current.wait_stream(pairing)
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    return run
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """One graph with the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    images: ImageBatch
+    targets: Targets
+    losses: dict[str, Tensor]
+
+
+class StepGraphs:
+    """Forward and backward passes as graphs.
+
+    All graphs work in the same memory, one after the other, and leave gradients at the same place.
+
+    Args:
+        run: what is recorded; nothing in it may depend on values that the host would have to read.
+        parameters: what is trained.
+        device: a GPU.
+    """
+
+    def __init__(self, run: Pass, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        self._run, self._parameters, self._device = run, parameters, device
+        self._graphs: dict[tuple[object, ...], _Recorded] = {}
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._factor = torch.ones((), device=device)
+
+    def __call__(
+        self, images: ImageBatch, targets: Targets, factor: float, seed: Callable[[], None]
+    ) -> dict[str, Tensor]:
+        """Do what ``run`` does, to a padded batch.
+
+        Args:
+            images: on the device.
+            targets: on the device.
+            factor: a number that changes from step to step.
+            seed: sets the random generators; called right before the pass.
+
+        Returns:
+            Losses, to be read before the next call; gradients are in the parameters.
+        """
+        images, targets = padded(images, targets)
+        self._factor.fill_(factor)
+        key = _shapes(images, targets)
+        if key not in self._graphs and len(self._graphs) == MOST_GRAPHS:
+            seed()
+            return self._pass(images, targets)
+        if key not in self._graphs:
+            self._graphs[key] = self._record(images, targets)
+        recorded = self._graphs[key]
+        _copy(images, targets, recorded)
+        seed()
+        recorded.graph.replay()
+        self._hand_over()
+        return recorded.losses
+
+    def _record(self, images: ImageBatch, targets: Targets) -> _Recorded:
+        images, targets = _clones(images, targets)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UPS):
+                self._pass(images, targets)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            losses = self._pass(images, targets)
+        return _Recorded(graph, images, targets, losses)
+
+    def _pass(self, images: ImageBatch, targets: Targets) -> dict[str, Tensor]:
+        """One pass that leaves gradients where all graphs leave them."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        losses = self._run(images, targets, self._factor)
+        found = {p: p.grad for p in self._parameters if p.grad is not None}
+        if not self._gradients:
+            self._gradients = {p: torch.empty_like(gradient) for p, gradient in found.items()}
+        if found.keys() != self._gradients.keys():
+            raise ValueError("which parameters have gradients depends on the batch")
+        torch._foreach_copy_(list(self._gradients.values()), list(found.values()))
+        self._hand_over()
+        return losses
+
+    def _hand_over(self) -> None:
+        for parameter, gradient in self._gradients.items():
+            parameter.grad = gradient
+
+
+def padded(images: ImageBatch, targets: Targets) -> tuple[ImageBatch, Targets]:
+    """A batch in the next larger recorded shape; the same objects where that changes nothing.
+
+    Args:
+        images: B images.
+        targets: with T slots for the objects of each.
+    """
+    height, width = images.pixels.shape[-2:]
+    right, below = -width % SIDES, -height % SIDES
+    if right or below:
+        padding = images.padding
+        if padding is None:
+            padding = torch.zeros_like(images.pixels[:, 0], dtype=torch.bool)
+        images = ImageBatch(
+            functional.pad(images.pixels, (0, right, 0, below)),
+            functional.pad(padding, (0, right, 0, below), value=True),
+        )
+    slots = targets.labels.shape[1]
+    unused = max(-slots % OBJECTS, OBJECTS - slots)
+    if unused:
+        targets = replace(
+            targets,
+            labels=functional.pad(targets.labels, (0, unused)),
+            boxes_cxcywh=functional.pad(targets.boxes_cxcywh, (0, 0, 0, unused)),
+        )
+    return images, targets
+
+
+def _shapes(images: ImageBatch, targets: Targets) -> tuple[object, ...]:
+    return images.pixels.shape, images.padding is None, targets.labels.shape
+
+
+def _clones(images: ImageBatch, targets: Targets) -> tuple[ImageBatch, Targets]:
+    padding = images.padding
+    copied = ImageBatch(images.pixels.clone(), None if padding is None else padding.clone())
+    boxes, objects = targets.boxes_cxcywh.clone(), targets.num_objects.clone()
+    labels = targets.labels.clone()
+    return copied, replace(targets, labels=labels, boxes_cxcywh=boxes, num_objects=objects)
+
+
+def _copy(images: ImageBatch, targets: Targets, recorded: _Recorded) -> None:
+    """Put a batch where a graph reads it."""
+    recorded.images.pixels.copy_(images.pixels)
+    if images.padding is not None and recorded.images.padding is not None:
+        recorded.images.padding.copy_(images.padding)
+    recorded.targets.labels.copy_(targets.labels)
+    recorded.targets.boxes_cxcywh.copy_(targets.boxes_cxcywh)
+    recorded.targets.num_objects.copy_(targets.num_objects)

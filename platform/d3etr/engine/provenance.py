@@ -1,0 +1,173 @@
+"""What a run begins with, by content: results belong to these files and to no others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from d3etr.config.data import SplitConfig
+from d3etr.config.location import Url
+from d3etr.config.tree import Config
+from d3etr.data.splits import DetectionSplit
+from d3etr.detectors.weights import file_digest
+from d3etr.engine.distributed import TrainContext
+from d3etr.errors import UserError
+from d3etr.storage.fetch import fetch_file
+from d3etr.storage.images import LocalFolder, RemoteFolder
+from d3etr.storage.problems import MissingFileError
+from d3etr.storage.remote import ensure_reachable
+
+HASHED_BYTES = 256 * 2**20
+"""Images of a split that together have at most so many bytes are compared byte by byte."""
+
+
+def weight_digests(config: Config) -> dict[str, str]:
+    """SHA-256 of the weights files that a run begins with and that are there, by key.
+
+    Raises:
+        UserError: a storage does not answer, or refuses.
+    """
+    found = {key: file_content(file) for key, file in weights_of(config).items()}
+    return {key: digest for key, digest in found.items() if digest is not None}
+
+
+def data_digests(split: DetectionSplit) -> dict[str, str]:
+    """What a split holds, by what error texts call it: annotations with names, and images."""
+    images = _images_digest(split)
+    found = {data_key(split.name): split.digest}
+    return found if images is None else found | {data_key(split.name, "images"): images}
+
+
+def data_key(split: str, what: str = "data") -> str:
+    """What digests and error texts call a split's annotations, or its images."""
+    return f"the {'training' if split == 'train' else split} {what}"
+
+
+def _images_digest(split: DetectionSplit) -> str | None:
+    """Of the images' content; None where they are elsewhere.
+
+    More than ``HASHED_BYTES`` on this machine count by their names and sizes only.
+    """
+    names, images = sorted({record.file_name for record in split.records}), split.images
+    if isinstance(images, RemoteFolder) and images.copies:
+        contents = [images.copies[name].digest for name in names]
+    elif not isinstance(images, LocalFolder):
+        return None
+    elif sum(images.size(name) or 0 for name in names) > HASHED_BYTES:
+        return split.digest
+    else:
+        contents = [file_content(images.path(name)) or "" for name in names]
+    return hashlib.sha256("\n".join(contents).encode()).hexdigest()
+
+
+def remote_files(config: Config) -> dict[str, Url]:
+    """The URLs of single files that a run reads, by key."""
+    places = {f"data.{name}.annotations": split.annotations for name, split in splits_of(config)}
+    places |= weights_of(config)
+    return {key: place for key, place in places.items() if isinstance(place, Url)}
+
+
+def remote_folders(config: Config) -> dict[str, Url]:
+    """The URLs of image folders that a run reads, by key."""
+    places = {f"data.{name}.images": split.images for name, split in splits_of(config)}
+    return {key: place for key, place in places.items() if isinstance(place, Url)}
+
+
+def file_content(file: Url | Path) -> str | None:
+    """SHA-256 of a file, wherever it is; None if it is gone.
+
+    Raises:
+        UserError: a storage does not answer, or refuses.
+    """
+    if isinstance(file, Path):
+        return file_digest(file) if file.is_file() else None
+    try:
+        return fetch_file(file).digest
+    except MissingFileError:
+        return None
+
+
+def ensure_inputs_answer(configs: Iterable[Config]) -> None:
+    """Make sure, within seconds, that storage has what runs read; nothing is fetched.
+
+    Raises:
+        UserError: naming every URL that is not there or does not answer.
+    """
+    files, folders = set[tuple[str, Url]](), set[tuple[str, Url]]()
+    for config in configs:
+        files.update(remote_files(config).items())
+        folders.update(remote_folders(config).items())
+    ensure_reachable(files, folders)
+
+
+def splits_of(config: Config) -> list[tuple[str, SplitConfig]]:
+    """The splits that a run reads from places that the configuration names."""
+    data = config.data
+    splits = {"train": data.train, "validation": data.validation}
+    if config.evaluation.test:
+        splits["test"] = data.test
+    return [(name, split) for name, split in splits.items() if split is not None]
+
+
+def weights_of(config: Config) -> dict[str, Url | Path]:
+    """The weights files that a run begins with, by key."""
+    start = config.student.initialise_from
+    files = {
+        "student.backbone_weights": config.student.backbone_weights,
+        "student.initialise_from.weights": None if start is None else start.weights,
+        "teacher.weights": None if config.teacher is None else config.teacher.weights,
+    }
+    return {key: file for key, file in files.items() if isinstance(file, Url | Path)}
+
+
+def ensure_same_inputs(before: Mapping[str, str], now: Mapping[str, str], run_dir: Path) -> None:
+    """Refuse to go on with a run, or to take its result, with other files.
+
+    Args:
+        before: digests that the run began with, by name.
+        now: those of today; names that were not recorded then say nothing.
+        run_dir: the run's folder.
+
+    Raises:
+        UserError: naming what changed.
+    """
+    changed = sorted(name for name in before if before[name] != now.get(name))
+    if changed:
+        verb = "is" if len(changed) == 1 and not changed[0].endswith("images") else "are"
+        raise UserError(
+            f"{' and '.join(changed)} {verb} not what the run in {run_dir} began with: its "
+            "results would belong to neither. Put the old files back, or give the run another "
+            "name (run.name; a sweep: name) to start anew"
+        )
+
+
+def ensure_same_everywhere(digests: Mapping[str, str], context: TrainContext) -> None:
+    """Make sure that all workers read the same files: paths and caches are each machine's own.
+
+    Args:
+        digests: SHA-256 by name, hex, of what this worker reads; all workers have these names.
+        context: the workers.
+
+    Raises:
+        UserError: at rank 0, naming what differs.
+    """
+    names = sorted(digests)
+    # 15 hex digits fit into an int64.
+    ours = torch.tensor([[int(digests[name][:15], 16) for name in names]], device=context.device)
+    every = context.gather(ours)
+    if every is None:
+        return
+    differ = [
+        name
+        for name, column in zip(names, torch.cat(every).T, strict=True)
+        if column.unique().numel() > 1
+    ]
+    if differ:
+        raise UserError(
+            f"workers on different machines do not read the same files: {' and '.join(differ)} "
+            "differ. A path must lead to the same content on every machine; what a URL names "
+            "may have changed while machines fetched it: start the run again"
+        )

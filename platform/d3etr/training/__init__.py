@@ -1,1 +1,0 @@
-"""The training loop and what surrounds it; knows neither Ray nor MLflow."""

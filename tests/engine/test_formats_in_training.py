@@ -1,0 +1,53 @@
+"""The same scenes train and measure alike, whatever format they are written in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from format_writers import WRITERS
+from safetensors.torch import load_file
+from tiny_runs import MakeConfig, assert_identical, losses, records
+
+from d3etr.config.data import DataConfig
+from d3etr.data.splits import configured_splits
+from d3etr.engine.distributed import SingleProcess
+from d3etr.engine.results import Inputs
+from d3etr.engine.run import run_training
+
+
+@pytest.fixture(scope="module")
+def splits(scenes: DataConfig) -> DataConfig:
+    """The tiny scenes as COCO files that the configuration names."""
+    return scenes.model_copy(update={"digit_scenes": None, **configured_splits(scenes)})
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_losses_and_map_do_not_depend_on_the_format(
+    make_config: MakeConfig, splits: DataConfig, tmp_path: Path, name: str
+) -> None:
+    written = WRITERS[name](configured_splits(splits), tmp_path / "data")
+    for folder, data in (("coco", splits), (name, splits.model_copy(update=written))):
+        config = make_config().model_copy(update={"data": data})
+        run_training(config, tmp_path / folder, SingleProcess(torch.device("cpu")))
+    assert len(losses(tmp_path / name)) == 12
+    for kind in ("step", "teacher", "evaluation"):
+        assert records(tmp_path / name, kind) == records(tmp_path / "coco", kind)
+    weights = [load_file(tmp_path / run / "weights.safetensors") for run in (name, "coco")]
+    assert_identical(*weights)
+
+
+def test_changed_labels_are_noticed_by_what_the_file_system_says(
+    make_config: MakeConfig, splits: DataConfig, tmp_path: Path
+) -> None:
+    """Whether a finished run's result is still that of its files is asked without reading them."""
+    written = WRITERS["yolo"](configured_splits(splits), tmp_path)
+    config = make_config().model_copy(update={"data": splits.model_copy(update=written)})
+    before = Inputs().stamps(config)
+    assert {"data.train", "data.validation"} <= before.keys()
+    assert Inputs().stamps(config) == before
+    label = next((tmp_path / "labels" / "train").iterdir())
+    label.write_text(label.read_text() + "\n")
+    after = Inputs().stamps(config)
+    assert {key for key in before if after[key] != before[key]} == {"data.train"}

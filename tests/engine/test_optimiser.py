@@ -1,0 +1,114 @@
+import copy
+import logging
+
+import pytest
+import torch
+from tiny import tiny_detector_config
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from d3etr.config.training import OptimisationConfig
+from d3etr.detectors.build import build_detector
+from d3etr.engine.optimiser import (
+    build_optimiser,
+    clip_gradients,
+    parameter_groups,
+    restore_optimiser,
+    set_learning_rates,
+)
+
+
+def detector() -> nn.Module:
+    module = nn.Module()
+    module.backbone = nn.Linear(3, 2)
+    module.head = nn.Linear(2, 1)
+    return module
+
+
+def optimisation(**settings: float) -> OptimisationConfig:
+    rates = {"learning_rate": 0.1, "backbone_rate_factor": 0.1}
+    return OptimisationConfig(steps=1, **(rates | settings))
+
+
+def test_backbone_and_rest_have_their_own_rates() -> None:
+    module = detector()
+    rest, backbone = parameter_groups(module, module.backbone, optimisation())
+    assert (rest["lr"], backbone["lr"]) == pytest.approx((0.1, 0.01))
+    assert {id(p) for p in backbone["params"]} == {id(p) for p in module.backbone.parameters()}
+    assert {id(p) for p in rest["params"]} == {id(p) for p in module.head.parameters()}
+
+
+def test_what_says_where_to_sample_may_have_a_third_rate() -> None:
+    config = tiny_detector_config(name="deformable_detr", width=32, levels=2, points=2)
+    detector = build_detector(config, 3)
+    rates = optimisation(sampling_rate_factor=0.01)
+    *_, sampling = parameter_groups(
+        detector, detector.backbone, rates, detector.config.sampling_parts
+    )
+    names = {id(p): name for name, p in detector.named_parameters()}
+    found = {names[id(p)].rsplit(".", 1)[0] for p in sampling["params"]}
+    assert sampling["lr"] == pytest.approx(0.001)
+    assert found == {
+        "encoder.layers.0.attention.offsets",
+        "decoder.layers.0.cross_attention.offsets",
+        "decoder.layers.1.cross_attention.offsets",
+        "reference_head",
+    }
+    assert len(parameter_groups(detector, detector.backbone, optimisation())) == 2
+
+
+def test_a_backbone_rate_of_zero_freezes_the_backbone_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module = detector()
+    with caplog.at_level(logging.INFO):
+        groups = parameter_groups(module, module.backbone, optimisation(backbone_rate_factor=0.0))
+    assert len(groups) == 1
+    assert not any(p.requires_grad for p in module.backbone.parameters())
+    assert "frozen" in caplog.text
+
+
+def test_the_schedule_multiplies_every_groups_own_rate() -> None:
+    module = detector()
+    optimiser = build_optimiser(module, module.backbone, optimisation())
+    set_learning_rates(optimiser, 0.5)
+    set_learning_rates(optimiser, 0.5)  # of the base rate, not of the last one
+    assert [g["lr"] for g in optimiser.param_groups] == pytest.approx([0.05, 0.005])
+
+
+@pytest.mark.parametrize("maximum", [0.5, None])
+def test_clipping_scales_all_gradients_to_the_common_norm(maximum: float | None) -> None:
+    module = detector()
+    optimiser = build_optimiser(module, module.backbone, optimisation())
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    norm = clip_gradients(optimiser, maximum)
+    count = sum(p.numel() for p in module.parameters())
+    after = torch.cat([p.grad.flatten() for p in module.parameters()]).norm()
+    assert float(norm) == pytest.approx(count**0.5)
+    assert float(after) == pytest.approx(maximum or count**0.5, rel=1e-4)
+
+
+def test_moments_that_lie_otherwise_in_memory_are_restored_in_their_place() -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    module = nn.ModuleDict({"backbone": convolution, "head": nn.Linear(2, 2)})
+    config = OptimisationConfig(epochs=1)
+    gradients = [torch.randn_like(p) for p in module.parameters()]
+
+    def step(optimiser: AdamW, of: nn.Module) -> list[Tensor]:
+        for parameter, gradient in zip(of.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimiser.step()
+        return [p.detach().clone() for p in of.parameters()]
+
+    first = build_optimiser(module, convolution, config)
+    step(first, module)
+    twin = copy.deepcopy(module)
+    state = copy.deepcopy(first.state_dict())
+    for moments in state["state"].values():
+        moments.update({name: value.contiguous() for name, value in moments.items()})
+    second = build_optimiser(twin, twin["backbone"], config)
+    restore_optimiser(second, state)
+    for ours, expected in zip(step(second, twin), step(first, module), strict=True):
+        assert torch.equal(ours, expected)
