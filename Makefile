@@ -22,6 +22,7 @@ demo: $(STAMP)
 	@$(RUN) -m d3etr demo --teacher $(TEACHER)
 
 test: $(STAMP)
+	@.ci/chromium
 	@$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 fuzz: $(STAMP)
