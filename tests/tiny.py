@@ -46,6 +46,11 @@ def tiny_detector_config(**changes: Any) -> DetectorConfig:
     return DetectorConfig.parse(settings | changes)
 
 
+def changed(config: DetectorConfig, **changes: Any) -> DetectorConfig:
+    """The same architecture with other values, of the class that a changed ``name`` stands for."""
+    return DetectorConfig.parse(config.model_dump(mode="json") | changes)
+
+
 def save_untrained(path: Path, config: DetectorConfig, data: DataConfig, **info: Any) -> None:
     """Weights file of a detector of the data's classes; ``info`` replaces what it says.
 

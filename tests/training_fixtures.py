@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import changed
 from tiny_runs import DETECTOR, MakeConfig, write_teacher
 
 from d3etr.config.data import AugmentationConfig, DataConfig, DigitScenesConfig, PreprocessingConfig
@@ -62,7 +63,7 @@ def make_config(scenes: DataConfig, teacher_weights: Path) -> MakeConfig:
     ) -> Config:
         settings = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3} | (optimisation or {})
         schedule = ScheduleConfig(kind="cosine", warmup_steps=2)
-        student = StudentConfig(detector=DETECTOR.model_copy(update=detector or {}))
+        student = StudentConfig(detector=changed(DETECTOR, **(detector or {})))
         return Config(
             run=RunConfig(**(run or {})),
             data=scenes,

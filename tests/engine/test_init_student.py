@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from tiny import changed
 from tiny_runs import DETECTOR, MakeConfig, write_teacher
 
 from d3etr.config.detector import InitialiseFromConfig, StudentConfig
@@ -28,7 +29,7 @@ def started(config: Config, weights: Path, *parts: str, **changes: Any) -> Confi
     """The plain run whose student starts from parts of ``weights``."""
     student = StudentConfig.model_validate(
         {
-            "detector": DETECTOR.model_copy(update=changes),
+            "detector": changed(DETECTOR, **changes),
             "initialise_from": {"weights": str(weights), "parts": parts},
         }
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import save_untrained
+from tiny import changed, save_untrained
 from tiny_runs import MakeConfig, assert_same_run, final_state, losses, records, values
 
 from d3etr.config.distillation import MethodConfig
@@ -98,7 +98,7 @@ def test_general_points_of_a_two_stage_teacher_are_those_of_its_images(
     kind = {"name": "deformable_detr", "levels": 2, "points": 2}
     two_stage = kind | {"box_refinement": True, "two_stage": True, "dropout": 0.0}
     base = make_config(detector={"dropout": 0.0})
-    detector = base.student.detector.model_copy(update=two_stage)
+    detector = changed(base.student.detector, **two_stage)
     save_untrained(tmp_path / "teacher.safetensors", detector, base.data)
     distillation = MethodConfig.parse({"method": "kd_detr", "general_points": {"count": 5}})
     for accumulation in (1, 2):
