@@ -180,10 +180,11 @@ def _save(folder: Path, weights: Path, content: Model) -> None:
 
 
 def _pack(package: Path, archive: Path) -> None:
-    """The package as one file, which Python imports as it is."""
+    """The package as one file, which Python imports as it is; without recipes and weights."""
+    left_out = {"__pycache__", "shipped"}
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
         for file in sorted(package.rglob("*")):
-            if file.is_file() and "__pycache__" not in file.parts:
+            if file.is_file() and left_out.isdisjoint(file.relative_to(package).parts):
                 packed.write(file, file.relative_to(package.parent))
 
 
