@@ -12,9 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing is reported to anyone.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# A shell starts what it puts into the background without Ctrl-C, for all that this starts in turn.
+# A shell starts what it puts into the background without Ctrl-C, and nohup without SIGHUP, for all
+# that this starts in turn.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import torch
 
