@@ -13,7 +13,7 @@ TRY = """
 source {script}
 COMP_WORDS=({words})
 COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
-_d3etr 2> /dev/null
+_shtab_d3etr d3etr "${{COMP_WORDS[-1]}}" "${{COMP_WORDS[-2]}}" 2> /dev/null
 printf '%s\\n' "${{COMPREPLY[@]}}"
 """
 

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     # What threads, warnings and libraries write is nobody's to check: nothing gets past these.
     with redirect_stdout(safe(sys.stdout)), redirect_stderr(safe(sys.stderr)):
-        options = _parser().parse_args(arguments)
+        options = build_parser().parse_args(arguments)
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         for handler in logging.getLogger().handlers:
             handler.addFilter(make_plain)
@@ -127,7 +127,8 @@ def _failed(error: Exception) -> int:
     return USER_MISTAKE if isinstance(error, UserError) else FAILED
 
 
-def _parser() -> ArgumentParser:
+def build_parser() -> ArgumentParser:
+    """The parser of all commands."""
     parser = ArgumentParser(
         prog="d3etr",
         description="Knowledge distillation for detection transformers.",

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated
 from urllib.parse import unquote, urlsplit
 
-from pydantic import PlainSerializer, PlainValidator
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from d3etr.config.credentials import refuse_credentials
@@ -108,7 +108,10 @@ def _from_recipe(value: object) -> Url | Path:
 
 
 Location = Annotated[
-    Url | Path, PlainValidator(_from_recipe), PlainSerializer(str, return_type=str)
+    Url | Path,
+    PlainValidator(_from_recipe, json_schema_input_type=str),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "format": "location"}),
 ]
 """A path (relative ones start at the working directory) or a URL, written as text."""
 

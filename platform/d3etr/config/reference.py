@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
@@ -41,6 +40,16 @@ _UNITS = {
     "channels": ("width", "feedforward", "stem_width", "stage_widths"),
     "processes": ("workers", "minimum_workers"),
 }
+_PLAIN = {
+    "boolean": "true or false",
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "path": "path",
+    "location": "path or URL",
+    "null": "null",
+}
+"""JSON schema's types and formats in words."""
 UNITS = {name: unit for unit, names in _UNITS.items() for name in names}
 """Last part of a key -> unit of its values; fractions and counts of what a key names have none."""
 
@@ -140,8 +149,8 @@ def _keys(section: type[BaseModel], prefix: str, default: object) -> Iterator[Ke
         value = field.get_default(call_default_factory=True)
         value = getattr(default, name) if isinstance(default, section) else value
         if inside is None:
-            values, schema = _values_of(field.annotation, field.metadata)
-            yield Key(path, _text(field.description), values, schema, _default(value))
+            schema = _schema_of(field)
+            yield Key(path, _text(field.description), _words(schema), schema, _default(value))
             continue
         description = _text(field.description) or _text(_first_paragraph(inside))
         optional = value is None
@@ -201,68 +210,40 @@ def _text(docstring: str | None) -> str:
     return re.sub(r"\bNone\b", "null", line)
 
 
-def _values_of(annotation: Any, metadata: Sequence[Any]) -> tuple[str, Schema]:
-    """What a type allows, in words and as JSON Schema."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _values_of(arguments[0], [*arguments[1:], *metadata])
-    if origin is Literal:
-        return _choice(arguments), {"enum": list(arguments)}
-    if origin in (Union, types.UnionType):
-        if Url in arguments:
-            return "path or URL", {"type": "string"}
-        parts = [_values_of(part, metadata) for part in arguments]
-        words = ", or ".join(dict.fromkeys(text for text, _ in parts))
-        return words, {"anyOf": [schema for _, schema in parts]}
-    if origin is tuple:
-        inner, schema = _values_of(arguments[0], [])
-        return f"list of: {inner}", {"type": "array", "items": schema} | _lengths(metadata)
-    plain: dict[Any, tuple[str, str]] = {
-        bool: ("true or false", "boolean"),
-        int: ("whole number", "integer"),
-        float: ("number", "number"),
-        str: ("text", "string"),
-        Path: ("path", "string"),
-        types.NoneType: ("null", "null"),
-    }
-    if annotation not in plain:
-        return "anything", {}
-    text, kind = plain[annotation]
-    limits = _limits(metadata) if annotation in (int, float) else {}
-    words = _range(limits)
-    return (f"{text}, {words}" if words else text), {"type": kind} | limits
+def _schema_of(field: FieldInfo) -> Schema:
+    """What a field may be, as JSON schema."""
+    kind: Any = Annotated.__class_getitem__((field.annotation, None, *field.metadata))  # type: ignore[attr-defined]
+    return TypeAdapter(kind).json_schema()
+
+
+def _words(schema: Schema) -> str:
+    """What a JSON schema allows, in words."""
+    if "enum" in schema or "const" in schema:
+        return _choice(schema.get("enum", [schema.get("const")]))
+    if "anyOf" in schema:
+        return ", or ".join(dict.fromkeys(_words(part) for part in schema["anyOf"]))
+    if "items" in schema:
+        return f"list of: {_words(schema['items'])}"
+    kind = schema.get("format") or schema.get("type")
+    text = _PLAIN.get(kind, "anything") if kind else "anything"
+    limits = _range(schema)
+    return f"{text}, {limits}" if limits else text
 
 
 def _choice(names: Sequence[object]) -> str:
     return " or ".join(f"`{name}`" for name in names)
 
 
-def _limits(metadata: Sequence[Any]) -> Schema:
-    """The bounds among a field's metadata, as JSON Schema names them."""
-    names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
-    found: Schema = {}
-    for part in metadata:
-        if isinstance(part, FieldInfo):
-            found |= _limits(part.metadata)
-        found |= {name: getattr(part, key) for key, name in names.items() if hasattr(part, key)}
-    return found
-
-
-def _lengths(metadata: Sequence[Any]) -> Schema:
-    names = {"min_length": "minItems", "max_length": "maxItems"}
-    return {n: getattr(m, k) for m in metadata for k, n in names.items() if hasattr(m, k)}
-
-
-def _range(limits: Schema) -> str:
+def _range(schema: Schema) -> str:
     """Bounds in words; the one that all numbers have is none worth a word."""
-    low, high = limits.get("minimum"), limits.get("maximum")
+    low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None and high is not None and high < MAXIMUM:
         return f"{low:g} to {high:,.10g}"
     words = {"minimum": "at least", "exclusiveMinimum": "above"}
     words |= {"maximum": "at most", "exclusiveMaximum": "below"}
     texts = [
-        f"{words[name]} {limits[name]:,.10g}"
+        f"{words[name]} {schema[name]:,.10g}"
         for name in words
-        if name in limits and limits[name] < MAXIMUM
+        if name in schema and schema[name] < MAXIMUM
     ]
     return " and ".join(texts)

@@ -1,4 +1,4 @@
-"""YAML as a configuration needs it: version 1.2's numbers and booleans, no duplicate keys."""
+"""YAML as a configuration needs it: version 1.2's numbers and booleans, no key twice, no alias."""
 
 import difflib
 import math
@@ -11,12 +11,11 @@ import yaml
 
 from d3etr.config.problems import ConfigError, Problem
 
-MAXIMUM_VALUES = 20_000
-"""Of a document, with aliases replaced."""
 MAXIMUM_DEPTH = 40
 MAXIMUM_BYTES = 500_000
 """Of a file; recipes have a few thousand."""
 MAXIMUM_DIGITS = 30
+_WRITE_OUT = "write the value out, or put what several recipes share into one that they extend"
 _TOO_DEEP = f"is nested deeper than {MAXIMUM_DEPTH} levels"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _TAG = "tag:yaml.org,2002:"
@@ -31,7 +30,6 @@ _SCALARS = (
         "-+.0123456789",
     ),
     ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("merge", r"<<", "<"),
 )
 
 
@@ -58,10 +56,20 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = _resolvers()
     yaml_constructors = _constructors()
 
-    def get_single_node(self) -> yaml.Node | None:
-        node: yaml.Node | None = super().get_single_node()
-        if node is not None:
-            _measure(node, {}, 1)
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise _problem(f"'*{event.anchor}' refers to another place: {_WRITE_OUT}", event)
+        self._depth += 1
+        if self._depth > MAXIMUM_DEPTH:
+            raise _problem(_TOO_DEEP, event)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None and node.tag == f"{_TAG}int" and len(node.value) > MAXIMUM_DIGITS:
+            digits = f"a number of {len(node.value):,} digits"
+            raise _problem(f"found {digits}, expected {MAXIMUM_DIGITS} at most", node)
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
@@ -69,57 +77,14 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key.value, str):
                 continue
-            if key.value in seen and key.value != "<<":
-                raise yaml.MarkedYAMLError(
-                    problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark
-                )
+            if key.value in seen:
+                raise _problem(f"key '{key.value}' is given twice", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], depth: int) -> int:
-    """Number of values in ``node`` once each alias is replaced by what it stands for.
-
-    Args:
-        node: part of a document.
-        known: (values, depth) of every node that was measured; None of those that are being so.
-        depth: of ``node``, counted from the document's root.
-
-    Raises:
-        yaml.MarkedYAMLError: too many, too deep, or a part of itself.
-    """
-    if id(node) not in known:
-        known[id(node)] = None
-        parts = _parts(node)
-        if depth > MAXIMUM_DEPTH:
-            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=node.start_mark)
-        values = 1 + sum(_measure(part, known, depth + 1) for part in parts)
-        known[id(node)] = values, 1 + max((_depth(known, part) for part in parts), default=0)
-    measured = known[id(node)]
-    problem = None
-    if node.tag == f"{_TAG}int" and len(node.value) > MAXIMUM_DIGITS:
-        problem = f"found a number of {len(node.value):,} digits, expected {MAXIMUM_DIGITS} at most"
-    elif measured is None:
-        problem = "an alias stands for something that it is a part of"
-    elif measured[0] > MAXIMUM_VALUES:
-        problem = f"aliases make more than {MAXIMUM_VALUES:,} values of it: write it out"
-    elif depth + measured[1] - 1 > MAXIMUM_DEPTH:
-        problem = _TOO_DEEP
-    if problem is not None:
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-    assert measured is not None
-    return measured[0]
-
-
-def _parts(node: yaml.Node) -> list[yaml.Node]:
-    if isinstance(node, yaml.MappingNode):
-        return [part for pair in node.value for part in pair]
-    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
-
-
-def _depth(known: dict[int, tuple[int, int] | None], node: yaml.Node) -> int:
-    measured = known[id(node)]
-    return 0 if measured is None else measured[1]
+def _problem(text: str, place: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=text, problem_mark=place.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
