@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
-import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,11 +76,3 @@ def test_a_database_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> N
     with files_limited_to(100_000), pytest.raises(UserError, match=r"cannot be used: .*disk"):
         connect(uri_of(database))
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db.lock"]
-
-
-def test_a_half_made_database_of_before_is_named_with_its_remedy(tmp_path: Path) -> None:
-    database = tmp_path / "mlflow.db"
-    with sqlite3.connect(database) as half:
-        half.execute("CREATE TABLE experiments (experiment_id INTEGER)")
-    with pytest.raises(UserError, match=rf"{database} was never finished.*Delete it and run"):
-        connect(uri_of(database))

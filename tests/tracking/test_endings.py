@@ -54,7 +54,7 @@ def fails(*arguments: object, **keywords: object) -> None:
     [
         ("mlflow.tracking.MlflowClient.log_inputs", "data set"),
         ("d3etr.tracking.figures.collect.draw_figures", "figures"),
-        ("d3etr.tracking.results.register", "registered model"),
+        ("d3etr.tracking.runs.register", "registered model"),
     ],
 )
 def test_what_cannot_be_sent_costs_nothing_else_and_is_sent_later(
@@ -112,7 +112,7 @@ def test_a_sweep_is_finished_whatever_of_its_results_cannot_be_sent(
     table.write_text("trial\n")
     (tmp_path / "runs" / "mlartifacts").write_text("no folder can be made here")
     sweep = SweepRun(config, folder, "The matching ratios", {"seeds": "0"})
-    missing = sweep.finish("FINISHED", [], [table], keys=[])
+    missing = sweep.finish("FINISHED", [], [table])
     assert missing is not None and "table.csv" in missing and str(folder) in missing
     run = run_of(config, folder)
     assert run.info.status == "FINISHED" and "table.csv" in run.data.tags["missing"]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.demo.runs import DemoRun
-from d3etr.tracking.address import how_to_open
+from d3etr.tracking.address import how_to_open, runs_page
 from d3etr.tracking.compare import compare
 from d3etr.tracking.compare.equal_time import CLOCKS, at_equal_time, clock_of
 from d3etr.tracking.compare.tables import RESULT_HEADINGS, duration, result_cells
@@ -98,11 +98,9 @@ def _mlflow_commands(runs: list[DemoRun], python: str) -> list[str]:
     states = [state for folder in folders if (state := read_state(folder)) is not None]
     if not states:
         return []
-    # mlflow takes a second to import: only who has tracked pays.
-    from d3etr.tracking.views import comparison_page
-
-    students = (run.result.metrics.get("steps", 0) for run in runs[1:])
-    page = comparison_page(runs[-1].config, states, last_step=int(max(students)))
+    listed = ", ".join(f"'{state.run_id}'" for state in states)
+    search, order_by = f"attributes.run_id IN ({listed})", "attributes.start_time"
+    page = runs_page(states[0].experiment_id, search, order_by, ascending=True)
     lines = how_to_open(states[0].tracking_uri, page, python)
     title = "See the runs side by side in MLflow:"
     if len(lines) > 1:

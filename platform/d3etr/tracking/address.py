@@ -1,15 +1,16 @@
-"""Addresses as they may be shown and stored."""
+"""Addresses of MLflow and of its pages, as they may be shown and stored."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from urllib.parse import urlencode
 
 from d3etr.text import bare_url
 
 PORT = 5000
 """MLflow's own default."""
-TRAINING_MENU = "workflowType=machine_learning"
+TRAINING_MENU = {"workflowType": "machine_learning"}
 """Models are trained here: MLflow's menu is otherwise that of chats and agents."""
 
 
@@ -20,7 +21,25 @@ def embedded_uri(output: Path) -> str:
 
 def run_page(experiment: str, run: str) -> str:
     """Where a run is on MLflow's server: the part of the address that begins with ``#``."""
-    return f"#/experiments/{experiment}/runs/{run}?{TRAINING_MENU}"
+    return f"#/experiments/{experiment}/runs/{run}?{urlencode(TRAINING_MENU)}"
+
+
+def runs_page(experiment: str, search: str, order_by: str, *, ascending: bool = False) -> str:
+    """Where some runs of an experiment are side by side, with MLflow's charts.
+
+    Args:
+        experiment: its id.
+        search: which runs, in MLflow's language of filters.
+        order_by: the column that they are sorted by.
+        ascending: smallest value first.
+    """
+    query = {
+        "compareRunsMode": "CHART",
+        "searchFilter": search,
+        "orderByKey": order_by,
+        "orderByAsc": str(ascending).lower(),
+    }
+    return f"#/experiments/{experiment}/runs?{urlencode(TRAINING_MENU | query)}"
 
 
 def how_to_open(uri: str, page: str, python: str = "python") -> list[str]:

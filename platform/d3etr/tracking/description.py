@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import colorsys
 import getpass
-import hashlib
 import re
 import subprocess
 import sys
@@ -24,14 +22,6 @@ from d3etr.tracking.state import read_state
 logger = get_logger(__name__)
 
 METHOD_TITLES = {"none": "plain", "d3etr": "D3ETR", "kd_detr": "KD-DETR"}
-PLAIN_HUE = 0.6
-HUES = {
-    "teacher": 0.56,
-    "plain student": PLAIN_HUE,
-    "inherited student": 0.42,
-    "D3ETR student": 0.07,
-}
-"""Blue, grey, green and orange, as in the figures where these have them."""
 _GIT_SECONDS = 5
 
 
@@ -63,27 +53,6 @@ def recipe_name(config: Config) -> str:
     return " · ".join([title(config), *filter(None, ["-".join(words)])])
 
 
-def colour(config: Config, run_dir: Path) -> str:
-    """Colour in MLflow's charts: a hue for each title, lighter or darker for each run."""
-    hue = HUES.get(title(config), 0.78)
-    shade = 0.30 + 0.25 * _share(run_dir)
-    return _hex(colorsys.hls_to_rgb(hue, shade, 0.08 if hue == PLAIN_HUE else 0.9))
-
-
-def trial_colour(run_dir: Path) -> str:
-    """Colour of a sweep's trial: any hue, for trials are alike in what they are."""
-    return _hex(colorsys.hls_to_rgb(_share(run_dir), 0.42, 0.7))
-
-
-def _share(run_dir: Path) -> float:
-    """A number in [0, 1] that is the folder's own."""
-    return int(hashlib.sha256(run_dir.name.encode()).hexdigest()[:4], 16) / 0xFFFF
-
-
-def _hex(parts: tuple[float, float, float]) -> str:
-    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
-
-
 def params(config: Config) -> dict[str, str]:
     """The whole configuration with dotted keys; addresses lose their credentials."""
     return dict(_flatten("", config.model_dump(mode="json")))
@@ -102,7 +71,6 @@ def tags(config: Config, run_dir: Path) -> dict[str, str]:
         "run_folder": run_dir.name,
         "mlflow.note.content": note(config, run_dir),
         "mlflow.user": _user(),
-        "mlflow.runColor": colour(config, run_dir),
         "mlflow.source.name": _program(),
         "mlflow.source.type": "LOCAL",
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import mlflow
-from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Run
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
@@ -77,31 +77,31 @@ def signature() -> ModelSignature:
 
 
 def log_student(
-    weights: Path,
-    run_id: str,
-    uri: str,
-    *,
-    name: str = "student",
-    step: int = 0,
+    client: MlflowClient, weights: Path, run_id: str, *, name: str = "student", step: int = 0
 ) -> str:
     """Log a weights file as a model of a run.
 
     Args:
+        client: of MLflow.
         weights: a d3etr weights file.
         run_id: the MLflow run that made it.
-        uri: MLflow's address.
         name: what the run's page calls it.
         step: optimiser step of the weights; the run's metrics of this step become the model's.
 
     Returns:
         Address of the model for ``mlflow.pyfunc.load_model``.
     """
-    client = MlflowClient(tracking_uri=uri)
     run = client.get_run(run_id)
     # By hand: MLflow's own way asks for every metric of the run alone.
     model = client.create_logged_model(run.info.experiment_id, name, source_run_id=run_id)
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
-    _share_metrics(client, run, model.model_id, step)
+    metrics = [
+        Metric(each.key, each.value, each.timestamp, each.step, model_id=model.model_id)
+        for each in run.data.to_proto().metrics
+        if each.step == step
+    ]
+    for start in range(0, len(metrics), METRICS_PER_REQUEST):
+        client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
     with TemporaryDirectory() as folder:
         content = Model(
             artifact_path=model.artifact_location,
@@ -116,12 +116,7 @@ def log_student(
 
 
 def register(
-    uri: str,
-    name: str,
-    model_uri: str,
-    run_id: str,
-    quality: float | None,
-    data_digest: str,
+    uri: str, name: str, model_uri: str, run_id: str, quality: float | None, data_digest: str
 ) -> str:
     """Register a logged model, once.
 
@@ -144,18 +139,6 @@ def register(
         version = _register(client, name, model_uri, run_id)
     _set_aliases(client, name, version, quality, data_digest)
     return f"models:/{name}/{version}"
-
-
-def _share_metrics(client: MlflowClient, run: Run, model_id: str, step: int) -> None:
-    """The run's newest metrics, as far as they are of ``step``, become the model's."""
-    newest = [metric for metric in run.data.to_proto().metrics if metric.step == step]
-    shared = [
-        Metric(each.key, each.value, each.timestamp, each.step, model_id=model_id)
-        for each in newest
-    ]
-    for start in range(0, len(shared), METRICS_PER_REQUEST):
-        part = shared[start : start + METRICS_PER_REQUEST]
-        client.log_batch(run.info.run_id, metrics=part)
 
 
 def _save(folder: Path, weights: Path, content: Model) -> None:
@@ -214,10 +197,10 @@ def _set_aliases(
     client.set_model_version_tag(name, version, "mAP", f"{quality:.{DIGITS}f}")
     try:
         champion = client.get_model_version_by_alias(name, CHAMPION_ALIAS)
-        known, before = champion.tags, int(champion.version)
+        before, compared = int(champion.version), champion.tags.get("data_digest", data_digest)
     except MlflowException:  # the first one
-        known, before = {}, 0
-    if known.get("data_digest", data_digest) != data_digest:
+        before, compared = 0, data_digest
+    if compared != data_digest:
         logger.warning(
             "model %s: version %s was measured on other data than the version with alias '%s', "
             "which is left where it is",
@@ -225,22 +208,15 @@ def _set_aliases(
             version,
             CHAMPION_ALIAS,
         )
-    elif round(quality, DIGITS) > float(known.get("mAP", -1)):
-        client.set_registered_model_alias(name, CHAMPION_ALIAS, version)
-        best = _best_after(client, name, before, data_digest)
-        if best != version:  # this overruled another run that ended at the same moment
-            client.set_registered_model_alias(name, CHAMPION_ALIAS, best)
-
-
-def _best_after(client: MlflowClient, name: str, before: int, data_digest: str) -> str:
-    """Of the versions after ``before`` that were measured on the same data, the first best."""
-    newer = [
+        return
+    # All that came after the champion: another run may end at the same moment.
+    rivals = [
         found
         for found in client.search_model_versions(f"name = '{name}'")
-        if int(found.version) > before and found.tags.get("data_digest") == data_digest
+        if int(found.version) >= before and found.tags.get("data_digest") == data_digest
     ]
-    best = max(newer, key=lambda one: (float(one.tags.get("mAP", -1)), -int(one.version)))
-    return str(best.version)
+    best = max(rivals, key=lambda one: (float(one.tags.get("mAP", -1)), -int(one.version)))
+    client.set_registered_model_alias(name, CHAMPION_ALIAS, str(best.version))
 
 
 @contextmanager

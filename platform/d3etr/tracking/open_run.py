@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from mlflow.entities import Param, Run
+from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
+from d3etr.progress import OnProgress, no_progress
 from d3etr.text import bare_url
 from d3etr.tracking.server import (
     UPLOAD_TIMEOUT_SECONDS,
-    artifact_folder,
     connect,
     first_line,
     open_experiment,
@@ -32,6 +31,8 @@ from d3etr.tracking.state import RunState, read_state, write_state
 logger = get_logger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+Steps = Mapping[str, Callable[[], None]]
+"""What sends something, by the name of what it sends."""
 Answer = TypeVar("Answer")
 MISSING = "missing"
 """Tag of a run whose status is final and whose results are not all there."""
@@ -41,54 +42,85 @@ PAUSES_SECONDS = (0.1, 0.5, 2.0)
 PARAMS_PER_REQUEST = 100
 
 
-@dataclass(frozen=True)
-class Description:
-    """What a run that is made is called and carries.
-
-    Attributes:
-        name: in MLflow's table.
-        tags: of the run; asked for only where a run is made.
-        params: of the run; those that it has already stay.
-        begun: when, in milliseconds since 1970; None is now.
-    """
-
-    name: str
-    tags: Callable[[], dict[str, str]]
-    params: Mapping[str, str]
-    begun: int | None = None
-
-
 class OpenRun:
     """The MLflow run of a folder, which remembers it in ``mlflow_run.json``.
+
+    It is started, or resumed if the folder has one.
+
+    Args:
+        config: where MLflow is.
+        folder: of a run or a sweep, which must exist.
+        name: in MLflow's table.
+        tags: of the run; asked for only where it is made.
+        params: of the run; those that it has already stay.
+        begun: when, in milliseconds since 1970; None is now.
+        ended: nothing will be added by training: a run that MLflow knows keeps its status.
 
     Attributes:
         client: of MLflow.
         uri: MLflow's address.
         folder: of the run.
         state: which MLflow run it is and what of it was sent.
+
+    Raises:
+        UserError: MLflow does not answer (known within 15 seconds) or refuses.
     """
 
-    def __init__(self, client: MlflowClient, uri: str, folder: Path, state: RunState) -> None:
-        self.client, self.uri, self.folder, self.state = client, uri, folder, state
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        name: str,
+        tags: Callable[[], dict[str, str]],
+        params: Mapping[str, str],
+        *,
+        begun: int | None = None,
+        ended: bool = False,
+    ) -> None:
+        self.folder, self.uri = folder, tracking_uri(config)
+        self.client = connect(self.uri)
+        with self.refusals():
+            experiment = open_experiment(self.client, config, self.uri)
+            self.state = self._resumed(ended) or settled(
+                lambda: self._made(experiment, name, tags(), begun)
+            )
+            settled(partial(self._complete_params, params))
 
     @property
     def run_id(self) -> str:
         """Id of the MLflow run."""
         return self.state.run_id
 
+    @property
+    def place(self) -> str:
+        """MLflow's address as it may be shown."""
+        return bare_url(self.uri)
+
     def remember(self, **changes: object) -> None:
         """Write changes of the state into the folder."""
         self.state = self.state.model_copy(update=changes)
         write_state(self.folder, self.state)
 
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """What is asked of MLflow at the start of a run: patiently, its refusals as UserError."""
+        try:
+            with patience():
+                yield
+        except UserError:
+            raise
+        except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
+            reason = first_line(error)
+            raise UserError(f"MLflow at {self.place} refuses the run: {reason}") from error
+
     def close(
         self,
         status: Status,
-        results: Callable[[], Mapping[str, Callable[[], None]]],
+        results: Callable[[], Steps],
         *,
         ended: int | None = None,
         missing: Mapping[str, str] | None = None,
-        begin: Callable[[str], None] = lambda name: None,
+        on_progress: OnProgress = no_progress,
     ) -> str | None:
         """End the run, then send its results: the status never waits for them.
 
@@ -100,7 +132,7 @@ class OpenRun:
                 ended.
             ended: when, in milliseconds since 1970; None is now.
             missing: what is known to be missing, with the reason.
-            begin: called with a result's name before it is sent.
+            on_progress: takes a line about what is being sent.
 
         Returns:
             What MLflow lacks and why the first of it is; None if it has everything.
@@ -111,107 +143,53 @@ class OpenRun:
         closing = attempt_all({"tags": partial(tag, "results (not sent yet)"), "status": end})
         if "status" in closing:
             return _listed(failures | closing | {"results": "not tried"})
-        failures |= attempt_all(results(), begin)
+        failures |= attempt_all(results(), on_progress)
         clear = partial(self.client.delete_tag, self.run_id, MISSING)
         failures |= attempt_all({"tags": partial(tag, _listed(failures)) if failures else clear})
         return _listed(failures) if failures else None
 
-
-def open_run(
-    config: Config, folder: Path, description: Description, *, ended: bool = False
-) -> OpenRun:
-    """Start the folder's MLflow run, or resume it if the folder has one.
-
-    Args:
-        config: where MLflow is.
-        folder: of a run or a sweep, which must exist.
-        description: of the run where it has to be made.
-        ended: nothing will be added by training: a run that MLflow knows keeps its status.
-
-    Raises:
-        UserError: MLflow does not answer (known within 15 seconds) or refuses.
-    """
-    uri = tracking_uri(config)
-    client = connect(uri)
-    try:
-        with patience():
-            experiment = open_experiment(
-                client, config.tracking.experiment, artifact_folder(config, uri)
-            )
-            state = _existing(client, folder, uri, ended) or settled(
-                partial(_create, client, folder, uri, experiment, description)
-            )
-            settled(partial(_complete_params, client, state.run_id, description.params))
-    except UserError:
-        raise
-    except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
-        reason = first_line(error)
-        raise UserError(f"MLflow at {bare_url(uri)} refuses the run: {reason}") from error
-    return OpenRun(client, uri, folder, state)
-
-
-def _existing(client: MlflowClient, folder: Path, uri: str, ended: bool) -> RunState | None:
-    """The folder's run if this server still has it, set to running again unless it has ended."""
-    state = read_state(folder)
-    if state is None:
-        return None
-    if state.tracking_uri != bare_url(uri):
-        logger.warning(
-            "%s was tracked at %s and is now sent to a new run at %s",
-            folder,
-            state.tracking_uri,
-            bare_url(uri),
-        )
-        return None
-    run = _get_run(client, state.run_id)
-    if run is None or run.info.lifecycle_stage == "deleted":
-        logger.warning("MLflow run %s of %s is gone: starting a new one", state.run_id, folder)
-        return None
-    if ended:
-        return state.model_copy(update={"complete": False})
-    client.update_run(state.run_id, status="RUNNING")
-    return state.model_copy(update={"status": "RUNNING", "complete": False})
-
-
-def _get_run(client: MlflowClient, run_id: str) -> Run | None:
-    try:
-        return client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+    def _resumed(self, ended: bool) -> RunState | None:
+        """The folder's run if this server still has it, set to running again unless it ended."""
+        state = read_state(self.folder)
+        if state is None:
             return None
-        raise
+        if state.tracking_uri != self.place:
+            text = "%s was tracked at %s and is now sent to a new run at %s"
+            logger.warning(text, self.folder, state.tracking_uri, self.place)
+            return None
+        try:
+            gone = self.client.get_run(state.run_id).info.lifecycle_stage == "deleted"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            gone = True
+        if gone:
+            text = "MLflow run %s of %s is gone: starting a new one"
+            logger.warning(text, state.run_id, self.folder)
+            return None
+        if not ended:
+            self.client.update_run(state.run_id, status="RUNNING")
+        status = state.status if ended else "RUNNING"
+        return state.model_copy(update={"status": status, "complete": False})
+
+    def _made(
+        self, experiment: str, name: str, tags: dict[str, str], begun: int | None
+    ) -> RunState:
+        run = self.client.create_run(experiment, start_time=begun, tags=tags, run_name=name)
+        state = RunState(tracking_uri=self.place, experiment_id=experiment, run_id=run.info.run_id)
+        write_state(self.folder, state)
+        return state
+
+    def _complete_params(self, params: Mapping[str, str]) -> None:
+        """Log the params that the run lacks: all of a new run, none of a resumed one."""
+        known = self.client.get_run(self.run_id).data.params
+        lacking = [Param(key, value) for key, value in params.items() if key not in known]
+        for start in range(0, len(lacking), PARAMS_PER_REQUEST):
+            self.client.log_batch(self.run_id, params=lacking[start : start + PARAMS_PER_REQUEST])
 
 
-def _create(
-    client: MlflowClient, folder: Path, uri: str, experiment: str, description: Description
-) -> RunState:
-    run = client.create_run(
-        experiment,
-        start_time=description.begun,
-        tags=description.tags(),
-        run_name=description.name,
-    )
-    state = RunState(tracking_uri=bare_url(uri), experiment_id=experiment, run_id=run.info.run_id)
-    write_state(folder, state)
-    return state
-
-
-def _complete_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
-    """Log the params that the run lacks: all of a new run, none of a resumed one."""
-    known = client.get_run(run_id).data.params
-    lacking = [Param(key, value) for key, value in params.items() if key not in known]
-    for start in range(0, len(lacking), PARAMS_PER_REQUEST):
-        client.log_batch(run_id, params=lacking[start : start + PARAMS_PER_REQUEST])
-
-
-def attempt_all(
-    steps: Mapping[str, Callable[[], None]], begin: Callable[[str], None] = lambda name: None
-) -> dict[str, str]:
+def attempt_all(steps: Steps, on_progress: OnProgress = no_progress) -> dict[str, str]:
     """Take every step; after one that waited in vain for an answer, none of the others.
-
-    Args:
-        steps: by the name of what they send.
-        begin: called with the name before each.
 
     Returns:
         The steps that were not taken, with the reason.
@@ -222,7 +200,7 @@ def attempt_all(
         if hopeless:
             failures[name] = "not tried: nothing answers"
             continue
-        begin(name)
+        on_progress(f"sending results to MLflow: {name}")
         begun = time.monotonic()
         try:
             with patience(UPLOAD_TIMEOUT_SECONDS, retries=1):

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Dataset, DatasetInput, InputTag
 
 from d3etr.config.load import load_config
+from d3etr.config.location import Url
 from d3etr.config.tree import Config
+from d3etr.detectors.weights import file_digest, read_info
 from d3etr.engine.journal import read_journal
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress, no_progress
-from d3etr.text import bare_url
-from d3etr.tracking.description import params, run_name, tags, trial_colour
-from d3etr.tracking.open_run import Description, OpenRun, Status, open_run
-from d3etr.tracking.results import Results
+from d3etr.tracking.description import params, run_name, tags
+from d3etr.tracking.model import log_student, register
+from d3etr.tracking.open_run import OpenRun, Status, Steps
 from d3etr.tracking.sender import Sender
 from d3etr.tracking.server import first_line
 from d3etr.tracking.state import read_state
 
 logger = get_logger(__name__)
+
+DIGEST_LENGTH = 16
 
 
 def open_tracker(
@@ -44,20 +52,17 @@ def open_tracker(
         UserError: MLflow does not answer (known within 15 seconds) or refuses.
     """
     folder = RunFolder(run_dir)
-    ended = ended or all(file.is_file() for file in (folder.summary, folder.weights))
-    below = {}
-    if parent_run is not None:
-        below = {"mlflow.parentRunId": parent_run, "mlflow.runColor": trial_colour(run_dir)}
-    begun, _ = _begun_and_ended(run_dir)
-    description = Description(
-        name or run_name(config), lambda: tags(config, run_dir) | below, params(config), begun
+    run = OpenRun(
+        config,
+        run_dir,
+        name or run_name(config),
+        lambda: tags(config, run_dir) | ({"mlflow.parentRunId": parent_run} if parent_run else {}),
+        params(config),
+        begun=_begun_and_ended(run_dir)[0],
+        ended=ended or all(file.is_file() for file in (folder.summary, folder.weights)),
     )
-    run = open_run(config, run_dir, description, ended=ended)
-    try:
+    with run.refusals():  # the server may go away between two requests
         return Tracker(config, run)
-    except Exception as error:  # the server went away between two requests
-        reason = first_line(error)
-        raise UserError(f"MLflow at {bare_url(run.uri)} refuses the run: {reason}") from error
 
 
 def replay(run_dir: Path, report: Callable[[str], None] = logger.info) -> str | None:
@@ -73,11 +78,14 @@ def replay(run_dir: Path, report: Callable[[str], None] = logger.info) -> str | 
     Raises:
         UserError: MLflow does not answer, or the folder holds no run.
     """
-    config_file = RunFolder(run_dir).config
-    if not config_file.is_file():
+    folder = RunFolder(run_dir)
+    if not folder.config.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
-    status = _status_to_report(run_dir)
-    tracker = open_tracker(load_config(config_file, ()), run_dir, ended=True)
+    state = read_state(run_dir)
+    status: Status = "FINISHED" if folder.summary.is_file() else "KILLED"
+    if state is not None and state.status != "RUNNING":
+        status = state.status
+    tracker = open_tracker(load_config(folder.config, ()), run_dir, ended=True)
     missing = tracker.finish(status)
     if missing is None:
         report(f"MLflow run {tracker.run_id} has everything of {run_dir}")
@@ -88,11 +96,11 @@ class Tracker:
     """Follows a run's journal into MLflow. ``finish`` never raises: training comes first."""
 
     def __init__(self, config: Config, run: OpenRun) -> None:
-        self._config, self._run = config, run
+        self._config, self._run, self._folder = config, run, RunFolder(run.folder)
         self._sender = Sender(
             run.client,
             run.run_id,
-            RunFolder(run.folder).journal,
+            self._folder.journal,
             lambda step: run.remember(sent_step=step),
         )
 
@@ -123,18 +131,92 @@ class Tracker:
             unsent[f"metrics after step {max(0, run.state.sent_step)}"] = first_line(failure)
         lacks = run.close(
             status,
-            Results(self._config, run).steps,
+            self._results,
             ended=_begun_and_ended(run.folder)[1],
             missing=unsent,
-            begin=lambda name: on_progress(f"sending results to MLflow: {name}"),
+            on_progress=on_progress,
         )
         if lacks is None:
             run.remember(complete=True)
             return None
         return (
-            f"MLflow at {bare_url(run.uri)} lacks of {run.folder.name}: {lacks}. Everything is "
+            f"MLflow at {run.place} lacks of {run.folder.name}: {lacks}. Everything is "
             f"kept in {run.folder}: send it with 'python -m d3etr.tracking {run.folder}'"
         )
+
+    def _results(self) -> Steps:
+        """What is to be sent, by its name; files replace what was sent before."""
+        folder = self._folder
+        files = [file for file in (folder.config, folder.summary, folder.journal) if file.is_file()]
+        steps: dict[str, Callable[[], None]] = {
+            file.name: partial(self._send_file, file) for file in files
+        }
+        if not folder.summary.is_file():  # the run did not get to its end
+            return steps
+        once = self._results_of_weights()
+        digest = file_digest(folder.weights) if folder.weights.is_file() else ""
+        if not digest or self._run.state.results_digest != digest:
+            self._run.remember(results_digest=digest, lacking=tuple(once), model_uri=None)
+        lacking = self._run.state.lacking
+        return steps | {
+            name: partial(self._send_once, name, step)
+            for name, step in once.items()
+            if name in lacking
+        }
+
+    def _results_of_weights(self) -> dict[str, Callable[[], None]]:
+        """Those that are sent once for a weights file; the state knows which are left."""
+        steps: dict[str, Callable[[], None]] = {
+            "weights": partial(self._send_file, self._folder.weights, "weights"),
+            "data set": self._name_data,
+        }
+        if self._config.tracking.figures:
+            steps["figures"] = self._draw
+        steps["model"] = self._log_model
+        if self._config.tracking.register_as is not None:
+            steps["registered model"] = partial(self._register, self._config.tracking.register_as)
+        return steps
+
+    def _send_once(self, name: str, step: Callable[[], None]) -> None:
+        step()
+        self._run.remember(lacking=tuple(left for left in self._run.state.lacking if left != name))
+
+    def _send_file(self, file: Path, artifact_path: str | None = None) -> None:
+        self._run.client.log_artifact(self.run_id, str(file), artifact_path)
+
+    def _evaluation(self) -> dict[str, Any]:
+        return dict(read_info(self._folder.weights).evaluation or {})
+
+    def _data_digest(self) -> str:
+        return str(self._evaluation().get("data_digest", ""))[:DIGEST_LENGTH]
+
+    def _name_data(self) -> None:
+        digest = self._data_digest()
+        if digest:
+            self._run.client.set_tag(self.run_id, "data_digest", digest)
+            data = _dataset(self._config, digest)
+            self._run.client.log_inputs(self.run_id, datasets=[data])
+
+    def _draw(self) -> None:
+        # matplotlib and the detectors take seconds to import: only who draws pays.
+        from d3etr.tracking.figures.collect import draw_figures
+
+        for path in draw_figures(self._config, self._run.folder, self._folder.figures):
+            self._send_file(path, "figures")
+
+    def _log_model(self) -> None:
+        run, step = self._run, max(0, self._run.state.sent_step)
+        name = self._config.run.role
+        uri = log_student(run.client, self._folder.weights, run.run_id, name=name, step=step)
+        run.remember(model_uri=uri)
+
+    def _register(self, name: str) -> None:
+        run = self._run
+        if run.state.model_uri is None:
+            raise UserError("the model itself is missing")
+        quality, digest = self._evaluation().get("mAP"), self._data_digest()
+        version = register(run.uri, name, run.state.model_uri, run.run_id, quality, digest)
+        run.remember(model_uri=version)
 
 
 def _begun_and_ended(run_dir: Path) -> tuple[int | None, int | None]:
@@ -148,10 +230,13 @@ def _begun_and_ended(run_dir: Path) -> tuple[int | None, int | None]:
     return int(1000 * times[0]), int(1000 * max(times[0], times[-1]))
 
 
-def _status_to_report(run_dir: Path) -> Status:
-    """How the run ended: what the folder remembers, else what its results show."""
-    state = read_state(run_dir)
-    for status in ("FINISHED", "FAILED", "KILLED"):
-        if state is not None and state.status == status:
-            return status
-    return "FINISHED" if RunFolder(run_dir).summary.is_file() else "KILLED"
+def _dataset(config: Config, digest: str) -> DatasetInput:
+    """What the run was measured on, as MLflow's tables show it."""
+    name, kind, source = "digit-scenes", "local", "made by d3etr"
+    if config.data.validation is not None:
+        place = config.data.validation.annotations
+        file, source = (place.path, place.shown) if isinstance(place, Url) else (place, str(place))
+        name = f"{file.parent.name}/{file.stem}"
+        kind = place.protocol if isinstance(place, Url) else kind
+    dataset = Dataset(name, digest, source_type=kind, source=json.dumps({"uri": source}))
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "validation")])

@@ -10,7 +10,7 @@ from pathlib import Path
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
-from d3etr.engine.journal import JournalReader, read_journal
+from d3etr.engine.journal import JournalReader
 from d3etr.logs import get_logger
 from d3etr.tracking.metrics import Point, metric_points
 from d3etr.tracking.server import first_line, patience
@@ -46,21 +46,16 @@ class Sender:
     def __init__(
         self, client: MlflowClient, run_id: str, journal: Path, on_sent: Callable[[int], None]
     ) -> None:
-        self._client, self._run_id, self._journal = client, run_id, journal
-        self._on_sent = on_sent
+        self._client, self._run_id, self._on_sent = client, run_id, on_sent
+        self._reader = JournalReader(journal)
         self._last_steps: dict[str, int] | None = self._ask()
         self._waiting: list[Point] = []
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="mlflow-sender", daemon=True)
         self._thread.start()
 
-    @property
-    def last_step(self) -> int:
-        """Last step that MLflow has confirmed, -1 before the first."""
-        return max((self._last_steps or {}).values(), default=-1)
-
     def close(self) -> Exception | None:
-        """Stop following and send the whole journal as far as MLflow does not have it.
+        """Stop following and send the rest of the journal.
 
         Returns:
             What went wrong, None if MLflow has everything.
@@ -68,27 +63,21 @@ class Sender:
         self._closing.set()
         self._thread.join()
         for pause in LAST_PAUSES_SECONDS:
-            if (failure := self._attempt(self._take_all)) is None:
+            if (failure := self._attempt()) is None:
                 return None
             time.sleep(pause)
         return failure
 
     def _follow(self) -> None:
-        reader, pause = JournalReader(self._journal), POLL_SECONDS
+        pause = POLL_SECONDS
         while not self._closing.wait(pause):
-            failure = self._attempt(lambda: self._take_new(reader))
-            pause = POLL_SECONDS if failure is None else min(4 * pause, LONGEST_PAUSE_SECONDS)
+            failed = self._attempt() is not None
+            pause = min(4 * pause, LONGEST_PAUSE_SECONDS) if failed else POLL_SECONDS
 
-    def _take_new(self, reader: JournalReader) -> None:
-        for record in reader.new_records():
-            self._waiting += metric_points(record)
-
-    def _take_all(self) -> None:
-        self._waiting = [p for each in read_journal(self._journal) for p in metric_points(each)]
-
-    def _attempt(self, take: Callable[[], None]) -> Exception | None:
+    def _attempt(self) -> Exception | None:
         try:
-            take()
+            for record in self._reader.new_records():
+                self._waiting += metric_points(record)
             if self._waiting:
                 with patience():
                     self._send()
@@ -108,22 +97,21 @@ class Sender:
             self._last_steps = self._ask()
             logger.info("MLflow answers again: sending the metrics that were kept")
         while self._waiting:
-            self._send_batch(self._waiting[:BATCH])
+            self._send_batch(self._waiting[:BATCH], self._last_steps)
             del self._waiting[:BATCH]
 
-    def _send_batch(self, points: Sequence[Point]) -> None:
-        assert self._last_steps is not None
+    def _send_batch(self, points: Sequence[Point], last_steps: dict[str, int]) -> None:
         new: dict[tuple[str, int], Point] = {}
         for point in points:
-            if point.step > self._last_steps.get(point.key, -1):
+            if point.step > last_steps.get(point.key, -1):
                 new.setdefault((point.key, point.step), point)  # the first of each step counts
         if not new:
             return
         metrics = [Metric(p.key, p.value, int(1000 * p.time), p.step) for p in new.values()]
         self._client.log_batch(self._run_id, metrics=metrics)
         for key, step in new:
-            self._last_steps[key] = max(step, self._last_steps.get(key, -1))
-        self._on_sent(self.last_step)
+            last_steps[key] = max(step, last_steps.get(key, -1))
+        self._on_sent(max(last_steps.values()))
 
     def _ask(self) -> dict[str, int]:
         """The last step of each metric, as the server has it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -22,7 +23,7 @@ class RunState(BaseModel):
     run_id: str
     sent_step: int = -1
     """Last optimiser step whose metrics MLflow has confirmed; -1 before any."""
-    status: str = "RUNNING"
+    status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] = "RUNNING"
     """How the run ended, also when MLflow does not know it."""
     complete: bool = False
     """MLflow has every metric and artifact of a run that ended."""

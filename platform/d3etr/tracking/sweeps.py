@@ -6,22 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mlflow.entities import Metric
-from mlflow.exceptions import MlflowException
 
 from d3etr.config.tree import Config
-from d3etr.errors import UserError
 from d3etr.logs import get_logger
-from d3etr.text import bare_url
-from d3etr.tracking.address import how_to_open
-from d3etr.tracking.importance import importance
+from d3etr.tracking.address import how_to_open, runs_page
 from d3etr.tracking.model import register
-from d3etr.tracking.open_run import Description, Status, open_run, settled
+from d3etr.tracking.open_run import OpenRun, Status, settled
 from d3etr.tracking.server import UPLOAD_TIMEOUT_SECONDS, patience
 from d3etr.tracking.state import read_state
-from d3etr.tracking.views import share, sweep_view
 
 logger = get_logger(__name__)
 
@@ -29,7 +23,6 @@ NOTE = "mlflow.note.content"
 TAGS = {
     "role": "sweep",
     "title": "sweep",
-    "mlflow.runColor": "#009e73",
     "mlflow.source.name": "sweeps/run.py",
     "mlflow.source.type": "LOCAL",
 }
@@ -44,7 +37,6 @@ class Swept:
     Attributes:
         title: its values, as tables show them.
         case: its name, None without cases.
-        values: short key -> value.
         mAP: on the validation split, in [0, 1].
         published: mAP that tables show, of the test split where there is one.
         run_dir: its folder.
@@ -52,7 +44,6 @@ class Swept:
 
     title: str
     case: str | None
-    values: Mapping[str, Any]
     mAP: float
     published: float
     run_dir: Path
@@ -66,32 +57,19 @@ class SweepRun:
         folder: of the sweep.
         title: one line: what is swept.
         params: what the sweep is.
-        keys: dotted keys of the space; none for named cases.
 
     Raises:
         UserError: MLflow does not answer (known within 15 seconds) or refuses.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        title: str,
-        params: Mapping[str, str],
-        keys: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, config: Config, folder: Path, title: str, params: Mapping[str, str]) -> None:
         self._config, self._folder, self._title = config, folder, title
-        description = Description(f"sweep · {folder.name}", TAGS.copy, params)
-        self._run = open_run(config, folder, description)
+        self._run = OpenRun(config, folder, f"sweep · {folder.name}", TAGS.copy, params)
         self._client, self.run_id = self._run.client, self._run.run_id
-        view = sweep_view(self.run_id, keys)
-        try:
-            with patience():
-                self._page = share(self._client, self._run.state.experiment_id, view)
-                self._describe()
-        except MlflowException as error:
-            place = bare_url(self._run.uri)
-            raise UserError(f"MLflow at {place} refuses the sweep: {error}") from error
+        trials = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
+        self._page = runs_page(self._run.state.experiment_id, trials, "metrics.`val/mAP`")
+        with self._run.refusals():
+            self._describe()
 
     def how_to_open(self) -> list[str]:
         """What a person types and opens to see the trials, best first."""
@@ -103,7 +81,6 @@ class SweepRun:
         trials: Sequence[Swept],
         files: Sequence[Path],
         *,
-        keys: Sequence[str],
         baseline: str | None = None,
     ) -> str | None:
         """Close the sweep's run and log what it found; a failure is returned, not raised.
@@ -112,23 +89,22 @@ class SweepRun:
             status: how it ended.
             trials: the finished ones.
             files: table, results, best recipe.
-            keys: short keys of the space.
             baseline: the case that others are compared with.
 
         Returns:
             None when MLflow has everything, else a sentence about what is missing.
         """
-        steps: dict[str, Callable[[], None]] = {
-            "metrics": partial(self._log_metrics, trials),
-            "note": partial(self._note_best, trials),
-            "figures": partial(self._send_figures, trials, keys, baseline),
-        }
+        steps: dict[str, Callable[[], None]] = {"metrics": partial(self._log_metrics, trials)}
+        if trials:
+            steps["note"] = partial(self._note_best, trials)
+        if any(trial.case is not None for trial in trials):
+            steps["figures"] = partial(self._send_cases, trials, baseline)
         steps |= {file.name: partial(self._send, file) for file in files if file.exists()}
         lacks = self._run.close(status, lambda: steps)
         if lacks is None:
             return None
         return (
-            f"MLflow at {bare_url(self._run.uri)} lacks of the sweep: {lacks}. "
+            f"MLflow at {self._run.place} lacks of the sweep: {lacks}. "
             f"Everything is kept in {self._folder}: the same command sends it again"
         )
 
@@ -168,8 +144,6 @@ class SweepRun:
         self._client.log_batch(self.run_id, metrics=logged)
 
     def _note_best(self, trials: Sequence[Swept]) -> None:
-        if not trials:
-            return
         best = max(trials, key=lambda trial: trial.mAP)
         self._client.set_tag(self.run_id, "best", best.title)
         found = f"Best of {len(trials)}: {best.title}, {100 * best.mAP:.1f} mAP on validation."
@@ -178,29 +152,12 @@ class SweepRun:
     def _send(self, file: Path) -> None:
         self._client.log_artifact(self.run_id, str(file))
 
-    def _send_figures(
-        self, trials: Sequence[Swept], keys: Sequence[str], baseline: str | None
-    ) -> None:
-        for file in self._figures(trials, keys, baseline):
-            self._send(file)
-
-    def _figures(
-        self, trials: Sequence[Swept], keys: Sequence[str], baseline: str | None
-    ) -> list[Path]:
-        if not trials:
-            return []
+    def _send_cases(self, trials: Sequence[Swept], baseline: str | None) -> None:
         # matplotlib takes a second to import: only who draws pays.
+        from d3etr.tracking.figures.curves import draw_cases
         from d3etr.tracking.figures.style import save
-        from d3etr.tracking.figures.sweeps import draw_cases, draw_importance
 
-        drawn = {}
-        if any(trial.case is not None for trial in trials):
-            cases: dict[str, list[float]] = {}
-            for trial in trials:
-                cases.setdefault(trial.case or "", []).append(trial.published)
-            drawn["cases"] = draw_cases(cases, baseline)
-        if keys:
-            found = importance([t.values for t in trials], [t.mAP for t in trials], keys)
-            if found is not None:
-                drawn["importance"] = draw_importance(*found, len(trials))
-        return [save(figure, self._folder / f"{name}.png") for name, figure in drawn.items()]
+        cases: dict[str, list[float]] = {}
+        for trial in trials:
+            cases.setdefault(trial.case or "", []).append(trial.published)
+        self._send(save(draw_cases(cases, baseline), self._folder / "cases.png"))

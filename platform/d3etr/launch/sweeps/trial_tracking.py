@@ -14,7 +14,6 @@ from d3etr.errors import UserError
 from d3etr.launch.driver import Status, Tracker
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.results import TrialResult, best, table_metric
-from d3etr.launch.sweeps.trials import short_names
 from d3etr.logs import get_logger
 from d3etr.tracking.state import read_state
 
@@ -99,8 +98,8 @@ class SweepTracking:
         from d3etr.tracking.sweeps import SweepRun
 
         self._plan = plan
-        title, keys = plan.sweep.title or plan.sweep.name, list(plan.sweep.space)
-        self._run = SweepRun(plan.base, plan.folder, title, _params(plan), keys)
+        title = plan.sweep.title or plan.sweep.name
+        self._run = SweepRun(plan.base, plan.folder, title, _params(plan))
         self.children = TrackedChildren(self._open)
 
     def finish(self, results: list[TrialResult], files: list[Path]) -> None:
@@ -111,12 +110,10 @@ class SweepTracking:
             self._replay(result)
         self.children.close("KILLED")
         metric = table_metric(results)
-        short = short_names(list(self._plan.sweep.space))
         swept = {
             result.trial.number: Swept(
                 result.trial.title(self._plan.sweep),
                 result.trial.case,
-                {short[key]: value for key, value in result.trial.point.items()},
                 result.mAP,
                 result.metric(metric) or 0.0,
                 result.run_dir,
@@ -124,13 +121,8 @@ class SweepTracking:
             for result in results
             if result.state == "finished" and result.mAP is not None and result.run_dir is not None
         }
-        missing = self._run.finish(
-            "FINISHED",
-            list(swept.values()),
-            files,
-            keys=list(short.values()),
-            baseline=self._plan.sweep.baseline,
-        )
+        baseline = self._plan.sweep.baseline
+        missing = self._run.finish("FINISHED", list(swept.values()), files, baseline=baseline)
         if missing is not None:
             logger.warning("%s", missing)
         winner = best(results)

@@ -13,6 +13,7 @@ from d3etr.tracking.figures.style import (
     DETECTORS,
     PLAIN,
     STUDENT,
+    TEXT_SIZE,
     Array,
     Stroke,
     empty_note,
@@ -124,6 +125,29 @@ def draw_stability(series: Sequence[Series]) -> Figure:
         "Matching stability",
         "teacher-student pairs of Adaptive Matching that were the same a measurement before",
     )
+    return figure
+
+
+def draw_cases(cases: Mapping[str, Sequence[float]], baseline: str | None) -> Figure:
+    """MAP of named configurations: mean as a bar, each seed as a dot.
+
+    Args:
+        cases: name -> mAP in [0, 1] by seed.
+        baseline: drawn in grey.
+    """
+    figure = new_figure(8.4, 1.4 + 0.42 * len(cases))
+    axes = figure.subplots()
+    names = list(cases)[::-1]
+    for row, name in enumerate(names):
+        values = 100 * np.asarray(cases[name])
+        colour = PLAIN if name == baseline else STUDENT
+        axes.barh(row, values.mean(), color=colour, alpha=0.55, height=0.62)
+        axes.plot(values, np.full(len(values), row), "o", color=colour, markersize=4)
+        axes.text(values.max() + 0.5, row, f"{values.mean():.1f}", va="center", fontsize=TEXT_SIZE)
+    axes.set_yticks(range(len(names)), names)
+    plain_axes(axes, "mAP (%)", "")
+    axes.set_xlim(0, 1.12 * max(100 * max(values) for values in cases.values()))
+    headline(figure, "Configurations", "bar: mean over seeds; dot: one seed")
     return figure
 
 
