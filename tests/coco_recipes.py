@@ -12,9 +12,8 @@ from data.coco_files import annotation, picture
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.config.tree import Config
-from d3etr.detectors.imports.coco import CATEGORIES
-from d3etr.detectors.tensor_files import write_tensors
-from d3etr.detectors.weights import FORMAT, FORMAT_KEY, INFO_KEY, WeightsInfo
+from d3etr.detectors.imports.categories import COCO
+from d3etr.detectors.weights import FORMAT, FORMAT_KEY, INFO_KEY, WeightsInfo, write_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "trainers" / "recipes" / "coco"
@@ -44,7 +43,7 @@ def write_teacher_header(config: Config, folder: Path) -> None:
     assert config.teacher is not None
     info = WeightsInfo(
         detector=teacher_detector(config),
-        categories=CATEGORIES,
+        categories=COCO,
         preprocessing=config.data.preprocessing,
     )
     metadata = {FORMAT_KEY: FORMAT, INFO_KEY: info.model_dump_json()}
@@ -84,13 +83,13 @@ def _content(count: int, random: Random) -> dict[str, Any]:
         for part in range(0 if index % 7 == 3 else 1 + index % 4):
             box = _box(width, height, random)
             known = len(annotations)
-            category = CATEGORIES[known % len(CATEGORIES)][0]
+            category = COCO[known % len(COCO)][0]
             crowd = int(index % 5 == 0 and part == 1)
             area = 0.6 * box[2] * box[3]
             annotations.append(
                 annotation(900_000 + known, number, category, box, area=area, iscrowd=crowd)
             )
-    categories = [{"id": number, "name": name} for number, name in CATEGORIES]
+    categories = [{"id": number, "name": name} for number, name in COCO]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 

@@ -16,7 +16,7 @@ from benchmarks.side_by_side import Action, Comparison, Scale, alternate, per_se
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
-from d3etr.detectors.imports.hugging_face import from_hugging_face
+from d3etr.detectors.imports.layouts import rename
 from d3etr.structures import ImageBatch, Targets
 
 DEPTHS = {
@@ -53,7 +53,7 @@ def hugging_face(ours: DetectorConfig) -> nn.Module:
 def twin(theirs: nn.Module, config: DetectorConfig) -> DetectionTransformer:
     """Ours with the same weights."""
     ours = build_detector(config, CLASSES)
-    ours.load_state_dict(from_hugging_face(theirs.state_dict(), "conditional_detr"))
+    ours.load_state_dict(rename(theirs.state_dict(), "conditional_detr"))
     return ours
 
 

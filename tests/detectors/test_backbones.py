@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from torchvision.ops import FrozenBatchNorm2d
 
 from d3etr.config.detector import BackboneConfig
-from d3etr.detectors.backbones import build_backbone, load_backbone_weights
+from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.frozen_norms import FrozenNorm, FusedFrozenBatchNorm2d, NormedConv2d
 from d3etr.detectors.small_backbone import StridedShortcut
-from d3etr.detectors.tensor_files import write_tensors
+from d3etr.detectors.weights import load_backbone_weights, write_tensors
 from d3etr.errors import UserError
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")

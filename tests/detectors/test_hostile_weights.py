@@ -55,7 +55,7 @@ def described(path: Path) -> None:
 
 
 BOMBS = {
-    "packed.pth": (packed, "unpacked it would be 200 MB"),
+    "packed.pth": (packed, "no whole checkpoint of torch.save"),
     "called.pth": (called, "asks for far more memory than a file of"),
     "repeated.pth": (repeated, "are larger than the file"),
     "old.pth": (of_the_old_format, "asks for far more memory than a file of"),

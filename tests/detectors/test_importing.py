@@ -18,15 +18,15 @@ from torch import Tensor
 
 from d3etr.cli.main import main
 from d3etr.config.detector import BackboneConfig
-from d3etr.detectors.backbones import build_backbone, load_backbone_weights
+from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.heads import sigmoid_logits
-from d3etr.detectors.imports import coco, torchvision_networks
-from d3etr.detectors.imports.hugging_face import from_hugging_face
-from d3etr.detectors.imports.importing import Said, import_weights
-from d3etr.detectors.imports.settings import from_config, preprocessing_of
-from d3etr.detectors.imports.torchvision_networks import recognise
+from d3etr.detectors.imports import importing
+from d3etr.detectors.imports.categories import COCO, COCO_SLOTS
+from d3etr.detectors.imports.importing import import_weights, recognise
+from d3etr.detectors.imports.layouts import rename
+from d3etr.detectors.imports.settings import Unseen, from_config, preprocessing_of
 from d3etr.detectors.torchvision_backbone import build_network
-from d3etr.detectors.weights import load_weights, read_info
+from d3etr.detectors.weights import load_backbone_weights, load_weights, read_info
 from d3etr.errors import UserError
 
 State = dict[str, Tensor]
@@ -35,7 +35,7 @@ State = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def conditional() -> State:
     """An official Conditional DETR of COCO's 91 slots."""
-    return official_state("conditional_detr", coco.SLOTS)
+    return official_state("conditional_detr", COCO_SLOTS)
 
 
 @pytest.fixture
@@ -56,10 +56,10 @@ def write(path: Path, state: State, **args: Any) -> Path:
     return path
 
 
-def refusal(source: Path, target: Path, said: Said | None = None) -> str:
+def refusal(source: Path, target: Path, said: Unseen | None = None, **options: Any) -> str:
     """Why an import is refused; nothing may have been written."""
     with pytest.raises(UserError) as caught:
-        import_weights(source, target, said or Said())
+        import_weights(source, target, said, **options)
     assert not target.parent.exists()
     assert str(source) in str(caught.value)
     return str(caught.value)
@@ -68,13 +68,13 @@ def refusal(source: Path, target: Path, said: Said | None = None) -> str:
 def test_cocos_91_slots_become_its_80_categories(
     checkpoint: Path, target: Path, conditional: State
 ) -> None:
-    imported = import_weights(checkpoint, target, Said())
+    imported = import_weights(checkpoint, target)
     detector, info = load_weights(target)
-    assert info.categories == coco.CATEGORIES
+    assert info.categories == COCO
     assert len(info.categories) == 80
     assert info.detector.heads == HEADS
     assert (info.preprocessing.shortest_side, info.preprocessing.longest_side) == (800, 1333)
-    rows = [number for number, _ in coco.CATEGORIES]
+    rows = [number for number, _ in COCO]
     weight = detector.state_dict()["class_head.weight"]
     assert torch.equal(weight, conditional["class_embed.weight"][rows])
     assert "11 outputs that belong to no category were left out" in imported.notes
@@ -82,23 +82,23 @@ def test_cocos_91_slots_become_its_80_categories(
 
 
 def test_unused_slots_stay_in_detrs_softmax(tmp_path: Path, target: Path) -> None:
-    state = official_state("detr", coco.SLOTS)
-    import_weights(write(tmp_path / "detr.pth", state), target, Said())
+    state = official_state("detr", COCO_SLOTS)
+    import_weights(write(tmp_path / "detr.pth", state), target)
     detector, info = load_weights(target)
     assert (info.detector.classification, info.detector.unused_outputs) == ("softmax", 11)
     states = torch.randn(9, 32)
     theirs = states @ state["class_embed.weight"].T + state["class_embed.bias"]
     head = detector.state_dict()
     ours = sigmoid_logits(states @ head["class_head.weight"].T + head["class_head.bias"], 80)
-    rows = [number for number, _ in coco.CATEGORIES]
+    rows = [number for number, _ in COCO]
     torch.testing.assert_close(ours.sigmoid(), theirs.softmax(-1)[:, rows])
 
 
 def test_the_first_stage_keeps_the_slot_that_stands_for_some_object(
     tmp_path: Path, target: Path
 ) -> None:
-    state = official_state("deformable-two-stage", coco.SLOTS)
-    import_weights(write(tmp_path / "two.pth", state, num_queries=17), target, Said())
+    state = official_state("deformable-two-stage", COCO_SLOTS)
+    import_weights(write(tmp_path / "two.pth", state, num_queries=17), target)
     detector, info = load_weights(target)
     assert info.detector.queries == 17
     ours = detector.state_dict()
@@ -118,8 +118,8 @@ def test_categories_of_other_sets_are_given(
     source = write(tmp_path / "own.pth", state)
     assert "--categories ANNOTATIONS.json" in refusal(source, target)
     too_many = tuple((index, str(index)) for index in range(9))
-    assert "has 7 outputs" in refusal(source, target, Said(categories=too_many))
-    import_weights(source, target, Said(categories=categories))
+    assert "has 7 outputs" in refusal(source, target, categories=too_many)
+    import_weights(source, target, categories=categories)
     detector, info = load_weights(target)
     assert info.categories == categories
     bias = detector.state_dict()["class_head.bias"]
@@ -134,18 +134,18 @@ def test_every_misfit_is_named(tmp_path: Path, target: Path, conditional: State)
     text = refusal(write(tmp_path / "broken.pth", state), target)
     for part in (
         "missing: decoder.norm.weight",
-        "left over: transformer.patterns.weight",
+        "left over: patterns.weight",
         "box_head.layers.0.weight ([32, 31], expected [32, 32])",
     ):
         assert part in text
 
 
 def test_copies_that_differ_are_refused(tmp_path: Path, target: Path) -> None:
-    state = official_state("dab_detr", coco.SLOTS)
+    state = official_state("dab_detr", COCO_SLOTS)
     state["transformer.decoder.bbox_embed.layers.1.bias"] = torch.zeros(32)
     assert "their values differ" in refusal(write(tmp_path / "dab.pth", state), target)
-    state = official_state("deformable_detr", coco.SLOTS)
-    state["class_embed.2.bias"] = torch.zeros(coco.SLOTS)
+    state = official_state("deformable_detr", COCO_SLOTS)
+    state["class_embed.2.bias"] = torch.zeros(COCO_SLOTS)
     assert "their values differ" in refusal(write(tmp_path / "deformable.pth", state), target)
 
 
@@ -184,7 +184,7 @@ def test_checkpoints_before_torch_1_6_and_of_ddp_are_read(
     source = tmp_path / "old.pth"
     state = {f"module.{name}": tensor for name, tensor in conditional.items()}
     torch.save({"model": state}, source, _use_new_zipfile_serialization=False)
-    imported = import_weights(source, target, Said())
+    imported = import_weights(source, target)
     assert imported.architecture["heads"] == 8
     assert any("assumed 8 (--heads)" in note for note in imported.notes)
     assert any("--dilation" in note for note in imported.notes)
@@ -220,17 +220,17 @@ def test_what_weights_do_not_show_must_not_be_guessed(
     source = tmp_path / "r50dc5.pth"
     torch.save({"model": conditional}, source)
     assert "say --dilation or --no-dilation" in refusal(source, target)
-    imported = import_weights(source, target, Said(heads=4, dilation=True))
+    imported = import_weights(source, target, Unseen(heads=4, dilation=True))
     assert imported.architecture["backbone"]["dilation"]
     assert imported.notes == ("11 outputs that belong to no category were left out",)
 
 
 def test_a_dilated_dab_detrs_temperature_must_be_said(tmp_path: Path, target: Path) -> None:
     source = tmp_path / "dab.pth"
-    torch.save({"model": official_state("dab_detr", coco.SLOTS)}, source)
-    said = Said(heads=4, dilation=True)
+    torch.save({"model": official_state("dab_detr", COCO_SLOTS)}, source)
+    said = Unseen(heads=4, dilation=True)
     assert "say --temperature 20 or 10" in refusal(source, target, said)
-    imported = import_weights(source, target, Said(heads=4, dilation=True, temperature=10))
+    imported = import_weights(source, target, Unseen(heads=4, dilation=True, temperature=10))
     found = read_info(target).detector
     assert (found.grid_temperature, found.inverse_sigmoid_epsilon) == (10, 1e-3)
     assert any("inverse_sigmoid_epsilon is 0.001" in note for note in imported.notes)
@@ -239,12 +239,14 @@ def test_a_dilated_dab_detrs_temperature_must_be_said(tmp_path: Path, target: Pa
 @pytest.mark.parametrize(
     ("said", "text"),
     [
-        (Said(heads=8), "its args say heads 4, but --heads says 8"),
-        (Said(dilation=True), "its args say dilation False, but --dilation says True"),
-        (Said(temperature=10), "--temperature would have no effect"),
+        (Unseen(heads=8), "its args say heads 4, but --heads says 8"),
+        (Unseen(dilation=True), "its args say dilation False, but --dilation says True"),
+        (Unseen(temperature=10), "--temperature would have no effect"),
     ],
 )
-def test_contradictions_are_refused(checkpoint: Path, target: Path, said: Said, text: str) -> None:
+def test_contradictions_are_refused(
+    checkpoint: Path, target: Path, said: Unseen, text: str
+) -> None:
     assert text in refusal(checkpoint, target, said)
 
 
@@ -271,9 +273,11 @@ def test_torchvisions_resnets_become_backbone_files(
     source = tmp_path / "resnet34.pth"
     state = torchvision.models.resnet34(weights=None).state_dict()
     torch.save({"model": state} if wrapped else state, source)
-    said = Said(dilation=True, categories=((1, "one"),))
-    assert "--dilation and --categories would have no effect" in refusal(source, target, said)
-    assert import_weights(source, target, Said()).network == "resnet34"
+    said = Unseen(dilation=True)
+    assert "--dilation and --categories would have no effect" in refusal(
+        source, target, said, categories=((1, "one"),)
+    )
+    assert import_weights(source, target).network == "resnet34"
     backbone = build_backbone(BackboneConfig(name="resnet34"))
     load_backbone_weights(backbone, target)
     weight = backbone.state_dict()["layer3.5.conv2.weight"]
@@ -286,7 +290,7 @@ def test_torchvisions_networks_are_recognised(name: str, tmp_path: Path, target:
     state = torchvision.models.get_model(name, weights=None, num_classes=7).state_dict()
     source = tmp_path / "network.pth"
     torch.save(state, source)
-    imported = import_weights(source, target, Said())
+    imported = import_weights(source, target)
     assert (imported.network, imported.architecture["name"]) == (name, name)
     backbone = build_backbone(BackboneConfig(name=name))
     load_backbone_weights(backbone, target)
@@ -297,7 +301,7 @@ def test_torchvisions_networks_are_recognised(name: str, tmp_path: Path, target:
 
 def test_networks_of_other_shapes_are_not_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     known = ("resnet34", "resnet50", "resnext50_32x4d", "convnext_tiny")
-    monkeypatch.setattr(torchvision_networks, "TORCHVISION", known)
+    monkeypatch.setattr(importing, "TORCHVISION", known)
     state = build_network("resnext50_32x4d").state_dict()
     assert recognise(state) == "resnext50_32x4d"
     assert recognise({"x": torch.zeros(1), **state}) is None
@@ -314,17 +318,17 @@ def test_unknown_networks_are_refused(tmp_path: Path, target: Path) -> None:
 
 
 def test_our_own_files_are_checked_and_copied(tiny_weights: Path, target: Path) -> None:
-    assert "--heads would have no effect" in refusal(tiny_weights, target, Said(heads=2))
-    import_weights(tiny_weights, target, Said())
+    assert "--heads would have no effect" in refusal(tiny_weights, target, Unseen(heads=2))
+    import_weights(tiny_weights, target)
     assert read_info(target) == read_info(tiny_weights)
 
 
 def test_a_failed_import_leaves_the_old_file(checkpoint: Path, target: Path) -> None:
-    import_weights(checkpoint, target, Said())
+    import_weights(checkpoint, target)
     before = target.read_bytes()
     checkpoint.write_bytes(b"")
     with pytest.raises(UserError):
-        import_weights(checkpoint, target, Said())
+        import_weights(checkpoint, target)
     assert target.read_bytes() == before
     assert [file.name for file in target.parent.iterdir()] == [target.name]
 
@@ -343,7 +347,10 @@ CONFIG: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"model_type": "yolos"}, "model_type is yolos; expected one of detr, conditional_detr"),
+        (
+            {"model_type": "yolos"},
+            "model_type is yolos; expected one of conditional_detr, dab-detr",
+        ),
         ({"architectures": ["DetrForSegmentation"]}, "expected a ...ForObjectDetection"),
         ({"activation_function": "gelu"}, "activation_function is 'gelu', expected 'relu'"),
         ({"decoder_attention_heads": 4}, "decoder_attention_heads is 4"),
@@ -376,7 +383,7 @@ def test_timms_backbones_have_torchvisions_names() -> None:
     )
     for prefix in ("backbone.conv_encoder.model.", "backbone.model._backbone.", "backbone.model."):
         theirs = {f"model.{prefix}{name}": torch.zeros(1) for name in names}
-        found = from_hugging_face(theirs, "dab_detr")
+        found = rename(theirs, "dab_detr")
         assert set(found) == {f"backbone.{name}" for name in names}
 
 
@@ -410,7 +417,7 @@ def test_incomplete_folders_are_named(tmp_path: Path, target: Path) -> None:
     save_file({"x": torch.zeros(1)}, folder / "part.safetensors")
     assert "expected a ResNet (resnet18" in refusal(folder, target)
     with pytest.raises(UserError, match="give the folder"):
-        import_weights(folder / "part.safetensors", target, Said())
+        import_weights(folder / "part.safetensors", target)
 
 
 def test_the_command_reports_in_words_and_as_json(

@@ -17,8 +17,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from d3etr.config.backbones import BACKBONES, TORCHVISION, UNUSABLE, family_of
 from d3etr.config.detector import BackboneConfig
 from d3etr.detectors import torchvision_backbone
-from d3etr.detectors.backbones import Backbone, build_backbone, load_backbone_weights
+from d3etr.detectors.backbones import Backbone, build_backbone
 from d3etr.detectors.torchvision_weights import from_torchvision
+from d3etr.detectors.weights import load_backbone_weights
 from d3etr.errors import UserError
 
 STAGES: Mapping[str, tuple[str, str, str]] = {

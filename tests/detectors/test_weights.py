@@ -13,7 +13,6 @@ import torch
 from d3etr.config import renamed
 from d3etr.config.data import PreprocessingConfig
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.detectors.tensor_files import write_tensors
 from d3etr.detectors.weights import (
     FORMAT_KEY,
     INFO_KEY,
@@ -22,6 +21,7 @@ from d3etr.detectors.weights import (
     load_weights,
     read_info,
     save_weights,
+    write_tensors,
 )
 from d3etr.errors import UserError
 from d3etr.structures import ImageBatch

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from d3etr.config.data import AugmentationConfig, DataConfig
 from d3etr.config.detector import BackboneConfig
 from d3etr.config.training import PretrainingConfig
-from d3etr.detectors.backbones import build_backbone, load_backbone_weights
-from d3etr.detectors.tensor_files import read_metadata
+from d3etr.detectors.backbones import build_backbone
+from d3etr.detectors.weights import load_backbone_weights, read_metadata
 from d3etr.engine.crops import MARGIN
 from d3etr.engine.pretraining import augment_crops, pretrain_backbone
 from d3etr.errors import UserError

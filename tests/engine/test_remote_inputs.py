@@ -21,7 +21,7 @@ from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.detectors.build import build_detector
-from d3etr.detectors.tensor_files import file_digest, write_tensors
+from d3etr.detectors.weights import file_digest, write_tensors
 from d3etr.engine.distributed import SingleProcess
 from d3etr.engine.fetching import run_on_all_workers
 from d3etr.engine.provenance import (

@@ -11,7 +11,7 @@ import pytest
 
 from d3etr.config.tree import Config
 from d3etr.detectors.backbones import build_backbone
-from d3etr.detectors.tensor_files import write_tensors
+from d3etr.detectors.weights import write_tensors
 from d3etr.engine.distributed import TrainContext
 from d3etr.engine.find_run import folder_of, prepare
 from d3etr.engine.journal import read_journal

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
-from d3etr.detectors.imports.hugging_face import from_hugging_face
+from d3etr.detectors.imports.layouts import rename
 from d3etr.registry import DETECTORS
 from d3etr.structures import DecoderOutputs, ImageBatch
 
@@ -133,7 +133,7 @@ def _ours(kind: Kind, theirs: nn.Module) -> DetectionTransformer:
         }
     )
     detector = build_detector(config, CLASSES).eval()
-    tensors = from_hugging_face(
+    tensors = rename(
         theirs.state_dict(),
         kind.name,
         box_refinement=bool(kind.ours.get("box_refinement")),
@@ -350,7 +350,7 @@ def test_bottleneck_features_equal_hugging_face() -> None:
         {"name": "deformable_detr", "backbone": {"name": "resnet50"}, **SIZES}
     )
     detector = build_detector(config, CLASSES).eval()
-    renamed = from_hugging_face(state, "deformable_detr")
+    renamed = rename(state, "deformable_detr")
     ours = {name.removeprefix("backbone."): value for name, value in renamed.items()}
     missing, unexpected = detector.backbone.load_state_dict(ours, strict=False)
     assert not missing

@@ -21,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from test_detector_parity import KINDS, Kind, _hugging_face
 
 from d3etr.cli.main import main
-from d3etr.detectors.imports.importing import Said, import_weights
+from d3etr.detectors.imports.importing import import_weights
 from d3etr.inference import Detections, load
 
 transformers = pytest.importorskip("transformers")
@@ -145,7 +145,7 @@ def test_detections_and_their_average_precision_equal_hugging_faces(
     shards = {"max_shard_size": "20MB"} if kind.name == "detr" else {}
     model, processor = save_theirs(folder, kind, **shards)
     assert len(list(folder.glob("*.safetensors"))) == (3 if shards else 1)
-    imported = import_weights(folder, target, Said())
+    imported = import_weights(folder, target)
     assert imported.categories == ("person", "bicycle", "motorcycle", "bus", "train")
     predictor = load(target, "cpu")
     found = []

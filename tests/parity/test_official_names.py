@@ -29,7 +29,7 @@ from official_checkpoints import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d3etr.detectors.imports.importing import Said, import_weights
+from d3etr.detectors.imports.importing import import_weights
 from d3etr.detectors.weights import load_weights
 from d3etr.structures import ImageBatch
 
@@ -191,18 +191,18 @@ def test_official_checkpoints_equal_hugging_faces_conversion_of_them(
     torch.save({"model": state, "args": _args(), "epoch": 49}, tmp_path / "official.pth")
     _write_folder(folder, kind, _converted(state, name))
     categories = tuple((index, f"LABEL_{index}") for index in range(CLASSES))
-    said = Said(categories=categories)
-    import_weights(tmp_path / "official.pth", tmp_path / "official.safetensors", said)
-    import_weights(folder, tmp_path / "theirs.safetensors", Said())
-    ours, info = load_weights(tmp_path / "official.safetensors")
+    official = tmp_path / "official.safetensors"
+    import_weights(tmp_path / "official.pth", official, categories=categories)
+    import_weights(folder, tmp_path / "theirs.safetensors")
+    ours, info = load_weights(official)
     other, other_info = load_weights(tmp_path / "theirs.safetensors")
     detector = info.detector
     if name == "dab_detr":
         epsilons = [part.detector.inverse_sigmoid_epsilon for part in (info, other_info)]
         assert epsilons == [1e-3, 1e-5]
         # All that the official DAB-DETR and Hugging Face's do differently.
-        official = partial(dab.inverse_sigmoid, eps=detector.inverse_sigmoid_epsilon)
-        monkeypatch.setattr(dab, "inverse_sigmoid", official)
+        exact = partial(dab.inverse_sigmoid, eps=detector.inverse_sigmoid_epsilon)
+        monkeypatch.setattr(dab, "inverse_sigmoid", exact)
         detector = detector.model_copy(update={"inverse_sigmoid_epsilon": 1e-5})
     assert detector == other_info.detector
     assert info.categories == other_info.categories

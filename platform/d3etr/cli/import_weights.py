@@ -63,16 +63,17 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(options: Namespace) -> int:
     from d3etr.data.annotations import Source
     from d3etr.data.formats import AUTO, find_format
-    from d3etr.detectors.imports.importing import Said, import_weights
+    from d3etr.detectors.imports.importing import import_weights
+    from d3etr.detectors.imports.settings import Unseen
 
     categories = None
     if options.categories is not None:
         _, annotated = find_format(AUTO, options.categories)
         known = annotated.read(Source(options.categories)).categories
         categories = tuple((category.id, category.name) for category in known)
-    said = Said(options.heads, options.dilation, options.temperature, categories)
+    said = Unseen(heads=options.heads, dilation=options.dilation, temperature=options.temperature)
     ensure_other_file(options.source, options.target)
-    imported = import_weights(options.source, options.target, said)
+    imported = import_weights(options.source, options.target, said, categories)
     answer(options, imported.as_dict(), lambda: _print(imported))
     return 0
 

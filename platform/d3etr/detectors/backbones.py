@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from d3etr.config.backbones import SMALL
 from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.small_backbone import SmallBackbone
-from d3etr.detectors.tensor_files import load_strictly, read_tensors
 from d3etr.detectors.torchvision_backbone import TorchvisionBackbone
-from d3etr.detectors.torchvision_weights import imagenet_weights
 
 Backbone = SmallBackbone | TorchvisionBackbone
 
@@ -35,21 +31,3 @@ def _lay_out_as_maps(backbone: Backbone) -> None:
     for weight in backbone.parameters():
         if weight.dim() == 4:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-
-
-def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:
-    """Start a backbone from ImageNet or from a file of pre-training.
-
-    Args:
-        backbone: changed in place.
-        source: ``imagenet``, or a safetensors file that holds the backbone's tensors by name.
-
-    Raises:
-        UserError: weights can't be had, or tensors are missing, left over or of another shape.
-    """
-    if str(source) == "imagenet":
-        tensors = imagenet_weights(backbone.config)
-        label = f"torchvision's ImageNet weights ({backbone.config.name})"
-    else:
-        tensors, label = read_tensors(Path(source)), str(source)
-    load_strictly(backbone, tensors, label)

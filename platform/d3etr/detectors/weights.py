@@ -1,41 +1,47 @@
-"""A detector in one safetensors file: weights, architecture, classes, preprocessing, origin.
+"""Weights files: detectors, backbones and bare tensors as safetensors.
 
-Nothing in such a file is executed when it is read.
+Files are written whole or not at all, and nothing in one is executed when it is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import safetensors
+import safetensors.torch
 import torch
 from pydantic import Field, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from d3etr.config.base import Section
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import AnyDetector
 from d3etr.config.problems import ConfigError, problems_of
 from d3etr.config.renamed import with_current_keys
+from d3etr.detectors.backbones import Backbone
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
-from d3etr.detectors.tensor_files import (
-    ensure_fit,
-    file_digest,
-    load_strictly,
-    read_metadata,
-    read_tensors,
-    write_tensors,
-)
+from d3etr.detectors.torchvision_weights import imagenet_weights
 from d3etr.errors import UserError
-
-__all__ = ["WeightsInfo", "file_digest", "load_weights", "read_info", "save_weights"]
+from d3etr.files import atomic_write
 
 FORMAT_KEY = "d3etr_format"
 INFO_KEY = "d3etr_info"
 FORMAT = "1"
-
+_NAMED = 6
+"""Tensors that an error message names before it counts the rest."""
+_COPIES = 4
+_RESERVE = 512 * 2**20
+_THREAD = 16 * 2**20
+"""Bytes that reading may take beside ``_COPIES`` of the file: at all, and for each core."""
 
 CategoryId = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
@@ -117,6 +123,24 @@ def _with_current_keys(text: str) -> str:
     return json.dumps(tree)
 
 
+def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:
+    """Start a backbone from ImageNet or from a file of pre-training.
+
+    Args:
+        backbone: changed in place.
+        source: ``imagenet``, or a safetensors file that holds the backbone's tensors by name.
+
+    Raises:
+        UserError: weights can't be had, or tensors are missing, left over or of another shape.
+    """
+    if str(source) == "imagenet":
+        tensors = imagenet_weights(backbone.config)
+        label = f"torchvision's ImageNet weights ({backbone.config.name})"
+    else:
+        tensors, label = read_tensors(Path(source)), str(source)
+    load_strictly(backbone, tensors, label)
+
+
 def load_weights(path: Path) -> tuple[DetectionTransformer, WeightsInfo]:
     """Build the detector of a weights file.
 
@@ -137,3 +161,137 @@ def load_weights(path: Path) -> tuple[DetectionTransformer, WeightsInfo]:
     detector = build_detector(info.detector, len(info.categories))
     load_strictly(detector, tensors, str(path))
     return detector.eval(), info
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, replacing ``path`` only once it is complete.
+
+    Args:
+        path: where to; its folder is made.
+        tensors: by name; moved to the CPU and made contiguous.
+        metadata: text by key.
+
+    Raises:
+        UserError: the folder can't be written to, or is full.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            safetensors.torch.save_file(plain, temporary, metadata=dict(metadata))
+            temporary.chmod(0o644)  # the library writes for the owner only; storage is shared
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(
+            f"cannot write {path} ({error}): free some space, or choose another folder"
+        ) from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without reading tensors; errors as ``read_tensors``."""
+    with _opened(path), safetensors.safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: ``path`` is missing, truncated or not a safetensors file.
+    """
+    with _opened(path):
+        return safetensors.torch.load_file(path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[None]:
+    _require_file(path)
+    try:
+        yield
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}). It may be truncated, or of another "
+            "format: copy it again, or convert it (other formats can execute code and are not "
+            "read)."
+        ) from error
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into a module that has exactly these names and shapes.
+
+    Args:
+        module: changed in place; values are converted to its data types.
+        tensors: by name, as in the module's state dict.
+        source: what error messages call the origin of ``tensors``.
+
+    Raises:
+        UserError: a tensor is missing, left over or of another shape; nothing is copied then.
+    """
+    ensure_fit(module.state_dict(), tensors, source)
+    module.load_state_dict(dict(tensors))
+
+
+def ensure_fit(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check that tensors have exactly the names and shapes of others, of any device.
+
+    Raises:
+        UserError: see ``load_strictly``.
+    """
+    misfits = {
+        "missing": [name for name in expected if name not in tensors],
+        "left over": [name for name in tensors if name not in expected],
+        "of another shape": [
+            f"{name} ({list(tensors[name].shape)}, expected {list(tensor.shape)})"
+            for name, tensor in expected.items()
+            if name in tensors and tensors[name].shape != tensor.shape
+        ],
+    }
+    problems = []
+    for label, names in misfits.items():
+        rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        problems += [f"{label}: {', '.join(names[:_NAMED])}{rest}"] if names else []
+    if problems:
+        raise UserError(
+            f"{source}: the weights do not fit the configured network. Tensors "
+            f"{'; '.join(problems)}. "
+            "Give the weights of this very architecture, or configure the one they belong to."
+        )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as 64 hex digits."""
+    _require_file(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def bounded_memory(path: Path) -> Iterator[None]:
+    """Within, this process may take some times the file's size more memory, and a reserve.
+
+    Beyond that Python's or PyTorch's own error for want of memory is raised; where the system has
+    no such limit, nothing is.
+    """
+    try:
+        held = int(re.findall(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+    except (OSError, IndexError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    reserve = _RESERVE + (os.cpu_count() or 1) * _THREAD
+    wanted = 1024 * held + _COPIES * path.stat().st_size + reserve
+    allowed = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([wanted, *allowed]), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _require_file(path: Path) -> None:
+    try:
+        if path.is_file():
+            return
+        kind = "is a folder, not a file" if path.is_dir() else "does not exist"
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        kind = f"cannot be read ({error.strerror})"
+    raise UserError(f"weights file {path} {kind}: give the path of a .safetensors file")

@@ -9,11 +9,11 @@ from pathlib import Path
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.data.annotations import Category
-from d3etr.detectors.backbones import build_backbone, load_backbone_weights
+from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.init_from import LoadedParts, load_matching
-from d3etr.detectors.weights import WeightsInfo, load_weights, read_info
+from d3etr.detectors.weights import WeightsInfo, load_backbone_weights, load_weights, read_info
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
 from d3etr.storage.fetch import local_file

@@ -24,7 +24,7 @@ from d3etr.config.training import PretrainingConfig, ScheduleConfig
 from d3etr.data.splits import DetectionSplit, open_split, require_same_categories
 from d3etr.data.transforms import normalise
 from d3etr.detectors.backbones import Backbone, build_backbone
-from d3etr.detectors.tensor_files import write_tensors
+from d3etr.detectors.weights import write_tensors
 from d3etr.engine.crops import MARGIN, Crops, cut_crops
 from d3etr.engine.schedule import learning_rate_factor
 from d3etr.engine.seeding import derive_seed, seed_generators

@@ -7,40 +7,31 @@ Official detectors are trained with category ids as labels: COCO's 80 categories
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from d3etr.detectors.imports import coco
 from d3etr.errors import UserError
 
 Categories = tuple[tuple[int, str], ...]
 """(id, name) of each class."""
 UNNAMED = "N/A"
-"""What Hugging Face's files call a slot without a category."""
-
-
-@dataclass(frozen=True)
-class Slots:
-    """What is taken from a class head.
-
-    Attributes:
-        categories: C of them, in the order that their logits will have.
-        used: the slot of each.
-        unused: slots that belong to no category.
-    """
-
-    categories: Categories
-    used: tuple[int, ...]
-    unused: tuple[int, ...]
+"""What Hugging Face's files and torchvision call a slot without a category."""
+_COCO = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+COCO_SLOTS = len(_COCO)
+"""Outputs of detectors that were trained with COCO's ids as labels: 0 to 90."""
+COCO: Categories = tuple(
+    (number, name) for number, name in enumerate(_COCO) if number and name != UNNAMED
+)
+"""COCO's 80 categories with the ids of its annotation files."""
 
 
 def slots_of(
     count: int, given: Sequence[tuple[int, str]] | None, names: Mapping[Any, Any] | None
-) -> Slots:
-    """Find the category of each slot.
+) -> tuple[Categories, list[int]]:
+    """The categories of a class head, and the slot of each.
 
     Args:
         count: slots of the class head, without "no object".
@@ -50,63 +41,56 @@ def slots_of(
     Raises:
         UserError: categories and slots do not go together.
     """
-    if given is not None:
-        return _given(count, given)
-    if names:
-        return _named(count, names)
-    if count == coco.SLOTS:
-        return _by_id(count, coco.CATEGORIES)
+    if given is None and names:
+        categories = _named(count, names)
+    elif given is None and count == COCO_SLOTS:
+        categories = COCO
+    elif given is None:
+        raise UserError(
+            f"the class head has {count} outputs, not the {COCO_SLOTS} of detectors trained on "
+            "COCO: name them with --categories ANNOTATIONS.json, the file that the detector learnt "
+            "from"
+        )
+    else:
+        categories = tuple(given)
+    if all(0 <= number < count for number, _ in categories):
+        return categories, [number for number, _ in categories]
+    if len(categories) == count:
+        return categories, [*range(count)]
     raise UserError(
-        f"the class head has {count} outputs, not the {coco.SLOTS} of detectors trained on COCO: "
-        "name them with --categories ANNOTATIONS.json, the file that the detector learnt from"
+        f"--categories names {len(categories)} categories with ids up to {max(categories)[0]}, but "
+        f"the class head has {count} outputs: expected ids below {count} (an output for each id) "
+        f"or {count} categories. Give the annotation file that the detector learnt from"
     )
 
 
-def _given(count: int, given: Sequence[tuple[int, str]]) -> Slots:
-    if all(0 <= number < count for number, _ in given):
-        return _by_id(count, tuple(given))
-    if len(given) == count:
-        return Slots(tuple(given), tuple(range(count)), ())
-    raise UserError(
-        f"--categories names {len(given)} categories with ids up to {max(given)[0]}, but the "
-        f"class head has {count} outputs: expected ids below {count} (an output for each id) or "
-        f"{count} categories. Give the annotation file that the detector learnt from"
-    )
-
-
-def _named(count: int, names: Mapping[Any, Any]) -> Slots:
+def _named(count: int, names: Mapping[Any, Any]) -> Categories:
     named = sorted((int(slot), str(name)) for slot, name in names.items() if str(slot).isdigit())
     if [slot for slot, _ in named] != list(range(count)):
         raise UserError(
             f"id2label names {len(named)} outputs, but the class head has {count}: correct "
             "config.json, or give --categories ANNOTATIONS.json"
         )
-    return _by_id(count, tuple((slot, name) for slot, name in named if name != UNNAMED))
+    return tuple((slot, name) for slot, name in named if name != UNNAMED)
 
 
-def _by_id(count: int, categories: Categories) -> Slots:
-    used = tuple(number for number, _ in categories)
-    return Slots(categories, used, tuple(slot for slot in range(count) if slot not in used))
-
-
-def choose_rows(tensors: dict[str, Tensor], slots: Slots, exclusive: bool) -> None:
+def choose_rows(tensors: dict[str, Tensor], used: Sequence[int], count: int, softmax: bool) -> int:
     """Bring the outputs of every class head into the order of the categories.
 
     Args:
         tensors: by our names; changed in place.
-        slots: what to take.
-        exclusive: a softmax's head: unused slots stay in it, behind the classes, and "no object"
-            stays last.
+        used: slot of each category.
+        count: slots of the class head, without "no object".
+        softmax: unused slots stay in it, behind the classes, and "no object" stays last.
+
+    Returns:
+        Number of unused slots.
     """
-    rows = [*slots.used]
-    if exclusive:
-        rows += [*slots.unused, len(slots.used) + len(slots.unused)]
-    for name in [name for name in tensors if is_class_head(name)]:
-        # The first stage's slot 0 stands for "some object", whatever category has it.
-        order = [0, *rows[1:]] if name.startswith("proposals.") else rows
-        tensors[name] = tensors[name][torch.tensor(order)]
-
-
-def is_class_head(name: str) -> bool:
-    """Whether a tensor of ours has an output for each class."""
-    return name.startswith(("class_head.", "decoder.class_heads.", "proposals.class_head."))
+    unused = [slot for slot in range(count) if slot not in used]
+    rows = [*used, *unused, count] if softmax else [*used]
+    for name in tensors:
+        if name.startswith(("class_head.", "decoder.class_heads.", "proposals.class_head.")):
+            # The first stage's slot 0 stands for "some object", whatever category has it.
+            order = [0, *rows[1:]] if name.startswith("proposals.") else rows
+            tensors[name] = tensors[name][torch.tensor(order)]
+    return len(unused)

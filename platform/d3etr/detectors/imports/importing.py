@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from d3etr.config.backbones import TORCHVISION
+from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import BackboneConfig, DetectorConfig
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector, count_parameters
-from d3etr.detectors.imports import official, reading
-from d3etr.detectors.imports.architecture import infer_detector
-from d3etr.detectors.imports.categories import choose_rows, slots_of
-from d3etr.detectors.imports.reading import Found
-from d3etr.detectors.imports.sources import (
-    UNSEEN,
-    Said,
-    TheirDetector,
-    from_checkpoint,
-    from_folder,
+from d3etr.detectors.imports import files
+from d3etr.detectors.imports.categories import Categories, choose_rows, slots_of
+from d3etr.detectors.imports.files import Found
+from d3etr.detectors.imports.layouts import LAYOUTS, official_detector, rename
+from d3etr.detectors.imports.settings import (
+    Unseen,
+    from_args,
+    from_config,
+    infer_detector,
+    preprocessing_of,
 )
-from d3etr.detectors.imports.torchvision_networks import recognise
-from d3etr.detectors.tensor_files import file_digest, load_strictly, write_tensors
-from d3etr.detectors.torchvision_weights import from_torchvision
-from d3etr.detectors.weights import WeightsInfo, load_weights, save_weights
+from d3etr.detectors.torchvision_backbone import build_network
+from d3etr.detectors.torchvision_weights import from_torchvision, weights_of, without_classifier
+from d3etr.detectors.weights import (
+    WeightsInfo,
+    file_digest,
+    load_strictly,
+    load_weights,
+    save_weights,
+    write_tensors,
+)
 from d3etr.errors import UserError
 
-__all__ = ["Imported", "Said", "import_weights"]
+_TOLD = ("heads", "dilation", "temperature")
+"""What a user may say of a checkpoint without ``args``."""
+_FIRST_NAMES = ("conv1.", "features.", "layers.", "stem.")
+"""How the first tensor of torchvision's networks is called."""
 
 
 @dataclass(frozen=True)
@@ -68,31 +79,65 @@ class Imported:
         return asdict(self) | paths | {"categories": [*self.categories], "notes": [*self.notes]}
 
 
-def import_weights(source: Path, target: Path, said: Said) -> Imported:
+@dataclass(frozen=True)
+class _Theirs:
+    """A detector of others: what it was, for people; our name of it; the rest from its files."""
+
+    kind: str
+    name: str
+    found: Found
+    unseen: Unseen
+    box_refinement: bool | None = None
+    names: Mapping[Any, Any] | None = None
+    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+
+
+def import_weights(
+    source: Path, target: Path, said: Unseen | None = None, categories: Categories | None = None
+) -> Imported:
     """Write weights of others as a file that everything here takes, whole or not at all.
 
     Args:
         source: an official checkpoint or torchvision's (``.pth``), a folder of Hugging Face's, or
             a file of ours.
         target: the file to write.
-        said: about what the source does not say.
+        said: what the user says about a source that does not say it itself.
+        categories: (id, name) of each category, by rising id, if the user names them.
 
     Raises:
         UserError: unknown, damaged or unsafe files; tensors that are missing, left over or of
             another shape; options that have no effect.
     """
+    told = {key: getattr(said, key) for key in _TOLD if getattr(said, key, None) is not None}
+    named = {} if categories is None else {"categories": categories}
     if source.is_dir():
-        return _import_detector(source, target, said, from_folder(source, said))
+        _refuse(source, told, f"{files.CONFIG} says it")
+        return _import_detector(source, target, _from_folder(source), categories)
     if source.suffix == ".safetensors":
-        return _copy_ours(source, target, said)
-    found = reading.read_checkpoint(source)
-    theirs = from_checkpoint(source, found, said)
-    if theirs is not None:
-        return _import_detector(source, target, said, theirs)
+        if (source.parent / files.CONFIG).is_file():
+            raise UserError(
+                f"{source}: part of a folder of Hugging Face's: give the folder, {source.parent}"
+            )
+        _refuse(source, told | named, "a file of d3etr says all of it")
+        detector, info = load_weights(source)
+        notes = ["checked and copied; it could be used as it is"]
+        return _write(source, target, "a weights file of d3etr", detector, info, notes)
+    found = files.read_checkpoint(source)
+    name = official_detector(found.tensors)
+    if name is not None:
+        theirs = _from_checkpoint(source, found, name, told)
+        return _import_detector(source, target, theirs, categories)
     network = recognise(found.tensors)
-    if network is not None:
-        return _import_backbone(source, target, said, found, network)
-    raise UserError(_unknown(source, found.tensors))
+    if network is None:
+        raise UserError(_unknown(source, found.tensors))
+    _refuse(source, told | named, "it is a backbone")
+    return _import_backbone(source, target, found, network)
+
+
+def _refuse(source: Path, options: Mapping[str, Any], why: str) -> None:
+    if options:
+        names = " and ".join(f"--{name}" for name in options)
+        raise UserError(f"{source}: {names} would have no effect: {why}. Leave it out")
 
 
 def _unknown(source: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -101,51 +146,82 @@ def _unknown(source: Path, tensors: Mapping[str, Tensor]) -> str:
     names = ", ".join(list(tensors)[:4])
     return (
         f"{source}: {len(tensors)} tensors ({names}, ...) of no known detector. Expected an "
-        f"official checkpoint of {', '.join(official.SCHEMES)}, one of torchvision's networks that "
+        f"official checkpoint of {', '.join(LAYOUTS)}, one of torchvision's networks that "
         "are backbones here, a folder of Hugging Face's, or a weights file of d3etr"
     )
 
 
-def _import_detector(source: Path, target: Path, said: Said, theirs: TheirDetector) -> Imported:
-    detector, info, notes = _build(source, theirs, said)
-    save_weights(target, detector, info)
-    return _report(source, target, theirs.kind, detector, info, notes)
+def _from_folder(source: Path) -> _Theirs:
+    found = files.read_folder(source)
+    config = found.settings
+    name, unseen = from_config(config, f"{source}: {files.CONFIG}")
+    return _Theirs(
+        f"Hugging Face's {config['model_type']}",
+        name,
+        found,
+        unseen,
+        bool(config.get("with_box_refine")),
+        config.get("id2label"),
+        preprocessing_of(found.preprocessing, f"{source}: {files.PREPROCESSING}"),
+    )
 
 
-def _build(
-    source: Path, theirs: TheirDetector, said: Said
-) -> tuple[DetectionTransformer, WeightsInfo, list[str]]:
+def _from_checkpoint(source: Path, found: Found, name: str, told: dict[str, Any]) -> _Theirs:
+    """An official checkpoint; asks where a default would be a guess that spoils detections."""
+    if name != "dab_detr" and "temperature" in told:
+        _refuse(source, {"temperature": told["temperature"]}, f"{name} has no such setting")
+    unseen = from_args(found.settings, str(source))
+    for key, value in told.items():
+        if getattr(unseen, key) not in (None, value):
+            raise UserError(
+                f"{source}: its args say {key} {getattr(unseen, key)}, but --{key} says {value}"
+            )
+    unseen = unseen.model_copy(update=told)
+    if unseen.dilation is None and "dc5" in source.name.lower():
+        raise UserError(
+            f"{source}: named like a detector with dilation (DC5), which weights do not show: say "
+            "--dilation or --no-dilation"
+        )
+    if name == "dab_detr" and unseen.dilation and unseen.temperature is None:
+        raise UserError(
+            f"{source}: the temperature of a dilated DAB-DETR's position encoding is 20, or 10 "
+            "(official R50-DC5), which weights do not show: say --temperature 20 or 10"
+        )
+    return _Theirs(f"an official checkpoint of {name}", name, found, unseen)
+
+
+def _import_detector(
+    source: Path, target: Path, theirs: _Theirs, given: Categories | None
+) -> Imported:
     """Our detector with their weights, and what to know about it."""
-    tensors = dict(theirs.tensors)
-    exclusive = theirs.name == "detr"  # all others were trained with a sigmoid for each class
+    softmax = LAYOUTS[theirs.name].softmax
+    try:
+        tensors = rename(theirs.found.tensors, theirs.name, box_refinement=theirs.box_refinement)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}: copy it again") from error
     try:
         config, notes = infer_detector(theirs.name, tensors, theirs.unseen)
-        slots = slots_of(_outputs(tensors) - exclusive, said.categories, theirs.names)
+        outputs = _outputs(tensors) - softmax
+        categories, used = slots_of(outputs, given, theirs.names)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    choose_rows(tensors, slots, exclusive)
-    unused = len(slots.unused)
-    if exclusive:
-        config = _exclusive(config, unused)
+    unused = choose_rows(tensors, used, outputs, softmax)
+    if softmax:
+        changes = {"classification": "softmax", "unused_outputs": unused}
+        config = DetectorConfig.parse(config.model_dump(mode="json") | changes)
     if unused:
-        fate = "take part in the softmax only" if exclusive else "were left out"
+        fate = "take part in the softmax only" if softmax else "were left out"
         notes.append(f"{unused} outputs that belong to no category {fate}")
-    detector = build_detector(config, len(slots.categories)).eval()
+    detector = build_detector(config, len(categories)).eval()
     load_strictly(detector, tensors, str(source))
-    digests = {file.name: file_digest(file) for file in theirs.files}
-    origin = {"kind": theirs.kind, "files": digests, "torch": torch.__version__}
+    digests = {file.name: file_digest(file) for file in theirs.found.files}
     info = WeightsInfo(
         detector=config,
-        categories=slots.categories,
+        categories=categories,
         preprocessing=theirs.preprocessing,
-        origin={"imported": origin},
+        origin={"imported": {"kind": theirs.kind, "files": digests, "torch": torch.__version__}},
     )
-    return detector, info, notes
-
-
-def _exclusive(config: DetectorConfig, unused: int) -> DetectorConfig:
-    changes = {"classification": "softmax", "unused_outputs": unused}
-    return DetectorConfig.parse(config.model_dump(mode="json") | changes)
+    return _write(source, target, theirs.kind, detector, info, notes)
 
 
 def _outputs(tensors: Mapping[str, Tensor]) -> int:
@@ -155,9 +231,49 @@ def _outputs(tensors: Mapping[str, Tensor]) -> int:
     raise UserError("no class head: expected a whole detector")
 
 
-def _import_backbone(source: Path, target: Path, said: Said, found: Found, name: str) -> Imported:
+def _write(
+    source: Path,
+    target: Path,
+    kind: str,
+    detector: DetectionTransformer,
+    info: WeightsInfo,
+    notes: list[str],
+) -> Imported:
+    save_weights(target, detector, info)
+    return Imported(
+        source=source,
+        target=target,
+        kind=kind,
+        network=info.detector.name,
+        architecture=info.detector.model_dump(mode="json"),
+        categories=tuple(name for _, name in info.categories),
+        tensors=len(detector.state_dict()),
+        parameters=count_parameters(detector),
+        preprocessing=info.preprocessing.model_dump(mode="json"),
+        notes=tuple(notes),
+    )
+
+
+def recognise(tensors: Mapping[str, Tensor]) -> str | None:
+    """The torchvision network whose backbone has exactly these tensors, beside any classifier."""
+    if not next(iter(tensors), "").startswith(_FIRST_NAMES):
+        return None
+    size = sum(tensor.numel() for tensor in tensors.values())
+    shapes = _shapes(tensors)
+    # The number of parameters only decides which one is tried first.
+    for name in sorted(TORCHVISION, key=lambda x: abs(weights_of(x).meta["num_params"] - size)):
+        with torch.device("meta"):
+            if _shapes(build_network(name).state_dict()) == shapes:
+                return name
+    return None
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in without_classifier(tensors).items()}
+
+
+def _import_backbone(source: Path, target: Path, found: Found, name: str) -> Imported:
     """A torchvision network's file as ``student.backbone_weights`` takes it."""
-    said.refuse(source, "it is a backbone", *UNSEEN, "categories")
     backbone = BackboneConfig(name=name)
     tensors = from_torchvision(name, found.tensors)
     network = build_backbone(backbone)
@@ -175,37 +291,4 @@ def _import_backbone(source: Path, target: Path, said: Said, found: Found, name:
         parameters=count_parameters(network),
         preprocessing=None,
         notes=("its classifier is left out; give the file as student.backbone_weights",),
-    )
-
-
-def _copy_ours(source: Path, target: Path, said: Said) -> Imported:
-    if (source.parent / reading.CONFIG).is_file():
-        folder = source.parent
-        raise UserError(f"{source}: part of a folder of Hugging Face's: give the folder, {folder}")
-    said.refuse(source, "a file of d3etr says all of it", *UNSEEN, "categories")
-    detector, info = load_weights(source)
-    save_weights(target, detector, info)
-    notes = ["checked and copied; it could be used as it is"]
-    return _report(source, target, "a weights file of d3etr", detector, info, notes)
-
-
-def _report(
-    source: Path,
-    target: Path,
-    kind: str,
-    detector: DetectionTransformer,
-    info: WeightsInfo,
-    notes: list[str],
-) -> Imported:
-    return Imported(
-        source=source,
-        target=target,
-        kind=kind,
-        network=info.detector.name,
-        architecture=info.detector.model_dump(mode="json"),
-        categories=tuple(name for _, name in info.categories),
-        tensors=len(detector.state_dict()),
-        parameters=count_parameters(detector),
-        preprocessing=info.preprocessing.model_dump(mode="json"),
-        notes=tuple(notes),
     )

@@ -1,61 +1,95 @@
-"""What checkpoints' ``args`` and ``config.json`` say that tensors do not show.
+"""The architecture of a detector: from its tensors, and from the settings beside them.
 
-Settings that would make another detector of the same tensors are refused by name.
+What tensors do not show (attention heads, dilation, dropout, a two-stage detector's queries, a
+temperature) comes from a checkpoint's ``args``, a ``config.json`` or the user, or is the official
+default, and is said. Settings that would make another detector of the same tensors are refused.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
+from torch import Tensor
 
+from d3etr.config.base import Section
 from d3etr.config.data import PreprocessingConfig
+from d3etr.config.detector import DetectorConfig
 from d3etr.config.load import validate_section
-from d3etr.detectors.imports.architecture import (
-    HUGGING_FACES_EPSILON,
-    OFFICIAL_EPSILON,
-    Unseen,
-)
+from d3etr.detectors.imports.layouts import LAYOUTS, decoder_depth
 from d3etr.errors import UserError
+from d3etr.registry import DETECTORS
 
-MODEL_TYPES: Mapping[str, str] = MappingProxyType(
-    {
-        "detr": "detr",
-        "conditional_detr": "conditional_detr",
-        "dab-detr": "dab_detr",
-        "deformable_detr": "deformable_detr",
-    }
+HEADS, PROPOSALS, TEMPERATURE = 8, 300, 20.0
+"""Of the official detectors; projections of 4 or 16 heads have the same shapes."""
+OFFICIAL_EPSILON, HUGGING_FACES_EPSILON = 1e-3, 1e-5
+"""Of DAB-DETR's inverse sigmoid, which moves anchors and boxes."""
+
+RESNETS: Mapping[tuple[str, tuple[int, ...]], str] = {
+    ("basic", (2, 2, 2, 2)): "resnet18",
+    ("basic", (3, 4, 6, 3)): "resnet34",
+    ("bottleneck", (3, 4, 6, 3)): "resnet50",
+    ("bottleneck", (3, 4, 23, 3)): "resnet101",
+    ("bottleneck", (3, 8, 36, 3)): "resnet152",
+}
+_DECODER_LAYER = r"decoder\.(layers\.)?0\."
+_SIZES = (
+    ("feedforward", rf"{_DECODER_LAYER}feedforward\.inner\.weight", 0),
+    ("width", rf"{_DECODER_LAYER}feedforward\.inner\.weight", 1),
+    ("queries", r"(anchors|query_embedding)\.weight", 0),
+    ("levels", r"position\.level", 0),
+    ("offsets", rf"{_DECODER_LAYER}cross_attention\.offsets\.weight", 0),
 )
-"""Hugging Face's ``model_type`` and our name."""
+"""A size, a pattern of the tensor that shows it, and along which of its dimensions."""
 
-_EXPECTED_ARGS: Mapping[str, tuple[Any, ...]] = {
+_ONLY: Mapping[str, tuple[Any, ...]] = {
     "masks": (False,),
     "pre_norm": (False,),
     "position_embedding": ("sine", "v2"),
     "position_embedding_scale": (2 * math.pi,),
     "num_patterns": (0,),
     "transformer_activation": ("prelu",),
-}
-_EXPECTED_CONFIG: Mapping[str, tuple[Any, ...]] = {
     "position_embedding_type": ("sine",),
     "query_dim": (4,),
     "keep_query_pos": (False,),
-    "num_patterns": (0,),
     "normalize_before": (False,),
     "sine_position_embedding_scale": (None, 2 * math.pi),
     "num_channels": (3,),
 }
-_EXPECTED_RESNET: Mapping[str, tuple[Any, ...]] = {
+"""Settings of official ``args`` and of ``config.json`` that our detectors have."""
+_ONLY_RESNET: Mapping[str, tuple[Any, ...]] = {
     "model_type": ("resnet", "timm_backbone"),
     "hidden_act": ("relu",),
     "downsample_in_first_stage": (False,),
     "downsample_in_bottleneck": (False,),
 }
-_BILINEAR = 2
-_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+_ONLY_PREPROCESSING: Mapping[str, tuple[Any, ...]] = {
+    "do_normalize": (True,),
+    "do_rescale": (True,),
+    "resample": (2,),  # bilinear
+    "image_mean": ([0.485, 0.456, 0.406],),
+    "image_std": ([0.229, 0.224, 0.225],),
+}
+
+
+class Unseen(Section):
+    """What tensors do not show; None where nobody said."""
+
+    heads: Annotated[int, Field(ge=1)] | None = None
+    """Attention heads H."""
+    dilation: bool | None = None
+    """Whether the backbone's last stage is dilated (DC5)."""
+    temperature: float | None = None
+    """Of DAB-DETR's position encoding."""
+    dropout: float | None = None
+    """Probability in training."""
+    proposals: Annotated[int, Field(ge=1)] | None = None
+    """A two-stage detector's queries."""
+    epsilon: float = HUGGING_FACES_EPSILON
+    """Of DAB-DETR's inverse sigmoid, in the code that the weights belong to."""
 
 
 def from_args(args: Mapping[str, Any], where: str) -> Unseen:
@@ -68,8 +102,7 @@ def from_args(args: Mapping[str, Any], where: str) -> Unseen:
     Raises:
         UserError: settings of a detector that is not ours.
     """
-    _require(args, _EXPECTED_ARGS, f"{where}: args")
-    temperature = _equal(args, "pe_temperatureH", "pe_temperatureW", where)
+    _require(args, _ONLY, f"{where}: args")
     _equal(args, "enc_n_points", "dec_n_points", where)
     return _unseen(
         where,
@@ -77,7 +110,7 @@ def from_args(args: Mapping[str, Any], where: str) -> Unseen:
         dilation=args.get("dilation"),
         dropout=args.get("dropout"),
         proposals=args.get("num_queries"),
-        temperature=temperature,
+        temperature=_equal(args, "pe_temperatureH", "pe_temperatureW", where),
         epsilon=OFFICIAL_EPSILON,
     )
 
@@ -92,46 +125,37 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
     Raises:
         UserError: a model that is not ours.
     """
-    kind = str(config.get("model_type"))
-    if kind not in MODEL_TYPES:
-        raise UserError(f"{where}: model_type is {kind}; expected one of {', '.join(MODEL_TYPES)}")
+    names = {layout.model_type: name for name, layout in LAYOUTS.items()}
+    name = names.get(str(config.get("model_type")))
+    if name is None:
+        raise UserError(
+            f"{where}: model_type is {config.get('model_type')}; expected one of "
+            f"{', '.join(sorted(names))}"
+        )
     architectures = config.get("architectures") or ["ForObjectDetection"]
-    if not any(str(name).endswith("ForObjectDetection") for name in architectures):
+    if not any(str(kind).endswith("ForObjectDetection") for kind in architectures):
         raise UserError(
             f"{where}: architectures is {architectures}: expected a ...ForObjectDetection; "
             "masks and models without heads cannot be imported"
         )
-    name = MODEL_TYPES[kind]
     activation = ("prelu",) if name == "dab_detr" else ("relu",)
-    _require(config, {**_EXPECTED_CONFIG, "activation_function": activation}, where)
+    _require(config, {**_ONLY, "activation_function": activation}, where)
     _equal(config, "encoder_n_points", "decoder_n_points", where)
+    backbone = config.get("backbone_config") or {}
+    _require(backbone, _ONLY_RESNET, f"{where}: backbone_config")
+    # Their own ResNet has no dilation; timm's has, by one of three keys.
+    strides = [
+        part.get("output_stride") for part in (backbone, config.get("backbone_kwargs") or {})
+    ]
+    dilation = backbone.get("model_type") != "resnet" and (config.get("dilation") or 16 in strides)
     return name, _unseen(
         where,
-        heads=_equal(config, "encoder_attention_heads", "decoder_attention_heads", where) or 8,
-        dilation=_dilation(config, where),
+        heads=_equal(config, "encoder_attention_heads", "decoder_attention_heads", where) or HEADS,
+        dilation=bool(dilation),
         dropout=config.get("dropout"),
         proposals=config.get("two_stage_num_proposals"),
-        temperature=_equal(config, "temperature_height", "temperature_width", where) or 20,
-        epsilon=HUGGING_FACES_EPSILON,
+        temperature=_equal(config, "temperature_height", "temperature_width", where) or TEMPERATURE,
     )
-
-
-def _unseen(where: str, **values: Any) -> Unseen:
-    try:
-        return Unseen(**values)
-    except ValidationError as error:
-        problems = (f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
-        raise UserError(f"{where}: broken settings: {'; '.join(problems)}") from error
-
-
-def _dilation(config: Mapping[str, Any], where: str) -> bool:
-    """Their own ResNet has no dilation; timm's has, by one of three keys."""
-    backbone = config.get("backbone_config") or {}
-    _require(backbone, _EXPECTED_RESNET, f"{where}: backbone_config")
-    if backbone.get("model_type") == "resnet":
-        return False
-    strides = (backbone, config.get("backbone_kwargs") or {})
-    return bool(config.get("dilation")) or any(s.get("output_stride") == 16 for s in strides)
 
 
 def preprocessing_of(settings: Mapping[str, Any], where: str) -> PreprocessingConfig:
@@ -140,8 +164,7 @@ def preprocessing_of(settings: Mapping[str, Any], where: str) -> PreprocessingCo
     Raises:
         UserError: something that we do not do.
     """
-    expected = {"do_normalize": (True,), "do_rescale": (True,), "resample": (_BILINEAR,)}
-    _require(settings, {**expected, **{k: (v,) for k, v in _IMAGENET.items()}}, where)
+    _require(settings, _ONLY_PREPROCESSING, where)
     if settings.get("do_resize") is False:
         return PreprocessingConfig(shortest_side=None, longest_side=None)
     size = settings.get("size", 800)
@@ -154,6 +177,112 @@ def preprocessing_of(settings: Mapping[str, Any], where: str) -> PreprocessingCo
         )
     sides = {"shortest_side": size["shortest_edge"], "longest_side": size["longest_edge"]}
     return validate_section(PreprocessingConfig, sides, where)
+
+
+def infer_detector(
+    name: str, tensors: Mapping[str, Tensor], unseen: Unseen
+) -> tuple[DetectorConfig, list[str]]:
+    """The configuration of a detector, and what had to be assumed.
+
+    Args:
+        name: our name of the detector.
+        tensors: all of them, by our names.
+        unseen: what they do not show.
+
+    Raises:
+        UserError: tensors that tell the architecture are missing, or make none that exists.
+    """
+    backbone = {"name": _infer_backbone(tensors), "dilation": unseen.dilation or False}
+    sizes = {
+        key: tensors[found].shape[dimension]
+        for key, pattern, dimension in _SIZES
+        if (found := next((key for key in tensors if re.fullmatch(pattern, key)), None))
+    }
+    if "width" not in sizes:
+        raise UserError("the decoder's feedforward.inner.weight is missing: it shows the width")
+    heads, dropout = unseen.heads or HEADS, 0.0 if name == "dab_detr" else 0.1
+    settings: dict[str, Any] = {
+        **sizes,
+        "name": name,
+        "backbone": backbone,
+        "heads": heads,
+        "encoder_layers": _count(tensors, r"encoder\.layers\.(\d+)\."),
+        "decoder_layers": decoder_depth(tensors),
+        "dropout": dropout if unseen.dropout is None else unseen.dropout,
+        "points": _points(sizes, heads),
+        "box_refinement": "decoder.class_heads.1.weight" in tensors,
+        "two_stage": "proposals.norm.weight" in tensors,
+        "grid_temperature": float(unseen.temperature or TEMPERATURE),
+        "inverse_sigmoid_epsilon": unseen.epsilon,
+    }
+    if settings["two_stage"]:
+        settings["queries"] = unseen.proposals or PROPOSALS
+    known = DETECTORS.find(name).config_class.model_fields
+    try:
+        config = DetectorConfig.parse({k: v for k, v in settings.items() if k in known})
+    except ValidationError as error:
+        found = "; ".join(problem["msg"] for problem in error.errors())
+        raise UserError(f"these tensors make no {name}: {found}") from error
+    return config, _assumptions(name, unseen)
+
+
+def _infer_backbone(tensors: Mapping[str, Tensor]) -> str:
+    """The ResNet that tensors ``backbone.layer1.0.conv1.weight`` and so on belong to."""
+    blocks = tuple(_count(tensors, rf"backbone\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
+    kind = "bottleneck" if "backbone.layer1.0.conv3.weight" in tensors else "basic"
+    if (kind, blocks) not in RESNETS:
+        raise UserError(
+            f"the backbone has {blocks} {kind} blocks in its four stages: expected a ResNet "
+            f"({', '.join(RESNETS.values())}); detectors over other backbones cannot be imported"
+        )
+    return RESNETS[kind, blocks]
+
+
+def _points(sizes: Mapping[str, int], heads: int) -> int:
+    """Sampling points per head and level of deformable attention, if there is any."""
+    offsets, levels = sizes.get("offsets", 0), sizes.get("levels", 1)
+    each = 2 * heads * levels
+    if offsets % each:
+        raise UserError(
+            f"deformable attention has {offsets // 2} sampling offsets, which are no multiple of "
+            f"{heads} heads x {levels} levels: give the number of heads with --heads"
+        )
+    return offsets // each
+
+
+def _assumptions(name: str, unseen: Unseen) -> list[str]:
+    notes = []
+    if unseen.heads is None:
+        notes.append(f"attention heads cannot be seen from weights: assumed {HEADS} (--heads)")
+    if unseen.dilation is None:
+        notes.append(
+            "dilation (DC5) cannot be seen from weights: assumed none; if the detector is a DC5 "
+            "one, import it with --dilation, or its detections will be wrong"
+        )
+    if name == "dab_detr" and unseen.temperature is None:
+        notes.append(
+            "the position encoding's temperature cannot be seen: assumed 20 (--temperature)"
+        )
+    if name == "dab_detr":
+        notes.append(
+            f"inverse_sigmoid_epsilon is {unseen.epsilon:g}: the official code has "
+            f"{OFFICIAL_EPSILON:g}, Hugging Face's {HUGGING_FACES_EPSILON:g}, whatever the weights"
+        )
+    return notes
+
+
+def _count(names: Mapping[str, Tensor], pattern: str) -> int:
+    """Highest number that the pattern's group finds at the beginning of a name, plus one."""
+    found = [int(match[1]) for match in (re.match(pattern, name) for name in names) if match]
+    return max(found, default=-1) + 1
+
+
+def _unseen(where: str, **values: Any) -> Unseen:
+    try:
+        return Unseen(**values)
+    except ValidationError as error:
+        problems = (f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
+        raise UserError(f"{where}: broken settings: {'; '.join(problems)}") from error
 
 
 def _require(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d3etr.detectors.tensor_files import bounded_memory, read_tensors
+from d3etr.detectors.weights import bounded_memory, read_tensors
 from d3etr.errors import UserError
 
 CONFIG = "config.json"
@@ -22,12 +21,9 @@ PREPROCESSING = "preprocessor_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 _SHOWN = 4
-_UNPACKED = 4
-"""So many times its own size may a checkpoint unpack to."""
+_LONGEST_JSON = 100_000_000
 _TIMES_FILE = 64
 """So many times the file's size may all tensors be together: some share their numbers."""
-_LONGEST_NAME = 80
-_LONGEST_JSON = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -55,9 +51,7 @@ def read_folder(folder: Path) -> Found:
     """
     config = _read_json(folder / CONFIG)
     files = _weights_files(folder)
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors.update(read_tensors(file))
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
     beside = folder / PREPROCESSING
     return Found(tensors, files, config, _read_json(beside) if beside.is_file() else {})
 
@@ -112,14 +106,22 @@ def read_checkpoint(path: Path) -> Found:
     content = _load(path)
     state = content.get("model", content) if isinstance(content, Mapping) else content
     if not _is_state(state):
-        kind = f"with the keys {_some(content)}" if isinstance(content, dict) else type(content)
+        keys = [f"{key!r:.80}" for key in content] if isinstance(content, dict) else []
+        kind = f"with the keys {', '.join(keys[:_SHOWN])}" if keys else type(content)
         raise UserError(
             f"{path}: no tensors by name in this checkpoint ({kind}): expected a state dict, or "
             "one under 'model' as the official training code saves it"
         )
     args = {} if state is content else content.get("args") or {}
     settings = vars(args) if isinstance(args, argparse.Namespace) else args
-    _ensure_backed(path, state)
+    sizes = [tensor.numel() * tensor.element_size() for tensor in state.values()]
+    size = path.stat().st_size
+    if max(sizes) > size or sum(sizes) > _TIMES_FILE * size:
+        # They repeat few stored numbers many times: a copy would fill the memory.
+        raise UserError(
+            f"{path}: its tensors ({max(sizes) / 1e6:,.0f} MB) are larger than the file "
+            f"({size / 1e6:,.2f} MB): get it from where it was made"
+        )
     prefix = "module." if all(name.startswith("module.") for name in state) else ""
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return Found(tensors, (path,), settings if isinstance(settings, Mapping) else {})
@@ -127,51 +129,24 @@ def read_checkpoint(path: Path) -> Found:
 
 def _load(path: Path) -> Any:
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is no file: give a checkpoint of torch.save")
-        _ensure_not_packed(path)
         with torch.serialization.safe_globals([argparse.Namespace]), bounded_memory(path):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): check it") from error
     except Exception as error:  # a damaged file can break the reader anywhere
         raise UserError(_unreadable(path, error)) from error
 
 
-def _ensure_not_packed(path: Path) -> None:
-    """Refuse a zip file that holds more than its size; ``torch.save`` packs nothing."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
-    if size > _UNPACKED * path.stat().st_size:
-        raise UserError(
-            f"{path}: unpacked it would be {size / 1e6:,.0f} MB, many times its own size, which "
-            "no checkpoint of torch.save is: get it from where it was made"
-        )
-
-
-def _ensure_backed(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that repeat few stored numbers many times: a copy would fill the memory."""
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-    name = max(sizes, key=lambda one: sizes[one])
-    size = path.stat().st_size
-    if sizes[name] > size or sum(sizes.values()) > _TIMES_FILE * size:
-        raise UserError(
-            f"{path}: its tensors ({name[:_LONGEST_NAME]}: {sizes[name] / 1e6:,.0f} MB) are larger "
-            f"than the file ({size / 1e6:,.2f} MB): get it from where it was made"
-        )
-
-
 def _unreadable(path: Path, error: Exception) -> str:
-    # Files of before PyTorch 1.6 cannot be listed, but their reader stops at the first one.
-    names = _foreign_objects(path) or re.findall(r"GLOBAL (\S+)", str(error))[:1]
-    names = [name[:_LONGEST_NAME] for name in names[: 2 * _SHOWN]]
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # of a damaged file, or of the format before PyTorch 1.6
+        names = re.findall(r"GLOBAL (\S+)", str(error))[:1]
     if names:
         return (
-            f"{path}: refused, as it holds more than weights: {', '.join(names)}. Reading those "
+            f"{path}: refused, as it holds more than weights: "
+            f"{', '.join(name[:80] for name in names[: 2 * _SHOWN])}. Reading those "
             "could execute code. If you trust the file, load it where it came from and save its "
             "state dict alone: torch.save(model.state_dict(), FILE)"
         )
@@ -187,23 +162,9 @@ def _unreadable(path: Path, error: Exception) -> str:
     )
 
 
-def _foreign_objects(path: Path) -> list[str]:
-    """Names of all classes and functions in a file that are neither known nor harmless."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # of a damaged file, or of the old format
-        return []
-
-
 def _is_state(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and len(value) > 0
         and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
     )
-
-
-def _some(content: Mapping[Any, Any]) -> str:
-    rest = ", ..." if len(content) > _SHOWN else ""
-    return ", ".join(f"{key!r:.80}" for key in list(content)[:_SHOWN]) + rest

@@ -1,0 +1,239 @@
+"""The names that others give the tensors of a detector, and ours: one table per detector.
+
+A table takes the official code's names and those of Hugging Face's transformers 4 and 5 alike.
+Theirs is a ResNet with other names than torchvision's; timm's, which most published weights have,
+shares torchvision's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+"""(pattern, replacement), applied in order to every name."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How others name and arrange one detector.
+
+    Attributes:
+        sign: an official tensor that none of the detectors above it in ``LAYOUTS`` has.
+        model_type: Hugging Face's name.
+        rules: of this detector alone, between ``FIRST`` and ``LAST``.
+        softmax: classes and "no object" share one; all others were trained with a sigmoid each.
+    """
+
+    sign: str
+    model_type: str
+    rules: Rules
+    softmax: bool = False
+
+
+FIRST: Rules = (
+    (r"^(backbone\.0\.body|model\.backbone\.(conv_encoder\.)?model(\._backbone)?)\.", "backbone."),
+    (r"^(model|transformer)\.", ""),
+    (r"^backbone\.embedder\.embedder\.convolution\.", "backbone.conv1."),
+    (r"^backbone\.embedder\.embedder\.normalization\.", "backbone.bn1."),
+    (r"\.shortcut\.convolution\.", ".downsample.0."),
+    (r"\.shortcut\.normalization\.", ".downsample.1."),
+    (r"\.encoder\.stages\.(\d+)\.layers\.", lambda match: f".layer{int(match[1]) + 1}."),
+    (r"\.layer\.(\d+)\.convolution\.", lambda match: f".conv{int(match[1]) + 1}."),
+    (r"\.layer\.(\d+)\.normalization\.", lambda match: f".bn{int(match[1]) + 1}."),
+    (r"^(encoder\.layers\.\d+)\.self_attn\.", r"\1.attention."),
+    (r"^(encoder\.layers\.\d+)\.(norm1|self_attn_layer_norm)\.", r"\1.norm."),
+    (r"^(encoder\.layers\.\d+)\.norm2\.", r"\1.feedforward.norm."),
+)
+LAST: Rules = (
+    (r"^input_proj(ection)?\.", "projection."),
+    (r"^(class_embed|class_labels_classifier)\.", "class_head."),
+    (r"^(bbox_embed|bbox_predictor|decoder\.bbox_embed)\.", "box_head."),
+    (r"^(query_embed|query_position_embeddings)\.", "query_embedding."),
+    (r"^decoder\.layernorm\.", "decoder.norm."),
+    (r"\.(linear1|(mlp\.)?fc1)\.", ".feedforward.inner."),
+    (r"\.(linear2|(mlp\.)?fc2)\.", ".feedforward.outer."),
+    (r"\.(activation|(mlp\.)?activation_fn)\.", ".feedforward.activation."),
+    (r"\.(norm1|self_attn_layer_norm)\.", ".self_norm."),
+    (r"\.(norm2|encoder_attn_layer_norm)\.", ".cross_norm."),
+    (r"\.(norm3|(mlp\.)?final_layer_norm)\.", ".feedforward.norm."),
+    (r"\.self_attn\.", ".self_attention."),
+    (r"\.(cross|multihead|encoder)_attn\.", ".cross_attention."),
+    (r"\.(o|out|output)_proj\.", ".output."),
+)
+CONDITIONAL_LAYERS: Rules = (
+    (r"\.self_attn\.(self_attn_layer_norm|self_norm)\.", ".self_norm."),
+    (r"\.cross_attn\.cross_attn_layer_norm\.", ".cross_norm."),
+    (r"\.(sa_|self_attn\.self_attn[._])", ".self_attn."),
+    (r"\.(ca_|cross_attn\.cross_attn[._]|encoder_attn\.)", ".cross_attn."),
+    (r"_attn\.(q|k|v)(?:uery|ey|alue)_", r"_attn.\1_"),
+    (r"_attn\.([qk])(content|pos)_", r"_attn.\1_\2_"),
+    (r"\.cross_attn\.q_content_proj\.", ".cross_attn.query_content."),
+    (r"\.cross_attn\.q_pos_proj\.", ".cross_attn.query_embedding."),
+    (r"\.cross_attn\.q_pos_sine_proj\.", ".cross_attn.query_spatial."),
+    (r"\.cross_attn\.k_pos_proj\.", ".cross_attn.key_position."),
+)
+FUSED: Sequence[tuple[str, str, tuple[str, ...]]] = (
+    ("attention", "query_key", ("q_proj", "k_proj")),
+    ("attention", "value", ("v_proj",)),
+    ("self_attention", "content", ("q_content_proj", "k_content_proj", "v_proj")),
+    ("self_attention", "position", ("q_pos_proj", "k_pos_proj")),
+    ("self_attention", "query_key", ("q_proj", "k_proj")),
+    ("self_attention", "value", ("v_proj",)),
+    ("cross_attention", "key_value", ("k_content_proj", "v_proj")),
+    ("cross_attention", "query", ("q_proj",)),
+    ("cross_attention", "key", ("k_proj",)),
+    ("cross_attention", "value", ("v_proj",)),
+)
+"""Our module and linear layer, and their layers that it holds, stacked in this order."""
+
+LAYOUTS: Mapping[str, Layout] = MappingProxyType(
+    {
+        "deformable_detr": Layout(
+            sign="transformer.level_embed",
+            model_type="deformable_detr",
+            rules=(
+                (r"^level_embed$", "position.level"),
+                (r"^input_proj\.", "levels.projections."),
+                (r"^reference_points\.", "reference_head."),
+                (r"^(query_embed|query_position_embeddings)\.", "queries."),
+                (r"^enc_output\.", "proposals.projection."),
+                (r"^enc_output_norm\.", "proposals.norm."),
+                (r"^pos_trans\.", "proposals.embed."),
+                (r"^pos_trans_norm\.", "proposals.embed_norm."),
+                (r"^(decoder\.)?class_embed\.", "decoder.class_heads."),
+                (r"^(decoder\.)?bbox_embed\.", "decoder.box_heads."),
+                (r"\.sampling_offsets\.", ".offsets."),
+                (r"\.attention_weights\.", ".weights."),
+                (r"\.value_proj\.", ".value."),
+                (r"\.norm1\.", ".cross_norm."),  # numbered so, though self-attention is first
+                (r"\.norm2\.", ".self_norm."),
+            ),
+        ),
+        "dab_detr": Layout(
+            sign="refpoint_embed.weight",
+            model_type="dab-detr",
+            rules=(
+                *CONDITIONAL_LAYERS,
+                (r"^(refpoint_embed|query_refpoint_embeddings)\.", "anchors."),
+                (r"^encoder\.query_scale\.", "encoder.position_scale."),
+                (r"^decoder\.ref_point_head\.", "decoder.anchor_head."),
+                (r"^decoder\.ref_anchor_head\.", "decoder.size_head."),
+            ),
+        ),
+        "conditional_detr": Layout(
+            sign="transformer.decoder.ref_point_head.layers.0.weight",
+            model_type="conditional_detr",
+            rules=(*CONDITIONAL_LAYERS, (r"^decoder\.ref_point_head\.", "ref_point_head.")),
+        ),
+        "detr": Layout(
+            sign="transformer.decoder.layers.0.multihead_attn.in_proj_weight",
+            model_type="detr",
+            rules=(
+                (r"^decoder\.(norm|layernorm)\.", "decoder_norm."),
+                (r"^decoder\.layers\.", "decoder."),
+            ),
+            softmax=True,
+        ),
+    }
+)
+"""By our name of the detector, in the order in which to look for ``sign``."""
+
+
+def official_detector(theirs: Mapping[str, Tensor]) -> str | None:
+    """Our name of the detector whose official state dict this is, if it is one."""
+    return next((name for name, layout in LAYOUTS.items() if layout.sign in theirs), None)
+
+
+def rename(
+    theirs: Mapping[str, Tensor], name: str, *, box_refinement: bool | None = None
+) -> dict[str, Tensor]:
+    """Every tensor under our names; what no rule knows fails to load.
+
+    Args:
+        theirs: an official state dict, or that of a Hugging Face ``...ForObjectDetection``.
+        name: our name of the detector, a key of ``LAYOUTS``.
+        box_refinement: Deformable DETR's: whether layers have heads of their own; None: as
+            official checkpoints tell, whose decoder then holds the box heads, too.
+
+    Raises:
+        ValueError: what should be copies of one tensor differ.
+    """
+    if box_refinement is None:
+        box_refinement = any(key.startswith("transformer.decoder.bbox_embed.") for key in theirs)
+    rules = (*FIRST, *LAYOUTS[name].rules, *LAST)
+    tensors: dict[str, Tensor] = {}
+    for their_name, tensor in _split_projections(theirs).items():
+        ours = their_name
+        for pattern, replacement in rules:
+            ours = re.sub(pattern, replacement, ours)
+        if not ours.endswith(".num_batches_tracked"):
+            _add(tensors, ours, tensor, their_name)
+    _fuse(tensors)
+    if "projection.weight" in tensors:  # a 1x1 convolution there, a linear layer here
+        tensors["projection.weight"] = tensors["projection.weight"].flatten(1)
+    return _deformable(tensors, box_refinement) if name == "deformable_detr" else tensors
+
+
+def decoder_depth(tensors: Mapping[str, Tensor]) -> int:
+    """Number of decoder layers L of renamed tensors."""
+    layers = [re.match(r"decoder\.(?:layers\.)?(\d+)\.", name) for name in tensors]
+    return max((int(match[1]) for match in layers if match), default=-1) + 1
+
+
+def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor, theirs: str) -> None:
+    """Add a tensor, or make sure that it is what is there under that name already."""
+    if name in tensors and not torch.equal(tensors[name], tensor):
+        raise ValueError(f"'{theirs}' should hold what '{name}' does, but their values differ")
+    tensors[name] = tensor
+
+
+def _split_projections(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cut the [3 D, D] ``in_proj`` of ``nn.MultiheadAttention`` into query, key and value."""
+    apart: dict[str, Tensor] = {}
+    for name, tensor in theirs.items():
+        block = re.match(r"^(.*\.)in_proj_(weight|bias)$", name)
+        if block is None or len(tensor) % 3:
+            apart[name] = tensor
+            continue
+        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+            apart[f"{block[1]}{letter}_proj.{block[2]}"] = part
+    return apart
+
+
+def _fuse(tensors: dict[str, Tensor]) -> None:
+    """Stack what is one linear layer here, in place."""
+    for module, layer, parts in FUSED:
+        first = re.compile(rf"^(.*\.{module})\.{parts[0]}\.(weight|bias)$")
+        for match in [match for match in map(first.match, tensors) if match]:
+            place, kind = match.groups()
+            names = [f"{place}.{part}.{kind}" for part in parts]
+            if all(name in tensors for name in names):
+                blocks = [tensors.pop(name) for name in names]
+                tensors[f"{place}.{layer}.{kind}"] = torch.cat(blocks)
+
+
+def _deformable(tensors: dict[str, Tensor], box_refinement: bool) -> dict[str, Tensor]:
+    """Split position and content of queries, and say whose heads are whose."""
+    depth = decoder_depth(tensors)
+    if (queries := tensors.pop("queries.weight", None)) is not None:
+        halves = queries.chunk(2, -1)
+        tensors["query_embedding.weight"], tensors["query_content.weight"] = halves
+    if box_refinement and "decoder.class_heads.1.weight" not in tensors:
+        shared = {n: x for n, x in tensors.items() if n.startswith("decoder.class_heads.0.")}
+        for index in range(1, depth):  # a file may hold one class head that all layers share
+            tensors |= {n.replace(".0.", f".{index}."): x for n, x in shared.items()}
+    settled: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        ours, head = name, re.match(r"^decoder\.(class|box)_heads\.(\d+)\.(.*)$", name)
+        if head is not None and int(head[2]) == depth:  # one more than layers: the first stage's
+            ours = f"proposals.{head[1]}_head.{head[3]}"
+        elif head is not None and not box_refinement:
+            ours = f"decoder.{head[1]}_heads.0.{head[3]}"
+        _add(settled, ours, tensor, name)
+    return settled
