@@ -21,7 +21,7 @@ from d3etr.launch.api import LauncherName
 from d3etr.launch.ray_environment import joined_address
 from d3etr.launch.resources import demand_of, this_machine
 from d3etr.launch.resources import describe as describe_nodes
-from d3etr.storage.cache import open_cache
+from d3etr.storage.fetch import cache_folder
 
 MOST_CHECKPOINTS = 100_000
 SHOWN_CHECKPOINTS = 4
@@ -164,8 +164,7 @@ def _parameters(config: DetectorConfig, classes: int) -> int:
 
 def _nothing_done(config: Config) -> str:
     if remote_files(config):
-        cache = open_cache().folder
-        return f"Nothing was started; annotations and weights are in the cache {cache}."
+        return f"Nothing was started; annotations and weights are in the cache {cache_folder()}."
     return "Nothing was started or written."
 
 

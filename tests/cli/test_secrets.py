@@ -116,13 +116,13 @@ def test_what_the_environment_keeps_secret_is_said_nowhere(
 def test_everything_that_a_command_writes_loses_credentials(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def breaks() -> None:
+    def breaks(_: object) -> None:
         print(f"seen http://me:{CANARY}@host")
         logging.getLogger("somebody").warning("at http://me:%s@host", CANARY)
         raise RuntimeError(f"cannot reach http://me:{CANARY}@host")
 
-    monkeypatch.setattr("d3etr.storage.cache.open_cache", breaks)
-    assert whole(["cache"]) == 1
+    monkeypatch.setattr("d3etr.cli.check_data._config", breaks)
+    assert whole(["check-data"]) == 1
     written = capsys.readouterr()
     assert "seen http://host" in written.out
     assert "RuntimeError: cannot reach http://host" in written.err

@@ -17,7 +17,6 @@ from typing import Any
 import d3etr
 from d3etr.cli import (
     attention,
-    cache,
     check_data,
     compare,
     completion,
@@ -54,7 +53,6 @@ COMMANDS: tuple[Command, ...] = (
     attention.COMMAND,
     explain.COMMAND,
     completion.COMMAND,
-    cache.COMMAND,
     render_digit_scenes.COMMAND,
 )
 FAILED = 1

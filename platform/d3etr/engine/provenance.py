@@ -16,7 +16,6 @@ from d3etr.detectors.weights import file_digest
 from d3etr.engine.distributed import TrainContext
 from d3etr.errors import UserError
 from d3etr.storage.fetch import fetch_file
-from d3etr.storage.images import LocalFolder, RemoteFolder
 from d3etr.storage.problems import MissingFileError
 from d3etr.storage.remote import ensure_reachable
 
@@ -52,14 +51,11 @@ def _images_digest(split: DetectionSplit) -> str | None:
     More than ``HASHED_BYTES`` on this machine count by their names and sizes only.
     """
     names, images = sorted({record.file_name for record in split.records}), split.images
-    if isinstance(images, RemoteFolder) and images.copies:
-        contents = [images.copies[name].digest for name in names]
-    elif not isinstance(images, LocalFolder):
+    if not images.is_readable:
         return None
-    elif sum(images.size(name) or 0 for name in names) > HASHED_BYTES:
+    if sum(images.size(name) or 0 for name in names) > HASHED_BYTES:
         return split.digest
-    else:
-        contents = [file_content(images.path(name)) or "" for name in names]
+    contents = [file_content(images.path(name)) or "" for name in names]
     return hashlib.sha256("\n".join(contents).encode()).hexdigest()
 
 
@@ -82,12 +78,11 @@ def file_content(file: Url | Path) -> str | None:
     Raises:
         UserError: a storage does not answer, or refuses.
     """
-    if isinstance(file, Path):
-        return file_digest(file) if file.is_file() else None
     try:
-        return fetch_file(file).digest
+        path = file if isinstance(file, Path) else fetch_file(file)
     except MissingFileError:
         return None
+    return file_digest(path) if path.is_file() else None
 
 
 def ensure_inputs_answer(configs: Iterable[Config]) -> None:

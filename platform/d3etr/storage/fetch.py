@@ -1,33 +1,42 @@
-"""Bringing what a URL names onto this machine: once, whoever asks, and only what is new."""
+"""Bringing what a URL names onto this machine: each version of a file once, whoever asks.
+
+A copy's name holds its remote name and version. What changes on the storage becomes another file
+here, so nothing that a running training reads changes under it, and a fetch that was interrupted
+finds what it had.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import threading
+import os
+import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
 from d3etr.config.location import Url
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
-from d3etr.progress import OnProgress
-from d3etr.storage.cache import (
-    CachedFile,
-    CacheEntry,
-    Manifest,
-    clear_cache_errors,
-    locked,
-    megabytes,
-    open_cache,
-)
+from d3etr.progress import OnProgress, no_progress
 from d3etr.storage.problems import MissingFileError, UnreachableError
-from d3etr.storage.remote import RemoteFiles, RemoteVersion
+from d3etr.storage.remote import CONNECTIONS, RemoteFiles, Version
 
 logger = get_logger(__name__)
 
-_MEGABYTE = 10**6
+FOLDER_VARIABLE = "D3ETR_CACHE"
+_PARTIAL = "partial-"
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps copies: ``D3ETR_CACHE``, or in the user's cache folder."""
+    place = os.environ.get(FOLDER_VARIABLE)
+    if place:
+        return Path(place).expanduser().absolute()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path("~/.cache").expanduser()).absolute() / "d3etr"
 
 
 @contextmanager
@@ -44,20 +53,20 @@ def local_file(location: Url | Path, on_progress: OnProgress | None = None) -> I
     if isinstance(location, Path):
         yield location
         return
-    path = fetch_file(location, on_progress).path
+    path = fetch_file(location, on_progress)
     try:
         yield path
     except UserError as error:
         raise UserError(str(error).replace(str(path), location.shown)) from error
 
 
-def fetch_file(url: Url, on_progress: OnProgress | None = None) -> CachedFile:
-    """Bring one file here.
+def fetch_file(url: Url, on_progress: OnProgress | None = None) -> Path:
+    """The copy of one file.
 
     Raises:
         UserError: it could not be had; ``MissingFileError`` where there is none.
     """
-    found = _fetch(RemoteFiles(url, single=True), [url.name], on_progress)
+    found = _fetch(RemoteFiles(url, single=True), [url.name], on_progress or no_progress)
     if not found:
         raise MissingFileError(f"{url.shown} does not exist: check the URL")
     return found[url.name]
@@ -65,7 +74,7 @@ def fetch_file(url: Url, on_progress: OnProgress | None = None) -> CachedFile:
 
 def fetch_folder(
     url: Url, names: Iterable[str], on_progress: OnProgress | None = None
-) -> dict[str, CachedFile]:
+) -> dict[str, Path]:
     """Bring the named files of a folder here.
 
     Args:
@@ -79,132 +88,112 @@ def fetch_folder(
     Raises:
         UserError: the storage does not answer, or refuses.
     """
-    return _fetch(RemoteFiles(url), list(dict.fromkeys(names)), on_progress)
+    return _fetch(RemoteFiles(url), list(dict.fromkeys(names)), on_progress or no_progress)
 
 
-def _fetch(
-    remote: RemoteFiles, names: Sequence[str], on_progress: OnProgress | None
-) -> dict[str, CachedFile]:
-    cache, url = open_cache(), remote.url
-
-    def say_waiting() -> None:
-        if on_progress is not None:
-            on_progress(f"waiting for another process here that fetches {url.shown}", 0, 1)
-
-    with clear_cache_errors(cache):
-        entry = cache.entry(url)
-        before = entry.manifest().checked
-        with locked(entry.lock, say_waiting):
-            entry.folder.mkdir(exist_ok=True)  # cleared meanwhile
-            entry.remove_partials()
-            known = entry.manifest()
-            # While this process waited, another one may have done all there is to do.
-            done = known.checked != before and known.checked.startswith(_digest_of(names))
-            if done and known.has(names):
-                return {name: known.files[name] for name in names}
-            try:
-                versions = _look_up(remote, names, on_progress)
-            except UnreachableError as error:
-                if not known.has(names):
-                    raise
-                logger.warning("%s; going on with the copy that was fetched before", error)
-                return {name: known.files[name] for name in names}
-            return _update(entry, known, remote, versions, on_progress)
-
-
-def _look_up(
-    remote: RemoteFiles, names: Sequence[str], on_progress: OnProgress | None
-) -> dict[str, RemoteVersion | None]:
-    found: dict[str, RemoteVersion | None] = {}
-    for name, version in remote.versions(names):
-        found[name] = version
-        if on_progress is not None and len(names) > 1:
-            on_progress(f"looking up {remote.url.shown}", len(found), len(names))
-    return found
+def _fetch(remote: RemoteFiles, names: Sequence[str], on_progress: OnProgress) -> dict[str, Path]:
+    url = remote.url
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", url.shown)[-60:].strip("-.")
+    folder = cache_folder() / "files" / f"{slug}-{_hash(url.text)}"
+    with _clear_cache_errors():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            versions = remote.versions(names, on_progress)
+        except UnreachableError as error:
+            copies = _newest_copies(folder, names)
+            if len(copies) < len(names):
+                raise
+            logger.warning("%s; going on with the copy that was fetched before", error)
+            return copies
+        with _locked(
+            folder, lambda: on_progress(f"waiting for another process that fetches {url.shown}")
+        ):
+            return _update(folder, remote, versions, on_progress)
 
 
 def _update(
-    entry: CacheEntry,
-    known: Manifest,
-    remote: RemoteFiles,
-    versions: Mapping[str, RemoteVersion | None],
-    on_progress: OnProgress | None,
-) -> dict[str, CachedFile]:
-    """Bring what is new or damaged and note what there is; copies by name."""
-    here, found = entry.copies(), dict[str, CachedFile]()
-    wanted: dict[str, RemoteVersion] = {}
-    for name, version in versions.items():
-        if version is None:
-            continue
-        copy = here.get(version.key(name))
-        if copy is not None and copy.is_intact(remote.url_of(name).shown):
-            found[name] = copy
-        else:
-            wanted[name] = version
-    _warn_of_changes(entry.url, known, wanted)
-    found |= _bring(entry, remote, wanted, on_progress, len(versions))
-    kept = {name: copy for name, copy in known.files.items() if name not in versions}
-    complete = len(found) == len(versions)
-    checked = f"{_digest_of(versions)} {uuid.uuid4().hex}" if complete else ""
-    entry.write(Manifest(entry.url.shown, kept | found, checked))
-    return found
+    folder: Path, remote: RemoteFiles, versions: dict[str, Version], on_progress: OnProgress
+) -> dict[str, Path]:
+    """Bring what is new or cut off, several files at a time; copies by name."""
+    for left in folder.glob(f"{_PARTIAL}*"):  # of a process that died
+        left.unlink(missing_ok=True)
+    copies = {
+        name: folder / f"{_hash(name)}-{_hash(repr(version))}" for name, version in versions.items()
+    }
+    wanted = [name for name, copy in copies.items() if not _is_whole(copy, versions[name])]
+    megabytes = sum(versions[name].size or 0 for name in wanted) / 1e6
+    text = f"fetching {remote.url.shown} ({megabytes:,.1f} MB)"
+
+    def get(name: str) -> None:
+        partial = folder / f"{_PARTIAL}{uuid.uuid4().hex}"
+        # A file alone is counted by its megabytes, several by their number.
+        remote.get(name, partial, versions[name], on_progress if len(versions) == 1 else None)
+        partial.chmod(0o444)
+        os.replace(partial, copies[name])
+
+    here = len(copies) - len(wanted)
+    for done, _ in enumerate(_at_once(get, wanted), start=here + 1):
+        if len(versions) > 1:
+            on_progress(text, done, len(copies))
+    return copies
 
 
-def _warn_of_changes(url: Url, known: Manifest, wanted: Mapping[str, RemoteVersion]) -> None:
-    changed = [
-        name
-        for name, version in wanted.items()
-        if name in known.files and known.files[name].version != version.key(name)
-    ]
-    if changed:
-        more = f" and {len(changed) - 1} more files" if len(changed) > 1 else ""
-        text = "%s: %s%s changed since it was fetched: fetching anew"
-        logger.warning(text, url.shown, changed[0], more)
+def _at_once(get: Callable[[str], None], names: Sequence[str]) -> Iterator[None]:
+    """``get`` each name, several at a time; after the first failure no other one begins."""
+    if len(names) == 1:  # here, so that it can be interrupted
+        get(names[0])
+        yield
+        return
+    pool = ThreadPoolExecutor(CONNECTIONS)
+    try:
+        for done in as_completed([pool.submit(get, name) for name in names]):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _bring(
-    entry: CacheEntry,
-    remote: RemoteFiles,
-    wanted: Mapping[str, RemoteVersion],
-    on_progress: OnProgress | None,
-    asked: int,
-) -> dict[str, CachedFile]:
-    """Fetch files, several at a time; each is a copy as soon as it is complete."""
-    needed = sum(version.size or 0 for version in wanted.values())
-    if wanted:
-        entry.ensure_room(needed)
-    one = on_progress if asked == 1 else None
-    counter = _Counter(f"fetching {entry.url.shown}, MB", needed, one)
-
-    def get(name: str) -> CachedFile:
-        partial = entry.partial()
-        remote.get(name, partial, wanted[name], counter)
-        return entry.adopt(partial, wanted[name].key(name))
-
-    found: dict[str, CachedFile] = {}
-    for name, copy in remote.at_once(get, list(wanted)):
-        found[name] = copy
-        if on_progress is not None and asked > 1:
-            done = asked - len(wanted) + len(found)
-            on_progress(f"fetching {entry.url.shown} ({megabytes(needed)})", done, asked)
-    return found
+def _is_whole(copy: Path, version: Version) -> bool:
+    try:
+        return version.size in (None, copy.stat().st_size)
+    except FileNotFoundError:
+        return False
 
 
-class _Counter:
-    """Adds up bytes from several threads and reports every whole megabyte."""
-
-    def __init__(self, what: str, total: int, on_progress: OnProgress | None) -> None:
-        self._what, self._total, self._on_progress = what, total, on_progress
-        self._bytes, self._lock = 0, threading.Lock()
-
-    def __call__(self, arrived: int) -> None:
-        with self._lock:
-            before, self._bytes = self._bytes, self._bytes + arrived
-        if self._on_progress is not None and before // _MEGABYTE < self._bytes // _MEGABYTE:
-            total = max(self._total, self._bytes)
-            self._on_progress(self._what, self._bytes // _MEGABYTE, -(-total // _MEGABYTE))
+def _newest_copies(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """What was fetched last of each name."""
+    kept = sorted(folder.glob("*-*"), key=lambda path: path.stat().st_mtime_ns)
+    newest = {path.name.partition("-")[0]: path for path in kept}
+    return {name: newest[_hash(name)] for name in names if _hash(name) in newest}
 
 
-def _digest_of(names: Iterable[str]) -> str:
-    text = "\0".join(sorted(set(names)))
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:20]
+
+
+@contextmanager
+def _clear_cache_errors() -> Iterator[None]:
+    """Say what to do about a cache that cannot be written.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the cache {cache_folder()} cannot be used ({error.strerror or error}): set "
+            f"{FOLDER_VARIABLE} to a folder that is writable and has enough space, where each "
+            "machine's processes start"
+        ) from error
+
+
+@contextmanager
+def _locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock among this machine's processes; it ends with the process, however that ends."""
+    with open(folder / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -4,43 +4,40 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from d3etr.config.location import Url
 from d3etr.errors import UserError
-from d3etr.progress import OnProgress
-from d3etr.storage.cache import CachedFile
+from d3etr.progress import OnProgress, no_progress
 from d3etr.storage.fetch import fetch_folder
 from d3etr.storage.remote import RemoteFiles
 
 
-class ImageFolder(Protocol):
-    """The images that an annotation file names; as text, where they are."""
-
-    def size(self, name: str) -> int | None:
-        """Bytes of an image; None if there is none of that name."""
-        ...
-
-    def path(self, name: str) -> Path:
-        """A file on this machine to read it from; it need not exist."""
-        ...
-
-    def shown(self, name: str) -> str:
-        """What error texts call it."""
-        ...
-
-
 @dataclass(frozen=True)
-class LocalFolder:
-    """A folder on this machine, or one that looks like it."""
+class ImageFolder:
+    """The images that an annotation file names; as text, where they are.
 
-    folder: Path
+    Attributes:
+        location: of the folder.
+        copies: of a URL's images: name -> file on this machine; none where they were not fetched.
+        looked_up: of a URL's images that were not fetched: name -> bytes.
+    """
+
+    location: Url | Path
+    copies: Mapping[str, Path] = field(default_factory=dict)
+    looked_up: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the images' content is on this machine."""
+        return isinstance(self.location, Path) or not self.looked_up
 
     def size(self, name: str) -> int | None:
         """Bytes of an image; None if there is none of that name."""
+        if isinstance(self.location, Url) and name not in self.copies:
+            return self.looked_up.get(name)
         try:
             status = self.path(name).stat()
         except OSError:
@@ -48,50 +45,22 @@ class LocalFolder:
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def path(self, name: str) -> Path:
-        """Where the image is, or should be."""
-        return self.folder / name
+        """A file on this machine to read it from, or what a person would look for."""
+        if isinstance(self.location, Path):
+            return self.location / name
+        return self.copies.get(name) or Path(self.shown(name))
 
     def shown(self, name: str) -> str:
-        """Its path."""
-        return str(self.path(name))
+        """What error texts call an image: its path or URL."""
+        return f"{str(self).rstrip('/')}/{name}"
 
     def __str__(self) -> str:
-        return str(self.folder)
-
-
-@dataclass(frozen=True)
-class RemoteFolder:
-    """Images of a URL.
-
-    Attributes:
-        url: of the folder.
-        sizes: name -> bytes, of those that are there.
-        copies: name -> copy on this machine; none where they were only looked up.
-    """
-
-    url: Url
-    sizes: Mapping[str, int]
-    copies: Mapping[str, CachedFile] = field(default_factory=dict)
-
-    def size(self, name: str) -> int | None:
-        """Bytes of an image; None if there is none of that name."""
-        return self.sizes.get(name)
-
-    def path(self, name: str) -> Path:
-        """The image's copy; where there is none, what a person would look for."""
-        return self.copies[name].path if name in self.copies else Path(self.shown(name))
-
-    def shown(self, name: str) -> str:
-        """Its URL."""
-        return f"{self.url.shown.rstrip('/')}/{name}"
-
-    def __str__(self) -> str:
-        return self.url.shown
+        return self.location.shown if isinstance(self.location, Url) else str(self.location)
 
 
 def open_folder(
     location: Url | Path,
-    names: Iterable[str],
+    names: Sequence[str],
     on_progress: OnProgress | None = None,
     *,
     fetch: bool = True,
@@ -112,26 +81,21 @@ def open_folder(
     if isinstance(location, Path):
         if not follow_links:
             _ensure_inside(location, names)
-        return LocalFolder(location)
+        return ImageFolder(location)
     if fetch:
-        copies = fetch_folder(location, names, on_progress)
-        return RemoteFolder(location, {name: copy.size for name, copy in copies.items()}, copies)
-    found = RemoteFiles(location).versions(names)
-    return RemoteFolder(
-        location, {name: version.size or 0 for name, version in found if version is not None}
-    )
+        return ImageFolder(location, copies=fetch_folder(location, names, on_progress))
+    found = RemoteFiles(location).versions(list(dict.fromkeys(names)), on_progress or no_progress)
+    return ImageFolder(location, looked_up={name: v.size or 0 for name, v in found.items()})
 
 
-def _ensure_inside(folder: Path, names: Iterable[str]) -> None:
+def _ensure_inside(folder: Path, names: Sequence[str]) -> None:
     """Refuse names that links make files of other places; the folder itself may be a link."""
     root = os.path.realpath(folder)
-    places: dict[str, str] = {}
+    above = {os.path.dirname(name) for name in names}
+    places = {path: os.path.realpath(os.path.join(root, path)) for path in above}
     leaving: list[tuple[str, str]] = []
     for name in names:
-        above, last = os.path.split(name)
-        if above not in places:
-            places[above] = os.path.realpath(os.path.join(root, above))
-        place = os.path.join(places[above], last)
+        place = os.path.join(places[os.path.dirname(name)], os.path.basename(name))
         place = os.path.realpath(place) if os.path.islink(place) else place
         if not place.startswith(os.path.join(root, "")):
             leaving.append((name, place))

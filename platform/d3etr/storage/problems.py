@@ -11,30 +11,12 @@ from fsspec.registry import known_implementations
 from d3etr.config.location import Url
 from d3etr.errors import UserError
 
-PACKAGES = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "abfs": "adlfs",
-    "az": "adlfs",
-    "http": "aiohttp requests",
-    "https": "aiohttp requests",
-    "sftp": "paramiko",
-    "hdfs": "pyarrow",
-    "hf": "huggingface_hub",
-}
-"""What pip installs to read a protocol."""
 _NO_CREDENTIALS = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "DefaultCredentialsError",
-    "ProfileNotFound",
+    *("NoCredentialsError", "PartialCredentialsError"),
+    *("DefaultCredentialsError", "ProfileNotFound"),
 }
-GOOGLE = ("gs", "gcs")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSED = (401, 403)
-_NOT_FOUND = 404
+GOOGLE, HTTP = ("gs", "gcs"), ("http", "https")
+_REFUSED, _NOT_FOUND = (401, 403), 404
 
 
 class MissingFileError(UserError):
@@ -47,12 +29,7 @@ class UnreachableError(UserError):
 
 def disk_is_full(error: BaseException) -> bool:
     """Whether this machine, not the storage, is the reason."""
-    return isinstance(error, OSError) and error.errno in _FULL
-
-
-def is_final(error: BaseException) -> bool:
-    """Whether trying again at once cannot help."""
-    return not isinstance(explained(Url("any://"), error), UnreachableError)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def explained(url: Url, error: BaseException) -> UserError:
@@ -63,25 +40,31 @@ def explained(url: Url, error: BaseException) -> UserError:
         error: the exception; HTTP hides the true one behind a FileNotFoundError.
     """
     chain = list(_causes(error))
-    if any(isinstance(one, UserError) for one in chain):
-        return next(one for one in chain if isinstance(one, UserError))
     names = {type(one).__name__ for one in chain}
     status = next((found for found in map(_status, chain) if found), None)
-    if names & _NO_CREDENTIALS:
-        return UserError(f"{url.shown}: no credentials for it on this machine: {_keys(url)}")
-    if isinstance(error, PermissionError) or status in _REFUSED:
+    if isinstance(error, ImportError):
+        return UserError(
+            f"{url.shown}: reading {url.protocol}:// needs a package that is not installed here "
+            f"({error}): pip install it on every machine that trains"
+        )
+    if isinstance(error, ValueError) and url.protocol not in known_implementations:
+        close = difflib.get_close_matches(url.protocol, known_implementations, n=1)
+        choice = (
+            f"did you mean '{close[0]}://'?" if close else "for example s3://, gs:// or https://"
+        )
+        return UserError(f"{url.shown}: unknown kind of URL '{url.protocol}://'; {choice}")
+    if names & _NO_CREDENTIALS or isinstance(error, PermissionError) or status in _REFUSED:
         return UserError(
             f"{url.shown}: access refused ({_reason(chain)}). The credentials on this machine do "
             f"not give it, or there are none: {_keys(url)}"
         )
     if "NoSuchBucket" in names:
-        bucket = url.path.parts[0]
         return MissingFileError(
-            f"{url.shown}: there is no bucket '{bucket}' where this machine looks: check the URL, "
-            "and AWS_ENDPOINT_URL if the store is not Amazon's"
+            f"{url.shown}: there is no bucket '{url.path.parts[0]}' where this machine looks: "
+            "check the URL, and AWS_ENDPOINT_URL if the store is not Amazon's"
         )
     # Over HTTP every failure looks like a missing file; its cause tells.
-    hidden = url.protocol in ("http", "https") and len(chain) > 1 and status != _NOT_FOUND
+    hidden = url.protocol in HTTP and len(chain) > 1 and status != _NOT_FOUND
     if isinstance(error, FileNotFoundError) and not hidden:
         return MissingFileError(f"{url.shown} does not exist: check the URL")
     return UnreachableError(
@@ -90,30 +73,11 @@ def explained(url: Url, error: BaseException) -> UserError:
     )
 
 
-def unknown_protocol(url: Url) -> UserError:
-    """There is no way to read such URLs."""
-    close = difflib.get_close_matches(url.protocol, known_implementations, n=1)
-    choice = f"did you mean '{close[0]}://'?" if close else "for example s3://, gs:// or https://"
-    return UserError(f"{url.shown}: unknown kind of URL '{url.protocol}://'; {choice}")
-
-
-def missing_package(url: Url, error: ImportError) -> UserError:
-    """The package that reads such URLs is not installed."""
-    package = PACKAGES.get(url.protocol)
-    if package is None:
-        return UserError(f"{url.shown}: {error}; install it on every machine that reads it")
-    return UserError(
-        f"{url.shown}: reading {url.protocol}:// needs a package that is not installed here: "
-        f"pip install {package}, on every machine that trains"
-    )
-
-
 def timed_out(url: Url, seconds: float) -> UnreachableError:
     """The storage is silent."""
-    keys = f" ({_keys(url)})" if url.protocol in GOOGLE else ""  # it tries again and again
     return UnreachableError(
         f"{url.shown}: no answer within {seconds:g} seconds: check the URL, this machine's "
-        f"network, and the endpoint and credentials in its environment{keys}"
+        f"network, and the endpoint and credentials in its environment ({_keys(url)})"
     )
 
 

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import posixpath
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit
 
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
-from fsspec.registry import known_implementations
 
 from d3etr.config.location import Url
 from d3etr.errors import UserError
+from d3etr.progress import OnProgress
 from d3etr.storage.problems import (
     GOOGLE,
+    HTTP,
     MissingFileError,
+    UnreachableError,
     disk_is_full,
     explained,
-    is_final,
-    missing_package,
     timed_out,
-    unknown_protocol,
 )
 
 T = TypeVar("T")
@@ -39,8 +34,6 @@ ANSWER_SECONDS = 20.0
 """How long a storage may take to say whether a file is there."""
 CONNECTIONS = 24
 """Files that are asked for, or fetched, at a time."""
-LISTED_FROM = 64
-"""So many files in one folder are looked up by listing it; fewer one by one."""
 PAUSES_SECONDS = (1.0, 5.0)
 """Between attempts to fetch a file."""
 _MARKS = (
@@ -50,8 +43,7 @@ _MARKS = (
 """What storages call that which changes with a file's content; the first one there counts."""
 
 
-@dataclass(frozen=True)
-class RemoteVersion:
+class Version(NamedTuple):
     """What a storage states about a file's content: equal versions are taken for equal content.
 
     Attributes:
@@ -63,20 +55,11 @@ class RemoteVersion:
     mark: str
 
     @classmethod
-    def of(cls, info: Mapping[str, Any]) -> RemoteVersion:
+    def of(cls, info: Mapping[str, Any]) -> Version:
         """The version in what fsspec says about a file."""
         mark = next((str(info[key]) for key in _MARKS if info.get(key) is not None), "")
         size = info.get("size")
         return cls(None if size is None else int(size), mark.strip('"'))
-
-    def key(self, name: str) -> str:
-        """24 hex digits for this version of the file of that name."""
-        text = f"{name}\0{self.size}\0{self.mark}"
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
-
-
-class StoppedError(Exception):
-    """A transfer was given up because another one failed, or the program is to end."""
 
 
 class RemoteFiles:
@@ -91,8 +74,7 @@ class RemoteFiles:
 
     def __init__(self, url: Url, *, single: bool = False) -> None:
         self.url, self._single = url, single
-        self._over_http = url.protocol in ("http", "https")
-        self._stop = threading.Event()
+        self._one_by_one = single or url.protocol in HTTP
 
     def ensure_there(self) -> None:
         """Make sure, within ``ANSWER_SECONDS``, that the file or folder exists.
@@ -103,39 +85,34 @@ class RemoteFiles:
             UserError: it is not there, or there is no answer.
         """
         if self._single:
-            within(ANSWER_SECONDS, self.url, lambda: self._version(self.url.name))
-        elif not self._over_http and not within(ANSWER_SECONDS, self.url, self._folder_exists):
+            self._within(lambda: self._version(self.url.name))
+        elif not self._one_by_one and not self._within(lambda: self._files.exists(self._root)):
             raise MissingFileError(f"{self.url.shown} is no folder with files in it: check the URL")
 
-    def versions(self, names: Iterable[str]) -> Iterator[tuple[str, RemoteVersion | None]]:
-        """Every file's version, None for those that are not there.
-
-        The first one shows within ``ANSWER_SECONDS`` whether the storage answers at all.
+    def versions(self, names: Sequence[str], on_progress: OnProgress) -> dict[str, Version]:
+        """The version of every file that is there.
 
         Raises:
             UserError: the storage does not answer, or refuses.
         """
-        folders = {name: posixpath.dirname(name) for name in dict.fromkeys(names)}
-        if not folders:
-            return
-        first = next(iter(folders))
-        url = self.url_of(first)
-        version = within(ANSWER_SECONDS, url, lambda: self._version_or_none(first))
-        if version is None and not self._single:
+        if not names:
+            return {}
+        if not self._one_by_one:
             self.ensure_there()
-        yield first, version
-        del folders[first]
-        sizes = Counter(folders.values())
-        listed = {f for f, count in sizes.items() if count >= LISTED_FROM and not self._over_http}
-        for folder in sorted(listed):
-            found = self._list(folder)
-            for name in (name for name, place in folders.items() if place == folder):
-                yield name, found.get(posixpath.basename(name))
-        single = [name for name, folder in folders.items() if folder not in listed]
-        yield from self.at_once(self._version_or_none, single)
+            with _explained(self.url):
+                listed = self._files.find(self._root, detail=True)
+            here = {self._place(name): name for name in names}
+            return {here[at]: Version.of(info) for at, info in listed.items() if at in here}
+        found = {names[0]: self._within(lambda: self._version_or_none(names[0]))}
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            others = zip(names[1:], pool.map(self._version_or_none, names[1:]), strict=True)
+            for count, (name, version) in enumerate(others, start=2):
+                found[name] = version
+                on_progress(f"looking up {self.url.shown}", count, len(names))
+        return {name: version for name, version in found.items() if version is not None}
 
     def get(
-        self, name: str, target: Path, version: RemoteVersion, on_bytes: Callable[[int], None]
+        self, name: str, target: Path, version: Version, on_progress: OnProgress | None
     ) -> None:
         """Copy one file here, trying again where the network failed.
 
@@ -143,109 +120,99 @@ class RemoteFiles:
             name: of the file.
             target: where to write it; nothing is left there on failure.
             version: its size is checked.
-            on_bytes: takes the number of bytes that arrived.
+            on_progress: takes the megabytes that arrived.
 
         Raises:
             UserError: it could not be had.
             OSError: this machine's disk is full.
         """
+        total = -(-(version.size or 0) // 10**6)
+
+        def arrived(_size: int, value: int, **_: object) -> None:
+            if on_progress is not None:
+                on_progress(f"fetching {self.url.shown}, MB", value // 10**6, total)
+
         for pause in (*PAUSES_SECONDS, None):
             try:
-                arrived = _Arrived(on_bytes, self._stop)
-                self._files.get_file(self._place(name), str(target), callback=arrived)
+                callback = Callback(hooks={"arrived": arrived})
+                self._files.get_file(self._place(name), str(target), callback=callback)
                 size = target.stat().st_size
                 if version.size in (None, size):
                     return
                 raise OSError(f"{size} bytes arrived of {version.size}")
             except Exception as error:
                 target.unlink(missing_ok=True)
-                if isinstance(error, StoppedError) or self._stop.is_set():
-                    raise StoppedError from None
                 if disk_is_full(error):
                     raise
-                if pause is None or is_final(error):
-                    raise explained(self.url_of(name), error) from error
+                problem = explained(self._url_of(name), error)
+                if pause is None or not isinstance(problem, UnreachableError):
+                    raise problem from error
             time.sleep(pause)
 
-    def at_once(self, do: Callable[[str], T], names: list[str]) -> Iterator[tuple[str, T]]:
-        """``do`` for each name, several at a time, as they finish; the first failure ends all."""
-        pool = ThreadPoolExecutor(max(1, min(CONNECTIONS, len(names))))
-        try:
-            futures = {pool.submit(do, name): name for name in names}
-            for done in as_completed(futures):
-                yield futures[done], done.result()
-        except BaseException:
-            self._stop.set()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def url_of(self, name: str) -> Url:
-        """The URL of one file."""
+    def _url_of(self, name: str) -> Url:
         if self._single:
             return self.url
-        if self._over_http:
+        if self.url.protocol in HTTP:
             parts = urlsplit(self.url.text)
             return Url(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl())
         return Url(f"{self.url.text.rstrip('/')}/{name}")
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        return _open(self.url)
+        with _explained(self.url):
+            files, root = url_to_fs(self.url.text, **_limits(self.url))
+            # Listings that a file system keeps would hide that a file has changed.
+            files.invalidate_cache()
+            return files, root.rstrip("/")
 
     @property
     def _files(self) -> Any:
         return self._opened[0]
 
+    @property
+    def _root(self) -> str:
+        return self._opened[1]
+
     def _place(self, name: str) -> str:
         """A file as its file system calls it."""
-        if self._over_http:
-            return self.url_of(name).text
-        root = self._opened[1]
-        return root if self._single else f"{root.rstrip('/')}/{name}"
+        if self.url.protocol in HTTP:
+            return self._url_of(name).text
+        return self._root if self._single else f"{self._root}/{name}"
 
-    def _folder_exists(self) -> bool:
-        with _explained(self.url):
-            return bool(self._files.exists(self._opened[1]))
-
-    def _version(self, name: str) -> RemoteVersion:
-        with _explained(self.url_of(name)):
-            # Listings that a file system keeps would hide that a file has changed.
-            self._files.invalidate_cache()
+    def _version(self, name: str) -> Version:
+        with _explained(self._url_of(name)):
             info = self._files.info(self._place(name))
             if info.get("type") == "directory":
                 raise FileNotFoundError(name)
-            return RemoteVersion.of(info)
+            return Version.of(info)
 
-    def _version_or_none(self, name: str) -> RemoteVersion | None:
+    def _version_or_none(self, name: str) -> Version | None:
         try:
             return self._version(name)
         except MissingFileError:
             return None
 
-    def _list(self, folder: str) -> dict[str, RemoteVersion]:
-        with _explained(self.url):
-            self._files.invalidate_cache()
+    def _within(self, do: Callable[[], T]) -> T:
+        """Do something that may hang, in a thread that nobody waits for longer."""
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
             try:
-                found = self._files.ls(self._place(folder).rstrip("/"), detail=True)
-            except FileNotFoundError:
-                return {}
-        files = [info for info in found if info["type"] == "file"]
-        return {posixpath.basename(info["name"]): RemoteVersion.of(info) for info in files}
+                with _explained(self.url):
+                    results.append(do())
+            except BaseException as error:
+                errors.append(error)
 
-
-class _Arrived(Callback):  # type: ignore[misc]
-    """Passes on how many bytes arrived, and ends the transfer once others have failed."""
-
-    def __init__(self, on_bytes: Callable[[int], None], stop: threading.Event) -> None:
-        super().__init__()
-        self._on_bytes, self._stop = on_bytes, stop
-
-    def relative_update(self, inc: int = 1) -> None:
-        """``inc`` more bytes arrived."""
-        if self._stop.is_set():
-            raise StoppedError
-        self._on_bytes(inc)
+        # Not a pool: at its end Python would wait for the pool's threads.
+        thread = threading.Thread(target=run, name="storage-answer", daemon=True)
+        thread.start()
+        thread.join(ANSWER_SECONDS)
+        if errors:
+            raise errors[0]
+        if not results:
+            raise timed_out(self.url, ANSWER_SECONDS)
+        return results[0]
 
 
 def ensure_reachable(files: Iterable[tuple[str, Url]], folders: Iterable[tuple[str, Url]]) -> None:
@@ -260,66 +227,25 @@ def ensure_reachable(files: Iterable[tuple[str, Url]], folders: Iterable[tuple[s
     """
     asked = [(key, RemoteFiles(url, single=True)) for key, url in files]
     asked += [(key, RemoteFiles(url)) for key, url in folders]
-    if not asked:
-        return
+    asked.sort(key=lambda one: (one[0], one[1].url.text))
 
-    def problem(one: tuple[str, RemoteFiles]) -> str | None:
+    def problem(one: tuple[str, RemoteFiles]) -> str:
         try:
             one[1].ensure_there()
         except UserError as error:
             return f"{one[0]}: {error}"
-        return None
+        return ""
 
-    asked.sort(key=lambda one: (one[0], one[1].url.text))
     # The answers have a time limit each; they are waited for together.
-    with ThreadPoolExecutor(min(CONNECTIONS, len(asked))) as pool:
-        problems = [text for text in pool.map(problem, asked) if text is not None]
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        problems = [text for text in pool.map(problem, asked) if text]
     if problems:
         raise UserError("\n".join(problems))
 
 
-def within(seconds: float, url: Url, do: Callable[[], T]) -> T:
-    """Do something that may hang, in a thread that nobody waits for longer.
-
-    Raises:
-        UnreachableError: it took longer than ``seconds``.
-    """
-    done: list[T] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            done.append(do())
-        except BaseException as error:
-            failed.append(error)
-
-    # Not a pool: at its end Python would wait for the pool's threads.
-    thread = threading.Thread(target=run, name="storage-answer", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failed:
-        raise failed[0]
-    if not done:
-        raise timed_out(url, seconds)
-    return done[0]
-
-
-def _open(url: Url) -> tuple[Any, str]:
-    try:
-        files, root = url_to_fs(url.text, **_limits(url))
-    except ImportError as error:
-        raise missing_package(url, error) from error
-    except ValueError as error:
-        known = url.protocol in known_implementations
-        raise (explained(url, error) if known else unknown_protocol(url)) from error
-    except Exception as error:
-        raise explained(url, error) from error
-    return files, root
-
-
 def _limits(url: Url) -> dict[str, Any]:
     """Time limits of a connection, where the defaults would end a long transfer or none."""
-    if url.protocol in ("http", "https"):
+    if url.protocol in HTTP:
         from aiohttp import ClientTimeout
 
         limits = ClientTimeout(total=None, sock_connect=ANSWER_SECONDS, sock_read=60.0)
@@ -336,5 +262,7 @@ def _limits(url: Url) -> dict[str, Any]:
 def _explained(url: Url) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         raise explained(url, error) from error
