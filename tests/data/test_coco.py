@@ -29,7 +29,7 @@ def test_boxes_over_the_edge_are_clipped_for_training_and_kept_for_evaluation(wr
     record = split.records[0]
     assert record.boxes_xyxy.tolist() == [[-4, 10, 16, 50]]
     assert record.objects()[1].tolist() == [[0, 10, 16, 30]]
-    assert split.cleaning.clipped == (5,)
+    assert split.cleaning["clipped"] == (5,)
 
 
 def test_crowds_are_no_training_targets_but_stay_for_evaluation(write_split):
@@ -43,7 +43,7 @@ def test_crowds_are_no_training_targets_but_stay_for_evaluation(write_split):
     record = split.records[0]
     assert record.crowd.tolist() == [True, False]
     assert record.objects()[0].tolist() == [1]
-    assert split.cleaning.crowd == (1,)
+    assert split.cleaning["crowd"] == (1,)
 
 
 def test_boxes_without_area_are_dropped_and_named_in_the_log(write_split, caplog):
@@ -51,8 +51,8 @@ def test_boxes_without_area_are_dropped_and_named_in_the_log(write_split, caplog
     config = write_split([(40, 30)], [annotation(n, 1, 0, box) for n, box in enumerate(boxes, 11)])
     with caplog.at_level(logging.WARNING):
         split = read_split("train", config)
-    assert split.cleaning.zero_size == (11, 12, 13)
-    assert split.cleaning.outside == (14,)
+    assert split.cleaning["zero_size"] == (11, 12, 13)
+    assert split.cleaning["outside"] == (14,)
     assert split.records[0].boxes_xyxy.tolist() == [[2, 2, 8, 8]]
     assert "11, 12, 13" in caplog.text and "14" in caplog.text
 
@@ -81,7 +81,7 @@ def test_an_area_that_cannot_be_the_boxs_is_replaced_and_named(write_split, capl
     with caplog.at_level(logging.WARNING):
         split = read_split("train", write_split([(40, 30)], boxes))
     assert split.records[0].areas.tolist() == [20, 20]
-    assert split.cleaning.implausible_area == (3,)
+    assert split.cleaning["implausible_area"] == (3,)
     assert "1 boxes with an 'area'" in caplog.text and "annotation ids 3" in caplog.text
 
 
@@ -91,7 +91,7 @@ def test_areas_of_outlines_and_rounded_ones_are_kept_without_a_word(write_split,
         "train", write_split([(40, 30)], [annotation(1, 1, 0, [0, 0, 4, 5], area=area)])
     )
     assert split.records[0].areas.tolist() == [20 if area is None else area]
-    assert split.cleaning.implausible_area == () and caplog.text == ""
+    assert split.cleaning["implausible_area"] == () and caplog.text == ""
 
 
 def test_flags_of_other_formats_have_no_effect_and_are_named(write_split, caplog):
@@ -106,7 +106,7 @@ def test_flags_of_other_formats_have_no_effect_and_are_named(write_split, caplog
     with caplog.at_level(logging.WARNING):
         split = read_split("train", write_split([(40, 30)], boxes))
     assert not split.records[0].crowd.any()
-    assert split.cleaning.foreign_flag == (0, 1, 2) and "they count as objects" in caplog.text
+    assert split.cleaning["foreign_flag"] == (0, 1, 2) and "they count as objects" in caplog.text
 
 
 def test_records_follow_their_images_when_annotations_are_mixed(write_split):
@@ -236,7 +236,7 @@ def test_large_ids_keep_every_digit(write_split):
     number = 2**60 + 1
     change = _set(["annotations", 0, "id"], number)
     config = write_split([(40, 30)], [annotation(1, 1, 0, [1, 1, 0, 3])], change=change)
-    assert read_split("train", config).cleaning.zero_size == (number,)
+    assert read_split("train", config).cleaning["zero_size"] == (number,)
 
 
 @given(st.lists(st.sampled_from(["a", "..", ".", "", "b.png", "\\", "/", "C:"]), min_size=1))

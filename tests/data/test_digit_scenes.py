@@ -100,7 +100,7 @@ def test_what_is_written_is_read_as_a_coco_split(tmp_path):
     split = open_split(data, "validation")
     assert [category.name for category in split.categories] == [str(n) for n in range(10)]
     assert len(split.records) == 4
-    assert split.cleaning.clipped == () and split.cleaning.zero_size == ()
+    assert split.cleaning["clipped"] == () and split.cleaning["zero_size"] == ()
     with Image.open(split.path(split.records[0])) as image:
         assert (image.mode, image.size) == ("RGB", (64, 64))
 

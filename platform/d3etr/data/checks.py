@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from d3etr.config.data import DataConfig, SplitConfig
 from d3etr.config.training import EvaluationConfig
-from d3etr.data.images import applies_rotation, load_image, open_image, orientation
-from d3etr.data.judgement import (
-    Judgement,
-    judge_categories,
-    judge_objects,
-)
-from d3etr.data.plausibility import box_warnings, class_warnings, pixel_oddity, pixel_warnings
-from d3etr.data.records import ImageRecord, shown_ids
-from d3etr.data.report import DataReport, SplitReport
+from d3etr.data.images import load_image
+from d3etr.data.judgement import Judgement, judge_categories, judge_objects
+from d3etr.data.plausibility import box_warnings, class_warnings
+from d3etr.data.records import Cleaning, ImageRecord, cleaning_texts, shown_ids
 from d3etr.data.splits import (
     DetectionSplit,
     Keys,
@@ -32,32 +29,131 @@ from d3etr.data.splits import (
     parse_split,
 )
 from d3etr.errors import UserError
-from d3etr.progress import OnProgress
+from d3etr.progress import OnProgress, no_progress
 
 # COCO's borders between small, medium and large, square pixels.
 _MEDIUM_AREA, _LARGE_AREA = 32**2, 96**2
 _MOST_THREADS = 8
 _PROGRESS_EVERY = 20
-_LOSSLESS = ("RGB", "L", "P", "1", "RGBA", "LA", "PA")
-"""Modes whose pixels are the same in RGB; transparent ones are checked one by one."""
-
-
-Compare = Callable[[Mapping[str, DetectionSplit]], Judgement]
+_LEAST_CONTRAST = 16
+"""Of 255, between an image's darkest and brightest values: twelve bits in sixteen have less."""
+_SHOWN_MESSAGES = 10
+_LINE_LENGTH, _INDENT = 100, 21
 
 
 @dataclass(frozen=True)
-class _ImageCheck:
-    """What was found in one image file; ``problem`` is why it cannot be used."""
+class SplitReport:
+    """What one split holds and what is odd about it.
 
-    record: ImageRecord
-    content: str = ""
-    mode: str = ""
-    size: tuple[int, int] = (0, 0)
-    has_rotation: bool = False
-    rotated: bool = False
-    missing: bool = False
-    problem: str = ""
-    oddity: str = ""
+    Attributes:
+        name: train, validation or test.
+        images_folder: where its images are.
+        annotations: the file or folder of its annotations.
+        format: of the annotations; empty where they could not be read.
+        digest: sha256 of its content.
+        images: number of images.
+        boxes: number of boxes that count as objects: not dropped, no crowds.
+        boxes_per_category: category name -> number of such boxes.
+        object_sizes: COCO's small (under 32^2 square pixels), medium (to 96^2), large -> boxes.
+        image_sizes: "width x height" -> images, most frequent first.
+        cleaning: what was dropped, clipped or set aside; see ``records.CLEANED``.
+        without_objects: ids of images without any object; they are kept.
+        errors: why training or evaluation would fail.
+        warnings: what may be wrong.
+    """
+
+    name: str
+    images_folder: str
+    annotations: str
+    format: str = ""
+    digest: str = ""
+    images: int = 0
+    boxes: int = 0
+    boxes_per_category: dict[str, int] = field(default_factory=dict)
+    object_sizes: dict[str, int] = field(default_factory=dict)
+    image_sizes: dict[str, int] = field(default_factory=dict)
+    cleaning: Cleaning = field(default_factory=dict)
+    without_objects: tuple[int, ...] = ()
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """Several lines for people."""
+        facts = {
+            "images": self.images_folder,
+            "annotations": self.annotations,
+            "boxes by category": _counts(self.boxes_per_category, len(self.boxes_per_category)),
+            "boxes by size": _counts(self.object_sizes),
+            "image sizes": _counts(self.image_sizes),
+            **{
+                name.replace("_", " "): f"{len(found)} ({shown_ids(found)})"
+                for name, found in (*self.cleaning.items(), ("no objects", self.without_objects))
+                if found
+            },
+        }
+        title = f" ({self.format})" if self.format else ""
+        lines = [f"{self.name}: {self.images} images, {self.boxes} boxes{title}"]
+        lines += [
+            textwrap.fill(
+                f"  {name:<19}{fact}",
+                _LINE_LENGTH,
+                subsequent_indent=" " * _INDENT,
+                break_long_words=False,
+            )
+            for name, fact in facts.items()
+            if fact
+        ]
+        lines += [f"  {line}" for line in _messages(self.warnings, self.errors)]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What all configured splits hold.
+
+    Attributes:
+        splits: one report each.
+        errors: what is wrong between splits.
+        warnings: what is odd between splits.
+    """
+
+    splits: tuple[SplitReport, ...]
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """False when training or evaluation would fail."""
+        return not self.errors and not any(split.errors for split in self.splits)
+
+    def text(self) -> str:
+        """The whole report for people."""
+        parts = [split.text() for split in self.splits]
+        between = _messages(self.warnings, self.errors)
+        if between:
+            parts.append("\n".join(between))
+        parts.append("ready to train" if self.ok else "training would fail: see ERROR above")
+        return "\n\n".join(parts)
+
+    def to_json(self) -> str:
+        """The whole report as a JSON object, every id listed."""
+        return json.dumps({"ok": self.ok, **asdict(self)}, indent=1)
+
+
+def _messages(warnings: Sequence[str], errors: Sequence[str]) -> list[str]:
+    lines = []
+    for kind, texts in (("warning", warnings), ("ERROR", errors)):
+        lines += [f"{kind}: {text}" for text in texts[:_SHOWN_MESSAGES]]
+        if len(texts) > _SHOWN_MESSAGES:
+            more = len(texts) - _SHOWN_MESSAGES
+            lines.append(f"{kind}: and {more} more (--json lists them all)")
+    return lines
+
+
+def _counts(counts: Mapping[str, int], shown: int = 6) -> str:
+    texts = [f"{name} {count}" for name, count in counts.items()]
+    more = [f"and {len(texts) - shown} more"] if len(texts) > shown else []
+    return ", ".join(texts[:shown] + more)
 
 
 def check_data(
@@ -65,7 +161,7 @@ def check_data(
     on_progress: OnProgress | None = None,
     *,
     evaluation: EvaluationConfig | None = None,
-    compare: Compare | None = None,
+    compare: Callable[[Mapping[str, DetectionSplit]], Judgement] | None = None,
     keys: Mapping[str, Keys] | None = None,
 ) -> DataReport:
     """Read every annotation and decode every image of all configured splits.
@@ -82,26 +178,24 @@ def check_data(
     """
     reports: list[SplitReport] = []
     parsed: dict[str, DetectionSplit] = {}
-    contents: dict[str, dict[str, int]] = {}
+    copies = defaultdict[str, list[tuple[str, int]]](list)
     for name, config in configured_splits(data, on_progress).items():
         try:
-            split = parsed[name] = parse_split(
-                name, config, on_progress, keys=(keys or {}).get(name)
-            )
+            split = parse_split(name, config, on_progress, keys=(keys or {}).get(name))
         except UserError as error:
             reports.append(_failed(name, config, error))
             continue
-        checked = list(_check_images(split, on_progress))
-        oddities = ((each.record.id, each.oddity) for each in checked if each.oddity)
-        odd_pixels = pixel_warnings(oddities, split.shown_images)
-        contents[name] = {each.content: each.record.id for each in checked if each.content}
+        parsed[name] = split
+        checked = list(_check_images(split, on_progress or no_progress))
+        for each in checked:
+            if each.content:
+                copies[each.content].append((name, each.record.id))
         objects = judge_objects(split, evaluation or EvaluationConfig())
-        objects += Judgement(warnings=tuple(box_warnings(split) + odd_pixels))
-        reports.append(_with_verdict(_report(split, checked), split, objects))
+        reports.append(_report(split, objects + _judge_images(split, checked)))
     between = judge_categories(parsed)
     if compare is not None:
         between += compare(parsed)
-    warnings = _overlap_warnings(contents) + tuple(class_warnings(parsed)) + between.warnings
+    warnings = (*_copy_warnings(copies.values()), *class_warnings(parsed), *between.warnings)
     return DataReport(tuple(reports), errors=between.errors, warnings=warnings)
 
 
@@ -111,49 +205,82 @@ def _failed(name: str, config: SplitConfig, error: UserError) -> SplitReport:
     )
 
 
-def _check_images(split: DetectionSplit, on_progress: OnProgress | None) -> Iterator[_ImageCheck]:
+class _ImageCheck(NamedTuple):
+    """What was found in one image file that is there.
+
+    Attributes:
+        record: of the image.
+        content: digest of the file.
+        problem: why it cannot be used.
+        flat: whether there is hardly anything to see in it.
+    """
+
+    record: ImageRecord
+    content: str = ""
+    problem: str = ""
+    flat: bool = False
+
+
+def _check_images(split: DetectionSplit, on_progress: OnProgress) -> Iterator[_ImageCheck]:
     def check(record: ImageRecord) -> _ImageCheck:
         return _check_image(split, record)
 
-    total = len(split.records)
+    there = [r for r in split.records if split.images.size(r.file_name) is not None]
     # Decoders and hashes let other threads run.
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        for done, found in enumerate(pool.map(check, split.records), start=1):
-            if on_progress is not None and (done % _PROGRESS_EVERY == 0 or done == total):
-                on_progress(f"checking {split.name} images", done, total)
+        for done, found in enumerate(pool.map(check, there), start=1):
+            if done % _PROGRESS_EVERY == 0 or done == len(there):
+                on_progress(f"checking {split.name} images", done, len(there))
             yield found
 
 
 def _check_image(split: DetectionSplit, record: ImageRecord) -> _ImageCheck:
-    try:
-        if split.images.size(record.file_name) is None:
-            return _ImageCheck(record, missing=True)
-        raw = split.path(record).read_bytes()
-    except OSError as error:
-        return _ImageCheck(record, problem=str(error))
     expected = (record.width, record.height)
-    content = hashlib.sha256(raw).hexdigest()
     try:
+        raw = split.path(record).read_bytes()
         pixels = load_image(raw, expected)
-    except UserError as error:
-        return _ImageCheck(record, content, problem=str(error))
-    with open_image(raw) as image:
-        return _ImageCheck(
-            record,
-            content,
-            mode=image.mode,
-            size=pixels.size,
-            has_rotation=orientation(image) != 1,
-            rotated=applies_rotation(image, expected),
-            oddity=pixel_oddity(image, pixels),
+    except (OSError, UserError) as error:
+        return _ImageCheck(record, problem=str(error))
+    problem = ""
+    if pixels.size != expected:
+        problem = (
+            f"is {pixels.size[0]} x {pixels.size[1]}, annotated {record.width} x {record.height}; "
+            f"correct width and height in {split.annotations}"
         )
+    low, high = np.array(pixels.getextrema()).T
+    flat = min(expected) > 1 and high.max() - low.min() < _LEAST_CONTRAST
+    return _ImageCheck(record, hashlib.sha256(raw).hexdigest(), problem, bool(flat))
 
 
-def _report(split: DetectionSplit, checked: Sequence[_ImageCheck]) -> SplitReport:
-    records = split.records
+def _judge_images(split: DetectionSplit, checked: Sequence[_ImageCheck]) -> Judgement:
+    missing = missing_images(split)
+    errors = []
+    if missing:
+        errors.append(f"{missing_text(split, missing)} ({split.shown_images(missing)})")
+    for each in checked:
+        if each.problem:
+            name = f"image id {each.record.id}" if split.own_ids else each.record.file_name
+            errors.append(f"{name}: {each.problem}")
+    flat = [each.record for each in checked if each.flat]
+    text = (
+        f"{len(flat)} images have hardly any contrast ({split.shown_images(flat)}), as a camera "
+        "or converter that failed writes them; 12-bit pixels must be scaled to all 16 bits"
+    )
+    return Judgement(tuple(errors), (text,) if flat else ())
+
+
+def _report(split: DetectionSplit, images: Judgement) -> SplitReport:
+    objects, records = split.objects, split.records
     sizes = Counter(f"{record.width} x {record.height}" for record in records)
-    usable = [each for each in checked if each.mode]
-    wrong = [each for each in usable if each.size != (each.record.width, each.record.height)]
+    names = [category.name for category in split.categories]
+    counts = np.bincount(objects.labels, minlength=len(names)).tolist()
+    groups = np.digitize(objects.areas, [_MEDIUM_AREA, _LARGE_AREA])
+    by_size = np.bincount(groups, minlength=3).tolist()
+    # Boxes are clipped in most data sets: sides are rounded.
+    warnings = cleaning_texts(split.cleaning, "clipped", "crowd")
+    empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    if empty and split.name == "train":
+        warnings.append(f"categories without a box to learn from: {', '.join(empty)}")
     return SplitReport(
         name=split.name,
         images_folder=str(split.images),
@@ -161,110 +288,29 @@ def _report(split: DetectionSplit, checked: Sequence[_ImageCheck]) -> SplitRepor
         format=split.format,
         digest=split.digest,
         images=len(records),
-        **_object_facts(split),
+        boxes=len(objects.labels),
+        boxes_per_category=dict(zip(names, counts, strict=True)),
+        object_sizes=dict(zip(("small", "medium", "large"), by_size, strict=True)),
         image_sizes=dict(sizes.most_common()),
-        modes=dict(Counter(each.mode for each in usable).most_common()),
-        **asdict(split.cleaning),
+        cleaning=split.cleaning,
         without_objects=tuple(record.id for record in records if record.crowd.all()),
-        rotated=tuple(each.record.id for each in usable if each.rotated),
-        rotation_ignored=tuple(
-            each.record.id for each in usable if each.has_rotation and not each.rotated
-        ),
-        missing=tuple(each.record.id for each in checked if each.missing),
-        unreadable={each.record.id: each.problem for each in checked if each.problem},
-        wrong_size={each.record.id: _size_text(each) for each in wrong},
-        repeated_files=_repeated_files(records),
+        errors=images.errors,
+        warnings=(*warnings, *images.warnings, *box_warnings(split)),
     )
 
 
-def _object_facts(split: DetectionSplit) -> dict[str, Any]:
-    """The fields of the report that count objects."""
-    labels = np.concatenate([record.labels[~record.crowd] for record in split.records])
-    boxes = np.concatenate([record.boxes_xyxy[~record.crowd] for record in split.records])
-    areas = np.concatenate([record.areas[~record.crowd] for record in split.records])
-    counts = np.bincount(labels, minlength=len(split.categories)).tolist()
-    names = [category.name for category in split.categories]
-    sides = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))
-    quantiles = np.quantile(sides, (0, 0.5, 1)).round(1).tolist() if len(sides) else []
-    return {
-        "boxes": len(labels),
-        "boxes_per_category": dict(zip(names, counts, strict=True)),
-        "object_sizes": {
-            "small": int((areas < _MEDIUM_AREA).sum()),
-            "medium": int(((areas >= _MEDIUM_AREA) & (areas < _LARGE_AREA)).sum()),
-            "large": int((areas >= _LARGE_AREA).sum()),
-        },
-        "box_sides": dict(zip(("lowest", "median", "highest"), quantiles, strict=False)),
-    }
-
-
-def _size_text(each: _ImageCheck) -> str:
-    record = each.record
-    return f"{each.size[0]} x {each.size[1]}, annotated {record.width} x {record.height}"
-
-
-def _repeated_files(records: Sequence[ImageRecord]) -> dict[str, tuple[int, ...]]:
-    users: dict[str, list[int]] = defaultdict(list)
-    for record in records:
-        users[record.file_name].append(record.id)
-    return {name: tuple(ids) for name, ids in users.items() if len(ids) > 1}
-
-
-def _with_verdict(report: SplitReport, split: DetectionSplit, objects: Judgement) -> SplitReport:
-    errors, warnings = _errors(report, split), _warnings(report, split)
-    return replace(report, errors=errors + objects.errors, warnings=warnings + objects.warnings)
-
-
-def _errors(report: SplitReport, split: DetectionSplit) -> tuple[str, ...]:
-    found = []
-    missing = missing_images(split)
-    if missing:
-        found.append(f"{missing_text(split, missing)} ({split.shown_images(report.missing)})")
-    found += [f"{_image(split, number)}: {why}" for number, why in report.unreadable.items()]
-    found += [
-        f"{_image(split, number)}: is {sizes}; correct width and height in {report.annotations}"
-        for number, sizes in report.wrong_size.items()
-    ]
-    return tuple(found)
-
-
-def _image(split: DetectionSplit, number: int) -> str:
-    names = () if split.own_ids else (r.file_name for r in split.records if r.id == number)
-    return next(iter(names), f"image id {number}")
-
-
-def _warnings(report: SplitReport, split: DetectionSplit) -> tuple[str, ...]:
-    # Boxes are clipped in most data sets: sides are rounded.
-    found = split.cleaning.texts(
-        split.places, "zero_size", "outside", "implausible_area", "foreign_flag"
-    )
-    empty = [name for name, count in report.boxes_per_category.items() if count == 0]
-    if empty and report.name == "train":
-        found.append(f"categories without a box to learn from: {', '.join(empty)}")
-    for name, ids in report.repeated_files.items():
-        found.append(f"{name} is the file of several images (ids {shown_ids(ids)})")
-    lossy = [mode for mode in report.modes if mode not in _LOSSLESS]
-    if lossy:
-        found.append(f"converted to 8-bit RGB: {', '.join(lossy)}")
-    if report.rotation_ignored:
-        found.append(
-            f"the EXIF rotation contradicts {split.annotations.name}: left as "
-            f"stored ({split.shown_images(report.rotation_ignored)})"
+def _copy_warnings(copies: Iterable[Sequence[tuple[str, int]]]) -> Iterator[str]:
+    """Files that are there more than once, within a split or in several."""
+    found = defaultdict[tuple[str, ...], list[int]](list)
+    for places in copies:
+        if len(places) > 1:
+            found[tuple(dict.fromkeys(name for name, _ in places))].append(places[0][1])
+    for names, ids in found.items():
+        first, others = names[0], " and in ".join(names[1:])
+        meaning = (
+            f"{others}, so results on {names[-1]} are too good"
+            if others
+            else "it more than once, so that each copy lacks the other's boxes"
         )
-    return tuple(found)
-
-
-def _overlap_warnings(contents: dict[str, dict[str, int]]) -> tuple[str, ...]:
-    found = []
-    names = list(contents)
-    for position, first in enumerate(names):
-        for second in names[position + 1 :]:
-            shared = sorted(
-                contents[first][key] for key in contents[first].keys() & contents[second].keys()
-            )
-            if shared:
-                found.append(
-                    f"{len(shared)} images are in {first} and in {second}, so results on {second} "
-                    f"are too good (image ids in {first}: {shown_ids(shared)})"
-                )
-    return tuple(found)
+        text = f"{len(ids)} images are in {first} and in {meaning}"
+        yield f"{text} (image ids in {first}: {shown_ids(ids)})"

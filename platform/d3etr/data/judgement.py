@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.training import EvaluationConfig, warmup_problem
 from d3etr.config.tree import Config
+from d3etr.data.records import to_xyxy
 from d3etr.data.splits import DetectionSplit, require_same_categories
 from d3etr.data.transforms import output_size
 from d3etr.errors import UserError
@@ -76,23 +76,18 @@ def judge_categories(splits: Mapping[str, DetectionSplit]) -> Judgement:
 
 def judge_objects(split: DetectionSplit, evaluation: EvaluationConfig) -> Judgement:
     """Which splits may be without objects; images without are fine everywhere."""
-    if any(len(labels) for labels in _labels(split)):
+    if len(split.objects.labels):
         return Judgement()
-    where = f"data.{split.name}.annotations {split.annotations}: no image has an object"
+    why, remedy = "there is nothing to measure", ""
     if split.name == "train":
-        return Judgement(errors=(f"{where}: there is nothing to learn from; annotate some",))
-    if split.name == "validation" and evaluation.keep == "best":
-        text = (
-            f"{where}: there is nothing to measure, and without mAP no weights are best; annotate "
-            "some, or set evaluation.keep to 'last'"
-        )
-        return Judgement(errors=(text,))
-    if split.name == "test" and evaluation.test:
-        text = (
-            f"{where}: there is nothing to measure; annotate some, or set evaluation.test to false"
-        )
-        return Judgement(errors=(text,))
-    return Judgement(warnings=(f"{where}: there is nothing to measure",))
+        why, remedy = "there is nothing to learn from", "annotate some"
+    elif split.name == "validation" and evaluation.keep == "best":
+        why += ", and without mAP no weights are best"
+        remedy = "annotate some, or set evaluation.keep to 'last'"
+    elif split.name == "test" and evaluation.test:
+        remedy = "annotate some, or set evaluation.test to false"
+    text = f"data.{split.name}.annotations {split.annotations}: no image has an object: {why}"
+    return Judgement(errors=(f"{text}; {remedy}",)) if remedy else Judgement(warnings=(text,))
 
 
 def judge_against_recipe(config: Config, splits: Mapping[str, DetectionSplit]) -> Judgement:
@@ -137,66 +132,48 @@ def judge_length(config: Config, images: int, split: object = "the train split")
 
 
 def _too_few_queries(split: DetectionSplit, queries: int) -> str | None:
-    beyond = _beyond(split, queries)
-    return beyond and (
-        f"{beyond}, more than student.detector.queries ({queries}): these can be neither learnt "
-        f"nor detected; set it to at least {_most_objects(split)}"
-    )
+    return _beyond(split, "student.detector.queries", queries, "can be neither learnt nor detected")
 
 
 def _too_few_detections(split: DetectionSplit, maximum: int) -> str | None:
-    beyond = None if split.name == "train" else _beyond(split, maximum)
-    return beyond and (
-        f"{beyond}, more than evaluation.maximum_detections ({maximum}): these count as missed "
-        f"whatever is detected; set it to at least {_most_objects(split)}"
-    )
-
-
-def _beyond(split: DetectionSplit, limit: int) -> str | None:
-    counts = {record.id: int((~record.crowd).sum()) for record in split.records}
-    full = [number for number, count in counts.items() if count > limit]
-    if not full:
+    if split.name == "train":
         return None
-    objects = sum(counts[number] - limit for number in full)
-    return (
-        f"data.{split.name}: {objects} of {sum(counts.values())} objects, in {len(full)} images "
-        f"({split.shown_images(full)}), are beyond the first {limit} of their image"
+    return _beyond(
+        split, "evaluation.maximum_detections", maximum, "count as missed whatever is detected"
     )
 
 
-def _most_objects(split: DetectionSplit) -> int:
-    return max(int((~record.crowd).sum()) for record in split.records)
+def _beyond(split: DetectionSplit, key: str, limit: int, meaning: str) -> str | None:
+    counts = np.bincount(split.objects.images, minlength=len(split.records))
+    full = np.flatnonzero(counts > limit)
+    if not len(full):
+        return None
+    shown = split.shown_images([split.records[index] for index in full.tolist()])
+    return (
+        f"data.{split.name}: {int((counts[full] - limit).sum())} of {counts.sum()} objects, in "
+        f"{len(full)} images ({shown}), are beyond the first {limit} of their image, more than "
+        f"{key} ({limit}): these {meaning}; set it to at least {counts.max()}"
+    )
 
 
 def _too_small(split: DetectionSplit, preprocessing: PreprocessingConfig) -> str | None:
     """Objects that only resizing makes too small."""
-    before, after, images = _longer_sides(split, preprocessing)
+    scales = [
+        output_size(record.width, record.height, preprocessing)[0] / record.height
+        for record in split.records
+    ]
+    objects = split.objects
+    corners = np.clip(to_xyxy(objects.boxes_xywh), 0.0, np.tile(objects.sizes, 2))
+    before = (corners[:, 2:] - corners[:, :2]).max(1)
+    after = before * np.array(scales)[objects.images]
     small = (after < _LEAST_SIDE) & (after < before)
     if not len(before) or small.mean() < _LEAST_SHARE:
         return None
     least = int(after.argmin())
+    shown = split.shown_images([split.records[objects.images[least]]])
     return (
         f"data.{split.name}: {int(small.sum())} of {len(small)} objects have less than "
-        f"{_LEAST_SIDE:g} pixels after resizing (image id {images[least]}: {before[least]:.1f} "
-        f"become {after[least]:.1f}), too few to be seen; raise "
-        "data.preprocessing.shortest_side and longest_side, or cut the images into tiles"
+        f"{_LEAST_SIDE:g} pixels after resizing ({shown}: {before[least]:.1f} become "
+        f"{after[least]:.1f}), too few to be seen; raise data.preprocessing.shortest_side and "
+        "longest_side, or cut the images into tiles"
     )
-
-
-def _longer_sides(
-    split: DetectionSplit, preprocessing: PreprocessingConfig
-) -> tuple[NDArray[np.float64], NDArray[np.float64], Sequence[int]]:
-    """[m] pixels of every object's longer side before and after resizing, and its image's id."""
-    before, after, images = [np.zeros(0)], [np.zeros(0)], []
-    for record in split.records:
-        _, boxes = record.objects()
-        sides = (boxes[:, 2:] - boxes[:, :2]).max(1)
-        height, _ = output_size(record.width, record.height, preprocessing)
-        before.append(sides)
-        after.append(sides * (height / record.height))
-        images += [record.id] * len(sides)
-    return np.concatenate(before), np.concatenate(after), images
-
-
-def _labels(split: DetectionSplit) -> list[NDArray[np.int64]]:
-    return [record.labels[~record.crowd] for record in split.records]

@@ -9,10 +9,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from d3etr.data.annotations import Annotations, ImageEntry, ObjectEntry
+from d3etr.data.annotations import Annotations
 
 SHOWN = 5
 """Ids and names that a text lists."""
+
+CLEANED = {
+    "zero_size": "dropped: width or height is not above 0",
+    "outside": "dropped: outside of the image",
+    "clipped": "clipped to the image for training",
+    "crowd": "set aside as crowds: no training targets, and ignored in evaluation",
+    "implausible_area": "with an 'area' that is not above 0 or is larger than the box: width x "
+    "height is taken instead",
+    "foreign_flag": "marked 'ignore', 'difficult' or the like, which has no effect in COCO files: "
+    "they count as objects; 'iscrowd': 1 would set them aside",
+}
+"""What reading does to boxes."""
+
+Cleaning = Mapping[str, tuple[int | str, ...]]
+"""Key of ``CLEANED`` -> annotations: their ids, or file and line where ids are not the files'."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,57 +67,38 @@ class ImageRecord:
         return self.labels[single], np.clip(self.boxes_xyxy[single], 0.0, limits)
 
 
-@dataclass(frozen=True)
-class Cleaning:
-    """What reading did to boxes; every entry is an annotation id.
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """The n objects of several images, crowds left out.
 
     Attributes:
-        zero_size: dropped, because width or height is not above 0.
-        outside: dropped, because no part lies within the image.
-        clipped: kept; their training target is the part within the image.
-        crowd: kept for evaluation only.
-        implausible_area: kept; evaluation sorts them small, medium and large by width x height.
-        foreign_flag: kept as objects, though marked to be ignored in a way that is not COCO's.
+        images: [n] index of each one's record.
+        sizes: [n, 2] width and height of its image, pixels.
+        labels: [n] contiguous labels.
+        boxes_xywh: [n, 4] pixels, as annotated.
+        areas: [n] square pixels, as evaluation takes them.
     """
 
-    zero_size: tuple[int, ...] = ()
-    outside: tuple[int, ...] = ()
-    clipped: tuple[int, ...] = ()
-    crowd: tuple[int, ...] = ()
-    implausible_area: tuple[int, ...] = ()
-    foreign_flag: tuple[int, ...] = ()
+    images: NDArray[np.int64]
+    sizes: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    boxes_xywh: NDArray[np.float64]
+    areas: NDArray[np.float64]
 
-    def texts(self, places: Mapping[int, str], *names: str) -> list[str]:
-        """What was done, a sentence for each of the fields that is not empty.
-
-        Args:
-            places: where annotations are; empty where ids are the files' own.
-            names: fields; all of them where none is named.
-        """
-        found = {name: getattr(self, name) for name in names or _DONE}
-        return [
-            f"{len(ids)} boxes {_DONE[name]} ({_shown_annotations(ids, places)})"
-            for name, ids in found.items()
-            if ids
-        ]
-
-
-def _shown_annotations(ids: Sequence[int], places: Mapping[int, str]) -> str:
-    if not places:
-        return f"annotation ids {shown_ids(ids)}"
-    texts = [places[number] for number in ids[:SHOWN]]
-    return ", ".join(texts) + (", ..." if len(ids) > SHOWN else "")
-
-
-_DONE = {
-    "zero_size": "dropped: width or height is not above 0",
-    "outside": "dropped: outside of the image",
-    "clipped": "clipped to the image for training",
-    "implausible_area": "with an 'area' that is not above 0 or is larger than the box: width x "
-    "height is taken instead",
-    "foreign_flag": "marked 'ignore', 'difficult' or the like, which has no effect in COCO files: "
-    "they count as objects; 'iscrowd': 1 would set them aside",
-}
+    @classmethod
+    def of(cls, records: Sequence[ImageRecord]) -> Objects:
+        """Those of one record or more."""
+        single = ~np.concatenate([record.crowd for record in records])
+        counts = [len(record.labels) for record in records]
+        images = np.repeat(np.arange(len(records)), counts)[single]
+        sizes = np.array([(record.width, record.height) for record in records], dtype=np.float64)
+        return cls(
+            images,
+            sizes[images],
+            np.concatenate([record.labels for record in records])[single],
+            np.concatenate([record.boxes_xywh for record in records])[single],
+            np.concatenate([record.areas for record in records])[single],
+        )
 
 
 def to_xyxy(boxes_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -111,70 +107,52 @@ def to_xyxy(boxes_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([low, low + boxes_xywh[:, 2:]], axis=1)
 
 
-def clean(raw: Annotations) -> tuple[tuple[ImageRecord, ...], Cleaning, dict[int, str]]:
+def clean(raw: Annotations) -> tuple[tuple[ImageRecord, ...], Cleaning]:
     """Drop what is no box and sort the rest by image.
 
     Returns:
-        A record per image; what was done; and where the annotations are that it was done to,
-        by id, unless ids are the files' own.
+        A record per image, and what was done.
     """
-    table = _Table.of(raw.objects)
-    boxes = to_xyxy(table.boxes_xywh)
+    objects = raw.objects
+    # Ids may be above 2**53, where float64 has gaps.
+    images, labels = np.array([o[1:3] for o in objects], dtype=np.int64).reshape(-1, 2).T
+    boxes_xywh = np.array([o.box_xywh for o in objects], dtype=np.float64).reshape(-1, 4)
+    crowd = np.array([o.crowd for o in objects], dtype=np.bool_)
+    areas, implausible = _plausible_areas(boxes_xywh, [o.area for o in objects])
+    boxes = to_xyxy(boxes_xywh)
     sizes = np.array([(image.width, image.height) for image in raw.images], dtype=np.float64)
-    limits = np.tile(sizes[table.images], 2)
-    inside = np.clip(boxes, 0.0, limits)
-    zero = (table.boxes_xywh[:, 2:] <= 0).any(1)
+    inside = np.clip(boxes, 0.0, np.tile(sizes[images], 2))
+    zero = (boxes_xywh[:, 2:] <= 0).any(1)
     outside = ~zero & (inside[:, 2:] <= inside[:, :2]).any(1)
     kept = ~(zero | outside)
     masks = {
         "zero_size": zero,
         "outside": outside,
-        "clipped": kept & (inside != boxes).any(1) & ~table.crowd,
-        "crowd": kept & table.crowd,
-        "implausible_area": kept & table.implausible_area,
-        "foreign_flag": kept & table.foreign_flag,
+        "clipped": kept & (inside != boxes).any(1) & ~crowd,
+        "crowd": kept & crowd,
+        "implausible_area": kept & implausible,
+        "foreign_flag": kept & np.array([o.foreign_flag for o in objects], dtype=np.bool_),
     }
-    cleaning = Cleaning(**{name: tuple(table.ids[mask].tolist()) for name, mask in masks.items()})
-    touched = [] if raw.own_ids else np.flatnonzero(np.any([*masks.values()], axis=0)).tolist()
-    places = {raw.objects[index].id: raw.objects[index].place for index in touched}
-    order = np.flatnonzero(kept)[np.argsort(table.images[kept], kind="stable")]
-    ends = np.cumsum(np.bincount(table.images[order], minlength=len(raw.images)))
-    parts = np.split(order, ends[:-1])
-    records = tuple(
-        _record(table, image, part) for image, part in zip(raw.images, parts, strict=True)
-    )
-    return records, cleaning, places
-
-
-@dataclass(frozen=True, eq=False)
-class _Table:
-    """Objects by column, [A] or [A, 4] each; see ``ObjectEntry``."""
-
-    ids: NDArray[np.int64]
-    images: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    boxes_xywh: NDArray[np.float64]
-    areas: NDArray[np.float64]
-    implausible_area: NDArray[np.bool_]
-    crowd: NDArray[np.bool_]
-    foreign_flag: NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, objects: Sequence[ObjectEntry]) -> _Table:
-        # Ids may be above 2**53, where float64 has gaps.
-        integers = np.array([entry[:3] for entry in objects], dtype=np.int64).reshape(-1, 3)
-        boxes = np.array([entry.box_xywh for entry in objects], dtype=np.float64).reshape(-1, 4)
-        areas, implausible = _plausible_areas(boxes, [entry.area for entry in objects])
-        return cls(
-            ids=integers[:, 0],
-            images=integers[:, 1],
-            labels=integers[:, 2],
-            boxes_xywh=boxes,
-            areas=areas,
-            implausible_area=implausible,
-            crowd=np.array([entry.crowd for entry in objects], dtype=np.bool_),
-            foreign_flag=np.array([entry.foreign_flag for entry in objects], dtype=np.bool_),
+    cleaning: Cleaning = {
+        name: tuple(
+            objects[i].id if raw.own_ids else objects[i].place
+            for i in np.flatnonzero(mask).tolist()
         )
+        for name, mask in masks.items()
+    }
+    order = np.flatnonzero(kept)[np.argsort(images[kept], kind="stable")]
+    ends = np.cumsum(np.bincount(images[order], minlength=len(raw.images)))
+    records = tuple(
+        ImageRecord(
+            **vars(image),
+            labels=labels[part],
+            boxes_xywh=boxes_xywh[part],
+            areas=areas[part],
+            crowd=crowd[part],
+        )
+        for image, part in zip(raw.images, np.split(order, ends[:-1]), strict=True)
+    )
+    return records, cleaning
 
 
 def _plausible_areas(
@@ -192,20 +170,17 @@ def _plausible_areas(
     return np.where(plausible, own, np.prod(sides, axis=1)), ~(plausible | lacks)
 
 
-def _record(raw: _Table, image: ImageEntry, part: NDArray[np.intp]) -> ImageRecord:
-    return ImageRecord(
-        id=image.id,
-        file_name=image.file_name,
-        width=image.width,
-        height=image.height,
-        labels=raw.labels[part],
-        boxes_xywh=raw.boxes_xywh[part],
-        areas=raw.areas[part],
-        crowd=raw.crowd[part],
-    )
+def cleaning_texts(cleaning: Cleaning, *left_out: str) -> list[str]:
+    """What was done to boxes, a sentence for each key of ``CLEANED`` that has any."""
+    return [
+        f"{len(found)} boxes {CLEANED[name]} "
+        f"({'annotation ids ' if isinstance(found[0], int) else ''}{shown_ids(found)})"
+        for name, found in cleaning.items()
+        if found and name not in left_out
+    ]
 
 
-def shown_ids(ids: Iterable[int]) -> str:
+def shown_ids(ids: Iterable[object]) -> str:
     """The first few of ``ids``."""
     texts = [str(number) for number in ids]
     return ", ".join(texts[:SHOWN]) + (", ..." if len(texts) > SHOWN else "")

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 import unicodedata
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from d3etr.config.data import DataConfig, SplitConfig
 from d3etr.config.location import Location, Url
-from d3etr.data.annotations import Category, DataFormat, Source
+from d3etr.data.annotations import Category, Source
 from d3etr.data.digit_scenes import write_digit_scenes
-from d3etr.data.fingerprint import fingerprint
 from d3etr.data.formats import AUTO, find_format
-from d3etr.data.records import SHOWN, Cleaning, ImageRecord, clean, shown_ids
+from d3etr.data.records import (
+    SHOWN,
+    Cleaning,
+    ImageRecord,
+    Objects,
+    clean,
+    cleaning_texts,
+    shown_ids,
+)
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress
 from d3etr.storage.fetch import local_file
-from d3etr.storage.images import ImageFolder, LocalFolder, open_folder
+from d3etr.storage.images import ImageFolder, open_folder
 
 _LOGGER = get_logger(__name__)
 SPLIT_NAMES: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
@@ -47,34 +53,17 @@ class Keys(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class ParsedAnnotations:
-    """What the annotations of a split hold, without their images.
+class DetectionSplit:
+    """Annotations with their images.
 
     Attributes:
-        format: what people call it.
+        name: train, validation or test.
+        format: of the annotations, as people call it.
         categories: by rising id; a contiguous label is an index into this tuple.
         records: one per image, in the annotations' order.
         cleaning: what was dropped, clipped or set aside.
         own_ids: whether ids are the annotations' own; else texts name files.
-        places: where annotations are that cleaning names; none where their ids are their own.
         warnings: what may be wrong, a sentence each.
-    """
-
-    format: str
-    categories: tuple[Category, ...]
-    records: tuple[ImageRecord, ...]
-    cleaning: Cleaning
-    own_ids: bool
-    places: Mapping[int, str]
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class DetectionSplit(ParsedAnnotations):
-    """Parsed annotations with their images.
-
-    Attributes:
-        name: train, validation or test.
         images: the folder that file names are relative to.
         annotations: the file or folder, as configured.
         digest: sha256, hex, over the annotations and the images' names and file sizes.
@@ -82,22 +71,31 @@ class DetectionSplit(ParsedAnnotations):
     """
 
     name: str
+    format: str
+    categories: tuple[Category, ...]
+    records: tuple[ImageRecord, ...]
+    cleaning: Cleaning
+    own_ids: bool
+    warnings: tuple[str, ...]
     images: ImageFolder
     annotations: Location
     digest: str
     keys: Keys
 
+    @cached_property
+    def objects(self) -> Objects:
+        """All objects that count."""
+        return Objects.of(self.records)
+
     def path(self, record: ImageRecord) -> Path:
         """Where the image of ``record`` lies on this machine."""
         return self.images.path(record.file_name)
 
-    def shown_images(self, ids: Sequence[int]) -> str:
-        """The first few images of ``ids``, for texts."""
+    def shown_images(self, records: Sequence[ImageRecord]) -> str:
+        """The first few of ``records``, for texts."""
         if self.own_ids:
-            return f"image ids {shown_ids(ids)}"
-        wanted = set(ids[:SHOWN])
-        names = [record.file_name for record in self.records if record.id in wanted]
-        return f"images {', '.join(names)}{', ...' if len(ids) > SHOWN else ''}"
+            return f"image ids {shown_ids(record.id for record in records)}"
+        return f"images {shown_ids(record.file_name for record in records)}"
 
 
 def configured_splits(
@@ -171,7 +169,7 @@ def read_split(
     missing = missing_images(parsed)
     if missing:
         raise UserError(missing_text(parsed, missing))
-    for text in [*parsed.cleaning.texts(parsed.places), *parsed.warnings]:
+    for text in [*cleaning_texts(parsed.cleaning, "crowd"), *parsed.warnings]:
         _LOGGER.warning("%s: %s", parsed.annotations, text)
     return parsed
 
@@ -199,70 +197,92 @@ def parse_split(
         )
     try:
         with local_file(split.annotations, on_progress) as place:
-            found, raw = _read_once(place, name, split)
+            read = _read_split(place, name, split)
     except UserError as error:
         raise type(error)(f"{keys.annotations}: {error}") from error
-    folder = raw.folder or split.images
+    folder = read.folder or split.images
     if folder is None:
         raise UserError(
             f"{keys.images} is missing: expected the folder that the file names in "
             f"{split.annotations} are relative to"
         )
-    names = [record.file_name for record in found.records]
+    names = [record.file_name for record in read.split["records"]]
     images = open_folder(folder, names, on_progress, fetch=fetch, follow_links=split.follow_links)
     return DetectionSplit(
-        **vars(found),
+        **read.split,
         name=name,
         images=images,
         annotations=split.annotations,
-        digest=_digest(raw.digest, names, images),
+        digest=_digest(read.digest, names, images),
         keys=keys,
     )
 
 
-class _Origin(NamedTuple):
-    """Of parsed annotations: sha256 of what was read, and the folder that a format names."""
+class _Read(NamedTuple):
+    """Fields of a ``DetectionSplit``, the annotations' digest, and the folder that a format names.
 
+    What a format gives is not kept: it takes several times the memory of the records.
+    """
+
+    split: dict[str, Any]
     digest: str
     folder: Path | None
 
 
-_Known = tuple[tuple[str | None, ...], tuple[ParsedAnnotations, _Origin]]
-_READ: OrderedDict[tuple[str, Source], _Known] = OrderedDict()
-"""Annotations that this process has read, the oldest first, with fingerprints of their files."""
-_READING = threading.Lock()
-
-
-def _read_once(place: Path, name: str, split: SplitConfig) -> tuple[ParsedAnnotations, _Origin]:
+def _read_split(place: Path, name: str, split: SplitConfig) -> _Read:
     """Read annotations unless this process has already, and their files are unchanged."""
     local = isinstance(split.annotations, Path)
     which, found = find_format(split.format, place if local else split.annotations)
     source = source_of(name, split, place)
-    with _READING:
-        prints = tuple(fingerprint(each) for each in found.places(source))
-        known = _READ.pop((which, source), None)
-        if known is None or known[0] != prints or None in prints:
-            known = prints, _read(found, source)
-            if split.format == AUTO and which != "coco":
-                _LOGGER.info("%s: read as %s", split.annotations, found.title)
-        _READ[which, source] = known
-        while len(_READ) > _KEPT:
-            _READ.popitem(last=False)
-        return known[1]
+    prints = tuple(fingerprint(each) for each in found.places(source))
+    return _read(which, split.format == AUTO, source, prints)
 
 
-def _read(found: DataFormat, source: Source) -> tuple[ParsedAnnotations, _Origin]:
+@lru_cache(maxsize=_KEPT)
+def _read(which: str, recognised: bool, source: Source, _prints: tuple[str | None, ...]) -> _Read:
+    """Read annotations; calls with the same fingerprints of files read them once."""
+    _, found = find_format(which, source.annotations)
     raw = found.read(source)
     if not raw.images:
         raise UserError(
             f"{source.annotations}: {found.title} without an image in '{source.subset}'; expected "
             "at least one"
         )
-    records, cleaning, places = clean(raw)
-    parsed = ParsedAnnotations(
-        found.title, raw.categories, records, cleaning, raw.own_ids, places, raw.warnings
-    )
-    return parsed, _Origin(raw.digest, raw.folder)
+    if recognised and which != "coco":
+        _LOGGER.info("%s: read as %s", source.annotations, found.title)
+    records, cleaning = clean(raw)
+    split = {
+        "format": found.title,
+        "categories": raw.categories,
+        "records": records,
+        "cleaning": cleaning,
+        "own_ids": raw.own_ids,
+        "warnings": raw.warnings,
+    }
+    return _Read(split, raw.digest, raw.folder)
+
+
+def fingerprint(place: Path) -> str | None:
+    """A digest of names, sizes and times of a file, or of all in a folder; None if it is gone.
+
+    No file is read. A copy may keep the time of the last change, never that of its inode's.
+    """
+    facts = []
+    try:
+        for file in _all_below(str(place)) if place.is_dir() else [str(place)]:
+            at = os.stat(file)
+            facts.append(
+                f"{file[len(str(place)) :]}\0{at.st_size} {at.st_mtime_ns} {at.st_ctime_ns}"
+            )
+    except OSError:
+        return None
+    text = "\n".join(sorted(facts))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _all_below(folder: str) -> Iterator[str]:
+    for above, folders, files in os.walk(folder):
+        yield from (os.path.join(above, name) for name in (*folders, *files))
 
 
 def source_of(name: str, split: SplitConfig, place: Path) -> Source:
@@ -349,7 +369,7 @@ def _name_advice(split: DetectionSplit, name: str) -> str:
     folder, last = os.path.split(name)
     if split.images.size(last) is not None:
         return f"{last} is there, without {folder}/: point at the folder above, or shorten names; "
-    if not isinstance(split.images, LocalFolder):
+    if not isinstance(split.images.location, Path):
         return ""
     with suppress(OSError):
         for other in os.listdir(split.images.path(folder)):

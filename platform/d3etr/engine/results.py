@@ -13,8 +13,7 @@ from typing import Any
 from d3etr.config.data import SplitConfig
 from d3etr.config.location import Location, Url
 from d3etr.config.tree import Config
-from d3etr.data.fingerprint import fingerprint
-from d3etr.data.splits import parse_split, places_of
+from d3etr.data.splits import fingerprint, parse_split, places_of
 from d3etr.engine.provenance import (
     data_digests,
     data_key,
