@@ -49,12 +49,12 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[st
     """The list of this machine's font files, to be filled; nothing is remembered of others."""
     files: list[str] = []
     monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: files)
-    monkeypatch.setattr(fonts, "_named", set())
-    for remembered in (fonts._system_fonts, fonts._font_with):
-        remembered.cache_clear()
+    remembered = (fonts._system_fonts, fonts.font_for, fonts._warn)
+    for each in remembered:
+        each.cache_clear()
     yield files
-    for remembered in (fonts._system_fonts, fonts._font_with):
-        remembered.cache_clear()
+    for each in remembered:
+        each.cache_clear()
 
 
 def detections(*names: str) -> Detections:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from d3etr.config.arguments import described
@@ -49,27 +51,40 @@ def draw(image: ImageLike, detections: Detections) -> Image.Image:
             f"detections is {described(detections)}; expected Detections, one of the list that "
             "predict returns"
         )
-    if not np.isfinite(np.asarray(detections.boxes_xyxy, dtype=float)).all():
+    boxes = np.asarray(detections.boxes_xyxy, dtype=float)
+    if not np.isfinite(boxes).all():
         raise UserError("detections has boxes that are not finite; expected pixels of the picture")
-    picture = read_image(image)
+    names = readable_names(zip(detections.labels.tolist(), detections.names, strict=True))
+    texts = [f"{name} {score:.2f}" for name, score in zip(names, detections.scores, strict=True)]
+    colours = [PALETTE[int(label) % len(PALETTE)] for label in detections.labels]
+    return draw_boxes(read_image(image), boxes, texts, colours)
+
+
+def draw_boxes(
+    picture: Image.Image,
+    boxes_xyxy: NDArray[np.floating],
+    texts: Sequence[str],
+    colours: Sequence[str],
+) -> Image.Image:
+    """A copy of the picture with boxes; small ones are enlarged, see ``draw``.
+
+    Args:
+        picture: RGB.
+        boxes_xyxy: [K, 4] in its pixels; the first is drawn on top of the others.
+        texts: K labels; an empty one is not drawn.
+        colours: K colours, ``#rrggbb``.
+    """
     readable = math.ceil(READABLE_SIDE / min(picture.size))
     factor = max(1, min(readable, LONGEST_SIDE // max(picture.size)))
-    if factor > 1:
-        size = (picture.width * factor, picture.height * factor)
-        picture = picture.resize(size, Image.Resampling.NEAREST)
-    else:
-        picture = picture.copy()
-    width = max(2, min(picture.size) // 200)
-    canvas = ImageDraw.Draw(picture)
-    names = readable_names(zip(detections.labels.tolist(), detections.names, strict=True))
-    # The most certain last, on top of the others.
-    for index in reversed(range(len(detections))):
-        colour = PALETTE[int(detections.labels[index]) % len(PALETTE)]
-        x1, y1, x2, y2 = (np.asarray(detections.boxes_xyxy[index]) * factor).tolist()
+    size = (picture.width * factor, picture.height * factor)
+    drawn = picture.resize(size, Image.Resampling.NEAREST) if factor > 1 else picture.copy()
+    canvas, width = ImageDraw.Draw(drawn), max(2, min(size) // 200)
+    for box, text, colour in reversed(list(zip(boxes_xyxy, texts, colours, strict=True))):
+        x1, y1, x2, y2 = (np.asarray(box) * factor).tolist()
         canvas.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=width)
-        text = f"{names[index]} {detections.scores[index]:.2f}"
-        _label(canvas, (x1, y1), text, colour, picture.size)
-    return picture
+        if text:
+            _label(canvas, (x1, y1), text, colour, size)
+    return drawn
 
 
 def _label(
@@ -80,7 +95,7 @@ def _label(
     size: tuple[int, int],
 ) -> None:
     """Write on a filled ground above a box's upper left corner, or within the picture."""
-    font = _font(text, max(12, min(size) // 32))
+    font = _font(text, max(12, min(size) // 24))
     left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
     width, height = right - left + 4, bottom - top + 4
     x = max(0.0, min(corner[0], size[0] - width))

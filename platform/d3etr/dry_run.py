@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,13 @@ def describe(config: Config, launcher: LauncherName = "ray") -> str:
     """
     plan = make_plan(config)
     epochs = plan.steps / plan.steps_per_epoch
+    saved = [str(step) for step in plan.checkpoints]
+    if len(saved) > SHOWN_CHECKPOINTS:
+        saved = [*saved[: SHOWN_CHECKPOINTS - 1], "...", saved[-1]]
+    end = "Nothing was started or written."
+    if remote_files(config):
+        place = cache_folder()
+        end = f"Nothing was started; annotations and weights are in the cache {place}."
     lines = [
         to_yaml(config),
         f"run folder   {plan.run_dir}",
@@ -101,10 +108,11 @@ def describe(config: Config, launcher: LauncherName = "ray") -> str:
         f"student      {_millions(plan.student_parameters)}",
         f"teacher      {_millions(plan.teacher_parameters)}",
         f"length       {plan.steps:,} steps, {epochs:.3g} epochs of {plan.steps_per_epoch:,}",
-        f"checkpoints  {_checkpoints(plan)}; the newest {config.run.keep_checkpoints} are kept",
+        f"checkpoints  {len(plan.checkpoints)}, after step {', '.join(saved)}; the newest "
+        f"{config.run.keep_checkpoints} are kept",
         *_cluster(config.cluster, launcher),
         *(f"warning      {text}" for text in plan.warnings),
-        _nothing_done(config),
+        end,
     ]
     return "\n".join(lines)
 
@@ -116,18 +124,7 @@ def describe_json(config: Config) -> dict[str, Any]:
         UserError: see ``make_plan``.
     """
     plan = make_plan(config)
-    return {
-        "config": plain_tree(config),
-        "run_dir": str(plan.run_dir),
-        "images": plan.images,
-        "classes": plan.classes,
-        "student_parameters": plan.student_parameters,
-        "teacher_parameters": plan.teacher_parameters,
-        "steps_per_epoch": plan.steps_per_epoch,
-        "steps": plan.steps,
-        "checkpoints": list(plan.checkpoints),
-        "warnings": list(plan.warnings),
-    }
+    return {"config": plain_tree(config)} | asdict(plan) | {"run_dir": str(plan.run_dir)}
 
 
 def _cluster(cluster: ClusterConfig, launcher: LauncherName) -> list[str]:
@@ -162,19 +159,5 @@ def _parameters(config: DetectorConfig, classes: int) -> int:
         return count_parameters(build_detector(config, classes))
 
 
-def _nothing_done(config: Config) -> str:
-    if remote_files(config):
-        return f"Nothing was started; annotations and weights are in the cache {cache_folder()}."
-    return "Nothing was started or written."
-
-
 def _millions(parameters: int | None) -> str:
     return "none" if parameters is None else f"{parameters / 1e6:.2f} M parameters"
-
-
-def _checkpoints(plan: Plan) -> str:
-    steps = [str(step) for step in plan.checkpoints]
-    if len(steps) > SHOWN_CHECKPOINTS:
-        steps = [*steps[: SHOWN_CHECKPOINTS - 1], "...", steps[-1]]
-    count = len(plan.checkpoints)
-    return f"{count}, after step {', '.join(steps)}"

@@ -18,8 +18,6 @@ _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _SCALABLE = 1
 """FreeType's flag of a face that has outlines; those of coloured bitmaps have one size only."""
 _SHOWN = 5
-_named: set[str] = set()
-"""Names that a warning has listed: once each, not once a picture."""
 
 
 def readable_names(categories: Iterable[tuple[int, str]]) -> list[str]:
@@ -34,39 +32,35 @@ def readable_names(categories: Iterable[tuple[int, str]]) -> list[str]:
     for number, name in categories:
         text = _CONTROLS.sub(" ", name)
         if font_for(text) is None:
-            replaced[name] = text = f"id {number}"
+            text = f"id {number}"
+            replaced[name] = f"{name!a} is '{text}'"
         found.append(text)
-    _name_once({name: text for name, text in replaced.items() if name not in _named})
+    if replaced:
+        _warn(tuple(replaced.values()))
     return found
 
 
-def _name_once(replaced: dict[str, str]) -> None:
-    if not replaced:
-        return
-    _named.update(replaced)
-    pairs = [f"{name!a} is '{text}'" for name, text in list(replaced.items())[:_SHOWN]]
+@cache
+def _warn(replaced: tuple[str, ...]) -> None:
+    """Once for the same names, not once a picture."""
     more = f" and {len(replaced) - _SHOWN} more" if len(replaced) > _SHOWN else ""
     logger.warning(
         "no font on this machine has the letters of %d class names, pictures show their ids: %s%s. "
         "Install one for their script, such as Noto Sans CJK",
         len(replaced),
-        ", ".join(pairs),
+        ", ".join(replaced[:_SHOWN]),
         more,
     )
 
 
+@lru_cache(maxsize=4096)
 def font_for(text: str) -> Path | None:
     """A font file with every character of ``text``: DejaVu Sans, else one of this machine's."""
     needed = frozenset(char for char in text if not char.isspace())
-    return _font_with(needed)
-
-
-@lru_cache(maxsize=4096)
-def _font_with(characters: frozenset[str]) -> Path | None:
     own = default_font()
-    if _has(own, characters):
+    if _has(own, needed):
         return own
-    return next((file for file in _system_fonts() if _has(file, characters)), None)
+    return next((file for file in _system_fonts() if _has(file, needed)), None)
 
 
 def default_font() -> Path:

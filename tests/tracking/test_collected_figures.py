@@ -14,7 +14,7 @@ from d3etr.config.tree import Config
 from d3etr.data.splits import open_split
 from d3etr.detectors.build import build_detector
 from d3etr.tracking.figures.collect import draw_figures
-from d3etr.tracking.figures.look import choose_images, largest_object, look_at
+from d3etr.tracking.figures.look import choose_images, look_at, look_for
 
 MakeConfig = Callable[..., Config]
 
@@ -36,7 +36,6 @@ def test_a_distilled_run_shows_everything(make_config: MakeConfig, tmp_path: Pat
         "predictions.png",
         "attention.png",
         "precision_recall.png",
-        "validation_mAP.png",
         "matching_stability.png",
     ]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(
@@ -50,21 +49,20 @@ def test_a_look_is_the_attention_of_the_query_with_the_best_score_on_the_object(
     config = make_config()
     split = open_split(config.data, "validation")
     record = choose_images(split, 1)[0]
-    chosen = largest_object(record)
-    assert chosen is not None
-    label, box = chosen
+    labels, boxes = record.objects()
+    label, box = int(labels[0]), boxes[0]
     torch.manual_seed(0)
     detector = build_detector(TINY, len(split.categories)).eval()
-    [seen] = look_at(detector, split, [record], config.data)
+    [outputs] = look_at(detector, split, [record], config.data).values()
     # Every query is put on the object; query 3 is the surest of its class.
     relative = np.array([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2, *(box[2:] - box[:2])])
-    seen.outputs.boxes_cxcywh[-1, 0] = torch.as_tensor(relative / record.width)
-    seen.outputs.logits[-1, 0] = -1.0
-    seen.outputs.logits[-1, 0, 3, label] = 2.0
-    look = seen.look(label, box)
+    outputs.boxes_cxcywh[-1, 0] = torch.as_tensor(relative / record.width)
+    outputs.logits[-1, 0] = -1.0
+    outputs.logits[-1, 0, 3, label] = 2.0
+    look = look_for(outputs, record, label, box)
     assert look is not None and look.score == pytest.approx(1 / (1 + np.exp(-2.0)))
     assert look.box_xyxy == pytest.approx(box, abs=1e-3)
-    expected = seen.outputs.cross_attention[-1, 0, :, 3].mean(0).reshape(seen.outputs.levels[0])
+    expected = outputs.cross_attention[-1, 0, :, 3].mean(0).reshape(outputs.levels[0])
     assert look.attention == pytest.approx(expected.numpy())
     assert look.attention.sum() == pytest.approx(1.0)
-    assert seen.look((label + 1) % 10, box + 1000.0) is None
+    assert look_for(outputs, record, (label + 1) % 10, box + 1000.0) is None

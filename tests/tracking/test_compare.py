@@ -16,9 +16,8 @@ from d3etr.config.load import to_yaml
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.tracking.compare import Comparison, compare
-from d3etr.tracking.compare.labels import distinct_labels
-from d3etr.tracking.compare.tables import duration, millions, percent
-from d3etr.tracking.compare.text import as_tables, blocks
+from d3etr.tracking.compare.comparison import distinct_labels
+from d3etr.tracking.compare.tables import as_tables, duration, millions, percent
 
 MakeConfig = Callable[..., Config]
 
@@ -77,7 +76,6 @@ def test_the_table_says_quality_cost_and_gain(folders: Path) -> None:
     assert "D3ETR student · digits" in text and "validation split" in text
     assert "distillation.method" in text and "run.seed" not in text
     assert "cat" in text and "18.5 ± 1.4" in text
-    assert "▅█" in text and "2 times" in text, "how D3ETR's mAP grew, from half of it"
 
 
 def test_a_teacher_is_what_its_recipe_or_its_student_says_whatever_its_name(
@@ -139,22 +137,12 @@ def test_the_test_split_is_compared_where_all_runs_were_measured_on_it(
     assert any("same number of steps" in caution for caution in comparison.cautions())
 
 
-def test_runs_are_found_by_folder_beginning_or_name_in_mlflow(folders: Path) -> None:
+def test_runs_are_found_by_folder_or_beginning(folders: Path) -> None:
     folder = folders / "digits-plain-00000001"
-    for asked in (folder, folder.name, "plain student · digits · seed 1"):
+    for asked in (folder, folder.name, "digits-plain-00000001"):
         assert compare([asked], folders).groups[0].runs[0].folder == folder
     again = compare([folder, folder.name], folders)
     assert len(again.groups[0].runs) == 1
-
-
-def test_a_damaged_run_is_named_and_keeps_no_other_from_being_found(
-    folders: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    damaged = folders / "digits-plain-00000000"
-    (damaged / "config.yaml").write_text("run: [")
-    found = compare(["plain student · digits · seed 1"], folders).groups[0].runs
-    assert [run.folder.name for run in found] == ["digits-plain-00000001"]
-    assert f"{damaged} is not looked at" in caplog.text
 
 
 def test_what_was_refused_at_its_start_is_no_run(
@@ -186,10 +174,10 @@ def test_runs_measured_at_different_steps_have_the_curve_of_their_shared_ones(
     write_journal(folders / "digits-plain-00000001", journal_records(30, 0.22))
     [plain] = compare(["digits-plain"], folders).groups
     curve = plain.curve()
-    assert list(curve) == [10, 20] and all(at.count == 2 for at in curve.values())
+    assert list(curve) == [10, 20] and all(at.runs == 2 for at in curve.values())
     write_journal(folders / "digits-plain-00000001", journal_records(5))
     [plain] = compare(["digits-plain"], folders).groups
-    assert [at.count for at in plain.curve().values()] == [1, 1], "one was never measured"
+    assert [at.runs for at in plain.curve().values()] == [1, 1], "one was never measured"
 
 
 def test_recipes_of_one_name_are_told_apart_by_what_differs(
@@ -211,16 +199,13 @@ def test_labels_are_distinct_whatever_differs() -> None:
     assert distinct_labels(["x", "x"], measured, ["x-1", "x-2"]) == ["x", "x, every_epochs=5"]
     assert distinct_labels(["x", "x"], [{}, {}], ["x-1", "x-2"]) == ["x (x-1)", "x (x-2)"]
     many = [{}, {}, {"a.b": "1", "a.c": "y" * 30}]
-    assert distinct_labels(["x"] * 3, many, ["1", "2", "3"])[2] == "x, b=1, \N{HORIZONTAL ELLIPSIS}"
+    assert distinct_labels(["x"] * 3, many, ["1", "2", "3"])[2] == "x, b=1"
     assert distinct_labels(["x", "y"], [{}, {"a": "1"}], ["1", "2"]) == ["x", "y"]
 
 
 def test_numbers_read_well() -> None:
     assert percent(None) == "-"
     assert (millions(478e3), millions(41.3e6)) == ("0.48 M", "41.3 M")
-    assert blocks([0.0, 0.1, 0.2], 0.2) == "▁▅█" and blocks([0.0], 0.0) == "▁"
-    many = blocks([step / 100 for step in range(101)], 1.0)
-    assert len(many) <= 24 and many[-1] == "█"
     assert (duration(45), duration(720), duration(12240)) == ("45 s", "12 min", "3.4 h")
 
 

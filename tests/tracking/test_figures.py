@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageColor
 
 from d3etr.tracking.figures.curves import (
     Series,
     draw_cases,
     draw_precision_recall,
-    draw_stability,
-    draw_training,
+    draw_series,
 )
 from d3etr.tracking.figures.images import (
     MANY_OBJECTS,
+    RIGHT,
+    WRONG,
     Look,
     Objects,
     ObjectView,
@@ -63,7 +64,7 @@ def test_predictions_draw_any_number_of_boxes(tmp_path: Path, detections: Object
         [scene(Teacher=detections, Student=NOTHING)], 0.5, "validation images"
     )
     assert len(figure.axes) == 3
-    assert len(figure.axes[1].patches) == len(detections.names)
+    assert (figure.axes[1].get_xlabel() == "nothing") == (not detections.names)
     assert len(np.unique(pixels(figure, tmp_path).reshape(-1, 3), axis=0)) > 10
 
 
@@ -73,12 +74,17 @@ def test_predictions_without_teacher_have_two_columns() -> None:
     assert titles == ["Ground truth", "Student", "", ""]
 
 
-def test_a_box_is_drawn_over_the_pixels_it_covers() -> None:
-    figure = draw_predictions([scene(Student=boxes(1))], 0.5, "images")
-    [patch] = figure.axes[1].patches
-    # Box x from 4 to 20 covers pixels 4..19, which an image plot puts at 3.5..19.5.
-    assert patch.get_extents().width > 0
-    assert patch.get_x() == 3.5 and patch.get_width() == 16.0
+def test_a_box_is_drawn_over_the_pixels_it_covers_and_is_red_where_it_is_wrong() -> None:
+    grey = np.full((32, 48, 3), 128, dtype=np.uint8)
+    wrong = Objects([[4.0, 4.0, 20.0, 24.0]], ["cat"], [0.5], [False])
+    assert wrong.labels == ["(cat 0.50)"]
+    for objects, colour in ((boxes(1, scores=False), RIGHT), (wrong, WRONG)):
+        drawn = objects.drawn(grey)
+        factor = drawn.width // 48
+        middle = 14 * factor
+        assert drawn.getpixel((4 * factor, middle)) == ImageColor.getrgb(colour)
+        assert drawn.getpixel((20 * factor, middle)) == ImageColor.getrgb(colour)
+        assert drawn.getpixel((12 * factor, middle)) == (128, 128, 128)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +128,11 @@ def test_attention_says_which_detector_misses_the_object(tmp_path: Path) -> None
 
 def test_curves_draw_without_measurements(tmp_path: Path) -> None:
     empty = Series("student", [], [])
-    assert "not measured yet" in texts(draw_training([empty]))
-    assert any("fewer than two" in text for text in texts(draw_stability([empty])))
+    assert "not measured yet" in texts(draw_series([empty], "mAP (%)"))
+    few = draw_series([empty], "unchanged", nothing="fewer than two")
+    assert "fewer than two" in texts(few)
     teacher = Series("teacher", [0], [0.6], level=True)
-    full = draw_training([Series("student", [1, 2], [0.1, 0.2]), teacher])
+    full = draw_series([Series("student", [1, 2], [0.1, 0.2]), teacher], "mAP (%)")
     labels = [text.get_text() for text in full.axes[0].get_legend().get_texts()]
     assert labels == ["student", "teacher: 60.0"]
     assert list(full.axes[0].lines[0].get_ydata()) == [10.0, 20.0]

@@ -49,7 +49,7 @@ def test_a_finished_run_has_metrics_params_tags_files_and_a_model(
     assert run.data.tags["backbone"] == "small-8-8-16"
     assert run.data.tags["data_digest"] == "d" * 16
     assert [used.dataset.name for used in run.inputs.dataset_inputs] == ["digit-scenes"]
-    assert "Plain student" in run.data.tags["mlflow.note.content"]
+    assert "plain student" in run.data.tags["mlflow.note.content"]
     names = {file.path for file in client_of(config).list_artifacts(run.info.run_id)}
     assert {"config.yaml", "summary.json", "journal.jsonl", "weights"} <= names
     state = read_state(run_dir)

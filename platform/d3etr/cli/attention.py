@@ -124,10 +124,7 @@ def _views(
     from d3etr.tracking.figures.look import look_at, object_view
 
     detectors = {name: load(place, "cpu").detector for name, place in files.items()}
-    seen = {
-        name: {one.record.id: one for one in look_at(detector, split, records, config.data)}
-        for name, detector in detectors.items()
-    }
+    seen = {name: look_at(each, split, records, config.data) for name, each in detectors.items()}
     names = [category.name for category in split.categories]
     views = [object_view(split, record, seen, names) for record in records]
     found = [view for view in views if view is not None]

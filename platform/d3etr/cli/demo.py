@@ -26,27 +26,24 @@ def run_demo(options: Namespace) -> int:
     """Run it with the options of this command, or the defaults for those that are missing."""
     from rich.console import Console
 
-    from d3etr.demo import prepare, report
-    from d3etr.demo import run_demo as make_runs
+    from d3etr.demo import report, runs
 
     train_teacher = getattr(options, "teacher", "shipped") == "train"
     with progress_bar() as progress:
-        prepare(train_teacher=train_teacher, overrides=options.overrides, on_progress=progress)
-    runs = make_runs(
+        runs.prepare(train_teacher=train_teacher, overrides=options.overrides, on_progress=progress)
+    done = runs.run_demo(
         train_teacher=train_teacher,
         launcher=options.launcher,
         overrides=options.overrides,
         on_progress=print_progress,
     )
     if options.json:
-        print_json(report.as_json(runs))
+        print_json(report.as_json(done))
         return 0
     console = Console(file=styled(sys.stdout))
-    console.print()
-    console.print(report.comparison_table(runs))
-    console.print(report.equal_time(runs))
+    console.print(report.comparison_tables(done))
     # Not through rich: it would break commands at the terminal's edge.
-    print(report.next_steps(runs))
+    print(report.next_steps(done))
     return 0
 
 

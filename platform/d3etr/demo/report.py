@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.table import Table
+from rich.console import Group
 
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.demo.runs import DemoRun
 from d3etr.tracking.address import how_to_open, runs_page
 from d3etr.tracking.compare import compare
-from d3etr.tracking.compare.equal_time import CLOCKS, at_equal_time, clock_of
-from d3etr.tracking.compare.tables import RESULT_HEADINGS, duration, result_cells
+from d3etr.tracking.compare.tables import equal_time_table, results_table
 from d3etr.tracking.state import read_state
 
 OWN_DATA = """\
@@ -34,33 +33,11 @@ HEADINGS = ("mAP", "gain", "AP50", "parameters", "images/s", "training")
 """What of a comparison fits on any terminal."""
 
 
-def comparison_table(runs: list[DemoRun]) -> Table:
-    """The runs side by side; accuracy on the test split, in percent."""
+def comparison_tables(runs: list[DemoRun]) -> Group:
+    """The runs side by side, at equal steps and at equal time; accuracy in percent."""
     comparison = compare([run.result.run_dir for run in runs], Path())
-    title = f"Digit scenes, {comparison.split} split, %"
-    table = Table(title=title, title_justify="left", box=SIMPLE)
-    table.add_column("run", no_wrap=True)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for run, group in zip(runs, comparison.groups, strict=True):
-        cells = dict(zip(RESULT_HEADINGS, result_cells(comparison, group), strict=True))
-        table.add_row(run.title, *(cells[heading] for heading in HEADINGS))
-    return table
-
-
-def equal_time(runs: list[DemoRun]) -> str:
-    """What the D3ETR student gains over the strongest plain one within the same time."""
-    comparison = compare([run.result.run_dir for run in runs], Path())
-    clock = clock_of([group for group in comparison.groups if group.title != "teacher"])
-    titles = {group.label: run.title for run, group in zip(runs, comparison.groups, strict=True)}
-    return "\n".join(
-        f"At equal time ({duration(row.seconds[0])} and {duration(row.seconds[1])}, "
-        f"{CLOCKS[clock or 'training_seconds']}): "
-        f"{titles[row.group.label]} {100 * row.mAP[0]:.1f} mAP, {titles[row.rival.label]} "
-        f"{100 * row.mAP[1]:.1f}, a difference of {100 * (row.mAP[0] - row.mAP[1]):+.1f}"
-        for row in at_equal_time(comparison)
-        if not row.estimated
-    )
+    tables = [results_table(comparison, HEADINGS), equal_time_table(comparison)]
+    return Group(*(table.as_rich() for table in tables if table.rows))
 
 
 def as_json(runs: list[DemoRun]) -> list[dict[str, Any]]:
@@ -102,10 +79,7 @@ def _mlflow_commands(runs: list[DemoRun], python: str) -> list[str]:
     search, order_by = f"attributes.run_id IN ({listed})", "attributes.start_time"
     page = runs_page(states[0].experiment_id, search, order_by, ascending=True)
     lines = how_to_open(states[0].tracking_uri, page, python)
-    title = "See the runs side by side in MLflow:"
-    if len(lines) > 1:
-        title = "See the runs side by side in MLflow: start it, then open the address"
-    return [title, *(f"  {line}" for line in lines)]
+    return ["See the runs side by side in MLflow:", *(f"  {line}" for line in lines)]
 
 
 def _a_picture(run: DemoRun) -> str:
@@ -118,7 +92,5 @@ def _a_picture(run: DemoRun) -> str:
 
 def _shown_path(path: Path) -> str:
     """Relative where that is shorter; quoted for the shell where it has to be."""
-    absolute = os.path.abspath(path)
-    relative = os.path.relpath(absolute)
-    chosen = relative if len(relative) < len(absolute) else absolute
-    return f"'{chosen}'" if " " in chosen else chosen
+    absolute, relative = os.path.abspath(path), os.path.relpath(path)
+    return shlex.quote(min(relative, absolute, key=len))

@@ -63,47 +63,41 @@ def run_demo(
     Raises:
         UserError: recipes or weights are not where they should be, or a run cannot start.
     """
-    recipes = recipes_folder()
-    shipped = None if train_teacher else _shipped_weights(recipes)
+    shipped = None if train_teacher else _shipped_weights()
     # A run's folder is known before it starts: all are validated before any does.
     # Other shipped weights are another run, and what they teach is another student.
     named = [] if shipped is None else [f"run.name=digits-teacher-{file_digest(shipped)[:8]}"]
-    teacher = _config(recipes, "teacher", [*overrides, *named])
+    teacher = _config("teacher", [*overrides, *named])
     weights = folder_of(teacher).weights
     start = f"student.initialise_from.weights={weights}"
     students = {
-        "plain student": _config(recipes, "plain", overrides),
-        "inherited student": _config(recipes, "inherited", [*overrides, start]),
-        "D3ETR student": _config(recipes, "d3etr", [*overrides, f"teacher.weights={weights}"]),
+        "plain student": _config("plain", overrides),
+        "inherited student": _config("inherited", [*overrides, start]),
+        "D3ETR student": _config("d3etr", [*overrides, f"teacher.weights={weights}"]),
     }
 
-    first = "training" if shipped is None else "measuring the shipped weights"
-    on_progress(f"1/4  teacher: {first}")
     if shipped is None:
+        on_progress("1/4  teacher: training")
         runs = [DemoRun("teacher", teacher, launch(teacher, launcher=launcher))]
     else:
+        on_progress("1/4  teacher: measuring the shipped weights")
         # No cluster has to start for a few seconds of measuring.
         measure = partial(measure_shipped, weights=shipped)
         measured = launch(teacher, launcher="local", task=measure, quiet=True)
         runs = [DemoRun("teacher", teacher, measured)]
         mAP = 100 * measured.metrics.get("mAP", 0.0)
         on_progress(f"     it reaches {mAP:.1f} mAP on the validation split")
-    with _one_cluster(students["plain student"], launcher, on_progress):
+    cluster: AbstractContextManager[None] = nullcontext()
+    if launcher == "ray" and folder_of(students["plain student"]).result() is None:
+        from d3etr.launch.ray_cluster import connected
+
+        # One for all students, so that Ray starts once.
+        cluster = connected(teacher.cluster, on_progress)
+    with cluster:
         for number, (title, config) in enumerate(students.items(), start=2):
             on_progress(f"{number}/4  {title}")
             runs.append(DemoRun(title, config, launch(config, launcher=launcher)))
     return runs
-
-
-def _one_cluster(
-    config: Config, launcher: LauncherName, on_progress: OnProgress
-) -> AbstractContextManager[None]:
-    """A cluster for both students, so that Ray starts once."""
-    if launcher != "ray" or folder_of(config).result() is not None:
-        return nullcontext()
-    from d3etr.launch.ray_cluster import connected
-
-    return connected(config.cluster, on_progress)
 
 
 def prepare(
@@ -122,9 +116,8 @@ def prepare(
     Raises:
         UserError: something cannot be written.
     """
-    recipes = recipes_folder()
     for recipe in ("teacher", "plain") if train_teacher else ("plain",):
-        config = _config(recipes, recipe, overrides)
+        config = _config(recipe, overrides)
         if config.data.digit_scenes is not None:
             write_digit_scenes(config.data.digit_scenes, on_progress)
         weights = config.student.backbone_weights
@@ -139,8 +132,8 @@ def prepare(
             )
 
 
-def _shipped_weights(recipes: Path) -> Path:
-    weights = recipes.parent / TEACHER_WEIGHTS
+def _shipped_weights() -> Path:
+    weights = recipes_folder().parent / TEACHER_WEIGHTS
     if not weights.is_file():
         raise UserError(
             f"{weights} is missing: train the teacher with 'd3etr demo --teacher train' "
@@ -149,5 +142,5 @@ def _shipped_weights(recipes: Path) -> Path:
     return weights
 
 
-def _config(recipes: Path, recipe: str, overrides: Sequence[str]) -> Config:
-    return load_config(recipes / "digits" / f"{recipe}.yaml", overrides)
+def _config(recipe: str, overrides: Sequence[str]) -> Config:
+    return load_config(recipes_folder() / "digits" / f"{recipe}.yaml", overrides)

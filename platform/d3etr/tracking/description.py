@@ -69,7 +69,7 @@ def tags(config: Config, run_dir: Path) -> dict[str, str]:
         "backbone": backbone_title(detector),
         "seed": str(config.run.seed),
         "run_folder": run_dir.name,
-        "mlflow.note.content": note(config, run_dir),
+        "mlflow.note.content": f"**{title(config)}**, run folder `{run_dir.resolve()}`",
         "mlflow.user": _user(),
         "mlflow.source.name": _program(),
         "mlflow.source.type": "LOCAL",
@@ -96,23 +96,6 @@ def teacher_tags(config: Config) -> dict[str, str]:
     if state is not None:
         found |= {"teacher_weights": weights.parent.name, "teacher_run": state.run_id}
     return found
-
-
-def note(config: Config, run_dir: Path) -> str:
-    """Markdown that MLflow shows on the run's page."""
-    detector = config.student.detector
-    lines = [
-        f"**{title(config)[0].upper() + title(config)[1:]}**: {detector.name} with "
-        f"{backbone_title(detector)}, {detector.encoder_layers} encoder and "
-        f"{detector.decoder_layers} decoder layers of width {detector.width}, "
-        f"{detector.queries} queries."
-    ]
-    if config.teacher is not None:
-        weights = config.teacher.weights
-        place = weights.shown if isinstance(weights, Url) else weights
-        lines.append(f"Teacher: `{place}`; {config.distillation.description}.")
-    lines.append(f"Run folder: `{run_dir.resolve()}`")
-    return "\n\n".join(lines)
 
 
 def backbone_title(detector: DetectorConfig) -> str:

@@ -197,9 +197,10 @@ def _set_aliases(
     client.set_model_version_tag(name, version, "mAP", f"{quality:.{DIGITS}f}")
     try:
         champion = client.get_model_version_by_alias(name, CHAMPION_ALIAS)
-        before, compared = int(champion.version), champion.tags.get("data_digest", data_digest)
+        first = min(int(champion.version), int(version))
+        compared = champion.tags.get("data_digest", data_digest)
     except MlflowException:  # the first one
-        before, compared = 0, data_digest
+        first, compared = 0, data_digest
     if compared != data_digest:
         logger.warning(
             "model %s: version %s was measured on other data than the version with alias '%s', "
@@ -213,7 +214,7 @@ def _set_aliases(
     rivals = [
         found
         for found in client.search_model_versions(f"name = '{name}'")
-        if int(found.version) >= before and found.tags.get("data_digest") == data_digest
+        if int(found.version) >= first and found.tags.get("data_digest") == data_digest
     ]
     best = max(rivals, key=lambda one: (float(one.tags.get("mAP", -1)), -int(one.version)))
     client.set_registered_model_alias(name, CHAMPION_ALIAS, str(best.version))

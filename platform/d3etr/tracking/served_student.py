@@ -73,17 +73,15 @@ class ServedStudent(PythonModel):  # type: ignore[misc]
         return [self._detect(row, default) for row in _rows(model_input)]
 
     def _detect(self, row: Mapping[str, Any], default: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = {"boxes_xyxy": [], "scores": [], "labels": [], "names": []}
         try:
             threshold = _threshold(row.get("threshold"), default)
             [found] = self._predictor.predict([self._image(row.get("image"))], threshold)
         except UserError as error:
-            return _answer(error=str(error))
-        return _answer(
-            boxes_xyxy=np.asarray(found.boxes_xyxy, dtype=float).reshape(-1, 4).tolist(),
-            scores=np.asarray(found.scores, dtype=float).tolist(),
-            labels=np.asarray(found.labels, dtype=int).tolist(),
-            names=list(found.names),
-        )
+            return answer | {"error": str(error)}
+        for name, kind in (("boxes_xyxy", float), ("scores", float), ("labels", int)):
+            answer[name] = np.asarray(getattr(found, name), dtype=kind).tolist()
+        return answer | {"names": list(found.names), "error": None}
 
     def _image(self, value: Any) -> Image.Image:
         if isinstance(value, str):
@@ -108,22 +106,6 @@ class ServedStudent(PythonModel):  # type: ignore[misc]
                 "image is not base64 text. (Paths are read only if the model was loaded with "
                 f"model_config={{'{ALLOW_PATHS}': True}}.)"
             ) from None
-
-
-def _answer(
-    boxes_xyxy: list[list[float]] | None = None,
-    scores: list[float] | None = None,
-    labels: list[int] | None = None,
-    names: list[str] | None = None,
-    error: str | None = None,
-) -> dict[str, Any]:
-    return {
-        "boxes_xyxy": boxes_xyxy or [],
-        "scores": scores or [],
-        "labels": labels or [],
-        "names": names or [],
-        "error": error,
-    }
 
 
 def _rows(model_input: Any) -> Iterable[Mapping[str, Any]]:
@@ -159,20 +141,13 @@ def _pixels(value: Any) -> NDArray[np.uint8]:
             "image is neither base64 text nor an array [height, width, 3] with values 0..255"
         )
     require_decodable_size((array.shape[1], array.shape[0]))
-    pixels = array.astype(np.uint8) if _are_bytes(array) else None
-    if pixels is None:
+    whole = array.dtype == np.uint8 or (array >= 0) & (array <= 255) & (array == np.floor(array))
+    if not np.all(whole):  # NaN is none
         raise UserError(
             f"image has values from {array.min()} to {array.max()}; expected whole numbers 0..255 "
             "(255 times those in [0, 1], rounded)"
         )
-    return pixels
-
-
-def _are_bytes(array: NDArray[Any]) -> bool:
-    """Whether every value is a whole number from 0 to 255; NaN is none."""
-    if array.dtype == np.uint8:
-        return True
-    return bool(((array >= 0) & (array <= 255) & (array == np.floor(array))).all())
+    return array.astype(np.uint8)
 
 
 set_model(ServedStudent())

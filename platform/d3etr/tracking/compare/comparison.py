@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from d3etr.config.tree import Config
+import numpy as np
+
 from d3etr.engine.run_folder import WEIGHTS_FILE
 from d3etr.errors import UserError
-from d3etr.tracking.compare.equal_time import CLOCKS, at_equal_time
-from d3etr.tracking.compare.folders import FinishedRun, find_folders, read_run
-from d3etr.tracking.compare.labels import distinct_labels
+from d3etr.tracking.compare.runs import FinishedRun, find_folders, read_run
 from d3etr.tracking.description import recipe_name
 
 METRICS = ("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+CLOCKS: Mapping[str, str] = {
+    "training_device_seconds": "GPU time of training steps",
+    "training_cpu_seconds": "CPU time of training steps",
+    "training_seconds": "wall time of training steps",
+}
+"""Where a summary has what training cost, the most reliable first: wall time is no measure on a
+machine that others use too."""
 COSTS = ("parameters", "images_per_second", *CLOCKS, "steps")
+EQUAL_TIME = 0.1
+"""Costs that differ by less than this share count as equal."""
+LONGEST_VALUE = 24
 
 
 @dataclass(frozen=True)
@@ -26,11 +36,7 @@ class Spread:
 
     mean: float
     deviation: float | None
-    count: int
-
-    def as_dict(self) -> dict[str, float | None]:
-        """For JSON."""
-        return {"mean": self.mean, "deviation": self.deviation, "runs": self.count}
+    runs: int
 
 
 @dataclass(frozen=True)
@@ -53,62 +59,76 @@ class RunGroup:
         return self.runs[0].title
 
     @property
-    def distils(self) -> bool:
-        """Whether they were distilled from a teacher."""
-        return self.runs[0].config.distillation.method != "none"
-
-    @property
-    def name(self) -> str:
-        """The runs' own name."""
-        return self.runs[0].name
-
-    @property
     def seeds(self) -> tuple[int, ...]:
         """Their seeds."""
-        return tuple(run.seed for run in self.runs)
+        return tuple(run.config.run.seed for run in self.runs)
 
     def metric(self, name: str) -> Spread | None:
         """A metric of the split that is compared, as a fraction."""
-        return self._spread(lambda run: run.number(self.prefix + name))
+        return self.cost(self.prefix + name)
 
     def cost(self, name: str) -> Spread | None:
         """Another number of the summaries."""
-        return self._spread(lambda run: run.number(name))
+        return _spread(run.number(name) for run in self.runs)
 
-    def classes(self) -> dict[str, Spread]:
+    def classes(self) -> dict[str, Spread | None]:
         """Class name -> average precision."""
         prefix = f"{self.prefix}AP/"
         names = [key.removeprefix(prefix) for key in self.runs[0].summary if key.startswith(prefix)]
-        found = {name: self.metric(f"AP/{name}") for name in names}
-        return {name: spread for name, spread in found.items() if spread is not None}
+        return {name: self.metric(f"AP/{name}") for name in names}
 
     def curve(self) -> dict[int, Spread]:
         """Optimiser step -> validation mAP there, at the steps where all runs were measured."""
-        measured = [dict(run.curve) for run in self.runs if run.curve]
-        shared = set.intersection(*(set(each) for each in measured)) if measured else set()
+        measured = [run.curve for run in self.runs if run.curve]
+        shared = set.intersection(*map(set, measured)) if measured else set()
         if not shared:  # measured at different steps: a mean would be of nothing
             measured = measured[:1]
-            shared = set(measured[0]) if measured else set()
-        return {
-            step: Spread(mean(values), stdev(values) if len(values) > 1 else None, len(values))
-            for step in sorted(shared)
-            if (values := [each[step] for each in measured])
-        }
+            shared = set(*measured)
+        spreads = {step: _spread(each[step] for each in measured) for step in sorted(shared)}
+        return {step: spread for step, spread in spreads.items() if spread is not None}
+
+    def mAP_after(self, share: float) -> float | None:
+        """Validation mAP after a share of the run, between measurements on a straight line."""
+        curve, step = self.curve(), share * _mean(self.cost("steps"))
+        if not curve or not step or step < min(curve):
+            return None
+        return float(np.interp(step, list(curve), [at.mean for at in curve.values()]))
 
     def gain_over(self, other: RunGroup) -> Spread | None:
         """Gain in mAP over another group; seed by seed where both have the same seeds."""
-        if self.seeds == other.seeds:
-            pairs = zip(self.runs, other.runs, strict=True)
-            gains = [_difference(one, two, f"{self.prefix}mAP") for one, two in pairs]
-            return _spread([gain for gain in gains if gain is not None])
         ours, theirs = self.metric("mAP"), other.metric("mAP")
         if ours is None or theirs is None:
             return None
-        return Spread(ours.mean - theirs.mean, None, min(ours.count, theirs.count))
+        if self.seeds != other.seeds:
+            return Spread(ours.mean - theirs.mean, None, min(ours.runs, theirs.runs))
+        key = f"{self.prefix}mAP"
+        pairs = [
+            (one.number(key), two.number(key))
+            for one, two in zip(self.runs, other.runs, strict=True)
+        ]
+        return _spread(one - two for one, two in pairs if one is not None and two is not None)
 
-    def _spread(self, number: Callable[[FinishedRun], float | None]) -> Spread | None:
-        values = [value for run in self.runs if (value := number(run)) is not None]
-        return _spread(values)
+
+@dataclass(frozen=True)
+class EqualTime:
+    """A distilled student and the strongest plain one within the same time.
+
+    Attributes:
+        group: the distilled student.
+        rival: the plain student.
+        seconds: what each cost, in this order; of an estimate, both up to the same time.
+        mAP: of each, fractions.
+        gain: of the distilled one.
+        estimated: validation mAP read from curves, because no plain student had as much time;
+            learning rates had not come down there.
+    """
+
+    group: RunGroup
+    rival: RunGroup
+    seconds: tuple[float, float]
+    mAP: tuple[float, float]
+    gain: Spread | None
+    estimated: bool
 
 
 @dataclass(frozen=True)
@@ -125,11 +145,34 @@ class Comparison:
     baseline: RunGroup
     split: str
 
+    @property
+    def students(self) -> list[RunGroup]:
+        """The groups that are no teachers."""
+        return [group for group in self.groups if group.title != "teacher"]
+
     def gain(self, group: RunGroup) -> Spread | None:
         """Gain in mAP over the baseline; None for itself and for teachers."""
         if group is self.baseline or group.title == "teacher":
             return None
         return group.gain_over(self.baseline)
+
+    def clock(self) -> str | None:
+        """The first of ``CLOCKS`` that every student's summaries have, above 0."""
+        for name in CLOCKS:
+            costs = [group.cost(name) for group in self.students]
+            if all(cost is not None and cost.mean > 0 for cost in costs):
+                return name
+        return None
+
+    def equal_time(self) -> list[EqualTime]:
+        """One row for each distilled student that some plain student can be held against."""
+        clock, found = self.clock(), list[EqualTime]()
+        for group in filter(_distils, self.students if clock is not None else ()):
+            plain = [each for each in self.students if not _distils(each)]
+            rows = [row for rival in plain if (row := _at_equal_time(group, rival, str(clock)))]
+            fair = [row for row in rows if not row.estimated] or rows
+            found += sorted(fair, key=lambda row: row.mAP[1])[-1:]
+        return found
 
     def differences(self) -> dict[str, list[str]]:
         """Settings that are not the same everywhere: dotted key -> value of each group."""
@@ -153,19 +196,17 @@ class Comparison:
 
     def cautions(self) -> list[str]:
         """Why the numbers may not be comparable, one sentence each."""
-        differing = self.differences()
         found = []
-        if any(key.startswith("data.") and key not in _HARMLESS for key in differing):
+        if any(key.startswith("data.") for key in self.differences()):
             found.append("The runs differ in their data or its preparation: see the differences.")
         found += [
             f"The runs did not have the same {content.removeprefix('the ')}, whatever its place is "
             "called: it was changed between them."
             for content in self._changed_contents()
         ]
-        students = [group for group in self.groups if group.title != "teacher"]
-        if len({group.runs[0].summary.get("steps") for group in students}) > 1:
+        if len({group.runs[0].summary.get("steps") for group in self.students}) > 1:
             found.append("The students were not trained for the same number of steps.")
-        if len({group.seeds for group in students}) > 1:
+        if len({group.seeds for group in self.students}) > 1:
             found.append("The groups do not have the same seeds: gains are differences of means.")
         return found
 
@@ -184,7 +225,17 @@ class Comparison:
             "split": self.split,
             "baseline": self.baseline.label,
             "groups": [self._group_json(group) for group in self.groups],
-            "equal_time": [row.as_dict() for row in at_equal_time(self)],
+            "equal_time": [
+                {
+                    "group": row.group.label,
+                    "rival": row.rival.label,
+                    "seconds": list(row.seconds),
+                    "mAP": list(row.mAP),
+                    "gain": row.mAP[0] - row.mAP[1],
+                    "estimated": row.estimated,
+                }
+                for row in self.equal_time()
+            ],
             "differences": self.differences(),
             "cautions": self.cautions(),
         }
@@ -194,7 +245,7 @@ class Comparison:
         return {
             "label": group.label,
             "title": group.title,
-            "name": group.name,
+            "name": group.runs[0].config.run.name,
             "seeds": list(group.seeds),
             "folders": [str(run.folder) for run in group.runs],
             "metrics": _as_dicts({name: group.metric(name) for name in METRICS}),
@@ -202,87 +253,130 @@ class Comparison:
             "classes": _as_dicts(group.classes()),
             "curves": [
                 {
-                    "seed": run.seed,
-                    "steps": [step for step, _ in run.curve],
-                    "val/mAP": [value for _, value in run.curve],
+                    "seed": run.config.run.seed,
+                    "steps": list(run.curve),
+                    "val/mAP": list(run.curve.values()),
                 }
                 for run in group.runs
             ],
-            "gain": None if gain is None else gain.as_dict(),
+            "gain": None if gain is None else asdict(gain),
         }
-
-
-_HARMLESS = ("data.workers",)
 
 
 def compare(runs: Sequence[str | Path], output_root: Path) -> Comparison:
     """Read runs and put them side by side; those that differ in their seed only are one group.
 
     Args:
-        runs: run folders, names or beginnings of names of folders in ``output_root``, or run
-            names or ids of MLflow; at least one.
+        runs: run folders, names or beginnings of names of folders in ``output_root``; at least
+            one.
         output_root: the folder that holds runs.
 
     Raises:
         UserError: a run is missing or has not finished.
     """
-    found = _with_teachers([read_run(folder) for folder in find_folders(runs, output_root)])
+    folders = dict.fromkeys(folder for run in runs for folder in find_folders(run, output_root))
+    found = _with_teachers([read_run(folder) for folder in folders])
     if not found:
         raise UserError("nothing to compare: name at least one run folder")
     tested = all(run.number("test/mAP") is not None for run in found)
-    prefix = "test/" if tested else ""
     by_recipe: dict[str, list[FinishedRun]] = {}
     for run in found:
         by_recipe.setdefault(run.recipe(), []).append(run)
-    members = [tuple(sorted(runs, key=lambda run: run.seed)) for runs in by_recipe.values()]
+    members = [sorted(each, key=lambda run: run.config.run.seed) for each in by_recipe.values()]
+    names = [recipe_name(each[0].config) for each in members]
     labels = distinct_labels(
-        [recipe_name(runs[0].config) for runs in members],
-        [runs[0].settings() for runs in members],
-        [runs[0].folder.name for runs in members],
+        names,
+        [each[0].settings() for each in members],
+        [each[0].folder.name for each in members],
     )
     groups = tuple(
-        RunGroup(runs, prefix, label) for runs, label in zip(members, labels, strict=True)
+        RunGroup(tuple(each), "test/" if tested else "", label)
+        for each, label in zip(members, labels, strict=True)
     )
-    return Comparison(groups, _baseline(groups), "test" if tested else "validation")
+    # Of several variants of a plain student the one that is named without an addition.
+    plain = [group for group in groups if group.title == "plain student"]
+    usual = [group for group in plain if group.label in names]
+    return Comparison(groups, [*usual, *plain, *groups][0], "test" if tested else "validation")
+
+
+def distinct_labels(
+    names: Sequence[str], settings: Sequence[Mapping[str, str]], folders: Sequence[str]
+) -> list[str]:
+    """The names; where several are equal, with a setting in which they differ from most of those.
+
+    Args:
+        names: of the recipes.
+        settings: dotted key -> value of each.
+        folders: of a run of each, all different.
+
+    Returns:
+        ``plain student``, ``plain student, steps=1500``.
+    """
+    labels = []
+    for name, own in zip(names, settings, strict=True):
+        alike = [each for other, each in zip(names, settings, strict=True) if other == name]
+        keys = dict.fromkeys(key for each in alike for key in each)
+        # When something is measured says least about a recipe.
+        for key in sorted(keys, key=lambda key: key.startswith("evaluation.")):
+            # The first of equally frequent values counts as the usual one.
+            usual = Counter(each.get(key, "-") for each in alike).most_common(1)[0][0]
+            value = own.get(key, "-")
+            if value != usual:
+                name += f", {key.rpartition('.')[2]}={shortened(value, LONGEST_VALUE)}"
+                break
+        labels.append(name)
+    return [
+        label if labels.count(label) == 1 else f"{label} ({folder})"
+        for label, folder in zip(labels, folders, strict=True)
+    ]
+
+
+def shortened(value: str, longest: int) -> str:
+    """A value, its beginning cut off where it is long: the end of a path says more."""
+    return value if len(value) <= longest else f"...{value[-(longest - 3) :]}"
 
 
 def _with_teachers(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     """The same; a run whose weights another one distils is a teacher, whatever its recipe."""
-    teachers = {
-        Path(weights).resolve()
-        for run in runs
-        if run.config.teacher is not None
-        and isinstance(weights := run.config.teacher.weights, Path)
-    }
-    return [
-        replace(run, config=_as_teacher(run.config))
-        if (run.folder / WEIGHTS_FILE).resolve() in teachers
-        else run
-        for run in runs
-    ]
+    distilled = [run.config.teacher.weights for run in runs if run.config.teacher is not None]
+    teachers = {weights.resolve() for weights in distilled if isinstance(weights, Path)}
+    found = []
+    for run in runs:
+        if (run.folder / WEIGHTS_FILE).resolve() in teachers:
+            section = run.config.run.model_copy(update={"role": "teacher"})
+            run = replace(run, config=run.config.model_copy(update={"run": section}))
+        found.append(run)
+    return found
 
 
-def _as_teacher(config: Config) -> Config:
-    return config.model_copy(update={"run": config.run.model_copy(update={"role": "teacher"})})
+def _distils(group: RunGroup) -> bool:
+    return group.runs[0].config.distillation.method != "none"
 
 
-def _baseline(groups: Sequence[RunGroup]) -> RunGroup:
-    """The first plain student; of several variants the one that is named without an addition."""
-    plain = [group for group in groups if group.title == "plain student"]
-    usual = [group for group in plain if group.label == recipe_name(group.runs[0].config)]
-    return [*usual, *plain, *groups][0]
+def _at_equal_time(group: RunGroup, rival: RunGroup, clock: str) -> EqualTime | None:
+    """Both as they are where they cost the same, else their curves when the shorter one ended."""
+    ours, theirs = (_mean(each.cost(clock)) for each in (group, rival))
+    if abs(ours - theirs) <= EQUAL_TIME * max(ours, theirs):
+        mAP = (_mean(group.metric("mAP")), _mean(rival.metric("mAP")))
+        return EqualTime(group, rival, (ours, theirs), mAP, group.gain_over(rival), False)
+    shared = min(ours, theirs)
+    first, second = group.mAP_after(shared / ours), rival.mAP_after(shared / theirs)
+    if first is None or second is None:
+        return None
+    gain = Spread(first - second, None, 1)
+    return EqualTime(group, rival, (shared, shared), (first, second), gain, True)
 
 
-def _spread(values: Sequence[float]) -> Spread | None:
+def _spread(numbers: Iterable[float | None]) -> Spread | None:
+    values = [number for number in numbers if number is not None]
     if not values:
         return None
     return Spread(mean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
-def _difference(one: FinishedRun, two: FinishedRun, key: str) -> float | None:
-    ours, theirs = one.number(key), two.number(key)
-    return None if ours is None or theirs is None else ours - theirs
+def _mean(spread: Spread | None) -> float:
+    return 0.0 if spread is None else spread.mean
 
 
-def _as_dicts(spreads: dict[str, Any]) -> dict[str, Any]:
-    return {name: spread.as_dict() for name, spread in spreads.items() if spread is not None}
+def _as_dicts(spreads: Mapping[str, Spread | None]) -> dict[str, Any]:
+    return {name: asdict(spread) for name, spread in spreads.items() if spread is not None}

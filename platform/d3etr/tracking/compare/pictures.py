@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torchvision.ops import box_iou
+from typing import Literal
 
 from d3etr.config.data import DataConfig
 from d3etr.data.digit_scenes.folder import scenes_folder, split_paths
-from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit, read_split
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.inference import Predictor, load
 from d3etr.tracking.compare.comparison import Comparison
-from d3etr.tracking.figures.images import Objects, Scene
-from d3etr.tracking.figures.look import choose_images, pixels_of, truth_of
-from d3etr.tracking.figures.style import Array
+from d3etr.tracking.figures.images import Scene
+from d3etr.tracking.figures.look import choose_images, scene_of
 
 THRESHOLD = 0.3
-SAME_OBJECT_IOU = 0.5
 
 
 @dataclass(frozen=True)
@@ -41,36 +32,6 @@ class Pictures:
     split: str
     pictures: tuple[Scene, ...]
     missing: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything but the pixels."""
-        shown = [
-            {
-                "image": picture.title,
-                "truth": _as_json(picture.truth),
-                "detections": {
-                    name: None if found is None else _as_json(found)
-                    for name, found in picture.detections.items()
-                },
-            }
-            for picture in self.pictures
-        ]
-        return {"split": self.split, "threshold": THRESHOLD, "images": shown} | {
-            "missing": list(self.missing)
-        }
-
-
-def _as_json(objects: Objects) -> list[dict[str, Any]]:
-    """One plain mapping an object."""
-    found: list[dict[str, Any]] = []
-    for index, (name, box) in enumerate(zip(objects.names, objects.boxes_xyxy, strict=True)):
-        found.append({"name": name, "box_xyxy": [round(float(side), 1) for side in box]})
-        if objects.scores is not None and objects.right is not None:
-            found[-1] |= {
-                "score": round(objects.scores[index], 4),
-                "right": objects.right[index],
-            }
-    return found
 
 
 def look_at_pictures(comparison: Comparison, count: int) -> Pictures:
@@ -95,7 +56,7 @@ def look_at_pictures(comparison: Comparison, count: int) -> Pictures:
     pictures = []
     for record in choose_images(split, count):
         try:
-            pictures.append(_picture(split, record, predictors))
+            pictures.append(scene_of(split, record, predictors, THRESHOLD))
         except UserError as error:
             missing.append(f"One image is left out: {error}")
     return Pictures(comparison.split, tuple(pictures), tuple(missing))
@@ -127,41 +88,3 @@ def _open(data: DataConfig, name: Literal["validation", "test"]) -> DetectionSpl
     if place is None:
         raise UserError(f"the run's configuration has no {name} split")
     return read_split(name, place)
-
-
-def _picture(
-    split: DetectionSplit, record: ImageRecord, predictors: Mapping[str, Predictor | None]
-) -> Scene:
-    truth = truth_of(record, [category.name for category in split.categories])
-    pixels = pixels_of(split, record)
-    found = {
-        label: None if predictor is None else _detect(predictor, pixels, truth)
-        for label, predictor in predictors.items()
-    }
-    return Scene(pixels, truth, found, record.file_name)
-
-
-def _detect(predictor: Predictor, pixels: NDArray[np.uint8], truth: Objects) -> Objects:
-    [found] = predictor.predict(pixels, THRESHOLD)
-    boxes = np.asarray(found.boxes_xyxy, dtype=float)
-    return Objects(boxes, found.names, found.scores.tolist(), _right(boxes, found.names, truth))
-
-
-def _right(
-    boxes: Array | Sequence[Sequence[float]], names: Sequence[str], truth: Objects
-) -> tuple[bool, ...]:
-    """Which detections, most certain first, find an object that none before has found."""
-    if not names or not truth.names:
-        return (False,) * len(names)
-    overlaps = box_iou(
-        *(torch.as_tensor(np.asarray(each)) for each in (boxes, truth.boxes_xyxy))
-    ).numpy()
-    free = np.ones(len(truth.names), dtype=bool)
-    verdicts = []
-    for row, name in zip(overlaps, names, strict=True):
-        same = np.array([other == name for other in truth.names])
-        overlap = np.where(same & free, row, 0.0)
-        best = int(overlap.argmax())
-        verdicts.append(bool(overlap[best] >= SAME_OBJECT_IOU))
-        free[best] &= not verdicts[-1]
-    return tuple(verdicts)

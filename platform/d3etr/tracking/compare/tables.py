@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from d3etr.tracking.compare.comparison import Comparison, RunGroup, Spread
-from d3etr.tracking.compare.equal_time import CLOCKS, EqualTime, at_equal_time, clock_of
+from rich.console import Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from d3etr.text import printable
+from d3etr.tracking.compare.comparison import CLOCKS, Comparison, RunGroup, Spread, shortened
 
 MISSING = "-"
-RESULT_HEADINGS = (
-    "mAP",
-    "gain",
-    "AP50",
-    "AP75",
-    "parameters",
-    "images/s",
-    "steps",
-    "training",
-    "seeds",
-)
-EQUAL_TIME_HEADINGS = ("time", "mAP", "strongest plain", "time", "mAP", "gain")
+MANY_CLASSES = 20
+LONGEST_VALUE = 40
 
 
 @dataclass(frozen=True)
@@ -31,109 +26,135 @@ class Table:
         title: what it shows, with units.
         headings: of the columns, the first that of the rows' headings.
         rows: each with its heading first.
-        shares: fractions that the cells stand for, without the headings; empty for other tables.
+        justify: of the cells.
     """
 
     title: str
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    shares: tuple[tuple[float | None, ...], ...] = ()
+    justify: Literal["left", "right"] = "right"
+
+    def as_rich(self) -> RichTable:
+        """For a terminal."""
+        shown = RichTable(title=f"\n{self.title}", title_justify="left", box=None)
+        shown.add_column(printable(self.headings[0]), no_wrap=True)
+        for heading in self.headings[1:]:
+            shown.add_column(printable(heading), justify=self.justify, overflow="fold")
+        for row in self.rows:
+            shown.add_row(*(Text(printable(cell)) for cell in row))
+        return shown
 
 
-def results_table(comparison: Comparison) -> Table:
-    """One row per group: quality in percent, cost, gain over the baseline in points."""
-    rows = [(group.label, *result_cells(comparison, group)) for group in comparison.groups]
+def as_tables(comparison: Comparison) -> Group:
+    """Everything for a terminal: results, settings that differ, each class, and cautions."""
+    tables = [
+        results_table(comparison),
+        equal_time_table(comparison),
+        differences_table(comparison, LONGEST_VALUE),
+        classes_table(comparison, MANY_CLASSES),
+    ]
+    parts: list[RenderableType] = [table.as_rich() for table in tables if table.rows]
+    cautions = (Text(printable(sentence), style="yellow") for sentence in comparison.cautions())
+    return Group(*parts, *cautions)
+
+
+def results_table(comparison: Comparison, headings: Sequence[str] = ()) -> Table:
+    """One row per group: quality in percent, cost, gain over the baseline in points.
+
+    Args:
+        comparison: of the runs.
+        headings: the columns; all of them by default.
+    """
+    rows = [_result_cells(comparison, group) for group in comparison.groups]
+    chosen = tuple(headings) or tuple(rows[0])
     title = f"{comparison.split} split, %; after ± the deviation over seeds"
-    return Table(title, ("run", *RESULT_HEADINGS), tuple(rows))
+    cells = tuple(
+        (group.label, *(row[heading] for heading in chosen))
+        for group, row in zip(comparison.groups, rows, strict=True)
+    )
+    return Table(title, ("run", *chosen), cells)
 
 
-def result_cells(comparison: Comparison, group: RunGroup) -> list[str]:
-    """Texts of a group's row, in the order of ``RESULT_HEADINGS``."""
+def _result_cells(comparison: Comparison, group: RunGroup) -> dict[str, str]:
     steps, speed = group.cost("steps"), group.cost("images_per_second")
     parameters, seconds = group.cost("parameters"), group.cost("training_seconds")
-    return [
-        percent(group.metric("mAP")),
-        percent(comparison.gain(group), signed=True),
-        percent(group.metric("AP50")),
-        percent(group.metric("AP75")),
-        MISSING if parameters is None else millions(parameters.mean),
-        MISSING if speed is None else f"{speed.mean:.0f}",
-        MISSING if steps is None else f"{steps.mean:.0f}",
-        MISSING if seconds is None else duration(seconds.mean),
-        ", ".join(str(seed) for seed in group.seeds),
-    ]
+    return {
+        "mAP": percent(group.metric("mAP")),
+        "gain": percent(comparison.gain(group), signed=True),
+        "AP50": percent(group.metric("AP50")),
+        "AP75": percent(group.metric("AP75")),
+        "parameters": MISSING if parameters is None else millions(parameters.mean),
+        "images/s": MISSING if speed is None else f"{speed.mean:.0f}",
+        "steps": MISSING if steps is None else f"{steps.mean:.0f}",
+        "training": MISSING if seconds is None else duration(seconds.mean),
+        "seeds": ", ".join(map(str, group.seeds)),
+    }
 
 
-def equal_time_table(comparison: Comparison) -> Table | None:
+def equal_time_table(comparison: Comparison) -> Table:
     """Each distilled student and the strongest plain one within the same time."""
-    rows = at_equal_time(comparison)
-    if not rows:
-        return None
-    clock = clock_of([group for group in comparison.groups if group.title != "teacher"])
-    title = f"at equal time ({CLOCKS[clock or 'training_seconds']}), %"
-    if any(row.estimated for row in rows):
+    found = comparison.equal_time()
+    rows = [
+        (
+            row.group.label,
+            duration(row.seconds[0]),
+            f"{100 * row.mAP[0]:.1f}",
+            row.rival.label,
+            duration(row.seconds[1]),
+            f"{100 * row.mAP[1]:.1f}",
+            percent(row.gain, signed=True) + (" (from curves)" if row.estimated else ""),
+        )
+        for row in found
+    ]
+    title = f"at equal time ({CLOCKS.get(comparison.clock() or '', '')}), %"
+    if any(row.estimated for row in found):
         title += (
             "; from curves: validation mAP when the shorter run ended, the longer one unfinished"
         )
-    return Table(title, ("run", *EQUAL_TIME_HEADINGS), tuple(_equal_time_row(row) for row in rows))
+    headings = ("run", "time", "mAP", "strongest plain", "time", "mAP", "gain")
+    return Table(title, headings, tuple(rows))
 
 
-def _equal_time_row(row: EqualTime) -> tuple[str, ...]:
-    ours, theirs = (f"{100 * value:.1f}" for value in row.mAP)
-    gain = f"{100 * (row.mAP[0] - row.mAP[1]):+.1f}"
-    if row.estimated:
-        gain = f"{gain} (from curves)"
-    elif row.gain is not None:
-        gain = percent(row.gain, signed=True)
-    first, second = (duration(seconds) for seconds in row.seconds)
-    return (row.group.label, first, ours, row.rival.label, second, theirs, gain)
-
-
-def differences_table(comparison: Comparison) -> Table | None:
-    """Settings that are not the same everywhere."""
-    rows = tuple((key, *values) for key, values in comparison.differences().items())
-    title = "settings that are not the same everywhere"
-    return Table(title, ("setting", *_labels(comparison)), rows) if rows else None
-
-
-def classes_table(comparison: Comparison) -> Table | None:
-    """Average precision of every class."""
-    classes = comparison.classes()
-    if not classes:
-        return None
-    return Table(
-        f"AP per class on the {comparison.split} split, %",
-        ("class", *_labels(comparison)),
-        tuple((name, *map(percent, spreads)) for name, spreads in classes.items()),
-        tuple(
-            tuple(None if spread is None else spread.mean for spread in spreads)
-            for spreads in classes.values()
-        ),
+def differences_table(comparison: Comparison, longest: int = 1000) -> Table:
+    """Settings that are not the same everywhere; values of at most ``longest`` characters."""
+    rows = tuple(
+        (key, *(shortened(value, longest) for value in values))
+        for key, values in comparison.differences().items()
     )
+    headings = ("setting", *_labels(comparison))
+    return Table("settings that are not the same everywhere", headings, rows, "left")
+
+
+def classes_table(comparison: Comparison, most: int | None = None) -> Table:
+    """Average precision of every class, or of the ``most`` whose groups differ most."""
+    classes = comparison.classes()
+    title = f"AP per class on the {comparison.split} split, %"
+    if most is not None and len(classes) > most:
+        title += f": the {most} of {len(classes)} classes that differ most"
+        widest = sorted(classes, key=lambda name: -_range(classes[name]))[:most]
+        classes = {name: spreads for name, spreads in classes.items() if name in widest}
+    rows = tuple((name, *map(percent, spreads)) for name, spreads in classes.items())
+    return Table(title, ("class", *_labels(comparison)), rows)
 
 
 def curves_table(comparison: Comparison) -> Table:
     """Validation mAP at every step at which some group was measured."""
     curves = [group.curve() for group in comparison.groups]
-    steps = sorted({step for curve in curves for step in curve})
-    rows = [
-        (
-            f"{step:,}",
-            *(f"{100 * curve[step].mean:.1f}" if step in curve else "" for curve in curves),
-        )
-        for step in steps
-    ]
-    return Table("validation mAP, %", ("step", *_labels(comparison)), tuple(rows))
+    rows = tuple(
+        (f"{step:,}", *(percent(curve[step]) if step in curve else "" for curve in curves))
+        for step in sorted({step for curve in curves for step in curve})
+    )
+    return Table("validation mAP, %", ("step", *_labels(comparison)), rows)
 
 
 def runs_table(comparison: Comparison) -> Table:
     """Where the numbers come from."""
-    rows = [
-        (group.label, str(run.seed), run.folder.name)
+    rows = tuple(
+        (group.label, str(seed), run.folder.name)
         for group in comparison.groups
-        for run in group.runs
-    ]
-    return Table("where the numbers come from", ("run", "seed", "folder"), tuple(rows))
+        for seed, run in zip(group.seeds, group.runs, strict=True)
+    )
+    return Table("where the numbers come from", ("run", "seed", "folder"), rows)
 
 
 def percent(spread: Spread | None, *, signed: bool = False) -> str:
@@ -156,5 +177,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _labels(comparison: Comparison) -> Sequence[str]:
+def _range(spreads: Sequence[Spread | None]) -> float:
+    known = [spread.mean for spread in spreads if spread is not None]
+    return max(known) - min(known) if known else 0.0
+
+
+def _labels(comparison: Comparison) -> list[str]:
     return [group.label for group in comparison.groups]

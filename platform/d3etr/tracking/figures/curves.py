@@ -1,4 +1,4 @@
-"""Precision over recall, and how a run went over its steps."""
+"""Precision over recall, how a run went over its steps, and named configurations."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from d3etr.tracking.figures.style import (
     Array,
     Stroke,
     empty_note,
-    headline,
     legend,
-    line_key,
     new_figure,
-    panel_title,
     plain_axes,
     series_styles,
 )
@@ -66,65 +63,81 @@ def draw_precision_recall(
         names: C class names.
         subject: what was measured, as in "validation images".
     """
-    figure = new_figure(12, 4.8)
+    figure = new_figure(12, 4.8, f"Precision and recall on {subject}")
     left, right = figure.subplots(1, 2)
-    key: list[tuple[str, str, Stroke]] = []
-    for label, precision in precisions.items():
+    for detector, precision in precisions.items():
+        present = (precision > -1).all((0, 1))
+        if not present.any():
+            empty_note(left, "no objects to detect")
+            continue
         for row, iou, stroke in IOU_ROWS:
-            curve = _mean_curve(precision[row])
-            _line(left, curve, DETECTORS.get(label, PLAIN), stroke, width=2.2)
-            text = f"{label}, IoU {iou:g}: AP {_percent(_mean(precision[row]))}"
-            key.append((text, DETECTORS.get(label, PLAIN), stroke))
-    legend(left, handles=line_key(key), loc="lower left")
-    panel_title(left, "All classes")
-    own = list(precisions)[-1]
-    _draw_classes(right, precisions[own][0], names, own)
+            curve = precision[row][:, present].mean(1)
+            label = f"{detector}, IoU {iou:g}: AP {100 * curve.mean():.1f}"
+            colour = DETECTORS.get(detector, PLAIN)
+            left.plot(RECALLS, curve, color=colour, linestyle=stroke, linewidth=2.2, label=label)
+    left.set_title("All classes", loc="left", fontsize=10)
+    if left.lines:
+        legend(left, loc="lower left")
+    own, precision = list(precisions.items())[-1]
+    right.set_title(f"{own} per class at IoU 0.5", loc="left", fontsize=10)
+    _draw_classes(right, precision[0], names)
     for axes in (left, right):
         plain_axes(axes, "recall", "precision")
-        axes.set_xlim(0, 1.005)
-        axes.set_ylim(0, 1.02)
-    headline(figure, "Precision and recall", subject)
+        axes.set(xlim=(0, 1.005), ylim=(0, 1.02))
     return figure
 
 
-def draw_training(
-    series: Sequence[Series],
-    title: str = "Validation mAP during training",
-    *,
-    inches: tuple[float, float] = (7.6, 4.4),
-    key: bool = True,
+def _draw_classes(axes: Axes, precision: Array, names: Sequence[str]) -> None:
+    """The best classes by name and the rest in grey."""
+    present = [k for k in range(len(names)) if (precision[:, k] > -1).all()]
+    if not present:
+        empty_note(axes, "no objects to detect")
+        return
+    present.sort(key=lambda k: -precision[:, k].mean())
+    styles = series_styles(MANY_CLASSES)
+    for place, k in enumerate(present):
+        colour, stroke = styles[place] if place < MANY_CLASSES else (PLAIN, "-")
+        name = names[k] if len(names[k]) <= 18 else f"{names[k][:17]}\N{HORIZONTAL ELLIPSIS}"
+        # Matplotlib leaves labels that begin with an underscore out of legends.
+        text = f" {name}: AP {100 * precision[:, k].mean():.1f}" if place < MANY_CLASSES else None
+        axes.plot(RECALLS, precision[:, k], color=colour, linestyle=stroke, label=text)
+    legend(axes, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+
+
+def draw_series(
+    series: Sequence[Series], label: str, title: str = "", *, nothing: str = "not measured yet"
 ) -> Figure:
-    """Validation mAP over optimiser steps.
+    """Fractions over optimiser steps, in percent; few measurements are marked.
 
     Args:
         series: one line per run.
+        label: of the vertical axis.
         title: over the figure; empty where the page around it has one.
-        inches: width and height.
-        key: draw a legend.
+        nothing: what stands there when no series has a value.
     """
-    figure, axes = _draw_series(series, "mAP (%)", inches, "not measured yet")
-    # A detector that has learnt nothing yet must not look like a mountain range.
-    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
-    axes.set_xlim(left=0)
-    if key:
-        legend(axes, loc="best")
-    if title:
-        headline(figure, title)
-    return figure
-
-
-def draw_stability(series: Sequence[Series]) -> Figure:
-    """Share of adaptive pairs that stayed as they were an evaluation before."""
-    nothing = "no adaptive matching, or fewer than two measurements"
-    figure, axes = _draw_series(series, "unchanged pairs (%)", (7.6, 3.8), nothing)
-    axes.set_ylim(0, 102)
-    if len(series) > 1:
-        legend(axes, loc="lower right")
-    headline(
-        figure,
-        "Matching stability",
-        "teacher-student pairs of Adaptive Matching that were the same a measurement before",
-    )
+    figure = new_figure(7.6, 4.2, title)
+    axes = figure.subplots()
+    for line in series:
+        percent = 100 * np.asarray(line.values, dtype=float)
+        if line.level:
+            text = f"{line.label}: {percent[-1]:.1f}"
+            axes.axhline(percent[-1], color=line.colour, linestyle="--", label=text)
+            continue
+        if any(line.deviations):
+            half = 100 * np.asarray(line.deviations, dtype=float)
+            band = (percent - half, percent + half)
+            axes.fill_between(line.steps, *band, color=line.colour, alpha=0.16, linewidth=0)
+        marker = "o" if len(line.steps) < 30 else ""
+        [drawn] = axes.plot(line.steps, percent, marker=marker, markersize=4, label=line.label)
+        drawn.set(color=line.colour, linestyle=line.stroke, linewidth=2.2)
+    plain_axes(axes, "optimiser step", label)
+    if any(len(line.steps) for line in series):
+        # A detector that has learnt nothing yet must not look like a mountain range.
+        axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
+        axes.set_xlim(left=0)
+        legend(axes)
+    else:
+        empty_note(axes, nothing)
     return figure
 
 
@@ -135,7 +148,8 @@ def draw_cases(cases: Mapping[str, Sequence[float]], baseline: str | None) -> Fi
         cases: name -> mAP in [0, 1] by seed.
         baseline: drawn in grey.
     """
-    figure = new_figure(8.4, 1.4 + 0.42 * len(cases))
+    title = "Configurations; bar: mean over seeds, dot: one seed"
+    figure = new_figure(8.4, 1.4 + 0.42 * len(cases), title)
     axes = figure.subplots()
     names = list(cases)[::-1]
     for row, name in enumerate(names):
@@ -147,97 +161,4 @@ def draw_cases(cases: Mapping[str, Sequence[float]], baseline: str | None) -> Fi
     axes.set_yticks(range(len(names)), names)
     plain_axes(axes, "mAP (%)", "")
     axes.set_xlim(0, 1.12 * max(100 * max(values) for values in cases.values()))
-    headline(figure, "Configurations", "bar: mean over seeds; dot: one seed")
     return figure
-
-
-def _draw_series(
-    series: Sequence[Series], label: str, inches: tuple[float, float], nothing: str
-) -> tuple[Figure, Axes]:
-    """Fractions as percent; single measurements are marked while they are few."""
-    figure = new_figure(*inches)
-    axes = figure.subplots()
-    for line in series:
-        percent = 100 * np.asarray(line.values, dtype=float)
-        if line.level:
-            text = f"{line.label}: {percent[-1]:.1f}"
-            axes.axhline(percent[-1], color=line.colour, linestyle="--", linewidth=1.5, label=text)
-            continue
-        if any(line.deviations):
-            half = 100 * np.asarray(line.deviations, dtype=float)
-            low, high = percent - half, percent + half
-            axes.fill_between(line.steps, low, high, color=line.colour, alpha=0.16, linewidth=0)
-        axes.plot(
-            line.steps,
-            percent,
-            color=line.colour,
-            linestyle=line.stroke,
-            linewidth=2.2,
-            marker="o" if len(line.steps) < 30 else "",
-            markersize=4,
-            label=line.label,
-        )
-    if not any(len(line.steps) for line in series):
-        empty_note(axes, nothing)
-    plain_axes(axes, "optimiser step", label)
-    return figure, axes
-
-
-def _draw_classes(axes: Axes, precision: Array, names: Sequence[str], label: str) -> None:
-    """Up to ten classes by name; of more, the best and worst by name and the rest in grey."""
-    averages = [_mean(precision[:, k]) for k in range(len(names))]
-    present = [k for k in range(len(names)) if averages[k] is not None]
-    present.sort(key=lambda k: -(averages[k] or 0.0))
-    named = present if len(present) <= MANY_CLASSES else present[:4] + present[-4:]
-    for k in set(present) - set(named):
-        _line(axes, precision[:, k], PLAIN, "-", width=0.7, alpha=0.5)
-    for k, (colour, stroke) in zip(named, series_styles(len(named)), strict=True):
-        text = f"{_short(names[k])}: AP {_percent(averages[k])}"
-        _line(axes, precision[:, k], colour, stroke, label=text)
-    panel_title(axes, f"{label} per class at IoU 0.5")
-    if not present:
-        empty_note(axes, "no objects to detect")
-    else:
-        legend(axes, loc="upper left", bbox_to_anchor=(1.0, 1.02))
-
-
-def _line(
-    axes: Axes,
-    curve: Array,
-    colour: str,
-    stroke: Stroke,
-    width: float = 1.6,
-    alpha: float = 1.0,
-    label: str | None = None,
-) -> None:
-    valid = curve > -1
-    axes.plot(
-        RECALLS[valid],
-        curve[valid],
-        color=colour,
-        linestyle=stroke,
-        linewidth=width,
-        alpha=alpha,
-        label=label,
-    )
-
-
-def _mean_curve(precision: Array) -> Array:
-    """[101]: mean over classes that have objects, -1 if none has."""
-    present = precision[:, (precision > -1).any(0)]
-    return present.mean(1) if present.size else np.full(len(precision), -1.0)
-
-
-def _mean(precision: Array) -> float | None:
-    valid = precision[precision > -1]
-    return float(valid.mean()) if valid.size else None
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _short(name: str, longest: int = 18) -> str:
-    # Matplotlib leaves labels that begin with an underscore out of legends.
-    name = f" {name}" if name.startswith("_") else name
-    return name if len(name) <= longest else name[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,10 +17,11 @@ from d3etr.data.loading import evaluation_batches
 from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.evaluation.postprocess import top_detections
+from d3etr.fonts import readable_names
+from d3etr.inference import Predictor
 from d3etr.matching.boxes import cxcywh_to_xyxy
 from d3etr.structures import DecoderOutputs, Levels
-from d3etr.tracking.figures.images import Look, Objects, ObjectView
+from d3etr.tracking.figures.images import Look, Objects, ObjectView, Scene
 from d3etr.tracking.figures.style import Array, Image
 
 SAME_OBJECT_IOU = 0.5
@@ -28,49 +29,140 @@ LOWEST_SCORE = 0.1
 """A query below it does not count as detecting an object."""
 
 
-@dataclass(frozen=True)
-class Seen:
-    """One image, its record and what a detector finds on it.
+def scene_of(
+    split: DetectionSplit,
+    record: ImageRecord,
+    predictors: Mapping[str, Predictor | None],
+    threshold: float,
+) -> Scene:
+    """An image, its annotated objects without crowds, and what each detector finds on it.
 
-    Attributes:
-        record: the annotated image.
-        outputs: of a batch of this image alone, with attention.
+    Args:
+        split: where the image is.
+        record: the image.
+        predictors: name -> what detects; None where it cannot be used.
+        threshold: lowest score of a detection.
+
+    Raises:
+        UserError: the image cannot be read.
     """
+    names = readable_names((each.id, each.name) for each in split.categories)
+    labels, boxes = record.objects()
+    truth = Objects(boxes, [names[label] for label in labels.tolist()])
+    pixels = pixels_of(split, record)
+    found: dict[str, Objects | None] = {}
+    for name, predictor in predictors.items():
+        found[name] = None
+        if predictor is not None:
+            [seen] = predictor.predict(pixels, threshold)
+            called = readable_names(zip(seen.labels.tolist(), seen.names, strict=True))
+            corners = np.asarray(seen.boxes_xyxy, dtype=float)
+            right = which_are_right(corners, called, truth)
+            found[name] = Objects(corners, called, seen.scores.tolist(), right)
+    return Scene(pixels, truth, found, record.file_name)
 
-    record: ImageRecord
-    outputs: DecoderOutputs
 
-    def objects(self, names: Sequence[str], threshold: float) -> Objects:
-        """Detections with at least this score, in pixels of the original image."""
-        size = (self.record.height, self.record.width)
-        scores, labels, corners = (part[0] for part in top_detections(self.outputs, [size], 100))
-        kept = scores >= threshold
-        return Objects(
-            corners[kept].double().numpy(),
-            [names[label] for label in labels[kept].tolist()],
-            scores[kept].tolist(),
-        )
+def which_are_right(
+    boxes: Array | Sequence[Sequence[float]], names: Sequence[str], truth: Objects
+) -> tuple[bool, ...]:
+    """Which detections, most certain first, find an object that none before has found."""
+    if not names or not truth.names:
+        return (False,) * len(names)
+    overlaps = box_iou(
+        *(torch.as_tensor(np.asarray(each)) for each in (boxes, truth.boxes_xyxy))
+    ).numpy()
+    free = np.ones(len(truth.names), dtype=bool)
+    verdicts = []
+    for row, name in zip(overlaps, names, strict=True):
+        same = np.array([other == name for other in truth.names])
+        overlap = np.where(same & free, row, 0.0)
+        best = int(overlap.argmax())
+        verdicts.append(bool(overlap[best] >= SAME_OBJECT_IOU))
+        free[best] &= not verdicts[-1]
+    return tuple(verdicts)
 
-    def look(self, label: int, box_xyxy: Array) -> Look | None:
-        """How the detector looks at an object; None if no query detects it.
 
-        The query is the one with the highest probability of the object's class among those
-        whose box overlaps the object's enough.
+def pixels_of(split: DetectionSplit, record: ImageRecord) -> Image:
+    """[height, width, 3] of 0..255, as annotated."""
+    image = load_image(split.path(record), (record.width, record.height))
+    return np.asarray(image, dtype=np.uint8)
 
-        Args:
-            label: contiguous label of the object.
-            box_xyxy: [4] in pixels.
-        """
-        size = torch.tensor([self.record.width, self.record.height] * 2)
-        boxes = cxcywh_to_xyxy(self.outputs.boxes_cxcywh[-1, 0]) * size
-        overlap = box_iou(torch.as_tensor(box_xyxy, dtype=boxes.dtype)[None], boxes)[0]
-        scores = self.outputs.logits[-1, 0, :, label].sigmoid() * (overlap >= SAME_OBJECT_IOU)
-        query = int(scores.argmax())
-        if scores[query] < LOWEST_SCORE:
-            return None
-        attention = self.outputs.cross_attention[-1, 0, :, query].mean(0)
-        heat = on_finest_level(attention, self.outputs.levels)
-        return Look(heat, boxes[query].double().numpy(), float(scores[query]))
+
+@torch.no_grad()
+def look_at(
+    detector: DetectionTransformer,
+    split: DetectionSplit,
+    records: Sequence[ImageRecord],
+    data: DataConfig,
+) -> dict[int, DecoderOutputs]:
+    """Run a detector on single images, unpadded, with its attention.
+
+    Args:
+        detector: in evaluation mode, on the CPU.
+        split: where the images are.
+        records: which of them.
+        data: how they are prepared.
+
+    Returns:
+        Image id -> outputs of a batch of this image alone.
+    """
+    chosen = replace(split, records=tuple(records))
+    alone = data.model_copy(update={"workers": 0, "bucket_by_aspect": False})
+    seen = {}
+    for images, targets in evaluation_batches(chosen, alone, batch_size=1, rank=0, world_size=1):
+        memory = detector.encode(images)
+        [outputs] = detector.decode(memory, [detector.object_queries(memory)], attention=True)
+        seen[targets.image_ids[0]] = outputs
+    return seen
+
+
+def object_view(
+    split: DetectionSplit,
+    record: ImageRecord,
+    seen: Mapping[str, Mapping[int, DecoderOutputs]],
+    names: Sequence[str],
+) -> ObjectView | None:
+    """The image's largest object through the eyes of each detector; None if it has none.
+
+    Args:
+        split: where the image is.
+        record: the image.
+        seen: detector -> image id -> its outputs.
+        names: of the classes.
+    """
+    labels, boxes = record.objects()
+    if not len(labels):
+        return None
+    largest = (boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()
+    label, box = int(labels[largest]), boxes[largest]
+    looks = {name: look_for(by_id[record.id], record, label, box) for name, by_id in seen.items()}
+    return ObjectView(pixels_of(split, record), box, names[label], looks)
+
+
+def look_for(
+    outputs: DecoderOutputs, record: ImageRecord, label: int, box_xyxy: Array
+) -> Look | None:
+    """How a detector looks at an object; None if no query detects it.
+
+    The query is the one with the highest probability of the object's class among those
+    whose box overlaps the object's enough.
+
+    Args:
+        outputs: of a batch of the image alone, with attention.
+        record: the image.
+        label: contiguous label of the object.
+        box_xyxy: [4] in pixels.
+    """
+    size = torch.tensor([record.width, record.height] * 2)
+    boxes = cxcywh_to_xyxy(outputs.boxes_cxcywh[-1, 0]) * size
+    overlap = box_iou(torch.as_tensor(box_xyxy, dtype=boxes.dtype)[None], boxes)[0]
+    scores = outputs.logits[-1, 0, :, label].sigmoid() * (overlap >= SAME_OBJECT_IOU)
+    query = int(scores.argmax())
+    if scores[query] < LOWEST_SCORE:
+        return None
+    attention = outputs.cross_attention[-1, 0, :, query].mean(0)
+    heat = on_finest_level(attention, outputs.levels)
+    return Look(heat, boxes[query].double().numpy(), float(scores[query]))
 
 
 def on_finest_level(attention: Tensor, levels: Levels) -> Array:
@@ -84,73 +176,6 @@ def on_finest_level(attention: Tensor, levels: Levels) -> Array:
         plane = functional.interpolate(part.reshape(1, 1, h, w), size=(height, width))
         heat += plane[0, 0] * (h * w / (height * width))
     return heat.double().numpy()
-
-
-@torch.no_grad()
-def look_at(
-    detector: DetectionTransformer,
-    split: DetectionSplit,
-    records: Sequence[ImageRecord],
-    data: DataConfig,
-) -> Iterator[Seen]:
-    """Run a detector on single images, unpadded, with its attention.
-
-    Args:
-        detector: in evaluation mode, on the CPU.
-        split: where the images are.
-        records: which of them.
-        data: how they are prepared.
-    """
-    chosen = replace(split, records=tuple(records))
-    alone = data.model_copy(update={"workers": 0, "bucket_by_aspect": False})
-    by_id = {record.id: record for record in records}
-    for images, targets in evaluation_batches(chosen, alone, batch_size=1, rank=0, world_size=1):
-        memory = detector.encode(images)
-        [outputs] = detector.decode(memory, [detector.object_queries(memory)], attention=True)
-        yield Seen(by_id[targets.image_ids[0]], outputs)
-
-
-def pixels_of(split: DetectionSplit, record: ImageRecord) -> Image:
-    """[height, width, 3] of 0..255, as annotated."""
-    image = load_image(split.path(record), (record.width, record.height))
-    return np.asarray(image, dtype=np.uint8)
-
-
-def truth_of(record: ImageRecord, names: Sequence[str]) -> Objects:
-    """The annotated objects, without crowds."""
-    labels, boxes = record.objects()
-    return Objects(boxes, [names[label] for label in labels.tolist()])
-
-
-def largest_object(record: ImageRecord) -> tuple[int, Array] | None:
-    """(label, box_xyxy) of the object that is easiest to see; None if there is none."""
-    labels, boxes = record.objects()
-    if not len(labels):
-        return None
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    return int(labels[areas.argmax()]), boxes[areas.argmax()]
-
-
-def object_view(
-    split: DetectionSplit,
-    record: ImageRecord,
-    seen: Mapping[str, Mapping[int, Seen]],
-    names: Sequence[str],
-) -> ObjectView | None:
-    """The image's most visible object through the eyes of each detector; None if it has none.
-
-    Args:
-        split: where the image is.
-        record: the image.
-        seen: detector -> image id -> what it sees.
-        names: of the classes.
-    """
-    chosen = largest_object(record)
-    if chosen is None:
-        return None
-    label, box = chosen
-    looks = {name: images[record.id].look(label, box) for name, images in seen.items()}
-    return ObjectView(pixels_of(split, record), box, names[label], looks)
 
 
 def choose_images(split: DetectionSplit, count: int) -> list[ImageRecord]:

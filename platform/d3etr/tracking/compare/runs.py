@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from d3etr.engine.run_folder import CONFIG_FILE, RunFolder
 from d3etr.errors import UserError
 from d3etr.files import read_json
 from d3etr.logs import get_logger
-from d3etr.tracking.description import params, run_name, title
-from d3etr.tracking.state import read_state
+from d3etr.tracking.description import params, title
 
 logger = get_logger(__name__)
 
@@ -33,23 +31,13 @@ class FinishedRun:
         folder: the run folder.
         config: its resolved configuration.
         summary: final metrics; mAP and AP as fractions.
-        curve: (optimiser step, validation mAP) of each evaluation.
+        curve: optimiser step -> validation mAP of each evaluation.
     """
 
     folder: Path
     config: Config
     summary: dict[str, Any]
-    curve: tuple[tuple[int, float], ...]
-
-    @property
-    def name(self) -> str:
-        """The run's own name."""
-        return self.config.run.name
-
-    @property
-    def seed(self) -> int:
-        """Its seed."""
-        return self.config.run.seed
+    curve: dict[int, float]
 
     @property
     def title(self) -> str:
@@ -94,37 +82,34 @@ def read_run(path: Path) -> FinishedRun:
             f"{path} has not finished (last step {_last_step(path)}), so there is nothing to "
             f"compare yet; go on with it: d3etr train --resume {path.name}"
         ) from None
-    curve = tuple(
-        (record["step"], record["metrics"]["val/mAP"])
+    curve = {
+        int(record["step"]): float(record["metrics"]["val/mAP"])
         for record in read_journal(folder.journal)
-        if record.get("kind") == "evaluation" and "val/mAP" in record["metrics"]
-    )
+        if record["kind"] == "evaluation" and "val/mAP" in record["metrics"]
+    }
     return FinishedRun(path, load_config(folder.config), summary, curve)
 
 
-def find_folders(runs: Sequence[str | Path], output_root: Path) -> list[Path]:
-    """Folders of the runs that are asked for, in that order, each once.
+def find_folders(run: str | Path, output_root: Path) -> list[Path]:
+    """Folders of the runs that are meant.
 
     Args:
-        runs: each a folder, the name of one in ``output_root`` or the beginning of it (all that
-            fit and did a step are meant), an MLflow run id, or a run's name as MLflow shows it.
+        run: a folder, the name of one in ``output_root`` or the beginning of it (all that fit
+            and did a step are meant).
         output_root: the folder that holds runs.
 
     Raises:
         UserError: nothing fits.
     """
-    found: dict[Path, None] = {}
-    for run in runs:
-        found |= dict.fromkeys(_folders_of(run, output_root))
-    return list(found)
-
-
-def _folders_of(run: str | Path, output_root: Path) -> list[Path]:
     if Path(run).is_dir():
         return [Path(run)]
     known = [path.parent for path in sorted(output_root.glob(f"*/{CONFIG_FILE}"))]
-    fitting = _begun(with_prefix(str(run), known))
-    fitting = fitting or [folder for folder in known if str(run) in _names_in_mlflow(folder)]
+    fitting = with_prefix(str(run), known)
+    if begun := [folder for folder in fitting if _last_step(folder) > 0]:
+        for folder in fitting:
+            if folder not in begun:
+                logger.warning("%s is left out: it ended before its first step", folder)
+        return begun
     if not fitting:
         listed = ", ".join(folder.name for folder in known[:10]) or "none"
         raise UserError(
@@ -133,25 +118,6 @@ def _folders_of(run: str | Path, output_root: Path) -> list[Path]:
     return fitting
 
 
-def _begun(folders: list[Path]) -> list[Path]:
-    """Those that did a step, where any did: what was refused at its start is no run."""
-    begun = [folder for folder in folders if _last_step(folder) > 0]
-    for folder in folders if begun else []:
-        if folder not in begun:
-            logger.warning("%s is left out: it ended before its first step", folder)
-    return begun or folders
-
-
 def _last_step(folder: Path) -> int:
     journal = read_journal(RunFolder(folder).journal)
-    return max((int(record.get("step", 0)) for record in journal), default=0)
-
-
-def _names_in_mlflow(folder: Path) -> tuple[str, ...]:
-    try:
-        state, config = read_state(folder), load_config(RunFolder(folder).config)
-    except UserError as error:
-        logger.warning("%s is not looked at: %s", folder, error)
-        return ()
-    ids = () if state is None else (state.run_id,)
-    return (run_name(config), *ids)
+    return max((int(record["step"]) for record in journal), default=0)
