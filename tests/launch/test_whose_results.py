@@ -14,12 +14,13 @@ from d3etr.config.load import load_config
 from d3etr.config.sweep import load_sweep
 from d3etr.config.tree import Config
 from d3etr.data.digit_scenes import write_digit_scenes
-from d3etr.engine.find_run import folder_of
+from d3etr.engine.find_run import folder_of, prepare
 from d3etr.engine.journal import read_journal
 from d3etr.errors import UserError
 from d3etr.launch.api import launch
 from d3etr.launch.driver import RunResult
-from d3etr.launch.sweeps.plan import make_plan
+from d3etr.launch.sweeps.plan import Plan, make_plan
+from d3etr.launch.sweeps.results import ended_before
 
 STEPS = 6
 
@@ -79,12 +80,30 @@ def steps(run_dir: Path) -> list[int]:
     return [r["step"] for r in read_journal(run_dir / "journal.jsonl") if r["kind"] == "step"]
 
 
-def sweep_twin(project: Path) -> Path | None:
-    """The finished run that a sweep's trial of this recipe would take over."""
+def plan_of(project: Path) -> Plan:
+    """A sweep with one trial, of this recipe."""
     case = f"name: tried\nrecipe: {project / 'tiny.yaml'}\ncases: {{one: {{}}}}\n"
     (project / "sweep.yaml").write_text(case)
-    plan = make_plan(load_sweep(project / "sweep.yaml"))
+    return make_plan(load_sweep(project / "sweep.yaml"))
+
+
+def sweep_twin(project: Path) -> Path | None:
+    """The finished run that a sweep's trial of this recipe would take over."""
+    plan = plan_of(project)
     return plan.finished_twin(plan.config(plan.trials[0]))
+
+
+def test_a_sweep_whose_data_have_changed_is_refused(project: Path) -> None:
+    plan = plan_of(project)
+    config = plan.config(plan.trials[0])
+    own, trained = folder_of(config), folder_of(config_of(project))
+    prepare(own, plan.placed(config))
+    for file in (trained.summary, trained.weights):
+        file.rename(own.path / file.name)
+    assert ended_before(plan, plan.trials)[0].run_dir == own.path
+    edit_boxes(project / "data" / "annotations" / "train.json")
+    with pytest.raises(UserError, match="the training data is not what the run"):
+        ended_before(plan, plan.trials)
 
 
 def edit_boxes(file: Path) -> None:

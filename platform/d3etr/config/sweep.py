@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from d3etr.config.base import MAXIMUM, Section
 from d3etr.config.data import FilePath
@@ -48,9 +48,7 @@ class Domain(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        given = [
-            kind for kind in ("grid", "choice", "uniform", "loguniform") if getattr(self, kind)
-        ]
+        given = [kind for kind in KINDS if getattr(self, kind)]
         if len(given) != 1:
             found = " and ".join(given) or "none"
             raise ValueError(f"needs one of {', '.join(KINDS)}; found {found}")
@@ -76,28 +74,29 @@ class Case(Section):
 class SearchConfig(Section):
     """How points of the space are chosen."""
 
-    method: Literal["grid", "random", "optuna", "population"] = "grid"
+    method: Literal["grid", "random", "optuna"] = "grid"
     """grid: every combination. random: ``trials`` samples of what is no grid, for every
     combination of the grids. optuna: a tree-structured Parzen estimator (TPE) proposes from what
-    it has seen. population: ``trials`` students train together; the worst copy the weights of the
-    best and change settings (population based training)."""
+    it has seen."""
     trials: Positive = 1
     seed: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
     startup_trials: Positive = 8
     """optuna only: so many random points before it proposes."""
-    perturb_every_epochs: Positive = 1
-    """population only: how long a student trains before it is compared."""
 
-    @property
-    def without_effect(self) -> frozenset[str]:
-        """Keys that belong to another method."""
-        others = {"optuna": "startup_trials", "population": "perturb_every_epochs"}
-        keys = {key for method, key in others.items() if method != self.method}
-        return frozenset(keys | ({"trials", "seed"} if self.method == "grid" else set()))
+    @field_validator("method", mode="before")
+    @classmethod
+    def _no_population(cls, method: Any) -> Any:
+        if method == "population":
+            raise ValueError(
+                "population based training is gone: use optuna, or random with pruning"
+            )
+        return method
 
     @model_validator(mode="after")
     def _every_setting_counts(self) -> Self:
-        extra = sorted(self.model_fields_set & self.without_effect)
+        others = set() if self.method == "optuna" else {"startup_trials"}
+        others |= {"trials", "seed"} if self.method == "grid" else set()
+        extra = sorted(self.model_fields_set & others)
         if extra:
             raise ValueError(f"method '{self.method}' has no use for {', '.join(extra)}")
         return self
@@ -167,25 +166,12 @@ class SweepConfig(Section):
                 f"search.method 'grid' tries every value, but {sampled[0]} is no grid: use "
                 "search.method random or optuna, or give it a grid"
             )
-        if method in ("optuna", "population"):
-            self._check_sequential(method, grids)
+        if method == "optuna" and grids:
+            raise ValueError(f"search.method 'optuna' chooses: make {grids[0]} a choice")
+        if method == "optuna" and (self.cases or len(self.seeds) > 1):
+            raise ValueError("search.method 'optuna' searches one case with one seed")
         if method != "grid" and not sampled:
             raise ValueError(f"search.method '{method}' has nothing to sample: use grid")
-
-    def _check_sequential(self, method: str, grids: Sequence[str]) -> None:
-        if grids:
-            raise ValueError(f"search.method '{method}' chooses: make {grids[0]} a choice")
-        if self.cases or len(self.seeds) > 1:
-            raise ValueError(f"search.method '{method}' searches one case with one seed")
-        if method == "population":
-            if any(domain.when for domain in self.space.values()):
-                raise ValueError("search.method 'population' cannot have conditions (when)")
-            if self.pruning is not None:
-                raise ValueError("search.method 'population' stops nobody: leave pruning out")
-            if self.search.trials < 2:
-                raise ValueError("search.method 'population' needs search.trials of 2 or more")
-            if self.maximum_concurrent is not None:
-                raise ValueError("search.method 'population' has no use for maximum_concurrent")
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +13,8 @@ import ray
 from ray import tune
 
 from d3etr.config.sweep import SweepConfig
-from d3etr.engine.find_run import folder_of
 from d3etr.engine.provenance import ensure_inputs_answer
-from d3etr.engine.results import Inputs
-from d3etr.engine.run_folder import RunFolder, is_number
+from d3etr.engine.run_folder import CONFIG_FILE
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch.lock import RunLock
 from d3etr.launch.ray_cluster import cluster_nodes, connected
@@ -22,20 +22,31 @@ from d3etr.launch.ray_environment import ensure_lasting, environment, joined_add
 from d3etr.launch.ray_failures import user_error
 from d3etr.launch.resources import Demand, Node, demand_of, describe, ensure_room, room
 from d3etr.launch.signals import terminable
-from d3etr.launch.sweeps.observer import Observer
+from d3etr.launch.sweeps.observer import Observer, ResourceTimeout
 from d3etr.launch.sweeps.plan import Plan
-from d3etr.launch.sweeps.resource_timeout import ResourceTimeout
-from d3etr.launch.sweeps.results import State, TrialResult, best, write_results, write_sweep
-from d3etr.launch.sweeps.search import METRIC
-from d3etr.launch.sweeps.trainable import failure_reason
-from d3etr.launch.sweeps.trial_ids import number_in
-from d3etr.launch.sweeps.trial_tracking import SweepTracking
-from d3etr.launch.sweeps.trials import Trial
-from d3etr.launch.sweeps.tuner import TUNE_SETTINGS, fit
+from d3etr.launch.sweeps.results import TrialResult, best, ended_before, write_results, write_sweep
+from d3etr.launch.sweeps.search import METRIC, MODE, Pruning, TrialSource, known_trials, open_study
+from d3etr.launch.sweeps.trainable import run_trial
+from d3etr.launch.sweeps.trial_tracking import SweepTracking, TrackedChildren
+from d3etr.launch.sweeps.trials import NUMBER, Trial
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress
 
 logger = get_logger(__name__)
+
+TUNE_SETTINGS = {
+    # Ctrl-C is the driver's to handle; Tune would save and go on to the results.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Journals and MLflow hold the metrics.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Its new output prints to standard output even where it should be quiet.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+}
+SUPERVISOR = {"memory": 1.0}
+"""A trial whose workers are processes of their own only waits: a byte, as nothing is refused."""
+TUNE_FOLDER = "ray-tune"
+"""Ray Tune's own files; made anew by each start."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,8 @@ def run_sweep(
     """
     ensure_lasting(plan.base)
     ensure_inputs_answer(plan.config(trial) for trial in plan.examples())
+    if next(plan.folder.glob(f"*/{CONFIG_FILE}"), None) is not None:
+        on_progress(f"going on with {plan.folder.name}")
     plan.folder.mkdir(parents=True, exist_ok=True)
     try:
         with terminable(), RunLock(plan.folder), environment(TUNE_SETTINGS):
@@ -98,19 +111,25 @@ def run_sweep(
 def _locked_sweep(plan: Plan, command: str, on_progress: OnProgress) -> list[TrialResult]:
     """Run all trials, then write and send what they found; Ray is left after that."""
     cluster = plan.base.cluster
+    study = open_study(plan)
+    ended = ended_before(plan, known_trials(plan, study))
+    source = TrialSource(plan, study, ended.values())
     joins = ray.is_initialized() or joined_address(cluster) is not None
     with connected(cluster, on_progress):
         nodes = cluster_nodes()
         demand = demand_of(cluster, nodes)
         at_a_time = trials_at_a_time(plan.sweep, demand, nodes)
-        count = len(plan.trials) or plan.sweep.search.trials
-        on_progress(f"{count} trials, {at_a_time} at a time, each {demand} ({describe(nodes)})")
+        count = f"{source.remaining} trials" + (f", {len(ended)} have ended" if ended else "")
+        on_progress(f"{count}, {at_a_time} at a time, each {demand} ({describe(nodes)})")
         with _tracked(plan) as tracking:
-            children = None if tracking is None else tracking.children
+            children: TrackedChildren | None = None if tracking is None else tracking.children
             # Nobody else uses a cluster that was started here.
             timeout = ResourceTimeout(cluster, demand, on_progress) if joins else None
-            observer = Observer(plan, on_progress, children, timeout)
-            results = _results(plan, observer, demand, at_a_time, on_progress)
+            observer = Observer(plan, ended, on_progress, children, timeout)
+            failure = None
+            if source.remaining:
+                failure = _fit(_tuner(plan, source, ended, observer, demand, at_a_time))
+            results = _results(known_trials(plan, study), ended, failure)
             files = write_results(plan, results, command)
             if tracking is not None:
                 on_progress("sending results to MLflow")
@@ -136,82 +155,83 @@ def trials_at_a_time(sweep: SweepConfig, demand: Demand, nodes: Sequence[Node]) 
     """How many trials the cluster has room for, at most what the sweep wants.
 
     Raises:
-        UserError: there is no room for one, or trials would take each other's room.
+        UserError: there is no room for one, or the size of a trial is not fixed.
     """
     if demand.elastic:
         raise UserError(
-            "cluster.minimum_workers is for single runs: trials of a sweep that grew would take "
-            "the room of others. Leave it out; a lost worker or node is replaced within its trial"
+            "cluster.minimum_workers is for single runs: how many trials fit would be open. Leave "
+            "it out; a lost worker or node is replaced within its trial"
         )
     ensure_room(demand, nodes)
     fitting = room(nodes, demand.cpus, demand.gpus) // demand.workers
-    if sweep.search.method == "population" and demand.workers > 1 and fitting < sweep.search.trials:
-        raise UserError(
-            f"the cluster has {describe(nodes)}, room for {fitting} trials of {demand}: a "
-            f"population of {sweep.search.trials} (search.trials) whose members have several "
-            "workers must train all at once. Ask for fewer, or for cluster.workers=1"
-        )
     return min(fitting, sweep.maximum_concurrent or fitting)
 
 
-def _results(
-    plan: Plan, observer: Observer, demand: Demand, at_a_time: int, on_progress: OnProgress
-) -> list[TrialResult]:
-    """Every trial's end; that all have finished counts more than how Ray Tune ended."""
-    try:
-        return collect(plan, fit(plan, observer, demand, at_a_time, on_progress))
-    except Exception as error:
-        mistake = user_error(error)
-        if mistake is not None:
-            raise mistake from None
-        results = collect(plan, ())
-        if not results or any(result.state != "finished" for result in results):
-            raise RunFailedError(
-                f"Ray Tune failed: {type(error).__name__}: {error}\n"
-                "The same command goes on with the sweep."
-            ) from error
-        logger.warning("all trials are finished, though Ray Tune did not end well: %r", error)
-        return results
-
-
-def collect(plan: Plan, grid: Iterable[tune.Result]) -> list[TrialResult]:
-    """Every trial's end, in order.
-
-    Planned ones that Ray Tune does not know of are finished if their folders say so.
-    """
-    found: dict[int, TrialResult] = {}
-    inputs = Inputs()
-    for result in grid:
-        trial = plan.trial(result.config or {}, number_in(result.path))
-        found[trial.number] = _ended(plan, trial, result)
-    for trial in plan.trials:
-        if trial.number not in found:
-            # Perhaps in another sweep.
-            twin = plan.finished_twin(plan.config(trial), inputs)
-            found[trial.number] = _finished(trial, twin) or TrialResult(trial, "unfinished")
-    return [found[number] for number in sorted(found)]
-
-
-def _finished(trial: Trial, run_dir: Path | None, epoch: int | None = None) -> TrialResult | None:
-    summary = None if run_dir is None else RunFolder(run_dir).read_summary()
-    if summary is None:
-        return None
-    mAP = summary.get("mAP")
-    known = float(mAP) if is_number(mAP) else None
-    return TrialResult(trial, "finished", run_dir, summary, known, epoch)
-
-
-def _ended(plan: Plan, trial: Trial, result: tune.Result) -> TrialResult:
-    metrics = result.metrics or {}
-    folder = metrics.get("run_dir")
-    run_dir = Path(folder) if folder else folder_of(plan.config(trial)).path
-    finished = _finished(trial, run_dir, metrics.get("epoch"))
-    if finished is not None:
-        return finished
-    reason = failure_reason(plan, trial.number)
-    if result.error is not None:
-        reason = reason or str(result.error).strip().splitlines()[-1]
-    state: State = "failed" if reason is not None else "pruned" if metrics else "unfinished"
-    return TrialResult(
-        trial, state, run_dir, None, metrics.get(METRIC), metrics.get("epoch"), reason
+def _tuner(
+    plan: Plan,
+    source: TrialSource,
+    ended: dict[int, TrialResult],
+    observer: Observer,
+    demand: Demand,
+    at_a_time: int,
+) -> tune.Tuner:
+    place = plan.folder / TUNE_FOLDER
+    shutil.rmtree(place, ignore_errors=True)
+    resources = {"CPU": demand.cpus} | ({"GPU": demand.gpus} if demand.gpus else {})
+    return tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(run_trial, plan=plan),
+            SUPERVISOR if demand.workers > 1 else resources,
+        ),
+        tune_config=tune.TuneConfig(
+            metric=METRIC,
+            mode=MODE,
+            num_samples=source.remaining,
+            max_concurrent_trials=at_a_time,
+            search_alg=source,
+            scheduler=None if plan.sweep.pruning is None else Pruning(plan, [*ended.values()]),
+            trial_dirname_creator=lambda trial: f"{trial.config[NUMBER]:05d}",
+            reuse_actors=False,
+        ),
+        run_config=tune.RunConfig(
+            name=place.name,
+            storage_path=str(place.parent),
+            verbose=0,
+            stop={"final": True},  # a scheduler may stop a trial at any other report
+            callbacks=[observer],
+            failure_config=tune.FailureConfig(max_failures=plan.base.cluster.maximum_failures),
+        ),
     )
+
+
+def _fit(tuner: tune.Tuner) -> Exception | None:
+    """Run Ray Tune without its log, which has the stack of every failure; what it raised."""
+    log = logging.getLogger("ray.tune")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        tuner.fit()
+    except Exception as error:
+        return error
+    finally:
+        log.setLevel(before)
+    return None
+
+
+def _results(
+    trials: Sequence[Trial], ended: dict[int, TrialResult], failure: Exception | None
+) -> list[TrialResult]:
+    """Every trial's end, in order; that all have finished counts more than how Ray Tune ended."""
+    results = [ended.get(trial.number) or TrialResult(trial, "unfinished") for trial in trials]
+    if failure is None:
+        return results
+    mistake = user_error(failure)
+    if mistake is not None:
+        raise mistake from None
+    if not results or any(result.state != "finished" for result in results):
+        raise RunFailedError(
+            f"Ray Tune failed: {type(failure).__name__}: {failure}\n"
+            "The same command goes on with the sweep."
+        ) from failure
+    logger.warning("all trials are finished, though Ray Tune did not end well: %r", failure)
+    return results

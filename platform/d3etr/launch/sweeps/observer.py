@@ -1,23 +1,68 @@
-"""Takes Tune's events in the driver: reports to a person, has MLflow follow every run."""
+"""Takes Tune's events in the driver: reports to a person, keeps how trials end, tracks runs."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
 from ray.tune.experiment import Trial as TuneTrial
 
+from d3etr.config.infrastructure import ClusterConfig
 from d3etr.engine.run_folder import RunFolder
+from d3etr.errors import UserError
 from d3etr.launch.driver import Status
+from d3etr.launch.ray_cluster import cluster_nodes, free_resources
+from d3etr.launch.resources import Demand, describe
 from d3etr.launch.sweeps.plan import Plan
-from d3etr.launch.sweeps.resource_timeout import ResourceTimeout
-from d3etr.launch.sweeps.trainable import failure_reason
-from d3etr.launch.sweeps.trial_ids import number_of
+from d3etr.launch.sweeps.results import TrialResult, finished, keep_as_pruned
 from d3etr.launch.sweeps.trial_tracking import TrackedChildren
-from d3etr.launch.sweeps.trials import Trial
 from d3etr.progress import OnProgress
+
+
+class ResourceTimeout:
+    """Ends a sweep whose trials wait and none trains; Tune itself would wait for ever.
+
+    Args:
+        cluster: how long to wait for room.
+        demand: of one trial.
+        on_progress: takes lines for a person.
+    """
+
+    def __init__(self, cluster: ClusterConfig, demand: Demand, on_progress: OnProgress) -> None:
+        self._notice = cluster.start_timeout_seconds
+        self._limit = self._notice * (cluster.maximum_failures + 1)
+        self._demand, self._on_progress = demand, on_progress
+        self._since, self._noticed = time.monotonic(), False
+
+    def check(self, statuses: Iterable[str]) -> None:
+        """Take the trials' states; called again and again.
+
+        Raises:
+            UserError: trials have waited for as long as a run would, and none trains.
+        """
+        states = set(statuses)
+        if "RUNNING" in states or "PENDING" not in states:
+            self._since, self._noticed = time.monotonic(), False
+            return
+        waited = time.monotonic() - self._since
+        if waited <= self._notice or (self._noticed and waited <= self._limit):
+            return
+        free = free_resources()
+        lack = (
+            f"no room for a trial ({self._demand}): the cluster has {describe(cluster_nodes())}, "
+            f"of which {free.cpus:g} CPUs and {free.gpus:g} GPUs are free"
+        )
+        if waited > self._limit:
+            raise UserError(
+                f"{lack}, since {self._limit:g} seconds (cluster.start_timeout_seconds times "
+                "maximum_failures + 1). Wait for other jobs to end; the same command goes on with "
+                "the sweep."
+            )
+        self._noticed = True
+        self._on_progress(f"{lack}; waiting for other jobs")
 
 
 class Observer(Callback):  # type: ignore[misc]
@@ -25,23 +70,26 @@ class Observer(Callback):  # type: ignore[misc]
 
     Args:
         plan: the sweep.
+        ended: results of trials that need no training; those of others join them.
         on_progress: takes lines for a person.
         children: tracks runs; None tracks nothing.
-        timeout: ends a sweep that waits in vain for room that others use; None where there are
-            no others.
+        timeout: None where nobody else uses the cluster.
     """
 
     def __init__(
         self,
         plan: Plan,
+        ended: dict[int, TrialResult],
         on_progress: OnProgress,
         children: TrackedChildren | None,
         timeout: ResourceTimeout | None,
     ) -> None:
-        self._plan, self._on_progress, self._children = plan, on_progress, children
-        self._timeout = timeout
-        self._folders: dict[int, Path] = {}
-        self._began = time.monotonic()
+        self._plan, self._ended, self._on_progress = plan, ended, on_progress
+        self._children, self._timeout = children, timeout
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune saves its callbacks; nobody reads that."""
+        return {}
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         """Tune looks around, several times a second."""
@@ -56,62 +104,41 @@ class Observer(Callback):  # type: ignore[misc]
         result: dict[str, Any],
         **info: Any,
     ) -> None:
-        """An evaluation of a trial."""
-        number, run_dir = trial_of(self._plan, trial).number, Path(result["run_dir"])
-        before = self._folders.get(number)
-        if before != run_dir:
-            if before is not None:
-                self._on_progress(f"{self._title(trial)} goes on from another trial's weights")
-                self._end(before, "KILLED")
-            self._folders[number] = run_dir
-            self._follow(run_dir, trial)
-        self._on_progress(
-            f"{self._title(trial)} | epoch {result['epoch']} | mAP {100 * result['mAP']:.1f}"
-        )
+        """An evaluation of a trial, or why it failed."""
+        if "reason" in result:
+            return
+        title = self._plan.trial(trial.config).title(self._plan.sweep)
+        if self._children is not None:
+            self._children.follow(Path(result["run_dir"]), title)
+        self._on_progress(f"{title} | epoch {result['epoch']} | mAP {100 * result['mAP']:.1f}")
 
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        """A trial has come to its end, or was stopped early."""
-        run_dir = self._folders.get(trial_of(self._plan, trial).number)
-        finished = run_dir is not None and RunFolder(run_dir).summary.exists()
-        end = "finished" if finished else "stopped early"
-        self._on_progress(f"{self._count(trial, trials)} {end}")
-        if run_dir is not None:
-            self._end(run_dir, "FINISHED" if finished else "KILLED")
+        """A trial has come to its end, was stopped early, or has reported why it failed."""
+        self._end(trial, (trial.last_result or {}).get("reason"))
 
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        """A trial has failed for good."""
-        reason = failure_reason(self._plan, trial_of(self._plan, trial).number)
-        first = (reason or "its process was lost").splitlines()[0]
-        self._on_progress(f"{self._count(trial, trials)} failed: {first}")
-        run_dir = self._folders.get(trial_of(self._plan, trial).number)
-        if run_dir is not None:
-            self._end(run_dir, "FAILED")
+        """A trial's process was lost more often than it may be."""
+        self._end(trial, "its process was lost")
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune saves its callbacks; a resumed sweep has a driver and an observer of its own."""
-        return {"_plan": self._plan}
-
-    def _follow(self, run_dir: Path, trial: TuneTrial) -> None:
-        if self._children is not None:
-            self._children.follow(run_dir, self._title(trial))
-
-    def _end(self, run_dir: Path, status: Status) -> None:
-        if self._children is not None:
-            self._children.end(run_dir, status)
-
-    def _count(self, trial: TuneTrial, trials: list[TuneTrial]) -> str:
-        ended = {number_of(other) for other in trials if other.is_finished()} | {number_of(trial)}
+    def _end(self, tune_trial: TuneTrial, reason: str | None) -> None:
+        trial, report = self._plan.trial(tune_trial.config), tune_trial.last_result or {}
+        run_dir = Path(report["run_dir"]) if "run_dir" in report else None
+        status: Status = "FINISHED"
+        if run_dir is not None and "reason" not in report and RunFolder(run_dir).summary.exists():
+            result, text = finished(trial, run_dir), "finished"
+        elif reason is not None or run_dir is None:
+            result = TrialResult(trial, "failed", run_dir, reason=reason)
+            status, text = "FAILED", f"failed: {(reason or '').partition(chr(10))[0]}"
+        else:
+            result = keep_as_pruned(self._plan, trial, run_dir)
+            status, text = "KILLED", "stopped early"
+        self._ended[trial.number] = result
         known = len(self._plan.trials) or self._plan.sweep.search.trials
-        return f"[{len(ended)}/{known}] {self._title(trial)}"
-
-    def _title(self, trial: TuneTrial) -> str:
-        return trial_of(self._plan, trial).title(self._plan.sweep)
-
-
-def trial_of(plan: Plan, trial: TuneTrial) -> Trial:
-    """Ours for Tune's."""
-    return plan.trial(trial.config, number_of(trial))
+        title = trial.title(self._plan.sweep)
+        self._on_progress(f"[{len(self._ended)}/{known}] {title} {text}")
+        if self._children is not None and run_dir is not None:
+            self._children.end(run_dir, status)

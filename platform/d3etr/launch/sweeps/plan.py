@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,19 +13,13 @@ from typing import Any
 from d3etr.config.load import config_digest, read_recipe, validate
 from d3etr.config.overrides import Tree, as_overrides
 from d3etr.config.problems import ConfigError, Problem
-from d3etr.config.sweep import SweepConfig, load_sweep
+from d3etr.config.sweep import SweepConfig
 from d3etr.config.tree import Config
-from d3etr.engine.find_run import (
-    DIGEST_PATTERN,
-    absolute_paths,
-    ensure_same_recipe,
-    folder_of,
-    holds,
-)
+from d3etr.engine.find_run import absolute_paths, folder_of, holds
 from d3etr.engine.results import Inputs
-from d3etr.engine.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
+from d3etr.engine.run_folder import SUMMARY_FILE, RunFolder
 from d3etr.errors import UserError
-from d3etr.launch.sweeps.trials import Trial, planned_trials, random_points
+from d3etr.launch.sweeps.trials import NUMBER, POINT, Trial, planned_trials, random_points
 from d3etr.logs import get_logger
 from d3etr.tracking.address import embedded_uri
 
@@ -38,8 +30,6 @@ CHECKED_POINTS = 50
 NOT_SWEPT = ("run", "cluster", "tracking")
 SWEEP_FILE = "sweep.yaml"
 """In a sweep's folder, the sweep itself."""
-TRIAL_KEY = "trial"
-"""Tune's parameter that names a planned trial by its number."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,7 @@ class Plan:
     @property
     def searched(self) -> bool:
         """Whether trials are proposed one after the other instead of planned."""
-        return self.sweep.search.method in ("optuna", "population")
+        return self.sweep.search.method == "optuna"
 
     @property
     def base(self) -> Config:
@@ -74,16 +64,12 @@ class Plan:
         config = validate(self.trees[sweep.recipe], str(sweep.recipe), sweep.set)
         return absolute_paths(config, self.root)
 
-    def trial(self, parameters: Mapping[str, Any], number: int) -> Trial:
-        """The trial that Tune gave ``parameters`` to.
-
-        Args:
-            parameters: the number of a planned trial, or the point that a search proposed.
-            number: of a proposed one.
-        """
-        if TRIAL_KEY in parameters:
-            return self.trials[int(parameters[TRIAL_KEY])]
-        return Trial(number, dict(parameters), self.sweep.seeds[0])
+    def trial(self, parameters: Mapping[str, Any]) -> Trial:
+        """The trial that Tune gave ``parameters`` to: its number, and its point if proposed."""
+        number = int(parameters[NUMBER])
+        if self.trials:
+            return self.trials[number]
+        return Trial(number, dict(parameters[POINT]), self.sweep.seeds[0])
 
     def examples(self) -> Sequence[Trial]:
         """Every planned trial, or ``CHECKED_POINTS`` random ones of a space that is searched."""
@@ -92,20 +78,16 @@ class Plan:
         points = random_points(self.sweep, CHECKED_POINTS)
         return [Trial(number, point, self.sweep.seeds[0]) for number, point in enumerate(points)]
 
-    def config(self, trial: Trial, suffix: str = "") -> Config:
+    def config(self, trial: Trial) -> Config:
         """What a trial trains, in a folder below the sweep's.
 
         Paths are as the recipe has them, so that the run's digest is that of the same run
         outside of a sweep; ``placed`` makes them absolute.
 
-        Args:
-            trial: which.
-            suffix: of the run's name.
-
         Raises:
             ConfigError: the combination is not valid.
         """
-        recipe, name = trial.recipe(self.sweep), trial.name(self.sweep) + suffix
+        recipe, name = trial.recipe(self.sweep), trial.name(self.sweep)
         place = {"run.name": name, "run.output": str(self.folder)}
         if self.tracking_uri is not None:
             place["tracking.uri"] = self.tracking_uri
@@ -145,19 +127,6 @@ class Plan:
                     return run.path
         return None
 
-    def ensure_result_is_of(self, trial: Trial, run_dir: Path, inputs: Inputs) -> None:
-        """Refuse the result of a trial that was trained under other values or from other files.
-
-        Raises:
-            UserError: naming what changed.
-        """
-        config, run = self.placed(self.config(trial)), RunFolder(run_dir)
-        kept = run.read_config()
-        if kept is not None:
-            ensure_same_recipe(run, kept, config)
-        if run.result() is not None:
-            inputs.ensure_result_is_of(config, run_dir)
-
 
 def make_plan(sweep: SweepConfig) -> Plan:
     """Work out a sweep and refuse it if one of its trials could not start.
@@ -175,15 +144,13 @@ def make_plan(sweep: SweepConfig) -> Plan:
     cases = (case.recipe for case in sweep.cases.values())
     recipes = {recipe for recipe in (sweep.recipe, *cases) if recipe is not None}
     trees = {recipe: read_recipe(recipe) for recipe in recipes}
-    planned = sweep.search.method in ("grid", "random")
+    planned = sweep.search.method != "optuna"
     trials = tuple(planned_trials(sweep)) if planned else ()
     draft = Plan(sweep, trees, Path.cwd(), Path.cwd(), trials)
     configs = [draft.config(trial) for trial in draft.examples()]
     digest = _digest(sweep, sorted({config_digest(config) for config in configs}))
     base = draft.base
     folder = base.run.output / f"{sweep.name}-{digest}"
-    if not folder.exists():
-        folder = _older_folder(draft, base.run.output) or folder
     named = base.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     embedded = base.tracking.enabled and not named
     uri = embedded_uri(base.run.output) if embedded else None
@@ -198,34 +165,6 @@ def _digest(sweep: SweepConfig, configs: list[str]) -> str:
 def _influential(sweep: SweepConfig) -> Tree:
     """What of a sweep decides which trials it has."""
     shown = {"title": True, "maximum_concurrent": True, "baseline": True}
-    return sweep.model_dump(mode="json", exclude={**shown, "cases": {"__all__": {"baseline"}}})
-
-
-def _older_folder(draft: Plan, output: Path) -> Path | None:
-    """The folder in which a version with another digest started this sweep of planned trials.
-
-    The sweep in it is the same, and its runs have the configurations of the trials.
-    """
-    pattern = re.compile(re.escape(draft.sweep.name) + DIGEST_PATTERN)
-    for file in sorted(output.glob(f"{glob.escape(draft.sweep.name)}-*/{SWEEP_FILE}")):
-        if draft.trials and pattern.fullmatch(file.parent.name):
-            try:
-                same = _influential(load_sweep(file)) == _influential(draft.sweep)
-            except ConfigError as error:
-                logger.info("not the same sweep: %s", error)
-                continue
-            if same and _has_runs_of(replace(draft, folder=file.parent)):
-                return file.parent
-    return None
-
-
-def _has_runs_of(plan: Plan) -> bool:
-    """Whether there are runs in the plan's folder, each with its trial's configuration."""
-    runs = [RunFolder(file.parent) for file in plan.folder.glob(f"*/{CONFIG_FILE}")]
-    numbers = [run.path.name.partition("_")[0] for run in runs]
-    return bool(runs) and all(
-        number.isdigit()
-        and int(number) < len(plan.trials)
-        and holds(run, plan.placed(plan.config(plan.trials[int(number)])))
-        for run, number in zip(runs, numbers, strict=True)
-    )
+    tree = sweep.model_dump(mode="json", exclude={**shown, "cases": {"__all__": {"baseline"}}})
+    # A key of earlier versions: their sweeps keep their digests.
+    return tree | {"search": tree["search"] | {"perturb_every_epochs": 1}}

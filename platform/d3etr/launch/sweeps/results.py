@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,10 @@ from typing import Any, Literal
 from d3etr.config.load import to_yaml
 from d3etr.config.sweep import SweepConfig
 from d3etr.config.yaml_text import dump_yaml
-from d3etr.engine.find_run import find_folder
-from d3etr.engine.run_folder import is_number
+from d3etr.engine.find_run import find_folder, folder_of
+from d3etr.engine.journal import read_journal
+from d3etr.engine.results import Inputs
+from d3etr.engine.run_folder import RunFolder, is_number
 from d3etr.files import write_text
 from d3etr.launch.sweeps.plan import SWEEP_FILE, Plan
 from d3etr.launch.sweeps.trials import Trial
@@ -48,6 +50,73 @@ class TrialResult:
         """A number of the finished run, None if it is not finished or has no such number."""
         value = None if self.summary is None else self.summary.get(name)
         return value if is_number(value) else None
+
+
+def ended_before(plan: Plan, trials: Iterable[Trial]) -> dict[int, TrialResult]:
+    """Results of trials that need no training, by number: finished, or stopped early before.
+
+    Raises:
+        UserError: a trial was trained from other files.
+    """
+    inputs, ended = Inputs(), dict[int, TrialResult]()
+    for trial in trials:
+        config = plan.config(trial)
+        own = folder_of(config)
+        if own.result() is not None:
+            inputs.ensure_result_is_of(plan.placed(config), own.path)
+        twin = plan.finished_twin(config, inputs)
+        if twin is not None:
+            ended[trial.number] = finished(trial, twin)
+        elif _pruned_file(plan, trial).exists():
+            ended[trial.number] = _pruned(trial, own.path)
+    return ended
+
+
+def finished(trial: Trial, run_dir: Path) -> TrialResult:
+    """The result of a trial whose run has finished."""
+    summary = RunFolder(run_dir).read_summary() or {}
+    mAP = summary.get("mAP")
+    known = float(mAP) if is_number(mAP) else None
+    return TrialResult(trial, "finished", run_dir, summary, known, reached_epoch(run_dir))
+
+
+def keep_as_pruned(plan: Plan, trial: Trial, run_dir: Path) -> TrialResult:
+    """The result of a trial that was stopped early; a later start leaves it at that."""
+    write_text(_pruned_file(plan, trial), "")
+    return _pruned(trial, run_dir)
+
+
+def _pruned_file(plan: Plan, trial: Trial) -> Path:
+    return plan.folder / f"{trial.number:03d}.pruned"
+
+
+def _pruned(trial: Trial, run_dir: Path) -> TrialResult:
+    epoch, mAP = (curve_of(run_dir) or [(0, 0.0)])[-1]
+    return TrialResult(trial, "pruned", run_dir, None, mAP, epoch)
+
+
+def curve_of(run_dir: Path) -> list[tuple[int, float]]:
+    """Epochs and mAP of a run's evaluations at the end of its epochs."""
+    curve: list[tuple[int, float]] = []
+    steps_per_epoch = 1
+    for record in read_journal(RunFolder(run_dir).journal):
+        if record["kind"] == "start":
+            steps_per_epoch = record.get("steps_per_epoch") or steps_per_epoch
+        elif record["kind"] != "evaluation" or "val/mAP" not in record["metrics"]:
+            continue
+        elif record["step"] % steps_per_epoch == 0:
+            curve.append((record["step"] // steps_per_epoch, record["metrics"]["val/mAP"]))
+    return curve
+
+
+def reached_epoch(run_dir: Path) -> int:
+    """That the run reached: as it began, else (a damaged journal) as it was last evaluated."""
+    journal = read_journal(RunFolder(run_dir).journal)
+    for record in journal:
+        if record["kind"] == "start" and record.get("steps_per_epoch"):
+            return int(-(-record["steps"] // record["steps_per_epoch"]))
+    evaluated = (record["metrics"] for record in journal if record["kind"] == "evaluation")
+    return max((int(metrics.get("epoch", 1)) for metrics in evaluated), default=1)
 
 
 def best(results: Sequence[TrialResult]) -> TrialResult | None:
@@ -103,7 +172,7 @@ def rows(sweep: SweepConfig, results: Sequence[TrialResult], metric: str) -> lis
 
 def _title(sweep: SweepConfig, trial: Trial) -> str:
     title = trial.title(sweep.model_copy(update={"seeds": (trial.seed,)}))
-    return title if sweep.search.method in ("grid", "random") else f"{trial.number}: {title}"
+    return title if sweep.search.method != "optuna" else f"{trial.number}: {title}"
 
 
 def _row(title: str, own: Sequence[TrialResult], metric: str) -> Row:

@@ -1,149 +1,170 @@
-"""The search of a sweep in Ray Tune's terms: parameters, searcher, scheduler."""
+"""The search of a sweep in Ray Tune's terms: what gives out trials, and what stops them early.
+
+What a search has proposed is kept in Optuna's journal in the sweep's folder, and what trials
+reported in the journals of their runs. So every start of a sweep begins with a fresh Ray Tune,
+which is given what is left to train.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ray import tune
-from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
-from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
+import optuna
+from optuna.samplers import TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import Searcher
 
-from d3etr.config.sweep import Domain, SweepConfig
-from d3etr.launch.sweeps.history import Curve
-from d3etr.launch.sweeps.plan import TRIAL_KEY, Plan
+from d3etr.config.sweep import Domain
+from d3etr.engine.find_run import folder_of
+from d3etr.errors import UserError
+from d3etr.launch.sweeps.plan import Plan
+from d3etr.launch.sweeps.results import TrialResult, curve_of
+from d3etr.launch.sweeps.trials import NUMBER, POINT, Trial
 
 METRIC, MODE, TIME = "mAP", "max", "epoch"
 """Epochs as trials report them: unlike Tune's own iterations, they survive a restart."""
 LONGEST = 10**9
 """No epoch is the last for a scheduler: trials end themselves."""
+SEARCH_FILE = "search.log"
+"""Optuna's journal of the points that were proposed and what they gave."""
 
 
-def parameters(plan: Plan) -> dict[str, Any]:
-    """What Tune gives to trials: numbers of planned ones, or values of the space."""
+def open_study(plan: Plan) -> optuna.Study | None:
+    """Optuna's study of a sweep that is searched; None for a planned one.
+
+    Raises:
+        UserError: its file is damaged, or missing where an earlier version began the search.
+    """
     if not plan.searched:
-        return {TRIAL_KEY: tune.grid_search([trial.number for trial in plan.trials])}
-    if plan.sweep.search.method == "optuna":
-        return {}  # the searcher has the space
-    return {key: _tune_domain(domain) for key, domain in plan.sweep.space.items()}
-
-
-class _RoomNow:
-    """Goes on from a saved state with as many trials at a time as there is room for now."""
-
-    max_concurrent: int
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Take all but the number of trials at a time."""
-        super().set_state(state | {"max_concurrent": self.max_concurrent})  # type: ignore[misc]
-
-
-class Planned(_RoomNow, BasicVariantGenerator):  # type: ignore[misc]
-    """Gives out planned trials."""
-
-
-class Limited(_RoomNow, ConcurrencyLimiter):  # type: ignore[misc]
-    """Proposes trials, so many at a time."""
-
-
-class Pruning(ASHAScheduler):  # type: ignore[misc]
-    """Stops trials early."""
-
-    def recall(self, curves: Mapping[str, Curve]) -> None:
-        """Compare also with what trials reported before, by Ray Tune's id of each."""
-        (bracket,) = self._brackets
-        for identity, curve in curves.items():
-            for epoch, mAP in curve:
-                bracket.on_result(SimpleNamespace(trial_id=identity), epoch, mAP)
-
-
-def searcher(sweep: SweepConfig, at_a_time: int) -> Searcher | Planned | None:
-    """What gives out trials; None for a population, which takes turns.
-
-    Who has paused in a population must not keep others from beginning. Optuna's space is a
-    function, so that a condition can look at what was chosen before.
-    """
-    search = sweep.search
-    if search.method == "population":
         return None
-    if search.method != "optuna":
-        return Planned(max_concurrent=at_a_time)
-    from optuna.samplers import TPESampler
-    from ray.tune.search.optuna import OptunaSearch
-
-    sampler = TPESampler(seed=search.seed, n_startup_trials=search.startup_trials)
-    found = OptunaSearch(space=Proposer(sweep), metric=METRIC, mode=MODE, sampler=sampler)
-    return Limited(found, max_concurrent=at_a_time)
-
-
-@dataclass(frozen=True)
-class Proposer:
-    """Optuna's space as a function; Tune saves it with the searcher.
-
-    Attributes:
-        sweep: whose space it is.
-    """
-
-    sweep: SweepConfig
-
-    def __call__(self, proposal: Any) -> None:
-        """Ask ``proposal``, an Optuna trial, for every key whose condition holds."""
-        chosen: dict[str, Any] = {}
-        for key, domain in self.sweep.space.items():
-            if domain.applies(chosen):
-                chosen[key] = _suggest(proposal, key, domain)
-
-
-def scheduler(sweep: SweepConfig) -> TrialScheduler | None:
-    """What stops trials, or makes them copy others."""
-    if sweep.search.method == "population":
-        return PopulationBasedTraining(
-            time_attr=TIME,
-            perturbation_interval=sweep.search.perturb_every_epochs,
-            hyperparam_mutations={k: _mutation(domain) for k, domain in sweep.space.items()},
-            # All wait for each other: repeatable, and nobody copies a checkpoint that is gone.
-            synch=True,
-            custom_explore_fn=lambda point: within(point, sweep.space),
+    file = plan.folder / SEARCH_FILE
+    if not file.exists() and (plan.folder / "tune").exists():
+        raise UserError(
+            f"the search in {plan.folder} was begun by an earlier version of d3etr. Remove its "
+            "folder tune to begin the search anew; the runs beside it stay"
         )
-    if sweep.pruning is None:
-        return None
-    return Pruning(
-        time_attr=TIME,
-        max_t=LONGEST,
-        grace_period=sweep.pruning.grace_epochs,
-        reduction_factor=sweep.pruning.reduction,
-        stop_last_trials=False,
-    )
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        storage = JournalStorage(JournalFileBackend(str(file)))
+        return optuna.create_study(
+            storage=storage, study_name="sweep", direction="maximize", load_if_exists=True
+        )
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{file} is damaged ({error}). Remove it to begin the search anew; the runs beside it "
+            "stay"
+        ) from error
 
 
-def within(point: Mapping[str, Any], space: Mapping[str, Domain]) -> dict[str, Any]:
-    """The point with every number inside its range: a perturbation may step over the edge."""
-    kept = dict(point)
-    for key, domain in space.items():
-        limits = domain.uniform or domain.loguniform
-        if limits is not None:
-            kept[key] = min(max(point[key], limits[0]), limits[1])
-    return kept
+def known_trials(plan: Plan, study: optuna.Study | None) -> list[Trial]:
+    """The planned trials, or those that were proposed until now."""
+    if study is None:
+        return list(plan.trials)
+    proposed = [trial for trial in study.trials if POINT in trial.user_attrs]
+    return [plan.trial({NUMBER: one.number, POINT: one.user_attrs[POINT]}) for one in proposed]
 
 
-def _suggest(proposal: Any, key: str, domain: Domain) -> Any:
+class TrialSource(Searcher):  # type: ignore[misc]
+    """Gives Ray Tune the trials that are left: known ones first, then what Optuna proposes.
+
+    Args:
+        plan: the sweep.
+        study: of a search.
+        ended: trials that need no training any more.
+    """
+
+    def __init__(
+        self, plan: Plan, study: optuna.Study | None, ended: Collection[TrialResult]
+    ) -> None:
+        super().__init__(metric=METRIC, mode=MODE)
+        self._plan, self._study = plan, study
+        numbers = {result.trial.number for result in ended}
+        known = known_trials(plan, study)
+        self._waiting = [trial for trial in known if trial.number not in numbers]
+        self._given: dict[str, int] = {}
+        proposals = 0 if study is None else plan.sweep.search.trials - len(known)
+        self.remaining = len(self._waiting) + max(0, proposals)
+        """So many trials are left to train."""
+        for result in ended:
+            self._tell(result.trial.number, result.mAP)
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """The parameters of the next trial; Tune asks ``remaining`` times."""
+        trial = self._waiting.pop(0) if self._waiting else self._proposed()
+        self._given[trial_id] = trial.number
+        return {NUMBER: trial.number, POINT: trial.point}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tell Optuna what a trial gave; one that failed is tried again by the next start."""
+        if result and not error and "reason" not in result:
+            self._tell(self._given[trial_id], result[METRIC])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: Optuna's journal has everything."""
+
+    def _tell(self, number: int, mAP: float | None) -> None:
+        if self._study is not None and mAP is not None:
+            self._study.tell(number, mAP, skip_if_finished=True)
+
+    def _proposed(self) -> Trial:
+        """Ask Optuna for every key whose condition holds, given what was chosen before."""
+        assert self._study is not None
+        search = self._plan.sweep.search
+        # A sampler of its own for each proposal: a search that was interrupted repeats none.
+        seed = (search.seed + len(self._study.trials)) % 2**32
+        self._study.sampler = TPESampler(seed=seed, n_startup_trials=search.startup_trials)
+        proposal, point = self._study.ask(), dict[str, Any]()
+        for key, domain in self._plan.sweep.space.items():
+            if domain.applies(point):
+                point[key] = _suggest(proposal, key, domain)
+        proposal.set_user_attr(POINT, point)
+        return self._plan.trial({NUMBER: proposal.number, POINT: point})
+
+
+def _suggest(proposal: optuna.Trial, key: str, domain: Domain) -> Any:
     if domain.choice is not None:
-        return proposal.suggest_categorical(key, domain.choice)
+        return domain.choice[proposal.suggest_categorical(key, range(len(domain.choice)))]
     low, high = domain.uniform or domain.loguniform or (0.0, 1.0)
     return proposal.suggest_float(key, low, high, log=domain.loguniform is not None)
 
 
-def _tune_domain(domain: Domain) -> Any:
-    if domain.choice is not None:
-        return tune.choice(list(domain.choice))
-    low, high = domain.uniform or domain.loguniform or (0.0, 1.0)
-    if domain.loguniform is None:
-        return tune.uniform(low, high)
-    return tune.loguniform(low, high)
+class Pruning(ASHAScheduler):  # type: ignore[misc]
+    """Stops trials early; compares also with what was reported before the sweep was interrupted.
 
+    Args:
+        plan: the sweep, which prunes.
+        ended: trials that are not trained any more.
+    """
 
-def _mutation(domain: Domain) -> Any:
-    """Choices shift to a neighbour; numbers are scaled, or drawn anew."""
-    return list(domain.choice) if domain.choice is not None else _tune_domain(domain)
+    def __init__(self, plan: Plan, ended: Iterable[TrialResult]) -> None:
+        assert plan.sweep.pruning is not None
+        super().__init__(
+            time_attr=TIME,
+            max_t=LONGEST,
+            grace_period=plan.sweep.pruning.grace_epochs,
+            reduction_factor=plan.sweep.pruning.reduction,
+            stop_last_trials=False,
+        )
+        self._plan = plan
+        for result in ended:
+            if result.run_dir is not None:
+                self._recall(f"ended-{result.trial.number}", result.run_dir)
+
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Take a trial with what it has reported before."""
+        super().on_trial_add(tune_controller, trial)
+        config = self._plan.config(self._plan.trial(trial.config))
+        self._recall(trial.trial_id, folder_of(config).path)
+
+    def _recall(self, identity: str, run_dir: Path) -> None:
+        (bracket,) = self._brackets
+        for epoch, mAP in curve_of(run_dir):
+            bracket.on_result(SimpleNamespace(trial_id=identity), epoch, mAP)

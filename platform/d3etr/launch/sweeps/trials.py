@@ -16,6 +16,8 @@ from d3etr.config.sweep import Domain, SweepConfig
 
 Point = dict[str, Any]
 """Configuration key -> value; keys whose condition does not hold are missing."""
+NUMBER, POINT = "trial", "point"
+"""Ray Tune's parameters of a trial."""
 NAME_LENGTH = 80
 """A trial's name becomes a folder's, with a number before and a digest behind it."""
 
