@@ -104,8 +104,14 @@ def test_heads_start_in_directions_of_their_own(size: int) -> None:
     attention = DeformableAttention(32, 4, 2, 3)
     initialise_deformable(attention)
     reference = torch.full((1, 1, 2, size), 0.5)
+    hidden, tokens = torch.randn(1, 1, 32), torch.randn(1, TOKENS, 32)
     _, samples = attention(
-        torch.randn(1, 1, 32), reference, torch.randn(1, TOKENS, 32), None, LEVELS
+        hidden,
+        torch.zeros_like(hidden),
+        reference=reference,
+        padding=None,
+        levels=LEVELS,
+        tokens=tokens,
     )
     steps = (samples.locations - 0.5)[0, 0, :, 0]  # [H, P, 2] on the first level
     cells = torch.tensor([6.0, 4.0]) if size == 2 else torch.tensor([3 / 0.25, 3 / 0.25])

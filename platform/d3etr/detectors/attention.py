@@ -1,4 +1,4 @@
-"""Attention cores: encoder self-attention, decoder self-attention, conditional cross-attention.
+"""Multi-head attention: one core, and what each kind makes queries, keys and values of.
 
 Shapes: B images · N queries (all groups side by side) · H heads · S memory tokens ·
 D model width · E channels per head. A leading 1 instead of B means that all images share it.
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from d3etr.attention_maps import ProductMaps
+from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.groups import LayerAttention, QueryKey
 from d3etr.kernels.availability import runs_kernels
+from d3etr.structures import Memory
 
 SMALL_MEMORY = 256
 """Keys up to which plain matrix products beat the CPU's fused attention on padded values."""
@@ -80,104 +82,159 @@ def attend_and_keep(
     return attend_with_scores(query, key, value, padding, dropout)
 
 
-def attend_within(
-    heads: tuple[Tensor, ...], sizes: list[int], dropout: float, attention: bool
-) -> tuple[Tensor, list[LayerAttention]]:
-    """Attention of each query group among itself.
+class MultiHeadAttention(nn.Module):
+    """What kinds of attention share; each projects to queries, keys and values in its own way.
 
     Args:
-        heads: query, key and value, each [B, H, N, E].
-        sizes: queries of each group, in the order of N.
-        dropout: probability on the attention weights.
-        attention: return what maps are compared by.
-
-    Returns:
-        [B, N, H*E], and that of each group (or nothing).
-    """
-    mixed: list[Tensor] = []
-    kept: list[LayerAttention] = []
-    parts = (torch.split(x, sizes, 2) for x in heads)
-    for query, key, value in zip(*parts, strict=True):
-        if attention:
-            group, own = attend_and_keep(query, key, value, None, dropout)
-            kept.append(own)
-        else:
-            group = attend(query, key, value, None, dropout)
-        mixed.append(group)
-    return torch.cat(mixed, 1) if len(mixed) > 1 else mixed[0], kept
-
-
-class EncoderSelfAttention(nn.Module):
-    """DETR's encoder attention: positions join queries and keys, not values.
-
-    Args:
-        width: D.
-        heads: H.
-        dropout: probability on the attention weights.
+        config: uses width D, heads H and dropout, which acts on the attention weights.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    output: nn.Linear
+
+    def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
-        self.heads = heads
-        self.dropout = dropout
+        self.heads, self.dropout = config.heads, config.dropout
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, N, H*E] -> [B, H, N, E]."""
+        return split_heads(x, self.heads)
+
+    def within(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sizes: list[int],
+        padding: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, list[LayerAttention]]:
+        """Attention of each group among itself; all [B or 1, N, D].
+
+        Args:
+            query: of all groups side by side.
+            key: likewise.
+            value: likewise.
+            sizes: queries of each group, in the order of N.
+            padding: [B, N] bool of one group, or None.
+            keep: return what maps are compared by.
+
+        Returns:
+            [B or 1, N, D], and that of each group (or nothing).
+        """
+        heads = (self.split(x) for x in (query, key, value.expand(query.shape)))
+        parts = (torch.split(x, sizes, 2) for x in heads)
+        groups = [self._attend(q, k, v, padding, keep) for q, k, v in zip(*parts, strict=True)]
+        mixed = torch.cat([group for group, _ in groups], 1) if len(groups) > 1 else groups[0][0]
+        return self.output(mixed), [kept for _, kept in groups if kept is not None]
+
+    def across(
+        self, query: Tensor, key: Tensor, value: Tensor, memory: Memory, keep: bool
+    ) -> tuple[Tensor, LayerAttention | None]:
+        """All groups' queries read the memory; keys and values are projected once.
+
+        Args:
+            query: [B or 1, H, N, E].
+            key: [B, H, S, E].
+            value: [B, H, S, E'].
+            memory: encoder output.
+            keep: return what maps are compared by.
+
+        Returns:
+            [B, N, D], and that or None.
+        """
+        query = query.expand(len(memory.tokens), -1, -1, -1)
+        mixed, kept = self._attend(query, key, value, memory.padding, keep)
+        return self.output(mixed), kept
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, keep: bool
+    ) -> tuple[Tensor, LayerAttention | None]:
+        dropout = self.dropout if self.training else 0.0
+        if keep:
+            return attend_and_keep(query, key, value, padding, dropout)
+        return attend(query, key, value, padding, dropout), None
+
+
+class SelfAttention(MultiHeadAttention):
+    """Embeddings join queries and keys, not values: tokens of encoders, queries of decoders.
+
+    Args:
+        config: as of ``MultiHeadAttention``.
+    """
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__(config)
+        width = config.width
         self.query_key = nn.Linear(width, 2 * width)
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
-        """Mix [B, S, D] tokens whose positions are [B or 1, S, D]; returns [B, S, D]."""
-        query, key = self.query_key(tokens + position).chunk(2, -1)
-        query, key = split_heads(query, self.heads), split_heads(key, self.heads)
-        value = split_heads(self.value(tokens), self.heads)
-        dropout = self.dropout if self.training else 0.0
-        return self.output(attend(query, key, value, padding, dropout))  # type: ignore[no-any-return]
+    def forward(
+        self,
+        hidden: Tensor,
+        embedding: Tensor,
+        *,
+        sizes: list[int] | None = None,
+        padding: Tensor | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, list[LayerAttention]]:
+        """Mix [B or 1, N, D] states; arguments and result as of ``within``, one group without."""
+        query, key = self.query_key(hidden + embedding).chunk(2, -1)
+        sizes = [query.shape[1]] if sizes is None else sizes
+        return self.within(query, key, self.value(hidden), sizes, padding, keep)
 
 
-class DecoderSelfAttention(nn.Module):
-    """Self-attention among the queries of each group, groups apart.
+class ConditionalSelfAttention(MultiHeadAttention):
+    """Content and position have projections of their own, which are added.
 
-    Content and position have projections of their own, which are added
-    (arXiv 2108.06152, appendix; the official code's ``sa_*_proj``).
+    (arXiv 2108.06152, appendix; the official code's ``sa_*_proj``.)
 
     Args:
-        width: D.
-        heads: H.
-        dropout: probability on the attention weights.
+        config: as of ``MultiHeadAttention``.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.dropout = dropout
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__(config)
+        width = config.width
         self.content = nn.Linear(width, 3 * width)
         self.position = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, width)
 
     def forward(
-        self, hidden: Tensor, embedding: Tensor, sizes: list[int], attention: bool
+        self, hidden: Tensor, embedding: Tensor, *, sizes: list[int], keep: bool
     ) -> tuple[Tensor, list[LayerAttention]]:
-        """Mix each group within itself.
-
-        Args:
-            hidden: [B, N, D] or [1, N, D].
-            embedding: [B, N, D] or [1, N, D].
-            sizes: queries of each group, in the order of N.
-            attention: return what maps are compared by.
-
-        Returns:
-            [B, N, D] or [1, N, D], and that of each group (or nothing).
-        """
+        """Mix [B or 1, N, D] states within each group; as of ``within``."""
         width = hidden.shape[-1]
         content = self.content(hidden)
         query, key = (content[..., : 2 * width] + self.position(embedding)).chunk(2, -1)
-        value = content[..., 2 * width :].expand(query.shape)
-        dropout = self.dropout if self.training else 0.0
-        heads = (split_heads(x, self.heads) for x in (query, key, value))
-        mixed, kept = attend_within(tuple(heads), sizes, dropout, attention)
-        return self.output(mixed), kept
+        return self.within(query, key, content[..., 2 * width :], sizes, None, keep)
 
 
-class ConditionalCrossAttention(nn.Module):
+class CrossAttention(MultiHeadAttention):
+    """DETR's: embeddings join queries, positions join keys.
+
+    Args:
+        config: as of ``MultiHeadAttention``.
+    """
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__(config)
+        width = config.width
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+
+    def forward(
+        self, hidden: Tensor, embedding: Tensor, place: None, memory: Memory, keep: bool
+    ) -> tuple[Tensor, LayerAttention | None]:
+        """Read the memory from [B or 1, N, D] states, which have no place; as of ``across``."""
+        query = self.split(self.query(hidden + embedding))
+        key = self.split(self.key(memory.tokens + memory.position))
+        return self.across(query, key, self.split(self.value(memory.tokens)), memory, keep)
+
+
+class ConditionalCrossAttention(MultiHeadAttention):
     """Conditional cross-attention (arXiv 2108.06152, section 3.2).
 
     Per head, content and spatial parts are concatenated, so that the score is the sum of a
@@ -185,16 +242,13 @@ class ConditionalCrossAttention(nn.Module):
     query embedding and the key positions also join the content parts.
 
     Args:
-        width: D.
-        heads: H.
-        dropout: probability on the attention weights.
+        config: as of ``MultiHeadAttention``.
         first: whether this is the decoder's first layer.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float, first: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.dropout = dropout
+    def __init__(self, config: DetectorConfig, first: bool) -> None:
+        super().__init__(config)
+        width = config.width
         self.query_content = nn.Linear(width, width)
         self.query_embedding = nn.Linear(width, width) if first else None
         self.query_spatial = nn.Linear(width, width)
@@ -203,55 +257,29 @@ class ConditionalCrossAttention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(
-        self,
-        hidden: Tensor,
-        embedding: Tensor,
-        spatial: Tensor,
-        tokens: Tensor,
-        position: Tensor,
-        padding: Tensor | None,
-        attention: bool,
+        self, hidden: Tensor, embedding: Tensor, place: Tensor, memory: Memory, keep: bool
     ) -> tuple[Tensor, LayerAttention | None]:
-        """Let all groups' queries read the memory; keys and values are projected once.
+        """Read the memory from [B or 1, N, D] states; as of ``across``.
 
         Args:
-            hidden: [B or 1, N, D] decoder state.
-            embedding: [B or 1, N, D] query embedding.
-            spatial: [B or 1, N, D] sine encoding of reference points, transformed.
-            tokens: [B, S, D] memory.
-            position: [B or 1, S, D] position encoding of the memory.
-            padding: [B, S] bool or None.
-            attention: return what maps are compared by.
-
-        Returns:
-            [B, N, D], and that or None.
+            hidden: decoder states.
+            embedding: query embeddings [B or 1, N, D].
+            place: [B or 1, N, D] sine encoding of reference points, transformed.
+            memory: encoder output.
+            keep: return what maps are compared by.
         """
-        query = self._queries(hidden, embedding, spatial)
-        key, value = self._keys_and_values(tokens, position)
-        query = query.expand(len(tokens), -1, -1, -1)
-        dropout = self.dropout if self.training else 0.0
-        if attention:
-            mixed, kept = attend_and_keep(query, key, value, padding, dropout)
-            return self.output(mixed), kept
-        return self.output(attend(query, key, value, padding, dropout)), None
-
-    def _queries(self, hidden: Tensor, embedding: Tensor, spatial: Tensor) -> Tensor:
-        """[B or 1, H, N, 2E]: content and spatial part of each head."""
-        content = self.query_content(hidden)
+        query = self.query_content(hidden)
         if self.query_embedding is not None:
-            content = content + self.query_embedding(embedding)
-        return self._join(content, self.query_spatial(spatial))
-
-    def _keys_and_values(self, tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, H, S, 2E] keys and [B, H, S, E] values."""
-        content, value = self.key_value(tokens).chunk(2, -1)
-        where = self.key_position(position)
+            query = query + self.query_embedding(embedding)
+        query = self._join(query, self.query_spatial(place))
+        content, value = self.key_value(memory.tokens).chunk(2, -1)
+        where = self.key_position(memory.position)
         if self.query_embedding is not None:
             content = content + where
-        return self._join(content, where), split_heads(value, self.heads)
+        return self.across(query, self._join(content, where), self.split(value), memory, keep)
 
     def _join(self, content: Tensor, spatial: Tensor) -> Tensor:
         """[B or 1, N, D] twice -> [B or 1, H, N, 2E], whichever of them is shared."""
         images = max(len(content), len(spatial))
-        parts = [split_heads(x, self.heads) for x in (content, spatial)]
+        parts = [self.split(x) for x in (content, spatial)]
         return torch.cat([part.expand(images, -1, -1, -1) for part in parts], -1)

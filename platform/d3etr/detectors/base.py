@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.backbones import build_backbone
-from d3etr.detectors.encoder import Encoder
 from d3etr.detectors.position import TEMPERATURE, SineEncoding
+from d3etr.detectors.transformer import Encoder
 from d3etr.structures import DecoderOutputs, ImageBatch, Memory, ObjectQueries, QueryGroup, Targets
 
 
@@ -82,7 +82,7 @@ class SingleScaleDetector(DetectionTransformer):
     Args:
         config: architecture.
         classes: C.
-        encoder: makes the encoder.
+        scaled_positions: as of ``Encoder``.
         temperature: of the position encoding of grid cells.
     """
 
@@ -90,14 +90,14 @@ class SingleScaleDetector(DetectionTransformer):
         self,
         config: DetectorConfig,
         classes: int,
-        encoder: Callable[[DetectorConfig], Encoder] = Encoder,
+        scaled_positions: bool = False,
         temperature: float = TEMPERATURE,
     ) -> None:
         super().__init__(config, classes)
         self.stride = self.backbone.stride
         self.projection = nn.Linear(self.backbone.channels, config.width)
         self.position = SineEncoding(config.width, temperature)
-        self.encoder = encoder(config)
+        self.encoder = Encoder(config, scaled=scaled_positions)
 
     def encode(self, images: ImageBatch) -> Memory:
         """Run backbone and encoder.
@@ -108,23 +108,15 @@ class SingleScaleDetector(DetectionTransformer):
         Returns:
             Memory of S = ceil(height / stride) * ceil(width / stride) tokens.
         """
-        return self.encode_features(self.backbone(images.pixels), images.padding)
-
-    def encode_features(self, features: Tensor, padding: Tensor | None) -> Memory:
-        """Run the encoder on backbone features.
-
-        Args:
-            features: [B, channels, h, w].
-            padding: [B, height, width] bool at the images' resolution, or None.
-        """
+        features = self.backbone(images.pixels)
         grid = (features.shape[-2], features.shape[-1])
         # A 1x1 convolution; on channels-last features the reordering is free.
         tokens = self.projection(features.permute(0, 2, 3, 1).flatten(1, 2))
-        padding = shrink_padding(padding, grid)
+        padding = shrink_padding(images.padding, grid)
         position = self.position.grid(grid, padding)
         if padding is not None:
             padding = padding.flatten(1)
-        return Memory(self.encoder(tokens, position, padding), position, padding, (grid,))
+        return Memory(self.encoder(tokens, position, padding=padding), position, padding, (grid,))
 
 
 def shrink_padding(padding: Tensor | None, grid: tuple[int, int]) -> Tensor | None:

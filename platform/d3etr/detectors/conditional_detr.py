@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
+from d3etr.detectors.attention import ConditionalCrossAttention, ConditionalSelfAttention
 from d3etr.detectors.base import SingleScaleDetector
-from d3etr.detectors.conditional_decoder import ConditionalDecoder
-from d3etr.detectors.cross_attention_init import attend_to_references
-from d3etr.detectors.groups import side_by_side, split_groups
+from d3etr.detectors.groups import AttentionTrace, side_by_side, split_groups, zero_states
 from d3etr.detectors.heads import predict_boxes
 from d3etr.detectors.initialisation import (
+    attend_to_references,
     initialise_box_head,
     initialise_class_head,
     initialise_transformer,
 )
-from d3etr.detectors.layers import MLP
+from d3etr.detectors.transformer import MLP, DecoderLayer, run_decoder
 from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
 
 
@@ -44,6 +44,72 @@ class ConditionalDETRConfig(DetectorConfig):
     def derives_references(self) -> bool:
         """A small network makes reference points from embeddings."""
         return True
+
+
+def conditional_layers(config: DetectorConfig, learned_slope: bool = False) -> nn.ModuleList:
+    """L decoder layers with conditional attention.
+
+    Args:
+        config: uses decoder_layers and what its layers use.
+        learned_slope: PReLU instead of ReLU.
+    """
+    return nn.ModuleList(
+        DecoderLayer(
+            config,
+            ConditionalSelfAttention(config),
+            ConditionalCrossAttention(config, first=index == 0),
+            learned_slope,
+        )
+        for index in range(config.decoder_layers)
+    )
+
+
+class ConditionalDecoder(nn.Module):
+    """The stack of layers with the transformation of reference points between them.
+
+    Args:
+        config: uses width, dropout and what its layers use.
+    """
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        self.layers = conditional_layers(config)
+        self.query_scale = MLP((config.width, config.width, config.width))
+        # The first layer has no use for it: workers would wait for its gradient for ever.
+        self.query_scale.requires_grad_(config.decoder_layers > 1)
+        self.norm = nn.LayerNorm(config.width)
+        self.width, self.dropout = config.width, config.dropout
+
+    def forward(
+        self,
+        embedding: Tensor,
+        encoded_points: Tensor,
+        memory: Memory,
+        sizes: list[int],
+        attention: bool,
+    ) -> tuple[Tensor, AttentionTrace | None]:
+        """Decode all groups side by side.
+
+        Args:
+            embedding: [B or 1, N, D].
+            encoded_points: [B or 1, N, D] sine encoding of the reference points.
+            memory: encoder output.
+            sizes: queries of each group, N in total.
+            attention: keep what attention maps are computed from.
+
+        Returns:
+            [L, B, N, D] normalised states, and the attention or None.
+        """
+
+        def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            # lambda_q of equation 3 is 1 in the first layer: queries have no content yet.
+            scaled = encoded_points * self.query_scale(hidden) if index else encoded_points
+            return embedding, scaled
+
+        per_image = self.training and self.dropout > 0
+        hidden = zero_states(embedding, self.width, len(memory.tokens), per_image)
+        states, trace = run_decoder(self.layers, hidden, aim, memory, sizes, attention)
+        return self.norm(torch.stack(states)), trace
 
 
 class ConditionalDETR(SingleScaleDetector):
@@ -70,7 +136,7 @@ class ConditionalDETR(SingleScaleDetector):
         initialise_class_head(self.class_head)
         initialise_box_head(self.box_head, config.box_size_bias)
         if config.cross_attention_init == "reference_prior":
-            attend_to_references(self.decoder)
+            attend_to_references(self.decoder, self.decoder.query_scale)
 
     def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
         """The detector's own queries: embedding [N, D], reference points [N, 2] as logits."""

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from d3etr.config.base import MAXIMUM
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import SingleScaleDetector
-from d3etr.detectors.conditional_decoder import DecoderLayer
-from d3etr.detectors.encoder import ScaledPositionEncoder
+from d3etr.detectors.conditional_detr import conditional_layers
 from d3etr.detectors.groups import AttentionTrace, side_by_side, split_groups, zero_states
 from d3etr.detectors.heads import box_logits, predict_boxes
 from d3etr.detectors.initialisation import (
@@ -24,8 +23,8 @@ from d3etr.detectors.initialisation import (
     initialise_class_head,
     initialise_transformer,
 )
-from d3etr.detectors.layers import MLP
 from d3etr.detectors.position import SineEncoding
+from d3etr.detectors.transformer import MLP, run_decoder
 from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
 
 
@@ -62,17 +61,14 @@ class DABDecoder(nn.Module):
     def __init__(self, config: DABDETRConfig) -> None:
         super().__init__()
         width = config.width
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, first=index == 0, learned_slope=True)
-            for index in range(config.decoder_layers)
-        )
+        self.layers = conditional_layers(config, learned_slope=True)
         self.query_scale = MLP((width, width, width))
         self.query_scale.requires_grad_(config.decoder_layers > 1)  # as in Conditional DETR
         self.size_head = MLP((width, width, 2))
         self.anchor_head = MLP((2 * width, width, width))
         self.norm = nn.LayerNorm(width)
         self.encoding = SineEncoding(width)
-        self.dropout = config.dropout
+        self.width, self.dropout = width, config.dropout
         self.epsilon = config.inverse_sigmoid_epsilon
 
     def embed(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,23 +97,21 @@ class DABDecoder(nn.Module):
             [L, B, N, D] normalised states, [L, B, N, 4] logits of the anchors that each layer
             started from, and the attention or None.
         """
-        trace = AttentionTrace() if attention else None
         images = len(memory.tokens)
-        hidden = zero_states(
-            anchors.new_zeros(*anchors.shape[:2], self.norm.normalized_shape[0]),
-            images,
-            self.training and self.dropout > 0,
-        )
-        states, starts = [], []
-        for index, layer in enumerate(self.layers):
-            starts.append(anchors.expand(images, -1, -1))
-            embedding, spatial = self._look(hidden, anchors.detach() if index else anchors, index)
-            hidden = layer(hidden, embedding, spatial, memory, sizes, trace)
-            states.append(hidden)
-            if index + 1 < len(self.layers):
-                # Detached as a start of the next move, not as what this layer's boxes teach.
-                start = anchors.detach() if index else anchors
-                anchors = box_logits(box_head, hidden, start, self.epsilon)
+        starts: list[Tensor] = []
+        moved = [anchors]
+
+        def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            if index:
+                # Detached as a start of the next move, not as what the last layer's boxes teach.
+                before = moved[-1].detach() if index > 1 else anchors
+                moved.append(box_logits(box_head, hidden, before, self.epsilon))
+            starts.append(moved[-1].expand(images, -1, -1))
+            return self._look(hidden, moved[-1].detach() if index else anchors, index)
+
+        per_image = self.training and self.dropout > 0
+        hidden = zero_states(anchors, self.width, images, per_image)
+        states, trace = run_decoder(self.layers, hidden, aim, memory, sizes, attention)
         return self.norm(torch.stack(states)), torch.stack(starts), trace
 
     def _look(self, hidden: Tensor, anchors: Tensor, index: int) -> tuple[Tensor, Tensor]:
@@ -149,7 +143,7 @@ class DABDETR(SingleScaleDetector):
     config_class = DABDETRConfig
 
     def __init__(self, config: DABDETRConfig, classes: int) -> None:
-        super().__init__(config, classes, ScaledPositionEncoder, config.grid_temperature)
+        super().__init__(config, classes, True, config.grid_temperature)
         width = config.width
         self.decoder = DABDecoder(config)
         self.anchors = nn.Embedding(config.queries, 4)

@@ -55,26 +55,29 @@ class DeformableAttention(nn.Module):
 
     def forward(
         self,
-        query: Tensor,
+        hidden: Tensor,
+        embedding: Tensor,
+        *,
         reference: Tensor,
-        tokens: Tensor,
         padding: Tensor | None,
         levels: Levels,
+        tokens: Tensor | None = None,
     ) -> tuple[Tensor, Samples]:
         """Read the memory.
 
         Args:
-            query: [B, N, D].
+            hidden: [B, N, D].
+            embedding: [B or 1, N, D], added for queries.
             reference: [B, N, V, 2] points or [B, N, V, 4] boxes, normalised to the padded level.
-            tokens: [B, S, D].
             padding: [B, S] bool, True for tokens that hold nothing, or None.
             levels: the V grids that S runs over.
+            tokens: [B, S, D] memory; None: the states read each other, N is S.
 
         Returns:
             [B, N, D], and what was sampled.
         """
-        samples = self._samples(query, reference, levels)
-        value = self.value(tokens)
+        samples = self._samples(hidden + embedding, reference, levels)
+        value = self.value(hidden if tokens is None else tokens)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
         return self.output(sample_values(value, samples, levels)), samples

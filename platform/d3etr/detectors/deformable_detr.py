@@ -15,18 +15,30 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig, Positive
+from d3etr.detectors.attention import SelfAttention
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.detectors.deformable_attention import DeformableAttention, initialise_deformable
-from d3etr.detectors.deformable_decoder import DeformableDecoder
-from d3etr.detectors.deformable_encoder import DeformableEncoder
-from d3etr.detectors.feature_levels import FeatureLevels, LevelPositions, level_paddings
-from d3etr.detectors.groups import side_by_side, split_groups
+from d3etr.detectors.deformable_attention import (
+    DeformableAttention,
+    initialise_deformable,
+    splatted_scores,
+)
+from d3etr.detectors.feature_levels import (
+    FeatureLevels,
+    LevelPositions,
+    cell_centres,
+    level_paddings,
+    on_levels,
+    valid_ratios,
+)
+from d3etr.detectors.groups import AttentionTrace, LayerAttention, side_by_side, split_groups
+from d3etr.detectors.heads import box_logits
 from d3etr.detectors.initialisation import (
     initialise_box_head,
     initialise_class_head,
     initialise_transformer,
 )
 from d3etr.detectors.proposals import Proposals
+from d3etr.detectors.transformer import MLP, DecoderLayer, Encoder, run_decoder
 from d3etr.structures import DecoderOutputs, ImageBatch, Memory, ObjectQueries
 
 
@@ -86,6 +98,105 @@ class DeformableDETRConfig(DetectorConfig):
         return self
 
 
+def _attention(config: DeformableDETRConfig) -> DeformableAttention:
+    return DeformableAttention(config.width, config.heads, config.levels, config.points)
+
+
+class DeformableDecoderLayer(DecoderLayer):
+    """Its queries look at a few places around references [B, N, V, 2 or 4] on padded levels."""
+
+    def look(
+        self,
+        hidden: Tensor,
+        embedding: Tensor,
+        place: Tensor | None,
+        memory: Memory,
+        keep: bool,
+    ) -> tuple[Tensor, LayerAttention | None]:
+        """As of ``DecoderLayer``; maps are those of what was sampled."""
+        mixed, samples = self.cross_attention(
+            hidden,
+            embedding,
+            reference=place,
+            padding=memory.padding,
+            levels=memory.levels,
+            tokens=memory.tokens,
+        )
+        return mixed, splatted_scores(samples, memory.padding, memory.levels) if keep else None
+
+
+class DeformableDecoder(nn.Module):
+    """The stack of layers with their heads.
+
+    With box refinement every layer has heads of its own and starts from the boxes of the one
+    before; without, all share one pair of heads and one reference.
+
+    Args:
+        config: uses decoder_layers, box_refinement and what its layers use.
+        classes: C.
+    """
+
+    def __init__(self, config: DeformableDETRConfig, classes: int) -> None:
+        super().__init__()
+        width, depth = config.width, config.decoder_layers
+        self.refines = config.box_refinement
+        self.layers = nn.ModuleList(
+            DeformableDecoderLayer(config, SelfAttention(config), _attention(config))
+            for _ in range(depth)
+        )
+        heads = depth if self.refines else 1
+        self.class_heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
+        self.box_heads = nn.ModuleList(MLP((width, width, width, 4)) for _ in range(heads))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        embedding: Tensor,
+        reference: Tensor,
+        memory: Memory,
+        sizes: list[int],
+        attention: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, AttentionTrace | None]:
+        """Decode all groups side by side.
+
+        Args:
+            hidden: [B, N, D] initial states.
+            embedding: [B or 1, N, D].
+            reference: [B, N, 2] or [B, N, 4] logits, relative to the image.
+            memory: encoder output.
+            sizes: queries of each group, N in total.
+            attention: keep what attention maps are computed from.
+
+        Returns:
+            [L, B, N, C] logits, [L, B, N, 4] boxes in [0, 1], [B, N, D] states of the last layer,
+            and the attention or None.
+        """
+        ratios = valid_ratios(memory.padding, memory.levels)
+        logits: list[Tensor] = []
+        moved: list[Tensor] = []
+
+        def start() -> Tensor:
+            # Each layer learns its own move, not to make up for later ones.
+            return moved[-1].detach() if self.refines and moved else reference
+
+        def predict(layer: int, states: Tensor) -> None:
+            head = layer if self.refines else 0
+            box_head = self.box_heads[head]
+            assert isinstance(box_head, MLP)
+            logits.append(self.class_heads[head](states).float())
+            moved.append(box_logits(box_head, states, start()))
+
+        def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            if index:
+                predict(index - 1, hidden)
+            return embedding, on_levels(start().sigmoid(), ratios, len(memory.levels))
+
+        states, trace = run_decoder(self.layers, hidden, aim, memory, sizes, attention)
+        predict(len(states) - 1, states[-1])
+        boxes = torch.stack([box.sigmoid() for box in moved])
+        return torch.stack(logits), boxes, states[-1], trace
+
+
 class DeformableDETR(DetectionTransformer):
     """Queries sample few places around their references, on several feature levels.
 
@@ -104,7 +215,7 @@ class DeformableDETR(DetectionTransformer):
         self.stride = self.backbone.stage_strides[-self.levels.stages]
         self.position = LevelPositions(width, config.levels)
         self.position.requires_grad_(config.encoder_layers > 0)  # the decoder has no use for it
-        self.encoder = DeformableEncoder(config)
+        self.encoder = Encoder(config, lambda: _attention(config))
         self.decoder = DeformableDecoder(config, classes)
         self.proposals = Proposals(config, classes) if config.two_stage else None
         if self.proposals is None:
@@ -146,7 +257,10 @@ class DeformableDETR(DetectionTransformer):
         tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in maps], 1)
         shrunk = [part.flatten(1) for part in paddings if part is not None]
         padding = torch.cat(shrunk, 1) if shrunk else None
-        tokens = self.encoder(tokens, position, padding, levels)
+        ratios = valid_ratios(padding, levels)
+        centres = cell_centres(ratios, levels, tokens).expand(len(tokens), -1, -1)
+        reference = on_levels(centres, ratios, len(levels))
+        tokens = self.encoder(tokens, position, reference=reference, padding=padding, levels=levels)
         if self.proposals is None:
             return Memory(tokens, position, padding, levels)
         proposed = self.proposals(tokens, padding, levels)
@@ -186,7 +300,7 @@ class DeformableDETR(DetectionTransformer):
         images = len(memory.tokens)
         parts = [self._complete(group) for group in groups]
         embedding, reference, content = (side_by_side(part) for part in zip(*parts, strict=True))
-        decoded = self.decoder(
+        logits, boxes, states, trace = self.decoder(
             content.expand(images, -1, -1),
             embedding,
             reference.float().expand(images, -1, -1),
@@ -194,9 +308,7 @@ class DeformableDETR(DetectionTransformer):
             sizes,
             attention,
         )
-        return split_groups(
-            memory, sizes, decoded.logits, decoded.boxes, decoded.states, decoded.trace
-        )
+        return split_groups(memory, sizes, logits, boxes, states, trace)
 
     def _complete(self, group: ObjectQueries) -> tuple[Tensor, Tensor, Tensor]:
         reference, content = group.reference_logits, group.content

@@ -10,19 +10,19 @@ from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from d3etr.config.detector import DetectorConfig
+from d3etr.detectors.attention import CrossAttention, SelfAttention
 from d3etr.detectors.base import SingleScaleDetector
-from d3etr.detectors.groups import AttentionTrace, side_by_side, split_groups, zero_states
+from d3etr.detectors.groups import side_by_side, split_groups, zero_states
 from d3etr.detectors.heads import predict_boxes, sigmoid_logits
 from d3etr.detectors.initialisation import (
     initialise_class_head,
     initialise_sizes,
     initialise_transformer,
 )
-from d3etr.detectors.layers import MLP, FeedForward
-from d3etr.detectors.query_attention import MemoryAttention, QuerySelfAttention
+from d3etr.detectors.transformer import MLP, DecoderLayer, run_decoder
 from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
 
 
@@ -53,56 +53,6 @@ class DETRConfig(DetectorConfig):
         return self
 
 
-class DETRDecoderLayer(nn.Module):
-    """Self-attention, cross-attention, feed-forward, all post-norm.
-
-    Args:
-        config: uses width, heads, feedforward and dropout.
-    """
-
-    def __init__(self, config: DetectorConfig) -> None:
-        super().__init__()
-        sizes = (config.width, config.heads, config.dropout)
-        self.self_attention = QuerySelfAttention(*sizes)
-        self.self_norm = nn.LayerNorm(config.width)
-        self.cross_attention = MemoryAttention(*sizes)
-        self.cross_norm = nn.LayerNorm(config.width)
-        self.feedforward = FeedForward(config.width, config.feedforward, config.dropout)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        embedding: Tensor,
-        memory: Memory,
-        sizes: list[int],
-        trace: AttentionTrace | None,
-    ) -> Tensor:
-        """One layer for all groups.
-
-        Args:
-            hidden: [B or 1, N, D].
-            embedding: [B or 1, N, D].
-            memory: encoder output.
-            sizes: queries of each group.
-            trace: this layer's attention is appended to it, if there is one.
-
-        Returns:
-            [B, N, D].
-        """
-        attention = trace is not None
-        mixed, within = self.self_attention(hidden, embedding, sizes, attention)
-        hidden = self.self_norm(hidden + self.dropout(mixed))
-        mixed, across = self.cross_attention(
-            hidden, embedding, memory.tokens, memory.position, memory.padding, attention
-        )
-        hidden = self.cross_norm(hidden + self.dropout(mixed))
-        if trace is not None and across is not None:
-            trace.within.append(within)
-            trace.across.append(across)
-        return self.feedforward(hidden)  # type: ignore[no-any-return]
-
-
 class DETR(SingleScaleDetector):
     """Queries are learned embeddings without a place of their own.
 
@@ -121,7 +71,10 @@ class DETR(SingleScaleDetector):
     def __init__(self, config: DETRConfig, classes: int) -> None:
         super().__init__(config, classes)
         width = config.width
-        self.decoder = nn.ModuleList(DETRDecoderLayer(config) for _ in range(config.decoder_layers))
+        self.decoder = nn.ModuleList(
+            DecoderLayer(config, SelfAttention(config), CrossAttention(config))
+            for _ in range(config.decoder_layers)
+        )
         self.decoder_norm = nn.LayerNorm(width)
         self.query_embedding = nn.Embedding(config.queries, width)
         self.softmax_classes = config.softmax_classes
@@ -144,13 +97,11 @@ class DETR(SingleScaleDetector):
         """Decode query groups side by side; reference points are not used."""
         sizes = [group.count for group in groups]
         embedding = side_by_side([group.embedding for group in groups])
-        trace = AttentionTrace() if attention else None
         per_image = self.training and self.config.dropout > 0
-        hidden = zero_states(embedding, len(memory.tokens), per_image)
-        states = []
-        for layer in self.decoder:
-            hidden = layer(hidden, embedding, memory, sizes, trace)
-            states.append(hidden)
+        hidden = zero_states(embedding, self.config.width, len(memory.tokens), per_image)
+        states, trace = run_decoder(
+            self.decoder, hidden, lambda index, hidden: (embedding, None), memory, sizes, attention
+        )
         normed = self.decoder_norm(torch.stack(states))
         logits, no_object = self.class_head(normed).float(), None
         if self.softmax_classes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -84,16 +84,17 @@ def side_by_side(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.expand(images, -1, -1) for part in parts], 1)
 
 
-def zero_states(embedding: Tensor, images: int, per_image: bool) -> Tensor:
+def zero_states(like: Tensor, width: int, images: int, per_image: bool) -> Tensor:
     """Where decoder states start.
 
     Args:
-        embedding: [B or 1, N, D].
+        like: [B or 1, N, ..].
+        width: D.
         images: B.
-        per_image: give every image its own; else those of [1, N, D] stay shared until they meet
-            their image's memory.
+        per_image: give every image its own, as dropout tells images apart; else those of
+            [1, N, D] stay shared until they meet their image's memory.
     """
-    states = torch.zeros_like(embedding)
+    states = like.new_zeros(*like.shape[:2], width)
     return states.expand(images, -1, -1) if per_image else states
 
 
@@ -117,26 +118,27 @@ def split_groups(
         trace: attention of all layers, or None.
         no_object: [L, B, N] log-probability that there is none, where classes are exclusive.
     """
-    softmax_classes = no_object is not None
-    groups = [
-        DecoderOutputs(
-            *parts[:2], None, None, memory.levels, memory.padding, parts[2], softmax_classes
-        )
-        for parts in zip(
-            torch.split(logits, sizes, 2),
-            torch.split(boxes, sizes, 2),
-            torch.split(states, sizes, 1),
-            strict=True,
-        )
-    ]
-    if no_object is not None:
-        parts = zip(groups, torch.split(no_object, sizes, 2), strict=True)
-        groups = [replace(group, no_object=part) for group, part in parts]
-    if trace is None:
-        return groups
-    within = trace.self_maps(len(memory.tokens))
-    across = trace.cross_maps(sizes, memory)
+    none: list[None] = [None] * len(sizes)
+    parts = zip(
+        torch.split(logits, sizes, 2),
+        torch.split(boxes, sizes, 2),
+        none if trace is None else trace.self_maps(len(memory.tokens)),
+        none if trace is None else trace.cross_maps(sizes, memory),
+        torch.split(states, sizes, 1),
+        none if no_object is None else torch.split(no_object, sizes, 2),
+        strict=True,
+    )
     return [
-        replace(group, self_maps=own, cross_maps=other)
-        for group, own, other in zip(groups, within, across, strict=True)
+        DecoderOutputs(
+            scores,
+            places,
+            own,
+            other,
+            memory.levels,
+            memory.padding,
+            last,
+            softmax_classes=no_object is not None,
+            no_object=nothing,
+        )
+        for scores, places, own, other, last, nothing in parts
     ]

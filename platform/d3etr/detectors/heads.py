@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from d3etr.detectors.layers import MLP
+from d3etr.detectors.transformer import MLP
 
 EPSILON = 1e-5
 """Of the inverse sigmoid of every official code but DAB-DETR's."""

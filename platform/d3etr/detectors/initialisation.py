@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from d3etr.detectors.attention import (
     ConditionalCrossAttention,
-    DecoderSelfAttention,
-    EncoderSelfAttention,
+    ConditionalSelfAttention,
+    CrossAttention,
+    MultiHeadAttention,
+    SelfAttention,
 )
-from d3etr.detectors.layers import MLP
-from d3etr.detectors.query_attention import MemoryAttention, QuerySelfAttention
+from d3etr.detectors.transformer import MLP
 
 PRIOR_PROBABILITY = 0.01
 """Class probability of every query before training (focal loss, arXiv 1708.02002)."""
+
+PEAK = 6.0
+"""Score of a cell at the reference point, before training; far away it is about 0."""
+FALLOFF = 6.0
+"""Frequencies over which the projections' weights fall by a factor of e: low ones hardly tell
+places apart."""
 
 
 def initialise_transformer(module: nn.Module) -> None:
@@ -28,18 +36,15 @@ def initialise_transformer(module: nn.Module) -> None:
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
     for part in module.modules():
-        if isinstance(part, DecoderSelfAttention):
+        if isinstance(part, ConditionalSelfAttention):
             _draw_apart(part.content)
             _draw_apart(part.position)
         elif isinstance(part, ConditionalCrossAttention):
             _draw_apart(part.key_value)
-        elif isinstance(part, EncoderSelfAttention | QuerySelfAttention):
-            _as_multihead_attention(part)
-        elif isinstance(part, MemoryAttention):
-            for linear in (part.query, part.key, part.value):
-                _draw_apart(linear, gain=2**-0.5)
-                nn.init.zeros_(linear.bias)
-            nn.init.zeros_(part.output.bias)
+        elif isinstance(part, SelfAttention):
+            _as_multihead_attention(part, part.query_key, part.value)
+        elif isinstance(part, CrossAttention):
+            _as_multihead_attention(part, part.query, part.key, part.value)
 
 
 def initialise_class_head(class_head: nn.Linear) -> None:
@@ -86,9 +91,45 @@ def _draw_apart(linear: nn.Linear, gain: float = 1.0) -> None:
         nn.init.xavier_uniform_(block, gain)
 
 
-def _as_multihead_attention(attention: EncoderSelfAttention | QuerySelfAttention) -> None:
+def _as_multihead_attention(attention: MultiHeadAttention, *linears: nn.Linear) -> None:
     """As ``nn.MultiheadAttention`` in DETR: bounds of the [3 D, D] block, zero biases."""
-    for linear in (attention.query_key, attention.value):
+    for linear in linears:
         _draw_apart(linear, gain=2**-0.5)
         nn.init.zeros_(linear.bias)
     nn.init.zeros_(attention.output.bias)
+
+
+def attend_to_references(decoder: nn.Module, query_scale: MLP) -> None:
+    """Let Conditional DETR's queries look around their reference points from the start.
+
+    The spatial part of a cross-attention score is a product of two projections of sine encodings,
+    one of the reference point and one of the cell (arXiv 2108.06152, equation 2). With random
+    projections it says nothing about distance, and finding out where the points are takes most of
+    a short training. With one projection for both it is a kernel that is highest where point and
+    cell meet. That start is our choice, not the paper's.
+
+    Args:
+        decoder: changed in place, in every layer.
+        query_scale: its transformation of reference points, which starts as 1.
+    """
+    for attention in decoder.modules():
+        if not isinstance(attention, ConditionalCrossAttention):
+            continue
+        shared = _projection(attention.query_spatial.in_features, attention.heads)
+        for linear in (attention.query_spatial, attention.key_position):
+            linear.weight.data.copy_(shared)
+            nn.init.zeros_(linear.bias)
+    last = _last_layer(query_scale)
+    nn.init.zeros_(last.weight)
+    nn.init.ones_(last.bias)
+
+
+def _projection(width: int, heads: int) -> Tensor:
+    """[D, D] random, mostly of high frequencies, scaled so that a head's score peaks at PEAK."""
+    frequencies = torch.arange(width // 4, dtype=torch.float32)
+    share = torch.exp(-frequencies / FALLOFF).repeat_interleave(2).repeat(2)
+    # Of a random projection to E channels: |W p|^2 is E times the mean square of share * p, and
+    # sin^2 + cos^2 = 1. Scores are divided by the root of their 2 E channels.
+    channels = width // heads
+    score = channels * share.square().sum() / 2 / math.sqrt(2 * channels)
+    return torch.randn(width, width) * share * (PEAK / score).sqrt()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from d3etr.detectors.feature_levels import cell_centres, valid_ratios
 from d3etr.detectors.heads import box_logits
-from d3etr.detectors.layers import MLP
 from d3etr.detectors.position import SineEncoding
+from d3etr.detectors.transformer import MLP
 from d3etr.structures import DecoderOutputs, Levels, Memory, ObjectQueries
 
 if TYPE_CHECKING:
