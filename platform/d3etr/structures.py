@@ -6,7 +6,7 @@ S = h*w memory tokens · D model width · C classes · T objects of the fullest 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import cache
@@ -116,13 +116,16 @@ class ObjectQueries:
         """Number of queries N."""
         return self.embedding.shape[-2]
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> ObjectQueries:
+        """All parts that there are, changed alike."""
+        parts = (self.embedding, self.reference_logits, self.content)
+        embedding, reference, content = (None if x is None else change(x) for x in parts)
+        assert embedding is not None
+        return ObjectQueries(embedding, reference, content)
+
     def detach(self) -> ObjectQueries:
         """The same queries outside the autograd graph."""
-        reference, content = (
-            None if part is None else part.detach()
-            for part in (self.reference_logits, self.content)
-        )
-        return ObjectQueries(self.embedding.detach(), reference, content)
+        return self.map(Tensor.detach)
 
 
 class Supervision(Enum):

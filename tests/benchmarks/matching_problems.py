@@ -23,7 +23,7 @@ from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import load_weights
 from d3etr.matching.assignment import CostBlock
-from d3etr.methods.correspondence import adaptive_problem
+from d3etr.methods.adaptive import AdaptiveMatching
 from d3etr.structures import DecoderOutputs, ImageBatch, ObjectQueries
 
 TEACHER = Path(__file__).resolve().parents[2] / "trainers/weights/digits-teacher.safetensors"
@@ -48,7 +48,7 @@ def _untrained_problem(scale: Scale) -> CostBlock:
         _decoded(_untrained("resnet18", scale.queries).to(scale.device).eval(), images)
         for _ in range(2)
     ]
-    return adaptive_problem(said[0], said[1], MatchingCostConfig())
+    return AdaptiveMatching(MatchingCostConfig(), 1.0, scale.queries).problem(said[0], said[1])
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def _trained_problem(scale: Scale) -> CostBlock:
     pixels = [normalise(torch.from_numpy(scene).permute(2, 0, 1), settings) for scene in scenes]
     images = ImageBatch(torch.stack(pixels)).to(scale.device)
     said = [_decoded(detector, images, _mixed(detector, scale.queries, k)) for k in range(2)]
-    return adaptive_problem(said[0], said[1], MatchingCostConfig())
+    return AdaptiveMatching(MatchingCostConfig(), 1.0, scale.queries).problem(said[0], said[1])
 
 
 def _decoded(

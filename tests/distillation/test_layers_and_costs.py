@@ -8,8 +8,8 @@ from d3etr.config.distillation import MatchingCostConfig, PredictionConfig
 from d3etr.errors import UserError
 from d3etr.losses.prediction import class_loss
 from d3etr.matching.boxes import cxcywh_to_xyxy, generalised_iou
-from d3etr.methods.correspondence import adaptive_problem, kept_pairs
-from d3etr.methods.layer_map import teacher_layers
+from d3etr.methods.adaptive import AdaptiveMatching, kept_pairs
+from d3etr.methods.selection import teacher_layers
 from d3etr.structures import DecoderOutputs
 
 
@@ -70,7 +70,7 @@ def test_adaptive_cost_equals_its_definition(distance: str) -> None:
     student = DecoderOutputs(torch.randn(2, 1, 5, 3), torch.rand(2, 1, 5, 4))
     teacher = DecoderOutputs(torch.randn(2, 1, 4, 3), torch.rand(2, 1, 4, 4))
     config = MatchingCostConfig.model_validate({"class_distance": distance})
-    costs = adaptive_problem(student, teacher, config).costs
+    costs = AdaptiveMatching(config, 1.0, 5).problem(student, teacher).costs
     assert costs.shape == (2, 1, 5, 4)
     for layer, i, j in ((0, 0, 0), (1, 4, 3), (1, 2, 1)):
         p = student.logits[layer, 0, i].sigmoid()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
-from d3etr.methods.correspondence import share_of
+from d3etr.methods.selection import share_of
 from d3etr.structures import ObjectQueries, on_device
 
 

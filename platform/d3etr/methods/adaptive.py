@@ -11,14 +11,15 @@ from torch import Tensor
 
 from d3etr.config.distillation import MatchingCostConfig
 from d3etr.matching.assignment import Assignment, CostBlock
-from d3etr.methods.correspondence import (
-    Correspondence,
-    adaptive_correspondence,
-    adaptive_problem,
-)
-from d3etr.methods.pairs import MatchedPairs
-from d3etr.methods.selection import best_confidence
+from d3etr.matching.costs import distillation_costs
+from d3etr.methods.pairs import Correspondence, MatchedPairs
+from d3etr.methods.selection import share_of
 from d3etr.structures import DecoderOutputs
+
+
+def kept_pairs(student: int, teacher: int, ratio: float) -> int:
+    """Adaptive pairs per image: the matched ones times ``matched_pair_ratio``, at least 1."""
+    return share_of(min(student, teacher), ratio)
 
 
 class AdaptiveMatching:
@@ -34,18 +35,26 @@ class AdaptiveMatching:
         self._cost, self._ratio, self._queries = cost, ratio, queries
 
     def problem(self, student: DecoderOutputs, teacher: DecoderOutputs) -> CostBlock:
-        """All queries of the one against all of the other."""
-        return adaptive_problem(student, teacher, self._cost)
+        """All queries of the one against all of the other; rows are student queries."""
+        costs = distillation_costs(student, teacher, self._cost)
+        return CostBlock("student queries against teacher queries", costs)
 
     def correspondence(
         self, assignment: Assignment, student: DecoderOutputs, teacher: DecoderOutputs
     ) -> Correspondence:
         """The pairs of a solution, those of the teacher's most confident queries."""
-        return adaptive_correspondence(assignment, student, teacher, self._ratio)
+        rows, columns = assignment.rows, assignment.columns
+        kept = kept_pairs(student.queries, teacher.queries, self._ratio)
+        if kept < rows.shape[-1]:
+            confidence = teacher.confidence().gather(2, columns)
+            best = confidence.topk(kept, dim=2).indices
+            rows, columns = rows.gather(2, best), columns.gather(2, best)
+        # Rows are ascending: as many as there are student queries means all, in order.
+        return Correspondence(columns, None if kept == student.queries else rows)
 
     def confidence(self, teacher: DecoderOutputs) -> Tensor:
         """[L] normaliser: what the pairs will weigh, known before they are found."""
-        return best_confidence(teacher, self._queries, self._ratio).sum((1, 2))
+        return self._best_confidence(teacher).sum((1, 2))
 
     def pairs(
         self,
@@ -63,7 +72,18 @@ class AdaptiveMatching:
             normalisers: ``adaptive`` and ``images`` of the global batch.
         """
         index = self.correspondence(assignment, student, teacher)
-        shares = best_confidence(teacher, self._queries, self._ratio).sum(2)
+        shares = self._best_confidence(teacher).sum(2)
         return MatchedPairs(
             student, teacher, index, normalisers["adaptive"], normalisers["images"], shares
         )
+
+    def _best_confidence(self, teacher: DecoderOutputs) -> Tensor:
+        """[L, B, P] the teacher's confidence in as many of its queries as there will be pairs.
+
+        The most confident ones, known before any pair is found: what an image brings into the
+        normaliser. Where every teacher query is matched they are the pairs; where the student has
+        fewer queries, weights of an image's pairs are scaled to sum to theirs (our choice), so
+        that those of the global batch sum to 1 however it is cut.
+        """
+        kept = kept_pairs(self._queries, teacher.queries, self._ratio)
+        return teacher.confidence().float().topk(kept, dim=2).values

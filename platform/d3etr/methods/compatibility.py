@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from d3etr.config.detector import DetectorConfig
 from d3etr.errors import UserError
-from d3etr.methods.correspondence import kept_pairs, share_of
-from d3etr.methods.layer_map import teacher_layers
-from d3etr.methods.pairs import PairTerms
-from d3etr.methods.teacher_queries import TeacherQueryConfig
+from d3etr.methods.adaptive import kept_pairs
+from d3etr.methods.selection import share_of, teacher_layers
+
+if TYPE_CHECKING:
+    from d3etr.methods.teacher_queries import TeacherQueryConfig
 
 
 def check_pair(
-    config: TeacherQueryConfig,
-    student: DetectorConfig,
-    teacher: DetectorConfig,
-    classes: int,
-    *,
-    matched_pair_ratio: float | None = None,
-    fixed: bool = True,
-    points: int = 0,
+    config: TeacherQueryConfig, student: DetectorConfig, teacher: DetectorConfig, classes: int
 ) -> None:
     """Refuse detectors that a configured loss cannot bridge, or over which it would always be 0.
 
@@ -32,9 +28,6 @@ def check_pair(
         student: its architecture.
         teacher: its architecture.
         classes: C, of both.
-        matched_pair_ratio: share of adaptive pairs that are kept; None where there are none.
-        fixed: whether anything is compared over the auxiliary group.
-        points: number of general points.
 
     Raises:
         UserError: names the losses and the settings that would help.
@@ -45,16 +38,19 @@ def check_pair(
     _check_classes(config, classes)
     if config.self_attention.weight:
         counts = student.queries, teacher.queries
+        points, kept = config.points, config.kept_share
         alone = {
-            "matched_pair_ratio": matched_pair_ratio is not None
-            and kept_pairs(*counts, matched_pair_ratio) == 1,
-            "teacher_query_ratio": fixed and share_of(counts[1], config.teacher_query_ratio) == 1,
-            "general_points.count": points == 1,
+            "matched_pair_ratio": config.matches_adaptively and kept_pairs(*counts, kept) == 1,
+            "teacher_query_ratio": config.fixed_share > 0
+            and share_of(counts[1], config.teacher_query_ratio) == 1,
+            "general_points.count": points is not None and points.count == 1,
         }
         _check_lone_queries(*counts, [key for key, one in alone.items() if one])
 
 
-def _check_heads(student: DetectorConfig, teacher: DetectorConfig, config: PairTerms) -> None:
+def _check_heads(
+    student: DetectorConfig, teacher: DetectorConfig, config: TeacherQueryConfig
+) -> None:
     if student.heads == teacher.heads:
         return
     terms = {"self": config.self_attention, "cross": config.cross_attention}
@@ -71,7 +67,9 @@ def _check_heads(student: DetectorConfig, teacher: DetectorConfig, config: PairT
         )
 
 
-def _check_levels(student: DetectorConfig, teacher: DetectorConfig, config: PairTerms) -> None:
+def _check_levels(
+    student: DetectorConfig, teacher: DetectorConfig, config: TeacherQueryConfig
+) -> None:
     if not config.cross_attention.weight:
         return
     ours, theirs = student.feature_levels, teacher.feature_levels
@@ -84,7 +82,7 @@ def _check_levels(student: DetectorConfig, teacher: DetectorConfig, config: Pair
         )
 
 
-def _check_classes(config: PairTerms, classes: int) -> None:
+def _check_classes(config: TeacherQueryConfig, classes: int) -> None:
     """A softmax over one class is 1 whatever the logit."""
     prediction = config.prediction
     if classes > 1 or not (prediction.weight and prediction.class_weight):

@@ -19,28 +19,15 @@ from typing import Literal, Self
 from pydantic import model_validator
 from torch import Tensor
 
-from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import (
     FeatureConfig,
     GeneralPointsConfig,
     MatchingCostConfig,
-    MethodConfig,
     Ratio,
     Share,
 )
-from d3etr.matching.assignment import CostBlock
-from d3etr.methods.adaptive import AdaptiveMatching
 from d3etr.methods.base import Matches, StudentOutputs, TeacherOutputs
-from d3etr.methods.compatibility import check_pair
-from d3etr.methods.pairs import compares_anything, pair_losses, scaled
-from d3etr.methods.teacher_queries import (
-    AUXILIARY,
-    GENERAL,
-    TeacherQueryConfig,
-    TeacherQueryMethod,
-    confidence_of,
-    fixed_pairs,
-)
+from d3etr.methods.teacher_queries import TeacherQueryConfig, TeacherQueryMethod
 from d3etr.structures import Targets
 
 
@@ -67,12 +54,12 @@ class D3ETRConfig(TeacherQueryConfig):
     @property
     def matches_adaptively(self) -> bool:
         """Whether bipartite matching between teacher and student runs."""
-        return self.adaptive_ratio > 0 and compares_anything(self)
+        return self.adaptive_ratio > 0 and self.compares_pairs
 
     @property
-    def distils(self) -> bool:
-        """Whether anything of the teacher's outputs is compared with."""
-        return compares_anything(self) or bool(self.features.weight)
+    def fixed_share(self) -> float:
+        """1 - r."""
+        return 1 - self.adaptive_ratio
 
     @property
     def description(self) -> str:
@@ -105,7 +92,7 @@ class D3ETRConfig(TeacherQueryConfig):
                 "auxiliary_group.always without ground_truth: where adaptive_ratio is 1 the group "
                 "would learn nothing"
             )
-        if self.general_points.count and not compares_anything(self):
+        if self.general_points.count and not self.compares_pairs:
             raise ValueError("general_points have no effect: all term weights are 0")
         if self.adaptive_ratio == 0 and self.without_effect & self.model_fields_set:
             raise ValueError(
@@ -129,59 +116,8 @@ class D3ETR(TeacherQueryMethod):
     w_pred L_pred + w_self L_self + w_cross L_cross over its pairs (``pair_losses``).
     """
 
+    config: D3ETRConfig
     config_class = D3ETRConfig
-    adaptive: AdaptiveMatching
-
-    def __init__(
-        self, config: D3ETRConfig, student: DetectorConfig, teacher: DetectorConfig, *, seed: int
-    ) -> None:
-        super().__init__(
-            config,
-            student,
-            teacher,
-            seed=seed,
-            points=config.general_points,
-            features=config.features,
-        )
-        self.config = config
-        self.adaptive = AdaptiveMatching(
-            config.matching_cost, config.matched_pair_ratio, student.queries
-        )
-
-    @classmethod
-    def check_compatible(
-        cls, config: MethodConfig, student: DetectorConfig, teacher: DetectorConfig, classes: int
-    ) -> None:
-        """Refuse detectors that the terms cannot bridge; see ``Method.check_compatible``."""
-        assert isinstance(config, D3ETRConfig)
-        check_pair(
-            config,
-            student,
-            teacher,
-            classes,
-            matched_pair_ratio=config.matched_pair_ratio if config.matches_adaptively else None,
-            fixed=config.adaptive_ratio < 1,
-            points=config.general_points.count,
-        )
-
-    def costs(
-        self, student: StudentOutputs, teacher: TeacherOutputs, targets: Targets
-    ) -> dict[str, CostBlock]:
-        """Adaptive Matching: all of the student's queries against all of the teacher's."""
-        if not (self.config.matches_adaptively and teacher.groups):
-            return {}
-        return {"adaptive": self.adaptive.problem(student.main, teacher.main)}
-
-    def normalisers(self, teacher: TeacherOutputs, targets: Targets) -> dict[str, Tensor]:
-        """[L] confidence of the teacher, summed over the pairs of each kind."""
-        if not teacher.groups:
-            return {}
-        sums = {
-            name: confidence_of(teacher.groups[group].outputs)
-            for name, group in (("fixed", AUXILIARY), ("general", GENERAL))
-            if group in teacher.groups
-        }
-        return sums | {"adaptive": self.adaptive.confidence(teacher.main)}
 
     def losses(
         self,
@@ -192,25 +128,12 @@ class D3ETR(TeacherQueryMethod):
         normalisers: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """R L_adaptive + (1 - r) L_fixed, and what is added on top."""
-        config, r = self.config, self.config.adaptive_ratio
-        if not (teacher.groups and config.distils):
+        if not (teacher.groups and self.config.distils):
             return {}
-        fixed, extra, adaptive = {}, {}, {}
-        if r < 1:
-            pairs = fixed_pairs(AUXILIARY, student, teacher, normalisers, "fixed")
-            fixed = scaled("fixed", 1 - r, pair_losses(pairs, config))
-        if GENERAL in teacher.groups:
-            pairs = fixed_pairs(GENERAL, student, teacher, normalisers, "general")
-            extra = scaled("general", config.general_points.weight, pair_losses(pairs, config))
-        if self.features is not None:
-            assert teacher.tokens is not None
-            distance = self.features(
-                student.memory, teacher.main, teacher.tokens, targets, normalisers["images"]
-            )
-            extra["features"] = config.features.weight * distance
-        if config.matches_adaptively:
-            with matches("adaptive") as assignment:
-                pairs = self.adaptive.pairs(assignment, student.main, teacher.main, normalisers)
-                terms = scaled("adaptive", r, pair_losses(pairs, config))
-                adaptive = assignment.nan_if_invalid(terms)
-        return adaptive | fixed | extra
+        r = self.config.adaptive_ratio
+        without_matching = (
+            self.fixed_losses(1 - r, student, teacher, normalisers)
+            | self.general_losses(student, teacher, normalisers)
+            | self.feature_losses(student, teacher, targets, normalisers)
+        )
+        return self.matched_losses(r, student, teacher, matches, normalisers) | without_matching

@@ -13,22 +13,16 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 from torch import Tensor
 
-from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import (
     AttentionConfig,
     AuxiliaryGroupConfig,
     FeatureConfig,
     GeneralPointsConfig,
     MatchingCostConfig,
-    MethodConfig,
     PredictionConfig,
     Share,
 )
-from d3etr.matching.assignment import CostBlock
-from d3etr.methods.adaptive import AdaptiveMatching
 from d3etr.methods.base import Matches, StudentOutputs, TeacherOutputs
-from d3etr.methods.compatibility import check_pair
-from d3etr.methods.pairs import compares_anything, pair_losses, scaled
 from d3etr.methods.teacher_queries import TeacherQueryConfig, TeacherQueryMethod
 from d3etr.structures import Targets
 
@@ -69,12 +63,12 @@ class DETRDistillConfig(TeacherQueryConfig):
     @property
     def matches_adaptively(self) -> bool:
         """Whether bipartite matching between teacher and student runs."""
-        return compares_anything(self)
+        return self.compares_pairs
 
     @property
-    def distils(self) -> bool:
-        """Whether anything of the teacher's outputs is compared with."""
-        return compares_anything(self) or bool(self.features.weight)
+    def fixed_share(self) -> float:
+        """Nothing is compared over the group."""
+        return 0.0
 
     @property
     def without_effect(self) -> frozenset[str]:
@@ -105,50 +99,6 @@ class DETRDistill(TeacherQueryMethod):
     """
 
     config_class = DETRDistillConfig
-    adaptive: AdaptiveMatching
-
-    def __init__(
-        self,
-        config: DETRDistillConfig,
-        student: DetectorConfig,
-        teacher: DetectorConfig,
-        *,
-        seed: int,
-    ) -> None:
-        super().__init__(config, student, teacher, seed=seed, features=config.features)
-        self.config = config
-        self.adaptive = AdaptiveMatching(
-            config.matching_cost, config.matched_pair_ratio, student.queries
-        )
-
-    @classmethod
-    def check_compatible(
-        cls, config: MethodConfig, student: DetectorConfig, teacher: DetectorConfig, classes: int
-    ) -> None:
-        """Refuse detectors that the terms cannot bridge; see ``Method.check_compatible``."""
-        assert isinstance(config, DETRDistillConfig)
-        check_pair(
-            config,
-            student,
-            teacher,
-            classes,
-            matched_pair_ratio=config.matched_pair_ratio,
-            fixed=False,
-        )
-
-    def costs(
-        self, student: StudentOutputs, teacher: TeacherOutputs, targets: Targets
-    ) -> dict[str, CostBlock]:
-        """All of the student's queries against all of the teacher's."""
-        if not (compares_anything(self.config) and teacher.groups):
-            return {}
-        return {"adaptive": self.adaptive.problem(student.main, teacher.main)}
-
-    def normalisers(self, teacher: TeacherOutputs, targets: Targets) -> dict[str, Tensor]:
-        """[L] confidence of the teacher, summed over the pairs."""
-        if not teacher.groups:
-            return {}
-        return {"adaptive": self.adaptive.confidence(teacher.main)}
 
     def losses(
         self,
@@ -159,16 +109,5 @@ class DETRDistill(TeacherQueryMethod):
         normalisers: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """L_matched + w L_features."""
-        features, matched = dict[str, Tensor](), dict[str, Tensor]()
-        if self.features is not None:
-            assert teacher.tokens is not None
-            distance = self.features(
-                student.memory, teacher.main, teacher.tokens, targets, normalisers["images"]
-            )
-            features["features"] = self.config.features.weight * distance
-        if compares_anything(self.config):
-            with matches("adaptive") as assignment:
-                pairs = self.adaptive.pairs(assignment, student.main, teacher.main, normalisers)
-                terms = scaled("adaptive", 1.0, pair_losses(pairs, self.config))
-                matched = assignment.nan_if_invalid(terms)
-        return matched | features
+        features = self.feature_losses(student, teacher, targets, normalisers)
+        return self.matched_losses(1.0, student, teacher, matches, normalisers) | features

@@ -17,27 +17,16 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 from torch import Tensor
 
-from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import (
     AttentionConfig,
     AuxiliaryGroupConfig,
     FeatureConfig,
     GeneralPointsConfig,
     LayerList,
-    MethodConfig,
     PredictionConfig,
 )
 from d3etr.methods.base import Matches, StudentOutputs, TeacherOutputs
-from d3etr.methods.compatibility import check_pair
-from d3etr.methods.pairs import pair_losses, scaled
-from d3etr.methods.teacher_queries import (
-    AUXILIARY,
-    GENERAL,
-    TeacherQueryConfig,
-    TeacherQueryMethod,
-    confidence_of,
-    fixed_pairs,
-)
+from d3etr.methods.teacher_queries import TeacherQueryConfig, TeacherQueryMethod
 from d3etr.structures import Targets
 
 
@@ -87,28 +76,6 @@ class KDDETR(TeacherQueryMethod):
 
     config_class = KDDETRConfig
 
-    def __init__(
-        self, config: KDDETRConfig, student: DetectorConfig, teacher: DetectorConfig, *, seed: int
-    ) -> None:
-        super().__init__(config, student, teacher, seed=seed, points=config.general_points)
-        self.config = config
-
-    @classmethod
-    def check_compatible(
-        cls, config: MethodConfig, student: DetectorConfig, teacher: DetectorConfig, classes: int
-    ) -> None:
-        """Refuse detectors that the terms cannot bridge; see ``Method.check_compatible``."""
-        assert isinstance(config, KDDETRConfig)
-        check_pair(config, student, teacher, classes, points=config.general_points.count)
-
-    def normalisers(self, teacher: TeacherOutputs, targets: Targets) -> dict[str, Tensor]:
-        """[L] confidence of the teacher, summed over the points of each kind."""
-        return {
-            group: confidence_of(teacher.groups[group].outputs)
-            for group in (AUXILIARY, GENERAL)
-            if group in teacher.groups
-        }
-
     def losses(
         self,
         student: StudentOutputs,
@@ -118,13 +85,7 @@ class KDDETR(TeacherQueryMethod):
         normalisers: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """L_specific + w_general L_general."""
-        config = self.config
-        if not (teacher.groups and config.distils):
+        if not self.config.distils:
             return {}
-        pairs = fixed_pairs(AUXILIARY, student, teacher, normalisers, AUXILIARY)
-        losses = scaled("fixed", 1.0, pair_losses(pairs, config))
-        if GENERAL in teacher.groups:
-            pairs = fixed_pairs(GENERAL, student, teacher, normalisers, GENERAL)
-            weight = config.general_points.weight
-            losses |= scaled("general", weight, pair_losses(pairs, config))
-        return losses
+        specific = self.fixed_losses(1.0, student, teacher, normalisers)
+        return specific | self.general_losses(student, teacher, normalisers)

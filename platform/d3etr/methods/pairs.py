@@ -1,55 +1,58 @@
-"""Losses over pairs of corresponding queries: predictions, self- and cross-attention.
+"""Pairs of corresponding queries, and the losses over them: predictions and both attentions.
 
-That matched queries carry all three is D3ETR's.
+Correspondences answer the question that DETR's unordered outputs pose (D3ETR, abstract): adaptive
+ones are found by bipartite matching in every decoder layer, fixed ones hold by construction because
+the auxiliary group's queries *are* the teacher's. That matched queries carry predictions, self- and
+cross-attention is D3ETR's.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from d3etr.attention_maps import AttentionMaps
-from d3etr.config.distillation import AttentionConfig, PredictionConfig
+from d3etr.config.distillation import AttentionConfig
 from d3etr.losses.attention import attention_loss, resize_maps
 from d3etr.losses.prediction import prediction_losses
-from d3etr.methods.correspondence import Correspondence
+from d3etr.matching.assignment import gather_queries
 from d3etr.structures import DecoderOutputs
+
+if TYPE_CHECKING:
+    from d3etr.methods.teacher_queries import TeacherQueryConfig
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class PairTerms(Protocol):
-    """Configuration of what is compared over pairs."""
+@dataclass(frozen=True)
+class Correspondence:
+    """Pairs of teacher and student queries, per layer and image.
 
-    @property
-    def prediction(self) -> PredictionConfig:
-        """Class logits and boxes."""
-        ...
+    An index of None means "all queries, in order", which spares the gather.
 
-    @property
-    def self_attention(self) -> AttentionConfig:
-        """How queries attend to each other."""
-        ...
+    Attributes:
+        teacher: [L, B, P] indices of teacher queries, or None.
+        student: [L, B, P] indices of student queries, or None.
+    """
 
-    @property
-    def cross_attention(self) -> AttentionConfig:
-        """How they attend to the image."""
-        ...
+    teacher: Tensor | None = None
+    student: Tensor | None = None
 
+    def of_teacher(self, values: Tensor) -> Tensor:
+        """Select pairs: [L, B, M, K] to [L, B, P, K]."""
+        return values if self.teacher is None else gather_queries(values, self.teacher)
 
-def compares_anything(config: PairTerms) -> bool:
-    """Whether any term over pairs is on."""
-    return bool(config.prediction.weight) or compares_attention(config)
+    def of_student(self, values: Tensor) -> Tensor:
+        """Select pairs: [L, B, N, K] to [L, B, P, K]."""
+        return values if self.student is None else gather_queries(values, self.student)
 
 
-def compares_attention(config: PairTerms) -> bool:
-    """Whether attention maps are compared."""
-    return bool(config.self_attention.weight or config.cross_attention.weight)
+FIXED = Correspondence()
+"""Fixed Matching: query i of the auxiliary group corresponds to teacher query i."""
 
 
 @dataclass(frozen=True)
@@ -88,19 +91,6 @@ class MatchedPairs:
         return confidence / divisor
 
 
-def _prediction(pairs: MatchedPairs, config: PairTerms) -> dict[str, Tensor]:
-    index, student, teacher = pairs.index, pairs.student, pairs.teacher
-    return prediction_losses(
-        index.of_student(student.logits).float(),
-        index.of_student(student.boxes_cxcywh).float(),
-        index.of_teacher(teacher.logits).float(),
-        index.of_teacher(teacher.boxes_cxcywh).float(),
-        pairs.weights(config.prediction.class_pair_weights),
-        pairs.weights(config.prediction.pair_weights),
-        config.prediction,
-    )
-
-
 def _known(maps: AttentionMaps | None) -> AttentionMaps:
     if maps is None:
         raise ValueError("attention is distilled, but a decoder was not asked for its maps")
@@ -132,16 +122,33 @@ def _cross_attention(pairs: MatchedPairs, config: AttentionConfig) -> Tensor:
     return attention_loss(maps, target, pairs.weights(config.pair_weights), config)
 
 
-def pair_losses(pairs: MatchedPairs, config: PairTerms) -> dict[str, Tensor]:
-    """Every configured term over one set of correspondences, weighted.
+def pair_losses(
+    prefix: str, weight: float, pairs: MatchedPairs, config: TeacherQueryConfig
+) -> dict[str, Tensor]:
+    """Every configured term over one set of correspondences: w_pred L_pred + w_self ... .
+
+    Args:
+        prefix: of the terms' names.
+        weight: of all of them.
+        pairs: what corresponds.
+        config: form and weight of each term.
 
     Returns:
-        Scalars ``class``, ``l1``, ``giou``, ``self_attention``, ``cross_attention``, those
+        Scalars ``PREFIX/class``, ``l1``, ``giou``, ``self_attention``, ``cross_attention``, those
         that are on.
     """
     losses: dict[str, Tensor] = {}
     if config.prediction.weight:
-        terms = _prediction(pairs, config)
+        index, student, teacher = pairs.index, pairs.student, pairs.teacher
+        terms = prediction_losses(
+            index.of_student(student.logits).float(),
+            index.of_student(student.boxes_cxcywh).float(),
+            index.of_teacher(teacher.logits).float(),
+            index.of_teacher(teacher.boxes_cxcywh).float(),
+            pairs.weights(config.prediction.class_pair_weights),
+            pairs.weights(config.prediction.pair_weights),
+            config.prediction,
+        )
         losses |= {name: config.prediction.weight * loss for name, loss in terms.items()}
     if config.self_attention.weight:
         loss = _self_attention(pairs, config.self_attention)
@@ -149,9 +156,4 @@ def pair_losses(pairs: MatchedPairs, config: PairTerms) -> dict[str, Tensor]:
     if config.cross_attention.weight:
         loss = _cross_attention(pairs, config.cross_attention)
         losses["cross_attention"] = config.cross_attention.weight * loss
-    return losses
-
-
-def scaled(prefix: str, factor: float, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Losses times a factor, their names below a prefix."""
-    return {f"{prefix}/{name}": factor * loss for name, loss in losses.items()}
+    return {f"{prefix}/{name}": weight * loss for name, loss in losses.items()}

@@ -2,59 +2,92 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from torch import Tensor
 
-from d3etr.attention_maps import take_layers
+from d3etr.attention_maps import AttentionMaps, take_layers
+from d3etr.errors import UserError
 from d3etr.matching.assignment import gather_queries
-from d3etr.methods.correspondence import kept_pairs, share_of
 from d3etr.structures import DecoderOutputs, ObjectQueries
+
+LayerMap = Literal["uniform", "last"] | Sequence[int]
+
+
+def share_of(count: int, ratio: float) -> int:
+    """``ratio`` times ``count``, rounded up, at least 1."""
+    # Rounded first: 100 * 0.07 is 7.000000000000001.
+    return max(1, math.ceil(round(count * ratio, 6)))
+
+
+def teacher_layers(mapping: LayerMap, student: int, teacher: int) -> list[int]:
+    """Teacher layer index for each student layer; equal depths map layer to layer.
+
+    Args:
+        mapping: ``uniform`` spreads the teacher's layers, ``last`` lets its last layer teach
+            all, a sequence names them. The last layer always teaches the last.
+        student: decoder layers of the student.
+        teacher: decoder layers of the teacher.
+
+    Raises:
+        UserError: an explicit mapping has another length, names a layer that is not there, or
+            does not end with the last.
+    """
+    if mapping == "last":
+        return [teacher - 1] * student
+    if isinstance(mapping, str):
+        # Rounded up: ends with teacher - 1, and is the identity at equal depths.
+        return [-((layer + 1) * teacher // -student) - 1 for layer in range(student)]
+    layers = list(mapping)
+    if len(layers) != student or max(layers) >= teacher or layers[-1] != teacher - 1:
+        raise UserError(
+            f"distillation.layer_map is {layers}: expected {student} entries (one per student "
+            f"decoder layer), each below {teacher} (the teacher's decoder layers), the last "
+            f"being {teacher - 1}"
+        )
+    return layers
 
 
 def map_layers(outputs: DecoderOutputs, layers: list[int]) -> DecoderOutputs:
     """The outputs of the given layers; the same object when that changes nothing."""
     if layers == list(range(outputs.layers)):
         return outputs
-
-    self_maps, cross_maps = outputs.self_maps, outputs.cross_maps
-    return replace(
+    return _taken(
         outputs,
-        logits=take_layers(outputs.logits, layers),
-        boxes_cxcywh=take_layers(outputs.boxes_cxcywh, layers),
-        self_maps=None if self_maps is None else self_maps.layers(layers),
-        cross_maps=None if cross_maps is None else cross_maps.layers(layers),
-        no_object=None,
+        lambda values: take_layers(values, layers),
+        lambda maps: maps.layers(layers),
+        lambda maps: maps.layers(layers),
     )
 
 
 def select_queries(outputs: DecoderOutputs, index: Tensor) -> DecoderOutputs:
     """The outputs of some queries of each image, [B, K] indices; attention is renormalised."""
     every_layer = index[None].expand(outputs.layers, -1, -1)
-    self_maps, cross_maps = outputs.self_maps, outputs.cross_maps
-    return replace(
+    return _taken(
         outputs,
-        logits=gather_queries(outputs.logits, every_layer),
-        boxes_cxcywh=gather_queries(outputs.boxes_cxcywh, every_layer),
-        self_maps=None if self_maps is None else self_maps.pairs(every_layer),
-        cross_maps=None if cross_maps is None else cross_maps.rows(every_layer),
-        no_object=None,
+        lambda values: gather_queries(values, every_layer),
+        lambda maps: maps.pairs(every_layer),
+        lambda maps: maps.rows(every_layer),
     )
 
 
-def _most_confident(queries: ObjectQueries, index: Tensor) -> ObjectQueries:
-    """Queries at [B, K] indices: [N, D] or [B, N, D] to [B, K, D]."""
-
-    def pick(part: Tensor) -> Tensor:
-        if part.dim() == 2:
-            return part[index]
-        return part.gather(1, index[..., None].expand(-1, -1, part.shape[-1]))
-
-    reference, content = queries.reference_logits, queries.content
-    return ObjectQueries(
-        pick(queries.embedding),
-        None if reference is None else pick(reference),
-        None if content is None else pick(content),
+def _taken(
+    outputs: DecoderOutputs,
+    values: Callable[[Tensor], Tensor],
+    self_maps: Callable[[AttentionMaps], AttentionMaps],
+    cross_maps: Callable[[AttentionMaps], AttentionMaps],
+) -> DecoderOutputs:
+    """A part of a teacher's outputs."""
+    return replace(
+        outputs,
+        logits=values(outputs.logits),
+        boxes_cxcywh=values(outputs.boxes_cxcywh),
+        self_maps=None if outputs.self_maps is None else self_maps(outputs.self_maps),
+        cross_maps=None if outputs.cross_maps is None else cross_maps(outputs.cross_maps),
+        no_object=None,
     )
 
 
@@ -73,24 +106,10 @@ def select_teacher_queries(
     if kept == outputs.queries:
         return outputs, queries
     index = outputs.confidence()[-1].topk(kept, dim=1).indices
-    return select_queries(outputs, index), _most_confident(queries, index)
 
+    def pick(part: Tensor) -> Tensor:
+        if part.dim() == 2:
+            return part[index]
+        return part.gather(1, index[..., None].expand(-1, -1, part.shape[-1]))
 
-def best_confidence(outputs: DecoderOutputs, student_queries: int, ratio: float) -> Tensor:
-    """The teacher's confidence in as many of its queries as there will be adaptive pairs.
-
-    The most confident ones, known before any pair is found: what an image brings into the
-    normaliser. Where every teacher query is matched they are the pairs; where the student has
-    fewer queries, weights of an image's pairs are scaled to sum to theirs (our choice), so that
-    those of the global batch sum to 1 however it is cut.
-
-    Args:
-        outputs: the teacher's, [L, B, M, ..].
-        student_queries: N.
-        ratio: ``matched_pair_ratio``, share of the pairs that are kept.
-
-    Returns:
-        [L, B, P].
-    """
-    kept = kept_pairs(student_queries, outputs.queries, ratio)
-    return outputs.confidence().float().topk(kept, dim=2).values
+    return select_queries(outputs, index), queries.map(pick)

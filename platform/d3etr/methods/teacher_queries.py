@@ -17,18 +17,20 @@ from d3etr.config.distillation import (
     FeatureConfig,
     GeneralPointsConfig,
     LayerList,
+    MatchingCostConfig,
     MethodConfig,
     PredictionConfig,
     Share,
 )
 from d3etr.losses.features import FeatureComparison
+from d3etr.matching.assignment import CostBlock
 from d3etr.methods.adapters import GeneralPoints, RandomQueries, TeacherQueries
-from d3etr.methods.base import Method, StudentOutputs, TeacherGroup, TeacherOutputs
-from d3etr.methods.correspondence import FIXED
-from d3etr.methods.layer_map import teacher_layers
-from d3etr.methods.pairs import MatchedPairs, compares_anything, compares_attention
-from d3etr.methods.selection import select_teacher_queries
-from d3etr.structures import DecoderOutputs, ObjectQueries, QueryGroup, Supervision, Targets
+from d3etr.methods.adaptive import AdaptiveMatching
+from d3etr.methods.base import Matches, Method, StudentOutputs, TeacherGroup, TeacherOutputs
+from d3etr.methods.compatibility import check_pair
+from d3etr.methods.pairs import FIXED, MatchedPairs, pair_losses
+from d3etr.methods.selection import select_teacher_queries, teacher_layers
+from d3etr.structures import ObjectQueries, QueryGroup, Supervision, Targets
 
 AUXILIARY, GENERAL = "auxiliary", "general"
 """Names of the groups: the teacher's queries, and general points."""
@@ -59,9 +61,40 @@ class TeacherQueryConfig(MethodConfig):
         return True
 
     @property
+    def points(self) -> GeneralPointsConfig | None:
+        """General points, of methods that draw some: those that have ``general_points``."""
+        return getattr(self, "general_points", None)
+
+    @property
+    def compared_features(self) -> FeatureConfig | None:
+        """Memories, of methods that compare them: those that have ``features``."""
+        features: FeatureConfig | None = getattr(self, "features", None)
+        return features if features and features.weight else None
+
+    @property
+    def kept_share(self) -> float:
+        """Share of adaptive pairs that are kept, of methods that have ``matched_pair_ratio``."""
+        return getattr(self, "matched_pair_ratio", 1.0)
+
+    @property
+    def fixed_share(self) -> float:
+        """Weight of the terms over the auxiliary group, 1 - r in D3ETR."""
+        return 1.0
+
+    @property
+    def compares_attention(self) -> bool:
+        """Whether attention maps are compared."""
+        return bool(self.self_attention.weight or self.cross_attention.weight)
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether any term over pairs is on."""
+        return bool(self.prediction.weight) or self.compares_attention
+
+    @property
     def distils(self) -> bool:
         """Whether anything of the teacher's outputs is compared with."""
-        return compares_anything(self)
+        return self.compares_pairs or self.compared_features is not None
 
     @property
     def description(self) -> str:
@@ -95,7 +128,7 @@ class TeacherQueryConfig(MethodConfig):
         if (
             self.has_auxiliary_group
             and not self.auxiliary_group.ground_truth
-            and not compares_anything(self)
+            and not self.compares_pairs
         ):
             raise ValueError(
                 "the auxiliary group would learn nothing: all term weights are 0 and "
@@ -107,15 +140,13 @@ class TeacherQueryConfig(MethodConfig):
 
 
 class TeacherQueryMethod(Method):
-    """The auxiliary group and general points; subclasses say what is compared over them.
+    """The auxiliary group, general points and matched pairs; subclasses say what is added up.
 
     Args:
-        config: of the method.
+        config: of the method; what it has no section for is not built.
         student: the student's architecture.
         teacher: the teacher's.
         seed: of random queries and points.
-        points: of general points, for methods that draw some.
-        features: of the comparison of memories, for methods that have it.
     """
 
     def __init__(
@@ -125,20 +156,21 @@ class TeacherQueryMethod(Method):
         teacher: DetectorConfig,
         *,
         seed: int,
-        points: GeneralPointsConfig | None = None,
-        features: FeatureConfig | None = None,
     ) -> None:
         super().__init__()
         self.features: FeatureComparison | None = None
-        if features is not None and features.weight:
-            self.features = FeatureComparison(student.width, teacher.width, features.queries)
+        if (compared := config.compared_features) is not None:
+            self.features = FeatureComparison(student.width, teacher.width, compared.queries)
             self.needs_features = True
-        self._groups = config
+        cost: MatchingCostConfig | None = getattr(config, "matching_cost", None)
+        if cost is not None:
+            self.adaptive = AdaptiveMatching(cost, config.kept_share, student.queries)
+        self.config = config
         self.layers = teacher_layers(
             config.layer_map, student.decoder_layers, teacher.decoder_layers
         )
-        count = 0 if points is None else points.count
-        self._points = GeneralPoints(count, seed) if count else None
+        points = config.points
+        self._points = GeneralPoints(points.count, seed) if points and points.count else None
         self.draws_in_steps = self._points is not None
         random = config.auxiliary_group.queries == "random"
         self.auxiliary: nn.Module | None = None
@@ -148,16 +180,24 @@ class TeacherQueryMethod(Method):
             self.auxiliary = TeacherQueries(teacher, student)
         chosen = config.teacher_query_ratio < 1 or teacher.queries_need_images
         self.groups_need_images = chosen or self.draws_in_steps
-        self.needs_attention = compares_attention(config)
+        self.needs_attention = config.compares_attention
         self.needs_teacher_outputs = not random and (
             config.distils or self._teacher_assigns or chosen
         )
 
+    @classmethod
+    def check_compatible(
+        cls, config: MethodConfig, student: DetectorConfig, teacher: DetectorConfig, classes: int
+    ) -> None:
+        """Refuse detectors that the terms cannot bridge; see ``Method.check_compatible``."""
+        assert isinstance(config, TeacherQueryConfig)
+        check_pair(config, student, teacher, classes)
+
     @property
     def _teacher_assigns(self) -> bool:
         """Whether the teacher's assignment supervises the auxiliary group."""
-        group = self._groups.auxiliary_group
-        supervised = self._groups.has_auxiliary_group and group.ground_truth
+        group = self.config.auxiliary_group
+        supervised = self.config.has_auxiliary_group and group.ground_truth
         return supervised and group.assignment == "teacher"
 
     def teacher_groups(self, queries: ObjectQueries, step: int) -> dict[str, ObjectQueries]:
@@ -166,10 +206,10 @@ class TeacherQueryMethod(Method):
 
     def select(self, teacher: TeacherOutputs) -> TeacherOutputs:
         """The share of the teacher's queries that forms the auxiliary group."""
-        if not self._groups.has_auxiliary_group:
+        if not self.config.has_auxiliary_group:
             return teacher
         assert teacher.queries is not None
-        ratio = self._groups.teacher_query_ratio
+        ratio = self.config.teacher_query_ratio
         outputs, queries = select_teacher_queries(teacher.main, teacher.queries, ratio)
         return replace(
             teacher, groups={**teacher.groups, AUXILIARY: TeacherGroup(queries, outputs)}
@@ -182,7 +222,7 @@ class TeacherQueryMethod(Method):
         groups: dict[str, QueryGroup] = {}
         if self.auxiliary is None:
             return groups
-        if self._groups.has_auxiliary_group:
+        if self.config.has_auxiliary_group:
             groups[AUXILIARY] = self._auxiliary_group(self.auxiliary, teacher)
         if GENERAL in teacher.groups:
             points = self.auxiliary(teacher.groups[GENERAL].queries)
@@ -190,7 +230,7 @@ class TeacherQueryMethod(Method):
         return groups
 
     def _auxiliary_group(self, adapter: nn.Module, teacher: TeacherOutputs) -> QueryGroup:
-        config, selected = self._groups.auxiliary_group, teacher.groups.get(AUXILIARY)
+        config, selected = self.config.auxiliary_group, teacher.groups.get(AUXILIARY)
         chosen = self.groups_need_images and selected is not None
         queries = adapter(selected.queries if chosen and selected else teacher.queries)
         if not config.ground_truth:
@@ -199,32 +239,76 @@ class TeacherQueryMethod(Method):
             return QueryGroup(queries)
         return QueryGroup(queries, Supervision.TEACHER, selected.outputs)
 
+    def costs(
+        self, student: StudentOutputs, teacher: TeacherOutputs, targets: Targets
+    ) -> dict[str, CostBlock]:
+        """Adaptive Matching: all of the student's queries against all of the teacher's."""
+        if self.adaptive is None or not (self.config.matches_adaptively and teacher.groups):
+            return {}
+        return {"adaptive": self.adaptive.problem(student.main, teacher.main)}
 
-def confidence_of(outputs: DecoderOutputs) -> Tensor:
-    """[L] the teacher's confidence summed over images and queries."""
-    return outputs.confidence().float().sum((1, 2))
+    def normalisers(self, teacher: TeacherOutputs, targets: Targets) -> dict[str, Tensor]:
+        """[L] confidence of the teacher, summed over the pairs of each kind."""
+        sums = {
+            group: teacher.groups[group].outputs.confidence().float().sum((1, 2))
+            for group in (AUXILIARY, GENERAL)
+            if group in teacher.groups
+        }
+        if self.adaptive is not None and teacher.groups:
+            sums["adaptive"] = self.adaptive.confidence(teacher.main)
+        return sums
 
+    def matched_losses(
+        self,
+        weight: float,
+        student: StudentOutputs,
+        teacher: TeacherOutputs,
+        matches: Matches,
+        normalisers: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """``weight`` L_adaptive: over pairs of minimal cost; to be called last."""
+        if self.adaptive is None or not self.config.matches_adaptively:
+            return {}
+        with matches("adaptive") as assignment:
+            pairs = self.adaptive.pairs(assignment, student.main, teacher.main, normalisers)
+            terms = pair_losses("adaptive", weight, pairs, self.config)
+            return assignment.nan_if_invalid(terms)
 
-def fixed_pairs(
-    group: str,
-    student: StudentOutputs,
-    teacher: TeacherOutputs,
-    normalisers: Mapping[str, Tensor],
-    normaliser: str,
-) -> MatchedPairs:
-    """Pairs that hold by construction: query i of a group is the same query in both models.
+    def fixed_losses(
+        self,
+        weight: float,
+        student: StudentOutputs,
+        teacher: TeacherOutputs,
+        normalisers: Mapping[str, Tensor],
+        group: str = AUXILIARY,
+    ) -> dict[str, Tensor]:
+        """``weight`` L_fixed: query i of a group is the same query in both models."""
+        if group not in teacher.groups or not weight:
+            return {}
+        outputs = student.groups[group], teacher.groups[group].outputs
+        pairs = MatchedPairs(*outputs, FIXED, normalisers[group], normalisers["images"])
+        return pair_losses("fixed" if group == AUXILIARY else group, weight, pairs, self.config)
 
-    Args:
-        group: its name on both sides.
-        student: outputs of the student.
-        teacher: outputs of the teacher.
-        normalisers: of the global batch.
-        normaliser: name of the group's confidence in there.
-    """
-    return MatchedPairs(
-        student.groups[group],
-        teacher.groups[group].outputs,
-        FIXED,
-        normalisers[normaliser],
-        normalisers["images"],
-    )
+    def general_losses(
+        self, student: StudentOutputs, teacher: TeacherOutputs, normalisers: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """W L_general: over general points."""
+        weight = self.config.points.weight if self.config.points else 0.0
+        return self.fixed_losses(weight, student, teacher, normalisers, GENERAL)
+
+    def feature_losses(
+        self,
+        student: StudentOutputs,
+        teacher: TeacherOutputs,
+        targets: Targets,
+        normalisers: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """W L_features: over memory tokens."""
+        config = self.config.compared_features
+        if self.features is None or config is None:
+            return {}
+        assert teacher.tokens is not None
+        distance = self.features(
+            student.memory, teacher.main, teacher.tokens, targets, normalisers["images"]
+        )
+        return {"features": config.weight * distance}
