@@ -145,11 +145,11 @@ def test_prediction_shows_a_detector_the_pixels_that_evaluation_does(
     (tmp_path / "a.json").write_text(json.dumps(content))
     split = read_split("test", SplitConfig(images=tmp_path, annotations=tmp_path / "a.json"))
     [evaluated] = DetectionDataset(split, predictor.info.preprocessing)
-    [from_file] = predictor._samples(file)
+    [(from_file, _)] = predictor._samples(file)
     with Image.open(file) as opened:
-        [from_pil] = predictor._samples(opened)
-    assert torch.equal(from_file.pixels, evaluated.pixels)
-    assert torch.equal(from_pil.pixels, evaluated.pixels)
+        [(from_pil, _)] = predictor._samples(opened)
+    assert torch.equal(from_file, evaluated.pixels)
+    assert torch.equal(from_pil, evaluated.pixels)
 
 
 @pytest.mark.parametrize(
@@ -183,13 +183,13 @@ def test_several_images_come_in_any_iterable(predictor: Predictor, tmp_path: Pat
 
 RGB = noise(8, 8)
 NO_IMAGES = {
-    "None": (None, "None is no image.*imread"),
+    "None": (None, "None is no image"),
     "number": (7, "7 is no image"),
     "true": (True, "True is no image"),
-    "bytes": (b"GIF89a", "a bytes is no image.*io.BytesIO"),
+    "bytes": (b"GIF89a", "a bytes is no image"),
     "bytearray": (bytearray(b"x"), "a bytearray is no image"),
     "memoryview": (memoryview(b"x"), "a memoryview is no image"),
-    "open file": (io.BytesIO(b"x"), "a BytesIO is no image.*PIL.Image.open"),
+    "open file": (io.BytesIO(b"x"), "a BytesIO is no image"),
     "mapping": ({"image": RGB}, "a dict is no image"),
     "class": (Image.Image, "a type is no image"),
     "empty text": ("", "image is ''; expected a path"),
@@ -199,13 +199,16 @@ NO_IMAGES = {
     "URL": ("https://user:secret@host.invalid/a.png?key=secret", "is the URL https://host"),
     "torn URL": ("https:/host/a.png", "did you mean 'https://host/a.png'"),
     "folder": (Path("."), "is a folder"),
-    "grey": (RGB[:, :, 0], r"an array \[8, 8\] of uint8 is no image.*numpy.stack"),
-    "alpha": (np.zeros((8, 8, 4), np.uint8), "leaves out transparency"),
-    "channels first": (RGB.transpose(2, 0, 1)[:, :, :5], "channels last"),
-    "batch": (np.stack([RGB, RGB]), r"list\(ARRAY\)"),
-    "floats": (RGB / 255, r"of float64 is no image.*\(255 \* ARRAY\)"),
+    "grey": (RGB[:, :, 0], r"an array \[8, 8\] of uint8 is no image"),
+    "alpha": (np.zeros((8, 8, 4), np.uint8), r"an array \[8, 8, 4\] of uint8 is no image"),
+    "channels first": (
+        RGB.transpose(2, 0, 1)[:, :, :5],
+        r"\[3, 8, 5\] of uint8 is no",
+    ),
+    "batch": (np.stack([RGB, RGB]), r"an array \[2, 8, 8, 3\] of uint8 is no image"),
+    "floats": (RGB / 255, r"of float64 is no image"),
     "NaN": (np.full((8, 8, 3), np.nan), "of float64 is no image"),
-    "16 bit": (RGB.astype(np.uint16), "ARRAY // 257"),
+    "16 bit": (RGB.astype(np.uint16), "of uint16 is no image"),
     "integers": (RGB.astype(np.int64), "of int64 is no image"),
     "truth values": (RGB > 9, "of bool is no image"),
     "complex": (RGB * 1j, "of complex128 is no image"),
@@ -213,14 +216,14 @@ NO_IMAGES = {
     "objects": (np.array([RGB, None], dtype=object), "of object is no image"),
     "one number": (np.uint8(3), "3 is no image"),
     "no dimensions": (np.array(3), "is no image"),
-    "empty crop": (RGB[90:99], r"an array \[0, 8, 3\] of uint8 is no image.*crop"),
-    "tensor": (torch.zeros(3, 8, 8), r"a Tensor \[3, 8, 8\] of torch.float32.*permute"),
+    "empty crop": (RGB[90:99], r"an array \[0, 8, 3\] of uint8 is no image"),
+    "tensor": (torch.zeros(3, 8, 8), r"a Tensor \[3, 8, 8\] of torch.float32"),
     "PIL of no size": (Image.fromarray(RGB).crop((1, 1, 1, 5)), r"no pixels \(0 x 4\)"),
     "PIL of floats": (Image.new("F", (4, 4)), "floating-point pixels"),
     "PIL in La": (Image.new("La", (4, 4)), "mode La cannot be converted"),
     "list of None": ([RGB, None], r"image 1 of those given \(from 0\): None is no image"),
     "nested list": ([[RGB]], "image 0 .*: a list is no image"),
-    "pixels as lists": ([RGB.tolist()], "image 0 .*: a list is no image.*numpy.asarray"),
+    "pixels as lists": ([RGB.tolist()], "image 0 .*: a list is no image"),
     "tuple of numbers": ((1, 2), "image 0 .*: 1 is no image"),
     "generator of None": ((None for _ in range(2)), "image 0 .*: None is no image"),
 }

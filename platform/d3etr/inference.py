@@ -25,16 +25,20 @@ from d3etr.config.arguments import (
 )
 from d3etr.config.location import Url
 from d3etr.data.images import load_image, upright_rgb
-from d3etr.data.transforms import Sample, collate, resized
+from d3etr.data.transforms import normalise, resized
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.errors import UserError
 from d3etr.evaluation.postprocess import top_detections
 from d3etr.storage.fetch import local_file
+from d3etr.structures import ImageBatch
 
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 """A file, a PIL image, or RGB pixels [height, width, 3] of 0 to 255."""
 LARGEST_BATCH = 4096
+
+_Sample = tuple[Tensor, tuple[int, int]]
+"""An image as the detector is shown it, uint8 [3, h, w], and its (height, width) as given."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Predictor:
 
     Args:
         detector: in evaluation mode, on ``device``.
-        info: what its weights file says.
+        info: the metadata of its weights file.
         device: where it runs.
         maximum: detections per image at most.
 
@@ -139,7 +143,7 @@ class Predictor:
             found += self._predict_some(some, threshold)
         return found
 
-    def _samples(self, images: ImageLike | Iterable[ImageLike]) -> Iterator[Sample]:
+    def _samples(self, images: ImageLike | Iterable[ImageLike]) -> Iterator[_Sample]:
         if _is_single(images):
             yield self._sample(cast("ImageLike", images))
             return
@@ -149,15 +153,19 @@ class Predictor:
             except UserError as error:
                 raise UserError(f"image {index} of those given (from 0): {error}") from error
 
-    def _predict_some(self, samples: Sequence[Sample], threshold: float) -> list[Detections]:
+    def _sample(self, image: ImageLike) -> _Sample:
+        rgb = read_image(image)
+        return resized(rgb, self.info.preprocessing), (rgb.height, rgb.width)
+
+    def _predict_some(self, samples: Sequence[_Sample], threshold: float) -> list[Detections]:
         """Detections of a few images; those of one size go through the detector together.
 
         Padding is avoided because it reaches group normalisation's statistics: an image's
         detections would depend on its neighbours.
         """
         by_size: dict[torch.Size, list[int]] = {}
-        for index, sample in enumerate(samples):
-            by_size.setdefault(sample.pixels.shape, []).append(index)
+        for index, (pixels, _) in enumerate(samples):
+            by_size.setdefault(pixels.shape, []).append(index)
         found: dict[int, Detections] = {}
         for indices in by_size.values():
             batch = [samples[index] for index in indices]
@@ -165,47 +173,23 @@ class Predictor:
         return [found[index] for index in range(len(samples))]
 
     @torch.inference_mode()
-    def _predict_batch(self, samples: Sequence[Sample], threshold: float) -> list[Detections]:
-        batch, targets = collate(samples, self.info.preprocessing)
-        with _memory_as_user_error(batch.pixels.shape):
-            memory = self.detector.encode(batch.to(self.device))
+    def _predict_batch(self, samples: Sequence[_Sample], threshold: float) -> Iterator[Detections]:
+        sizes = [size for _, size in samples]
+        pixels = torch.stack([normalise(image, self.info.preprocessing) for image, _ in samples])
+        with _memory_as_user_error(pixels.shape):
+            memory = self.detector.encode(ImageBatch(pixels.to(self.device)))
             [outputs] = self.detector.decode(memory, [self.detector.object_queries(memory)])
-        sizes = targets.original_sizes
-        columns = top_detections(outputs, sizes, self._maximum)
-        images = zip(*(column.cpu() for column in columns), sizes, strict=True)
-        return [
-            self._detections(scores, labels, boxes, size, threshold)
-            for scores, labels, boxes, size in images
-        ]
-
-    def _sample(self, image: ImageLike) -> Sample:
-        rgb = read_image(image)
-        return Sample(
-            pixels=resized(rgb, self.info.preprocessing),
-            labels=np.zeros(0, dtype=np.int64),
-            boxes_cxcywh=np.zeros((0, 4), dtype=np.float32),
-            image_id=0,
-            original_size=(rgb.height, rgb.width),
-        )
-
-    def _detections(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        boxes: Tensor,
-        size: tuple[int, int],
-        threshold: float,
-    ) -> Detections:
-        kept = scores >= threshold
-        height, width = size
-        limits = boxes.new_tensor([width, height, width, height])
-        indices = labels[kept].numpy()
-        return Detections(
-            boxes_xyxy=boxes[kept].clamp(min=0).minimum(limits).float().numpy(),
-            scores=scores[kept].float().numpy(),
-            labels=self._ids[indices],
-            names=tuple(self._names[index] for index in indices),
-        )
+        columns = (column.cpu() for column in top_detections(outputs, sizes, self._maximum))
+        for scores, labels, boxes, (height, width) in zip(*columns, sizes, strict=True):
+            kept = scores >= threshold
+            limits = boxes.new_tensor([width, height, width, height])
+            indices = labels[kept].numpy()
+            yield Detections(
+                boxes_xyxy=boxes[kept].clamp(min=0).minimum(limits).float().numpy(),
+                scores=scores[kept].float().numpy(),
+                labels=self._ids[indices],
+                names=tuple(self._names[index] for index in indices),
+            )
 
 
 @contextmanager
@@ -256,7 +240,7 @@ def read_image(image: ImageLike) -> Image.Image:
             return Image.fromarray(np.asarray(image))
     raise UserError(
         f"{described(image)} is no image; expected [height, width, 3] of uint8, in the order red, "
-        f"green, blue, a PIL image, or a file's path{_advice(image)}"
+        "green, blue, a PIL image, or a file's path"
     )
 
 
@@ -274,39 +258,6 @@ def _from_pil(image: Image.Image) -> Image.Image:
         raise UserError(f"a PIL image of mode {image.mode}: {error}") from error
     except Exception as error:  # it is decoded here, if it was opened only
         raise UserError(f"a PIL image of mode {image.mode} cannot be decoded ({error})") from error
-
-
-def _advice(image: Any) -> str:
-    """How to make an image of what is often handed over instead."""
-    if image is None:
-        return ". OpenCV's imread gives None for a file that it cannot read"
-    if isinstance(image, bytes | bytearray | memoryview) or hasattr(image, "read"):
-        return ": PIL.Image.open reads an open file, or io.BytesIO(BYTES)"
-    if isinstance(image, torch.Tensor):
-        return ": for a tensor [3, height, width], image.permute(1, 2, 0).cpu().numpy()"
-    if isinstance(image, np.ndarray):
-        return _array_advice(image)
-    if isinstance(image, list | tuple):
-        return ": numpy.asarray(VALUES, dtype=numpy.uint8), or one flat list of images"
-    return ""
-
-
-def _array_advice(array: NDArray[Any]) -> str:
-    if not array.size:
-        return ". It has no pixels: a crop outside of its picture?"
-    if array.ndim == 4:
-        return ": list(ARRAY) hands over its images one by one"
-    if array.ndim == 2:
-        return ": numpy.stack([GREY] * 3, axis=-1)"
-    if array.ndim == 3 and array.shape[2] == 4:
-        return ": ARRAY[..., :3] leaves out transparency"
-    if array.ndim == 3 and array.shape[2] != 3 and array.shape[0] == 3:
-        return ": ARRAY.transpose(1, 2, 0) has its channels last"
-    if array.dtype == np.uint16:
-        return ": (ARRAY // 257).astype(numpy.uint8)"
-    if array.dtype.kind == "f":
-        return ": for values in [0, 1], (255 * ARRAY).round().astype(numpy.uint8)"
-    return ""
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:

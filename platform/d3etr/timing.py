@@ -14,7 +14,7 @@ class PhaseTimer:
     """Adds up the seconds spent in named phases.
 
     On a GPU, work is timed by events in its own stream, which are read only in ``take``, when
-    somebody has waited for the device anyway.
+    the device has been waited for anyway.
 
     Args:
         device: where the timed work runs.

@@ -99,7 +99,7 @@ def as_results(rows: Array) -> list[dict[str, Any]]:
 
 def twelve(found: CocoMetrics) -> list[float]:
     """In pycocotools' order, -1 where there are no objects."""
-    values = [getattr(found, name) for name in COCO_NAMES]
+    values = [found.values[name] for name in COCO_NAMES]
     return [-1.0 if value is None else value for value in values]
 
 

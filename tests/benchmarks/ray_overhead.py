@@ -16,8 +16,7 @@ import torch
 
 from benchmarks.scripts import run_script
 from benchmarks.side_by_side import Comparison, Scale, seconds, wait
-from d3etr.engine.checkpoint_saver import BackgroundSaver
-from d3etr.engine.checkpoints import CheckpointStore, State
+from d3etr.engine.checkpoints import BackgroundSaver, CheckpointStore, State
 from d3etr.engine.journal import Record, read_journal
 
 RUNNER, RECIPE = "trainers/run.py", "trainers/recipes/digits/plain.yaml"

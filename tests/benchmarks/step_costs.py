@@ -23,10 +23,10 @@ from d3etr.config.tree import Config
 from d3etr.data.allocator import keep_freed_memory
 from d3etr.engine.build import build_models, open_loader, open_splits
 from d3etr.engine.distributed import SingleProcess
-from d3etr.engine.divergence import LossWindow
+from d3etr.engine.journal import Journal
+from d3etr.engine.metric_logger import MetricLogger
 from d3etr.engine.step import MicroBatch, TrainingStep
 from d3etr.launch.sweeps.plan import make_plan
-from d3etr.timing import PhaseTimer
 
 WARM_UP_STEPS = 3
 
@@ -52,14 +52,11 @@ class Case:
         self._batches = self.epoch(0)
         self._made = 0
         self._step = TrainingStep(
-            models.distiller,
-            models.optimiser,
-            models.average,
             config,
             context,
+            models,
             steps=1_000_000,
-            window=LossWindow(),
-            timer=PhaseTimer(context.device),
+            log=MetricLogger(Journal(Path("unused"), active=False), context, models.optimiser),
         )
 
     def run(self, steps: int) -> float:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import OptimisationConfig, SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.distiller import Distiller
-from d3etr.engine.divergence import LossWindow
+from d3etr.engine.distributed import SingleProcess
 from d3etr.engine.ema import WeightAverage
+from d3etr.engine.journal import Journal
+from d3etr.engine.metric_logger import MetricLogger
 from d3etr.engine.optimiser import build_optimiser, clip_gradients
 from d3etr.structures import ImageBatch, Targets
 
@@ -49,7 +52,11 @@ def test_waits_are_counted() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", ["none", "d3etr", "kd_detr", "detrdistill"])
 def test_the_host_hardly_waits_in_a_step(
-    method: str, any_detector: MakeDetector, images: ImageBatch, targets: Targets
+    method: str,
+    any_detector: MakeDetector,
+    images: ImageBatch,
+    targets: Targets,
+    tmp_path: Path,
 ) -> None:
     device = torch.device("cuda")
     student, teacher = any_detector(0).to(device), any_detector(1, decoder_layers=3).to(device)
@@ -57,7 +64,8 @@ def test_the_host_hardly_waits_in_a_step(
     known = None if method == "none" else teacher
     distiller = Distiller(student, known, config, SetCriterionConfig(), seed=0).to(device)
     optimiser = build_optimiser(distiller, student.backbone, OptimisationConfig(steps=1))
-    average, window = WeightAverage(distiller, 0.9), LossWindow()
+    average = WeightAverage(distiller, 0.9)
+    window = MetricLogger(Journal(tmp_path, active=False), SingleProcess(device), optimiser)
 
     def step(number: int) -> None:
         batch, truth = images.to(device), targets.to(device)

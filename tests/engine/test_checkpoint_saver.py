@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from d3etr.engine.checkpoint_saver import BackgroundSaver, snapshot
-from d3etr.engine.checkpoints import CheckpointStore, State
+from d3etr.engine.checkpoints import BackgroundSaver, CheckpointStore, State, snapshot
 from d3etr.errors import UserError
 
 

@@ -13,7 +13,6 @@ from tiny_runs import MakeConfig, assert_identical, losses, records
 from d3etr.config.data import DataConfig
 from d3etr.data.splits import configured_splits
 from d3etr.engine.distributed import SingleProcess
-from d3etr.engine.results import Inputs
 from d3etr.engine.run import run_training
 
 
@@ -36,18 +35,3 @@ def test_losses_and_map_do_not_depend_on_the_format(
         assert records(tmp_path / name, kind) == records(tmp_path / "coco", kind)
     weights = [load_file(tmp_path / run / "weights.safetensors") for run in (name, "coco")]
     assert_identical(*weights)
-
-
-def test_changed_labels_are_noticed_by_what_the_file_system_says(
-    make_config: MakeConfig, splits: DataConfig, tmp_path: Path
-) -> None:
-    """Whether a finished run's result is still that of its files is asked without reading them."""
-    written = WRITERS["yolo"](configured_splits(splits), tmp_path)
-    config = make_config().model_copy(update={"data": splits.model_copy(update=written)})
-    before = Inputs().stamps(config)
-    assert {"data.train", "data.validation"} <= before.keys()
-    assert Inputs().stamps(config) == before
-    label = next((tmp_path / "labels" / "train").iterdir())
-    label.write_text(label.read_text() + "\n")
-    after = Inputs().stamps(config)
-    assert {key for key in before if after[key] != before[key]} == {"data.train"}

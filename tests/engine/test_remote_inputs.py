@@ -22,15 +22,15 @@ from d3etr.config.tree import Config
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import file_digest, write_tensors
-from d3etr.engine.distributed import SingleProcess
-from d3etr.engine.fetching import run_on_all_workers
+from d3etr.engine.distributed import SingleProcess, run_on_all_workers
 from d3etr.engine.provenance import (
+    INPUTS_KEY,
     ensure_same_everywhere,
     remote_files,
     remote_folders,
     weight_digests,
 )
-from d3etr.engine.results import INPUTS_KEY, Inputs
+from d3etr.engine.results import Inputs
 from d3etr.engine.run import run_training
 from d3etr.errors import UserError
 
@@ -230,7 +230,7 @@ class Peer(SingleProcess):
 
 
 def test_workers_go_on_when_the_last_one_has_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d3etr.engine.fetching.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("d3etr.engine.distributed.POLL_SECONDS", 0.01)
     peers, slow, order = Peers(2), threading.Event(), list[str]()
 
     def work(rank: int) -> None:

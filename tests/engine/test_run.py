@@ -27,8 +27,8 @@ from d3etr.data.splits import open_split
 from d3etr.detectors.weights import load_weights
 from d3etr.engine.checkpoints import CheckpointStore, State
 from d3etr.engine.distributed import SingleProcess
-from d3etr.engine.divergence import TrainingDiverged
 from d3etr.engine.journal import read_journal
+from d3etr.engine.metric_logger import TrainingDiverged
 from d3etr.engine.run import run_training
 from d3etr.engine.step import TrainingStep
 from d3etr.errors import UserError
@@ -357,7 +357,7 @@ def in_use() -> tuple[set[str], int, int]:
         "engine.run.open_loader",
         "engine.run.build_models",
         "engine.run.Validation",
-        "engine.run.find_checkpoint",
+        "engine.run.resume",
         "engine.run.TrainingStep",
         "engine.step.TrainingStep._update",
         pytest.param("evaluation.evaluator._rows", marks=pytest.mark.slow),

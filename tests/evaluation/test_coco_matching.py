@@ -1,6 +1,6 @@
 import numpy as np
 
-from d3etr.evaluation.coco_matching import Boxes, match, ranks
+from d3etr.evaluation.coco_metrics import Boxes, match, ranks
 
 EVERYTHING = np.array([[0.0, 1e10]])
 HALF = np.array([0.5])

@@ -98,7 +98,7 @@ def test_metrics_equal_plain_use_of_pycocotools(
     metrics = measure(truth_of(path), rows)
     assert capsys.readouterr().out == ""
     plain = plain_pycocotools(path, rows)
-    found = [getattr(metrics, name) for name in COCO_NAMES]
+    found = [metrics.values[name] for name in COCO_NAMES]
     assert found == [None if value == -1 else value for value in plain.stats.tolist()]
     assert np.array_equal(metrics.precision, plain.eval["precision"][:, :, :, 0, 2])
     assert metrics.objects == sum(not entry["iscrowd"] for entry in entries)
@@ -119,7 +119,7 @@ def test_classes_and_sizes_without_objects_are_left_out(tmp_path: Path) -> None:
     metrics = measure(
         truth_of(write(tmp_path / "truth.json", entries)), detections(random, entries)
     )
-    assert metrics.AP_small is None and metrics.per_class["cow"] is None
+    assert metrics.values["AP_small"] is None and metrics.per_class["cow"] is None
     assert {"mAP", "AP/cat", "AP/dog"} <= metrics.as_dict().keys()
     assert not {"AP_small", "AR_small", "AP/cow"} & metrics.as_dict().keys()
 
@@ -127,37 +127,39 @@ def test_classes_and_sizes_without_objects_are_left_out(tmp_path: Path) -> None:
 def test_no_objects_at_all_give_no_numbers(tmp_path: Path) -> None:
     truth = truth_of(write(tmp_path / "truth.json", []))
     metrics = measure(truth, np.array([[100, 0, 0.9, 0, 0, 5, 5]]))
-    assert (metrics.mAP, metrics.objects, metrics.images) == (None, 0, IMAGES)
+    assert (metrics.values["mAP"], metrics.objects, metrics.images) == (None, 0, IMAGES)
     assert metrics.as_dict() == {}
 
 
 def test_no_detections_are_worth_nothing(tmp_path: Path) -> None:
     entries = annotations(np.random.default_rng(0))
     truth = truth_of(write(tmp_path / "truth.json", entries))
-    assert measure(truth, np.zeros((0, 7))).mAP == 0.0
+    assert measure(truth, np.zeros((0, 7))).values["mAP"] == 0.0
 
 
 def test_perfect_detections_are_worth_everything(tmp_path: Path) -> None:
     entry = {"image_id": 100, "category_id": 7, "bbox": [10, 10, 40, 40]}  # id, area, iscrowd lack
     truth = truth_of(write(tmp_path / "truth.json", [entry]))
     rows = np.array([[100, 1, 0.9, 10, 10, 50, 50]])
-    assert measure(truth, rows).mAP == pytest.approx(1.0)
+    assert measure(truth, rows).values["mAP"] == pytest.approx(1.0)
 
 
 def test_an_annotation_numbered_zero_is_found_like_any_other(tmp_path: Path) -> None:
     entry = {"id": 0, "image_id": 100, "category_id": 7, "bbox": [10, 10, 40, 40]}
     truth = truth_of(write(tmp_path / "truth.json", [entry]))
-    assert measure(truth, np.array([[100, 1, 0.9, 10, 10, 50, 50]])).mAP == pytest.approx(1.0)
+    assert measure(truth, np.array([[100, 1, 0.9, 10, 10, 50, 50]])).values["mAP"] == pytest.approx(
+        1.0
+    )
 
 
 def test_only_the_best_detections_of_an_image_count(tmp_path: Path) -> None:
     entry = {"image_id": 100, "category_id": 7, "bbox": [10, 10, 40, 40]}
     truth = truth_of(write(tmp_path / "truth.json", [entry]))
     rows = np.array([[100, 1, 0.9, 90, 90, 99, 99], [100, 1, 0.8, 10, 10, 50, 50]])
-    assert measure(truth, rows, maximum=1).mAP == 0.0
+    assert measure(truth, rows, maximum=1).values["mAP"] == 0.0
     both = measure(truth, rows, maximum=2)
-    assert both.mAP == pytest.approx(0.5)
-    assert (both.AR1, both.AR10, both.AR) == (0.0, 1.0, 1.0)
+    assert both.values["mAP"] == pytest.approx(0.5)
+    assert tuple(both.values[name] for name in ("AR1", "AR10", "AR")) == (0.0, 1.0, 1.0)
 
 
 def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Costs that are not finite, where nobody looks at once: the loss says it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_detector_config
+from torch.optim import AdamW
 
 pytest.importorskip("triton")
 
@@ -13,7 +15,9 @@ from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.distiller import Distiller
-from d3etr.engine.divergence import LossWindow, TrainingDiverged
+from d3etr.engine.distributed import SingleProcess
+from d3etr.engine.journal import Journal
+from d3etr.engine.metric_logger import MetricLogger, TrainingDiverged
 from d3etr.matching.assignment import CostBlock, DeviceSolving, Solver, Solving
 from d3etr.structures import ImageBatch, Targets
 
@@ -78,10 +82,13 @@ def test_the_device_changes_no_loss() -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_the_loss_over_doubtful_pairs_names_step_and_images(spoilt: str, loss: str) -> None:
-    found, window = losses(OnTheDevice(spoilt)), LossWindow()
+def test_the_loss_over_doubtful_pairs_names_step_and_images(
+    spoilt: str, loss: str, tmp_path: Path
+) -> None:
+    found, optimiser = losses(OnTheDevice(spoilt)), AdamW([torch.ones(1)])
+    window = MetricLogger(Journal(tmp_path, active=False), SingleProcess(DEVICE), optimiser)
     assert [name for name, value in found.items() if not value.isfinite()] == [loss]
     window.add(7, found, (10, 11))
     window.add_norm(torch.tensor(1.0))
     with pytest.raises(TrainingDiverged, match=f"{loss} became NaN .* step 7, image ids 10, 11"):
-        window.check(window.rows().detach().cpu(), window.norms())
+        window.write(8)

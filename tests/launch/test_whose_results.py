@@ -172,20 +172,6 @@ def test_data_that_were_copied_touched_or_removed_are_no_other_data(project: Pat
     assert not start(project).trained
 
 
-def test_unchanged_data_are_not_read_for_a_finished_run(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.rmtree(project / "runs")
-    assert start(project).trained
-
-    def read(*arguments: object, **named: object) -> None:
-        raise AssertionError("read again")
-
-    monkeypatch.setattr("d3etr.engine.results.parse_split", read)
-    monkeypatch.setattr("d3etr.engine.results.file_content", read)
-    assert not start(project).trained
-
-
 def test_a_changed_default_does_not_give_the_result_of_the_old_one(
     project: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -124,15 +124,15 @@ def _dry_run(plan: Plan, as_json: bool) -> int:
 
 def _problems(plan: Plan) -> dict[int, str]:
     """Place of each planned trial that could not begin -> why; of a joined cluster, nothing."""
-    from d3etr.engine.preflight import SplitReader, judge_beginning
+    from d3etr.engine.preflight import KnownSplits, judge_beginning
     from d3etr.launch.ray_environment import joined_address
 
-    found, read = dict[int, str](), SplitReader()
+    found, known = dict[int, str](), KnownSplits()
     for i, trial in enumerate(plan.trials):
         config = plan.placed(plan.config(trial))
         if joined_address(config.cluster) is None and plan.finished_twin(config) is None:
             try:
-                judge_beginning(config, read)
+                judge_beginning(config, known)
             except UserError as error:
                 found[i] = str(error)
     return found

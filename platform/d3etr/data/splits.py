@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from d3etr.config.data import DataConfig, SplitConfig
-from d3etr.config.location import Location, Url
+from d3etr.config.location import Location
 from d3etr.data.annotations import Category, Source
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.data.formats import AUTO, find_format
@@ -295,19 +295,6 @@ def source_of(name: str, split: SplitConfig, place: Path) -> Source:
     """
     subset = split.subset or _SUBSETS.get(name, name)
     return Source(place, split.images, subset, chosen=split.subset is not None)
-
-
-def places_of(name: str, split: SplitConfig) -> list[Location]:
-    """The files and folders that a split's content depends on; nothing of it is read.
-
-    Raises:
-        UserError: nobody knows the format.
-    """
-    images = [] if split.images is None else [split.images]
-    if isinstance(split.annotations, Url):
-        return [split.annotations, *images]
-    _, found = find_format(split.format, split.annotations)
-    return [*found.places(source_of(name, split, split.annotations)), *images]
 
 
 def _digest(annotations: str, names: Sequence[str], images: ImageFolder) -> str:

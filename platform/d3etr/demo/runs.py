@@ -128,7 +128,7 @@ def prepare(
                 weights,
                 config.student.pretraining,
                 seed=config.run.seed,
-                on_progress=on_progress,
+                on_progress=on_progress or no_progress,
             )
 
 

@@ -14,10 +14,10 @@ from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.distiller import Distiller
-from d3etr.engine.distributed import TrainContext
+from d3etr.engine.distributed import TrainContext, run_on_all_workers
 from d3etr.engine.ema import WeightAverage
-from d3etr.engine.fetching import run_on_all_workers
 from d3etr.engine.init_student import build_student
+from d3etr.engine.journal import Journal
 from d3etr.engine.optimiser import build_optimiser
 from d3etr.engine.provenance import (
     data_digests,
@@ -26,6 +26,7 @@ from d3etr.engine.provenance import (
     remote_folders,
     weight_digests,
 )
+from d3etr.engine.run_folder import RunFolder
 from d3etr.engine.seeding import derive_seed, seed_generators
 from d3etr.engine.teacher import check_same_classes, check_same_input
 from d3etr.progress import OnProgress
@@ -52,12 +53,12 @@ class Splits:
 
 @dataclass(frozen=True)
 class Models:
-    """What is trained, what teaches, and the state around them.
+    """Student, teacher, and the state around them.
 
     Attributes:
         student: on the worker's device.
         teacher: frozen, on the worker's device; None for plain training.
-        teacher_info: what its weights file says.
+        teacher_info: the metadata of its weights file.
         distiller: student and losses.
         optimiser: of the distiller's parameters.
         average: of the student's weights, if configured.
@@ -73,14 +74,35 @@ class Models:
     digests: dict[str, str]
 
 
+@dataclass
+class Run:
+    """What the parts of one training run share.
+
+    Attributes:
+        step: optimiser steps done.
+    """
+
+    config: Config
+    folder: RunFolder
+    context: TrainContext
+    journal: Journal
+    splits: Splits
+    models: Models
+    step: int = 0
+
+    def warn(self, text: str) -> None:
+        """Write a warning into the journal."""
+        self.journal.message(self.step, text, "warning")
+
+
 def open_splits(
     config: Config, context: TrainContext, on_progress: OnProgress | None = None
 ) -> Splits:
     """Open the run's image sets; worker 0 first, as it may have to make the embedded ones.
 
-    What URLs name is fetched before training, not when an image is first needed: a file that is
-    missing stops the run at its start, epochs take the same time, and a storage that goes away
-    costs nothing. The first worker of a machine fetches, the others find it in the cache.
+    What URLs name is fetched before training: a file that is missing stops the run at its start,
+    epochs take the same time, and a storage that goes away costs nothing. The first worker of a
+    machine fetches, the others find it in the cache.
 
     Args:
         config: the run.
@@ -90,30 +112,29 @@ def open_splits(
     Raises:
         UserError: anything is wrong with them, or the recipe contradicts them.
     """
-    files, folders = remote_files(config), remote_folders(config)
-    if files:
-        run_on_all_workers(
-            lambda: [fetch_file(url, on_progress) for url in files.values()], context
+
+    def read() -> Splits:
+        return Splits(
+            open_split(config.data, "train", on_progress),
+            open_split(config.data, "validation", on_progress),
+            open_split(config.data, "test", on_progress) if config.evaluation.test else None,
         )
-    if folders:
-        splits = run_on_all_workers(lambda: _read_splits(config, on_progress), context)
+
+    files = remote_files(config)
+    if files:
+        urls = files.values()
+        run_on_all_workers(lambda: [fetch_file(url, on_progress) for url in urls], context)
+    if remote_folders(config):
+        splits = run_on_all_workers(read, context)
     else:
         if context.rank != 0:
             context.barrier()
-        splits = _read_splits(config)
+        splits = read()
         if context.rank == 0:
             context.barrier()
     judgement = judge(config, splits.by_name())
     judgement.raise_errors()
     return replace(splits, warnings=judgement.warnings)
-
-
-def _read_splits(config: Config, on_progress: OnProgress | None = None) -> Splits:
-    return Splits(
-        train=open_split(config.data, "train", on_progress),
-        validation=open_split(config.data, "validation", on_progress),
-        test=open_split(config.data, "test", on_progress) if config.evaluation.test else None,
-    )
 
 
 def open_loader(config: Config, split: DetectionSplit, context: TrainContext) -> EpochLoader:
@@ -127,11 +148,6 @@ def open_loader(config: Config, split: DetectionSplit, context: TrainContext) ->
         world_size=context.world_size,
         seed=config.run.seed,
     )
-
-
-def total_steps(config: Config, steps_per_epoch: int) -> int:
-    """Optimiser steps of the whole run."""
-    return config.optimisation.total_steps(steps_per_epoch)
 
 
 def build_models(config: Config, splits: Splits, context: TrainContext) -> Models:
@@ -157,22 +173,17 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
         for detector in (student, teacher):
             if detector is not None:
                 compile_detector(detector)
-    digests = _digests(config, splits)
+    digests = weight_digests(config)
+    for split in splits.by_name().values():
+        digests |= data_digests(split)
     ensure_same_everywhere(digests, context)
     # First, as it may freeze the backbone: what is frozen has no average and no gradient.
     optimiser = build_optimiser(
         distiller, student.backbone, config.optimisation, student.config.sampling_parts
     )
     decay = config.optimisation.ema_decay
-    return Models(
-        student,
-        teacher,
-        info,
-        distiller,
-        optimiser,
-        None if decay is None else WeightAverage(student, decay),
-        digests,
-    )
+    average = None if decay is None else WeightAverage(student, decay)
+    return Models(student, teacher, info, distiller, optimiser, average, digests)
 
 
 def _load_teacher(
@@ -193,18 +204,9 @@ def _seed(config: Config, purpose: str) -> None:
 
 
 def compile_detector(detector: DetectionTransformer, mode: str = "default") -> None:
-    """Compile the two methods that a detector is used by; ``forward`` is not one of them.
+    """Compile ``encode`` and ``decode`` of a detector in place; training does not call ``forward``.
 
-    Args:
-        detector: changed in place.
-        mode: torch.compile's.
+    ``mode`` is torch.compile's.
     """
     for name in ("encode", "decode"):
         setattr(detector, name, torch.compile(getattr(detector, name), mode=mode))
-
-
-def _digests(config: Config, splits: Splits) -> dict[str, str]:
-    parts = [part for part in (splits.train, splits.validation, splits.test) if part is not None]
-    return {key: value for part in parts for key, value in data_digests(part).items()} | (
-        weight_digests(config)
-    )

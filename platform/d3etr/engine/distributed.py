@@ -7,8 +7,12 @@ differs.
 from __future__ import annotations
 
 import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
-from typing import Protocol
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,98 +24,72 @@ from d3etr.logs import get_logger
 
 logger = get_logger(__name__)
 
+T = TypeVar("T")
+POLL_SECONDS = 0.5
 COLLECTIVE_TIMEOUT_SECONDS = 900.0
 """How long a worker waits for the others: longer than any evaluation on one worker, shorter
 than anybody's patience."""
 
 
-class TrainContext(Protocol):
-    """One worker's view of the run. All methods but ``wrap`` are called by all workers alike."""
+class TrainContext:
+    """One worker's view of the run; this class is a world of one.
 
-    rank: int
-    world_size: int
-    device: torch.device
-    reads_checkpoints: bool
-    """Whether ``report`` wants the epoch's checkpoint on the disk."""
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module, its gradients averaged over the workers."""
-        ...
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over the workers, in place; returns the same tensor."""
-        ...
-
-    def gather(self, tensor: Tensor) -> list[Tensor] | None:
-        """Every worker's tensor at rank 0 (first dimensions may differ), None elsewhere."""
-        ...
-
-    def barrier(self) -> None:
-        """Wait for all workers."""
-        ...
-
-    def report(self, metrics: dict[str, float]) -> None:
-        """Say that an epoch is done."""
-        ...
-
-    def saved(self) -> None:
-        """Say that a checkpoint was saved and training goes on: a good place to be stopped.
-
-        It may still be on its way to the disk; what stops the run by an exception waits for it.
-        """
-        ...
-
-
-class SingleProcess:
-    """A world of one.
+    All methods but ``wrap`` are called by all workers alike.
 
     Args:
-        device: defaults to the first GPU, else the CPU.
+        device: of this worker's tensors.
     """
 
     rank = 0
     world_size = 1
     reads_checkpoints = False
+    """Whether ``report`` wants the epoch's checkpoint on the disk."""
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.device = device or default
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module itself."""
+        """The module, its gradients averaged over the workers."""
         return module
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+        """Sum over the workers, in place; returns the same tensor."""
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
-        """A list of one."""
+        """Every worker's tensor at rank 0 (first dimensions may differ), None elsewhere."""
         return [tensor]
 
     def barrier(self) -> None:
-        """Nobody to wait for."""
+        """Wait for all workers."""
 
     def report(self, metrics: dict[str, float]) -> None:
-        """Nobody to tell."""
+        """Announce that an epoch is done."""
 
     def saved(self) -> None:
-        """Nobody who would stop it."""
+        """Announce that a checkpoint was saved and training continues: a good place to be stopped.
+
+        It may still be on its way to the disk; what stops the run by an exception waits for it.
+        """
 
 
-class ProcessGroup:
+class SingleProcess(TrainContext):
+    """A world of one, by default on the first GPU, else on the CPU."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+class ProcessGroup(TrainContext):
     """A world on top of an initialised ``torch.distributed`` process group.
 
     Args:
-        device: where this worker's tensors live: a GPU under nccl, the CPU under gloo.
+        device: a GPU under nccl, the CPU under gloo.
     """
 
-    reads_checkpoints = False
-
     def __init__(self, device: torch.device) -> None:
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-        self.device = device
+        super().__init__(device)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """DistributedDataParallel around ``module``.
@@ -151,12 +129,6 @@ class ProcessGroup:
     def barrier(self) -> None:
         """Wait for all workers."""
         dist.barrier()
-
-    def report(self, metrics: dict[str, float]) -> None:
-        """Nobody to tell."""
-
-    def saved(self) -> None:
-        """Nobody who would stop it."""
 
 
 class Torchrun(ProcessGroup):
@@ -205,3 +177,38 @@ def _local_device(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def run_on_all_workers(work: Callable[[], T], context: TrainContext) -> T:
+    """Run something on every worker and return when all have done it, however long that takes.
+
+    A barrier would fail on the time limit of collective operations. Here a thread works, and the
+    workers exchange every half second who is done.
+
+    Args:
+        work: done by each worker.
+        context: the workers.
+
+    Returns:
+        What this worker's ``work`` returned.
+
+    Raises:
+        Exception: what this worker's ``work`` raised; its peers lose their connection to it.
+    """
+    if context.world_size == 1:
+        return work()
+    job = Future[T]()
+
+    def run() -> None:
+        try:
+            job.set_result(work())
+        except BaseException as error:
+            job.set_exception(error)
+
+    threading.Thread(target=run, name="worker-task", daemon=True).start()
+    while True:
+        failed = job.done() and job.exception() is not None
+        done = torch.tensor(int(job.done() and not failed), device=context.device)
+        if int(context.all_reduce(done)) == context.world_size or failed:
+            return job.result()
+        time.sleep(POLL_SECONDS)

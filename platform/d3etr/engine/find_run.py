@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import re
 from collections.abc import Callable, Sequence
@@ -41,29 +40,23 @@ def folder_of(config: Config) -> RunFolder:
     decides, which has every value: another version of d3etr may have other defaults, other names
     of keys and another digest. A key that was added since has its default.
     """
-    name = f"{config.run.name}-{config_digest(config)}"
-    first = RunFolder((config.run.output / name).absolute())
+    output, name = config.run.output.absolute(), f"{config.run.name}-{config_digest(config)}"
+    first = RunFolder(output / name)
     kept = first.read_config()
     # Other places with the same content are the same run, and other content is noticed.
     if kept is not None and config_digest(_placeless(kept)) == config_digest(_placeless(config)):
         return first
-    for run in _runs_called(config.run.name, first.path.parent):
-        other = run.read_config() if run != first else None
-        if other is not None and other.run.name == config.run.name and _same(other, config):
-            return run
-    return first if kept is None else _next_free(first)
-
-
-def _runs_called(name: str, output: Path) -> list[RunFolder]:
-    started = output.glob(f"{glob.escape(name)}-*/{CONFIG_FILE}")
-    pattern = re.compile(re.escape(name) + DIGEST_PATTERN)
-    folders = sorted(file.parent for file in started)
-    return [RunFolder(folder) for folder in folders if pattern.fullmatch(folder.name)]
-
-
-def _next_free(first: RunFolder) -> RunFolder:
-    numbered = (RunFolder(first.path.with_name(f"{first.path.name}-{n}")) for n in count(2))
-    return next(folder for folder in numbered if not folder.config.exists())
+    called = re.compile(re.escape(config.run.name) + DIGEST_PATTERN)
+    for file in sorted(output.glob(f"{glob.escape(config.run.name)}-*/{CONFIG_FILE}")):
+        run = RunFolder(file.parent)
+        if called.fullmatch(run.path.name) and run != first:
+            other = run.read_config()
+            if other and other.run.name == config.run.name and _same(other, config):
+                return run
+    if kept is None:
+        return first
+    numbered = (RunFolder(output / f"{name}-{number}") for number in count(2))
+    return next(run for run in numbered if not run.config.exists())
 
 
 def holds(folder: RunFolder, config: Config) -> bool:
@@ -150,9 +143,7 @@ def find_folder(name: str, output: Path, marker: str, kind: str) -> Path:
             f"no {kind} '{name}': there are no {kind}s in {output.absolute()}. "
             "Point --set run.output=FOLDER at the folder that holds it."
         )
-    close = difflib.get_close_matches(name, [folder.name for folder in known], n=3, cutoff=0.4)
-    shown = [output / match for match in close] or known
-    raise UserError(f"no {kind} '{name}' in {output}. There are:{_listed(shown)}")
+    raise UserError(f"no {kind} '{name}' in {output}. There are:{_listed(known)}")
 
 
 def with_prefix(name: str, folders: Sequence[Path]) -> list[Path]:
@@ -168,7 +159,7 @@ def _listed(folders: Sequence[Path]) -> str:
 
 
 def resumed_config(folder: RunFolder, overrides: list[str]) -> Config:
-    """The configuration to go on with, read from the run's folder.
+    """The configuration to continue with, read from the run's folder.
 
     Args:
         folder: the run.
@@ -190,23 +181,23 @@ def resumed_config(folder: RunFolder, overrides: list[str]) -> Config:
 
 
 def ensure_same_recipe(folder: RunFolder, kept: Config, config: Config) -> None:
-    """Refuse to go on with a run under a configuration that gives other results.
+    """Refuse to continue a run under a configuration that gives other results.
 
     Args:
         folder: the run.
         kept: what it was started with.
-        config: what is asked for now.
+        config: what is wanted now.
 
     Raises:
         UserError: naming the keys that differ.
     """
     if _same(kept, config):
         return
-    before, now = absolute_paths(kept), absolute_paths(config)
+    before, now = (_values(plain_tree(absolute_paths(each))) for each in (kept, config))
     changes = [
-        f"\n  {key}: {old!r} there, {new!r} now"
-        for key, old, new in _differences(plain_tree(before), plain_tree(now))
-        if _has_influence(key)
+        f"\n  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
     ]
     raise UserError(
         f"the run {folder.path.name} was started with another configuration and cannot be "
@@ -219,19 +210,14 @@ def _same(kept: Config, config: Config) -> bool:
     return config_digest(absolute_paths(kept)) == config_digest(absolute_paths(config))
 
 
-def _has_influence(path: str) -> bool:
-    section, key = f"{path}.".split(".")[:2]
-    return section not in SECTIONS_WITHOUT_INFLUENCE and key not in WITHOUT_INFLUENCE.get(
-        section, frozenset()
-    )
-
-
-def _differences(before: Tree, now: Tree, at: str = "") -> list[tuple[str, object, object]]:
-    found: list[tuple[str, object, object]] = []
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{at}{key}.")
-        elif old != new:
-            found.append((f"{at}{key}", old, new))
+def _values(tree: Tree, at: str = "") -> dict[str, object]:
+    """Dotted key -> value, of the keys that change results."""
+    found = dict[str, object]()
+    for key, value in tree.items():
+        if not at and key in SECTIONS_WITHOUT_INFLUENCE:
+            continue
+        if isinstance(value, dict):
+            found |= _values(value, f"{at}{key}.")
+        elif key not in WITHOUT_INFLUENCE.get(at.removesuffix("."), ()):
+            found[f"{at}{key}"] = value
     return found

@@ -6,6 +6,7 @@ runs them. Replaying takes one launch. So that shapes recur, batches are padded 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -52,7 +53,7 @@ def unsupported_reason(distiller: Distiller, device: torch.device) -> str | None
 def whole_pass(
     distiller: Distiller, device: torch.device, teacher_precision: Precision, precision: Precision
 ) -> Pass:
-    """What is recorded of a step: the teacher's pass beside the student's, losses, the way back.
+    """A step to record: the teacher on a side stream, the student, losses, backward.
 
     Args:
         distiller: on the device; it draws no general points.
@@ -88,8 +89,7 @@ class _Recorded:
     """One graph with the memory that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
-    images: ImageBatch
-    targets: Targets
+    batch: list[Tensor]
     losses: dict[str, Tensor]
 
 
@@ -106,7 +106,7 @@ class StepGraphs:
 
     def __init__(self, run: Pass, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         self._run, self._parameters, self._device = run, parameters, device
-        self._graphs: dict[tuple[object, ...], _Recorded] = {}
+        self._graphs: dict[tuple[torch.Size, ...], _Recorded] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -128,21 +128,23 @@ class StepGraphs:
         """
         images, targets = padded(images, targets)
         self._factor.fill_(factor)
-        key = _shapes(images, targets)
+        batch = _tensors(images, targets)
+        key = tuple(tensor.shape for tensor in batch)
         if key not in self._graphs and len(self._graphs) == MOST_GRAPHS:
             seed()
             return self._pass(images, targets)
         if key not in self._graphs:
             self._graphs[key] = self._record(images, targets)
         recorded = self._graphs[key]
-        _copy(images, targets, recorded)
+        for place, tensor in zip(recorded.batch, batch, strict=True):
+            place.copy_(tensor)
         seed()
         recorded.graph.replay()
         self._hand_over()
         return recorded.losses
 
     def _record(self, images: ImageBatch, targets: Targets) -> _Recorded:
-        images, targets = _clones(images, targets)
+        images, targets = copy.deepcopy((images, targets))
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
@@ -151,7 +153,7 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             losses = self._pass(images, targets)
-        return _Recorded(graph, images, targets, losses)
+        return _Recorded(graph, _tensors(images, targets), losses)
 
     def _pass(self, images: ImageBatch, targets: Targets) -> dict[str, Tensor]:
         """One pass that leaves gradients where all graphs leave them."""
@@ -200,23 +202,7 @@ def padded(images: ImageBatch, targets: Targets) -> tuple[ImageBatch, Targets]:
     return images, targets
 
 
-def _shapes(images: ImageBatch, targets: Targets) -> tuple[object, ...]:
-    return images.pixels.shape, images.padding is None, targets.labels.shape
-
-
-def _clones(images: ImageBatch, targets: Targets) -> tuple[ImageBatch, Targets]:
-    padding = images.padding
-    copied = ImageBatch(images.pixels.clone(), None if padding is None else padding.clone())
-    boxes, objects = targets.boxes_cxcywh.clone(), targets.num_objects.clone()
-    labels = targets.labels.clone()
-    return copied, replace(targets, labels=labels, boxes_cxcywh=boxes, num_objects=objects)
-
-
-def _copy(images: ImageBatch, targets: Targets, recorded: _Recorded) -> None:
-    """Put a batch where a graph reads it."""
-    recorded.images.pixels.copy_(images.pixels)
-    if images.padding is not None and recorded.images.padding is not None:
-        recorded.images.padding.copy_(images.padding)
-    recorded.targets.labels.copy_(targets.labels)
-    recorded.targets.boxes_cxcywh.copy_(targets.boxes_cxcywh)
-    recorded.targets.num_objects.copy_(targets.num_objects)
+def _tensors(images: ImageBatch, targets: Targets) -> list[Tensor]:
+    """What a graph reads of a batch."""
+    found = [images.pixels, targets.labels, targets.boxes_cxcywh, targets.num_objects]
+    return found if images.padding is None else [*found, images.padding]

@@ -1,8 +1,8 @@
-"""People's own code in a training run: told of steps, evaluations and the end, it changes nothing.
+"""People's own code in a training run: called at steps, evaluations and the end.
 
-Hooks run on the first worker. They are given numbers and the student to look at. Random numbers,
-training mode and weights are as before when a hook returns; one that changed weights ends the run,
-and one that raises is reported and not called again.
+Hooks run on the first worker and change nothing. Random numbers, training mode and weights are as
+before when a hook returns; one that changed weights ends the run, and one that raises is reported
+and not called again.
 """
 
 from __future__ import annotations
@@ -75,69 +75,49 @@ class Hooks:
         student: nn.Module,
         warn: Callable[[str], None],
     ) -> None:
-        self._hooks = [_made(hook) if isinstance(hook, str) else hook for hook in hooks]
+        self._hooks = list[Hook]()
+        for hook in hooks:
+            try:
+                self._hooks.append(HOOKS.find(hook)() if isinstance(hook, str) else hook)
+            except UserError:
+                raise
+            except Exception as error:  # whatever another package's constructor raises
+                problem = f"{type(error).__name__}: {error}"
+                raise UserError(f"run.hooks: hook '{hook}' cannot be made: {problem}") from error
         self._run_dir, self._student, self._warn = run_dir, student, warn
 
-    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """See ``Hook.on_step``."""
-        self._call("on_step", step, metrics)
+    def call(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Call ``on_step``, ``on_evaluation`` or ``on_end`` of every hook.
 
-    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """See ``Hook.on_evaluation``."""
-        self._call("on_evaluation", step, metrics)
-
-    def on_end(self, step: int, metrics: Mapping[str, float]) -> None:
-        """See ``Hook.on_end``."""
-        self._call("on_end", step, metrics)
-
-    def _call(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
+        Raises:
+            UserError: a hook changed the student's weights.
+        """
         for hook in list(self._hooks):
             given = MappingProxyType(dict(metrics))
-            event = TrainingEvent(self._run_dir, step, given, self._student)
             who = f"{type(hook).__module__}.{type(hook).__qualname__}.{name}"
             with _unchanged(self._student, who):
                 try:
-                    getattr(hook, name)(event)
+                    getattr(hook, name)(TrainingEvent(self._run_dir, step, given, self._student))
                 except Exception as error:  # whatever people's code raises
                     logger.exception("hook %s failed", who)
                     self._hooks.remove(hook)
                     self._warn(
                         f"hook {who} failed ({type(error).__name__}: {error}): it is not called "
-                        "again, and training goes on without it"
+                        "again, and training continues without it"
                     )
-
-
-def _made(name: str) -> Hook:
-    kind = HOOKS.find(name)
-    try:
-        hook: Hook = kind()
-    except Exception as error:  # whatever a stranger's constructor raises
-        raise UserError(
-            f"run.hooks: hook '{name}' cannot be made: {type(error).__name__}: {error}"
-        ) from error
-    return hook
 
 
 @contextmanager
 def _unchanged(student: nn.Module, who: str) -> Iterator[None]:
-    """Keep random numbers and training mode; refuse changed weights.
-
-    Raises:
-        UserError: a parameter or buffer is another one, or was written to.
-    """
+    """Keep random numbers and training mode; refuse changed weights."""
     before, training = _weights(student), student.training
-    python, numbers, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
+    python, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
-        torch.set_rng_state(cpu)
-        if gpus:
-            torch.cuda.set_rng_state_all(gpus)
-        if student.training != training:
-            student.train(training)
+    random.setstate(python)
+    np.random.set_state(numbers)
+    if student.training != training:
+        student.train(training)
     if _weights(student) != before:
         raise UserError(
             f"hook {who} changed the student's weights: hooks look at a run and change nothing. "
@@ -146,6 +126,6 @@ def _unchanged(student: nn.Module, who: str) -> Iterator[None]:
 
 
 def _weights(module: nn.Module) -> list[tuple[str, int, int, bool]]:
-    """What tells whether any tensor was replaced, written to or frozen; costs microseconds."""
+    """Differs once any tensor was replaced, written to or frozen; costs microseconds."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return [(name, id(x), x._version, x.requires_grad) for name, x in tensors]

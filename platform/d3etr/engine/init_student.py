@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.data.annotations import Category
-from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.init_from import LoadedParts, load_matching
-from d3etr.detectors.weights import WeightsInfo, load_backbone_weights, load_weights, read_info
+from d3etr.detectors.weights import load_backbone_weights, load_weights
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
 from d3etr.storage.fetch import local_file
 
-_LOGGER = get_logger(__name__)
+logger = get_logger(__name__)
 
 
 def build_student(
@@ -43,77 +41,34 @@ def build_student(
     elif weights is not None:
         load_backbone_weights(student.backbone, weights)
     if config.student.initialise_from is not None:
-        taken = _take(student, config, categories)
+        taken = _initialise(student, config, categories)
         if taken.left and not quiet:
-            _warn(taken, config.initial_weights)
+            text = "student.initialise_from: %d tensors taken from %s; %d of the same parts start "
+            names = ", ".join(f"{name} ({why})" for name, why in taken.left.items())
+            counts = len(taken.names), config.initial_weights, len(taken.left)
+            logger.warning(f"{text}at random: %s", *counts, names)
     return student.train()
 
 
-def ensure_start(config: Config) -> None:
-    """Make sure that a run can begin with its weights, as far as this machine's files say.
-
-    Raises:
-        UserError: a file is missing, damaged or of another architecture; or weights are needed.
-    """
-    require_start(config)
-    teacher = None if config.teacher is None else config.teacher.weights
-    if isinstance(teacher, Path):
-        with _naming("teacher.weights"):
-            read_info(teacher)
-    if isinstance(config.student.backbone_weights, Path):
-        with _naming("student.backbone_weights"):
-            backbone = build_backbone(config.student.detector.backbone)
-            load_backbone_weights(backbone, config.student.backbone_weights)
-    initial = config.initial_weights
-    if isinstance(initial, Path) and initial != teacher:
-        with _naming("student.initialise_from.weights"):
-            read_info(initial)
-
-
-@contextmanager
-def _naming(key: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
-
-
-def _take(
+def _initialise(
     student: DetectionTransformer, config: Config, categories: Sequence[Category]
 ) -> LoadedParts:
     start, weights = config.student.initialise_from, config.initial_weights
     assert start is not None and weights is not None
     with local_file(weights) as file:
         source, info = load_weights(file)
-    if "backbone" in start.parts:
-        _require_same_normalisation(info, weights, config)
-    same_classes = [name for _, name in info.categories] == [c.name for c in categories]
-    try:
-        return load_matching(student, source, start.parts, same_classes=same_classes)
-    except UserError as error:
-        raise UserError(f"student.initialise_from.weights {weights}: {error}") from error
-
-
-def _require_same_normalisation(info: WeightsInfo, weights: Url | Path, config: Config) -> None:
     theirs, ours = info.preprocessing.normalisation, config.data.preprocessing.normalisation
-    if theirs != ours:
+    if "backbone" in start.parts and theirs != ours:
         raise UserError(
             f"student.initialise_from.weights {weights}: its backbone expects images with "
             f"normalisation '{theirs}', but data.preprocessing.normalisation is '{ours}': set it "
             f"to '{theirs}', or take 'backbone' out of the parts"
         )
-
-
-def _warn(taken: LoadedParts, weights: Url | Path | None) -> None:
-    names = ", ".join(f"{name} ({why})" for name, why in taken.left.items())
-    _LOGGER.warning(
-        "student.initialise_from: %d tensors taken from %s; %d of the same parts start at random: "
-        "%s",
-        len(taken.names),
-        weights,
-        len(taken.left),
-        names,
-    )
+    same_classes = [name for _, name in info.categories] == [c.name for c in categories]
+    try:
+        return load_matching(student, source, start.parts, same_classes=same_classes)
+    except UserError as error:
+        raise UserError(f"student.initialise_from.weights {weights}: {error}") from error
 
 
 def require_start(config: Config) -> None:

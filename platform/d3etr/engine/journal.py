@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from d3etr.files import atomic_write, clear_disk_errors
 from d3etr.logs import get_logger
@@ -22,8 +24,28 @@ from d3etr.text import redacted
 logger = get_logger(__name__)
 
 Record = dict[str, Any]
-NAMED_LINES = 5
-"""So many damaged lines are named."""
+_Count = Annotated[int, Field(ge=0, lt=2**53)]
+_Seconds = Annotated[float, Field(ge=0, lt=1e11)]
+
+
+class _Fields(BaseModel):
+    """Types of the fields that are read somewhere."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    kind: str
+    step: _Count
+    time: _Seconds = 0
+    elapsed: _Seconds = 0
+    metrics: dict[str, float] = {}
+    steps: _Count = 0
+    steps_per_epoch: _Count = 0
+    text: str = ""
+    level: str = ""
+
+
+_NEEDED = {"start": "steps", "evaluation": "metrics", "teacher": "metrics", "end": "metrics"}
+"""A field that every record of a kind has."""
 
 
 class Journal:
@@ -43,14 +65,14 @@ class Journal:
         Args:
             kind: ``start``, ``step``, ``evaluation``, ``teacher``, ``message`` or ``end``.
             step: optimiser steps done.
-            **fields: what the record says besides.
+            **fields: the rest of the record.
 
         Raises:
             UserError: no space left.
         """
         if not self._active:
             return
-        # The clock may be set while a run goes on: durations are told by ``elapsed`` alone.
+        # The clock may be set during a run: durations come from ``elapsed`` alone.
         elapsed = round(time.monotonic() - self._begun, 3)
         record = {"kind": kind, "step": step, "time": time.time(), "elapsed": elapsed, **fields}
         line = json.dumps(record, allow_nan=False) + "\n"
@@ -68,30 +90,25 @@ class Journal:
         """Drop what comes after ``step``, a torn last line, and lines that are damaged.
 
         The new file replaces the old one, so a follower sees one or the other. Damaged lines
-        before ``step`` are named in a message: what they said is lost, what others say is kept.
+        before ``step`` are named in a message.
 
         Returns:
             Number of lines dropped.
         """
         if not (self._active and self.path.exists()):
             return 0
-        lines = _lines(self.path)
-        records = [_parse(line) for line in lines]
-        kept = [
-            line
-            for line, record in zip(lines, records, strict=True)
-            if record is not None and record["step"] <= step
-        ]
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        steps = [None if (record := _parse(line)) is None else record["step"] for line in lines]
+        kept = [index for index, at in enumerate(steps) if at is not None and at <= step]
         if len(kept) < len(lines):
             with (
                 clear_disk_errors("the journal", self.path.parent),
                 atomic_write(self.path) as temporary,
             ):
-                temporary.write_bytes(b"".join(kept))
-        if kept:
-            lost = _damaged(lines[: lines.index(kept[-1])])
-            if lost:
-                self.message(step, f"the journal had damage: {named_lines(lost)} lost", "warning")
+                temporary.write_bytes(b"".join(lines[index] for index in kept))
+        lost = [index + 1 for index in range(max(kept, default=0)) if steps[index] is None]
+        if lost:
+            self.message(step, f"the journal had damage: {_lines(lost)} lost", "warning")
         return len(lines) - len(kept)
 
 
@@ -100,20 +117,7 @@ def read_journal(path: Path) -> list[Record]:
 
     Damaged lines are left out, and named in a warning.
     """
-    if not path.exists():
-        return []
-    lines = _lines(path)
-    _name_damage(path, tuple(_damaged(lines)))
-    return [record for line in lines if (record := _parse(line)) is not None]
-
-
-def named_lines(numbers: Sequence[int]) -> str:
-    """``line 3 is``, ``lines 3, 5 and 7 more are``."""
-    listed = ", ".join(map(str, numbers[:NAMED_LINES]))
-    more = len(numbers) - NAMED_LINES
-    if len(numbers) == 1:
-        return f"line {listed} is"
-    return f"lines {listed}{f' and {more} more' if more > 0 else ''} are"
+    return list(JournalReader(path).new_records())
 
 
 def follow_journal(
@@ -121,7 +125,7 @@ def follow_journal(
 ) -> Iterator[Record]:
     """Yield records as they are written.
 
-    Where a resumed run has cut the journal back, the iterator goes on behind what both
+    Where a resumed run has cut the journal back, the iterator continues behind what both
     versions share: what was dropped and is written anew is yielded again.
 
     Args:
@@ -160,19 +164,6 @@ class JournalReader:
                 self._offset = self._shared_prefix(file.readlines())
             file.seek(self._offset)
             lines = file.readlines()
-        yield from self._take(lines)
-
-    def _shared_prefix(self, lines: list[bytes]) -> int:
-        """Bytes that this version of the file has in common with what was yielded."""
-        same = 0
-        for line, digest in zip(lines, self._seen, strict=False):
-            if _digest(line) != digest:
-                break
-            same += 1
-        del self._seen[same:]
-        return sum(map(len, lines[:same]))
-
-    def _take(self, lines: list[bytes]) -> Iterator[Record]:
         damaged = []
         for line in lines:
             if not line.endswith(b"\n"):  # still being written
@@ -184,91 +175,42 @@ class JournalReader:
                 yield record
             else:
                 damaged.append(len(self._seen))
-        _name_damage(self._path, tuple(damaged))
+        _warn_of_damage(self._path, tuple(damaged))
+
+    def _shared_prefix(self, lines: list[bytes]) -> int:
+        """Bytes that this version of the file has in common with what was yielded."""
+        same = 0
+        for line, digest in zip(lines, self._seen, strict=False):
+            if _digest(line) != digest:
+                break
+            same += 1
+        del self._seen[same:]
+        return sum(map(len, lines[:same]))
 
 
-def _lines(path: Path) -> list[bytes]:
-    with path.open("rb") as file:
-        return file.readlines()
-
-
-def _damaged(lines: Sequence[bytes]) -> list[int]:
-    """Numbers of the lines that are whole and no records."""
-    return [
-        number
-        for number, line in enumerate(lines, 1)
-        if line.endswith(b"\n") and _parse(line) is None
-    ]
+def _lines(numbers: Sequence[int]) -> str:
+    """``line 3 is``, ``7 lines from line 3 on are``."""
+    if len(numbers) == 1:
+        return f"line {numbers[0]} is"
+    return f"{len(numbers)} lines from line {numbers[0]} on are"
 
 
 @cache
-def _name_damage(path: Path, numbers: tuple[int, ...]) -> None:
+def _warn_of_damage(path: Path, numbers: tuple[int, ...]) -> None:
     """Once in a process, however often the file is read."""
     if numbers:
-        text = "%s is damaged: %s left out, the rest is used"
-        logger.warning(text, path, named_lines(numbers))
+        logger.warning("%s is damaged: %s left out, the rest is used", path, _lines(numbers))
 
 
 def _parse(line: bytes) -> Record | None:
     """The record of a whole line; None for a torn or foreign one."""
-    if not line.endswith(b"\n"):
-        return None
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
+        found = json.loads(line if line.endswith(b"\n") else b"")
+        fields = _Fields.model_validate(found)
+    except (ValueError, RecursionError, ValidationError):
         return None
-    return found if _is_record(found) else None
-
-
-def _is_record(found: object) -> bool:
-    """Whether every field that is read somewhere is of its type and there where it must be."""
-    if not isinstance(found, dict) or found.get("kind") is None:
-        return False
-    needed = ("step", *_NEEDED.get(str(found["kind"]), ()))
-    return all(name in found for name in needed) and all(
-        fits(found[name]) for name, fits in _FIELDS.items() if name in found
-    )
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, float):
-        return True
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def _is_time(value: object) -> bool:
-    return _is_number(value) and 0 <= float(value) < 1e11  # type: ignore[arg-type]
-
-
-def _is_metrics(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
-
-
-_NEEDED = {
-    "start": ("steps",),
-    "evaluation": ("metrics",),
-    "teacher": ("metrics",),
-    "end": ("metrics",),
-}
-_FIELDS: dict[str, Callable[[object], bool]] = {
-    "kind": _is_text,
-    "step": _is_count,
-    "time": _is_time,
-    "elapsed": _is_time,
-    "metrics": _is_metrics,
-    "steps": _is_count,
-    "steps_per_epoch": _is_count,
-    "text": _is_text,
-    "level": _is_text,
-}
+    needed = _NEEDED.get(fields.kind, "step")
+    return found if needed in fields.model_fields_set else None
 
 
 def _digest(line: bytes) -> bytes:

@@ -1,21 +1,42 @@
-"""From losses on the device and running clocks to the journal's step records."""
+"""Losses and clocks of training steps, and the journal's step records made of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW
 
 from d3etr.engine.distributed import TrainContext
-from d3etr.engine.divergence import LossWindow
 from d3etr.engine.journal import Journal
+from d3etr.errors import UserError
 from d3etr.timing import PhaseTimer
 
 LOADING = "loading"
 """The phase that counts the CPU seconds of loading processes."""
+
+
+class TrainingDiverged(UserError):  # noqa: N818 - it says what happened
+    """A loss became NaN or infinite.
+
+    Args:
+        step: optimiser step, from 0.
+        what: names of the losses.
+        image_ids: the images of that step, as far as this worker knows them.
+    """
+
+    def __init__(self, step: int, what: Sequence[str], image_ids: Sequence[int]) -> None:
+        self.step, self.what, self.image_ids = step, tuple(what), tuple(image_ids)
+        images = ", ".join(map(str, image_ids)) or "of another worker"
+        super().__init__(
+            f"training diverged: {', '.join(what)} became NaN or infinite at optimiser step "
+            f"{step}, image ids {images}. The last good checkpoint is kept. Lower "
+            "optimisation.learning_rate or optimisation.clip_norm, use float32, or look at "
+            "these images' annotations (d3etr check-data)."
+        )
 
 
 @dataclass
@@ -34,7 +55,7 @@ class TrainingCost:
     device_seconds: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        """What is known, by the name that summaries have for it."""
+        """What is known, by its name in summaries."""
         known = {
             "training_seconds": self.seconds,
             "training_cpu_seconds": self.cpu_seconds,
@@ -43,15 +64,26 @@ class TrainingCost:
         return {name: value for name, value in known.items() if value is not None}
 
 
+@dataclass
+class _Step:
+    """One optimiser step; the tensors are on the device."""
+
+    step: int
+    losses: Tensor
+    image_ids: tuple[int, ...]
+    norm: Tensor | None = None
+
+
 class MetricLogger:
-    """Reads the loss window now and then: one wait for the device per record.
+    """Keeps the losses of steps on the device and reads them once per record.
+
+    Reading a loss makes the host wait for the device. Rows are kept per step, so that the first
+    step at which a loss stopped being finite is known.
 
     Args:
         journal: where records go.
         context: the workers whose losses add up.
-        optimiser: to tell its learning rate.
-        window: the losses of the steps since the last record.
-        timer: the phases of these steps.
+        optimiser: for its learning rate.
         batch_size: images per optimiser step over all workers.
         steps_per_epoch: optimiser steps.
         on_step: called with the step and the metrics of each record, at rank 0.
@@ -62,21 +94,58 @@ class MetricLogger:
         journal: Journal,
         context: TrainContext,
         optimiser: AdamW,
-        window: LossWindow,
-        timer: PhaseTimer,
-        *,
-        batch_size: int,
-        steps_per_epoch: int,
+        batch_size: int = 1,
+        steps_per_epoch: int = 1,
         on_step: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self._journal, self._context, self._optimiser = journal, context, optimiser
-        self._window, self._timer = window, timer
         self._batch_size, self._steps_per_epoch = batch_size, steps_per_epoch
         self._on_step = on_step
+        self._names: tuple[str, ...] = ()
+        self._steps: list[_Step] = []
         self._started: tuple[float, float] | None = None
+        self.timer = PhaseTimer(context.device)
         self.cost = TrainingCost()
         self.last: dict[str, float] = {}
         """The metrics of the last record."""
+
+    def add(self, step: int, losses: Mapping[str, Tensor], image_ids: tuple[int, ...]) -> Tensor:
+        """Take in the losses of one micro-batch; those of the same step are added up.
+
+        Args:
+            step: optimiser step; micro-batches of one step in a row.
+            losses: name -> scalar, the same names in every step; may be overwritten afterwards.
+            image_ids: the micro-batch's images.
+
+        Returns:
+            Scalar: the sum of the losses, ready for backward.
+        """
+        self._names = self._names or tuple(losses)
+        if tuple(losses) != self._names:
+            raise ValueError(f"losses changed from {self._names} to {tuple(losses)}")
+        values = torch.stack([*losses.values()])
+        if self._steps and self._steps[-1].step == step:
+            row = self._steps[-1]
+            row.losses = row.losses + values.detach()
+            row.image_ids += image_ids
+        else:
+            self._steps.append(_Step(step, values.detach(), image_ids))
+        return values.sum()
+
+    def add_norm(self, norm: Tensor) -> None:
+        """Take in the gradient norm of the last step, the same on all workers."""
+        self._steps[-1].norm = norm
+
+    def divergence(self, step: int, image_ids: tuple[int, ...], reason: str) -> TrainingDiverged:
+        """The error to raise when outputs at ``step`` were not finite.
+
+        That usually shows a step late: if a loss since the last record was the first, it is named.
+        """
+        for row in self._steps:
+            names = _not_finite(self._names, row.losses)
+            if names:
+                return TrainingDiverged(row.step, names, row.image_ids)
+        return TrainingDiverged(step, [f"a matching cost ({reason})"], image_ids)
 
     def resume_clock(self) -> None:
         """Training steps begin."""
@@ -87,55 +156,66 @@ class MetricLogger:
         self._started = None
 
     def write(self, step: int) -> None:
-        """Record the window that ends after ``step`` steps; all workers call it.
+        """Record the steps since the last record, up to ``step``; all workers call it.
 
         Raises:
-            TrainingDiverged: a loss or a gradient in the window is not finite.
+            TrainingDiverged: a loss or a gradient is not finite.
         """
-        if not len(self._window):
+        if not self._steps:
             return
-        values = self._context.all_reduce(self._window.rows()).cpu()
-        norms = self._window.norms().cpu()
-        self._window.check(values, norms)
+        losses = torch.stack([row.losses for row in self._steps])
+        values = self._context.all_reduce(losses).cpu()
+        norms = torch.stack([row.norm for row in self._steps if row.norm is not None]).cpu()
+        self._require_finite(values, norms)
         means = values.double().mean(0).tolist()
         metrics = {"train/loss": sum(means)}
-        metrics |= {f"train/{n}": v for n, v in zip(self._window.names, means, strict=True)}
+        metrics |= {f"train/{n}": v for n, v in zip(self._names, means, strict=True)}
         metrics["optimiser/learning_rate"] = self._optimiser.param_groups[0]["lr"]
         metrics["optimiser/gradient_norm"] = float(norms.double().mean())
-        self.last = metrics | self._times(len(self._window))
-        self._window.clear()
-        self._journal.write(
-            "step", step, epoch=(step - 1) // self._steps_per_epoch, metrics=self.last
-        )
+        self.last = metrics | self._times(len(self._steps))
+        self._steps.clear()
+        epoch = (step - 1) // self._steps_per_epoch
+        self._journal.write("step", step, epoch=epoch, metrics=self.last)
         if self._on_step is not None and self._context.rank == 0:
             self._on_step(step, self.last)
             self.resume_clock()  # a hook's time is not training's
 
+    def _require_finite(self, values: Tensor, norms: Tensor) -> None:
+        """Losses [steps, losses] summed over workers and gradient norms [steps], on the host."""
+        table = torch.cat([values, norms[:, None]], 1)
+        if bool(table.isfinite().all()):
+            return
+        index = int((~table.isfinite()).any(1).nonzero()[0])
+        row = self._steps[index]
+        elsewhere = bool(row.losses.isfinite().all()) and not bool(values[index].isfinite().all())
+        names = _not_finite((*self._names, "the gradient's norm"), table[index])
+        raise TrainingDiverged(row.step, names, () if elsewhere else row.image_ids)
+
     def _times(self, steps: int) -> dict[str, float]:
-        """Seconds per step of each phase, and throughput."""
-        on_device = self._timer.device_seconds
-        phases = self._timer.take()
-        if on_device is not None:
-            on_device = (self._timer.device_seconds or 0.0) - on_device
+        """Seconds per step of each phase, and throughput; adds to the cost of the run."""
+        before = self.timer.device_seconds
+        phases = self.timer.take()
         now = _clocks()
         begun = self._started or now
         self._started = now
-        elapsed = now[0] - begun[0]
-        self._count(elapsed, now[1] - begun[1] + phases.get(LOADING, 0.0), on_device)
+        elapsed, cpu = now[0] - begun[0], now[1] - begun[1] + phases.get(LOADING, 0.0)
+        on_device = (self.timer.device_seconds or 0.0) - (before or 0.0)
+        local = torch.tensor([cpu, on_device], dtype=torch.float64, device=self._context.device)
+        cpu, on_device = self._context.all_reduce(local).tolist()
+        cost = self.cost
+        cost.seconds += elapsed
+        cost.cpu_seconds = None if cost.cpu_seconds is None else cost.cpu_seconds + cpu
+        if before is not None:
+            cost.device_seconds = (cost.device_seconds or 0.0) + on_device
         times = {f"time/{name}": value / steps for name, value in phases.items()}
         times["time/step"] = elapsed / steps
         times["time/images_per_second"] = self._batch_size * steps / max(elapsed, 1e-9)
-        return times | {f"time/{name}": value for name, value in self.cost.as_dict().items()}
+        return times | {f"time/{name}": value for name, value in cost.as_dict().items()}
 
-    def _count(self, elapsed: float, cpu: float, on_device: float | None) -> None:
-        """Add a window's cost, over all workers."""
-        local = torch.tensor([cpu, on_device or 0.0], dtype=torch.float64)
-        everywhere = self._context.all_reduce(local.to(self._context.device)).tolist()
-        cost = self.cost
-        cost.seconds += elapsed
-        cost.cpu_seconds = None if cost.cpu_seconds is None else cost.cpu_seconds + everywhere[0]
-        if on_device is not None:
-            cost.device_seconds = (cost.device_seconds or 0.0) + everywhere[1]
+
+def _not_finite(names: Sequence[str], values: Tensor) -> list[str]:
+    finite = zip(names, values.isfinite().tolist(), strict=True)
+    return [name for name, ok in finite if not ok]
 
 
 def _clocks() -> tuple[float, float]:

@@ -20,7 +20,7 @@ def parameter_groups(
     config: OptimisationConfig,
     sampling_parts: frozenset[str] = frozenset(),
 ) -> list[dict[str, object]]:
-    """Split what is trained into backbone, what says where to sample, and the rest.
+    """Split what is trained into backbone, modules that predict sampling locations, and the rest.
 
     Everything decays alike, biases and norms included, as in DETR's own training code: with
     its small weight decay the choice is not measurable, and results stay comparable.
@@ -30,8 +30,8 @@ def parameter_groups(
         backbone: the part of it with ``backbone_rate_factor``.
         config: the rates. A backbone's factor of 0 freezes the backbone (as in DETR), which also
             saves its backward pass.
-        sampling_parts: names of the modules that say where to sample, as the detector's
-            configuration has them.
+        sampling_parts: names of the modules that predict sampling locations, from the detector's
+            configuration.
 
     Returns:
         Groups for ``AdamW``; ``base_rate`` is the rate before any schedule.
@@ -81,7 +81,7 @@ def build_optimiser(
 
 
 def restore_optimiser(optimiser: AdamW, state: dict[str, Any]) -> None:
-    """Go on from a saved state.
+    """Continue from a saved state.
 
     Args:
         optimiser: over the parameters that were saved.
@@ -106,7 +106,7 @@ def clip_gradients(optimiser: AdamW, maximum: float | None) -> Tensor:
     """Scale all gradients so that their common L2 norm is at most ``maximum``.
 
     Args:
-        optimiser: whose parameters are meant.
+        optimiser: of the parameters.
         maximum: None only measures.
 
     Returns:

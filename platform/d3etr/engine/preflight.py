@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from d3etr.config.data import DataConfig
 from d3etr.config.tree import Config
 from d3etr.data.judgement import Judgement, judge, judge_against_recipe, judge_length
 from d3etr.data.splits import SPLIT_NAMES, DetectionSplit, open_split
-from d3etr.detectors.weights import WeightsInfo, read_info
-from d3etr.engine.init_student import ensure_start
+from d3etr.detectors.backbones import build_backbone
+from d3etr.detectors.weights import WeightsInfo, load_backbone_weights, read_info
+from d3etr.engine.init_student import require_start
 from d3etr.engine.provenance import ensure_inputs_answer, weights_of
 from d3etr.engine.teacher import check_same_classes, check_same_input
 from d3etr.errors import UserError
@@ -22,6 +22,10 @@ from d3etr.storage.fetch import local_file
 
 DIGIT_CLASSES = 10
 
+Splits = Mapping[str, DetectionSplit]
+KnownSplits = dict[tuple[DataConfig, bool], Splits]
+"""What runs of equal data read, by data and whether they measure the test split."""
+
 
 @dataclass(frozen=True)
 class Beginning:
@@ -30,7 +34,7 @@ class Beginning:
     Attributes:
         images: training images.
         classes: object classes C.
-        teacher: what its weights file says; None without one.
+        teacher: the metadata of its weights file; None without one.
         warnings: what data and recipe could have better.
     """
 
@@ -40,31 +44,38 @@ class Beginning:
     warnings: tuple[str, ...] = ()
 
 
-Splits = Mapping[str, DetectionSplit]
-
-
-def judge_beginning(config: Config, read: Callable[[Config], Splits] | None = None) -> Beginning:
+def judge_beginning(config: Config, known: KnownSplits | None = None) -> Beginning:
     """Read what a run begins with: annotations and weights' headers; writes nothing.
 
     Files that URLs name are fetched into the cache for that, images are not.
 
     Args:
         config: the run.
-        read: what ``SplitReader`` gives, where several runs share their data.
+        known: splits that were read before, added to; for several runs that share their data.
 
     Raises:
         UserError: training would be stopped by its images, its weights or its teacher.
     """
     ensure_inputs_answer([config])
-    splits = (read or _read_splits)(config)
-    images, classes = _count(config.data, splits)
-    judgement = judge(config, splits) if splits else judge_length(config, images)
+    data, known = config.data, {} if known is None else known
+    if data.digit_scenes is not None:  # which need not be rendered for this
+        splits: Splits = {}
+        images, classes = data.digit_scenes.train_images, DIGIT_CLASSES
+        judgement = judge_length(config, images)
+    else:
+        key = (data, config.evaluation.test)
+        if key not in known:
+            names = SPLIT_NAMES if config.evaluation.test else SPLIT_NAMES[:2]
+            known[key] = {name: open_split(data, name, fetch=False) for name in names}
+        splits = known[key]
+        images, classes = len(splits["train"].records), len(splits["train"].categories)
+        judgement = judge(config, splits)
     judgement.raise_errors()
     teacher = _judge_weights(config, splits.get("train"), classes)
     return Beginning(images, classes, teacher, judgement.warnings)
 
 
-def judge_recipe(config: Config, splits: Mapping[str, DetectionSplit]) -> Judgement:
+def judge_recipe(config: Config, splits: Splits) -> Judgement:
     """Judge a recipe, its weights included, against the splits that could be read."""
     judgement, train = judge_against_recipe(config, splits), splits.get("train")
     try:
@@ -77,22 +88,25 @@ def judge_recipe(config: Config, splits: Mapping[str, DetectionSplit]) -> Judgem
 def _judge_weights(
     config: Config, train: DetectionSplit | None, classes: int | None
 ) -> WeightsInfo | None:
-    """What the teacher's file says, if there is a teacher; tensors are not read.
+    """The metadata of the teacher's weights, if there is a teacher; tensors are not read.
 
     Args:
         config: the run.
-        train: what is learnt; None where that is not there yet.
+        train: the training split; None where it is not there yet.
         classes: C; None where that is not known.
 
     Raises:
-        UserError: weights are missing, or the teacher cannot teach on this data.
+        UserError: weights are missing, damaged or of another architecture, or the teacher does
+            not fit this data.
     """
-    _ensure_weights_exist(config)
-    ensure_start(config)
+    require_start(config)
+    for key, file in weights_of(config).items():
+        if isinstance(file, Path):
+            _ensure_readable(key, file, config)
     if config.teacher is None:
         return None
-    with local_file(config.teacher.weights) as file:
-        info = read_info(file)
+    with local_file(config.teacher.weights) as local:
+        info = read_info(local)
     if train is not None:
         check_same_classes(info, config.teacher.weights, train)
     check_same_input(info, config.teacher.weights, config.data)
@@ -104,39 +118,16 @@ def _judge_weights(
     return info
 
 
-def _ensure_weights_exist(config: Config) -> None:
-    for key, file in weights_of(config).items():
-        if isinstance(file, Path) and not os.path.isfile(file):
-            raise UserError(
-                f"{key}: there is no file {file.absolute()}. Expected a weights file that a run, "
-                "'d3etr import-weights' or 'd3etr pretrain-backbone' has written"
-            )
-
-
-def _read_splits(config: Config) -> Splits:
-    """What the run would read; nothing of digit scenes, which need not be rendered."""
-    if config.data.digit_scenes is not None:
-        return {}
-    names = SPLIT_NAMES if config.evaluation.test else SPLIT_NAMES[:2]
-    return {name: open_split(config.data, name, fetch=False) for name in names}
-
-
-class SplitReader:
-    """Reads the splits of several runs, those of equal data once."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[DataConfig, bool], Splits] = {}
-
-    def __call__(self, config: Config) -> Splits:
-        """The splits that a run would read; see ``judge_beginning``."""
-        key = (config.data, config.evaluation.test)
-        if key not in self._known:
-            self._known[key] = _read_splits(config)
-        return self._known[key]
-
-
-def _count(data: DataConfig, splits: Splits) -> tuple[int, int]:
-    """Training images and classes."""
-    if data.digit_scenes is not None:
-        return data.digit_scenes.train_images, DIGIT_CLASSES
-    return len(splits["train"].records), len(splits["train"].categories)
+def _ensure_readable(key: str, file: Path, config: Config) -> None:
+    if not file.is_file():
+        raise UserError(
+            f"{key}: there is no file {file.absolute()}. Expected a weights file that a run, "
+            "'d3etr import-weights' or 'd3etr pretrain-backbone' has written"
+        )
+    try:
+        if key == "student.backbone_weights":
+            load_backbone_weights(build_backbone(config.student.detector.backbone), file)
+        else:
+            read_info(file)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error

@@ -1,8 +1,8 @@
-"""Pre-training of a backbone on crops: what ImageNet is elsewhere.
+"""Pre-training of a backbone on crops of objects, where ImageNet weights are out of reach.
 
 A backbone that starts from random numbers learns nothing useful from the few gradients that a
-young detector sends it. Classifying crops of the very objects that are to be detected (and of
-what is none) is a task that it learns in minutes.
+young detector sends it. Classifying crops of the objects that are to be detected (and of
+background) is a task that it learns in minutes.
 """
 
 from __future__ import annotations
@@ -10,48 +10,50 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from random import Random
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import AdamW
 
-from d3etr.config.data import AugmentationConfig, DataConfig, PreprocessingConfig
+from d3etr.config.data import DataConfig
 from d3etr.config.detector import BackboneConfig
-from d3etr.config.training import PretrainingConfig, ScheduleConfig
+from d3etr.config.training import OptimisationConfig, PretrainingConfig, ScheduleConfig
+from d3etr.data.augmentation import augment_pixels, draw_augmentation
+from d3etr.data.images import load_image, to_pixels
+from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit, open_split, require_same_categories
 from d3etr.data.transforms import normalise
 from d3etr.detectors.backbones import Backbone, build_backbone
 from d3etr.detectors.weights import write_tensors
-from d3etr.engine.crops import MARGIN, Crops, cut_crops
+from d3etr.engine.optimiser import build_optimiser, set_learning_rates
 from d3etr.engine.schedule import learning_rate_factor
 from d3etr.engine.seeding import derive_seed, seed_generators
 from d3etr.errors import UserError
-from d3etr.files import clear_disk_errors
-from d3etr.progress import OnProgress
+from d3etr.progress import OnProgress, no_progress
 
+MARGIN = 1.4
+"""Crops are cut this much larger than they are used, so that they can be shifted and scaled."""
 _SHIFT, _SCALE = 0.06, 0.15
 """Largest shift (in crop sides) and change of scale of a crop in training."""
-_CPU = torch.device("cpu")
+_TRIES = 20
+_FREE = 0.1
+"""A background crop covers at most this share of an object."""
+
+Window = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
 
 
-@dataclass(frozen=True)
-class PretrainedBackbone:
-    """A backbone file and what its network reaches.
+class PretrainedBackbone(NamedTuple):
+    """Share of the validation crops that are classified right, training crops, wall time."""
 
-    Attributes:
-        path: safetensors file that ``student.backbone_weights`` takes.
-        accuracy: share of the validation split's crops that are classified right.
-        objects: the same over crops of objects only, leaving background out.
-        crops: training crops.
-        seconds: wall time of everything.
-    """
-
-    path: Path
     accuracy: float
-    objects: float
     crops: int
     seconds: float
 
@@ -60,200 +62,185 @@ def pretrain_backbone(
     data: DataConfig,
     backbone: BackboneConfig,
     output: Path,
-    config: PretrainingConfig | None = None,
+    config: PretrainingConfig,
     *,
     seed: int = 0,
-    device: torch.device | None = None,
-    on_progress: OnProgress | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - it cannot change
+    on_progress: OnProgress = no_progress,
 ) -> PretrainedBackbone:
     """Train a backbone to classify crops of the training split, and save it.
 
     Args:
-        data: splits, normalisation and augmentation, as the detector will see them.
+        data: splits, normalisation and augmentation, as for the detector.
         backbone: what to train; ``trainable`` and ``frozen_stages`` do not apply here.
         output: the safetensors file to write; it appears only when it is complete.
         config: crops and optimisation.
         seed: of weights, crops and batches; equal seeds repeat a run on the CPU.
-        device: defaults to the CPU.
-        on_progress: told of crops and steps.
+        device: where it is trained.
+        on_progress: called with crops and steps.
 
     Raises:
         UserError: data cannot be used, the split has no objects, or the backbone cannot be
             trained from random weights.
     """
     begin = time.perf_counter()
-    config = config or PretrainingConfig()
-    network = _fresh_backbone(backbone, seed)
+    network = _untrained(backbone, seed)
     train, validation = (open_split(data, name, on_progress) for name in ("train", "validation"))
     require_same_categories(train, validation)
-    crops = cut_crops(train, config, seed, on_progress)
-    _require_objects(crops, train)
-    classifier = _Classifier(network, len(train.categories) + 1, config.crop_size)
-    classifier.to(device or _CPU)
-    _fit(classifier, crops, data, config, seed, on_progress)
-    accuracy, objects = _measure(
-        classifier, cut_crops(validation, config, seed, on_progress), data.preprocessing, config
-    )
-    seconds = time.perf_counter() - begin
-    result = PretrainedBackbone(output, accuracy, objects, len(crops), seconds)
-    _save(output, network, backbone, train, config, result)
-    return result
-
-
-class _Classifier(nn.Module):
-    """A linear classifier on a backbone's whole feature map.
-
-    Not on its mean: parts of neighbouring objects reach into many crops, and where something
-    is tells them apart from the object in the middle.
-    """
-
-    def __init__(self, backbone: Backbone, classes: int, crop_size: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        cells = math.ceil(crop_size / backbone.stride) ** 2
-        self.head = nn.Linear(backbone.channels * cells, classes)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """[B, 3, crop_size, crop_size] -> logits [B, classes]."""
-        logits: Tensor = self.head(self.backbone(pixels).flatten(1))
-        return logits
-
-
-def _fresh_backbone(config: BackboneConfig, seed: int) -> Backbone:
-    if config.keeps_statistics:
+    crops, labels = cut_crops(train, config, seed, on_progress)
+    if not bool((labels < len(train.categories)).any()):
         raise UserError(
-            f"backbone '{config.name}' with norm 'frozen' cannot be trained from random weights: "
-            "its batch statistics would be frozen at nothing. Set backbone.norm to 'group'"
-        )
-    seed_generators(derive_seed(seed, "pretraining"), _CPU)
-    return build_backbone(config.model_copy(update={"trainable": True, "frozen_stages": 0}))
-
-
-def _require_objects(crops: Crops, split: DetectionSplit) -> None:
-    if not bool((crops.labels < len(split.categories)).any()):
-        raise UserError(
-            f"{split.annotations}: no objects to crop in the {split.name} split; pre-training "
+            f"{train.annotations}: no objects to crop in the {train.name} split; pre-training "
             "classifies objects"
         )
-
-
-def _fit(
-    classifier: _Classifier,
-    crops: Crops,
-    data: DataConfig,
-    config: PretrainingConfig,
-    seed: int,
-    on_progress: OnProgress | None,
-) -> None:
-    """AdamW with a warm-up and a cosine, a batch of random crops a step."""
-    optimiser = AdamW(
-        classifier.parameters(),
-        lr=config.learning_rate,
+    # On the whole feature map, not its mean: neighbours reach into many crops, and only their
+    # place distinguishes them from the object in the middle.
+    features = network.channels * math.ceil(config.crop_size / network.stride) ** 2
+    head = nn.Linear(features, len(train.categories) + 1)
+    classifier = nn.Sequential(network, nn.Flatten(), head).to(device)
+    optimisation = OptimisationConfig(
+        steps=config.steps,
+        learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
-        fused=True,
+        backbone_rate_factor=1.0,
+        schedule=ScheduleConfig(kind="cosine", warmup_steps=config.steps // 20),
     )
-    schedule = ScheduleConfig(kind="cosine", warmup_steps=config.steps // 20)
-    generator = torch.Generator().manual_seed(derive_seed(seed, "pretraining batches"))
-    device = classifier.head.weight.device
-    classifier.train()
+    optimiser = build_optimiser(classifier, network, optimisation)
+    random = Random(f"pretraining/{seed}")
     for step in range(config.steps):
-        chosen = torch.randint(len(crops), (config.batch_size,), generator=generator)
-        pixels = augment_crops(crops.pixels[chosen], config, data.augmentation, generator)
-        logits = classifier(_normalise(pixels, data.preprocessing).to(device))
-        loss = functional.cross_entropy(logits, crops.labels[chosen].to(device))
+        chosen = random.choices(range(len(crops)), k=config.batch_size)
+        shown = [augmented(crops[index], config, data, random) for index in chosen]
+        logits = classifier(_normalised(shown, data).to(device))
+        loss = functional.cross_entropy(logits, labels[chosen].to(device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        for group in optimiser.param_groups:
-            factor = learning_rate_factor(step, config.steps, schedule)
-            group["lr"] = config.learning_rate * factor
+        factor = learning_rate_factor(step, config.steps, optimisation.schedule)
+        set_learning_rates(optimiser, factor)
         optimiser.step()
-        if on_progress is not None:
-            on_progress("pre-training steps", step + 1, config.steps)
-
-
-def augment_crops(
-    pixels: Tensor,
-    config: PretrainingConfig,
-    augmentation: AugmentationConfig,
-    generator: torch.Generator,
-) -> Tensor:
-    """Shift and scale crops, and change their colours as the detector's images are changed.
-
-    Args:
-        pixels: [B, 3, side, side] uint8, with margin.
-        config: crop_size.
-        augmentation: chances of flip, channel permutation and inversion.
-        generator: of everything random.
-
-    Returns:
-        [B, 3, crop_size, crop_size] float32 in [0, 255].
-    """
-    count = len(pixels)
-
-    def chance(share: float) -> Tensor:
-        return torch.rand(count, generator=generator) < share
-
-    scale = (1 + (torch.rand(count, generator=generator) * 2 - 1) * _SCALE) / MARGIN
-    shift = (torch.rand(count, 2, generator=generator) * 2 - 1) * 2 * _SHIFT / MARGIN
-    mirrored = torch.where(chance(augmentation.horizontal_flip), -scale, scale)
-    matrix = torch.zeros(count, 2, 3)
-    matrix[:, 0, 0], matrix[:, 1, 1], matrix[:, :, 2] = mirrored, scale, shift
-    size = [count, 3, config.crop_size, config.crop_size]
-    grid = functional.affine_grid(matrix, size, align_corners=False)
-    values = functional.grid_sample(
-        pixels.float(), grid, padding_mode="border", align_corners=False
-    )
-    orders = torch.rand(count, 3, generator=generator).argsort(1)
-    kept = torch.arange(3).expand(count, 3)
-    orders = torch.where(chance(augmentation.channel_permutation)[:, None], orders, kept)
-    values = values.gather(1, orders[..., None, None].expand_as(values))
-    inverted = chance(augmentation.inversion)[:, None, None, None]
-    return torch.where(inverted, 255 - values, values)
-
-
-def _normalise(pixels: Tensor, config: PreprocessingConfig) -> Tensor:
-    return torch.stack([normalise(image, config) for image in pixels])
-
-
-@torch.no_grad()
-def _measure(
-    classifier: _Classifier,
-    crops: Crops,
-    preprocessing: PreprocessingConfig,
-    config: PretrainingConfig,
-) -> tuple[float, float]:
-    """Accuracy over all crops, and over those of objects."""
-    if not len(crops):
-        return 0.0, 0.0
-    classifier.eval()
-    device = classifier.head.weight.device
-    margin = (crops.pixels.shape[-1] - config.crop_size) // 2
-    window = slice(margin, margin + config.crop_size)
-    right = []
-    for start in range(0, len(crops), 256):
-        pixels = crops.pixels[start : start + 256, :, window, window]
-        logits = classifier(_normalise(pixels, preprocessing).to(device))
-        right.append(logits.argmax(1).cpu() == crops.labels[start : start + 256])
-    correct = torch.cat(right)
-    objects = correct[crops.labels < classifier.head.out_features - 1]
-    return float(correct.float().mean()), float(objects.float().mean()) if len(objects) else 0.0
-
-
-def _save(
-    output: Path,
-    network: nn.Module,
-    backbone: BackboneConfig,
-    train: DetectionSplit,
-    config: PretrainingConfig,
-    result: PretrainedBackbone,
-) -> None:
-    numbers = {k: v for k, v in asdict(result).items() if k != "path"}
+        on_progress("pre-training steps", step + 1, config.steps)
+    accuracy = _accuracy(classifier, *cut_crops(validation, config, seed, on_progress), data)
+    result = PretrainedBackbone(accuracy, len(crops), time.perf_counter() - begin)
     metadata = {
         "backbone": backbone.model_dump_json(),
         "pretraining": config.model_dump_json(),
-        "result": json.dumps(numbers),
+        "result": json.dumps(result._asdict()),
         "categories": json.dumps([category.name for category in train.categories]),
         "data_digest": train.digest,
     }
-    with clear_disk_errors("the backbone's weights", output.parent):
-        write_tensors(output, network.state_dict(), metadata)
+    write_tensors(output, network.state_dict(), metadata)
+    return result
+
+
+def _untrained(backbone: BackboneConfig, seed: int) -> Backbone:
+    if backbone.keeps_statistics:
+        raise UserError(
+            f"backbone '{backbone.name}' with norm 'frozen' cannot be trained from random weights: "
+            "its batch statistics would be frozen at nothing. Set backbone.norm to 'group'"
+        )
+    seed_generators(derive_seed(seed, "pretraining"), torch.device("cpu"))
+    return build_backbone(backbone.model_copy(update={"trainable": True, "frozen_stages": 0}))
+
+
+@torch.no_grad()
+def _accuracy(classifier: nn.Sequential, crops: Tensor, labels: Tensor, data: DataConfig) -> float:
+    """Share of the crops [n, 3, side, side] that are classified as their labels [n]."""
+    classifier.eval()
+    device = next(classifier.parameters()).device
+    size = round(crops.shape[-1] / MARGIN)
+    margin = (crops.shape[-1] - size) // 2
+    shown = crops[..., margin : margin + size, margin : margin + size]
+    right = 0
+    for start in range(0, len(labels), 256):
+        part = slice(start, start + 256)
+        logits = classifier(_normalised([*shown[part]], data).to(device))
+        right += int((logits.argmax(1).cpu() == labels[part]).sum())
+    return right / max(1, len(labels))
+
+
+def _normalised(images: Sequence[Tensor], data: DataConfig) -> Tensor:
+    return torch.stack([normalise(image, data.preprocessing) for image in images])
+
+
+def augmented(
+    pixels: Tensor, config: PretrainingConfig, data: DataConfig, random: Random
+) -> Tensor:
+    """[3, crop_size, crop_size] uint8 of a crop [3, side, side] with margin.
+
+    It is shifted, scaled, and else changed as the detector's training images are.
+    """
+    side = pixels.shape[-1]
+    plan = draw_augmentation(side, side, data.augmentation, data.preprocessing, random)
+    window = round(side / MARGIN * random.uniform(1 - _SCALE, 1 + _SCALE))
+    shifts = (random.uniform(-_SHIFT, _SHIFT) * side / MARGIN for _ in range(2))
+    top, left = (round((side - window) / 2 + shift) for shift in shifts)
+    size = (config.crop_size, config.crop_size)
+    return augment_pixels(pixels, replace(plan, crop=(top, left, window, window), size=size))
+
+
+def cut_crops(
+    split: DetectionSplit,
+    config: PretrainingConfig,
+    seed: int,
+    on_progress: OnProgress = no_progress,
+) -> tuple[Tensor, Tensor]:
+    """Cut objects and backgrounds out of a split; each image is decoded once.
+
+    Args:
+        split: images and boxes.
+        config: sizes and numbers.
+        seed: of the choice of objects (where there are too many) and of backgrounds.
+        on_progress: called after every image.
+
+    Returns:
+        Crops [n, 3, side, side] uint8, ``MARGIN`` larger than they are used, and labels [n] in
+        [0, C]; C is background.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    side = round(config.crop_size * MARGIN)
+    random, background = Random(f"crops/{seed}"), len(split.categories)
+    objects = sum(len(record.objects()[0]) for record in split.records)
+    share = min(1.0, config.maximum_crops / max(1.0, objects * (1 + config.backgrounds)))
+    crops, labels = [torch.zeros(0, 3, side, side, dtype=torch.uint8)], list[int]()
+    for number, record in enumerate(split.records, start=1):
+        windows = [*_windows(record, config, share, background, random)]
+        if windows:
+            image = load_image(split.path(record), (record.width, record.height))
+            for window, label in windows:
+                crop = image.resize((side, side), Image.Resampling.BILINEAR, box=window)
+                crops.append(to_pixels(crop)[None])
+                labels.append(label)
+        on_progress(f"crops of {split.name}", number, len(split.records))
+    return torch.cat(crops), torch.tensor(labels, dtype=torch.int64)
+
+
+def _windows(
+    record: ImageRecord, config: PretrainingConfig, share: float, background: int, random: Random
+) -> Iterator[tuple[Window, int]]:
+    """Windows of an image with labels: objects, and places of their size that hardly touch any."""
+    labels, boxes = record.objects()
+    areas = np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(1), 1e-6)
+    for label, box in zip(labels.tolist(), boxes.tolist(), strict=True):
+        side = max(box[2] - box[0], box[3] - box[1]) * (1 + config.context) * MARGIN
+        if random.random() < share:
+            yield _square((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, side, record), label
+        if random.random() >= share * config.backgrounds:
+            continue
+        for _ in range(_TRIES):
+            x, y = random.random() * record.width, random.random() * record.height
+            window = left, top, right, bottom = _square(x, y, side, record)
+            # The margin is cut off again before the backbone sees the crop.
+            used = _square((left + right) / 2, (top + bottom) / 2, side / MARGIN, record)
+            low, high = np.maximum(boxes[:, :2], used[:2]), np.minimum(boxes[:, 2:], used[2:])
+            if ((high - low).clip(0).prod(1) / areas).max(initial=0.0) <= _FREE:
+                yield window, background
+                break
+
+
+def _square(x: float, y: float, side: float, record: ImageRecord) -> Window:
+    """A square around (x, y), moved (and where it must be, shrunk) into the image."""
+    side = min(side, record.width, record.height)
+    left = min(max(x - side / 2, 0.0), record.width - side)
+    top = min(max(y - side / 2, 0.0), record.height - side)
+    return left, top, left + side, top + side

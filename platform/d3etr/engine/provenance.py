@@ -19,6 +19,8 @@ from d3etr.storage.fetch import fetch_file
 from d3etr.storage.problems import MissingFileError
 from d3etr.storage.remote import ensure_reachable
 
+INPUTS_KEY = "inputs"
+"""Where a summary keeps the digests of a run's inputs."""
 HASHED_BYTES = 256 * 2**20
 """Images of a split that together have at most so many bytes are compared byte by byte."""
 
@@ -119,11 +121,11 @@ def weights_of(config: Config) -> dict[str, Url | Path]:
 
 
 def ensure_same_inputs(before: Mapping[str, str], now: Mapping[str, str], run_dir: Path) -> None:
-    """Refuse to go on with a run, or to take its result, with other files.
+    """Refuse to continue a run, or to take its result, with other files.
 
     Args:
         before: digests that the run began with, by name.
-        now: those of today; names that were not recorded then say nothing.
+        now: those of today; names that were not recorded then do not count.
         run_dir: the run's folder.
 
     Raises:

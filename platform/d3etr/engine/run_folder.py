@@ -28,56 +28,30 @@ WEIGHTS_KEY = "weights"
 """Where a summary keeps the bytes of the weights file."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
-    """The paths in a run's folder, and what the small files among them hold."""
+    """The paths in a run's folder, and the content of the small files among them.
+
+    Attributes:
+        config: the resolved configuration, with absolute paths.
+        journal: written by rank 0.
+        checkpoints: a folder of folders ``step-00000750``.
+        summary: the final metrics; there once the run is finished.
+        weights: the trained student.
+        lock: names the process that writes to the folder; see ``d3etr.launch.lock``.
+        ray: what Ray and our workers write while they train; a folder for each launch.
+        mlflow_run: which MLflow run the folder belongs to, and what was sent to it.
+        figures: pictures that were drawn for MLflow.
+    """
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration, with absolute paths."""
-        return self.path / CONFIG_FILE
-
-    @property
-    def journal(self) -> Path:
-        """The journal that rank 0 writes."""
-        return self.path / JOURNAL_FILE
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints; each is a folder ``step-00000750``."""
-        return self.path / "checkpoints"
-
-    @property
-    def summary(self) -> Path:
-        """The final metrics; there once the run is finished."""
-        return self.path / SUMMARY_FILE
-
-    @property
-    def weights(self) -> Path:
-        """The trained student."""
-        return self.path / WEIGHTS_FILE
-
-    @property
-    def lock(self) -> Path:
-        """Names the process that writes to the folder; see ``d3etr.launch.lock``."""
-        return self.path / "lock"
-
-    @property
-    def ray(self) -> Path:
-        """What Ray and our workers write while they train; a folder for each launch."""
-        return self.path / "ray"
-
-    @property
-    def mlflow_run(self) -> Path:
-        """Which MLflow run the folder belongs to, and what was sent to it."""
-        return self.path / "mlflow_run.json"
-
-    @property
-    def figures(self) -> Path:
-        """The folder of pictures that were drawn for MLflow."""
-        return self.path / "figures"
+    def __post_init__(self) -> None:
+        self.config, self.journal = self.path / CONFIG_FILE, self.path / JOURNAL_FILE
+        self.summary, self.weights = self.path / SUMMARY_FILE, self.path / WEIGHTS_FILE
+        self.checkpoints, self.figures = self.path / "checkpoints", self.path / "figures"
+        self.lock, self.ray = self.path / "lock", self.path / "ray"
+        self.mlflow_run = self.path / "mlflow_run.json"
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint after ``step`` optimiser steps."""
@@ -93,7 +67,7 @@ class RunFolder:
         try:
             return load_config(self.config)
         except ConfigError as error:
-            logger.warning("%s; its run counts as the one that its name says", error)
+            logger.warning("%s; its run is taken for the one that its name says", error)
             return None
 
     def result(self) -> dict[str, float] | None:
@@ -110,8 +84,12 @@ class RunFolder:
         if not self.weights.exists():
             return None
         try:
+            size = self.weights.stat().st_size
             summary = read_json(self.summary)
-            self._ensure_whole_weights(summary)
+            noted = summary.get(WEIGHTS_KEY)  # older summaries note no size
+            if isinstance(noted, dict) and noted.get("bytes") != size:
+                expected = f"{size} bytes, expected {noted.get('bytes')} as in {SUMMARY_FILE}"
+                raise DamagedFileError(f"{self.weights} is damaged ({expected})")
         except FileNotFoundError:
             return None
         except DamagedFileError as error:
@@ -127,15 +105,6 @@ class RunFolder:
         """
         content = {**summary, WEIGHTS_KEY: {"bytes": self.weights.stat().st_size}}
         write_text(self.summary, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-    def _ensure_whole_weights(self, summary: Mapping[str, Any]) -> None:
-        noted = summary.get(WEIGHTS_KEY)
-        if not isinstance(noted, dict):  # written before sizes were noted
-            return
-        found = self.weights.stat().st_size
-        if found != noted.get("bytes"):
-            expected = f"{found} bytes, expected the {noted.get('bytes')} that {SUMMARY_FILE} notes"
-            raise DamagedFileError(f"{self.weights} is damaged ({expected})")
 
 
 def numbers(summary: Mapping[str, Any]) -> dict[str, float]:

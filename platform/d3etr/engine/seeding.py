@@ -1,7 +1,7 @@
 """Random numbers as a pure function of where the run stands.
 
 Nothing random is carried from step to step: before every micro-batch the generators are set
-from (seed, step, micro-batch). So a resumed run needs no saved generator state, and may go on
+from (seed, step, micro-batch). So a resumed run needs no saved generator state, and may continue
 with another number of workers.
 """
 

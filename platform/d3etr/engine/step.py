@@ -1,4 +1,4 @@
-"""One optimiser step: teach, normalise over the global batch, accumulate, update."""
+"""One optimiser step: run the teacher, normalise over the global batch, accumulate, update."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
 
 from d3etr.config.tree import Config
 from d3etr.data.sampling import share
-from d3etr.distiller import Distiller, Normalisers
+from d3etr.distiller import Normalisers
+from d3etr.engine.build import Models
 from d3etr.engine.distributed import TrainContext
-from d3etr.engine.divergence import LossWindow
-from d3etr.engine.ema import WeightAverage
 from d3etr.engine.graphs import StepGraphs, unsupported_reason, whole_pass
+from d3etr.engine.metric_logger import MetricLogger
 from d3etr.engine.optimiser import autocast, clip_gradients, set_learning_rates
 from d3etr.engine.schedule import distillation_scale, learning_rate_factor
 from d3etr.engine.seeding import derive_seed, seed_generators
 from d3etr.matching.assignment import NonFiniteCostError
 from d3etr.methods.base import TeacherOutputs
 from d3etr.structures import ImageBatch, Targets
-from d3etr.timing import PhaseTimer
 
 MicroBatch = tuple[ImageBatch, Targets]
 
@@ -35,40 +33,28 @@ class TrainingStep:
     averaged. Random numbers (dropout) depend on seed, step and micro-batch alone.
 
     Args:
-        distiller: on the worker's device.
-        optimiser: of its parameters.
-        average: updated after every step, if there is one.
         config: of the run.
         context: the workers.
+        models: on the worker's device.
         steps: optimiser steps of the whole run.
-        window: takes the losses.
-        timer: takes the time of each phase.
+        log: takes losses, gradient norms and the time of each phase.
     """
 
     _graphs: StepGraphs | None = None
 
     def __init__(
-        self,
-        distiller: Distiller,
-        optimiser: AdamW,
-        average: WeightAverage | None,
-        config: Config,
-        context: TrainContext,
-        *,
-        steps: int,
-        window: LossWindow,
-        timer: PhaseTimer,
+        self, config: Config, context: TrainContext, models: Models, steps: int, log: MetricLogger
     ) -> None:
-        self._distiller, self._optimiser, self._average = distiller, optimiser, average
-        self._model = context.wrap(distiller)
-        self._config, self._context, self._steps = config, context, steps
+        self._config, self._context, self._steps, self._log = config, context, steps, log
+        self._distiller, self._optimiser = models.distiller, models.optimiser
+        self._average = models.average
+        self._model = context.wrap(models.distiller)
         parts = config.micro_batches(context.world_size)
         self._mine = share(parts, context.rank, context.world_size)
-        self._window, self._timer = window, timer
         if config.optimisation.cuda_graphs and self.unsupported_reason() is None:
-            parameters = [p for group in optimiser.param_groups for p in group["params"]]
+            parameters = [p for group in self._optimiser.param_groups for p in group["params"]]
             precisions = config.teacher_precision, config.optimisation.precision
-            run = whole_pass(distiller, context.device, *precisions)
+            run = whole_pass(self._distiller, context.device, *precisions)
             self._graphs = StepGraphs(run, parameters, context.device)
 
     def unsupported_reason(self) -> str | None:
@@ -82,30 +68,25 @@ class TrainingStep:
 
         Raises:
             TrainingDiverged: a matching cost is not finite and the host solved its problem.
-                Losses, NaN where a GPU did, are checked by whoever reads the window.
+                Losses, NaN where a GPU did, are checked when the log is written.
         """
-        device = self._context.device
+        device, timer = self._context.device, self._log.timer
         batches = [(images.to(device), targets.to(device)) for images, targets in batches]
         if self._graphs is not None:
             self._replay(step, batches[0], self._graphs)
         else:
-            with self._timer.phase("teacher"):
+            with timer.phase("teacher"):
                 teachers, normalisers = self._run_teacher(step, batches)
             for index, (batch, teacher) in enumerate(zip(batches, teachers, strict=True)):
                 with self._synchronised_if(index == len(batches) - 1):
                     self._accumulate(step, index, batch, teacher, normalisers)
-        with self._timer.phase("optimiser"):
+        with timer.phase("optimiser"):
             self._update(step)
 
     def _run_teacher(
         self, step: int, batches: Sequence[MicroBatch]
     ) -> tuple[list[TeacherOutputs | None], Normalisers]:
-        """The teacher's outputs per micro-batch, and the global batch's normalisers.
-
-        Args:
-            step: from 0.
-            batches: on the worker's device.
-        """
+        """The teacher's outputs per micro-batch, and the global batch's normalisers."""
         with autocast(self._config.teacher_precision, self._context.device):
             teachers = [self._distiller.run_teacher(images, step) for images, _ in batches]
         sums = [
@@ -116,14 +97,13 @@ class TrainingStep:
 
     def _over_the_global_batch(self, sums: Sequence[Normalisers]) -> Normalisers:
         """Sums over micro-batches and workers, by one reduction."""
-        sizes = {name: value.shape for name, value in sums[0].items()}
-        packed = [torch.cat([part[name].reshape(-1) for name in sizes]) for part in sums]
+        packed = [torch.cat([part[name].reshape(-1) for name in sums[0]]) for part in sums]
         local = packed[0] if len(packed) == 1 else torch.stack(packed).sum(0)
         total = self._context.all_reduce(local)
-        parts = torch.split(total, [size.numel() for size in sizes.values()])
+        parts = torch.split(total, [value.numel() for value in sums[0].values()])
         return {
-            name: part.reshape(size)
-            for (name, size), part in zip(sizes.items(), parts, strict=True)
+            name: part.reshape(value.shape)
+            for (name, value), part in zip(sums[0].items(), parts, strict=True)
         }
 
     def _accumulate(
@@ -137,23 +117,24 @@ class TrainingStep:
         images, targets = batch
         self._seed(step, index)
         scale = distillation_scale(step, self._config.distillation.warmup)
-        with self._timer.phase("forward"):
+        precision, device = self._config.optimisation.precision, self._context.device
+        with self._log.timer.phase("forward"):
             try:
-                with self._autocast():
+                with autocast(precision, device):
                     losses = self._model(images, targets, teacher, normalisers, scale, step=step)
             except NonFiniteCostError as error:
-                raise self._window.explain(step, targets.image_ids, str(error)) from error
-            total = self._window.add(step, losses, targets.image_ids)
-        with self._timer.phase("backward"):
+                raise self._log.divergence(step, targets.image_ids, str(error)) from error
+            total = self._log.add(step, losses, targets.image_ids)
+        with self._log.timer.phase("backward"):
             # DDP divides by the world size; the losses are parts of a sum.
             (total * self._context.world_size).backward()  # type: ignore[no-untyped-call]
 
     def _replay(self, step: int, batch: MicroBatch, graphs: StepGraphs) -> None:
         """Run the teacher and accumulate the only micro-batch, by a graph."""
         scale = distillation_scale(step, self._config.distillation.warmup)
-        with self._timer.phase("forward and backward"):
+        with self._log.timer.phase("forward and backward"):
             losses = graphs(*batch, scale, lambda: self._seed(step, 0))
-            self._window.add(step, losses, batch[1].image_ids)
+            self._log.add(step, losses, batch[1].image_ids)
 
     def _seed(self, step: int, index: int) -> None:
         """Random numbers of a micro-batch."""
@@ -162,10 +143,9 @@ class TrainingStep:
 
     def _update(self, step: int) -> None:
         config = self._config.optimisation
-        self._window.add_norm(clip_gradients(self._optimiser, config.clip_norm))
-        set_learning_rates(
-            self._optimiser, learning_rate_factor(step, self._steps, config.schedule)
-        )
+        self._log.add_norm(clip_gradients(self._optimiser, config.clip_norm))
+        factor = learning_rate_factor(step, self._steps, config.schedule)
+        set_learning_rates(self._optimiser, factor)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         if self._average is not None:
@@ -177,6 +157,3 @@ class TrainingStep:
             return nullcontext()
         skip: AbstractContextManager[None] = self._model.no_sync()
         return skip
-
-    def _autocast(self) -> torch.autocast:
-        return autocast(self._config.optimisation.precision, self._context.device)

@@ -1,6 +1,8 @@
-"""Whether a teacher is fit to teach on this data, settled before the first step."""
+"""Whether a teacher fits the data and is good enough, settled before the first step."""
 
 from __future__ import annotations
+
+from itertools import zip_longest
 
 from d3etr.config.data import DataConfig
 from d3etr.config.detector import TeacherConfig
@@ -8,7 +10,6 @@ from d3etr.config.location import Location
 from d3etr.data.splits import DetectionSplit
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo
-from d3etr.distiller import Distiller
 from d3etr.errors import UserError
 from d3etr.evaluation.evaluator import Evaluator
 
@@ -27,10 +28,23 @@ def check_same_classes(info: WeightsInfo, weights: Location, split: DetectionSpl
     ours = [category.name for category in split.categories]
     if theirs == ours:
         return
+    parts = [
+        f"only {who} has {', '.join(repr(name) for name in names[:_SHOWN])}"
+        + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        for who, names in (
+            ("the teacher", [name for name in theirs if name not in ours]),
+            ("the data", [name for name in ours if name not in theirs]),
+        )
+        if names
+    ]
+    if not parts:
+        pairs = enumerate(zip_longest(theirs, ours))
+        k, (there, here) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
+        parts = [f"another order: class {k} is '{there}' there and '{here}' here"]
     raise UserError(
         f"teacher.weights {weights} has other classes than {split.annotations}: "
-        f"{_differences(theirs, ours)}. Expected the same names in the same order: use a "
-        "teacher that was trained on these categories"
+        f"{'; '.join(parts)}. Expected the same names in the same order: use a teacher that was "
+        "trained on these categories"
     )
 
 
@@ -49,16 +63,6 @@ def check_same_input(info: WeightsInfo, weights: Location, data: DataConfig) -> 
         )
 
 
-def recorded_mAP(info: WeightsInfo, evaluator: Evaluator, data: DataConfig) -> float | None:
-    """The mAP in the weights file, if it was measured on these images in this form."""
-    record = info.evaluation or {}
-    same_data = record.get("data_digest") == evaluator.split.digest
-    if not same_data or info.preprocessing != data.preprocessing:
-        return None
-    mAP = record.get("mAP")
-    return float(mAP) if isinstance(mAP, int | float) else None
-
-
 def qualify_teacher(
     teacher: DetectionTransformer,
     info: WeightsInfo,
@@ -70,7 +74,7 @@ def qualify_teacher(
 
     Args:
         teacher: on the worker's device.
-        info: what its weights file says.
+        info: the metadata of its weights file.
         config: the minimum, and whether a recorded evaluation counts.
         data: as the run sees it.
         evaluator: of the validation split.
@@ -82,42 +86,19 @@ def qualify_teacher(
     Raises:
         UserError: it is below ``teacher.minimum_mAP``.
     """
-    how = "recorded"
-    mAP = recorded_mAP(info, evaluator, data) if config.evaluation == "verify" else None
-    if mAP is None:
+    how, mAP = "recorded", None
+    record = info.evaluation or {}
+    same_data = record.get("data_digest") == evaluator.split.digest
+    if config.evaluation == "verify" and same_data and info.preprocessing == data.preprocessing:
+        mAP = record.get("mAP")
+    if not isinstance(mAP, int | float):
         how, mAP = "measured", evaluator.measure(teacher).mAP
     if (mAP or 0.0) < config.minimum_mAP:
-        said = "nothing, as it holds no objects" if mAP is None else f"{100 * mAP:.1f} mAP"
+        reached = "nothing, as it holds no objects" if mAP is None else f"{100 * mAP:.1f} mAP"
         raise UserError(
-            f"teacher.weights {config.weights} reaches {said} ({how}) on "
+            f"teacher.weights {config.weights} reaches {reached} ({how}) on "
             f"{evaluator.split.annotations}, below teacher.minimum_mAP "
-            f"{100 * config.minimum_mAP:.1f}: a worse teacher teaches its mistakes. Use a "
+            f"{100 * config.minimum_mAP:.1f}: a student learns its teacher's mistakes. Use a "
             "better one, or lower teacher.minimum_mAP"
         )
     return mAP, how
-
-
-def _differences(theirs: list[str], ours: list[str]) -> str:
-    only_theirs = [name for name in theirs if name not in ours]
-    only_ours = [name for name in ours if name not in theirs]
-    parts = []
-    if only_theirs:
-        parts.append(f"only the teacher has {_some(only_theirs)}")
-    if only_ours:
-        parts.append(f"only the data has {_some(only_ours)}")
-    if not parts and sorted(theirs) == sorted(ours):
-        k = next(k for k, pair in enumerate(zip(theirs, ours, strict=True)) if len({*pair}) > 1)
-        parts.append(f"another order: class {k} is '{theirs[k]}' there and '{ours[k]}' here")
-    return "; ".join(parts) or f"{len(theirs)} classes against {len(ours)}, with repeated names"
-
-
-def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(f"'{name}'" for name in names[:_SHOWN]) + rest
-
-
-def idle_settings(config: TeacherConfig | None, distiller: Distiller) -> list[str]:
-    """Settings of how the teacher runs that are set where it never runs in training."""
-    if config is None or distiller.method.needs_teacher_outputs:
-        return []
-    return [] if config.precision is None else ["teacher.precision"]

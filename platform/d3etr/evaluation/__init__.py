@@ -1,6 +1,5 @@
 """Measuring detectors: detections from decoder outputs, COCO's mAP over all workers, stability.
 
 ``evaluator`` runs a detector over a split, ``postprocess`` makes detections of its outputs, and
-``coco_metrics`` computes mAP from them: ``coco_matching`` pairs detections with objects,
-``coco_curves`` draws precision over recall.
+``coco_metrics`` computes mAP from them.
 """

@@ -1,22 +1,31 @@
-"""COCO detection metrics, those of pycocotools, from plain arrays."""
+"""COCO detection metrics, those of pycocotools to the last bit, from plain arrays.
+
+pycocotools walks in Python over images, classes, area ranges, thresholds, detections and objects.
+Here a loop is left over the rank of a detection in its image and class; overlaps come from
+pycocotools' compiled code.
+
+Letters: C classes; A area ranges; T IoU thresholds; n detections.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask
 from pycocotools.cocoeval import Params
 
 from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit
-from d3etr.evaluation.coco_curves import Curves, curves
-from d3etr.evaluation.coco_matching import Boxes, match, ranks
 
 Array = NDArray[np.float64]
-
 Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+_SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 COCO_NAMES = (
     *("mAP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
@@ -27,40 +36,20 @@ COCO_NAMES = (
 
 @dataclass(frozen=True)
 class CocoMetrics:
-    """COCO's metrics of a set of detections. Fractions in [0, 1]; None: no such objects.
+    """COCO's metrics of a set of detections.
 
     Attributes:
-        mAP: mean average precision over IoU 0.5, 0.55, .. 0.95 and classes.
-        AP50: the same at IoU 0.5.
-        AP75: the same at IoU 0.75.
-        AP_small: the same for objects under 32^2 pixels.
-        AP_medium: the same from 32^2 to 96^2 pixels.
-        AP_large: the same above 96^2 pixels.
-        AR1: mean recall over IoU 0.5, 0.55, .. 0.95 and classes, of the best detection of
-            each image and class.
-        AR10: the same of the best ten.
-        AR: the same of all that count: COCO's AR100 where these are 100.
-        AR_small: the same for objects under 32^2 pixels.
-        AR_medium: the same from 32^2 to 96^2 pixels.
-        AR_large: the same above 96^2 pixels.
+        values: ``COCO_NAMES`` -> fraction in [0, 1]; None where there are no such objects. AP is
+            the mean over IoU 0.5, 0.55, .. 0.95 and classes, AP50 and AP75 those at one IoU; small
+            objects are under 32^2 pixels, large ones above 96^2. AR is the mean recall of all
+            detections that count, AR1 and AR10 of the best (ten) of each image and class.
         per_class: class name -> average precision.
         precision: [10 IoU thresholds, 101 recalls, C], -1 for classes without objects.
         images: number of images.
         objects: number of objects that count (no crowds).
     """
 
-    mAP: float | None
-    AP50: float | None
-    AP75: float | None
-    AP_small: float | None
-    AP_medium: float | None
-    AP_large: float | None
-    AR1: float | None
-    AR10: float | None
-    AR: float | None
-    AR_small: float | None
-    AR_medium: float | None
-    AR_large: float | None
+    values: dict[str, float | None]
     per_class: dict[str, float | None]
     precision: Array
     images: int
@@ -68,8 +57,7 @@ class CocoMetrics:
 
     def as_dict(self) -> dict[str, float]:
         """Name -> value, without those that no object stands behind: never a NaN or a -1."""
-        values = {name: getattr(self, name) for name in COCO_NAMES}
-        values |= {f"AP/{name}": value for name, value in self.per_class.items()}
+        values = self.values | {f"AP/{name}": value for name, value in self.per_class.items()}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -117,7 +105,8 @@ class GroundTruth:
         ranges = np.array(params.areaRng, dtype=np.float64)
         matches = match(found, self._objects, ranges, params.iouThrs)
         counts = self._counts(ranges)
-        return self._metrics(curves(found, matches, counts, params.recThrs, (1, 10, maximum)))
+        limits = (1, 10, maximum)
+        return self._metrics(*_curves(found, matches, counts, params.recThrs, limits))
 
     def _counts(self, ranges: Array) -> Integers:
         """[C, A] objects of each class that count in each area range."""
@@ -142,22 +131,14 @@ class GroundTruth:
             crowd=np.zeros(len(order), dtype=bool),
         )
 
-    def _metrics(self, found: Curves) -> CocoMetrics:
-        whole, *by_area = np.moveaxis(found.precision, -1, 0)
-        recall = found.recall
+    def _metrics(self, precision: Array, recall: Array) -> CocoMetrics:
+        """Of ``_curves``."""
+        whole, *by_area = np.moveaxis(precision, -1, 0)
+        parts = (whole, whole[0], whole[5], *by_area, recall[:, :, 0, 0], recall[:, :, 0, 1])
+        recalls = np.moveaxis(recall[..., 2], -1, 0)
+        values = (_mean(part) for part in (*parts, *recalls))
         return CocoMetrics(
-            mAP=_mean(whole),
-            AP50=_mean(whole[0]),
-            AP75=_mean(whole[5]),
-            AP_small=_mean(by_area[0]),
-            AP_medium=_mean(by_area[1]),
-            AP_large=_mean(by_area[2]),
-            AR1=_mean(recall[:, :, 0, 0]),
-            AR10=_mean(recall[:, :, 0, 1]),
-            AR=_mean(recall[:, :, 0, 2]),
-            AR_small=_mean(recall[:, :, 1, 2]),
-            AR_medium=_mean(recall[:, :, 2, 2]),
-            AR_large=_mean(recall[:, :, 3, 2]),
+            values=dict(zip(COCO_NAMES, values, strict=True)),
             per_class={name: _mean(whole[:, :, k]) for k, name in enumerate(self._names)},
             precision=whole,
             images=len(self._image_ids),
@@ -179,6 +160,181 @@ def _objects(records: Sequence[ImageRecord], classes: int) -> Boxes:
     )
 
 
+def _curves(
+    detections: Boxes, matches: Matches, objects: Integers, recalls: Array, limits: Sequence[int]
+) -> tuple[Array, Array]:
+    """Precision over recall of all images together; -1 where a class has no objects.
+
+    pycocotools walks along every curve in Python. Precision between two recalls of a curve peaks
+    at true positives, so here only these are looked at, and results are its own to the last bit.
+
+    Letters: C classes; A area ranges; T IoU thresholds; R recalls; M limits of detections.
+
+    Args:
+        detections: of C classes.
+        matches: of the detections.
+        objects: [C, A] numbers of those that count.
+        recalls: [R] ascending.
+        limits: M numbers of detections that count of each image and class, best first.
+
+    Returns:
+        [T, R, C, A] highest precision at this recall or a larger one, and [T, C, A, M] recall of
+        all detections up to a limit.
+    """
+    classes, areas = objects.shape
+    thresholds = matches.matched.shape[1]
+    label = detections.pair % classes
+    order = np.lexsort((-detections.score, label))  # stable: of equal scores images in order
+    bounds = np.searchsorted(label[order], np.arange(classes + 1))
+    rank = ranks(detections.pair)[order]
+    precision = np.full((thresholds, len(recalls), classes, areas), -1.0)
+    recall = np.full((thresholds, classes, areas, len(limits)), -1.0)
+    for k, (first, last) in enumerate(pairwise(bounds.tolist())):
+        mine = order[first:last]
+        kept = ~matches.ignored.take(mine, -1)
+        right = matches.matched.take(mine, -1) & kept
+        precision[:, :, k] = _precisions(right, kept, objects[k], recalls)
+        recall[:, k] = _recalls(right, rank[first:last], objects[k], limits)
+    return precision, recall
+
+
+def _recalls(right: Flags, rank: Integers, objects: Integers, limits: Sequence[int]) -> Array:
+    """[T, A, M] of one class's detections [A, T, n]; ``rank`` [n] is that within the image."""
+    area, threshold, index = right.nonzero()
+    recall = np.zeros((*right.shape[1::-1], len(limits)))
+    for m, limit in enumerate(limits):
+        within = rank[index] < limit
+        np.add.at(recall[..., m], (threshold[within], area[within]), 1)
+    return np.where(objects[:, None] > 0, recall / np.maximum(objects, 1)[:, None], -1.0)
+
+
+def _precisions(right: Flags, kept: Flags, objects: Integers, recalls: Array) -> Array:
+    """[T, R, A] of one class's detections [A, T, n], best first: right ones, those that count."""
+    areas, thresholds, _ = right.shape
+    precision = np.zeros((thresholds, len(recalls), areas))
+    positives = kept.cumsum(-1, dtype=np.int32)
+    for a, t in np.ndindex(areas, thresholds):
+        if not objects[a]:
+            precision[t, :, a] = -1.0
+            continue
+        shown = positives[a, t, right[a, t]]
+        true = np.arange(1.0, len(shown) + 1)
+        peaks = np.maximum.accumulate((true / (shown + np.spacing(1)))[::-1])[::-1]
+        reached = np.searchsorted(true / objects[a], recalls)
+        inside = reached < len(peaks)
+        precision[t, inside, a] = peaks[reached[inside]]
+    return precision
+
+
 def _mean(precision: Array) -> float | None:
     valid = precision[precision > -1]
     return float(valid.mean()) if valid.size else None
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes of many images and classes, those of an (image, class) pair side by side.
+
+    Attributes:
+        pair: [n] image index * classes + class index, ascending.
+        xywh: [n, 4] in pixels.
+        area: [n] in square pixels.
+        score: [n]; within a pair descending. Zero for objects.
+        crowd: [n]; False for detections.
+    """
+
+    pair: Integers
+    xywh: Array
+    area: Array
+    score: Array
+    crowd: Flags
+
+    def __len__(self) -> int:
+        return len(self.pair)
+
+    def outside(self, ranges: Array) -> Flags:
+        """[A, n]: the area is not in the range; ranges [A, 2] include both ends."""
+        low, high = ranges[:, :1], ranges[:, 1:]
+        return (self.area < low) | (self.area > high)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What became of every detection.
+
+    Attributes:
+        matched: [A, T, n] bool.
+        ignored: [A, T, n] bool: neither right nor wrong.
+    """
+
+    matched: Flags
+    ignored: Flags
+
+
+def ranks(pair: Integers) -> Integers:
+    """[n] position of each entry within its pair; equal pairs are side by side."""
+    starts = np.flatnonzero(np.r_[True, pair[1:] != pair[:-1]]) if len(pair) else np.arange(0)
+    lengths = np.diff(np.r_[starts, len(pair)])
+    return np.arange(len(pair)) - np.repeat(starts, lengths)
+
+
+def match(detections: Boxes, objects: Boxes, ranges: Array, thresholds: Array) -> Matches:
+    """Match every detection, best first, with the object that it overlaps most.
+
+    Objects that are crowds or outside of the area range are ignored: a detection takes one
+    only if there is no other, and then is ignored itself. Crowds may be taken repeatedly.
+
+    Args:
+        detections: at most as many per pair as count.
+        objects: of all images.
+        ranges: [A, 2] smallest and largest area.
+        thresholds: [T] smallest overlap, IoU.
+    """
+    shape = (len(ranges), len(thresholds))
+    matched = np.zeros((*shape, len(detections)), dtype=bool)
+    ignored, free = np.zeros_like(matched), np.ones((*shape, len(objects)), dtype=bool)
+    skipped = objects.crowd | objects.outside(ranges)
+    least = np.minimum(thresholds, 1 - 1e-10)
+    row, column, overlap = _candidates(detections, objects, least.min())
+    place = ranks(row) + 1
+    most = place.max(initial=0)
+    rank = ranks(detections.pair)[row]
+    order = np.argsort(rank, kind="stable")
+    bounds = np.searchsorted(rank[order], np.unique(rank))
+    for chosen in np.split(order, bounds[1:]) if len(order) else []:
+        # One detection of each pair: no object is here twice.
+        here, there = row[chosen], column[chosen]
+        fits = free[:, :, there] & (overlap[chosen] >= least[:, None])
+        wish = fits * (place[chosen] + most * ~skipped[:, there])[:, None]  # regular objects first
+        starts = np.flatnonzero(np.r_[True, here[1:] != here[:-1]])
+        best = np.maximum.reduceat(wish, starts, axis=-1)
+        taken = fits & (wish == np.repeat(best, np.diff(np.r_[starts, len(here)]), axis=-1))
+        free[:, :, there] &= ~(taken & ~objects.crowd[there])
+        matched[:, :, here[starts]] = best > 0
+        ignored[:, :, here[starts]] = (best > 0) & (best <= most)
+    ignored |= ~matched & detections.outside(ranges)[:, None]
+    return Matches(matched, ignored)
+
+
+def _candidates(
+    detections: Boxes, objects: Boxes, least: float
+) -> tuple[Integers, Integers, Array]:
+    """Detection, object of the same pair, and their overlap, where that is enough.
+
+    The overlap is IoU, for crowds the share of the detection. Sorted by detection, then by
+    overlap; of equal ones the last object comes last, which wins as in COCO.
+    """
+    pairs = np.intersect1d(detections.pair, objects.pair)
+    bounds = [np.searchsorted(b.pair, pairs, s) for b in (detections, objects) for s in _SIDES]
+    rows, columns, overlaps = [], [], []
+    for first, last, begin, end in np.stack(bounds, 1).tolist():
+        crowd = objects.crowd[begin:end].astype(np.uint8)
+        found = mask.iou(detections.xywh[first:last], objects.xywh[begin:end], crowd)
+        row, column = np.nonzero(found >= least)
+        rows.append(row + first)
+        columns.append(column + begin)
+        overlaps.append(found[row, column])
+    row, column = (np.concatenate([*parts, np.arange(0)]) for parts in (rows, columns))
+    overlap = np.concatenate([*overlaps, np.zeros(0)])
+    order = np.lexsort((column, overlap, row))
+    return row[order], column[order], overlap[order]

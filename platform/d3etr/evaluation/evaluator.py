@@ -110,7 +110,7 @@ class Evaluator:
             detector.train(training)
         parts = self._workers.gather(rows)
         metrics = None if parts is None else self._score(torch.cat([p.cpu() for p in parts]))
-        mAP = self._share(None if metrics is None else metrics.mAP)
+        mAP = self._share(None if metrics is None else metrics.values["mAP"])
         return Evaluation(mAP, metrics, speed, time.perf_counter() - begin)
 
     @torch.no_grad()

@@ -42,10 +42,17 @@ class MatchingStability:
         chosen = [i for i, identity in enumerate(targets.image_ids) if identity in self._watched]
         if not chosen:
             return
-        teacher = self._distiller.run_teacher(_images(images, chosen))
-        if teacher is None:
-            raise ValueError("there is no teacher to be matched with")
-        pairs = _pairs(self._distiller, _outputs(student, chosen), teacher.main)
+        padding = None if images.padding is None else images.padding[chosen]
+        teacher = self._distiller.run_teacher(ImageBatch(images.pixels[chosen], padding))
+        assert teacher is not None
+        student = replace(
+            student,
+            logits=student.logits[:, chosen],
+            boxes_cxcywh=student.boxes_cxcywh[:, chosen],
+            self_maps=None,  # matching needs none
+            cross_maps=None,
+        )
+        pairs = _pairs(self._distiller, student, teacher.main)
         ids = torch.tensor([[targets.image_ids[i]] for i in chosen], device=pairs.device)
         self._found.append(torch.cat([ids, pairs.transpose(0, 1).flatten(1)], 1))
 
@@ -57,7 +64,11 @@ class MatchingStability:
         Returns:
             The share over layers and images at rank 0; None at the first call and elsewhere.
         """
-        gathered = self._workers.gather(torch.cat([self._nothing(), *self._found]))
+        teacher, layers = self._distiller.teacher, self._distiller.student.config.decoder_layers
+        assert teacher is not None
+        width = 1 + layers * teacher.config.queries
+        nothing = torch.zeros(0, width, dtype=torch.int64, device=self._workers.device)
+        gathered = self._workers.gather(torch.cat([nothing, *self._found]))
         self._found.clear()
         if gathered is None:
             return None
@@ -65,13 +76,6 @@ class MatchingStability:
         now = now[now[:, 0].argsort()]
         before, self.state = self.state, now
         return None if before is None or before.shape != now.shape else unchanged(before, now)
-
-    def _nothing(self) -> Tensor:
-        """What a worker without watched images brings along."""
-        teacher = self._distiller.teacher
-        assert teacher is not None
-        pairs = self._distiller.student.config.decoder_layers * teacher.config.queries
-        return torch.zeros(0, 1 + pairs, dtype=torch.int64, device=self._workers.device)
 
 
 def unchanged(before: Tensor, now: Tensor) -> float:
@@ -89,8 +93,7 @@ def unchanged(before: Tensor, now: Tensor) -> float:
 def _pairs(distiller: Distiller, student: DecoderOutputs, teacher: DecoderOutputs) -> Tensor:
     """[L, B, M] student query of each teacher query, -1 for unmatched ones."""
     matching = distiller.method.adaptive
-    if matching is None:
-        raise ValueError(f"{type(distiller.method).__name__} matches no queries")
+    assert matching is not None and distiller.teacher is not None
     problem = matching.problem(student, teacher)
     (assignment,) = distiller.start({"adaptive": problem})().values()
     assignment.ensure_finite(problem.name)
@@ -98,24 +101,7 @@ def _pairs(distiller: Distiller, student: DecoderOutputs, teacher: DecoderOutput
     columns = assignment.columns if pairs.teacher is None else pairs.teacher
     rows = assignment.rows if pairs.student is None else pairs.student
     layers, images = columns.shape[:2]
-    assert distiller.teacher is not None
     # As many as it could have: a two-stage teacher has no more queries than tokens.
     most = distiller.teacher.config.queries
     table = torch.full((layers, images, most), -1, device=columns.device)
     return table.scatter_(2, columns, rows)
-
-
-def _images(images: ImageBatch, chosen: list[int]) -> ImageBatch:
-    padding = None if images.padding is None else images.padding[chosen]
-    return ImageBatch(images.pixels[chosen], padding)
-
-
-def _outputs(outputs: DecoderOutputs, chosen: list[int]) -> DecoderOutputs:
-    """Logits and boxes of some images; matching needs no more."""
-    return replace(
-        outputs,
-        logits=outputs.logits[:, chosen],
-        boxes_cxcywh=outputs.boxes_cxcywh[:, chosen],
-        self_maps=None,
-        cross_maps=None,
-    )

@@ -10,7 +10,7 @@ from d3etr.config.load import config_digest, load_config
 from d3etr.config.tree import Config
 from d3etr.engine.find_run import with_prefix
 from d3etr.engine.journal import read_journal
-from d3etr.engine.results import INPUTS_KEY
+from d3etr.engine.provenance import INPUTS_KEY
 from d3etr.engine.run_folder import CONFIG_FILE, RunFolder
 from d3etr.errors import UserError
 from d3etr.files import read_json
