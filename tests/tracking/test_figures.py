@@ -12,7 +12,6 @@ from PIL import Image, ImageColor
 
 from d3etr.tracking.figures.curves import (
     Series,
-    draw_cases,
     draw_precision_recall,
     draw_series,
 )
@@ -137,8 +136,3 @@ def test_curves_draw_without_measurements(tmp_path: Path) -> None:
     assert labels == ["student", "teacher: 60.0"]
     assert list(full.axes[0].lines[0].get_ydata()) == [10.0, 20.0]
     assert pixels(full, tmp_path).min() < 100
-
-
-def test_cases_are_drawn_with_their_seeds(tmp_path: Path) -> None:
-    figure = draw_cases({"plain": [0.18, 0.20], "D3ETR": [0.35, 0.36]}, "plain")
-    assert "19.0" in texts(figure) and pixels(figure, tmp_path).min() < 100

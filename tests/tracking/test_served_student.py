@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,6 @@ import pytest
 from PIL import Image
 
 from d3etr.config.tree import Config
-from d3etr.tracking.model import ALLOW_PATHS, MAXIMUM_MEGABYTES
 from d3etr.tracking.runs import replay
 from d3etr.tracking.served_student import ServedStudent
 
@@ -49,15 +48,14 @@ def as_base64(image: Image.Image) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def test_it_detects_on_base64_arrays_and_allowed_paths_alike(registry: str, tmp_path: Path) -> None:
-    picture().save(tmp_path / "picture.png")
-    model = mlflow.pyfunc.load_model("models:/tiny@champion", model_config={ALLOW_PATHS: True})
-    images = [as_base64(picture()), np.asarray(picture()).tolist(), str(tmp_path / "picture.png")]
+def test_it_detects_on_base64_and_arrays_alike(registry: str) -> None:
+    model = mlflow.pyfunc.load_model("models:/tiny@champion")
+    images = [as_base64(picture()), np.asarray(picture()).tolist()]
     answers = model.predict([{"image": image, "threshold": 0.0} for image in images])
-    assert [answer["error"] for answer in answers] == [None] * 3
+    assert [answer["error"] for answer in answers] == [None] * 2
     # Five queries, two classes: ten detections.
     assert np.asarray(answers[0]["boxes_xyxy"]).shape == (10, 4)
-    assert answers[0]["scores"] == answers[1]["scores"] == answers[2]["scores"]
+    assert answers[0]["scores"] == answers[1]["scores"]
     assert set(answers[0]["labels"]) <= {1, 3} and set(answers[0]["names"]) <= {"cat", "dog"}
     strict = model.predict([{"image": images[0], "threshold": 1.0}])
     assert strict[0]["scores"] == [] and strict[0]["error"] is None
@@ -74,7 +72,7 @@ def test_it_answers_bad_input_with_a_sentence(registry: str, tmp_path: Path) -> 
     ]
     answers = model.predict(rows)
     for answer, expected in zip(
-        answers, ("allow_paths", "cannot be decoded", "not in [0, 1]", "neither"), strict=True
+        answers, ("not base64 text", "cannot be decoded", "not in [0, 1]", "neither"), strict=True
     ):
         assert expected in answer["error"] and answer["boxes_xyxy"] == []
 
@@ -97,13 +95,12 @@ def test_a_bad_row_of_any_kind_leaves_the_others_their_answers(registry: str) ->
 
 
 @pytest.fixture(scope="module")
-def served(tiny_weights: Path) -> ServedStudent:
+def served(tiny_weights: Path) -> Iterator[ServedStudent]:
     student = ServedStudent()
-    settings = {MAXIMUM_MEGABYTES: 0.1}
-    student.load_context(
-        SimpleNamespace(artifacts={"weights": str(tiny_weights)}, model_config=settings)
-    )
-    return student
+    student.load_context(SimpleNamespace(artifacts={"weights": str(tiny_weights)}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("d3etr.tracking.served_student.LARGEST_BYTES", 100_000)
+        yield student
 
 
 def one_pixel(*values: object) -> list[object]:

@@ -37,12 +37,6 @@ METRICS_PER_REQUEST = 1000
 DIGITS = 4
 """Of a version's mAP: champions are compared by these."""
 DEFAULT_THRESHOLD = 0.5
-ALLOW_PATHS = "allow_paths"
-"""``model_config`` key that lets the model read image paths. Off by default, since whoever
-reaches a server could read its files."""
-MAXIMUM_MEGABYTES = "maximum_megabytes"
-"""``model_config`` key: the largest image file that a request may hold, decoded from base64."""
-DEFAULT_MEGABYTES = 50.0
 REQUIREMENTS = (
     "mlflow",
     "torch",
@@ -152,7 +146,6 @@ def _save(folder: Path, weights: Path, content: Model) -> None:
             python_model=str(Path(__file__).with_name("served_student.py")),
             artifacts={"weights": str(weights)},
             signature=signature(),
-            model_config={ALLOW_PATHS: False, MAXIMUM_MEGABYTES: DEFAULT_MEGABYTES},
             code_paths=[str(archive)],
             pip_requirements=_pinned(),
         )

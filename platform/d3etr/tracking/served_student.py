@@ -22,16 +22,14 @@ from PIL import Image
 # In a stored model, the package is an archive beside this file; elsewhere there is none.
 sys.path.insert(0, str(Path(__file__).with_name("code") / "d3etr.zip"))
 
-from d3etr.config.arguments import described, require_number
+from d3etr.config.arguments import described
 from d3etr.data.images import load_image, require_decodable_size
 from d3etr.errors import UserError
 from d3etr.inference import Predictor, load
-from d3etr.tracking.model import (
-    ALLOW_PATHS,
-    DEFAULT_MEGABYTES,
-    DEFAULT_THRESHOLD,
-    MAXIMUM_MEGABYTES,
-)
+from d3etr.tracking.model import DEFAULT_THRESHOLD
+
+LARGEST_BYTES = 50_000_000
+"""Of an image file that a request holds, decoded from base64."""
 
 
 def _unannotated(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,15 +39,11 @@ def _unannotated(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class ServedStudent(PythonModel):  # type: ignore[misc]
-    """Detects objects on images given as base64 text, arrays or, where allowed, paths."""
+    """Detects objects on images given as base64 text or arrays; whoever asks reads no files."""
 
     def load_context(self, context: Any) -> None:
         """Read the weights."""
-        settings = context.model_config or {}
         self._predictor: Predictor = load(context.artifacts["weights"])
-        self._allow_paths = bool(settings.get(ALLOW_PATHS, False))
-        megabytes = settings.get(MAXIMUM_MEGABYTES, DEFAULT_MEGABYTES)
-        self._maximum_bytes = int(1e6 * require_number(MAXIMUM_MEGABYTES, megabytes, 0, 1e6))
 
     @_unannotated
     def predict(
@@ -60,9 +54,8 @@ class ServedStudent(PythonModel):  # type: ignore[misc]
         Args:
             context: unused.
             model_input: rows with ``image`` and optionally ``threshold`` in [0, 1]: a data
-                frame, or a list of mappings. ``image`` is base64 of an image file of at most
-                ``maximum_megabytes``, an array [height, width, 3] of whole numbers 0..255, or
-                a path.
+                frame, or a list of mappings. ``image`` is base64 of an image file, or an array
+                [height, width, 3] of whole numbers 0..255.
             params: ``threshold`` for rows that have none.
 
         Returns:
@@ -76,36 +69,29 @@ class ServedStudent(PythonModel):  # type: ignore[misc]
         answer: dict[str, Any] = {"boxes_xyxy": [], "scores": [], "labels": [], "names": []}
         try:
             threshold = _threshold(row.get("threshold"), default)
-            [found] = self._predictor.predict([self._image(row.get("image"))], threshold)
+            [found] = self._predictor.predict([_image(row.get("image"))], threshold)
         except UserError as error:
             return answer | {"error": str(error)}
         for name, kind in (("boxes_xyxy", float), ("scores", float), ("labels", int)):
             answer[name] = np.asarray(getattr(found, name), dtype=kind).tolist()
         return answer | {"names": list(found.names), "error": None}
 
-    def _image(self, value: Any) -> Image.Image:
-        if isinstance(value, str):
-            return self._image_of_text(value)
-        if value is None or (isinstance(value, float) and value != value):
-            raise UserError("image is missing")
-        return Image.fromarray(_pixels(value))
 
-    def _image_of_text(self, text: str) -> Image.Image:
-        encoded = text.rpartition(",")[2]
-        if len(encoded) * 3 // 4 > self._maximum_bytes:
-            raise UserError(
-                f"image has {len(encoded) * 0.75e-6:.1f} megabytes; expected at most "
-                f"{self._maximum_bytes / 1e6:g} ({MAXIMUM_MEGABYTES} of the model's configuration)"
-            )
-        try:
-            return load_image(base64.b64decode("".join(encoded.split()), validate=True))
-        except (binascii.Error, ValueError):
-            if self._allow_paths:
-                return load_image(Path(text))
-            raise UserError(
-                "image is not base64 text. (Paths are read only if the model was loaded with "
-                f"model_config={{'{ALLOW_PATHS}': True}}.)"
-            ) from None
+def _image(value: Any) -> Image.Image:
+    if value is None or (isinstance(value, float) and value != value):
+        raise UserError("image is missing")
+    if not isinstance(value, str):
+        return Image.fromarray(_pixels(value))
+    encoded = value.rpartition(",")[2]
+    if len(encoded) * 3 // 4 > LARGEST_BYTES:
+        raise UserError(
+            f"image has {len(encoded) * 0.75e-6:.1f} megabytes; expected at most "
+            f"{LARGEST_BYTES / 1e6:g}"
+        )
+    try:
+        return load_image(base64.b64decode("".join(encoded.split()), validate=True))
+    except (binascii.Error, ValueError):
+        raise UserError("image is not base64 text") from None
 
 
 def _rows(model_input: Any) -> Iterable[Mapping[str, Any]]:

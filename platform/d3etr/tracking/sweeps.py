@@ -19,7 +19,6 @@ from d3etr.tracking.state import read_state
 
 logger = get_logger(__name__)
 
-NOTE = "mlflow.note.content"
 TAGS = {
     "role": "sweep",
     "title": "sweep",
@@ -36,16 +35,12 @@ class Swept:
 
     Attributes:
         title: its values, as tables show them.
-        case: its name, None without cases.
         mAP: on the validation split, in [0, 1].
-        published: mAP that tables show, of the test split where there is one.
         run_dir: its folder.
     """
 
     title: str
-    case: str | None
     mAP: float
-    published: float
     run_dir: Path
 
 
@@ -75,21 +70,13 @@ class SweepRun:
         """What a person types and opens to see the trials, best first."""
         return how_to_open(self._run.uri, self._page)
 
-    def finish(
-        self,
-        status: Status,
-        trials: Sequence[Swept],
-        files: Sequence[Path],
-        *,
-        baseline: str | None = None,
-    ) -> str | None:
+    def finish(self, status: Status, trials: Sequence[Swept], files: Sequence[Path]) -> str | None:
         """Close the sweep's run and log what it found; a failure is returned, not raised.
 
         Args:
             status: how it ended.
             trials: the finished ones.
             files: table, results, best recipe.
-            baseline: the case that others are compared with.
 
         Returns:
             None when MLflow has everything, else a sentence about what is missing.
@@ -97,8 +84,6 @@ class SweepRun:
         steps: dict[str, Callable[[], None]] = {"metrics": partial(self._log_metrics, trials)}
         if trials:
             steps["note"] = partial(self._note_best, trials)
-        if any(trial.case is not None for trial in trials):
-            steps["figures"] = partial(self._send_cases, trials, baseline)
         steps |= {file.name: partial(self._send, file) for file in files if file.exists()}
         lacks = self._run.close(status, lambda: steps)
         if lacks is None:
@@ -132,8 +117,8 @@ class SweepRun:
     def _describe(self, found: str = "") -> None:
         """The parent's description, which leads to the page with the sweep's trials."""
         link = f"[The trials, best first, with charts]({self._page})"
-        parts = [f"**{self._title}**", found, link]
-        self._client.set_tag(self.run_id, NOTE, "\n\n".join(filter(None, parts)))
+        text = "\n\n".join(filter(None, [f"**{self._title}**", found, link]))
+        self._client.set_tag(self.run_id, "mlflow.note.content", text)
 
     def _log_metrics(self, trials: Sequence[Swept]) -> None:
         metrics = {"trials/finished": float(len(trials))}
@@ -151,13 +136,3 @@ class SweepRun:
 
     def _send(self, file: Path) -> None:
         self._client.log_artifact(self.run_id, str(file))
-
-    def _send_cases(self, trials: Sequence[Swept], baseline: str | None) -> None:
-        # matplotlib takes a second to import: only who draws pays.
-        from d3etr.tracking.figures.curves import draw_cases
-        from d3etr.tracking.figures.style import save
-
-        cases: dict[str, list[float]] = {}
-        for trial in trials:
-            cases.setdefault(trial.case or "", []).append(trial.published)
-        self._send(save(draw_cases(cases, baseline), self._folder / "cases.png"))

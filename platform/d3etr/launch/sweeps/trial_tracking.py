@@ -13,7 +13,7 @@ from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.driver import Status, Tracker
 from d3etr.launch.sweeps.plan import Plan
-from d3etr.launch.sweeps.results import TrialResult, best, table_metric
+from d3etr.launch.sweeps.results import TrialResult, best
 from d3etr.logs import get_logger
 from d3etr.tracking.state import read_state
 
@@ -109,20 +109,14 @@ class SweepTracking:
         for result in results:
             self._replay(result)
         self.children.close("KILLED")
-        metric = table_metric(results)
         swept = {
             result.trial.number: Swept(
-                result.trial.title(self._plan.sweep),
-                result.trial.case,
-                result.mAP,
-                result.metric(metric) or 0.0,
-                result.run_dir,
+                result.trial.title(self._plan.sweep), result.mAP, result.run_dir
             )
             for result in results
             if result.state == "finished" and result.mAP is not None and result.run_dir is not None
         }
-        baseline = self._plan.sweep.baseline
-        missing = self._run.finish("FINISHED", list(swept.values()), files, baseline=baseline)
+        missing = self._run.finish("FINISHED", list(swept.values()), files)
         if missing is not None:
             logger.warning("%s", missing)
         winner = best(results)

@@ -1,4 +1,4 @@
-"""Precision over recall, how a run went over its steps, and named configurations."""
+"""Precision over recall, and how a run went over its steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from d3etr.tracking.figures.style import (
     DETECTORS,
     PLAIN,
     STUDENT,
-    TEXT_SIZE,
     Array,
     Stroke,
     empty_note,
@@ -138,27 +137,4 @@ def draw_series(
         legend(axes)
     else:
         empty_note(axes, nothing)
-    return figure
-
-
-def draw_cases(cases: Mapping[str, Sequence[float]], baseline: str | None) -> Figure:
-    """MAP of named configurations: mean as a bar, each seed as a dot.
-
-    Args:
-        cases: name -> mAP in [0, 1] by seed.
-        baseline: drawn in grey.
-    """
-    title = "Configurations; bar: mean over seeds, dot: one seed"
-    figure = new_figure(8.4, 1.4 + 0.42 * len(cases), title)
-    axes = figure.subplots()
-    names = list(cases)[::-1]
-    for row, name in enumerate(names):
-        values = 100 * np.asarray(cases[name])
-        colour = PLAIN if name == baseline else STUDENT
-        axes.barh(row, values.mean(), color=colour, alpha=0.55, height=0.62)
-        axes.plot(values, np.full(len(values), row), "o", color=colour, markersize=4)
-        axes.text(values.max() + 0.5, row, f"{values.mean():.1f}", va="center", fontsize=TEXT_SIZE)
-    axes.set_yticks(range(len(names)), names)
-    plain_axes(axes, "mAP (%)", "")
-    axes.set_xlim(0, 1.12 * max(100 * max(values) for values in cases.values()))
     return figure
