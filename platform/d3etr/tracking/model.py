@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 import mlflow
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
@@ -190,10 +191,9 @@ def _set_aliases(
     client.set_model_version_tag(name, version, "mAP", f"{quality:.{DIGITS}f}")
     try:
         champion = client.get_model_version_by_alias(name, CHAMPION_ALIAS)
-        first = min(int(champion.version), int(version))
-        compared = champion.tags.get("data_digest", data_digest)
+        reigning, compared = int(champion.version), champion.tags.get("data_digest", data_digest)
     except MlflowException:  # the first one
-        first, compared = 0, data_digest
+        reigning, compared = 0, data_digest
     if compared != data_digest:
         logger.warning(
             "model %s: version %s was measured on other data than the version with alias '%s', "
@@ -207,9 +207,16 @@ def _set_aliases(
     rivals = [
         found
         for found in client.search_model_versions(f"name = '{name}'")
-        if int(found.version) >= first and found.tags.get("data_digest") == data_digest
+        if int(found.version) >= min(reigning, int(version))
+        and found.tags.get("data_digest") == data_digest
     ]
-    best = max(rivals, key=lambda one: (float(one.tags.get("mAP", -1)), -int(one.version)))
+
+    def rank(one: ModelVersion) -> tuple[float, bool, int]:
+        """Of equal ones the champion, else the first."""
+        number = int(one.version)
+        return float(one.tags.get("mAP", -1)), number == reigning, -number
+
+    best = max(rivals, key=rank)
     client.set_registered_model_alias(name, CHAMPION_ALIAS, str(best.version))
 
 
