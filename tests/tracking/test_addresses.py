@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 from d3etr.config.tree import Config
+from d3etr.text import redacted
 from d3etr.tracking.address import how_to_open, run_page, runs_page
 from d3etr.tracking.server import connect, tracking_uri
 from d3etr.tracking.state import read_state
@@ -38,6 +39,12 @@ def test_a_page_of_runs_names_which_and_in_what_order() -> None:
         "orderByKey": "attributes.start_time",
         "orderByAsc": "false",
     }
+
+
+def test_a_page_of_runs_is_printed_whole() -> None:
+    search = f"tags.`mlflow.parentRunId` = '{'0f3a9c5d7e8b4a6f' * 2}'"
+    page = runs_page("1", search, "metrics.`val/mAP`")
+    assert redacted(page) == page, "nothing in it is a secret"
 
 
 def test_a_sweep_leads_to_its_trials(make_config: MakeConfig, tmp_path: Path) -> None:

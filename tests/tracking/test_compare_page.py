@@ -85,7 +85,7 @@ def picture(*detections: Objects | None) -> Scene:
 def test_the_page_has_every_part_and_loads_nothing(runs: Path, tmp_path: Path) -> None:
     comparison = compare(["digits-plain", "digits-d3etr", "digits-teacher"], runs)
     found = Objects(((1.0, 2.0, 9.0, 12.0),), ("<b>7</b>",), (0.61,), (True,))
-    pictures = Pictures("validation", (picture(found, None, found),), ("No images: of <x>",))
+    pictures = Pictures((picture(found, None, found),), ("No images: of <x>",))
     path = write_page(comparison, tmp_path / "page" / "compare.html", pictures)
     page = path.read_text(encoding="utf-8")
     assert [file.name for file in path.parent.iterdir()] == ["compare.html"]
@@ -114,7 +114,7 @@ def test_the_page_has_every_part_and_loads_nothing(runs: Path, tmp_path: Path) -
 def test_what_cannot_be_seen_can_be_heard(runs: Path) -> None:
     found = Objects(((1.0, 2.0, 9.0, 12.0),) * 2, ("7", "7"), (0.61, 0.4), (True, False))
     comparison = compare(["digits-plain", "digits-d3etr"], runs)
-    page = as_page(comparison, Pictures("validation", (picture(found, None),), ()))
+    page = as_page(comparison, Pictures((picture(found, None),), ()))
     elements = Elements(page).found
     spoken = [a.get("alt") for name, a in elements if name == "img"]
     assert "plain student · digits: 7 0.61, (7 0.40)" in spoken and all(spoken)
@@ -126,7 +126,7 @@ def test_what_cannot_be_seen_can_be_heard(runs: Path) -> None:
 def test_names_of_classes_files_and_settings_are_escaped(runs: Path) -> None:
     comparison = compare(["digits-plain", "digits-d3etr"], runs)
     evil = replace(picture(None, None), title="a&b.png\x1b[2J\u202e<i>")
-    page = as_page(comparison, Pictures("validation", (evil,), ()))
+    page = as_page(comparison, Pictures((evil,), ()))
     assert "a&amp;b.png\\u001b[2J\\u202e&lt;i&gt;" in page and not {"\x1b", "\u202e"} & set(page)
     assert "&lt;7&gt;" in page and "<7>" not in page
     assert "&lt;b&gt;7&lt;/b&gt;" in page and "<b>" not in page
@@ -155,7 +155,7 @@ def test_a_page_without_measurements_says_so(runs: Path) -> None:
 def test_the_same_images_are_shown_to_every_run(
     runs: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d3etr.tracking.compare.pictures.THRESHOLD", 0.0)
+    monkeypatch.setattr("d3etr.tracking.figures.look.THRESHOLD", 0.0)
     scenes = make_config().data.digit_scenes
     assert scenes is not None
     write_digit_scenes(scenes)

@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 
 from d3etr.cli.command import Command, add_json, add_launcher, add_overrides, print_json
 from d3etr.cli.progress import print_progress, progress_bar
+from d3etr.cli.train import as_json
 from d3etr.text import styled
 
 
@@ -38,7 +39,7 @@ def run_demo(options: Namespace) -> int:
         on_progress=print_progress,
     )
     if options.json:
-        print_json(report.as_json(done))
+        print_json([{"title": run.title} | as_json(run.result) for run in done])
         return 0
     console = Console(file=styled(sys.stdout))
     console.print(report.comparison_tables(done))

@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group
 
@@ -38,20 +37,6 @@ def comparison_tables(runs: list[DemoRun]) -> Group:
     comparison = compare([run.result.run_dir for run in runs], Path())
     tables = [results_table(comparison, HEADINGS), equal_time_table(comparison)]
     return Group(*(table.as_rich() for table in tables if table.rows))
-
-
-def as_json(runs: list[DemoRun]) -> list[dict[str, Any]]:
-    """The runs as plain values; accuracy as fractions."""
-    return [
-        {
-            "title": run.title,
-            "run_dir": str(run.result.run_dir),
-            "weights": str(run.result.weights),
-            "mlflow_run": run.result.tracked_run,
-            "metrics": run.result.metrics,
-        }
-        for run in runs
-    ]
 
 
 def next_steps(runs: list[DemoRun]) -> str:

@@ -15,9 +15,10 @@ from d3etr.files import write_text
 from d3etr.text import printable
 from d3etr.tracking.compare import tables
 from d3etr.tracking.compare.comparison import Comparison
-from d3etr.tracking.compare.pictures import THRESHOLD, Pictures
+from d3etr.tracking.compare.pictures import Pictures
 from d3etr.tracking.figures.curves import Series, draw_series
 from d3etr.tracking.figures.images import Objects, Scene
+from d3etr.tracking.figures.look import THRESHOLD
 from d3etr.tracking.figures.style import save, series_styles
 
 LONGEST_SIDE = 512

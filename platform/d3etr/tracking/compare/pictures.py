@@ -16,20 +16,16 @@ from d3etr.tracking.compare.comparison import Comparison
 from d3etr.tracking.figures.images import Scene
 from d3etr.tracking.figures.look import choose_images, scene_of
 
-THRESHOLD = 0.3
-
 
 @dataclass(frozen=True)
 class Pictures:
     """The images of a comparison.
 
     Attributes:
-        split: they are of.
         pictures: evenly spaced; none where the data is not here.
         missing: what cannot be shown and why, a sentence each.
     """
 
-    split: str
     pictures: tuple[Scene, ...]
     missing: tuple[str, ...]
 
@@ -45,7 +41,7 @@ def look_at_pictures(comparison: Comparison, count: int) -> Pictures:
     """
     split, missing = _find_split(comparison)
     if split is None:
-        return Pictures(comparison.split, (), tuple(missing))
+        return Pictures((), tuple(missing))
     predictors: dict[str, Predictor | None] = {}
     for group in comparison.groups:
         try:
@@ -56,10 +52,10 @@ def look_at_pictures(comparison: Comparison, count: int) -> Pictures:
     pictures = []
     for record in choose_images(split, count):
         try:
-            pictures.append(scene_of(split, record, predictors, THRESHOLD))
+            pictures.append(scene_of(split, record, predictors))
         except UserError as error:
             missing.append(f"One image is left out: {error}")
-    return Pictures(comparison.split, tuple(pictures), tuple(missing))
+    return Pictures(tuple(pictures), tuple(missing))
 
 
 def _find_split(comparison: Comparison) -> tuple[DetectionSplit | None, list[str]]:

@@ -21,11 +21,17 @@ from d3etr.inference import Predictor, load
 from d3etr.tracking.description import title
 from d3etr.tracking.figures.curves import Series, draw_precision_recall, draw_series
 from d3etr.tracking.figures.images import draw_attention, draw_predictions
-from d3etr.tracking.figures.look import choose_images, look_at, object_view, scene_of, spaced
+from d3etr.tracking.figures.look import (
+    THRESHOLD,
+    choose_images,
+    look_at,
+    object_view,
+    scene_of,
+    spaced,
+)
 from d3etr.tracking.figures.style import save
 
 IMAGES = 4
-THRESHOLD = 0.3
 MEASURING_SECONDS = 20.0
 """Time for precision and recall, per detector; fewer images are measured where that is short."""
 SPLIT: Literal["validation"] = "validation"
@@ -65,7 +71,7 @@ def _draw_images(
     config: Config, split: DetectionSplit, predictors: Predictors, names: list[str], folder: Path
 ) -> list[Path]:
     records = choose_images(split, IMAGES)
-    scenes = [scene_of(split, record, predictors, THRESHOLD) for record in records]
+    scenes = [scene_of(split, record, predictors) for record in records]
     figure = draw_predictions(scenes, THRESHOLD, f"{SPLIT} images")
     drawn = [save(figure, folder / "predictions.png")]
     seen = {

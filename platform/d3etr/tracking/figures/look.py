@@ -25,15 +25,14 @@ from d3etr.tracking.figures.images import Look, Objects, ObjectView, Scene
 from d3etr.tracking.figures.style import Array, Image
 
 SAME_OBJECT_IOU = 0.5
+THRESHOLD = 0.3
+"""Lowest score of a detection that is shown."""
 LOWEST_SCORE = 0.1
 """A query below it does not count as detecting an object."""
 
 
 def scene_of(
-    split: DetectionSplit,
-    record: ImageRecord,
-    predictors: Mapping[str, Predictor | None],
-    threshold: float,
+    split: DetectionSplit, record: ImageRecord, predictors: Mapping[str, Predictor | None]
 ) -> Scene:
     """An image, its annotated objects without crowds, and what each detector finds on it.
 
@@ -41,7 +40,6 @@ def scene_of(
         split: where the image is.
         record: the image.
         predictors: name -> what detects; None where it cannot be used.
-        threshold: lowest score of a detection.
 
     Raises:
         UserError: the image cannot be read.
@@ -54,7 +52,7 @@ def scene_of(
     for name, predictor in predictors.items():
         found[name] = None
         if predictor is not None:
-            [seen] = predictor.predict(pixels, threshold)
+            [seen] = predictor.predict(pixels, THRESHOLD)
             called = readable_names(zip(seen.labels.tolist(), seen.names, strict=True))
             corners = np.asarray(seen.boxes_xyxy, dtype=float)
             right = which_are_right(corners, called, truth)
