@@ -358,14 +358,6 @@ def test_classes_txt_fixes_the_order_of_voc_classes(voc: Write) -> None:
     assert "'cat' is there twice" in problem(root)
 
 
-def test_voc_boxes_that_begin_at_pixel_0_are_worth_a_word(
-    voc: Write, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        read(voc(voc_object(0, 0, 9, 9)))
-    assert "1 boxes begin before pixel 1" in caplog.text and "object 1" in caplog.text
-
-
 @pytest.fixture
 def hub(tmp_path: Path) -> Write:
     """One picture of 40 x 20 pixels and its line, for training."""

@@ -191,7 +191,16 @@ def is_text(name: str) -> bool:
     return True
 
 
-def is_number(value: object) -> bool:
+def box_problem(box: object, area: object) -> str | None:
+    """Why a file's box or its area cannot be used, or None."""
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        return f"bbox is {box!r:.60}; expected [x, y, width, height] in pixels"
+    if not isinstance(area, int | float | None):
+        return f"area is {area!r:.40}; expected square pixels"
+    return None
+
+
+def _is_number(value: object) -> bool:
     """Whether ``value`` is a number that may stand in a box."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False

@@ -14,6 +14,8 @@ from d3etr.data.annotations import Annotations
 SHOWN = 5
 """Ids and names that a text lists."""
 
+_FAR = 1e300
+
 CLEANED = {
     "zero_size": "dropped: width or height is not above 0",
     "outside": "dropped: outside of the image",
@@ -163,7 +165,11 @@ def _plausible_areas(
     An outline is smaller than its box, often by far. It seems larger where sides are rounded,
     or where width is counted from pixel to pixel: by a pixel each at most.
     """
-    own = np.array([math.nan if area is None else area for area in given], dtype=np.float64)
+    # Integers may be larger than any float.
+    own = np.array(
+        [math.nan if area is None else max(-_FAR, min(area, _FAR)) for area in given],
+        dtype=np.float64,
+    )
     sides = np.maximum(boxes_xywh[:, 2:], 0)
     plausible = (own > 0) & (own <= 1.01 * np.prod(sides + 1, axis=1))
     lacks = np.array([area is None for area in given], dtype=np.bool_)

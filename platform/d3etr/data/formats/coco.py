@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from d3etr.data.annotations import (
     ObjectEntry,
     Problems,
     Source,
+    box_problem,
     file_name_problem,
-    is_number,
     is_text,
 )
 from d3etr.errors import UserError
@@ -53,20 +52,31 @@ class CocoFormat:
             )
         path = source.annotations
         content, digest = _load(path)
-        problems = Problems(path, self.title)
-        categories = _categories(content["categories"], problems)
-        images = _images(content["images"], problems)
-        objects = _annotations(
-            content["annotations"],
-            {image.id: index for index, image in enumerate(images)},
-            {category.id: index for index, category in enumerate(categories)},
-            problems,
-        )
+        problems, reader = Problems(path, self.title), _Reader()
+        for key, (needed, read) in {
+            "categories": (("id", "name"), reader.category),
+            "images": (("id", "file_name", "width", "height"), reader.image),
+            "annotations": (("image_id", "category_id", "bbox"), reader.annotation),
+        }.items():
+            for position, entry in enumerate(content[key]):
+                try:
+                    _require_keys(entry, needed)
+                    read(entry, position)
+                except UserError as error:
+                    number = _integer(entry.get("id")) if isinstance(entry, dict) else None
+                    shown = "" if number is None else f" (id {number})"
+                    problems.add(f"{key}[{position}]{shown}: {error}")
+            if not content[key] and key != "annotations":
+                problems.add(f"'{key}' is empty: expected at least one entry")
+            reader.number_labels()
         problems.raise_if_any()
-        return Annotations(tuple(categories), images, objects, digest, own_ids=True)
+        categories = tuple(reader.categories[number] for number in sorted(reader.categories))
+        images = [*reader.images.values()]
+        return Annotations(categories, images, reader.objects, digest, own_ids=True)
 
 
 def _load(path: Path) -> tuple[dict[str, list[Any]], str]:
+    """The lists of a file, and its digest."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -81,10 +91,6 @@ def _load(path: Path) -> tuple[dict[str, list[Any]], str]:
             f"{path}: broken JSON ({error}): expected a COCO detection file; "
             "it may be cut off, so copy or export it again"
         ) from error
-    return _with_lists(path, content), hashlib.sha256(raw).hexdigest()
-
-
-def _with_lists(path: Path, content: object) -> dict[str, list[Any]]:
     expected = f"a COCO detection file is an object with the lists {', '.join(_KEYS)}"
     if not isinstance(content, dict):
         raise UserError(f"{path}: found a {type(content).__name__} at the top; {expected}")
@@ -96,10 +102,7 @@ def _with_lists(path: Path, content: object) -> dict[str, list[Any]]:
         if not isinstance(content[key], list):
             kind = type(content[key]).__name__
             raise UserError(f"{path}: '{key}' is a {kind}; {expected}")
-    return content
-
-
-_ID = "an integer id (63 bits at most, and not as a float above 2**53, which has lost digits)"
+    return content, hashlib.sha256(raw).hexdigest()
 
 
 def _integer(value: object) -> int | None:
@@ -113,127 +116,102 @@ def _integer(value: object) -> int | None:
     return value if isinstance(value, int) and abs(value) < 2**63 else None
 
 
-def _entry_problem(entry: object, keys: tuple[str, ...]) -> str | None:
+def _require_keys(entry: object, keys: tuple[str, ...]) -> None:
     if not isinstance(entry, dict):
-        return f"expected an object, found {entry!r:.60}"
+        raise UserError(f"expected an object, found {entry!r:.60}")
     missing = [key for key in keys if key not in entry]
-    return f"missing key {', '.join(missing)}" if missing else None
+    if missing:
+        raise UserError(f"missing key {', '.join(missing)}")
 
 
-def _categories(entries: list[Any], problems: Problems) -> list[Category]:
-    found: dict[int, Category] = {}
-    names: dict[str, int] = {}
-    for position, entry in enumerate(entries):
-        where = f"categories[{position}]"
-        problem = _entry_problem(entry, ("id", "name"))
-        if problem:
-            problems.add(f"{where}: {problem}")
-            continue
-        number, name = _integer(entry["id"]), entry["name"]
-        if number is None or not isinstance(name, str) or not name or not is_text(name):
-            problems.add(f"{where}: expected {_ID} and a name, found {entry!r:.80}")
-        elif number in found:
-            problems.add(f"{where}: category id {number} is used twice; ids must be unique")
-        elif name in names:
-            problems.add(f"{where}: name {name!r} is also category {names[name]}'s; rename one")
-        else:
-            found[number], names[name] = Category(number, name), number
-    if not entries:
-        problems.add("'categories' is empty: expected at least one class of objects")
-    return [found[number] for number in sorted(found)]
-
-
-def _images(entries: list[Any], problems: Problems) -> list[ImageEntry]:
-    found: dict[int, ImageEntry] = {}
-    for position, entry in enumerate(entries):
-        problem = _entry_problem(entry, ("id", "file_name", "width", "height"))
-        number = _integer(entry["id"]) if problem is None else None
-        where = f"images[{position}]" + ("" if number is None else f" (id {number})")
-        problem = problem or _image_problem(entry, number)
-        if number is not None and number in found:
-            problem = (
-                f"image id {number} is used twice "
-                f"({found[number].file_name!r} and {entry['file_name']!r}); ids must be unique"
-            )
-        if problem or number is None:
-            problems.add(f"{where}: {problem}")
-            continue
-        found[number] = ImageEntry(
-            number, entry["file_name"], int(entry["width"]), int(entry["height"])
-        )
-    if not entries:
-        problems.add("'images' is empty: expected at least one image")
-    return list(found.values())
-
-
-def _image_problem(entry: dict[str, Any], number: int | None) -> str | None:
+def _identity(entry: dict[str, Any]) -> int:
+    number = _integer(entry["id"])
     if number is None:
-        return f"id is {entry['id']!r:.40}; expected {_ID}"
-    for key in ("width", "height"):
-        side = _integer(entry[key])
-        if side is None or side < 1:
-            return f"{key} is {entry[key]!r:.40}; expected whole pixels above 0"
-    return file_name_problem(entry["file_name"])
+        raise UserError(
+            f"id is {entry['id']!r:.40}; expected an integer id (63 bits at most, and not as a "
+            "float above 2**53, which has lost digits)"
+        )
+    return number
 
 
-def _annotations(
-    entries: list[Any],
-    image_index: dict[int, int],
-    labels: dict[int, int],
-    problems: Problems,
-) -> list[ObjectEntry]:
-    rows: list[ObjectEntry] = []
-    for position, entry in enumerate(entries):
-        problem = _entry_problem(entry, ("image_id", "category_id", "bbox"))
-        number = _integer(entry.get("id")) if isinstance(entry, dict) else None
-        if problem is None:
-            problem = _annotation_problem(entry, image_index, labels)
-        if problem:
-            where = f"annotations[{position}]" + ("" if number is None else f" (id {number})")
-            problems.add(f"{where}: {problem}")
-            continue
-        identity = position if number is None else number
-        index, label = image_index[entry["image_id"]], labels[entry["category_id"]]
-        area, crowd = entry.get("area"), bool(entry.get("iscrowd"))
-        rows.append(
+class _Reader:
+    """Takes entry after entry; each method raises a ``UserError`` that says what is wrong.
+
+    Attributes:
+        categories: by id.
+        images: by id.
+        objects: in the file's order.
+    """
+
+    def __init__(self) -> None:
+        self.categories: dict[int, Category] = {}
+        self.images: dict[int, ImageEntry] = {}
+        self.objects: list[ObjectEntry] = []
+        self._names: dict[str, int] = {}
+        self._image_index: dict[int, int] = {}
+        self._labels: dict[int, int] = {}
+
+    def number_labels(self) -> None:
+        """Number what has been read: annotations come after categories and images."""
+        self._image_index = {number: index for index, number in enumerate(self.images)}
+        self._labels = {number: label for label, number in enumerate(sorted(self.categories))}
+
+    def category(self, entry: dict[str, Any], _position: int) -> None:
+        """One class."""
+        number, name = _identity(entry), entry["name"]
+        if not isinstance(name, str) or not name or not is_text(name):
+            raise UserError(f"name is {name!a:.60}; expected a name")
+        if number in self.categories:
+            raise UserError(f"category id {number} is used twice; ids must be unique")
+        other = self._names.setdefault(name, number)
+        if other != number:
+            raise UserError(f"name {name!r} is also category {other}'s; rename one")
+        self.categories[number] = Category(number, name)
+
+    def image(self, entry: dict[str, Any], _position: int) -> None:
+        """One image."""
+        number, name = _identity(entry), entry["file_name"]
+        if number in self.images:
+            raise UserError(
+                f"image id {number} is used twice ({self.images[number].file_name!r} and "
+                f"{name!r}); ids must be unique"
+            )
+        sides = [_integer(entry[key]) or 0 for key in ("width", "height")]
+        for key, side in zip(("width", "height"), sides, strict=True):
+            if side < 1:
+                raise UserError(f"{key} is {entry[key]!r:.40}; expected whole pixels above 0")
+        problem = file_name_problem(name)
+        if problem is not None:
+            raise UserError(problem)
+        self.images[number] = ImageEntry(number, name, sides[0], sides[1])
+
+    def annotation(self, entry: dict[str, Any], position: int) -> None:
+        """One object."""
+        image, category = _integer(entry["image_id"]), _integer(entry["category_id"])
+        if image not in self._image_index:
+            raise UserError(f"image_id {entry['image_id']!r:.40} is not among 'images'")
+        if category not in self._labels:
+            known = ", ".join(map(str, [*self._labels][:12]))
+            raise UserError(
+                f"category_id {entry['category_id']!r:.40} is not among 'categories' "
+                f"(known ids: {known}{', ...' if len(self._labels) > 12 else ''}; image id {image})"
+            )
+        area, crowd = entry.get("area"), entry.get("iscrowd")
+        problem = box_problem(entry["bbox"], area)
+        if problem is not None:
+            raise UserError(problem)
+        if crowd not in (None, 0, 1):
+            raise UserError(f"iscrowd is {crowd!r:.40}; expected 0 or 1")
+        number = _integer(entry.get("id"))
+        flags = [entry[key] for key in _FOREIGN_FLAGS if key in entry]
+        self.objects.append(
             ObjectEntry(
-                identity,
-                index,
-                label,
+                position if number is None else number,
+                self._image_index[image],
+                self._labels[category],
                 tuple(entry["bbox"]),
-                area=None if area is None else _any_float(area),
-                crowd=crowd,
-                foreign_flag=not crowd and any(_is_set(entry.get(k)) for k in _FOREIGN_FLAGS),
+                area=area,
+                crowd=bool(crowd),
+                foreign_flag=not crowd and any(f in (1, "1", "true", "True", "yes") for f in flags),
             )
         )
-    return rows
-
-
-def _annotation_problem(
-    entry: dict[str, Any], image_index: dict[int, int], labels: dict[int, int]
-) -> str | None:
-    if _integer(entry["image_id"]) not in image_index:
-        return f"image_id {entry['image_id']!r:.40} is not among 'images'"
-    if _integer(entry["category_id"]) not in labels:
-        known = ", ".join(map(str, list(labels)[:12])) + (", ..." if len(labels) > 12 else "")
-        return (
-            f"category_id {entry['category_id']!r:.40} is not among 'categories' "
-            f"(known ids: {known}; image id {entry['image_id']})"
-        )
-    box = entry["bbox"]
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        return f"bbox is {box!r:.60}; expected [x, y, width, height] in pixels"
-    if not isinstance(entry.get("area"), int | float | None):
-        return f"area is {entry['area']!r:.40}; expected square pixels"
-    if entry.get("iscrowd") not in (None, 0, 1):
-        return f"iscrowd is {entry['iscrowd']!r:.40}; expected 0 or 1"
-    return None
-
-
-def _any_float(value: float) -> float:
-    """``value``, also where it is an integer that no float holds."""
-    return float(value) if not abs(value) > 1e300 else math.inf
-
-
-def _is_set(flag: object) -> bool:
-    return flag in (1, "1", "true", "True", "yes")

@@ -1,4 +1,4 @@
-"""What formats of many small files share: images below a folder, their sizes, digests, names."""
+"""What formats of many files share: images below a folder, their sizes, classes, digests."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from d3etr.data.annotations import Category, Problems
+from d3etr.data.annotations import Annotations, Category, ImageEntry, ObjectEntry, Problems
 from d3etr.data.images import decoding_problem, open_image, upright_size
 from d3etr.errors import UserError
 
@@ -22,6 +24,99 @@ _MOST_BYTES = 20 * 2**20
 """Of an annotation file of one image."""
 _THREADS = 8
 Size = tuple[int, int]
+
+
+class FoundObject(NamedTuple):
+    """One object as a file has it.
+
+    Attributes:
+        which: its class: a name, or the index of one.
+        box_xywh: corner, width and height in pixels.
+        place: file and line.
+        area: square pixels, where the file says it.
+        crowd: not to be learnt, and ignored in evaluation.
+    """
+
+    which: str | int
+    box_xywh: tuple[float, ...]
+    place: str
+    area: float | None = None
+    crowd: bool = False
+
+
+@dataclass
+class FoundImage:
+    """One image as files have it.
+
+    Attributes:
+        name: of its file, relative to the folder of images.
+        place: file and line that name it.
+        size: upright (width, height) in pixels; None: the file itself is looked at.
+        objects: annotated in it.
+    """
+
+    name: str
+    place: str = ""
+    size: Size | None = None
+    objects: list[FoundObject] = field(default_factory=list)
+
+
+def assemble(
+    images: Sequence[FoundImage],
+    names: Sequence[str],
+    folder: Path | None,
+    problems: Problems,
+    contents: Iterable[tuple[str, bytes]],
+    warnings: tuple[str, ...] = (),
+) -> Annotations:
+    """Annotations of images in their order, numbered from 1.
+
+    Args:
+        images: what was found.
+        names: the classes, in the order of their labels.
+        folder: of the images; None where they are not on this machine.
+        problems: takes images whose size cannot be had; all of them are raised here.
+        contents: what was read, for the data's digest: names and bytes.
+        warnings: what may be wrong, a sentence each.
+
+    Raises:
+        UserError: there are problems.
+    """
+    if not names and not problems.found:
+        problems.add("no object has a class; expected one in some annotation")
+    unsized = [image for image in images if image.size is None]
+    if folder is None:
+        for image in unsized:
+            problems.add(f"{image.place}: has no size; expected width and height of its image")
+    else:
+        sizes = image_sizes([folder / image.name for image in unsized], problems)
+        for image, size in zip(unsized, sizes, strict=True):
+            image.size = size
+    problems.raise_if_any()
+    labels = {name: label for label, name in enumerate(names)}
+    found = [(index, each) for index, image in enumerate(images) for each in image.objects]
+    return Annotations(
+        categories=tuple(Category(index, name) for index, name in enumerate(names)),
+        images=[
+            ImageEntry(number, image.name, *(image.size or (1, 1)))
+            for number, image in enumerate(images, start=1)
+        ],
+        objects=[
+            ObjectEntry(
+                id=number,
+                image=index,
+                label=each.which if isinstance(each.which, int) else labels[each.which],
+                box_xywh=each.box_xywh,
+                area=each.area,
+                crowd=each.crowd,
+                place=each.place,
+            )
+            for number, (index, each) in enumerate(found, start=1)
+        ],
+        digest=_digest_of([("names", "\n".join(names).encode()), *contents]),
+        folder=folder,
+        warnings=warnings,
+    )
 
 
 def is_image(name: str) -> bool:
@@ -76,9 +171,7 @@ def read_bytes(file: Path) -> bytes:
     try:
         with file.open("rb") as stream:
             content = stream.read(_MOST_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror or error})") from error
-    except ValueError as error:  # a NUL in the name
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{str(file)!r} cannot be read ({error})") from error
     if len(content) > _MOST_BYTES:
         raise UserError(
@@ -88,39 +181,20 @@ def read_bytes(file: Path) -> bytes:
     return content
 
 
-def read_lines(file: Path) -> list[str]:
-    """The lines of a text file, without their ends.
+def lines_of(file: Path, content: bytes | None = None) -> list[str]:
+    """The lines of a UTF-8 text file, with or without a byte order mark, without their ends.
+
+    Args:
+        file: the file.
+        content: its bytes, where they were read already.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
     """
-    return text_of(read_bytes(file), file).splitlines()
-
-
-def text_of(content: bytes, file: Path) -> str:
-    """UTF-8 text, with or without a byte order mark.
-
-    Raises:
-        UserError: it is not UTF-8.
-    """
     try:
-        return content.decode("utf-8-sig")
+        return (read_bytes(file) if content is None else content).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-
-
-def digest_of(parts: Iterable[tuple[str, bytes]]) -> str:
-    """sha256, hex, over names and contents of files, in their order."""
-    digest = hashlib.sha256()
-    for name, content in parts:
-        digest.update(f"{name}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def categories_of(names: Sequence[str]) -> tuple[Category, ...]:
-    """Classes in the order of their names here, with ids from 0."""
-    return tuple(Category(index, name) for index, name in enumerate(names))
 
 
 def class_names(folder: Path, found: Iterable[str]) -> list[str]:
@@ -141,7 +215,7 @@ def class_names(folder: Path, found: Iterable[str]) -> list[str]:
         # Numbers as names: 2 before 10.
         numbers = all(name.isdecimal() for name in used)
         return sorted(used, key=lambda name: (len(name), name) if numbers else (0, name))
-    names = [line.strip() for line in read_lines(file) if line.strip()]
+    names = [line.strip() for line in lines_of(file) if line.strip()]
     again = [name for index, name in enumerate(names) if name in names[:index]]
     if again:
         raise UserError(f"{file}: {again[0]!r} is there twice; expected one class a line")
@@ -152,3 +226,12 @@ def class_names(folder: Path, found: Iterable[str]) -> list[str]:
             "line, or correct the annotations"
         )
     return names
+
+
+def _digest_of(parts: Iterable[tuple[str, bytes]]) -> str:
+    """sha256, hex, over names and contents of files, in their order."""
+    digest = hashlib.sha256()
+    for name, content in parts:
+        digest.update(f"{name}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
+        digest.update(content)
+    return digest.hexdigest()

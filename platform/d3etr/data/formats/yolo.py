@@ -8,31 +8,25 @@ outline. The labels of ``.../images/a/b.jpg`` are in ``.../labels/a/b.txt``; wit
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d3etr.config.problems import ConfigError
 from d3etr.config.yaml_text import parse_yaml, read_text
-from d3etr.data.annotations import (
-    Annotations,
-    ImageEntry,
-    ObjectEntry,
-    Problems,
-    Source,
-    file_name_problem,
-)
+from d3etr.data.annotations import Annotations, Problems, Source, file_name_problem
 from d3etr.data.formats.files import (
+    FoundImage,
+    FoundObject,
     Size,
-    categories_of,
-    digest_of,
+    assemble,
     image_sizes,
     images_below,
     is_image,
+    lines_of,
     read_bytes,
-    read_lines,
-    text_of,
 )
 from d3etr.errors import UserError
 
@@ -62,7 +56,8 @@ class YoloFormat:
             return [file]
         found = [file]
         for entry in layout.entries:
-            found += [entry, *([_label_folder(entry)] if entry.is_dir() else [layout.root])]
+            labels = _label_file(entry / "any").parent if entry.is_dir() else layout.root
+            found += [entry, labels]
         return list(dict.fromkeys(found))
 
     def read(self, source: Source) -> Annotations:
@@ -83,25 +78,21 @@ class YoloFormat:
         if not names:
             problems.add(f"'{source.subset}' holds no images ({_listed(layout.entries)})")
             problems.raise_if_any()
-        files = [folder / name for name in names]
-        sizes = image_sizes(files, problems)
+        sizes = image_sizes([folder / name for name in names], problems)
         labels = _Labels(layout, problems)
-        for index, (image, size) in enumerate(zip(files, sizes, strict=True)):
-            labels.read(index, image, size)
-        labels.require_some(files)
-        problems.raise_if_any()
+        images = [
+            FoundImage(name, size=size, objects=labels.read(folder / name, size))
+            for name, size in zip(names, sizes, strict=True)
+        ]
+        missing = labels.notes["images have no label file, so they count as images without objects"]
+        if len(missing) == len(names):
+            problems.add(
+                f"none of the {len(names)} images has a label file; expected, for example, "
+                f"{missing[0]} for {folder / names[0]}"
+            )
         contents = zip(names, labels.contents, strict=True)
-        return Annotations(
-            categories=categories_of(layout.names),
-            images=[
-                ImageEntry(number, name, *size)
-                for number, (name, size) in enumerate(zip(names, sizes, strict=True), start=1)
-            ],
-            objects=labels.objects,
-            digest=digest_of([("names", "\n".join(layout.names).encode()), *contents]),
-            folder=folder,
-            warnings=labels.warnings(),
-        )
+        notes = [f"{len(at)} {text} ({_listed(at)})" for text, at in labels.notes.items() if at]
+        return assemble(images, layout.names, folder, problems, contents, tuple(notes))
 
 
 def _yaml_file(place: Path) -> Path:
@@ -141,7 +132,13 @@ class _Layout:
             raise UserError(
                 f"{file}: found no mapping; expected YOLO's data.yaml with train, val and names"
             )
-        root = _root(file, tree.get("path"))
+        root = file.parent / _text(file, "path", tree.get("path") or ".")
+        if not root.is_dir():
+            raise UserError(
+                f"{file}: path {str(tree['path'])!r:.200} is no folder (looked for {root}); "
+                "expected the folder of the data set, relative to this file, or no 'path' if that "
+                "is this file's own"
+            )
         value = tree.get(subset, tree.get(_ALSO.get(subset, subset)))
         if not value:
             there = [key for key in _SUBSETS if tree.get(key)]
@@ -150,48 +147,30 @@ class _Layout:
                 "expected a folder of images, a file that lists them, or several of these"
             )
         parts = value if isinstance(value, list) else [value]
-        if not all(isinstance(part, str) and part for part in parts):
-            raise UserError(
-                f"{file}: '{subset}' is {value!r:.60}; expected a path, or a list of paths"
-            )
-        entries = [_entry(file, root, subset, part) for part in parts]
+        entries = [_entry(file, root, subset, _text(file, subset, part)) for part in parts]
         return cls(file, root, _names(file, tree), entries, "kpt_shape" in tree)
 
 
-def _root(file: Path, path: object) -> Path:
-    """The folder that the splits are relative to; ``path`` is relative to data.yaml."""
-    if path is None or path == "":
-        return file.parent
-    if not isinstance(path, str) or "\0" in path:
-        raise UserError(f"{file}: path is {path!r:.60}; expected a folder")
-    tried = [file.parent / path, Path(path)]  # Ultralytics tries the working directory
-    for place in tried:
-        if place.is_dir():
-            return place
-    raise UserError(
-        f"{file}: path {path!r:.200} is no folder (looked for {_listed(tried)}); expected the "
-        "folder of the data set, relative to this file, or no 'path' if that is this file's own"
-    )
+def _text(file: Path, key: str, value: object) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise UserError(f"{file}: '{key}' is {value!r:.60}; expected a path, or a list of paths")
+    return value
 
 
 def _entry(file: Path, root: Path, subset: str, part: str) -> Path:
-    places = [root / part]
-    if part.startswith("../"):  # Roboflow writes one level too many
-        places.append(root / part[len("../") :])
+    # Roboflow writes one level too many.
+    places = [root / part, root / part.removeprefix("../")]
     for place in places:
-        if "\0" not in part and place.exists():
+        if place.exists():
             return place.resolve() if ".." in place.parts else place
     raise UserError(
-        f"{file}: '{subset}' names {part!r:.200}, which is not there (looked for "
-        f"{_listed(places)}); expected a folder of images or a file that lists them, relative to "
-        "'path'"
+        f"{file}: '{subset}' names {part!r:.200}, which is not there (looked for {places[0]}); "
+        "expected a folder of images or a file that lists them, relative to 'path'"
     )
 
 
 def _names(file: Path, tree: Mapping[str, Any]) -> list[str]:
     found, count = tree.get("names"), tree.get("nc")
-    if found is None and isinstance(count, int) and 0 < count < 10**5:
-        return [f"class_{index}" for index in range(count)]
     if isinstance(found, Mapping):
         numbers = {str(key): value for key, value in found.items()}
         wanted = [str(index) for index in range(len(found))]
@@ -220,16 +199,14 @@ def _image_names(layout: _Layout, problems: Problems) -> tuple[Path, list[str]]:
     files: list[Path] = []
     for entry in layout.entries:
         files += images_below(entry) if entry.is_dir() else _listed_images(entry)
-    if len(layout.entries) == 1 and layout.entries[0].is_dir():
-        folder = layout.entries[0]
-    else:
-        places = [e if e.is_dir() else layout.root for e in layout.entries]
-        folder = Path(os.path.commonpath([os.path.abspath(place) for place in places]))
+    places = [entry if entry.is_dir() else layout.root for entry in layout.entries]
+    folder = Path(os.path.commonpath([os.path.abspath(place) for place in places]))
+    if len(places) == 1:
+        folder = places[0]
     names = set[str]()
     for file in files:
         name = os.path.relpath(file, folder).replace(os.sep, "/")
-        problem = file_name_problem(name)
-        if problem:
+        if file_name_problem(name):
             problems.add(
                 f"{file} is outside of {folder}; expected images below the folder that 'path' says"
             )
@@ -242,109 +219,95 @@ def _image_names(layout: _Layout, problems: Problems) -> tuple[Path, list[str]]:
 
 def _listed_images(file: Path) -> Iterator[Path]:
     """The images that a text file lists, relative to its folder."""
-    for line in read_lines(file):
+    for line in lines_of(file):
         text = line.strip()
         if text and "\0" not in text and is_image(os.path.basename(text)):
             yield Path(os.path.normpath(file.parent / text))
 
 
-def label_file(image: Path) -> Path:
+def _label_file(image: Path) -> Path:
     """Where the labels of an image are."""
     above, separator, below = os.path.abspath(image).rpartition(f"{os.sep}images{os.sep}")
     place = f"{above}{os.sep}labels{os.sep}{below}" if separator else below
     return Path(os.path.splitext(place)[0] + ".txt")
 
 
-def _label_folder(images: Path) -> Path:
-    return label_file(images / "any").parent
-
-
-@dataclass
 class _Labels:
-    """Objects of all images of a split, file after file."""
+    """Reads the objects of a split, image after image.
 
-    layout: _Layout
-    problems: Problems
-    objects: list[ObjectEntry] = field(default_factory=list)
-    contents: list[bytes] = field(default_factory=list)
-    missing: list[Path] = field(default_factory=list)
-    repeated: list[str] = field(default_factory=list)
-    outlines: list[str] = field(default_factory=list)
+    Attributes:
+        contents: of the label files.
+        notes: what was done to make records of them -> files and lines.
+    """
 
-    def read(self, index: int, image: Path, size: Size) -> None:
-        """Add the objects of image ``index``; a missing or empty file means that it has none."""
-        file = label_file(image)
+    def __init__(self, layout: _Layout, problems: Problems) -> None:
+        self._layout, self._problems = layout, problems
+        self.contents: list[bytes] = []
+        self.notes = defaultdict[str, list[str]](list)
+
+    def read(self, image: Path, size: Size) -> list[FoundObject]:
+        """The objects of an image; a missing or empty file means that it has none."""
+        file = _label_file(image)
         if not file.exists():
-            self.missing.append(file)
+            self.notes["images have no label file, so they count as images without objects"].append(
+                str(file)
+            )
             self.contents.append(b"")
-            return
-        content = read_bytes(file)
-        self.contents.append(content)
-        seen: set[tuple[float, ...]] = set()
-        for number, line in enumerate(text_of(content, file).splitlines(), start=1):
-            values = line.split()
-            if not values:
+            return []
+        self.contents.append(read_bytes(file))
+        found: dict[tuple[float, ...], FoundObject] = {}
+        for number, line in enumerate(lines_of(file, self.contents[-1]), start=1):
+            place, texts = f"{file}:{number}", line.split()
+            if not texts:
                 continue
-            place = f"{file}:{number}"
-            found = self._values(values)
-            if isinstance(found, str):
-                self.problems.add(f"{place}: {found}")
-            elif found in seen:
-                self.repeated.append(place)
-            else:
-                seen.add(found)
-                if len(values) > _BOX_VALUES and not self.layout.keypoints:
-                    self.outlines.append(place)
-                label, box = int(found[0]), _pixels(found[1:], size)
-                identity = len(self.objects) + 1
-                self.objects.append(ObjectEntry(identity, index, label, box, place=place))
+            try:
+                values = self._values(texts)
+            except UserError as error:
+                self._problems.add(f"{place}: {error}")
+                continue
+            if values in found:
+                self.notes["lines repeat another of their file and are left out"].append(place)
+                continue
+            if len(texts) > _BOX_VALUES and not self._layout.keypoints:
+                self.notes["lines are outlines: the boxes around them are taken"].append(place)
+            found[values] = FoundObject(int(values[0]), _pixels(values[1:], size), place)
+        return list(found.values())
 
-    def _values(self, texts: Sequence[str]) -> tuple[float, ...] | str:
-        """Class, centre and size as fractions of the image; or what is wrong with the line."""
+    def _values(self, texts: Sequence[str]) -> tuple[float, ...]:
+        """Class, centre and size as fractions of the image.
+
+        Raises:
+            UserError: what is wrong with the line.
+        """
         try:
             values = [float(text) for text in texts]
         except ValueError:
-            return f"found {' '.join(texts)!r:.60}; expected numbers: class cx cy w h"
-        label, classes = values[0], len(self.layout.names)
+            raise UserError(
+                f"found {' '.join(texts)!r:.60}; expected numbers: class cx cy w h"
+            ) from None
+        label, classes = values[0], len(self._layout.names)
         if not label.is_integer() or not 0 <= label < classes:
-            return (
-                f"class {texts[0]:.20} is not among the {classes} names in {self.layout.file}; "
+            raise UserError(
+                f"class {texts[0]:.20} is not among the {classes} names in {self._layout.file}; "
                 f"expected a whole number from 0 to {classes - 1}"
             )
-        if self.layout.keypoints:
+        if self._layout.keypoints:
             values = values[:_BOX_VALUES]
         corners = len(values) > _BOX_VALUES + 1 and len(values) % 2 == 1
         if len(values) != _BOX_VALUES and not corners:
             more = "; a sixth number is a confidence, take it out" if len(values) == 6 else ""
-            return (
+            raise UserError(
                 f"found {len(values)} numbers; expected class cx cy w h, or class x1 y1 x2 y2 x3 "
                 f"y3 ... of an outline{more}"
             )
         fractions = zip(texts[1:], values[1:], strict=False)
         odd = [text for text, value in fractions if not -_SLACK <= value <= 1 + _SLACK]
         if odd:
-            return (
+            raise UserError(
                 f"found {odd[0]:.20}; expected fractions of the image from 0 to 1: divide pixels "
                 "by its width and height"
             )
         return (label, *(_around(values[1:]) if corners else values[1:]))
-
-    def require_some(self, images: Sequence[Path]) -> None:
-        """Where no image has labels, they are looked for in the wrong place."""
-        if len(self.missing) == len(images):
-            self.problems.add(
-                f"none of the {len(images)} images has a label file; expected, for example, "
-                f"{self.missing[0]} for {images[0]}"
-            )
-
-    def warnings(self) -> tuple[str, ...]:
-        """What was done to make records of the files."""
-        texts: tuple[tuple[str, Sequence[object]], ...] = (
-            ("images have no label file, so they count as images without objects", self.missing),
-            ("lines repeat another of their file and are left out", self.repeated),
-            ("lines are outlines: the boxes around them are taken", self.outlines),
-        )
-        return tuple(f"{len(at)} {text} ({_listed(at)})" for text, at in texts if at)
 
 
 def _around(corners: Sequence[float]) -> tuple[float, float, float, float]:
