@@ -16,8 +16,7 @@ from benchmarks.side_by_side import Scale
 from d3etr.config.data import DigitScenesConfig, PreprocessingConfig
 from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import MatchingCostConfig
-from d3etr.data.digit_scenes.digits import load_divided_digits
-from d3etr.data.digit_scenes.scene import draw_scene
+from d3etr.data.digit_scenes.drawing import draw_scene, load_divided_digits
 from d3etr.data.transforms import normalise
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector

@@ -9,10 +9,8 @@ from sklearn.datasets import load_digits
 
 from d3etr.config.data import DataConfig, DigitScenesConfig, SplitConfig
 from d3etr.data.digit_scenes import write_digit_scenes
-from d3etr.data.digit_scenes.digits import SPLITS, divide, load_divided_digits
-from d3etr.data.digit_scenes.folder import _write_digests, scenes_folder, split_paths
-from d3etr.data.digit_scenes.png import png_bytes
-from d3etr.data.digit_scenes.scene import _iou, draw_scene
+from d3etr.data.digit_scenes.drawing import SPLITS, _iou, divide, draw_scene, load_divided_digits
+from d3etr.data.digit_scenes.folder import _write_digests, png_bytes, scenes_folder, split_paths
 from d3etr.data.splits import open_split
 from d3etr.errors import UserError
 
@@ -108,7 +106,7 @@ def test_what_is_written_is_read_as_a_coco_split(tmp_path):
 def test_sizes_counts_and_overlaps_keep_to_the_settings(tmp_path, train_digits):
     config = _config(tmp_path, minimum_objects=2, maximum_objects=4, image_size=96)
     scenes = [draw_scene(config, "train", index, train_digits) for index in range(200)]
-    counts = {len(scene.labels) for scene in scenes}
+    counts = {len(scene.digits) for scene in scenes}
     assert counts == {2, 3, 4}
     boxes = np.concatenate([scene.boxes_xyxy for scene in scenes])
     longest = (boxes[:, 2:] - boxes[:, :2]).max(1)
@@ -124,7 +122,7 @@ def test_sizes_counts_and_overlaps_keep_to_the_settings(tmp_path, train_digits):
 
 def test_boxes_are_tight_around_the_ink(tmp_path, train_digits, monkeypatch):
     config = _config(tmp_path, minimum_objects=1, maximum_objects=1)
-    module = "d3etr.data.digit_scenes.scene"
+    module = "d3etr.data.digit_scenes.drawing"
     monkeypatch.setattr(
         f"{module}._background", lambda side, generator: Image.new("RGB", (side, side), (0, 0, 0))
     )
@@ -140,8 +138,8 @@ def test_boxes_are_tight_around_the_ink(tmp_path, train_digits, monkeypatch):
 def test_digits_stand_out_from_what_is_behind_them(tmp_path, train_digits, monkeypatch):
     config = _config(tmp_path)
     seen = []
-    module = "d3etr.data.digit_scenes.scene"
-    from d3etr.data.digit_scenes import scene as scene_module
+    module = "d3etr.data.digit_scenes.drawing"
+    from d3etr.data.digit_scenes import drawing as scene_module
 
     real = scene_module._contrasting
 

@@ -6,15 +6,26 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from d3etr.config.data import DigitScenesConfig, SplitConfig
-from d3etr.data.digit_scenes.digits import CLASSES, SPLITS, Digit, SplitName, load_divided_digits
-from d3etr.data.digit_scenes.png import png_bytes
-from d3etr.data.digit_scenes.scene import Scene, draw_scene
+from d3etr.data.digit_scenes.drawing import (
+    CLASSES,
+    SPLITS,
+    Digit,
+    Scene,
+    SplitName,
+    draw_scene,
+    load_divided_digits,
+)
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress
@@ -53,10 +64,11 @@ def write_digit_scenes(
         UserError: the settings cannot be met, or the folder cannot be written.
     """
     folder = scenes_folder(config)
-    damage = find_damage(folder, verify) if folder.exists() else None
+    damage = find_damage(folder, verify)
     if damage is not None:
-        _LOGGER.warning("digit scenes in %s are damaged (%s): writing them again", folder, damage)
-    if damage is not None or not folder.exists():
+        if folder.exists():
+            text = "digit scenes in %s are damaged (%s): writing them again"
+            _LOGGER.warning(text, folder, damage)
         try:
             _write(config, folder, on_progress)
         except OSError as error:
@@ -75,10 +87,10 @@ def scenes_folder(config: DigitScenesConfig) -> Path:
 
 def split_paths(folder: Path) -> dict[str, SplitConfig]:
     """Images and annotations of each split in ``folder``."""
-    places = {name: _places(folder, name) for name in SPLITS}
     return {
         name: SplitConfig(images=images, annotations=annotations)
-        for name, (images, annotations) in places.items()
+        for name in SPLITS
+        for images, annotations in [_places(folder, name)]
     }
 
 
@@ -136,13 +148,10 @@ def _write_digests(config: DigitScenesConfig, folder: Path) -> None:
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
-    if folder.exists() and find_damage(folder, SPLITS) is None:
+    if find_damage(folder, SPLITS) is None:
         # Another process was faster.
         return
-    if folder.exists():
-        damaged = temporary.with_name(temporary.name + "-damaged")
-        folder.rename(damaged)
-        shutil.rmtree(damaged, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     try:
         temporary.rename(folder)
     except OSError:
@@ -160,22 +169,18 @@ def _write_split(
     image_folder, annotation_file = _places(folder, name)
     image_folder.mkdir(parents=True)
     annotation_file.parent.mkdir(exist_ok=True)
-    counts = {
-        "train": config.train_images,
-        "validation": config.validation_images,
-        "test": config.test_images,
-    }
+    count = getattr(config, f"{name}_images")
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in range(counts[name]):
+    for index in range(count):
         scene = draw_scene(config, name, index, digits)
         file_name = f"{index + 1:06d}.png"
         (image_folder / file_name).write_bytes(png_bytes(scene.pixels))
         size = {"width": config.image_size, "height": config.image_size}
         images.append({"id": index + 1, "file_name": file_name, **size})
         annotations += _annotations(scene, index + 1, len(annotations) + 1)
-        if on_progress is not None and (index + 1) % _PROGRESS_EVERY in (0, counts[name]):
-            on_progress(f"digit scenes, {name}", index + 1, counts[name])
+        if on_progress is not None and (index + 1) % _PROGRESS_EVERY in (0, count):
+            on_progress(f"digit scenes, {name}", index + 1, count)
     content = {
         "info": {"description": "digit scenes", "version": VERSION, "split": name},
         "images": images,
@@ -186,22 +191,37 @@ def _write_split(
 
 
 def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    found = []
-    for offset, (left, top, right, bottom) in enumerate(scene.boxes_xyxy):
-        width, height = right - left, bottom - top
-        found.append(
-            {
-                "id": first_id + offset,
-                "image_id": image_id,
-                "category_id": scene.labels[offset],
-                "bbox": [left, top, width, height],
-                "area": width * height,
-                "iscrowd": 0,
-                # Which handwritten digit this is, so that anyone can check what splits share.
-                "digit": scene.sources[offset],
-            }
+    return [
+        {
+            "id": number,
+            "image_id": image_id,
+            "category_id": digit.label,
+            "bbox": [left, top, right - left, bottom - top],
+            "area": (right - left) * (bottom - top),
+            "iscrowd": 0,
+            # Which handwritten digit this is, so that anyone can check what splits share.
+            "digit": digit.source,
+        }
+        for number, (digit, (left, top, right, bottom)) in enumerate(
+            zip(scene.digits, scene.boxes_xyxy, strict=True), start=first_id
         )
-    return found
+    ]
+
+
+def png_bytes(pixels: NDArray[np.uint8]) -> bytes:
+    """An uncompressed PNG file of ``pixels`` [height, width, 3].
+
+    Compressors differ between versions, and with them file sizes and the data's digest, to which
+    results belong. Scenes are noisy and compress badly anyway.
+    """
+    height, width, _ = pixels.shape
+    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0)))  # column 0: filter type "none"
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 0)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
 
 
 def _split_digest(folder: Path, name: str) -> str:

@@ -1,18 +1,96 @@
-"""One scene: digits of random size and colour on a gradient, among strokes, blobs and noise."""
+"""One scene: handwritten digits of random size and colour on a gradient, among clutter and noise.
+
+Digits are divided so that no split ever shows a digit of another.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from d3etr.config.data import DigitScenesConfig
-from d3etr.data.digit_scenes.digits import SPLITS, Digit, SplitName, ink_box
 from d3etr.errors import UserError
 
 Box = tuple[int, int, int, int]
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+CLASSES = 10
+
+# Shares of each class's digits; the rest is the test split's.
+_TRAIN_SHARE, _VALIDATION_SHARE = 0.60, 0.15
+# Fixed, whatever the scenes' seed: a detector trained on one seed never saw another's test digits.
+_DIVISION_SEED = 1797
+# Ink of load_digits goes from 0 to 16.
+_INK_SCALE = 255 / 16
+_ENLARGEMENT = 8
+# Below this value an enlarged stroke is paper.
+_INK_THRESHOLD = 64
+_IS_INK = [0] * _INK_THRESHOLD + [255] * (256 - _INK_THRESHOLD)
+
+
+@dataclass(frozen=True)
+class Digit:
+    """One handwritten digit.
+
+    Attributes:
+        label: 0 to 9.
+        source: index into scikit-learn's ``load_digits``.
+        ink: 8-bit greyscale picture, enlarged smoothly and cut to where there is ink.
+    """
+
+    label: int
+    source: int
+    ink: Image.Image
+
+
+def divide(labels: NDArray[np.int64]) -> dict[SplitName, NDArray[np.int64]]:
+    """Indices of the digits of each split: the same shares of every class."""
+    generator = np.random.default_rng(_DIVISION_SEED)
+    parts: dict[SplitName, list[NDArray[np.int64]]] = {name: [] for name in SPLITS}
+    for label in range(CLASSES):
+        members = np.flatnonzero(labels == label)
+        members = members[np.argsort(generator.random(len(members)), kind="stable")]
+        ends = [
+            round(_TRAIN_SHARE * len(members)),
+            round((_TRAIN_SHARE + _VALIDATION_SHARE) * len(members)),
+        ]
+        for name, part in zip(SPLITS, np.split(members, ends), strict=True):
+            parts[name].append(part)
+    return {name: np.sort(np.concatenate(part)) for name, part in parts.items()}
+
+
+def load_divided_digits() -> dict[SplitName, list[Digit]]:
+    """The digits of every split."""
+    # Imported here: it takes a second, and only writing the benchmark needs it.
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images, labels = data.images, data.target.astype(np.int64)
+    return {
+        name: [Digit(int(labels[i]), int(i), _enlarge(images[i])) for i in members]
+        for name, members in divide(labels).items()
+    }
+
+
+def _enlarge(image: NDArray[np.float64]) -> Image.Image:
+    # A margin, so that strokes at the edge fade out instead of ending in a straight cut.
+    padded = np.pad(np.round(image * _INK_SCALE).astype(np.uint8), 1)
+    side = padded.shape[0] * _ENLARGEMENT
+    smooth = Image.fromarray(padded).resize((side, side), Image.Resampling.BICUBIC)
+    return smooth.crop(ink_box(smooth))
+
+
+def ink_box(image: Image.Image) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of what is drawn in an 8-bit greyscale image."""
+    box = image.point(_IS_INK).getbbox()
+    if box is None:
+        raise ValueError("nothing is drawn in this image")
+    return box
+
 
 # Random numbers come from `random` and `integers` alone: NumPy's other distributions have
 # changed between versions, and a benchmark must not.
@@ -32,15 +110,13 @@ class Scene:
 
     Attributes:
         pixels: [height, width, 3].
-        labels: n digits, 0 to 9.
+        digits: n of them.
         boxes_xyxy: n tight boxes (left, top, right, bottom) in whole pixels.
-        sources: n indices into scikit-learn's ``load_digits``.
     """
 
     pixels: NDArray[np.uint8]
-    labels: tuple[int, ...]
+    digits: tuple[Digit, ...]
     boxes_xyxy: tuple[Box, ...]
-    sources: tuple[int, ...]
 
 
 def draw_scene(
@@ -54,17 +130,15 @@ def draw_scene(
     generator = np.random.default_rng((config.seed, SPLITS.index(split), index))
     canvas = _background(config.image_size, generator)
     count = int(generator.integers(config.minimum_objects, config.maximum_objects + 1))
-    labels: list[int] = []
+    shown: list[Digit] = []
     boxes: list[Box] = []
-    sources: list[int] = []
     for _ in range(count):
         digit = digits[int(generator.integers(len(digits)))]
         box = _place(config, digit, canvas, boxes, generator)
         if box is None:
             break
-        labels.append(digit.label)
+        shown.append(digit)
         boxes.append(box)
-        sources.append(digit.source)
     if len(boxes) < config.minimum_objects:
         raise UserError(
             f"data.digit_scenes: {config.minimum_objects} digits of {config.minimum_scale} to "
@@ -72,7 +146,7 @@ def draw_scene(
             f"{config.image_size}: lower minimum_objects or maximum_scale, or raise image_size"
         )
     pixels = _with_noise(np.asarray(canvas), generator)
-    return Scene(pixels, tuple(labels), tuple(boxes), tuple(sources))
+    return Scene(pixels, tuple(shown), tuple(boxes))
 
 
 def _background(side: int, generator: np.random.Generator) -> Image.Image:
@@ -126,8 +200,8 @@ def _place(
     for chance in generator.random((_PLACING_ATTEMPTS, 3)).tolist():
         # Log-uniform: as many digits from 10 to 14 pixels as from 20 to 28.
         ratio = config.maximum_scale / config.minimum_scale
-        longest = round(config.minimum_scale * ratio ** chance[0])
-        width, height = _fit(digit.ink.size, longest)
+        scale = round(config.minimum_scale * ratio ** chance[0]) / max(digit.ink.size)
+        width, height = (max(1, round(side * scale)) for side in digit.ink.size)
         left = int(chance[1] * (config.image_size - width + 1))
         top = int(chance[2] * (config.image_size - height + 1))
         box = (left, top, left + width, top + height)
@@ -137,11 +211,6 @@ def _place(
             tight = ink_box(ink)
             return left + tight[0], top + tight[1], left + tight[2], top + tight[3]
     return None
-
-
-def _fit(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    scale = longest / max(size)
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _contrasting(behind: Image.Image, generator: np.random.Generator) -> tuple[int, int, int]:
