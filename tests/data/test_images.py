@@ -140,8 +140,6 @@ def test_the_limit_of_pixels_is_what_the_environment_says(tmp_path, monkeypatch)
         (b"\x00\x00\x00\x18ftypheic" + bytes(80), "a HEIC picture"),
         (b"\x00\x00\x00\x18ftypavif" + bytes(80), "cannot be decoded: it"),
         (b"\x00\x00\x00\x18ftypisom" + bytes(80), "a video"),
-        (b"DDS " + bytes(200), "a DDS texture"),
-        (b"DDS \x7c\x00\x00\x00" + bytes([7]) * 200, "a DDS texture"),
         (b"%PDF-1.7", "a PDF document"),
         (b"x" * 300, "its 300 bytes are no image in a known format"),
         (b"GIF89a" + bytes(8), "a size of 0"),
@@ -170,7 +168,7 @@ def test_truncation_and_damage_are_told_apart(tmp_path):
 
 
 def test_files_that_cannot_be_opened_say_why(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="is a folder; expected an image file"):
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
         load_image(tmp_path)
     with pytest.raises(UserError, match="File name too long"):
         load_image(tmp_path / ("x" * 300))
@@ -184,7 +182,7 @@ def test_files_that_cannot_be_opened_say_why(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("PIL.Image.builtins.open", refuse)
-    with pytest.raises(UserError, match="permission denied"):
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
         load_image(tmp_path / "image.png")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from d3etr.errors import UserError
@@ -27,16 +27,6 @@ os.register_at_fork(
     after_in_child=_OPENING.release,
 )
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-# What brings each EXIF orientation upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _FIRST_SWAPPING_ORIENTATION = 5
 """Orientations 5 to 8 swap width and height."""
 _HEAD_BYTES = 256
@@ -45,21 +35,9 @@ _FOREIGN = (
     (0, b"version https://git-lfs", "a Git LFS pointer", "fetch the file itself: git lfs pull"),
     (0, b"<!DOCTYPE", "a web page", "download the picture again"),
     (0, b"<html", "a web page", "download the picture again"),
-    (0, b"<svg", "an SVG drawing", "render it as PNG"),
-    (0, b"<?xml", "an XML or SVG file", "render it as PNG"),
     (0, b"%PDF", "a PDF document", "render its pages as PNG"),
-    (0, b"PK\x03\x04", "a ZIP archive", "unpack it"),
-    (0, b"\x93NUMPY", "a NumPy array", "hand over numpy.load(FILE), or save it as PNG"),
-    (0, b"\x89HDF", "an HDF5 file", "save its images as PNG"),
-    (0, b"DDS ", "a DDS texture of an unsupported kind", "convert it to PNG"),
-    (0, b"\xff\x0a", "a JPEG XL picture", "convert it to JPEG or PNG"),
-    (0, b"\x00\x00\x00\x0cJXL ", "a JPEG XL picture", "convert it to JPEG or PNG"),
     (4, b"ftyphe", "a HEIC picture", "convert it to JPEG or PNG"),
-    (4, b"ftypmif1", "a HEIF picture", "convert it to JPEG or PNG"),
-    (4, b"ftypisom", "a video", "take its frames out as JPEG or PNG"),
-    (4, b"ftypmp4", "a video", "take its frames out as JPEG or PNG"),
-    (4, b"ftypqt", "a video", "take its frames out as JPEG or PNG"),
-    (128, b"DICM", "a DICOM file", "convert it to PNG"),
+    (4, b"ftyp", "a video, or a picture of an unsupported kind", "convert it to JPEG or PNG"),
 )
 """(offset, bytes, what such a file is, what to do): what is often found in place of an image."""
 
@@ -118,7 +96,7 @@ def upright_rgb(image: Image.Image, expected_size: tuple[int, int] | None = None
     require_decodable_size(image.size)
     image.load()
     if applies_rotation(image, expected_size):
-        image = image.transpose(_UPRIGHT[orientation(image)])
+        image = ImageOps.exif_transpose(image)
     return to_rgb(image)
 
 
@@ -170,7 +148,7 @@ def orientation(image: Image.Image) -> int:
     except Exception:
         # Damaged EXIF data says nothing about the pixels.
         return 1
-    return value if value in _UPRIGHT else 1
+    return value if value in range(1, 9) else 1
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -226,9 +204,10 @@ def decoding_problem(source: Path | bytes, error: Exception) -> str:
         source: the file, or its bytes.
         error: what reading or decoding it raised.
     """
-    reading = _reading_problem(source, error)
-    if reading is not None:
-        return reading
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or "\0" in str(source):
+        return "no such image file; check the path"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read: {error.strerror}"
     head, size = _head(source)
     if size == 0:
         return "cannot be decoded: the file is empty; copy it again"
@@ -245,21 +224,6 @@ def decoding_problem(source: Path | bytes, error: Exception) -> str:
     if isinstance(error, EOFError) or "truncated" in str(error).lower():
         return f"cannot be decoded: it is truncated ({size} bytes are there); copy it again"
     return f"cannot be decoded: it is damaged ({error or type(error).__name__}); copy it again"
-
-
-def _reading_problem(source: Path | bytes, error: Exception) -> str | None:
-    """The text for a file whose bytes cannot be had; None if they can."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return "no such image file; check the path"
-    if isinstance(error, IsADirectoryError):
-        return "is a folder; expected an image file"
-    if isinstance(error, PermissionError):
-        return "cannot be read: permission denied; make it readable for this user (chmod u+r)"
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"cannot be read: {error.strerror}"
-    if isinstance(source, Path) and "\0" in str(source):
-        return "no such image file: a path cannot contain a null character"
-    return None
 
 
 def _head(source: Path | bytes) -> tuple[bytes, int]:

@@ -15,19 +15,8 @@ from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional
 
 from d3etr.config.data import PreprocessingConfig
-from d3etr.data.images import load_image, to_pixels
+from d3etr.data.images import to_pixels
 from d3etr.structures import ImageBatch, Targets
-
-__all__ = [
-    "Sample",
-    "collate",
-    "load_image",
-    "normalise",
-    "output_size",
-    "relative_cxcywh",
-    "resize",
-    "resized",
-]
 
 # Of torchvision's ImageNet weights, for pixels in [0, 1].
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
