@@ -60,6 +60,11 @@ class ImageBatch:
         padding = None if self.padding is None else on_device(self.padding, device)
         return ImageBatch(on_device(self.pixels, device), padding)
 
+    def pin_memory(self) -> ImageBatch:
+        """The same batch in memory that devices copy from faster; PyTorch's loader asks for it."""
+        padding = None if self.padding is None else self.padding.pin_memory()
+        return ImageBatch(self.pixels.pin_memory(), padding)
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -90,6 +95,15 @@ class Targets:
             labels=on_device(self.labels, device),
             boxes_cxcywh=on_device(self.boxes_cxcywh, device),
             num_objects=on_device(self.num_objects, device),
+        )
+
+    def pin_memory(self) -> Targets:
+        """The same targets in memory that devices copy from faster."""
+        return replace(
+            self,
+            labels=self.labels.pin_memory(),
+            boxes_cxcywh=self.boxes_cxcywh.pin_memory(),
+            num_objects=self.num_objects.pin_memory(),
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from coco_files import annotation
 
 from d3etr.config.data import AugmentationConfig, DataConfig, PreprocessingConfig
-from d3etr.data.loading import EpochLoader, evaluation_batches
+from d3etr.data.loading import EpochLoader, EvaluationBatches
 from d3etr.data.splits import read_split
 from d3etr.errors import UserError
 
@@ -206,7 +206,7 @@ def _session(number: int) -> list[int]:
 def test_evaluation_batches_hold_every_image_once(config, split, world_size):
     ids = []
     for rank in range(world_size):
-        batches = evaluation_batches(
+        batches = EvaluationBatches(
             split, _data(config), batch_size=4, rank=rank, world_size=world_size
         )
         found = [targets.image_ids for _, targets in batches]
@@ -217,8 +217,8 @@ def test_evaluation_batches_hold_every_image_once(config, split, world_size):
 
 def test_evaluation_is_not_augmented_and_may_be_repeated(config, split):
     augmentation = AugmentationConfig(inversion=1.0, horizontal_flip=1.0)
-    plain = evaluation_batches(split, _data(config), batch_size=4, rank=0, world_size=1)
-    batches = evaluation_batches(
+    plain = EvaluationBatches(split, _data(config), batch_size=4, rank=0, world_size=1)
+    batches = EvaluationBatches(
         split, _data(config, augmentation=augmentation), batch_size=4, rank=0, world_size=1
     )
     for _ in range(2):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from multiprocessing.context import BaseContext
 from threading import Thread
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from d3etr.config.data import DataConfig
 from d3etr.data.allocator import keep_freed_memory
@@ -28,18 +27,8 @@ from d3etr.structures import ImageBatch, Targets
 logger = get_logger(__name__)
 
 Batch = tuple[ImageBatch, Targets]
-_Packed = tuple[
-    Tensor,
-    Tensor | None,
-    Tensor,
-    Tensor,
-    tuple[int, ...],
-    tuple[int, ...],
-    tuple[tuple[int, int], ...],
-    Tensor,
-    float,
-]
-"""Images and targets in their parts, and the CPU seconds that making them took."""
+_Made = tuple[ImageBatch, Targets, float]
+"""A batch, and the CPU seconds that making it took."""
 
 
 class EpochLoader:
@@ -124,11 +113,29 @@ class EvaluationBatches:
 
     Over all workers every image comes exactly once. Workers may have different numbers of
     batches, and none at all where there are more workers than batches.
+
+    Args:
+        split: the images.
+        data: transforms, buckets and the number of loading processes.
+        batch_size: images of a batch at most.
+        rank: this worker.
+        world_size: number of workers.
     """
 
-    def __init__(self, dataset: DetectionDataset, keys: list[BatchKey], workers: int) -> None:
-        self._keys = keys
-        self._source = _BatchSource(dataset, workers, persistent=False)
+    def __init__(
+        self,
+        split: DetectionSplit,
+        data: DataConfig,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        cache_bytes = CACHE_BYTES // max(1, data.workers)
+        dataset = DetectionDataset(split, data.preprocessing, cache_bytes=cache_bytes)
+        sizes = dataset.sizes(0)
+        self._keys = evaluation_keys(sizes, batch_size, rank, world_size, data.bucket_by_aspect)
+        self._source = _BatchSource(dataset, data.workers, persistent=False)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -141,26 +148,16 @@ class EvaluationBatches:
         self._source.close()
 
 
-def evaluation_batches(
-    split: DetectionSplit, data: DataConfig, *, batch_size: int, rank: int, world_size: int
-) -> EvaluationBatches:
-    """Batches of at most ``batch_size`` images for evaluation on worker ``rank``."""
-    cache_bytes = CACHE_BYTES // max(1, data.workers)
-    dataset = DetectionDataset(split, data.preprocessing, cache_bytes=cache_bytes)
-    sizes = dataset.sizes(0)
-    keys = evaluation_keys(sizes, batch_size, rank, world_size, data.bucket_by_aspect)
-    return EvaluationBatches(dataset, keys, data.workers)
-
-
 class _BatchSource:
     """Turns keys into batches, in order, with ``workers`` processes or in this one."""
 
     def __init__(self, dataset: DetectionDataset, workers: int, *, persistent: bool) -> None:
         self._dataset = _BatchDataset(dataset)
-        self._keys = _Keys()
+        self._keys: list[BatchKey] = []
+        """Of the epoch at hand; persistent loading processes outlive an epoch."""
         self._workers, self._persistent = workers, persistent
-        self._loader: DataLoader[_Packed | UserError] | None = None
-        self._running: Iterator[_Packed | UserError] | None = None
+        self._loader: DataLoader[Any] | None = None
+        self._running: Iterator[Any] | None = None
         self._cpu_seconds = 0.0
         self._warned = False
 
@@ -168,29 +165,34 @@ class _BatchSource:
         if not keys:
             return iter(())
         if self._workers == 0:
-            return (_unpack(self._dataset[key]) for key in keys)
-        self._keys.keys = keys
+            return (self._received(self._dataset[key])[:2] for key in keys)
+        self._keys[:] = keys
         self._running = iter(self._started())
-        return (self._received(packed) for packed in self._running)
+        return (self._counted(made) for made in self._running)
 
     def take_cpu_seconds(self) -> float:
         taken, self._cpu_seconds = self._cpu_seconds, 0.0
         return taken
 
-    def _received(self, packed: _Packed | UserError) -> Batch:
-        if not isinstance(packed, UserError):
-            self._cpu_seconds += packed[-1]
-            self._warn_of_pipes(packed[0])
-        return _unpack(packed)
+    def _counted(self, made: _Made | bytes | UserError) -> Batch:
+        images, targets, seconds = self._received(made)
+        self._cpu_seconds += seconds
+        return images, targets
 
-    def _warn_of_pipes(self, pixels: object) -> None:
-        if isinstance(pixels, np.ndarray) and not self._warned:
+    def _received(self, made: _Made | bytes | UserError) -> _Made:
+        if isinstance(made, UserError):
+            raise made
+        if not isinstance(made, bytes):
+            return made
+        if not self._warned:
             self._warned = True
             logger.warning(
                 "shared memory is short (df -h /dev/shm): batches come from loading processes "
                 "through pipes, which takes longer. Containers need more of it, for example "
                 "docker run --shm-size=2g"
             )
+        received: _Made = pickle.loads(made)
+        return received
 
     def close(self) -> None:
         # An exception keeps the frames, and so the iterator, of whoever was iterating.
@@ -198,7 +200,7 @@ class _BatchSource:
         if running is not None:
             running._shutdown_workers()  # type: ignore[attr-defined]
 
-    def _started(self) -> Iterable[_Packed | UserError]:
+    def _started(self) -> DataLoader[Any]:
         if self._loader is None:
             self._loader = DataLoader(
                 self._dataset,
@@ -214,26 +216,13 @@ class _BatchSource:
         return self._loader
 
 
-class _Keys(Sampler[BatchKey]):
-    """The keys of the epoch at hand; persistent loading processes outlive an epoch."""
-
-    def __init__(self) -> None:
-        self.keys: list[BatchKey] = []
-
-    def __iter__(self) -> Iterator[BatchKey]:
-        return iter(self.keys)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-
-class _BatchDataset(Dataset["_Packed | UserError"]):
+class _BatchDataset(Dataset["_Made | bytes | UserError"]):
     """Makes whole batches, so that one message crosses between processes for each."""
 
     def __init__(self, dataset: DetectionDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, key: BatchKey) -> _Packed | UserError:
+    def __getitem__(self, key: BatchKey) -> _Made | bytes | UserError:
         begun = time.process_time()
         try:
             samples = [self.dataset.sample(index, key.epoch) for index in key.indices]
@@ -241,39 +230,12 @@ class _BatchDataset(Dataset["_Packed | UserError"]):
             # Raised in the training process: from here it would carry a traceback as text.
             return error
         images, targets = collate(samples, self.dataset.preprocessing, key.size)
-        packed = (
-            images.pixels,
-            images.padding,
-            targets.labels,
-            targets.boxes_cxcywh,
-            targets.counts,
-            targets.image_ids,
-            targets.original_sizes,
-            targets.num_objects,
-            time.process_time() - begun,
-        )
+        made = images, targets, time.process_time() - begun
         shared = images.pixels.is_shared()  # type: ignore[no-untyped-call]
         if get_worker_info() is None or shared:
-            return packed
-        return cast(_Packed, tuple(_for_a_pipe(part) for part in packed))
-
-
-def _for_a_pipe(part: object) -> object:
-    """Tensors always take shared memory between processes, arrays never."""
-    return part.numpy() if isinstance(part, Tensor) else part
-
-
-def _unpack(packed: _Packed | UserError) -> Batch:
-    if isinstance(packed, UserError):
-        raise packed
-    tensors = tuple(
-        torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in packed
-    )
-    pixels, padding, labels, boxes, counts, image_ids, sizes, objects, _ = cast(_Packed, tensors)
-    # Pinning memory turns tuples into lists.
-    original = tuple((height, width) for height, width in sizes)
-    targets = Targets(labels, boxes, tuple(counts), tuple(image_ids), original, objects)
-    return ImageBatch(pixels, padding), targets
+            return made
+        # Tensors always take shared memory between processes, bytes never.
+        return pickle.dumps(made)
 
 
 def _unchanged(batch: Any) -> Any:
@@ -291,17 +253,12 @@ def _safe_context() -> BaseContext:
 
 
 def _prepare_process(_worker: int) -> None:
-    """Images of one size come again and again here too."""
-    keep_freed_memory()
-    _end_with_parent()
-
-
-def _end_with_parent() -> None:
-    """Ends this loading process when the training process is killed.
+    """Make this loading process keep freed memory, and end when the training process is killed.
 
     PyTorch's own watch looks at the process that forked it. Here that is the fork server, which
     lives until its children end: without this they would wait for each other for ever.
     """
+    keep_freed_memory()  # images of one size come again and again here too
     Thread(target=_exit_after_parent, daemon=True).start()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d3etr.config.data import DataConfig
 from d3etr.config.training import EvaluationConfig
-from d3etr.data.loading import evaluation_batches
+from d3etr.data.loading import EvaluationBatches
 from d3etr.data.splits import DetectionSplit
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.evaluation.coco_metrics import CocoMetrics, GroundTruth, SplitDetections
@@ -82,7 +82,7 @@ class Evaluator:
         self.split = split
         self._workers = workers
         self._maximum = config.maximum_detections
-        self._batches = evaluation_batches(
+        self._batches = EvaluationBatches(
             split,
             data,
             batch_size=config.batch_size,

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 
 from d3etr.config.data import DataConfig
 from d3etr.data.images import load_image
-from d3etr.data.loading import evaluation_batches
+from d3etr.data.loading import EvaluationBatches
 from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit
 from d3etr.detectors.base import DetectionTransformer
@@ -107,7 +107,7 @@ def look_at(
     chosen = replace(split, records=tuple(records))
     alone = data.model_copy(update={"workers": 0, "bucket_by_aspect": False})
     seen = {}
-    for images, targets in evaluation_batches(chosen, alone, batch_size=1, rank=0, world_size=1):
+    for images, targets in EvaluationBatches(chosen, alone, batch_size=1, rank=0, world_size=1):
         memory = detector.encode(images)
         [outputs] = detector.decode(memory, [detector.object_queries(memory)], attention=True)
         seen[targets.image_ids[0]] = outputs
