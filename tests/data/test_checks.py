@@ -60,7 +60,7 @@ def test_damaged_images_are_errors(write_split):
     report = _check(write_split, [(40, 30)] * 8, GOOD, prepare=prepare)
     assert not report.ok
     missing, damaged, other_size = report.splits[0].errors
-    assert "image ids 6" in missing and damaged.startswith("image id 5: ")
+    assert "(image id 6)" in missing and damaged.startswith("image id 5: ")
     assert "image id 7: is 41 x 30, annotated 40 x 30" in other_size
     assert "training would fail" in report.text()
 

@@ -24,8 +24,7 @@ from d3etr.data.splits import (
     DetectionSplit,
     Keys,
     configured_splits,
-    missing_images,
-    missing_text,
+    missing_problem,
     parse_split,
 )
 from d3etr.errors import UserError
@@ -253,10 +252,8 @@ def _check_image(split: DetectionSplit, record: ImageRecord) -> _ImageCheck:
 
 
 def _judge_images(split: DetectionSplit, checked: Sequence[_ImageCheck]) -> Judgement:
-    missing = missing_images(split)
-    errors = []
-    if missing:
-        errors.append(f"{missing_text(split, missing)} ({split.shown_images(missing)})")
+    missing = missing_problem(split)
+    errors = [] if missing is None else [missing]
     for each in checked:
         if each.problem:
             name = f"image id {each.record.id}" if split.own_ids else each.record.file_name

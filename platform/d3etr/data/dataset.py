@@ -21,8 +21,6 @@ from d3etr.data.splits import DetectionSplit
 from d3etr.data.transforms import Sample, output_size, relative_cxcywh
 from d3etr.errors import UserError
 
-_Objects = tuple[NDArray[np.int64], NDArray[np.float32]]
-
 CACHE_BYTES = 256 * 2**20
 """Splits whose decoded images take less are decoded once and kept in memory."""
 
@@ -53,7 +51,6 @@ class DetectionDataset(Dataset[Sample]):
         self.seed = seed
         decoded_bytes = sum(3 * record.width * record.height for record in split.records)
         self._cache: dict[int, Tensor] | None = {} if decoded_bytes <= cache_bytes else None
-        self._relative: dict[int, _Objects] = {}
 
     def __len__(self) -> int:
         return len(self.split.records)
@@ -90,31 +87,18 @@ class DetectionDataset(Dataset[Sample]):
             UserError: the image is missing, damaged, or not of its annotated size.
         """
         record, plan = self.split.records[index], self.plan(index, epoch)
-        labels, boxes = self._moved_objects(record, plan) if plan.moves else self._objects(index)
+        labels, boxes = record.objects()
+        size = (record.height, record.width)
+        if plan.moves:  # resizing alone leaves relative boxes as they are
+            boxes, kept = augment_boxes(boxes, size, plan)
+            labels, boxes, size = labels[kept], boxes[kept], plan.size
         return Sample(
             pixels=augment_pixels(self.decoded(index), plan),
             labels=labels,
-            boxes_cxcywh=boxes,
+            boxes_cxcywh=relative_cxcywh(boxes, *size),
             image_id=record.id,
             original_size=(record.height, record.width),
         )
-
-    def _objects(self, index: int) -> _Objects:
-        """Labels [n] and relative boxes_cxcywh [n, 4]; resizing leaves them as they are."""
-        if index not in self._relative:
-            record = self.split.records[index]
-            labels, boxes = record.objects()
-            found = labels, relative_cxcywh(boxes, record.height, record.width)
-            if self._cache is None:
-                return found
-            self._relative[index] = found
-        return self._relative[index]
-
-    @staticmethod
-    def _moved_objects(record: ImageRecord, plan: Augmentation) -> _Objects:
-        labels, boxes = record.objects()
-        boxes, kept = augment_boxes(boxes, (record.height, record.width), plan)
-        return labels[kept], relative_cxcywh(boxes[kept], *plan.size)
 
     def sizes(self, epoch: int) -> NDArray[np.int64]:
         """[images, 2]: (height, width) of every image in ``epoch``, without decoding any."""

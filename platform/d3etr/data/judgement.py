@@ -13,8 +13,9 @@ import numpy as np
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.training import EvaluationConfig, warmup_problem
 from d3etr.config.tree import Config
-from d3etr.data.records import to_xyxy
-from d3etr.data.splits import DetectionSplit, require_same_categories
+from d3etr.data.annotations import Category
+from d3etr.data.records import shown_ids, to_xyxy
+from d3etr.data.splits import DetectionSplit
 from d3etr.data.transforms import output_size
 from d3etr.errors import UserError
 
@@ -63,15 +64,26 @@ def judge(config: Config, splits: Mapping[str, DetectionSplit]) -> Judgement:
 
 
 def judge_categories(splits: Mapping[str, DetectionSplit]) -> Judgement:
-    """A label means the same class in all splits."""
+    """A label means the same class in all splits: their ids and names are the same."""
     readable = [*splits.values()]  # none where all are broken
     errors = []
     for other in readable[1:]:
-        try:
-            require_same_categories(readable[0], other)
-        except UserError as error:
-            errors.append(str(error))
+        first = readable[0]
+        if first.categories == other.categories:
+            continue
+        wanted, found = set(first.categories), set(other.categories)
+        errors.append(
+            f"{other.annotations} ({other.name}) has other categories than {first.annotations} "
+            f"({first.name}): only in {first.name}: {_category_list(wanted - found)}; only in "
+            f"{other.name}: {_category_list(found - wanted)}. Expected the same ids and names: "
+            "export all splits with one category list"
+        )
     return Judgement(tuple(errors))
+
+
+def _category_list(categories: set[Category]) -> str:
+    by_id = sorted(categories, key=lambda category: category.id)
+    return shown_ids(f"{category.name} (id {category.id})" for category in by_id) or "none"
 
 
 def judge_objects(split: DetectionSplit, evaluation: EvaluationConfig) -> Judgement:

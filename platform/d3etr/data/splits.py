@@ -166,9 +166,9 @@ def read_split(
         UserError: the annotations cannot be used, or images are missing.
     """
     parsed = parse_split(name, split, on_progress, fetch=fetch, keys=keys)
-    missing = missing_images(parsed)
-    if missing:
-        raise UserError(missing_text(parsed, missing))
+    missing = missing_problem(parsed)
+    if missing is not None:
+        raise UserError(missing)
     for text in [*cleaning_texts(parsed.cleaning, "crowd"), *parsed.warnings]:
         _LOGGER.warning("%s: %s", parsed.annotations, text)
     return parsed
@@ -308,36 +308,11 @@ def _digest(annotations: str, names: Sequence[str], images: ImageFolder) -> str:
     return digest.hexdigest()
 
 
-def missing_images(split: DetectionSplit) -> tuple[ImageRecord, ...]:
-    """Records whose image file does not exist."""
-    return tuple(record for record in split.records if split.images.size(record.file_name) is None)
-
-
-def require_same_categories(expected: DetectionSplit, found: DetectionSplit) -> None:
-    """Check that a label means the same class in both splits.
-
-    Raises:
-        UserError: ids or names differ.
-    """
-    if expected.categories == found.categories:
-        return
-    wanted = {(category.id, category.name) for category in expected.categories}
-    there = {(category.id, category.name) for category in found.categories}
-    raise UserError(
-        f"{found.annotations} ({found.name}) has other categories than {expected.annotations} "
-        f"({expected.name}): only in {expected.name}: {_category_list(wanted - there)}; only in "
-        f"{found.name}: {_category_list(there - wanted)}. Expected the same ids and names: export "
-        "all splits with one category list"
-    )
-
-
-def _category_list(categories: set[tuple[int, str]]) -> str:
-    texts = [f"{name} (id {number})" for number, name in sorted(categories)]
-    return ", ".join(texts[:SHOWN]) + (", ..." if len(texts) > SHOWN else "") or "none"
-
-
-def missing_text(split: DetectionSplit, missing: Sequence[ImageRecord]) -> str:
-    """The error text about missing images, with the file that may be meant."""
+def missing_problem(split: DetectionSplit) -> str | None:
+    """What to do about images whose file does not exist, with the file that may be meant."""
+    missing = [r for r in split.records if split.images.size(r.file_name) is None]
+    if not missing:
+        return None
     shown = [f"{record.file_name} (image id {record.id})" for record in missing[:SHOWN]]
     more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     advice = _name_advice(split, missing[0].file_name)

@@ -27,8 +27,9 @@ from d3etr.config.detector import BackboneConfig
 from d3etr.config.training import OptimisationConfig, PretrainingConfig, ScheduleConfig
 from d3etr.data.augmentation import augment_pixels, draw_augmentation
 from d3etr.data.images import load_image, to_pixels
+from d3etr.data.judgement import judge_categories
 from d3etr.data.records import ImageRecord
-from d3etr.data.splits import DetectionSplit, open_split, require_same_categories
+from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.data.transforms import normalise
 from d3etr.detectors.backbones import Backbone, build_backbone
 from d3etr.detectors.weights import write_tensors
@@ -86,7 +87,7 @@ def pretrain_backbone(
     begin = time.perf_counter()
     network = _untrained(backbone, seed)
     train, validation = (open_split(data, name, on_progress) for name in ("train", "validation"))
-    require_same_categories(train, validation)
+    judge_categories({"train": train, "validation": validation}).raise_errors()
     crops, labels = cut_crops(train, config, seed, on_progress)
     if not bool((labels < len(train.categories)).any()):
         raise UserError(
