@@ -198,7 +198,7 @@ NO_IMAGES = {
     "long name": ("x" * 5000, "File name too long"),
     "URL": ("https://user:secret@host.invalid/a.png?key=secret", "is the URL https://host"),
     "torn URL": ("https:/host/a.png", "did you mean 'https://host/a.png'"),
-    "folder": (Path("."), "is a folder"),
+    "folder": (Path("."), "Is a directory"),
     "grey": (RGB[:, :, 0], r"an array \[8, 8\] of uint8 is no image"),
     "alpha": (np.zeros((8, 8, 4), np.uint8), r"an array \[8, 8, 4\] of uint8 is no image"),
     "channels first": (
