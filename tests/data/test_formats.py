@@ -23,8 +23,7 @@ from d3etr.data.annotations import Annotations, Source
 from d3etr.data.checks import check_data
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.data.formats import find_format
-from d3etr.data.formats.coco import CocoFormat
-from d3etr.data.splits import DetectionSplit, open_split, parse_split, read_split
+from d3etr.data.splits import DetectionSplit, open_split, read_split
 from d3etr.errors import UserError
 from d3etr.registry import FORMATS
 
@@ -109,31 +108,6 @@ def test_the_digest_follows_content_not_place(
     assert read_split("validation", SplitConfig(annotations=place)).digest != first
 
 
-def test_annotations_are_read_once_a_process_and_again_when_they_change(
-    coco: dict[str, SplitConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    assert isinstance(coco["train"].annotations, Path)
-    file = tmp_path / "train.json"
-    file.write_bytes(coco["train"].annotations.read_bytes())
-    split = coco["train"].model_copy(update={"annotations": file})
-    read: list[Path] = []
-    original = CocoFormat.read
-
-    def count(self: CocoFormat, source: Source) -> Annotations:
-        read.append(source.annotations)
-        return original(self, source)
-
-    monkeypatch.setattr(CocoFormat, "read", count)
-    first = read_split("train", split)
-    for name in ("train", "validation"):
-        again = parse_split(name, split) if name == "train" else read_split("train", split)
-        assert again.records is first.records and again.digest == first.digest
-    assert read == [file]
-    file.write_bytes(file.read_bytes().replace(b'"id": 1,', b'"id": 1 ,', 1))
-    assert read_split("train", split).digest != first.digest
-    assert read == [file, file]
-
-
 def test_the_log_says_which_format_was_taken(
     written: dict[str, SplitConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -180,10 +154,6 @@ class OneImage:
     """A stranger's format: a text file with ``name width height``; no objects."""
 
     title = "one image"
-
-    def places(self, source: Source) -> list[Path]:
-        """The file."""
-        return [source.annotations]
 
     def read(self, source: Source) -> Annotations:
         """One image."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ from safetensors.torch import load_file
 from tiny_runs import MakeConfig, assert_identical, losses, records
 
 from d3etr.config.data import DataConfig
-from d3etr.data.splits import configured_splits
+from d3etr.data.splits import configured_splits, read_split
 from d3etr.engine.distributed import SingleProcess
+from d3etr.engine.provenance import INPUTS_KEY, data_digests, splits_of
+from d3etr.engine.results import Inputs
 from d3etr.engine.run import run_training
+from d3etr.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +39,19 @@ def test_losses_and_map_do_not_depend_on_the_format(
         assert records(tmp_path / name, kind) == records(tmp_path / "coco", kind)
     weights = [load_file(tmp_path / run / "weights.safetensors") for run in (name, "coco")]
     assert_identical(*weights)
+
+
+def test_changed_labels_are_noticed(
+    make_config: MakeConfig, splits: DataConfig, tmp_path: Path
+) -> None:
+    written = WRITERS["yolo"](configured_splits(splits), tmp_path)
+    config = make_config().model_copy(update={"data": splits.model_copy(update=written)})
+    digests = {}
+    for name, split in splits_of(config):
+        digests |= data_digests(read_split(name, split))
+    (tmp_path / "summary.json").write_text(json.dumps({INPUTS_KEY: digests}))
+    Inputs().ensure_result_is_of(config, tmp_path)
+    label = next((tmp_path / "labels" / "train").iterdir())
+    label.write_text(label.read_text() + "\n")
+    with pytest.raises(UserError, match="the training data is not what the run"):
+        Inputs().ensure_result_is_of(config, tmp_path)

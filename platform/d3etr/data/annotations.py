@@ -118,10 +118,6 @@ class DataFormat(Protocol):
     title: str
     """What people call it."""
 
-    def places(self, source: Source) -> Sequence[Path]:
-        """Files and folders whose content ``read`` depends on; cheap, need not exist."""
-        ...
-
     def read(self, source: Source) -> Annotations:
         """Read one split.
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from d3etr.config.data import DataConfig, SplitConfig
 from d3etr.config.location import Location
-from d3etr.data.annotations import Category, Source
+from d3etr.data.annotations import Annotations, Category, Source
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.data.formats import AUTO, find_format
 from d3etr.data.records import (
@@ -36,8 +36,6 @@ _LOGGER = get_logger(__name__)
 SPLIT_NAMES: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
 _SUBSETS = {"validation": "val"}
 """What data sets call a split, where it is not our own name."""
-_KEPT = 4
-"""Annotations that stay in memory: of the three splits of a run, and one more."""
 
 
 class Keys(NamedTuple):
@@ -197,104 +195,46 @@ def parse_split(
         )
     try:
         with local_file(split.annotations, on_progress) as place:
-            read = _read_split(place, name, split)
+            title, raw = _read(place, name, split)
     except UserError as error:
         raise type(error)(f"{keys.annotations}: {error}") from error
-    folder = read.folder or split.images
+    folder = raw.folder or split.images
     if folder is None:
         raise UserError(
             f"{keys.images} is missing: expected the folder that the file names in "
             f"{split.annotations} are relative to"
         )
-    names = [record.file_name for record in read.split["records"]]
+    names = [image.file_name for image in raw.images]
     images = open_folder(folder, names, on_progress, fetch=fetch, follow_links=split.follow_links)
+    records, cleaning = clean(raw)
     return DetectionSplit(
-        **read.split,
         name=name,
+        format=title,
+        categories=raw.categories,
+        records=records,
+        cleaning=cleaning,
+        own_ids=raw.own_ids,
+        warnings=raw.warnings,
         images=images,
         annotations=split.annotations,
-        digest=_digest(read.digest, names, images),
+        digest=_digest(raw.digest, names, images),
         keys=keys,
     )
 
 
-class _Read(NamedTuple):
-    """Fields of a ``DetectionSplit``, the annotations' digest, and the folder that a format names.
-
-    What a format gives is not kept: it takes several times the memory of the records.
-    """
-
-    split: dict[str, Any]
-    digest: str
-    folder: Path | None
-
-
-def _read_split(place: Path, name: str, split: SplitConfig) -> _Read:
-    """Read annotations unless this process has already, and their files are unchanged."""
+def _read(place: Path, name: str, split: SplitConfig) -> tuple[str, Annotations]:
+    """The format's title, and what it reads; ``place`` holds the annotations on this machine."""
     local = isinstance(split.annotations, Path)
     which, found = find_format(split.format, place if local else split.annotations)
-    source = source_of(name, split, place)
-    prints = tuple(fingerprint(each) for each in found.places(source))
-    return _read(which, split.format == AUTO, source, prints)
-
-
-@lru_cache(maxsize=_KEPT)
-def _read(which: str, recognised: bool, source: Source, _prints: tuple[str | None, ...]) -> _Read:
-    """Read annotations; calls with the same fingerprints of files read them once."""
-    _, found = find_format(which, source.annotations)
-    raw = found.read(source)
+    subset = split.subset or _SUBSETS.get(name, name)
+    raw = found.read(Source(place, split.images, subset, chosen=split.subset is not None))
     if not raw.images:
         raise UserError(
-            f"{source.annotations}: {found.title} without an image in '{source.subset}'; expected "
-            "at least one"
+            f"{place}: {found.title} without an image in '{subset}'; expected at least one"
         )
-    if recognised and which != "coco":
-        _LOGGER.info("%s: read as %s", source.annotations, found.title)
-    records, cleaning = clean(raw)
-    split = {
-        "format": found.title,
-        "categories": raw.categories,
-        "records": records,
-        "cleaning": cleaning,
-        "own_ids": raw.own_ids,
-        "warnings": raw.warnings,
-    }
-    return _Read(split, raw.digest, raw.folder)
-
-
-def fingerprint(place: Path) -> str | None:
-    """A digest of names, sizes and times of a file, or of all in a folder; None if it is gone.
-
-    No file is read. A copy may keep the time of the last change, never that of its inode's.
-    """
-    facts = []
-    try:
-        for file in _all_below(str(place)) if place.is_dir() else [str(place)]:
-            at = os.stat(file)
-            facts.append(
-                f"{file[len(str(place)) :]}\0{at.st_size} {at.st_mtime_ns} {at.st_ctime_ns}"
-            )
-    except OSError:
-        return None
-    text = "\n".join(sorted(facts))
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-
-
-def _all_below(folder: str) -> Iterator[str]:
-    for above, folders, files in os.walk(folder):
-        yield from (os.path.join(above, name) for name in (*folders, *files))
-
-
-def source_of(name: str, split: SplitConfig, place: Path) -> Source:
-    """What a format reads.
-
-    Args:
-        name: train, validation or test.
-        split: where it is.
-        place: its annotations on this machine.
-    """
-    subset = split.subset or _SUBSETS.get(name, name)
-    return Source(place, split.images, subset, chosen=split.subset is not None)
+    if split.format == AUTO and which != "coco":
+        _LOGGER.info("%s: read as %s", place, found.title)
+    return found.title, raw
 
 
 def _digest(annotations: str, names: Sequence[str], images: ImageFolder) -> str:

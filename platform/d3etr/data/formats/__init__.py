@@ -1,7 +1,7 @@
 """Data formats: a file each that reads annotations into records; found here, by name.
 
 A package of one's own adds a format through the entry point group ``d3etr.formats``: its value
-is a class with ``title``, ``places`` and ``read``, see ``DataFormat``.
+is a class with ``title`` and ``read``, see ``DataFormat``.
 """
 
 from __future__ import annotations

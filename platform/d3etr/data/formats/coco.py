@@ -30,10 +30,6 @@ class CocoFormat:
 
     title = "COCO detection file"
 
-    def places(self, source: Source) -> list[Path]:
-        """The file."""
-        return [source.annotations]
-
     def recognises(self, place: Path) -> bool:
         """Whether ``place`` is named like one."""
         return place.suffix.lower() == ".json"

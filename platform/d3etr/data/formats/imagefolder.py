@@ -47,16 +47,6 @@ class ImageFolderFormat:
             return (place / _FILE).is_file() or next(place.glob(f"*/{_FILE}"), None) is not None
         return place.suffix.lower() == ".jsonl"
 
-    def places(self, source: Source) -> list[Path]:
-        """The split's metadata and images, and what classes are taken from."""
-        try:
-            file = _metadata(source)
-        except UserError:
-            return [source.annotations]
-        root = _root(file, source)
-        classes = [place for place in [root / CLASSES_FILE] if place.exists()]
-        return [file.parent, *_all_metadata(root), *classes]
-
     def read(self, source: Source) -> Annotations:
         """Read the lines of the split's metadata.jsonl.
 

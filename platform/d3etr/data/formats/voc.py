@@ -14,7 +14,6 @@ from xml.etree import ElementTree
 
 from d3etr.data.annotations import Annotations, Problems, Source, file_name_problem
 from d3etr.data.formats.files import (
-    CLASSES_FILE,
     FoundImage,
     FoundObject,
     assemble,
@@ -40,12 +39,6 @@ class VocFormat:
         return place.is_dir() and (
             (place / _ANNOTATIONS).is_dir() or next(place.glob("*.xml"), None) is not None
         )
-
-    def places(self, source: Source) -> list[Path]:
-        """The XML files' folder, images and lists."""
-        layout = _Layout.of(source)
-        found = [layout.annotations, layout.root / _LISTS, layout.root / CLASSES_FILE]
-        return [place for place in (*found, layout.images) if place is not None and place.exists()]
 
     def read(self, source: Source) -> Annotations:
         """Read the images that ``ImageSets/Main`` lists for the subset; all if there are no lists.

@@ -47,19 +47,6 @@ class YoloFormat:
         """Whether ``place`` is a YAML file, or a folder with a data.yaml."""
         return place.suffix.lower() in (".yaml", ".yml") or (place / _FILE).is_file()
 
-    def places(self, source: Source) -> list[Path]:
-        """data.yaml, and the folders or lists of the split with the folders of its labels."""
-        file = _yaml_file(source.annotations)
-        try:
-            layout = _Layout.of(file, source.subset)
-        except UserError:
-            return [file]
-        found = [file]
-        for entry in layout.entries:
-            labels = _label_file(entry / "any").parent if entry.is_dir() else layout.root
-            found += [entry, labels]
-        return list(dict.fromkeys(found))
-
     def read(self, source: Source) -> Annotations:
         """Read the split that ``source.subset`` names in data.yaml.
 
