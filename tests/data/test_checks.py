@@ -23,11 +23,12 @@ def test_a_good_data_set_is_fit_to_train(write_split):
     report = _check(write_split, [(40, 30), (40, 40)], [*GOOD, annotation(2, 1, 7, [0, 0, 36, 30])])
     assert report.ok
     train = report.splits[0]
-    assert (train.images, train.boxes) == (2, 2)
-    assert train.boxes_per_category == {"cat": 1, "dog": 0, "cup": 1}
-    assert train.object_sizes == {"small": 1, "medium": 1, "large": 0}
-    assert train.without_objects == (2,)
-    assert train.image_sizes == {"40 x 30": 1, "40 x 40": 1}
+    facts = train.facts
+    assert (facts["images"], facts["boxes"]) == (2, 2)
+    assert facts["boxes_per_category"] == {"cat": 1, "dog": 0, "cup": 1}
+    assert facts["object_sizes"] == {"small": 1, "medium": 1, "large": 0}
+    assert facts["without_objects"] == (2,)
+    assert facts["image_sizes"] == {"40 x 30": 1, "40 x 40": 1}
     assert "categories without a box to learn from: dog" in train.warnings
     assert report.text().endswith("ready to train")
 
@@ -44,7 +45,7 @@ def test_everything_that_is_dropped_or_set_aside_is_listed_by_id(write_split):
     train = report.splits[0]
     assert report.ok
     kinds = ("zero_size", "outside", "clipped", "crowd")
-    assert [train.cleaning[kind] for kind in kinds] == [(21,), (22,), (23,), (24,)]
+    assert [train.facts[kind] for kind in kinds] == [(21,), (22,), (23,), (24,)]
     assert "annotation ids 21" in report.text()
 
 
@@ -69,7 +70,7 @@ def test_an_unusable_annotation_file_does_not_hide_the_other_splits(write_split)
     report = _check(write_split, [(40, 30)], [annotation(1, 5, 0, [1, 1, 3, 3])])
     assert not report.ok
     assert "image_id 5" in report.splits[0].errors[0]
-    assert report.splits[1].errors == () and report.splits[1].boxes == 1
+    assert report.splits[1].errors == () and report.splits[1].facts["boxes"] == 1
 
 
 def test_categories_that_differ_between_splits_are_an_error(write_split):
@@ -106,7 +107,7 @@ def test_the_report_is_json_with_every_id(write_split):
     boxes = [*GOOD, *(annotation(n, 1, 0, [1, 1, 0, 0]) for n in range(10, 40))]
     content = json.loads(_check(write_split, [(40, 30)], boxes).to_json())
     assert content["ok"] is True
-    assert content["splits"][0]["cleaning"]["zero_size"] == list(range(10, 40))
+    assert content["splits"][0]["zero_size"] == list(range(10, 40))
 
 
 def test_long_lists_of_errors_are_cut_in_the_text_alone(write_split):

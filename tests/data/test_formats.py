@@ -83,9 +83,9 @@ def test_a_whole_data_set_and_a_split_are_too_much() -> None:
 def test_checks_work_on_every_format(written: dict[str, SplitConfig]) -> None:
     report = check_data(DataConfig(**written))
     assert report.ok, report.text()
-    assert [split.images for split in report.splits] == list(SCENES.values())
+    assert [split.facts["images"] for split in report.splits] == list(SCENES.values())
     title = find_format("auto", written["train"].annotations)[1].title
-    assert all(split.format == title for split in report.splits)
+    assert all(split.facts["format"] == title for split in report.splits)
     assert title in report.text()
 
 

@@ -131,26 +131,23 @@ def test_the_limit_of_pixels_is_what_the_environment_says(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("content", "cause"),
+    "content",
     [
-        (b"", "the file is empty"),
-        (b"\x00\x05\x16\x07" + bytes(80), "metadata that macOS stores"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (b"<!doctype html><html>404</html>", "a web page"),
-        (b"\x00\x00\x00\x18ftypheic" + bytes(80), "a HEIC picture"),
-        (b"\x00\x00\x00\x18ftypavif" + bytes(80), "cannot be decoded: it"),
-        (b"\x00\x00\x00\x18ftypisom" + bytes(80), "a video"),
-        (b"%PDF-1.7", "a PDF document"),
-        (b"x" * 300, "its 300 bytes are no image in a known format"),
-        (b"GIF89a" + bytes(8), "a size of 0"),
+        b"",
+        b"\x00\x05\x16\x07" + bytes(80),
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"<!doctype html><html>404</html>",
+        b"\x00\x00\x00\x18ftypheic" + bytes(80),
+        b"\x00\x00\x00\x18ftypavif" + bytes(80),
+        b"DDS \x7c\x00\x00\x00" + bytes([7]) * 200,
+        b"%PDF-1.7",
+        b"GIF89a" + bytes(8),
     ],
 )
-def test_each_cause_of_an_image_that_cannot_be_decoded_has_its_text(tmp_path, content, cause):
+def test_what_cannot_be_decoded_is_one_sentence_that_names_it(tmp_path, content):
     (tmp_path / "image.png").write_bytes(content)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError, match=r"^[^\n]*image\.png: cannot be decoded: it is [^\n]*$"):
         load_image(tmp_path / "image.png")
-    assert str(refusal.value).startswith(str(tmp_path / "image.png"))
-    assert cause in str(refusal.value)
 
 
 def test_truncation_and_damage_are_told_apart(tmp_path):

@@ -226,12 +226,6 @@ def test_evaluation_is_not_augmented_and_may_be_repeated(config, split):
             assert _same(_images([first]), _images([second]))
 
 
-def test_fewer_images_than_a_batch_is_an_error(write_split):
-    config = write_split([(40, 30)] * 3)
-    with pytest.raises(UserError, match=r"3 images, fewer than one batch: set .*batch_size \(8\)"):
-        _loader(read_split("train", config), _data(config))
-
-
 SHORT_OF_SHARED_MEMORY = """
 import resource, sys
 from pathlib import Path

@@ -110,8 +110,11 @@ def test_check_data_looks_at_urls_as_at_folders(
     remote = {name: uploaded(memory, split, name) for name, split in splits.items()}
     report = check_data(DataConfig(**remote))
     assert report.ok
-    assert report.splits[0].images_folder == "memory://shared/train"
-    assert report.splits[0].digest == check_data(DataConfig(**splits)).splits[0].digest
+    assert report.splits[0].facts["images_folder"] == "memory://shared/train"
+    assert (
+        report.splits[0].facts["digest"]
+        == check_data(DataConfig(**splits)).splits[0].facts["digest"]
+    )
     memory.rm("/shared/train/1.png")
     assert "1.png (image id 1)" in check_data(DataConfig(**remote)).splits[0].errors[0]
     broken = remote | {

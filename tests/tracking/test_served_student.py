@@ -123,10 +123,10 @@ def one_pixel(*values: object) -> list[object]:
         (np.zeros((5, 5, 3), np.complex64), "neither"),
         (7, "neither"),
         ({"a": 1}, "neither"),
-        ("", "the file is empty"),
-        ("data:image/png;base64,", "the file is empty"),
+        ("", "it is empty"),
+        ("data:image/png;base64,", "it is empty"),
         ("A" * 200_000, "image has 0.1 megabytes; expected at most 0.1"),
-        (base64.b64encode(b"<html>404</html>").decode(), "a web page"),
+        (base64.b64encode(b"<html>404</html>").decode(), "no picture"),
         ("\ud800", "not base64 text"),
     ],
 )

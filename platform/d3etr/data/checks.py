@@ -9,17 +9,17 @@ import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from d3etr.config.data import DataConfig, SplitConfig
+from d3etr.config.data import DataConfig
 from d3etr.config.training import EvaluationConfig
 from d3etr.data.images import load_image
 from d3etr.data.judgement import Judgement, judge_categories, judge_objects
 from d3etr.data.plausibility import box_warnings, class_warnings
-from d3etr.data.records import Cleaning, ImageRecord, cleaning_texts, shown_ids
+from d3etr.data.records import ImageRecord, cleaning_texts, shown_ids
 from d3etr.data.splits import (
     DetectionSplit,
     Keys,
@@ -46,64 +46,35 @@ class SplitReport:
 
     Attributes:
         name: train, validation or test.
-        images_folder: where its images are.
-        annotations: the file or folder of its annotations.
-        format: of the annotations; empty where they could not be read.
-        digest: sha256 of its content.
-        images: number of images.
-        boxes: number of boxes that count as objects: not dropped, no crowds.
-        boxes_per_category: category name -> number of such boxes.
-        object_sizes: COCO's small (under 32^2 square pixels), medium (to 96^2), large -> boxes.
-        image_sizes: "width x height" -> images, most frequent first.
-        cleaning: what was dropped, clipped or set aside; see ``records.CLEANED``.
-        without_objects: ids of images without any object; they are kept.
+        facts: see ``_facts``; empty where the annotations could not be read.
         errors: why training or evaluation would fail.
         warnings: what may be wrong.
     """
 
     name: str
-    images_folder: str
-    annotations: str
-    format: str = ""
-    digest: str = ""
-    images: int = 0
-    boxes: int = 0
-    boxes_per_category: dict[str, int] = field(default_factory=dict)
-    object_sizes: dict[str, int] = field(default_factory=dict)
-    image_sizes: dict[str, int] = field(default_factory=dict)
-    cleaning: Cleaning = field(default_factory=dict)
-    without_objects: tuple[int, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Several lines for people."""
-        facts = {
-            "images": self.images_folder,
-            "annotations": self.annotations,
-            "boxes by category": _counts(self.boxes_per_category, len(self.boxes_per_category)),
-            "boxes by size": _counts(self.object_sizes),
-            "image sizes": _counts(self.image_sizes),
-            **{
-                name.replace("_", " "): f"{len(found)} ({shown_ids(found)})"
-                for name, found in (*self.cleaning.items(), ("no objects", self.without_objects))
-                if found
-            },
-        }
-        title = f" ({self.format})" if self.format else ""
-        lines = [f"{self.name}: {self.images} images, {self.boxes} boxes{title}"]
-        lines += [
-            textwrap.fill(
-                f"  {name:<19}{fact}",
-                _LINE_LENGTH,
-                subsequent_indent=" " * _INDENT,
-                break_long_words=False,
+        lines = [self.name]
+        for name, fact in self.facts.items():
+            if isinstance(fact, Mapping):
+                shown = _counts(fact, len(fact) if name == "boxes_per_category" else 6)
+            else:
+                shown = f"{len(fact)} ({shown_ids(fact)})" if isinstance(fact, tuple) else str(fact)
+            line = f"  {name.replace('_', ' '):<19}{shown}"
+            lines += textwrap.wrap(
+                line, _LINE_LENGTH, subsequent_indent=" " * _INDENT, break_long_words=False
             )
-            for name, fact in facts.items()
-            if fact
-        ]
         lines += [f"  {line}" for line in _messages(self.warnings, self.errors)]
         return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For machines, every id listed."""
+        rest = {"errors": self.errors, "warnings": self.warnings}
+        return {"name": self.name, **self.facts, **rest}
 
 
 @dataclass(frozen=True)
@@ -136,7 +107,9 @@ class DataReport:
 
     def to_json(self) -> str:
         """The whole report as a JSON object, every id listed."""
-        return json.dumps({"ok": self.ok, **asdict(self)}, indent=1)
+        splits = [split.as_dict() for split in self.splits]
+        between = {"errors": self.errors, "warnings": self.warnings}
+        return json.dumps({"ok": self.ok, "splits": splits, **between}, indent=1)
 
 
 def _messages(warnings: Sequence[str], errors: Sequence[str]) -> list[str]:
@@ -182,7 +155,7 @@ def check_data(
         try:
             split = parse_split(name, config, on_progress, keys=(keys or {}).get(name))
         except UserError as error:
-            reports.append(_failed(name, config, error))
+            reports.append(SplitReport(name, errors=(str(error),)))
             continue
         parsed[name] = split
         checked = list(_check_images(split, on_progress or no_progress))
@@ -190,18 +163,13 @@ def check_data(
             if each.content:
                 copies[each.content].append((name, each.record.id))
         objects = judge_objects(split, evaluation or EvaluationConfig())
-        reports.append(_report(split, objects + _judge_images(split, checked)))
+        found = objects + _judge_images(split, checked) + _judge_boxes(split)
+        reports.append(SplitReport(name, _facts(split), found.errors, found.warnings))
     between = judge_categories(parsed)
     if compare is not None:
         between += compare(parsed)
     warnings = (*_copy_warnings(copies.values()), *class_warnings(parsed), *between.warnings)
     return DataReport(tuple(reports), errors=between.errors, warnings=warnings)
-
-
-def _failed(name: str, config: SplitConfig, error: UserError) -> SplitReport:
-    return SplitReport(
-        name, str(config.images or ""), str(config.annotations), errors=(str(error),)
-    )
 
 
 class _ImageCheck(NamedTuple):
@@ -266,34 +234,43 @@ def _judge_images(split: DetectionSplit, checked: Sequence[_ImageCheck]) -> Judg
     return Judgement(tuple(errors), (text,) if flat else ())
 
 
-def _report(split: DetectionSplit, images: Judgement) -> SplitReport:
-    objects, records = split.objects, split.records
-    sizes = Counter(f"{record.width} x {record.height}" for record in records)
-    names = [category.name for category in split.categories]
-    counts = np.bincount(objects.labels, minlength=len(names)).tolist()
-    groups = np.digitize(objects.areas, [_MEDIUM_AREA, _LARGE_AREA])
-    by_size = np.bincount(groups, minlength=3).tolist()
+def _judge_boxes(split: DetectionSplit) -> Judgement:
     # Boxes are clipped in most data sets: sides are rounded.
     warnings = cleaning_texts(split.cleaning, "clipped", "crowd")
-    empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    counts = np.bincount(split.objects.labels, minlength=len(split.categories))
+    empty = [split.categories[label].name for label in np.flatnonzero(counts == 0).tolist()]
     if empty and split.name == "train":
         warnings.append(f"categories without a box to learn from: {', '.join(empty)}")
-    return SplitReport(
-        name=split.name,
-        images_folder=str(split.images),
-        annotations=str(split.annotations),
-        format=split.format,
-        digest=split.digest,
-        images=len(records),
-        boxes=len(objects.labels),
-        boxes_per_category=dict(zip(names, counts, strict=True)),
-        object_sizes=dict(zip(("small", "medium", "large"), by_size, strict=True)),
-        image_sizes=dict(sizes.most_common()),
-        cleaning=split.cleaning,
-        without_objects=tuple(record.id for record in records if record.crowd.all()),
-        errors=images.errors,
-        warnings=(*warnings, *images.warnings, *box_warnings(split)),
-    )
+    return Judgement(warnings=(*warnings, *box_warnings(split)))
+
+
+def _facts(split: DetectionSplit) -> dict[str, Any]:
+    """What a split holds: counts, and ids of annotations or images.
+
+    Boxes are those that count as objects; they are counted by class and by COCO's sizes (small
+    under 32^2 square pixels, medium to 96^2, large). What was dropped, clipped or set aside
+    is under the keys of ``records.CLEANED``.
+    """
+    objects, records = split.objects, split.records
+    counts = np.bincount(objects.labels, minlength=len(split.categories)).tolist()
+    groups = np.digitize(objects.areas, [_MEDIUM_AREA, _LARGE_AREA])
+    sizes = np.bincount(groups, minlength=3).tolist()
+    without = tuple(record.id for record in records if record.crowd.all())
+    cleaned = {**split.cleaning, "without_objects": without}
+    return {
+        "images": len(records),
+        "boxes": len(objects.labels),
+        "images_folder": str(split.images),
+        "annotations": str(split.annotations),
+        "format": split.format,
+        "digest": split.digest,
+        "boxes_per_category": {
+            category.name: count for category, count in zip(split.categories, counts, strict=True)
+        },
+        "object_sizes": dict(zip(("small", "medium", "large"), sizes, strict=True)),
+        "image_sizes": dict(Counter(f"{r.width} x {r.height}" for r in records).most_common()),
+        **{name: found for name, found in cleaned.items() if found},
+    }
 
 
 def _copy_warnings(copies: Iterable[Sequence[tuple[str, int]]]) -> Iterator[str]:

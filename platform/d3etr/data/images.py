@@ -29,17 +29,6 @@ os.register_at_fork(
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _FIRST_SWAPPING_ORIENTATION = 5
 """Orientations 5 to 8 swap width and height."""
-_HEAD_BYTES = 256
-_FOREIGN = (
-    (0, b"\x00\x05\x16\x07", "metadata that macOS stores next to a file", "remove it"),
-    (0, b"version https://git-lfs", "a Git LFS pointer", "fetch the file itself: git lfs pull"),
-    (0, b"<!DOCTYPE", "a web page", "download the picture again"),
-    (0, b"<html", "a web page", "download the picture again"),
-    (0, b"%PDF", "a PDF document", "render its pages as PNG"),
-    (4, b"ftyphe", "a HEIC picture", "convert it to JPEG or PNG"),
-    (4, b"ftyp", "a video, or a picture of an unsupported kind", "convert it to JPEG or PNG"),
-)
-"""(offset, bytes, what such a file is, what to do): what is often found in place of an image."""
 
 
 def load_image(source: Path | bytes, expected_size: tuple[int, int] | None = None) -> Image.Image:
@@ -63,7 +52,7 @@ def load_image(source: Path | bytes, expected_size: tuple[int, int] | None = Non
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except Exception as error:  # damaged bytes lead decoders to errors of any type
-        raise UserError(f"{where}: {decoding_problem(source, error)}") from error
+        raise UserError(f"{where}: {decoding_problem(error)}") from error
 
 
 def open_image(source: Path | bytes) -> Image.Image:
@@ -197,41 +186,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise UserError(f"pixels of mode {image.mode} cannot be converted to RGB") from error
 
 
-def decoding_problem(source: Path | bytes, error: Exception) -> str:
+def decoding_problem(error: Exception) -> str:
     """What is wrong with an image file, and what to do.
 
     Args:
-        source: the file, or its bytes.
         error: what reading or decoding it raised.
     """
-    if isinstance(error, FileNotFoundError | NotADirectoryError) or "\0" in str(source):
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or "null byte" in str(error):
         return "no such image file; check the path"
     if isinstance(error, OSError) and error.errno is not None:
         return f"cannot be read: {error.strerror}"
-    head, size = _head(source)
-    if size == 0:
-        return "cannot be decoded: the file is empty; copy it again"
-    for offset, magic, kind, remedy in _FOREIGN:
-        if head[offset:].lower().startswith(magic.lower()):
-            return f"cannot be decoded: it is {kind}; {remedy}"
     if isinstance(error, MemoryError):
         return "cannot be decoded: its pixels need more memory than there is; make it smaller"
     if isinstance(error, UnidentifiedImageError):
         return (
-            f"cannot be decoded: its {size} bytes are no image in a known format, or the header "
-            "is damaged or has a size of 0; expected a whole JPEG, PNG, TIFF, BMP or WebP image"
+            "cannot be decoded: it is empty, damaged at its beginning, or no picture of a known "
+            "format, as a Git LFS pointer, a web page, a HEIC picture or a video is none; expected "
+            "a whole JPEG, PNG, TIFF, BMP or WebP image"
         )
     if isinstance(error, EOFError) or "truncated" in str(error).lower():
-        return f"cannot be decoded: it is truncated ({size} bytes are there); copy it again"
+        return "cannot be decoded: it is truncated; copy it again"
     return f"cannot be decoded: it is damaged ({error or type(error).__name__}); copy it again"
-
-
-def _head(source: Path | bytes) -> tuple[bytes, int]:
-    """(first bytes, number of bytes) of a file; nothing if it cannot be read any more."""
-    if isinstance(source, bytes):
-        return source[:_HEAD_BYTES], len(source)
-    try:
-        with source.open("rb") as file:
-            return file.read(_HEAD_BYTES), os.fstat(file.fileno()).st_size
-    except OSError:
-        return b"", -1

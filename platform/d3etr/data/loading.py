@@ -42,9 +42,6 @@ class EpochLoader:
         rank: this worker.
         world_size: number of workers.
         seed: of the run.
-
-    Raises:
-        UserError: the split has fewer images than one batch.
     """
 
     def __init__(
@@ -60,11 +57,6 @@ class EpochLoader:
     ) -> None:
         if batch_size % parts or parts < world_size:
             raise ValueError("batch_size must be a multiple of parts, one for each worker or more")
-        if len(split.records) < batch_size:
-            raise UserError(
-                f"{split.annotations}: the {split.name} split has {len(split.records)} images, "
-                f"fewer than one batch: set optimisation.batch_size ({batch_size}) to at most that"
-            )
         self.batch_size, self.parts, self.seed = batch_size, parts, seed
         self.mine = share(parts, rank, world_size)
         self.bucket = data.bucket_by_aspect

@@ -36,30 +36,25 @@ CONNECTIONS = 24
 """Files that are asked for, or fetched, at a time."""
 PAUSES_SECONDS = (1.0, 5.0)
 """Between attempts to fetch a file."""
-_MARKS = (
-    *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "Last-Modified", "LastModified"),
-    *("last_modified", "updated", "mtime", "modified", "created"),
-)
-"""What storages call that which changes with a file's content; the first one there counts."""
 
 
 class Version(NamedTuple):
-    """What a storage states about a file's content: equal versions are taken for equal content.
+    """What a storage states about a file: equal versions are taken for equal content.
 
     Attributes:
         size: bytes; None where the storage does not say.
-        mark: an entity tag, a checksum or the time of the last change; "" where it has none.
+        facts: all that it says, among it an entity tag, a checksum or the time of the last
+            change.
     """
 
     size: int | None
-    mark: str
+    facts: str
 
     @classmethod
     def of(cls, info: Mapping[str, Any]) -> Version:
         """The version in what fsspec says about a file."""
-        mark = next((str(info[key]) for key in _MARKS if info.get(key) is not None), "")
         size = info.get("size")
-        return cls(None if size is None else int(size), mark.strip('"'))
+        return cls(None if size is None else int(size), str(sorted(info.items())))
 
 
 class RemoteFiles:

@@ -149,7 +149,7 @@ def image_sizes(files: Sequence[Path], problems: Problems) -> list[Size]:
             with open_image(file) as image:
                 size = upright_size(image)
         except Exception as error:  # damaged bytes lead decoders to errors of any type
-            return decoding_problem(file, error)
+            return decoding_problem(error)
         return size if min(size) > 0 else f"the image has no pixels ({size[0]} x {size[1]})"
 
     sizes: list[Size] = []
