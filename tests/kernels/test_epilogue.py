@@ -13,7 +13,7 @@ from d3etr.detectors.backbones import Backbone, build_backbone
 from d3etr.detectors.frozen_norms import FrozenNorm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SWITCH = "d3etr.detectors.residual_blocks.runs_kernels"
+SWITCH = "d3etr.detectors.frozen_norms.runs_kernels"
 
 
 @pytest.fixture(autouse=True)

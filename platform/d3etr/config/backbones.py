@@ -48,21 +48,6 @@ WITHOUT_BATCH_NORM = ("ConvNeXt", "Swin", "VGG")
 TORCHVISION = tuple(name for names in FAMILIES.values() for name in names)
 BACKBONES = (SMALL, *TORCHVISION)
 
-_ONE_SIZE = "which works on images of one size only; use for example swin_t or swin_v2_t"
-_BORDERS = "whose maps leave out the image's borders; use for example"
-UNUSABLE: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"), _ONE_SIZE),
-        "maxvit_t": _ONE_SIZE,
-        "alexnet": f"{_BORDERS} vgg11 or resnet18",
-        "inception_v3": f"{_BORDERS} densenet121 or resnet50",
-        "googlenet": "which has classifiers between its stages; use for example resnet18",
-        "squeezenet1_0": f"{_BORDERS} shufflenet_v2_x1_0 or mobilenet_v3_small",
-        "squeezenet1_1": f"{_BORDERS} shufflenet_v2_x1_0 or mobilenet_v3_small",
-    }
-)
-"""Torchvision's networks that are no backbones, why, and what comes nearest."""
-
 
 def known_backbone(name: str) -> str:
     """The name itself.
@@ -72,8 +57,6 @@ def known_backbone(name: str) -> str:
     """
     if name in BACKBONES:
         return name
-    if name in UNUSABLE:
-        raise ValueError(f"found '{name}', {UNUSABLE[name]}")
     close = difflib.get_close_matches(name, BACKBONES, n=3)
     examples = ", ".join(names[0] for names in FAMILIES.values())
     nearest = f"; did you mean {', '.join(close)}?" if close else f", for example {examples}"

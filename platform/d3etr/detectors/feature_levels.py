@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from d3etr.detectors.backbones import Backbone
 from d3etr.detectors.base import shrink_padding
-from d3etr.detectors.group_norm import GroupNorm
 from d3etr.detectors.position import SineEncoding
+from d3etr.detectors.small_backbone import GroupNorm
 from d3etr.structures import Levels
 
 if TYPE_CHECKING:

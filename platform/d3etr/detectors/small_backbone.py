@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from d3etr.config.detector import BackboneConfig
-from d3etr.detectors.group_norm import GroupNorm
 
 GROUPS = 8
 WIDEST_REGISTER = 16
@@ -18,6 +17,17 @@ WIDEST_REGISTER = 16
 
 def _convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, without its refusal of a single value per group (an image of a few pixels).
+
+    A single value is its own mean: it becomes the channel's bias.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """[B, C, h, w] of the same, normalised over each image's groups of channels."""
+        return torch.group_norm(maps, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class StridedShortcut(nn.Conv2d):

@@ -5,21 +5,24 @@ Shapes: B images · h, w cells of a stage's map.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torchvision.models import VGG, ConvNeXt, DenseNet, ResNet, SwinTransformer
 
 from d3etr.config.detector import BackboneConfig
-from d3etr.detectors.frozen_norms import FrozenNorm, FusedFrozenBatchNorm2d, NormedConv2d
-from d3etr.detectors.group_norm import GroupNorm
-from d3etr.detectors.residual_blocks import RectifiedConvolution, with_frozen_norms
+from d3etr.detectors.frozen_norms import (
+    FrozenNorm,
+    FusedFrozenBatchNorm2d,
+    NormedConv2d,
+    RectifiedConvolution,
+    with_frozen_norms,
+)
+from d3etr.detectors.small_backbone import GroupNorm
 from d3etr.errors import UserError
 
 FIRST_STRIDE = 4
@@ -151,21 +154,6 @@ def _split(
     return list(steps[:begin]), stages
 
 
-class _CountsOnCPU(TorchFunctionMode):
-    """Small numbers that Python reads back exist, also while networks are built on ``meta``."""
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[Any],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Make ranges and literal tensors on the CPU."""
-        device = {"device": "cpu"} if func in (torch.arange, torch.tensor) else {}
-        return func(*args, **{**(kwargs or {}), **device})
-
-
 def build_network(name: str) -> nn.Module:
     """Torchvision's whole network with random weights, on the default device.
 
@@ -177,12 +165,12 @@ def build_network(name: str) -> nn.Module:
             f"torchvision {torchvision.__version__} has no '{name}': install a newer torchvision, "
             "or choose another student.detector.backbone.name"
         )
-    # RegNets compute their widths with tensors.
-    regnet = name.startswith("regnet")
-    context: AbstractContextManager[Any] = _CountsOnCPU() if regnet else nullcontext()
-    with context:
+    if not name.startswith("regnet"):
         network: nn.Module = torchvision.models.get_model(name, weights=None)
-    return network
+        return network
+    with torch.device("cpu"):  # they compute their widths with tensors, which meta has not
+        regnet: nn.Module = torchvision.models.get_model(name, weights=None)
+    return regnet.to(torch.get_default_device())
 
 
 def _replace_batch_norm(network: nn.Module, norm: str) -> None:
@@ -191,14 +179,16 @@ def _replace_batch_norm(network: nn.Module, norm: str) -> None:
         before: tuple[str, nn.Module] | None = None
         for name, child in [*module.named_children()]:
             if isinstance(child, nn.BatchNorm2d):
-                replacement = _frozen if norm == "frozen" else _grouped
-                replacement(module, name, child, before)
+                if norm == "frozen":
+                    _freeze(module, name, child, before)
+                else:
+                    setattr(module, name, _group_norm(child.num_features))
             before = name, child
         if norm == "frozen":
             with_frozen_norms(module)
 
 
-def _frozen(
+def _freeze(
     parent: nn.Module, name: str, norm: nn.BatchNorm2d, before: tuple[str, nn.Module] | None
 ) -> None:
     """Freeze a norm; a convolution right before it takes it up."""
@@ -208,10 +198,6 @@ def _frozen(
     taken = FrozenNorm(norm.num_features, norm.eps)
     setattr(parent, name, taken)
     setattr(parent, before[0], NormedConv2d(before[1], taken))
-
-
-def _grouped(parent: nn.Module, name: str, norm: nn.BatchNorm2d, _: object) -> None:
-    setattr(parent, name, _group_norm(norm.num_features))
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
