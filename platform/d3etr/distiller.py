@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
+from d3etr.detectors.base import DetectionTransformer
 from d3etr.losses.set_criterion import detection_problem, query_weights, set_losses
 from d3etr.matching.assignment import Assignment, CostBlock, Solver
 from d3etr.methods.base import MAIN, Method, StudentOutputs, TeacherGroup, TeacherOutputs
@@ -18,7 +20,6 @@ from d3etr.methods.selection import map_layers
 from d3etr.registry import METHODS
 from d3etr.structures import (
     DecoderOutputs,
-    Detector,
     ImageBatch,
     QueryGroup,
     Supervision,
@@ -37,6 +38,8 @@ _PARTS_OF_VERSION_0_1 = {
 """Where tensors of the state dict are now."""
 
 Normalisers = dict[str, Tensor]
+Solutions = Callable[[], dict[str, Assignment]]
+"""Waits for the assignments, by name of their problem."""
 
 
 def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -64,8 +67,8 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        student: Detector,
-        teacher: Detector | None,
+        student: DetectionTransformer,
+        teacher: DetectionTransformer | None,
         distillation: MethodConfig,
         criterion: SetCriterionConfig,
         *,
@@ -95,12 +98,11 @@ class Distiller(nn.Module):
             self.method = kind()
             return
         kind.check_compatible(distillation, student.config, teacher.config, student.classes)
-        if isinstance(teacher, nn.Module):
-            teacher.eval().requires_grad_(False)
+        teacher.eval().requires_grad_(False)
         self.method = kind(distillation, student.config, teacher.config, seed=seed)
 
     @property
-    def teacher(self) -> Detector | None:
+    def teacher(self) -> DetectionTransformer | None:
         """The frozen teacher."""
         return self._teacher[0]
 
@@ -188,30 +190,39 @@ class Distiller(nn.Module):
             NonFiniteCostError: an output is NaN or infinite, and the host solved the matching
                 problems. Where a GPU did, a loss over the pairs concerned is NaN instead.
         """
-        decoded = self._decode(images, targets, teacher, step)
+        student, groups, of_teacher = self._decode(images, targets, teacher, step)
         # Losses and matching stay float32 whatever the precision of the passes.
         with torch.autocast(images.pixels.device.type, enabled=False):
-            supervised = _Supervised(self, decoded, targets, normalisers)
+            supervised = self._supervise(student, groups, of_teacher, targets, normalisers)
             if teacher is None:
-                return supervised.losses()
-            problems = self.method.costs(decoded.student, teacher, targets)
-            matches = _Matches(self.start(problems), supervised.losses, side_stream)
-            terms = self.method.losses(decoded.student, teacher, matches, targets, normalisers)
+                return supervised()
+            problems = self.method.costs(student, teacher, targets)
+            solutions = self.start(problems)
+
+            @contextmanager
+            def matches(name: str) -> Iterator[Assignment]:
+                supervised()  # before anybody waits
+                if side_stream is not None:
+                    side_stream.wait_stream(torch.cuda.current_stream(side_stream.device))
+                with torch.cuda.stream(side_stream):
+                    yield solutions()[name]
+
+            terms = self.method.losses(student, teacher, matches, targets, normalisers)
             scaled = {}
             for name, loss in terms.items():
                 matched = name.partition("/")[0] in problems
                 with torch.cuda.stream(side_stream if matched else None):
                     scaled[name] = distillation_scale * loss
-        return supervised.losses() | scaled
+        return supervised() | scaled
 
-    def start(self, problems: Mapping[str, CostBlock]) -> Callable[[], dict[str, Assignment]]:
+    def start(self, problems: Mapping[str, CostBlock]) -> Solutions:
         """Begin to solve problems; what is returned waits for the solutions."""
         solving = self.solver.start(list(problems.values()))
         return lambda: dict(zip(problems, solving.result(), strict=True))
 
     def _decode(
         self, images: ImageBatch, targets: Targets, teacher: TeacherOutputs | None, step: int
-    ) -> _Decoded:
+    ) -> tuple[StudentOutputs, Mapping[str, QueryGroup], Solutions]:
         """All query groups in one pass over one memory; the teacher's problems begin before."""
         waits = teacher is not None and (teacher.stream is None or self.method.groups_need_images)
         if teacher is not None and not waits and self.teacher is not None:
@@ -235,7 +246,7 @@ class Distiller(nn.Module):
                 teacher.wait()
             of_teacher = self.start(self._teacher_problems(groups, targets))
         student = StudentOutputs(memory, dict(zip(groups, outputs, strict=True)))
-        return _Decoded(student, groups, of_teacher)
+        return student, groups, of_teacher
 
     def _teacher_problems(
         self, groups: Mapping[str, QueryGroup], targets: Targets
@@ -249,87 +260,63 @@ class Distiller(nn.Module):
             if group.supervision is Supervision.TEACHER and group.teacher is not None
         }
 
-
-@dataclass(frozen=True)
-class _Decoded:
-    """A student's outputs, its groups, and what waits for the teacher's assignments."""
-
-    student: StudentOutputs
-    groups: Mapping[str, QueryGroup]
-    of_teacher: Callable[[], dict[str, Assignment]]
-
-
-class _Supervised:
-    """Losses on ground truth, of every group that has any.
-
-    Args:
-        distiller: solver, criterion.
-        decoded: what the student's decoder returned.
-        targets: ground truth.
-        normalisers: of the global batch.
-    """
-
-    def __init__(
-        self, distiller: Distiller, decoded: _Decoded, targets: Targets, normalisers: Normalisers
-    ) -> None:
-        self._criterion, self._normalisers = distiller.criterion, normalisers
-        self._decoded, self._targets = decoded, targets
-        self._outputs = {
-            name: decoded.student.groups[name]
-            for name, group in decoded.groups.items()
+    def _supervise(
+        self,
+        student: StudentOutputs,
+        groups: Mapping[str, QueryGroup],
+        of_teacher: Solutions,
+        targets: Targets,
+        normalisers: Normalisers,
+    ) -> Callable[[], dict[str, Tensor]]:
+        """Begin to match what learns from ground truth; the result computes the losses once."""
+        outputs = {
+            name: student.groups[name]
+            for name, group in groups.items()
             if group.supervision is not Supervision.NONE
         }
-        self._found: dict[str, Tensor] | None = None
-        problems = {
-            name: self._problem(name, outputs)
-            for name, outputs in self._outputs.items()
-            if decoded.groups[name].supervision is Supervision.HUNGARIAN
-        }
-        proposals = decoded.student.memory.proposals
-        if proposals is not None:
-            self._outputs[PROPOSALS] = proposals
-            problems[PROPOSALS] = self._problem(PROPOSALS, proposals)
-        self._of_student = distiller.start(problems)
-
-    def losses(self) -> dict[str, Tensor]:
-        """Computed at the first call, which waits for the assignments."""
-        if self._found is None:
-            assignments = self._decoded.of_teacher() | self._given() | self._of_student()
-            parts = [self._of(name, assignments[name]) for name in self._outputs]
-            self._found = {name: loss for part in parts for name, loss in part.items()}
-        return self._found
-
-    def _problem(self, name: str, outputs: DecoderOutputs) -> CostBlock:
-        whose = {MAIN: "student queries", PROPOSALS: PROPOSALS}.get(name, name)
-        targets = self._truth(name)
-        return detection_problem(f"{whose} against objects", outputs, targets, self._criterion)
-
-    def _given(self) -> dict[str, Assignment]:
-        """Assignments of groups whose queries are made from objects."""
-        return {
-            name: _given_assignment(group.objects, self._outputs[name].layers)
-            for name, group in self._decoded.groups.items()
+        own = [name for name in outputs if groups[name].supervision is Supervision.HUNGARIAN]
+        truth = dict.fromkeys(outputs, targets)
+        if student.memory.proposals is not None:
+            outputs[PROPOSALS] = student.memory.proposals
+            own.append(PROPOSALS)
+            # Proposals only tell objects from background, as class 0.
+            truth[PROPOSALS] = replace(targets, labels=torch.zeros_like(targets.labels))
+        problems = {}
+        for name in own:
+            whose = {MAIN: "student queries"}.get(name, name)
+            problems[name] = detection_problem(
+                f"{whose} against objects", outputs[name], truth[name], self.criterion
+            )
+        of_student = self.start(problems)
+        given = {
+            name: _given_assignment(group.objects, outputs[name].layers)
+            for name, group in groups.items()
             if group.supervision is Supervision.GIVEN and group.objects is not None
         }
 
-    def _truth(self, name: str) -> Targets:
-        """Proposals only tell objects from background, as class 0."""
-        if name != PROPOSALS:
-            return self._targets
-        return replace(self._targets, labels=torch.zeros_like(self._targets.labels))
+        @cache
+        def losses() -> dict[str, Tensor]:
+            assignments = of_teacher() | given | of_student()
+            found: dict[str, Tensor] = {}
+            for name, part in outputs.items():
+                found |= self._set_losses(name, part, truth[name], assignments[name], normalisers)
+            return found
 
-    def _of(self, name: str, assignment: Assignment) -> dict[str, Tensor]:
-        config = self._criterion
+        return losses
+
+    def _set_losses(
+        self,
+        name: str,
+        outputs: DecoderOutputs,
+        targets: Targets,
+        assignment: Assignment,
+        normalisers: Normalisers,
+    ) -> dict[str, Tensor]:
+        """Weighted losses of one group on ground truth."""
+        config = self.criterion
         weights = {"class": config.class_weight, "l1": config.l1_weight, "giou": config.giou_weight}
-        classes = self._normalisers.get(f"{_CLASS_WEIGHTS}{name}")
-        terms = set_losses(
-            self._outputs[name],
-            self._truth(name),
-            assignment,
-            self._normalisers["objects"],
-            config,
-            classes,
-        )
+        classes = normalisers.get(f"{_CLASS_WEIGHTS}{name}")
+        terms = set_losses(outputs, targets, assignment, normalisers["objects"], config, classes)
         losses = {f"{name}/{term}": weights[term] * loss for term, loss in terms.items()}
         return assignment.nan_if_invalid(losses)
 
@@ -351,29 +338,3 @@ def _given_assignment(objects: Tensor, layers: int) -> Assignment:
     return Assignment(
         (rows * slots).expand(expand), (columns * slots).expand(expand), counts, slots
     )
-
-
-class _Matches:
-    """See ``methods.base.Matches``; losses on ground truth are computed before anybody waits.
-
-    Args:
-        solutions: waits for the solutions.
-        meanwhile: what else there is to compute.
-        stream: of a GPU, where what needs solutions is computed; None for the current one.
-    """
-
-    def __init__(
-        self,
-        solutions: Callable[[], dict[str, Assignment]],
-        meanwhile: Callable[[], object],
-        stream: torch.cuda.Stream | None,
-    ) -> None:
-        self._solutions, self._meanwhile, self._stream = solutions, meanwhile, stream
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[Assignment]:
-        self._meanwhile()
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            yield self._solutions()[name]

@@ -6,17 +6,15 @@ S = h*w memory tokens · D model width · C classes · T objects of the fullest 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from d3etr.attention_maps import AttentionMaps
-from d3etr.config.detector import DetectorConfig
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -254,36 +252,3 @@ class DecoderOutputs:
     def confidence(self) -> Tensor:
         """[L, B, N]: the highest class probability of each query, max_c sigma(z_c)."""
         return self.logits.amax(-1).sigmoid()
-
-
-class Detector(Protocol):
-    """Anything that encodes images and decodes any number of query groups.
-
-    Attributes:
-        config: its architecture.
-        classes: number of classes C.
-    """
-
-    config: DetectorConfig
-    classes: int
-
-    def encode(self, images: ImageBatch) -> Memory:
-        """Run backbone and encoder."""
-        ...
-
-    def decode(
-        self, memory: Memory, groups: Sequence[ObjectQueries], *, attention: bool = False
-    ) -> list[DecoderOutputs]:
-        """Decode each group; groups share weights and memory and never see each other."""
-        ...
-
-    def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
-        """The detector's own queries: its main group.
-
-        Two-stage detectors make them from ``memory``, for each image its own, and need it.
-        """
-        ...
-
-    def training_groups(self, memory: Memory, targets: Targets, step: int) -> dict[str, QueryGroup]:
-        """Query groups that the detector brings for its own training, as denoising queries are."""
-        ...

@@ -17,7 +17,7 @@ from d3etr.structures import DecoderOutputs, ImageBatch, Memory, ObjectQueries, 
 
 
 class DetectionTransformer(nn.Module, ABC):
-    """A detector of the DETR family as a module; implements ``structures.Detector``.
+    """A detector of the DETR family as a module.
 
     Args:
         config: architecture.

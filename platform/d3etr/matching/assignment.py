@@ -10,11 +10,10 @@ needs no pairs, and their solutions travel back likewise.
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -149,62 +148,57 @@ class Solving(Protocol):
 class HostSolving:
     """Problems that the host solves.
 
-    Threads take one problem after the other from a common list, the largest first.
+    Args:
+        blocks: problems, all on one device.
+        pool: its threads begin at once; None leaves all to the thread that asks for the result.
     """
 
-    def __init__(self, blocks: Sequence[CostBlock]) -> None:
+    def __init__(self, blocks: Sequence[CostBlock], pool: ThreadPoolExecutor | None = None) -> None:
         self._blocks = blocks
         self._costs, self._wait = _to_host([block.costs for block in blocks])
-        self._solutions = [_room(block) for block in blocks]
-        places = [
-            (number, layer, image)
+        self._begun: dict[tuple[int, int, int], Future[Any] | None] = {
+            (number, layer, image): (
+                pool.submit(self._solve, number, layer, image) if pool else None
+            )
             for number, block in enumerate(blocks)
             for layer in range(block.costs.shape[0])
             for image in range(block.costs.shape[1])
-        ]
-        self._open = deque(sorted(places, key=lambda place: -blocks[place[0]].costs[0, 0].numel()))
-        self._errors: dict[tuple[int, int, int], NonFiniteCostError] = {}
-        self._helpers: list[Future[None]] = []
-
-    def help_by(self, pool: ThreadPoolExecutor, threads: int) -> None:
-        """Let some of the pool's threads begin."""
-        self._helpers = [pool.submit(self._work) for _ in range(min(threads, len(self._open)))]
+        }
 
     def result(self) -> list[Assignment]:
         """Wait for the solutions, the calling thread helping; see ``Solving``."""
         if not self._blocks:
             return []
-        self._work()
-        for helper in self._helpers:
-            helper.result()
-        if self._errors:
-            raise self._errors[min(self._errors)]
-        device = self._blocks[0].costs.device
-        found = _to_device(self._solutions, device)
+        solutions = [
+            np.zeros((2, *block.costs.shape[:2], block.max_pairs), dtype=np.int64)
+            for block in self._blocks
+        ]
+        for (number, layer, image), begun in self._begun.items():
+            if begun is None or begun.cancel():
+                found = self._solve(number, layer, image)
+            else:
+                found = begun.result()
+            pairs = self._blocks[number].pairs[image]
+            solutions[number][:, layer, image, :pairs] = found
         return [
             Assignment(rows, columns, block.pairs, block.valid_mask())
-            for (rows, columns), block in zip(found, self._blocks, strict=True)
+            for (rows, columns), block in zip(
+                _to_device(solutions, self._blocks[0].costs.device), self._blocks, strict=True
+            )
         ]
 
-    def _work(self) -> None:
-        """Solve what nobody has taken yet."""
+    def _solve(self, number: int, layer: int, image: int) -> Any:
+        """Row and column indices of one problem."""
         self._wait()
-        while True:
-            try:
-                place = self._open.popleft()
-            except IndexError:
-                return
-            self._solve(*place)
-
-    def _solve(self, number: int, layer: int, image: int) -> None:
         block = self._blocks[number]
         problem = self._costs[number][layer, image, :, : block.columns(image)]
         if not np.isfinite(problem).all():
-            error = _non_finite(block.name, problem, layer, image)
-            self._errors[number, layer, image] = error
-            return
-        solution = linear_sum_assignment(problem)
-        self._solutions[number][:, layer, image, : block.pairs[image]] = solution
+            row, column = np.argwhere(~np.isfinite(problem))[0]
+            raise NonFiniteCostError(
+                f"the cost of {block.name} is {problem[row, column]} in decoder layer {layer}, "
+                f"image {image} of the batch, query {row}, column {column}: {_WHAT_TO_DO}"
+            )
+        return linear_sum_assignment(problem)
 
 
 class DeviceSolving:
@@ -264,15 +258,12 @@ class Solver:
         """
         if self.threads is None and _suits_device(blocks):
             return DeviceSolving(blocks, self._beside(blocks[0].costs.device))
-        solving = HostSolving(blocks)
         threads = self.threads
         if threads is None:
             threads = spare_threads(blocks[0].costs.device) if blocks else 0
-        if threads:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(threads, thread_name_prefix="assignment")
-            solving.help_by(self._pool, threads)
-        return solving
+        if threads and self._pool is None:
+            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="assignment")
+        return HostSolving(blocks, self._pool if threads else None)
 
     def close(self) -> None:
         """End the threads; the next problems begin new ones."""
@@ -326,22 +317,6 @@ def spare_threads(device: torch.device) -> int:
         return torch.get_num_threads() - 1
     share = (os.cpu_count() or 1) // torch.cuda.device_count()
     return min(max(1, share - 1), MOST_THREADS)
-
-
-def _room(block: CostBlock) -> NDArray[np.int64]:
-    """[2, L, B, P] zeros for the row and column indices of a block."""
-    layers, batch = block.costs.shape[:2]
-    return np.zeros((2, layers, batch, block.max_pairs), dtype=np.int64)
-
-
-def _non_finite(
-    name: str, problem: NDArray[np.float32], layer: int, image: int
-) -> NonFiniteCostError:
-    row, column = np.argwhere(~np.isfinite(problem))[0]
-    return NonFiniteCostError(
-        f"the cost of {name} is {problem[row, column]} in decoder layer {layer}, image {image} of "
-        f"the batch, query {row}, column {column}: {_WHAT_TO_DO}"
-    )
 
 
 def _to_host(costs: Sequence[Tensor]) -> tuple[list[NDArray[np.float32]], Callable[[], None]]:
