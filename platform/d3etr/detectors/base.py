@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.backbones import build_backbone
+from d3etr.detectors.groups import Decoded, side_by_side, split_groups
 from d3etr.detectors.position import TEMPERATURE, SineEncoding
 from d3etr.detectors.transformer import Encoder
 from d3etr.structures import DecoderOutputs, ImageBatch, Memory, ObjectQueries, QueryGroup, Targets
@@ -60,7 +61,6 @@ class DetectionTransformer(nn.Module, ABC):
         """
         return {}
 
-    @abstractmethod
     def decode(
         self, memory: Memory, groups: Sequence[ObjectQueries], *, attention: bool = False
     ) -> list[DecoderOutputs]:
@@ -68,12 +68,41 @@ class DetectionTransformer(nn.Module, ABC):
 
         Args:
             memory: encoder output.
-            groups: a group's reference points are used as they are, whoever made them.
+            groups: a group's references are used as they are, whoever made them; a group without
+                any gets this detector's for its embedding, where it makes them.
             attention: also return the attention maps of every layer.
 
         Returns:
             One entry per group.
         """
+        sizes = [group.count for group in groups]
+        return split_groups(memory, sizes, self.decode_together(memory, groups, sizes, attention))
+
+    @abstractmethod
+    def decode_together(
+        self, memory: Memory, groups: Sequence[ObjectQueries], sizes: list[int], attention: bool
+    ) -> Decoded:
+        """The pass of ``decode``, for all groups side by side; ``sizes`` are their queries."""
+
+    def references(self, groups: Sequence[ObjectQueries]) -> Tensor:
+        """[B or 1, N, 2 or 4] reference logits of all groups side by side, float32.
+
+        Raises:
+            ValueError: references of another size, or none where this detector makes none.
+        """
+        size, parts = self.config.reference_size, []
+        for group in groups:
+            given = group.reference_logits
+            if given is None and self.config.derives_references:
+                given = self.derive_references(group.embedding)
+            if given is None or given.shape[-1] != size:
+                raise ValueError(f"this {self.config.name} takes references [.., N, {size}]")
+            parts.append(given)
+        return side_by_side(parts).float()
+
+    def derive_references(self, embedding: Tensor) -> Tensor:
+        """[.., N, D] embeddings to the reference logits [.., N, 2] that belong to them."""
+        raise NotImplementedError
 
 
 class SingleScaleDetector(DetectionTransformer):

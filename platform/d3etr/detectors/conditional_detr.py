@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.attention import ConditionalCrossAttention, ConditionalSelfAttention
 from d3etr.detectors.base import SingleScaleDetector
-from d3etr.detectors.groups import AttentionTrace, side_by_side, split_groups, zero_states
+from d3etr.detectors.groups import Decoded, side_by_side, zero_states
 from d3etr.detectors.heads import predict_boxes
 from d3etr.detectors.initialisation import (
     attend_to_references,
@@ -23,7 +23,7 @@ from d3etr.detectors.initialisation import (
     initialise_transformer,
 )
 from d3etr.detectors.transformer import MLP, DecoderLayer, run_decoder
-from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
+from d3etr.structures import Memory, ObjectQueries
 
 
 class ConditionalDETRConfig(DetectorConfig):
@@ -65,10 +65,10 @@ def conditional_layers(config: DetectorConfig, learned_slope: bool = False) -> n
 
 
 class ConditionalDecoder(nn.Module):
-    """The stack of layers with the transformation of reference points between them.
+    """The layers, and the transformation of reference points between them.
 
     Args:
-        config: uses width, dropout and what its layers use.
+        config: uses width and what its layers use.
     """
 
     def __init__(self, config: DetectorConfig) -> None:
@@ -78,38 +78,6 @@ class ConditionalDecoder(nn.Module):
         # The first layer has no use for it: workers would wait for its gradient for ever.
         self.query_scale.requires_grad_(config.decoder_layers > 1)
         self.norm = nn.LayerNorm(config.width)
-        self.width, self.dropout = config.width, config.dropout
-
-    def forward(
-        self,
-        embedding: Tensor,
-        encoded_points: Tensor,
-        memory: Memory,
-        sizes: list[int],
-        attention: bool,
-    ) -> tuple[Tensor, AttentionTrace | None]:
-        """Decode all groups side by side.
-
-        Args:
-            embedding: [B or 1, N, D].
-            encoded_points: [B or 1, N, D] sine encoding of the reference points.
-            memory: encoder output.
-            sizes: queries of each group, N in total.
-            attention: keep what attention maps are computed from.
-
-        Returns:
-            [L, B, N, D] normalised states, and the attention or None.
-        """
-
-        def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            # lambda_q of equation 3 is 1 in the first layer: queries have no content yet.
-            scaled = encoded_points * self.query_scale(hidden) if index else encoded_points
-            return embedding, scaled
-
-        per_image = self.training and self.dropout > 0
-        hidden = zero_states(embedding, self.width, len(memory.tokens), per_image)
-        states, trace = run_decoder(self.layers, hidden, aim, memory, sizes, attention)
-        return self.norm(torch.stack(states)), trace
 
 
 class ConditionalDETR(SingleScaleDetector):
@@ -141,39 +109,30 @@ class ConditionalDETR(SingleScaleDetector):
     def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
         """The detector's own queries: embedding [N, D], reference points [N, 2] as logits."""
         embedding = self.query_embedding.weight
-        return ObjectQueries(embedding, self._reference_logits(embedding))
+        return ObjectQueries(embedding, self.derive_references(embedding))
 
-    def _reference_logits(self, embedding: Tensor) -> Tensor:
+    def derive_references(self, embedding: Tensor) -> Tensor:
+        """[.., N, D] embeddings to reference points [.., N, 2] as logits."""
         # float32 also under autocast: 8 bits of mantissa are 1/256 of the image.
         with torch.autocast(embedding.device.type, enabled=False):
             return self.ref_point_head(embedding.float())  # type: ignore[no-any-return]
 
-    def decode(
-        self, memory: Memory, groups: Sequence[ObjectQueries], *, attention: bool = False
-    ) -> list[DecoderOutputs]:
-        """Decode query groups side by side in one pass; groups never see each other.
-
-        Args:
-            memory: encoder output.
-            groups: a group's reference points are used as they are, whoever made them; a group
-                without any gets this detector's for its embedding.
-            attention: also return the attention maps of every layer.
-
-        Returns:
-            One entry per group.
-        """
-        sizes = [group.count for group in groups]
+    def decode_together(
+        self, memory: Memory, groups: Sequence[ObjectQueries], sizes: list[int], attention: bool
+    ) -> Decoded:
+        """As of ``DetectionTransformer``."""
         embedding = side_by_side([group.embedding for group in groups])
-        reference = side_by_side([self._reference_of(group) for group in groups]).float()
+        reference = self.references(groups)
         encoded = self.position.points(reference.sigmoid())
-        states, trace = self.decoder(embedding, encoded, memory, sizes, attention)
-        logits = self.class_head(states).float()
-        boxes = predict_boxes(self.box_head, states, reference)
-        return split_groups(memory, sizes, logits, boxes, states[-1], trace)
 
-    def _reference_of(self, group: ObjectQueries) -> Tensor:
-        if group.reference_logits is None:
-            return self._reference_logits(group.embedding)
-        if group.reference_logits.shape[-1] != 2:
-            raise ValueError("Conditional DETR takes reference points [.., N, 2]")
-        return group.reference_logits
+        def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            # lambda_q of equation 3 is 1 in the first layer: queries have no content yet.
+            return embedding, encoded * self.decoder.query_scale(hidden) if index else encoded
+
+        per_image = self.training and self.config.dropout > 0
+        hidden = zero_states(embedding, self.config.width, len(memory.tokens), per_image)
+        states, trace = run_decoder(self.decoder.layers, hidden, aim, memory, sizes, attention)
+        normed = self.decoder.norm(torch.stack(states))
+        logits = self.class_head(normed).float()
+        boxes = predict_boxes(self.box_head, normed, reference)
+        return Decoded(logits, boxes, normed[-1], trace)

@@ -16,7 +16,7 @@ from d3etr.config.base import MAXIMUM
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import SingleScaleDetector
 from d3etr.detectors.conditional_detr import conditional_layers
-from d3etr.detectors.groups import AttentionTrace, side_by_side, split_groups, zero_states
+from d3etr.detectors.groups import Decoded, zero_states
 from d3etr.detectors.heads import box_logits, predict_boxes
 from d3etr.detectors.initialisation import (
     initialise_box_head,
@@ -25,7 +25,7 @@ from d3etr.detectors.initialisation import (
 )
 from d3etr.detectors.position import SineEncoding
 from d3etr.detectors.transformer import MLP, run_decoder
-from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
+from d3etr.structures import Memory, ObjectQueries
 
 
 class DABDETRConfig(DetectorConfig):
@@ -54,8 +54,7 @@ class DABDecoder(nn.Module):
     """Conditional attention around anchor boxes that every layer moves.
 
     Args:
-        config: uses width, heads, feedforward, dropout, decoder_layers and
-            inverse_sigmoid_epsilon.
+        config: uses width and what its layers use.
     """
 
     def __init__(self, config: DABDETRConfig) -> None:
@@ -68,53 +67,13 @@ class DABDecoder(nn.Module):
         self.anchor_head = MLP((2 * width, width, width))
         self.norm = nn.LayerNorm(width)
         self.encoding = SineEncoding(width)
-        self.width, self.dropout = width, config.dropout
-        self.epsilon = config.inverse_sigmoid_epsilon
 
     def embed(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Query embedding [.., N, D] of anchors [.., N, 4] in [0, 1], and their encoding."""
         encoded = self.encoding.points(anchors)
         return self.anchor_head(encoded), encoded
 
-    def forward(
-        self,
-        anchors: Tensor,
-        memory: Memory,
-        sizes: list[int],
-        box_head: MLP,
-        attention: bool,
-    ) -> tuple[Tensor, Tensor, AttentionTrace | None]:
-        """Decode all groups side by side.
-
-        Args:
-            anchors: [B or 1, N, 4] logits.
-            memory: encoder output.
-            sizes: queries of each group, N in total.
-            box_head: D to 4, moves the anchors after each layer.
-            attention: keep what attention maps are computed from.
-
-        Returns:
-            [L, B, N, D] normalised states, [L, B, N, 4] logits of the anchors that each layer
-            started from, and the attention or None.
-        """
-        images = len(memory.tokens)
-        starts: list[Tensor] = []
-        moved = [anchors]
-
-        def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            if index:
-                # Detached as a start of the next move, not as what the last layer's boxes teach.
-                before = moved[-1].detach() if index > 1 else anchors
-                moved.append(box_logits(box_head, hidden, before, self.epsilon))
-            starts.append(moved[-1].expand(images, -1, -1))
-            return self._look(hidden, moved[-1].detach() if index else anchors, index)
-
-        per_image = self.training and self.dropout > 0
-        hidden = zero_states(anchors, self.width, images, per_image)
-        states, trace = run_decoder(self.layers, hidden, aim, memory, sizes, attention)
-        return self.norm(torch.stack(states)), torch.stack(starts), trace
-
-    def _look(self, hidden: Tensor, anchors: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    def look(self, hidden: Tensor, anchors: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Query embedding and spatial query of one layer, both [B or 1, N, D].
 
         The spatial query's x part is scaled by reference width over anchor width, its y part by
@@ -166,29 +125,26 @@ class DABDETR(SingleScaleDetector):
         anchors = self.anchors.weight
         return ObjectQueries(self.decoder.embed(anchors.sigmoid())[0], anchors)
 
-    def decode(
-        self, memory: Memory, groups: Sequence[ObjectQueries], *, attention: bool = False
-    ) -> list[DecoderOutputs]:
-        """Decode query groups side by side.
+    def decode_together(
+        self, memory: Memory, groups: Sequence[ObjectQueries], sizes: list[int], attention: bool
+    ) -> Decoded:
+        """As of ``DetectionTransformer``; groups' embeddings are not used."""
+        images, epsilon = len(memory.tokens), self.config.inverse_sigmoid_epsilon
+        anchors = self.references(groups)
+        moved, starts = [anchors], list[Tensor]()
 
-        Args:
-            memory: encoder output.
-            groups: their anchors are used as they are; their embeddings are not used.
-            attention: also return the attention maps of every layer.
+        def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            if index:
+                # Detached as a start of the next move, not as what the last layer's boxes teach.
+                before = moved[-1].detach() if index > 1 else anchors
+                moved.append(box_logits(self.box_head, hidden, before, epsilon))
+            starts.append(moved[-1].expand(images, -1, -1))
+            return self.decoder.look(hidden, moved[-1].detach() if index else anchors, index)
 
-        Returns:
-            One entry per group.
-        """
-        sizes = [group.count for group in groups]
-        anchors = side_by_side([_anchors_of(group) for group in groups]).float()
-        states, starts, trace = self.decoder(anchors, memory, sizes, self.box_head, attention)
-        boxes = predict_boxes(self.box_head, states, starts, self.decoder.epsilon)
-        logits = self.class_head(states).float()
-        return split_groups(memory, sizes, logits, boxes, states[-1], trace)
-
-
-def _anchors_of(group: ObjectQueries) -> Tensor:
-    reference = group.reference_logits
-    if reference is None or reference.shape[-1] != 4:
-        raise ValueError("DAB-DETR takes anchor boxes [.., N, 4] as reference_logits")
-    return reference
+        per_image = self.training and self.config.dropout > 0
+        hidden = zero_states(anchors, self.config.width, images, per_image)
+        states, trace = run_decoder(self.decoder.layers, hidden, aim, memory, sizes, attention)
+        normed = self.decoder.norm(torch.stack(states))
+        boxes = predict_boxes(self.box_head, normed, torch.stack(starts), epsilon)
+        logits = self.class_head(normed).float()
+        return Decoded(logits, boxes, normed[-1], trace)

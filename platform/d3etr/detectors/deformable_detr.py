@@ -30,7 +30,7 @@ from d3etr.detectors.feature_levels import (
     on_levels,
     valid_ratios,
 )
-from d3etr.detectors.groups import AttentionTrace, LayerAttention, side_by_side, split_groups
+from d3etr.detectors.groups import Decoded, LayerAttention, side_by_side
 from d3etr.detectors.heads import box_logits
 from d3etr.detectors.initialisation import (
     initialise_box_head,
@@ -39,7 +39,7 @@ from d3etr.detectors.initialisation import (
 )
 from d3etr.detectors.proposals import Proposals
 from d3etr.detectors.transformer import MLP, DecoderLayer, Encoder, run_decoder
-from d3etr.structures import DecoderOutputs, ImageBatch, Memory, ObjectQueries
+from d3etr.structures import ImageBatch, Memory, ObjectQueries
 
 
 class DeformableDETRConfig(DetectorConfig):
@@ -126,10 +126,7 @@ class DeformableDecoderLayer(DecoderLayer):
 
 
 class DeformableDecoder(nn.Module):
-    """The stack of layers with their heads.
-
-    With box refinement every layer has heads of its own and starts from the boxes of the one
-    before; without, all share one pair of heads and one reference.
+    """The layers with their heads: of their own with box refinement, else one pair for all.
 
     Args:
         config: uses decoder_layers, box_refinement and what its layers use.
@@ -139,62 +136,13 @@ class DeformableDecoder(nn.Module):
     def __init__(self, config: DeformableDETRConfig, classes: int) -> None:
         super().__init__()
         width, depth = config.width, config.decoder_layers
-        self.refines = config.box_refinement
         self.layers = nn.ModuleList(
             DeformableDecoderLayer(config, SelfAttention(config), _attention(config))
             for _ in range(depth)
         )
-        heads = depth if self.refines else 1
+        heads = depth if config.box_refinement else 1
         self.class_heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
         self.box_heads = nn.ModuleList(MLP((width, width, width, 4)) for _ in range(heads))
-
-    def forward(
-        self,
-        hidden: Tensor,
-        embedding: Tensor,
-        reference: Tensor,
-        memory: Memory,
-        sizes: list[int],
-        attention: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, AttentionTrace | None]:
-        """Decode all groups side by side.
-
-        Args:
-            hidden: [B, N, D] initial states.
-            embedding: [B or 1, N, D].
-            reference: [B, N, 2] or [B, N, 4] logits, relative to the image.
-            memory: encoder output.
-            sizes: queries of each group, N in total.
-            attention: keep what attention maps are computed from.
-
-        Returns:
-            [L, B, N, C] logits, [L, B, N, 4] boxes in [0, 1], [B, N, D] states of the last layer,
-            and the attention or None.
-        """
-        ratios = valid_ratios(memory.padding, memory.levels)
-        logits: list[Tensor] = []
-        moved: list[Tensor] = []
-
-        def start() -> Tensor:
-            # Each layer learns its own move, not to make up for later ones.
-            return moved[-1].detach() if self.refines and moved else reference
-
-        def predict(layer: int, states: Tensor) -> None:
-            head = layer if self.refines else 0
-            box_head = self.box_heads[head]
-            assert isinstance(box_head, MLP)
-            logits.append(self.class_heads[head](states).float())
-            moved.append(box_logits(box_head, states, start()))
-
-        def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            if index:
-                predict(index - 1, hidden)
-            return embedding, on_levels(start().sigmoid(), ratios, len(memory.levels))
-
-        states, trace = run_decoder(self.layers, hidden, aim, memory, sizes, attention)
-        predict(len(states) - 1, states[-1])
-        boxes = torch.stack([box.sigmoid() for box in moved])
-        return torch.stack(logits), boxes, states[-1], trace
 
 
 class DeformableDETR(DetectionTransformer):
@@ -274,52 +222,50 @@ class DeformableDETR(DetectionTransformer):
             return self.proposals.object_queries(memory)
         embedding = self.query_embedding.weight
         return ObjectQueries(
-            embedding, self._reference_logits(embedding), self.query_content.weight
+            embedding, self.derive_references(embedding), self.query_content.weight
         )
 
-    def _reference_logits(self, embedding: Tensor) -> Tensor:
+    def derive_references(self, embedding: Tensor) -> Tensor:
+        """[.., N, D] embeddings to reference points [.., N, 2] as logits."""
         with torch.autocast(embedding.device.type, enabled=False):
             return self.reference_head(embedding.float())  # type: ignore[no-any-return]
 
-    def decode(
-        self, memory: Memory, groups: Sequence[ObjectQueries], *, attention: bool = False
-    ) -> list[DecoderOutputs]:
-        """Decode query groups side by side in one pass; groups never see each other.
+    def decode_together(
+        self, memory: Memory, groups: Sequence[ObjectQueries], sizes: list[int], attention: bool
+    ) -> Decoded:
+        """As of ``DetectionTransformer``; a group without content starts from zeros.
 
-        Args:
-            memory: encoder output.
-            groups: references are used as they are, all of one size; a group without content
-                starts from zeros.
-            attention: also return the attention maps of every layer; of deformable attention
-                they are maps of what was sampled.
-
-        Returns:
-            One entry per group.
+        With box refinement every layer starts from the boxes of the one before, else all from one
+        reference. Attention maps are those of what was sampled.
         """
-        sizes = [group.count for group in groups]
-        images = len(memory.tokens)
-        parts = [self._complete(group) for group in groups]
-        embedding, reference, content = (side_by_side(part) for part in zip(*parts, strict=True))
-        logits, boxes, states, trace = self.decoder(
-            content.expand(images, -1, -1),
-            embedding,
-            reference.float().expand(images, -1, -1),
-            memory,
-            sizes,
-            attention,
-        )
-        return split_groups(memory, sizes, logits, boxes, states, trace)
+        images, refines = len(memory.tokens), self.config.box_refinement
+        embedding = side_by_side([group.embedding for group in groups])
+        reference = self.references(groups).expand(images, -1, -1)
+        contents = [
+            torch.zeros_like(group.embedding) if group.content is None else group.content
+            for group in groups
+        ]
+        hidden = side_by_side(contents).expand(images, -1, -1)
+        ratios = valid_ratios(memory.padding, memory.levels)
+        logits, moved = list[Tensor](), list[Tensor]()
 
-    def _complete(self, group: ObjectQueries) -> tuple[Tensor, Tensor, Tensor]:
-        reference, content = group.reference_logits, group.content
-        if reference is None:
-            reference = self._reference_logits(group.embedding)
-        if reference.shape[-1] != self.config.reference_size:
-            raise ValueError(
-                f"this Deformable DETR takes references [.., N, {self.config.reference_size}]"
-            )
-        return (
-            group.embedding,
-            reference,
-            torch.zeros_like(group.embedding) if content is None else content,
-        )
+        def start() -> Tensor:
+            # Each layer learns its own move, not to make up for later ones.
+            return moved[-1].detach() if refines and moved else reference
+
+        def predict(layer: int, states: Tensor) -> None:
+            head = layer if refines else 0
+            box_head = self.decoder.box_heads[head]
+            assert isinstance(box_head, MLP)
+            logits.append(self.decoder.class_heads[head](states).float())
+            moved.append(box_logits(box_head, states, start()))
+
+        def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            if index:
+                predict(index - 1, hidden)
+            return embedding, on_levels(start().sigmoid(), ratios, len(memory.levels))
+
+        states, trace = run_decoder(self.decoder.layers, hidden, aim, memory, sizes, attention)
+        predict(len(states) - 1, states[-1])
+        boxes = torch.stack([box.sigmoid() for box in moved])
+        return Decoded(torch.stack(logits), boxes, states[-1], trace)

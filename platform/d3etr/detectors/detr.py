@@ -15,7 +15,7 @@ from torch import nn
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.attention import CrossAttention, SelfAttention
 from d3etr.detectors.base import SingleScaleDetector
-from d3etr.detectors.groups import side_by_side, split_groups, zero_states
+from d3etr.detectors.groups import Decoded, side_by_side, zero_states
 from d3etr.detectors.heads import predict_boxes, sigmoid_logits
 from d3etr.detectors.initialisation import (
     initialise_class_head,
@@ -23,7 +23,7 @@ from d3etr.detectors.initialisation import (
     initialise_transformer,
 )
 from d3etr.detectors.transformer import MLP, DecoderLayer, run_decoder
-from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
+from d3etr.structures import Memory, ObjectQueries
 
 
 class DETRConfig(DetectorConfig):
@@ -91,11 +91,10 @@ class DETR(SingleScaleDetector):
         """The detector's own queries: embedding [N, D]."""
         return ObjectQueries(self.query_embedding.weight)
 
-    def decode(
-        self, memory: Memory, groups: Sequence[ObjectQueries], *, attention: bool = False
-    ) -> list[DecoderOutputs]:
-        """Decode query groups side by side; reference points are not used."""
-        sizes = [group.count for group in groups]
+    def decode_together(
+        self, memory: Memory, groups: Sequence[ObjectQueries], sizes: list[int], attention: bool
+    ) -> Decoded:
+        """As of ``DetectionTransformer``; reference points are not used."""
         embedding = side_by_side([group.embedding for group in groups])
         per_image = self.training and self.config.dropout > 0
         hidden = zero_states(embedding, self.config.width, len(memory.tokens), per_image)
@@ -108,4 +107,4 @@ class DETR(SingleScaleDetector):
             no_object = logits[..., -1] - logits.logsumexp(-1)
             logits = sigmoid_logits(logits, self.classes)
         boxes = predict_boxes(self.box_head, normed)
-        return split_groups(memory, sizes, logits, boxes, normed[-1], trace, no_object)
+        return Decoded(logits, boxes, normed[-1], trace, no_object)

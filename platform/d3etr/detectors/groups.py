@@ -98,26 +98,33 @@ def zero_states(like: Tensor, width: int, images: int, per_image: bool) -> Tenso
     return states.expand(images, -1, -1) if per_image else states
 
 
-def split_groups(
-    memory: Memory,
-    sizes: list[int],
-    logits: Tensor,
-    boxes: Tensor,
-    states: Tensor,
-    trace: AttentionTrace | None,
-    no_object: Tensor | None = None,
-) -> list[DecoderOutputs]:
-    """Cut the outputs of all groups into one entry per group.
+class Decoded(NamedTuple):
+    """What a decoder returns for all groups side by side.
 
-    Args:
-        memory: what was decoded.
-        sizes: queries of each group, N in total.
+    Attributes:
         logits: [L, B, N, C].
         boxes: [L, B, N, 4] cxcywh in [0, 1].
         states: [B, N, D] of the last layer.
         trace: attention of all layers, or None.
         no_object: [L, B, N] log-probability that there is none, where classes are exclusive.
     """
+
+    logits: Tensor
+    boxes: Tensor
+    states: Tensor
+    trace: AttentionTrace | None
+    no_object: Tensor | None = None
+
+
+def split_groups(memory: Memory, sizes: list[int], decoded: Decoded) -> list[DecoderOutputs]:
+    """Cut the outputs of all groups into one entry per group.
+
+    Args:
+        memory: what was decoded.
+        sizes: queries of each group, N in total.
+        decoded: outputs of all.
+    """
+    logits, boxes, states, trace, no_object = decoded
     none: list[None] = [None] * len(sizes)
     parts = zip(
         torch.split(logits, sizes, 2),

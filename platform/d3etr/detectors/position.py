@@ -46,24 +46,13 @@ class SineEncoding(nn.Module):
         Returns:
             [B, S, D], or [1, S, D] without padding: all images share it.
         """
-        if padding is None:
-            return self._shared_grid(*grid)
-        valid = (~padding).float()
+        valid = torch.ones(1, *grid, device=self.periods.device)
+        if padding is not None:
+            valid = (~padding).float()
         y, x = valid.cumsum(1), valid.cumsum(2)
         y = (y - self.shift) / (y[:, -1:] + EPSILON)
         x = (x - self.shift) / (x[:, :, -1:] + EPSILON)
         return self.points(torch.stack([x, y], -1).flatten(1, 2))
-
-    def _shared_grid(self, height: int, width: int) -> Tensor:
-        y = (torch.arange(1, height + 1, device=self.periods.device) - self.shift) / (
-            height + EPSILON
-        )
-        x = (torch.arange(1, width + 1, device=self.periods.device) - self.shift) / (
-            width + EPSILON
-        )
-        rows = self._axis(y)[:, None].expand(-1, width, -1)
-        columns = self._axis(x)[None].expand(height, -1, -1)
-        return torch.cat([rows, columns], -1).view(1, height * width, -1)
 
     def points(self, points: Tensor) -> Tensor:
         """Encode points, or boxes.
