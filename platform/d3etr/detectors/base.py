@@ -84,6 +84,16 @@ class DetectionTransformer(nn.Module, ABC):
     ) -> Decoded:
         """The pass of ``decode``, for all groups side by side; ``sizes`` are their queries."""
 
+    def zero_states(self, like: Tensor, memory: Memory) -> Tensor:
+        """Where decoder states start: zeros [B or 1, N, D] for queries ``like`` [B or 1, N, ..].
+
+        Dropout tells images apart; without it, those of queries that all images share stay
+        shared until they meet their image's memory.
+        """
+        states = like.new_zeros(*like.shape[:2], self.config.width)
+        per_image = self.training and self.config.dropout > 0
+        return states.expand(len(memory.tokens), -1, -1) if per_image else states
+
     def references(self, groups: Sequence[ObjectQueries]) -> Tensor:
         """[B or 1, N, 2 or 4] reference logits of all groups side by side, float32.
 

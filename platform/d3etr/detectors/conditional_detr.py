@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.attention import ConditionalCrossAttention, ConditionalSelfAttention
 from d3etr.detectors.base import SingleScaleDetector
-from d3etr.detectors.groups import Decoded, side_by_side, zero_states
+from d3etr.detectors.groups import Decoded, side_by_side
 from d3etr.detectors.heads import predict_boxes
 from d3etr.detectors.initialisation import (
     attend_to_references,
@@ -129,8 +129,7 @@ class ConditionalDETR(SingleScaleDetector):
             # lambda_q of equation 3 is 1 in the first layer: queries have no content yet.
             return embedding, encoded * self.decoder.query_scale(hidden) if index else encoded
 
-        per_image = self.training and self.config.dropout > 0
-        hidden = zero_states(embedding, self.config.width, len(memory.tokens), per_image)
+        hidden = self.zero_states(embedding, memory)
         states, trace = run_decoder(self.decoder.layers, hidden, aim, memory, sizes, attention)
         normed = self.decoder.norm(torch.stack(states))
         logits = self.class_head(normed).float()

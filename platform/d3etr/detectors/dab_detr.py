@@ -16,7 +16,7 @@ from d3etr.config.base import MAXIMUM
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import SingleScaleDetector
 from d3etr.detectors.conditional_detr import conditional_layers
-from d3etr.detectors.groups import Decoded, zero_states
+from d3etr.detectors.groups import Decoded
 from d3etr.detectors.heads import box_logits, predict_boxes
 from d3etr.detectors.initialisation import (
     initialise_box_head,
@@ -141,8 +141,7 @@ class DABDETR(SingleScaleDetector):
             starts.append(moved[-1].expand(images, -1, -1))
             return self.decoder.look(hidden, moved[-1].detach() if index else anchors, index)
 
-        per_image = self.training and self.config.dropout > 0
-        hidden = zero_states(anchors, self.config.width, images, per_image)
+        hidden = self.zero_states(anchors, memory)
         states, trace = run_decoder(self.decoder.layers, hidden, aim, memory, sizes, attention)
         normed = self.decoder.norm(torch.stack(states))
         boxes = predict_boxes(self.box_head, normed, torch.stack(starts), epsilon)

@@ -15,7 +15,7 @@ from torch import nn
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.attention import CrossAttention, SelfAttention
 from d3etr.detectors.base import SingleScaleDetector
-from d3etr.detectors.groups import Decoded, side_by_side, zero_states
+from d3etr.detectors.groups import Decoded, side_by_side
 from d3etr.detectors.heads import predict_boxes, sigmoid_logits
 from d3etr.detectors.initialisation import (
     initialise_class_head,
@@ -96,8 +96,7 @@ class DETR(SingleScaleDetector):
     ) -> Decoded:
         """As of ``DetectionTransformer``; reference points are not used."""
         embedding = side_by_side([group.embedding for group in groups])
-        per_image = self.training and self.config.dropout > 0
-        hidden = zero_states(embedding, self.config.width, len(memory.tokens), per_image)
+        hidden = self.zero_states(embedding, memory)
         states, trace = run_decoder(
             self.decoder, hidden, lambda index, hidden: (embedding, None), memory, sizes, attention
         )

@@ -84,20 +84,6 @@ def side_by_side(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.expand(images, -1, -1) for part in parts], 1)
 
 
-def zero_states(like: Tensor, width: int, images: int, per_image: bool) -> Tensor:
-    """Where decoder states start.
-
-    Args:
-        like: [B or 1, N, ..].
-        width: D.
-        images: B.
-        per_image: give every image its own, as dropout tells images apart; else those of
-            [1, N, D] stay shared until they meet their image's memory.
-    """
-    states = like.new_zeros(*like.shape[:2], width)
-    return states.expand(images, -1, -1) if per_image else states
-
-
 class Decoded(NamedTuple):
     """What a decoder returns for all groups side by side.
 

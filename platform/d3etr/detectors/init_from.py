@@ -81,16 +81,29 @@ def load_matching(
     """
     found = source.state_dict()
     ours = {name: x for name, x in detector.state_dict().items() if part_of(name) in parts}
-    left: dict[str, str] = {}
-    for name, tensor in ours.items():
-        reason = _misfit(name, tensor, found, same_classes)
-        if reason is not None:
-            left[name] = reason
+    reasons = {name: _misfit(name, x, found, same_classes) for name, x in ours.items()}
+    left = {name: reason for name, reason in reasons.items() if reason is not None}
     for part in parts:
-        _require_fit(part, {n: x for n, x in ours.items() if part_of(n) == part}, left)
-    _require_same_heads(detector, source, parts)
-    if "backbone" in parts:
-        _require_same_backbone(detector, source, left)
+        names = [name for name in ours if part_of(name) == part]
+        # A matrix at least: between detectors of other widths a few biases fit by chance.
+        if not any(name not in left and ours[name].dim() > 1 for name in names):
+            misfits = [f"{name} ({left[name]})" for name in names if name in left]
+            more = f" and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
+            raise UserError(f"nothing of its {part} fits: {', '.join(misfits[:_SHOWN])}{more}")
+    heads = detector.config.heads, source.config.heads
+    if heads[0] != heads[1] and not {"encoder", "decoder"}.isdisjoint(parts):
+        raise UserError(
+            f"it has {heads[1]} attention heads, the student {heads[0]}: the same projections "
+            f"would mean something else. Set student.detector.heads to {heads[1]}"
+        )
+    others = set(detector.backbone.state_dict()) != set(source.backbone.state_dict())
+    if "backbone" in parts and (others or any(part_of(name) == "backbone" for name in left)):
+        mine, theirs = detector.config.backbone, source.config.backbone
+        raise UserError(
+            f"its backbone is {theirs.name} with norm '{theirs.norm}', the student's {mine.name} "
+            f"with '{mine.norm}', or of other widths: take 'backbone' out of the parts, or "
+            "configure the same one"
+        )
     taken = {name: found[name] for name in ours if name not in left}
     detector.load_state_dict(taken, strict=False)
     return LoadedParts(tuple(taken), left)
@@ -106,42 +119,3 @@ def _misfit(
     if name.startswith(_CLASS_HEADS) and not same_classes:
         return "of other classes there"
     return None
-
-
-def _require_fit(
-    part: DetectorPart, tensors: Mapping[str, Tensor], left: Mapping[str, str]
-) -> None:
-    """At least a matrix must: between detectors of other widths a few biases fit by chance."""
-    if any(name not in left and tensor.dim() > 1 for name, tensor in tensors.items()):
-        return
-    names = [name for name in tensors if name in left]
-    shown = ", ".join(f"{name} ({left[name]})" for name in names[:_SHOWN])
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    raise UserError(f"nothing of its {part} fits: {shown}{more}")
-
-
-def _require_same_heads(
-    detector: DetectionTransformer, source: DetectionTransformer, parts: Sequence[DetectorPart]
-) -> None:
-    ours, theirs = detector.config.heads, source.config.heads
-    if ours != theirs and not {"encoder", "decoder"}.isdisjoint(parts):
-        raise UserError(
-            f"it has {theirs} attention heads, the student {ours}: the same projections would "
-            f"mean something else. Set student.detector.heads to {theirs}"
-        )
-
-
-def _require_same_backbone(
-    detector: DetectionTransformer, source: DetectionTransformer, left: Mapping[str, str]
-) -> None:
-    names = set(detector.backbone.state_dict())
-    if names == set(source.backbone.state_dict()) and not any(
-        part_of(name) == "backbone" for name in left
-    ):
-        return
-    ours, theirs = detector.config.backbone, source.config.backbone
-    raise UserError(
-        f"its backbone is {theirs.name} with norm '{theirs.norm}', the student's {ours.name} with "
-        f"'{ours.norm}', or of other widths: take 'backbone' out of the parts, or configure the "
-        "same one"
-    )
