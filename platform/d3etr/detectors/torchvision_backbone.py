@@ -6,7 +6,6 @@ Shapes: B images · h, w cells of a stage's map.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torchvision
@@ -35,14 +34,6 @@ CHANNELS_AT_THE_END = (SwinTransformer,)
 """Networks whose maps are [B, h, w, channels]."""
 _PROBE = 64
 """Side of the image that strides are measured on."""
-
-
-class _Stage(NamedTuple):
-    """What runs one after the other to a map of ``channels`` with ``stride`` pixels per cell."""
-
-    steps: list[nn.Module]
-    channels: int
-    stride: int
 
 
 class TorchvisionBackbone(nn.Module):
@@ -80,35 +71,44 @@ class TorchvisionBackbone(nn.Module):
             self.add_module(name, child)
         self._rounds_down = isinstance(network, ROUNDING_DOWN)
         self._channels_at_the_end = isinstance(network, CHANNELS_AT_THE_END)
-        steps = _steps(self)
+        steps: list[nn.Module] = []  # sequences one level deep are taken apart
+        for child in self.children():
+            steps += child if isinstance(child, nn.Sequential) else [child]
         if isinstance(network, DenseNet):
             steps.append(nn.ReLU())  # the last one is no module there
-        # Lists, not module lists: state dicts have torchvision's names alone.
-        self._stem, self._stages = _split(steps, self._measure(steps))
         if isinstance(network, ResNet) and config.norm == "frozen":
-            self._stem = [RectifiedConvolution(*self._stem)]
+            steps[:3] = [RectifiedConvolution(*steps[:3])]
+        channels, strides = self._measure(steps)
+        # The stem has at least one step; then there is a stage for each stride from 4 on.
+        stem = max(1, next(k for k, stride in enumerate(strides) if stride >= FIRST_STRIDE))
+        stages = sorted({stride for stride in strides if stride >= FIRST_STRIDE})
+        # Lists, not module lists: state dicts have torchvision's names alone.
+        self._parts: list[list[nn.Module]] = [steps[:stem], *([] for _ in stages)]
+        for step, stride in zip(steps[stem:], strides[stem:], strict=True):
+            self._parts[1 + stages.index(stride)].append(step)
+        last = dict(zip(strides, channels, strict=True))
+        self.stage_channels = tuple(last[stride] for stride in stages)
         if config.dilation:
             _dilate(self.get_submodule("layer4"))
-            self._stages[-1] = self._stages[-1]._replace(stride=self._stages[-2].stride)
-        self.stage_channels = tuple(stage.channels for stage in self._stages)
-        self.stage_strides = tuple(stage.stride for stage in self._stages)
+            stages[-1] = stages[-2]
+        self.stage_strides = tuple(stages)
         self.channels, self.stride = self.stage_channels[-1], self.stage_strides[-1]
-        parts = [self._stem, *(stage.steps for stage in self._stages)]
-        for step in (step for part in parts[: config.frozen_stages] for step in part):
+        for step in (step for part in self._parts[: config.frozen_stages] for step in part):
             step.requires_grad_(False)
 
     @torch.no_grad()
-    def _measure(self, steps: Sequence[nn.Module]) -> list[tuple[int, int]]:
-        """Channels, and pixels per cell, after every step."""
+    def _measure(self, steps: Sequence[nn.Module]) -> tuple[list[int], list[int]]:
+        """Channels after every step, and pixels per cell."""
         self.eval()  # a forward pass that draws nothing
         x = torch.zeros(1, 3, _PROBE, _PROBE, device=next(self.parameters()).device)
-        shapes = []
+        channels, strides = [], []
         for step in steps:
             x = step(x)
             features = self._channels_first(x)
-            shapes.append((features.shape[1], _PROBE // features.shape[2]))
+            channels.append(features.shape[1])
+            strides.append(_PROBE // features.shape[2])
         self.train()
-        return shapes
+        return channels, strides
 
     def _channels_first(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2) if self._channels_at_the_end else x
@@ -123,35 +123,13 @@ class TorchvisionBackbone(nn.Module):
         x = pixels.contiguous(memory_format=torch.channels_last)
         if self._rounds_down:
             x = functional.pad(x, (0, -width % self.stride, 0, -height % self.stride))
-        for step in self._stem:
-            x = step(x)
         maps = []
-        for stage in self._stages:
-            for step in stage.steps:
+        for steps, stride in zip(self._parts, (1, *self.stage_strides), strict=True):
+            for step in steps:
                 x = step(x)
-            rows, columns = -(-height // stage.stride), -(-width // stage.stride)
+            rows, columns = -(-height // stride), -(-width // stride)
             maps.append(self._channels_first(x)[..., :rows, :columns])
         return maps[-count:]
-
-
-def _steps(backbone: nn.Module) -> list[nn.Module]:
-    """What runs one after the other; sequences one level deep are taken apart."""
-    steps: list[nn.Module] = []
-    for child in backbone.children():
-        steps += child if isinstance(child, nn.Sequential) else [child]
-    return steps
-
-
-def _split(
-    steps: Sequence[nn.Module], shapes: Sequence[tuple[int, int]]
-) -> tuple[list[nn.Module], list[_Stage]]:
-    """The stem, and a stage for each stride from 4 on; the stem has at least one step."""
-    begin = max(1, next(k for k, (_, stride) in enumerate(shapes) if stride >= FIRST_STRIDE))
-    channels = {stride: count for count, stride in shapes if stride >= FIRST_STRIDE}
-    stages = [_Stage([], count, stride) for stride, count in channels.items()]
-    for step, (_, stride) in zip(steps[begin:], shapes[begin:], strict=True):
-        stages[list(channels).index(stride)].steps.append(step)
-    return list(steps[:begin]), stages
 
 
 def build_network(name: str) -> nn.Module:
