@@ -44,14 +44,9 @@ Solutions = Callable[[], dict[str, Assignment]]
 
 def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A distiller's state dict, of version 0.1 or today's, under today's names."""
-    return {_current_name(name): tensor for name, tensor in state.items()}
-
-
-def _current_name(name: str) -> str:
     for old, new in _PARTS_OF_VERSION_0_1.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
+        state = {new + x.removeprefix(old) if x.startswith(old) else x: state[x] for x in state}
+    return dict(state)
 
 
 class Distiller(nn.Module):

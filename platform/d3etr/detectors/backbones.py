@@ -22,12 +22,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     backbone = SmallBackbone(config) if small else TorchvisionBackbone(config)
     if not config.trainable:
         backbone.requires_grad_(False)
-    _lay_out_as_maps(backbone)
-    return backbone
-
-
-def _lay_out_as_maps(backbone: Backbone) -> None:
-    """Channels last: weights that lie otherwise are reordered in every step, there and back."""
     for weight in backbone.parameters():
-        if weight.dim() == 4:
+        if weight.dim() == 4:  # else reordered in every step, there and back
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return backbone

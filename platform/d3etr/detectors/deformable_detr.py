@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig, Positive
 from d3etr.detectors.attention import SelfAttention
-from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.base import DetectionTransformer, shrink_padding
 from d3etr.detectors.deformable_attention import (
     DeformableAttention,
     initialise_deformable,
@@ -26,7 +26,6 @@ from d3etr.detectors.feature_levels import (
     FeatureLevels,
     LevelPositions,
     cell_centres,
-    level_paddings,
     on_levels,
     valid_ratios,
 )
@@ -200,7 +199,7 @@ class DeformableDETR(DetectionTransformer):
         """
         maps = self.levels(self.backbone.pyramid(images.pixels, self.levels.stages))
         levels = tuple((part.shape[-2], part.shape[-1]) for part in maps)
-        paddings = level_paddings(images.padding, levels)
+        paddings = [shrink_padding(images.padding, grid) for grid in levels]
         position = self.position(levels, paddings)
         tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in maps], 1)
         shrunk = [part.flatten(1) for part in paddings if part is not None]
@@ -217,8 +216,6 @@ class DeformableDETR(DetectionTransformer):
     def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
         """The main group: learned, or the best proposals of each image in ``memory``."""
         if self.proposals is not None:
-            if memory is None:
-                raise ValueError("two-stage queries are made from the memory of their images")
             return self.proposals.object_queries(memory)
         embedding = self.query_embedding.weight
         return ObjectQueries(

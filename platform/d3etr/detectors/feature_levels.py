@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from d3etr.detectors.backbones import Backbone
-from d3etr.detectors.base import shrink_padding
 from d3etr.detectors.position import SineEncoding
 from d3etr.detectors.small_backbone import GroupNorm
 from d3etr.structures import Levels
@@ -90,11 +89,6 @@ class LevelPositions(nn.Module):
             for grid, padding, embedding in zip(levels, paddings, self.level, strict=True)
         ]
         return torch.cat(parts, 1)
-
-
-def level_paddings(padding: Tensor | None, levels: Levels) -> list[Tensor | None]:
-    """The images' padding [B, height, width] on each level's grid."""
-    return [shrink_padding(padding, grid) for grid in levels]
 
 
 def valid_ratios(padding: Tensor | None, levels: Levels) -> Tensor | None:

@@ -64,14 +64,14 @@ class Proposals(nn.Module):
         logits, boxes = self.class_head(states).float()[None], box_logits_of_tokens.sigmoid()[None]
         return DecoderOutputs(logits, boxes, levels=levels, padding=padding), box_logits_of_tokens
 
-    def object_queries(self, memory: Memory) -> ObjectQueries:
+    def object_queries(self, memory: Memory | None) -> ObjectQueries:
         """The best proposals of each image as queries: embedding, anchors and content [B, N, ..].
 
         Gradients do not pass: proposals learn from their own loss.
         """
-        proposals, box_logits_of_tokens = memory.proposals, memory.proposal_logits
-        if proposals is None or box_logits_of_tokens is None:
+        if memory is None or memory.proposals is None or memory.proposal_logits is None:
             raise ValueError("two-stage queries are made from the memory that 'encode' returned")
+        proposals, box_logits_of_tokens = memory.proposals, memory.proposal_logits
         scores = proposals.logits[0, ..., 0]
         best = scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
         anchors = box_logits_of_tokens.gather(1, best[..., None].expand(-1, -1, 4)).detach()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, log_softmax
 
-from d3etr.attention_maps import MASKED_SCORE, AttentionMaps, ScoredMaps
+from d3etr.attention_maps import MASKED_SCORE, AttentionMaps, ProductMaps, ScoredMaps
 from d3etr.config.distillation import AttentionConfig
 from d3etr.kernels.availability import runs_kernels
 from d3etr.structures import Levels
@@ -96,17 +96,9 @@ def _kl_rows(scores: Tensor, teacher: Tensor) -> Tensor:
     return rows
 
 
-def _mse_rows(scores: Tensor, teacher: Tensor) -> Tensor:
-    """Squared distance of each row, summed over keys: [L, B, H, P]."""
-    return (scores.softmax(-1) - teacher.softmax(-1)).square().sum(-1)
-
-
 def _average_heads(scores: Tensor) -> Tensor:
     """Logarithm of the mean probability over heads: [L, B, H, P, K] to [L, B, 1, P, K]."""
     return log_softmax(scores, -1).logsumexp(2, keepdim=True) - math.log(scores.shape[2])
-
-
-DISTANCES = {"kl": _kl_rows, "mse": _mse_rows}
 
 
 def attention_loss(
@@ -131,21 +123,16 @@ def attention_loss(
 
 
 def _distances(student: AttentionMaps, teacher: AttentionMaps, config: AttentionConfig) -> Tensor:
-    """[L, B, H, P], or one head where they are averaged."""
-    if config.distance == "kl" and config.heads != "mean":
-        return _divergence(student, teacher)
+    """[L, B, H, P], or one head where they are averaged; sums over keys."""
+    plain = config.distance == "kl" and config.heads == "per_head"
+    if plain and isinstance(student, ProductMaps) and isinstance(teacher, ProductMaps):
+        if runs_kernels(student.query.device):
+            from d3etr.kernels.map_divergence import map_divergence
+
+            return map_divergence(student, teacher)  # of maps that are stored nowhere
     scores, target = student.scores(), teacher.scores()
     if config.heads == "mean":
         scores, target = _average_heads(scores), _average_heads(target)
-    return DISTANCES[config.distance](scores, target)
-
-
-def _divergence(student: AttentionMaps, teacher: AttentionMaps) -> Tensor:
-    """``_kl_rows``, by a kernel where it can compare maps that are stored nowhere."""
-    if isinstance(student, ScoredMaps) or isinstance(teacher, ScoredMaps):
-        return _kl_rows(student.scores(), teacher.scores())
-    if not runs_kernels(student.query.device):
-        return _kl_rows(student.scores(), teacher.scores())
-    from d3etr.kernels.map_divergence import map_divergence
-
-    return map_divergence(student, teacher)
+    if config.distance == "mse":
+        return (scores.softmax(-1) - target.softmax(-1)).square().sum(-1)
+    return _kl_rows(scores, target)

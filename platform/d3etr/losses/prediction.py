@@ -14,57 +14,31 @@ from d3etr.config.distillation import PredictionConfig
 from d3etr.matching.boxes import cxcywh_to_xyxy, generalised_iou
 
 
-def bce_loss(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Soft-target BCE summed over classes; its minimum is the teacher's entropy.
+def class_loss(logits: Tensor, teacher: Tensor, config: PredictionConfig) -> Tensor:
+    """The configured class loss of each pair, summed over classes.
+
+    ``bce``: BCE(z, p') with soft targets, whose minimum is the teacher's entropy. ``focal``:
+    |p' - p|^2 BCE(z, p'), 0 where student and teacher agree (Li et al. 2020, quality focal loss,
+    beta = 2). ``kl``: T^2 KL(softmax(z' / T) || softmax(z / T)), Hinton et al. 2015.
 
     Args:
         logits: [..., C] student.
         teacher: [..., C] teacher logits.
+        config: names the loss, and the temperature T; larger is softer.
 
     Returns:
         [...].
     """
-    return binary_cross_entropy_with_logits(logits, teacher.sigmoid(), reduction="none").sum(-1)
-
-
-def focal_loss(logits: Tensor, teacher: Tensor) -> Tensor:
-    """|p' - p|^2 BCE(z, p') summed over classes: 0 where student and teacher agree.
-
-    The soft-target form of the focal loss (Li et al. 2020, quality focal loss, beta = 2).
-
-    Args:
-        logits: [..., C] student.
-        teacher: [..., C] teacher logits.
-
-    Returns:
-        [...].
-    """
+    if config.class_loss == "kl":
+        temperature = config.temperature
+        target = log_softmax(teacher / temperature, -1)
+        student = log_softmax(logits / temperature, -1)
+        return temperature**2 * kl_div(student, target, reduction="none", log_target=True).sum(-1)
     target = teacher.sigmoid()
     entropy = binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return ((target - logits.sigmoid()).square() * entropy).sum(-1)
-
-
-def kl_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(z' / T) || softmax(z / T)), Hinton et al. 2015.
-
-    Args:
-        logits: [..., C] student.
-        teacher: [..., C] teacher logits.
-        temperature: T, larger is softer.
-
-    Returns:
-        [...].
-    """
-    target = log_softmax(teacher / temperature, -1)
-    student = log_softmax(logits / temperature, -1)
-    return temperature**2 * kl_div(student, target, reduction="none", log_target=True).sum(-1)
-
-
-def class_loss(logits: Tensor, teacher: Tensor, config: PredictionConfig) -> Tensor:
-    """The configured class loss of each pair, [..., C] to [...]."""
-    if config.class_loss == "kl":
-        return kl_loss(logits, teacher, config.temperature)
-    return {"focal": focal_loss, "bce": bce_loss}[config.class_loss](logits, teacher)
+    if config.class_loss == "focal":
+        entropy = (target - logits.sigmoid()).square() * entropy
+    return entropy.sum(-1)
 
 
 def prediction_losses(

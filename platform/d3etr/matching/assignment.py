@@ -210,13 +210,20 @@ class DeviceSolving:
     """
 
     def __init__(self, blocks: Sequence[CostBlock], stream: torch.cuda.Stream | None) -> None:
+        from d3etr.kernels.assignment import solve
+
         self._stream = stream
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(stream.device))
             for block in blocks:
                 block.costs.record_stream(stream)
         with torch.cuda.stream(stream):
-            self._found = [_solve_there(block) for block in blocks]
+            self._found = []
+            for block in blocks:
+                found = solve(block.costs, block.valid_columns().int(), block.max_pairs)
+                rows, columns, nan_flag = found
+                mask = block.valid_mask()
+                self._found.append(Assignment(rows, columns, block.pairs, mask, nan_flag))
         self._done = None if stream is None else stream.record_event()
 
     def result(self) -> list[Assignment]:
@@ -301,14 +308,6 @@ def _suits_device(blocks: Sequence[CostBlock]) -> bool:
     from d3etr.kernels.assignment import LARGEST_SIDE
 
     return max(max(block.costs.shape[2:]) for block in blocks) <= LARGEST_SIDE
-
-
-def _solve_there(block: CostBlock) -> Assignment:
-    """Solve a block where its costs are."""
-    from d3etr.kernels.assignment import solve
-
-    rows, columns, nan_flag = solve(block.costs, block.valid_columns().int(), block.max_pairs)
-    return Assignment(rows, columns, block.pairs, block.valid_mask(), nan_flag)
 
 
 def spare_threads(device: torch.device) -> int:

@@ -79,19 +79,6 @@ def detection_costs(
     return config.class_cost * cost + boxes
 
 
-def _l2_distance(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    return torch.cdist(logits.sigmoid(), teacher_logits.sigmoid())
-
-
-def _bce_distance(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Sum over classes of BCE(z, sigma(z')) = softplus(z) - z sigma(z'), as a matrix product."""
-    cross = logits @ teacher_logits.sigmoid().transpose(-1, -2)
-    return softplus(logits).sum(-1, keepdim=True) - cross
-
-
-CLASS_DISTANCES = {"l2": _l2_distance, "bce": _bce_distance}
-
-
 @torch.no_grad()
 def distillation_costs(
     student: DecoderOutputs, teacher: DecoderOutputs, config: MatchingCostConfig
@@ -111,28 +98,25 @@ def distillation_costs(
         [L, B, N, M].
     """
     if config.class_distance == "l2" and runs_kernels(student.logits.device):
-        return _fused_costs(student, teacher, config)
+        from d3etr.kernels.pair_costs import pair_costs
+
+        return pair_costs(
+            student.boxes_cxcywh,
+            student.logits.float(),
+            teacher.boxes_cxcywh,
+            teacher.logits.float(),
+            class_cost=config.class_cost,
+            l1_cost=config.l1_cost,
+            giou_cost=config.giou_cost,
+        )
     cost = box_costs(
         student.boxes_cxcywh.float(), teacher.boxes_cxcywh.float(), config.l1_cost, config.giou_cost
     )
-    if config.class_cost:
-        distance = CLASS_DISTANCES[config.class_distance]
-        cost = cost + config.class_cost * distance(student.logits.float(), teacher.logits.float())
-    return cost
-
-
-def _fused_costs(
-    student: DecoderOutputs, teacher: DecoderOutputs, config: MatchingCostConfig
-) -> Tensor:
-    """The same by a kernel."""
-    from d3etr.kernels.pair_costs import pair_costs
-
-    return pair_costs(
-        student.boxes_cxcywh,
-        student.logits.float(),
-        teacher.boxes_cxcywh,
-        teacher.logits.float(),
-        class_cost=config.class_cost,
-        l1_cost=config.l1_cost,
-        giou_cost=config.giou_cost,
-    )
+    if not config.class_cost:
+        return cost
+    logits, target = student.logits.float(), teacher.logits.float().sigmoid()
+    if config.class_distance == "l2":
+        distance = torch.cdist(logits.sigmoid(), target)
+    else:  # sum over classes of BCE(z, sigma(z')) = softplus(z) - z sigma(z'), as a product
+        distance = softplus(logits).sum(-1, keepdim=True) - logits @ target.transpose(-1, -2)
+    return cost + config.class_cost * distance
