@@ -139,7 +139,7 @@ def test_auxiliary_outputs_are_the_teachers_when_the_student_is_the_teacher(
     module = distiller(copy.deepcopy(teacher), teacher)
     taught = module.run_teacher(images)
     assert taught is not None
-    auxiliary = module._decode(images, targets, taught, 0).student.groups["auxiliary"]
+    auxiliary = module._decode(images, targets, taught, 0)[0].groups["auxiliary"]
     for mine, theirs in (
         (auxiliary.logits, taught.main.logits),
         (auxiliary.boxes_cxcywh, taught.main.boxes_cxcywh),
@@ -170,24 +170,18 @@ def test_the_teacher_is_no_part_of_the_module(any_detector: Build) -> None:
     assert set(module.state_dict()) == {f"student.{name}" for name in student.state_dict()}
 
 
-def test_ratio_one_is_adaptive_matching_alone(
-    any_detector: Build, images: ImageBatch, targets: Targets
+@pytest.mark.parametrize(("ratio", "absent"), [(1.0, ("fixed/", "auxiliary/")), (0.0, "adaptive/")])
+def test_ratios_of_one_and_zero_are_the_pure_methods(
+    any_detector: Build,
+    images: ImageBatch,
+    targets: Targets,
+    ratio: float,
+    absent: str | tuple[str, ...],
 ) -> None:
     student, teacher = any_detector(seed=1), any_detector()
-    pure = losses_of(distiller(student, teacher, adaptive_ratio=1.0), images, targets)
+    pure = losses_of(distiller(student, teacher, adaptive_ratio=ratio), images, targets)
     half = losses_of(distiller(student, teacher, adaptive_ratio=0.5), images, targets)
-    assert not any(name.startswith(("fixed/", "auxiliary/")) for name in pure)
-    for name, loss in distilled(pure).items():
-        assert half[name].item() == pytest.approx(loss.item() / 2, rel=1e-5)
-
-
-def test_ratio_zero_is_fixed_matching_alone(
-    any_detector: Build, images: ImageBatch, targets: Targets
-) -> None:
-    student, teacher = any_detector(seed=1), any_detector()
-    pure = losses_of(distiller(student, teacher, adaptive_ratio=0.0), images, targets)
-    half = losses_of(distiller(student, teacher, adaptive_ratio=0.5), images, targets)
-    assert not any(name.startswith("adaptive/") for name in pure)
+    assert not any(name.startswith(absent) for name in pure)
     for name, loss in distilled(pure).items():
         assert half[name].item() == pytest.approx(loss.item() / 2, rel=1e-5)
 
