@@ -90,7 +90,7 @@ class _RowDivergence(torch.autograd.Function):
         return gradient[..., None] * difference, None
 
 
-def _kl_rows(scores: Tensor, teacher: Tensor) -> Tensor:
+def kl_rows(scores: Tensor, teacher: Tensor) -> Tensor:
     """KL(softmax(teacher) || softmax(scores)) of each row: [L, B, H, P]; the teacher is given."""
     rows: Tensor = _RowDivergence.apply(scores, teacher)
     return rows
@@ -135,4 +135,4 @@ def _distances(student: AttentionMaps, teacher: AttentionMaps, config: Attention
         scores, target = _average_heads(scores), _average_heads(target)
     if config.distance == "mse":
         return (scores.softmax(-1) - target.softmax(-1)).square().sum(-1)
-    return _kl_rows(scores, target)
+    return kl_rows(scores, target)
