@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from d3etr.attention_maps import ProductMaps
 from d3etr.config.detector import DetectorConfig
-from d3etr.detectors.groups import LayerAttention, QueryKey
+from d3etr.detectors.groups import LayerAttention
 from d3etr.kernels.availability import runs_kernels
 from d3etr.structures import Memory
 
@@ -78,7 +78,7 @@ def attend_and_keep(
     nowhere. Elsewhere they are the scores, which cost more to compute again than to keep.
     """
     if runs_kernels(query.device):
-        return attend(query, key, value, padding, dropout), QueryKey(query, key)
+        return attend(query, key, value, padding, dropout), ProductMaps(query, key)
     return attend_with_scores(query, key, value, padding, dropout)
 
 

@@ -12,21 +12,9 @@ from torch import Tensor
 from d3etr.attention_maps import AttentionMaps, ProductMaps, ScoredMaps
 from d3etr.structures import DecoderOutputs, Memory
 
-
-class QueryKey(NamedTuple):
-    """What the scores of one layer are products of.
-
-    Attributes:
-        query: [B or 1, H, N, E].
-        key: [B or 1, H, K, E].
-    """
-
-    query: Tensor
-    key: Tensor
-
-
-LayerAttention = QueryKey | Tensor
-"""What maps of one layer and group are compared by: their factors, or scores [B or 1, H, N, K]."""
+LayerAttention = ProductMaps | Tensor
+"""What maps of one layer and group are compared by: their factors [B or 1, H, N, E], or scores
+[B or 1, H, N, K]."""
 
 
 @dataclass
@@ -50,7 +38,7 @@ class AttentionTrace:
         scores = [layer for layer in self.across if isinstance(layer, Tensor)]
         if scores:
             return [ScoredMaps(part) for part in _split_layers(scores, sizes)]
-        products = [layer for layer in self.across if isinstance(layer, QueryKey)]
+        products = [layer for layer in self.across if isinstance(layer, ProductMaps)]
         key = torch.stack([layer.key for layer in products])
         queries = _split_layers([layer.query for layer in products], sizes)
         return [ProductMaps(query, key, memory.padding) for query in queries]
@@ -65,7 +53,7 @@ def _self_maps(layers: Sequence[LayerAttention], images: int) -> AttentionMaps:
     scores = [layer for layer in layers if isinstance(layer, Tensor)]
     if scores:
         return ScoredMaps(stacked(scores))
-    products = [layer for layer in layers if isinstance(layer, QueryKey)]
+    products = [layer for layer in layers if isinstance(layer, ProductMaps)]
     return ProductMaps(
         stacked([layer.query for layer in products]), stacked([layer.key for layer in products])
     )
