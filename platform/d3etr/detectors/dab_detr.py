@@ -131,7 +131,8 @@ class DABDETR(SingleScaleDetector):
         """As of ``DetectionTransformer``; groups' embeddings are not used."""
         images, epsilon = len(memory.tokens), self.config.inverse_sigmoid_epsilon
         anchors = self.references(groups)
-        moved, starts = [anchors], list[Tensor]()
+        moved = [anchors]
+        starts: list[Tensor] = []
 
         def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
             if index:

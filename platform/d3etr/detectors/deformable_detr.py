@@ -244,7 +244,8 @@ class DeformableDETR(DetectionTransformer):
         ]
         hidden = side_by_side(contents).expand(images, -1, -1)
         ratios = valid_ratios(memory.padding, memory.levels)
-        logits, moved = list[Tensor](), list[Tensor]()
+        logits: list[Tensor] = []
+        moved: list[Tensor] = []
 
         def start() -> Tensor:
             # Each layer learns its own move, not to make up for later ones.
