@@ -46,13 +46,18 @@ class SineEncoding(nn.Module):
         Returns:
             [B, S, D], or [1, S, D] without padding: all images share it.
         """
+        height, width = grid
         valid = torch.ones(1, *grid, device=self.periods.device)
         if padding is not None:
             valid = (~padding).float()
-        y, x = valid.cumsum(1), valid.cumsum(2)
-        y = (y - self.shift) / (y[:, -1:] + EPSILON)
-        x = (x - self.shift) / (x[:, :, -1:] + EPSILON)
-        return self.points(torch.stack([x, y], -1).flatten(1, 2))
+        # Images are padded at the right and bottom: the first column and row tell their size.
+        y, x = (
+            (cells - self.shift) / (cells[:, -1:] + EPSILON)
+            for cells in (valid[:, :, 0].cumsum(1), valid[:, 0].cumsum(1))
+        )
+        rows = self._axis(y)[:, :, None].expand(-1, -1, width, -1)
+        columns = self._axis(x)[:, None].expand(-1, height, -1, -1)
+        return torch.cat([rows, columns], -1).flatten(1, 2)
 
     def points(self, points: Tensor) -> Tensor:
         """Encode points, or boxes.
