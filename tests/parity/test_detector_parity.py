@@ -327,7 +327,8 @@ def test_boxes_move_from_saturated_references_as_theirs_do(
         passed = expected.enc_outputs_coord_logits.gather(1, best[..., None].expand(-1, -1, 4))
         torch.testing.assert_close(start, passed, atol=1e-4, rtol=0)
     if is_dab:  # the other epsilon would be seen
-        detector.decoder.epsilon = 1e-3 if epsilon == 1e-5 else 1e-5
+        other_epsilon = {"inverse_sigmoid_epsilon": 1e-3 if epsilon == 1e-5 else 1e-5}
+        detector.config = detector.config.model_copy(update=other_epsilon)
         (other,) = detector.decode(memory, [queries])
         assert (other.boxes_cxcywh[-1] - expected.pred_boxes).abs().max() > 2e-3
 
