@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from d3etr.drawing import draw
     from d3etr.engine.hooks import Hook, TrainingEvent
     from d3etr.inference import Detections, Predictor, load
-    from d3etr.launch.python import train
+    from d3etr.launch.api import train
 
     __version__: str
 
@@ -29,7 +29,7 @@ _HOMES = {
     "TrainingEvent": "d3etr.engine.hooks",
     "draw": "d3etr.drawing",
     "load": "d3etr.inference",
-    "train": "d3etr.launch.python",
+    "train": "d3etr.launch.api",
 }
 
 

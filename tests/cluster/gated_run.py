@@ -17,7 +17,7 @@ from d3etr.config.load import load_config
 from d3etr.config.tree import Config
 from d3etr.engine.distributed import TrainContext
 from d3etr.launch.api import launch
-from d3etr.launch.task import train
+from d3etr.launch.processes import train
 
 
 class Gated:

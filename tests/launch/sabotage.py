@@ -10,7 +10,7 @@ from d3etr.config.tree import Config
 from d3etr.engine.distributed import TrainContext
 from d3etr.engine.journal import read_journal
 from d3etr.errors import UserError
-from d3etr.launch.task import train
+from d3etr.launch.processes import train
 
 RANK, STEP = 1, 9
 """Step 9 is in the middle of the second epoch of six steps."""

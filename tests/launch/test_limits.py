@@ -25,7 +25,7 @@ WORKER = "Caught {0} in DataLoader worker process 0.\nOriginal Traceback ...\n{0
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "accumulation"),
         (MemoryError(), "accumulation"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "optimisation.accumulation"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "free some"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "space"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
     ],
 )

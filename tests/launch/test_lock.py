@@ -47,6 +47,7 @@ def elsewhere() -> Owner:
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "GRACE_SECONDS", 0.0)
     monkeypatch.setattr(lock_module, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lock_module, "SILENT_SECONDS", 0.5)
 
 
 def test_the_lock_is_there_while_held_and_gone_afterwards(tmp_path: Path) -> None:
@@ -92,20 +93,8 @@ def test_a_process_that_got_the_number_of_a_dead_one_does_not_hold_its_lock(
         pass
 
 
-def test_an_owner_elsewhere_is_alive_while_its_heart_beats(tmp_path: Path) -> None:
-    write_lock(tmp_path, elsewhere(), seconds_ago=lock_module.SILENT_SECONDS - 10)
-    with pytest.raises(RunLockedError, match="another-machine"):
-        RunLock(tmp_path).__enter__()
-
-
-def test_an_owner_elsewhere_is_dead_after_long_silence(tmp_path: Path) -> None:
-    write_lock(tmp_path, elsewhere(), seconds_ago=lock_module.SILENT_SECONDS + 10)
-    with RunLock(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize("set_by", [-3600, 3600])
-def test_a_clock_that_is_set_takes_no_lock_from_an_owner_elsewhere(
+@pytest.mark.parametrize("set_by", [-3600, 0, 3600])
+def test_an_owner_elsewhere_is_alive_while_its_heart_beats_whatever_clocks_say(
     tmp_path: Path, set_by: int
 ) -> None:
     write_lock(tmp_path, elsewhere(), seconds_ago=set_by)
@@ -126,19 +115,20 @@ def test_a_clock_that_is_set_takes_no_lock_from_an_owner_elsewhere(
         heart.join()
 
 
-def test_the_lock_of_a_dead_owner_elsewhere_is_taken_over_though_the_clock_was_set_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lock_module, "SILENT_SECONDS", 0.5)
-    write_lock(tmp_path, elsewhere(), seconds_ago=-3600)
+@pytest.mark.parametrize("set_by", [-3600, 0, 3600])
+def test_the_lock_of_a_silent_owner_elsewhere_is_taken_over(tmp_path: Path, set_by: int) -> None:
+    write_lock(tmp_path, elsewhere(), seconds_ago=set_by)
     with RunLock(tmp_path):
         pass
 
 
-def test_a_lock_that_is_just_being_written_counts_as_held(tmp_path: Path) -> None:
+def test_a_lock_that_is_just_being_written_is_left_alone(tmp_path: Path) -> None:
     RunFolder(tmp_path).lock.touch()
+    writer = threading.Timer(0.2, lambda: write_lock(tmp_path, elsewhere()))
+    writer.start()
     with pytest.raises(RunLockedError, match="owner not readable yet"):
         RunLock(tmp_path).__enter__()
+    writer.join()
 
 
 def test_a_fresh_lock_that_was_moved_aside_by_mistake_is_put_back(
@@ -179,17 +169,11 @@ def test_losing_the_lock_interrupts_the_run_and_leaves_the_new_owners_lock(
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"token": 1}', "[" * 9999, '{"pid": "1", "since": null}']
 )
-def test_a_damaged_lock_is_nobodys_and_is_taken_over_once_it_is_old(
-    tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lock_module, "GRACE_SECONDS", 0.0)
+def test_a_damaged_lock_is_nobodys_and_is_taken_over(tmp_path: Path, content: str) -> None:
     written = asdict(elsewhere())
     if content.startswith("{"):
         content = json.dumps(written | json.loads(content))
     RunFolder(tmp_path).lock.write_text(content)
     assert read_owner(RunFolder(tmp_path).lock) is None
-    with pytest.raises(RunLockedError, match="owner not readable yet"), RunLock(tmp_path):
-        pass
-    os.utime(RunFolder(tmp_path).lock, (time.time() - 900,) * 2)
     with RunLock(tmp_path) as lock:
         assert read_owner(RunFolder(tmp_path).lock) == lock.owner

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import NoReturn
 
-from d3etr.launch import process_exit
+from d3etr.launch.process import run_command
 
 
 def program(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command as all that this process does, and end it with the exit code."""
-    process_exit.run_command(lambda: _main(arguments))
+    run_command(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str] | None) -> int:

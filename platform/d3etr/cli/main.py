@@ -34,8 +34,7 @@ from d3etr.cli import (
 from d3etr.cli.command import USER_MISTAKE, Command
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch.limits import explained
-from d3etr.launch.process_exit import report_interrupt
-from d3etr.launch.signals import stop_requested
+from d3etr.launch.process import report_interrupt, stop_requested
 from d3etr.logs import make_plain
 from d3etr.text import safe
 

@@ -40,8 +40,8 @@ class ClusterConfig(Section):
     workers: Annotated[int, Field(ge=1, le=MAXIMUM)] = 1
     """Training processes; the images of a step are shared among them."""
     minimum_workers: Annotated[int, Field(ge=1, le=MAXIMUM)] | None = None
-    """Elastic training: where a node goes, train on with what is left, at least so many workers,
-    and grow back to ``workers`` at a checkpoint. None: always ``workers``."""
+    """Elastic training: begin with what there is room for, and where a node goes train on with what
+    is left, at least so many workers. None: always ``workers``."""
     gpus_per_worker: Annotated[float, Field(ge=0, le=MAXIMUM)] | Literal["auto"] = "auto"
     """auto: 1 where the cluster has a GPU for every worker (or, elastic, for minimum_workers of
     them), else 0."""

@@ -42,7 +42,6 @@ class TrainContext:
 
     rank = 0
     world_size = 1
-    reads_checkpoints = False
     """Whether ``report`` wants the epoch's checkpoint on the disk."""
 
     def __init__(self, device: torch.device) -> None:
@@ -65,12 +64,6 @@ class TrainContext:
 
     def report(self, metrics: dict[str, float]) -> None:
         """Announce that an epoch is done."""
-
-    def saved(self) -> None:
-        """Announce that a checkpoint was saved and training continues: a good place to be stopped.
-
-        It may still be on its way to the disk; what stops the run by an exception waits for it.
-        """
 
 
 class SingleProcess(TrainContext):

@@ -81,7 +81,6 @@ class TrainingLoop:
             self._validation.measure(epoch)
         if self._saves():
             self._save()
-            self._run.context.saved()
 
     def _evaluates(self) -> bool:
         """Whether ``evaluation.every_steps`` asks for a measurement now."""
@@ -108,14 +107,9 @@ class TrainingLoop:
         if ends or done % config.evaluation.every_epochs == 0 or self._evaluates():
             mAP = self._validation.measure(done)
             metrics |= {} if mAP is None else {"val/mAP": mAP}
-        saves = ends or done % config.run.checkpoint_every_epochs == 0 or self._saves()
-        if saves:
+        if ends or done % config.run.checkpoint_every_epochs == 0 or self._saves():
             self._save()
-        if run.context.reads_checkpoints:
-            self._saver.wait()
         run.context.report(metrics)
-        if saves and not ends:
-            run.context.saved()
 
     def _save(self) -> None:
         if self._run.context.rank == 0:

@@ -8,20 +8,29 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from d3etr.config.arguments import require_choice
+from d3etr.config.arguments import require_choice, require_flag, require_path
+from d3etr.config.load import load_config
+from d3etr.config.overrides import as_overrides
 from d3etr.config.tree import Config
 from d3etr.engine.find_run import folder_of
 from d3etr.engine.preflight import judge_beginning
 from d3etr.engine.provenance import ensure_inputs_answer
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
+from d3etr.launch import processes
+from d3etr.launch.display import open_display
 from d3etr.launch.driver import Launcher, OpenTracker, RunResult, Status, Tracker, drive
-from d3etr.launch.progress_reporter import open_display
+from d3etr.launch.processes import (
+    Task,
+    join_rank_0,
+    local_launcher,
+    torchrun_launcher,
+    torchrun_rank,
+)
 from d3etr.launch.ray_environment import ensure_lasting, joined_address
 from d3etr.launch.resources import demand_of, ensure_room, this_machine
-from d3etr.launch.task import Task, train
 from d3etr.progress import OnProgress, no_progress
 from d3etr.text import bare_url
 from d3etr.tracking.state import read_state
@@ -40,7 +49,7 @@ def launch(
     resume: bool = False,
     run_dir: Path | None = None,
     quiet: bool = False,
-    task: Task = train,
+    task: Task = processes.train,
     hooks: Sequence[Hook] = (),
     open_tracker: OpenTracker | None = None,
 ) -> RunResult:
@@ -77,15 +86,13 @@ def launch(
             f"nothing to resume: there is no run {folder.path.name} in {folder.path.parent}"
         )
     if launcher == "torchrun":
-        from d3etr.launch.torchrun import join_rank_0, torchrun_rank
-
         if torchrun_rank() != 0:
             join_rank_0(config, folder, task)
             return RunResult(folder.path, folder.result() or {}, folder.weights, None, True)
-    if folder.result() is None and task is train:  # others need less than training does
+    if folder.result() is None and task is processes.train:  # others need less than training does
         ensure_can_begin(config, launcher)
     if hooks:
-        task = partial(train, hooks=tuple(hooks))
+        task = partial(processes.train, hooks=tuple(hooks))
     return drive(
         config,
         folder,
@@ -113,19 +120,41 @@ def ensure_can_begin(config: Config, launcher: LauncherName) -> None:
         ensure_room(demand_of(config.cluster, nodes), nodes)
 
 
+def train(
+    recipe: str | Path,
+    *,
+    launcher: LauncherName = "ray",
+    quiet: bool = False,
+    hooks: Sequence[Hook] = (),
+    **overrides: Any,
+) -> RunResult:
+    """Train a recipe; a run that is finished already is returned as it is.
+
+    Args:
+        recipe: a YAML file, or the name of a shipped recipe, such as ``digits/d3etr``.
+        launcher: ``ray`` (Ray Train) or ``local`` (this process).
+        quiet: show no progress.
+        hooks: objects of ``d3etr.engine.hooks.Hook``, told of steps, evaluations and the end.
+        **overrides: sections of the configuration, such as ``optimisation={"epochs": 12}`` or
+            ``**{"data.workers": 2}``; they win over the recipe.
+
+    Returns:
+        The run's folder, final metrics and weights.
+
+    Raises:
+        UserError: something that the caller can fix.
+    """
+    require_flag("quiet", quiet)
+    config = load_config(require_path("recipe", recipe), as_overrides(overrides))
+    return launch(config, launcher=launcher, quiet=quiet, hooks=hooks)
+
+
 def _launcher(name: LauncherName, task: Task) -> Launcher:
-    """The launcher of that name; only its own dependencies are imported."""
     if name == "ray":
-        from d3etr.launch.ray_train import RayLauncher
+        from d3etr.launch.ray_train import ray_launcher  # imports Ray
 
-        return RayLauncher(task)
-    if name == "local":
-        from d3etr.launch.local import LocalLauncher
-
-        return LocalLauncher(task)
-    from d3etr.launch.torchrun import TorchrunLauncher
-
-    return TorchrunLauncher(task)
+        return ray_launcher(task)
+    return local_launcher(task) if name == "local" else torchrun_launcher(task)
 
 
 def _mlflow(config: Config) -> OpenTracker | None:
@@ -133,20 +162,23 @@ def _mlflow(config: Config) -> OpenTracker | None:
     if not config.tracking.enabled:
         return None
 
-    def start(config: Config, run_dir: Path) -> Tracker:
-        tracked = _complete_run(config, RunFolder(run_dir))
-        if tracked is not None:
-            return tracked
-        # Slow to import, and not needed for a run that MLflow has all of.
-        from d3etr.tracking.runs import open_tracker
-
-        return open_tracker(config, run_dir)
-
     if find_spec("mlflow") is None:
         raise UserError(
             "tracking.enabled is true, but mlflow is not installed: pip install mlflow, or "
             "--set tracking.enabled=false"
         )
+
+    def start(config: Config, run_dir: Path) -> Tracker:
+        """Track a run, unless it is finished and MLflow has all of it: that needs no MLflow."""
+        state = None if RunFolder(run_dir).result() is None else read_state(run_dir)
+        wanted = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if state is not None and state.complete:
+            if not wanted or bare_url(wanted) == state.tracking_uri:
+                return CompleteRun(state.run_id)
+        from d3etr.tracking.runs import open_tracker  # slow to import
+
+        return open_tracker(config, run_dir)
+
     return start
 
 
@@ -159,13 +191,3 @@ class CompleteRun:
     def finish(self, status: Status, on_progress: OnProgress = no_progress, /) -> str | None:
         """Nothing is missing."""
         return None
-
-
-def _complete_run(config: Config, folder: RunFolder) -> CompleteRun | None:
-    """The MLflow run of a finished run, if it has everything and is where it should be."""
-    state = None if folder.result() is None else read_state(folder.path)
-    if state is None or not state.complete:
-        return None
-    wanted = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    elsewhere = wanted and bare_url(wanted) != state.tracking_uri
-    return None if elsewhere else CompleteRun(state.run_id)

@@ -1,4 +1,4 @@
-"""Small files by which the driver and the workers of one launch control each other.
+"""Small files by which the workers of one launch tell its driver how the run must end.
 
 Files rather than exceptions: to Ray an exception is a lost worker, and it would try again what
 cannot succeed.
@@ -45,19 +45,14 @@ class ControlFiles:
         if not self.reason_file.exists():
             write_text(self.reason_file, json.dumps(asdict(reason)))
 
-    def reason(self) -> Reason | None:
-        """Why the run must end; None if it need not."""
-        try:
-            return Reason(**json.loads(self.reason_file.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
-
-    def wait_for_reason(self, seconds: float) -> Reason | None:
-        """The reason, if one is given within ``seconds``."""
+    def reason(self, seconds: float = 0) -> Reason | None:
+        """Why the run must end, if that is known within ``seconds``."""
         end = time.monotonic() + seconds
-        while (reason := self.reason()) is None and time.monotonic() < end:
+        while not self.reason_file.exists():
+            if time.monotonic() >= end:
+                return None
             time.sleep(0.1)
-        return reason
+        return Reason(**json.loads(self.reason_file.read_text(encoding="utf-8")))
 
     def repeats(self, rank: int, error: Exception, progress: str) -> bool:
         """Keep a worker's exception; True if it is the one that ended the last attempt.
@@ -65,33 +60,17 @@ class ControlFiles:
         Args:
             rank: the worker.
             error: what it raised.
-            progress: how far the run was; the same exception after progress is another.
+            progress: how far the run was, a line; the same after progress is another exception.
         """
-        failure = {"error": redacted(repr(error)), "progress": progress, "text": as_text(error)}
-        before = self._failure(rank)
-        write_text(self._failure_file(rank), json.dumps(failure))
-        return all(before.get(key) == failure[key] for key in ("error", "progress"))
+        file, text = self.folder / f"failure-{rank}.txt", f"{progress}\n{as_text(error)}"
+        before = file.read_text(encoding="utf-8") if file.exists() else None
+        write_text(file, text)
+        return before == text
 
     def failure(self, rank: int) -> str | None:
         """The traceback of a worker's last exception."""
-        return self._failure(rank).get("text")
-
-    def _failure_file(self, rank: int) -> Path:
-        return self.folder / f"failure-{rank}.json"
-
-    def _failure(self, rank: int) -> dict[str, str]:
-        file = self._failure_file(rank)
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-    @property
-    def regroup_request(self) -> Path:
-        """Exists while the driver wants to start the workers as another number of them."""
-        return self.folder / "regroup"
-
-    @property
-    def regroup_reply(self) -> Path:
-        """Exists once the workers have ended for that."""
-        return self.folder / "regrouping"
+        file = self.folder / f"failure-{rank}.txt"
+        return file.read_text(encoding="utf-8").partition("\n")[2] if file.exists() else None
 
 
 def as_text(error: Exception) -> str:

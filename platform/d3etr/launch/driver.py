@@ -18,10 +18,9 @@ from d3etr.engine.results import Inputs
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import RunFailedError as RunFailedError
 from d3etr.errors import UserError
-from d3etr.launch.follower import JournalFollower
+from d3etr.launch.display import Display, JournalFollower
 from d3etr.launch.lock import RunLock
-from d3etr.launch.progress_reporter import Display
-from d3etr.launch.signals import terminable
+from d3etr.launch.process import terminable
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress
 

@@ -1,4 +1,4 @@
-"""Limits of the system (memory, files, processes, paths) as one sentence with the remedy."""
+"""Limits of the system (memory, files, processes) as one sentence with the remedy."""
 
 from __future__ import annotations
 
@@ -8,47 +8,19 @@ from contextlib import contextmanager
 
 from d3etr.errors import UserError
 
-AGAIN = "The same command goes on with the run."
-LIMITS = tuple(
-    (re.compile(pattern), text)
-    for pattern, text in (
-        (
-            r"shared memory|Bus error",
-            "the system has no shared memory left (df -h /dev/shm): containers need more, for "
-            "example docker run --shm-size=2g; --set data.workers=0 needs none",
-        ),
-        (
-            r"Too many open files",
-            "this process may open no more files (ulimit -n): allow more, for example ulimit -n "
-            "65536, or ask for fewer data.workers",
-        ),
-        (
-            r"can't start new thread|Resource temporarily unavailable|pthread_create",
-            "the system allows no more processes or threads (ulimit -u, or a container's limit of "
-            "processes): allow more, or ask for fewer data.workers and cluster.workers",
-        ),
-        (
-            r"AF_UNIX path",
-            "the path of the folder for temporary files is too long for sockets: set TMPDIR (for "
-            "Ray RAY_TMPDIR) to a shorter one, such as /tmp",
-        ),
-        (
-            r"CUDA out of memory|CUDNN_STATUS_ALLOC_FAILED",
-            "the GPU's memory does not hold this: a larger optimisation.accumulation makes each "
-            "worker hold fewer images at once and changes no loss but for dropout",
-        ),
-        (
-            r"[Cc]an(?:not|'t) allocate memory|^MemoryError|killed by signal: Killed",
-            "this machine's memory does not hold this: a larger optimisation.accumulation makes "
-            "each worker hold fewer images at once, and fewer data.workers need less",
-        ),
-        (
-            r"No space left on device",
-            "no space left on a disk, perhaps that of the folder for temporary files (TMPDIR): "
-            "free some",
-        ),
-    )
-)
+LIMITS = {
+    r"shared memory|Bus error": "the system has no shared memory left (df -h /dev/shm): containers "
+    "need more, for example docker run --shm-size=2g; --set data.workers=0 needs none",
+    r"CUDA out of memory|CUDNN_STATUS_ALLOC_FAILED|[Cc]an(?:not|'t) allocate memory|^MemoryError|"
+    r"killed by signal: Killed|running low on memory": "there is not enough memory, of the GPU or "
+    "of the machine: a larger optimisation.accumulation makes each worker hold fewer images at "
+    "once and changes no loss but for dropout; fewer data.workers or cluster.workers help too",
+    r"Too many open files|can't start new thread|Resource temporarily unavailable|pthread_create|"
+    r"No space left on device|AF_UNIX path": "the system is at a limit of its own (open files: "
+    "ulimit -n; processes: ulimit -u; space, or a long path, for temporary files: TMPDIR). Allow "
+    "more, or ask for fewer data.workers and cluster.workers",
+}
+"""What the system's words contain -> what to do."""
 
 
 def explained(error: BaseException) -> UserError | None:
@@ -65,10 +37,12 @@ def explained(error: BaseException) -> UserError | None:
     for one in seen:
         lines = f"{type(one).__name__}: {one}".strip().splitlines()
         # The first line of an exception, and the last of a traceback that is its text.
-        for pattern, text in LIMITS:
+        for pattern, text in LIMITS.items():
             for line in (lines[0], lines[-1]):
-                if isinstance(one, OSError | RuntimeError | MemoryError) and pattern.search(line):
-                    return UserError(f"{text}. {AGAIN}\nThe system says: {line}")
+                if re.search(pattern, line):
+                    return UserError(
+                        f"{text}. The same command goes on with the run.\nThe system says: {line}"
+                    )
     return None
 
 

@@ -2,8 +2,7 @@
 
 A lock is a file that only one process can create (``O_EXCL``), names its owner, and is touched
 every few seconds. Where the owner runs on this machine, its process decides whether the lock is
-live; elsewhere the age of the last touch does, measured by the storage's own clock. That clock
-may have been set since, so a lock that looks old is watched before it is taken for dead.
+live; elsewhere the lock is watched, whatever clocks say.
 """
 
 from __future__ import annotations
@@ -21,16 +20,14 @@ from types import TracebackType
 
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
-from d3etr.launch.signals import held, interrupt
+from d3etr.launch.process import held, interrupt
 from d3etr.logs import get_logger
 
 logger = get_logger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0
-"""An owner on another machine that has been silent for this long is taken for dead."""
-WATCHED_BEATS = 3
-"""So many heartbeats of a lock that looks old must fail to come."""
+"""An owner on another machine that is silent while it is watched so long is taken for dead."""
 GRACE_SECONDS = 3.0
 """Pause after a takeover: workers of the dead owner notice within this time and leave."""
 
@@ -110,28 +107,13 @@ def read_owner(path: Path) -> Owner | None:
     return owner if sound and isinstance(owner.since, int | float) else None
 
 
-def _silence(path: Path) -> float:
-    """Seconds since the lock was touched, by the clock of the storage it is on."""
-    probe = path.with_name(f".clock-{uuid.uuid4().hex}")
-    probe.touch()
-    try:
-        return probe.stat().st_mtime - path.stat().st_mtime
-    finally:
-        probe.unlink()
-
-
 def _beats(path: Path) -> bool:
-    """Whether somebody elsewhere still touches the lock, whatever its time is.
+    """Whether somebody elsewhere still touches the lock; it takes its time where nobody does.
 
     Raises:
         FileNotFoundError: nobody holds it any more.
     """
-    silence = _silence(path)
-    if abs(silence) < SILENT_SECONDS:
-        return True
-    # From the future: the clock was set back, and the age means nothing.
-    patience = SILENT_SECONDS if silence < 0 else WATCHED_BEATS * HEARTBEAT_SECONDS
-    touched, end = _touched(path), time.monotonic() + patience
+    touched, end = _touched(path), time.monotonic() + SILENT_SECONDS
     while time.monotonic() < end:
         time.sleep(min(1.0, HEARTBEAT_SECONDS))
         if _touched(path) != touched:

@@ -7,29 +7,28 @@ import os
 import socket
 import sys
 import threading
-import time
 import urllib.request
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import ray
-from ray._private import node as ray_node
 from ray._private import ray_constants
 from ray._private import services as ray_services
 
 from d3etr.config.infrastructure import ClusterConfig
 from d3etr.errors import UserError
 from d3etr.launch import limits
-from d3etr.launch.orphan_reaper import OrphanReaper
-from d3etr.launch.process_exit import (
+from d3etr.launch.process import (
     NoAnswerError,
     attempt,
     attempt_within,
+    held,
     is_command,
     skip_shutdown,
+    stop_requested,
+    terminable,
 )
 from d3etr.launch.ray_environment import (
     SEVERAL_MACHINES,
@@ -42,7 +41,6 @@ from d3etr.launch.ray_environment import (
     without_proxy,
 )
 from d3etr.launch.resources import Node
-from d3etr.launch.signals import held, stop_requested, terminable
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress
 
@@ -51,11 +49,9 @@ logger = get_logger(__name__)
 CONNECT_SECONDS = 60.0
 """ray.init has no limit of its own: it waits for ever for a cluster that is half reachable."""
 START_SECONDS = 120.0
-PORT_TURN_MS = 300
 LEAVE_SECONDS = 30.0
 """Where the head is gone, Ray leaves after some 15 seconds."""
 PROBE_SECONDS = 10.0
-ANSWER_SECONDS = 2.0
 OBJECT_STORE_BYTES = 128 * 2**20
 """Training passes nothing through Ray's object store."""
 
@@ -102,8 +98,6 @@ class _Connection:
         self._abandoned = False
         """A thread waits inside of Ray, which must not be called any more."""
         self._left = threading.Event()
-        self._reaper: OrphanReaper | None = None
-        """Of a cluster that was started here."""
 
     def open(self) -> None:
         """Connect.
@@ -114,8 +108,7 @@ class _Connection:
         # It would end this process at a termination signal, by SIGABRT.
         ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
         failure = self._start() if self._address == "local" else self._join()
-        if isinstance(failure, NoAnswerError):
-            self._abandoned = True
+        self._abandoned = isinstance(failure, NoAnswerError)
         if failure is not None:
             raise UserError(_explanation(self._address, failure)) from failure
 
@@ -132,8 +125,6 @@ class _Connection:
         self._left.set()
         if failure is not None:
             logger.warning("Ray did not end in order: %r", failure)
-        elif self._reaper is not None:
-            self._reaper.dismiss()
 
     def _start(self) -> Exception | None:
         """Start Ray here.
@@ -143,19 +134,16 @@ class _Connection:
         """
         # Ray read the variable when it was imported.
         ray_constants.ENABLE_RAY_CLUSTER = os.environ[SEVERAL_MACHINES] != "0"
-        options = {
+        start = partial(
+            ray.init,
             **_options("local"),
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
-        if _WAIT_FOR_PORT is not None:
-            ray_node.wait_for_persisted_port = _wait_for_port
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
         if _POPEN is not None and sys.platform == "linux":
             ray_services.ConsolePopen = _popen_in_own_session
-        unless = stop_requested if is_command() else None
-        self._reaper = OrphanReaper()
-        with environment(self._reaper.environment, override=True):
-            return attempt_within(START_SECONDS, partial(ray.init, **options), self._left, unless)
+        unless = stop_requested if is_command() else lambda: False
+        return attempt_within(START_SECONDS, start, self._left, unless)
 
     def _join(self) -> Exception | None:
         """Join a cluster, which may be waited for in vain: a signal ends that."""
@@ -166,21 +154,8 @@ class _Connection:
         return attempt_within(CONNECT_SECONDS, join, self._left, stop_requested)
 
 
-# Parts of Ray that are not for others: a version that lacks one keeps its own ways with signals.
-_WAIT_FOR_PORT: Any = getattr(ray_node, "wait_for_persisted_port", None)
 _POPEN: Any = getattr(ray_services, "ConsolePopen", None)
-
-
-def _wait_for_port(*place: Any, timeout_ms: int = 30_000, **more: Any) -> int:
-    """Ray's own, which keeps all of Python from running while it waits, in short turns."""
-    end = time.monotonic() + timeout_ms / 1000
-    while True:
-        try:
-            return int(_WAIT_FOR_PORT(*place, timeout_ms=min(timeout_ms, PORT_TURN_MS), **more))
-        except Exception:
-            if stop_requested() or time.monotonic() > end:
-                raise
-        time.sleep(0.01)
+"""Not for others: a version of Ray that lacks it keeps its own ways with signals."""
 
 
 def _popen_in_own_session(*command: Any, **options: Any) -> Any:
@@ -198,26 +173,8 @@ def _options(address: str) -> dict[str, Any]:
 
 def cluster_nodes() -> list[Node]:
     """The machines of the connected cluster; Ray takes some 15 seconds to miss a lost one."""
-    return [_offer(node) for node in ray.nodes() if node["Alive"]]
-
-
-def answering_nodes() -> list[Node]:
-    """Those machines of the connected cluster that answer at this moment."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    with ThreadPoolExecutor(max_workers=max(1, len(alive))) as pool:
-        answers = list(pool.map(_answers, alive))
-    return [_offer(node) for node, answer in zip(alive, answers, strict=True) if answer]
-
-
-def _offer(node: Mapping[str, Any]) -> Node:
-    total = node["Resources"]
-    return Node(total.get("CPU", 0.0), total.get("GPU", 0.0))
-
-
-def _answers(node: Mapping[str, Any]) -> bool:
-    """Whether the node's Ray process takes connections."""
-    place = (node["NodeManagerAddress"], int(node["NodeManagerPort"]))
-    return attempt(lambda: socket.create_connection(place, ANSWER_SECONDS).close()) is None
+    offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(offer.get("CPU", 0.0), offer.get("GPU", 0.0)) for offer in offers]
 
 
 def free_resources() -> Node:

@@ -1,11 +1,13 @@
 """Train under Ray Train: one to many workers on one to many machines.
 
-Ray starts the workers and notices lost ones. Checkpoints, metrics and their history are in the
-run's folder and not Ray's, so that a run can change launchers.
+Ray starts the workers, notices lost ones and starts them again, where training is elastic as many
+as there is room for. Checkpoints, metrics and their history are in the run's folder and not Ray's,
+so that a run can change launchers.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -24,11 +26,11 @@ from d3etr.errors import RunFailedError, UserError
 from d3etr.launch.control_files import ControlFiles, Reason
 from d3etr.launch.driver import Launch
 from d3etr.launch.process_group import TorchConfig
+from d3etr.launch.processes import Task, train
 from d3etr.launch.ray_cluster import cluster_nodes, connected
-from d3etr.launch.ray_failures import ended, translate
+from d3etr.launch.ray_failures import translate
 from d3etr.launch.ray_worker import Assignment, work
-from d3etr.launch.resources import Demand, demand_of, describe, ensure_room
-from d3etr.launch.task import Task, train
+from d3etr.launch.resources import Demand, Node, demand_of, describe, ensure_room, room
 
 RESULT_SECONDS = 30.0
 """Once the run's result is there, Ray gets so long to end; it ends a driver without a head after
@@ -38,64 +40,37 @@ ORDERLY_SECONDS = 10.0
 POLL_SECONDS = 0.3
 
 
-@dataclass(frozen=True)
-class RayLauncher:
-    """Trains with Ray Train.
+def ray_launcher(task: Task = train) -> Callable[[Launch], Callable[[], None]]:
+    """A launcher that reaches a cluster with room, and trains there until the end.
 
-    Attributes:
+    Args:
         task: what each worker runs.
     """
 
-    task: Task = train
-
-    def __call__(self, launch: Launch) -> Callable[[], None]:
-        """Reach a cluster that has room, and return what trains there until the end.
-
-        Raises:
-            UserError: the cluster has no room, or cannot be reached.
-        """
-        from d3etr.launch.elastic import train_elastically
-
+    def make_ready(launch: Launch) -> Callable[[], None]:
         cluster = launch.config.cluster
         launch.later.enter_context(connected(cluster, launch.on_progress))
         nodes = cluster_nodes()
         demand = demand_of(cluster, nodes)
         ensure_room(demand, nodes)
+        # A fresh folder: a torn snapshot of Ray's can never block a resume.
         storage = RunFolder(launch.run_dir).ray / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
         storage.mkdir(parents=True)
-        group = WorkerGroup(launch, self.task, demand, storage, ControlFiles(storage))
-        if demand.elastic:
-            return partial(train_elastically, group)
-        return partial(_train, group, describe(nodes))
+        return partial(_Workers(launch, task, demand, storage, ControlFiles(storage)).train, nodes)
 
-
-def _train(group: WorkerGroup, nodes: str) -> None:
-    """Train with as many workers as asked for; Ray starts them again where some are lost.
-
-    Raises:
-        UserError: a worker met a mistake.
-        RunFailedError: workers kept failing.
-    """
-    cluster = group.launch.config.cluster
-    group.launch.on_progress(f"starting {group.demand} ({nodes})")
-    try:
-        group.fit(group.demand.workers, cluster.maximum_failures, "workers")
-    except (UserError, RunFailedError):
-        raise
-    except Exception as error:
-        raise translate(error, cluster, group.demand, group.control) from error
+    return make_ready
 
 
 @dataclass(frozen=True)
-class WorkerGroup:
-    """Starts workers of one launch, watches them, and waits for their end.
+class _Workers:
+    """The workers of one launch.
 
     Attributes:
         launch: the run.
         task: what each worker runs.
         demand: what each worker needs.
         storage: Ray's folder.
-        control: how workers and driver control each other.
+        control: what workers write down for the driver.
     """
 
     launch: Launch
@@ -104,26 +79,18 @@ class WorkerGroup:
     storage: Path
     control: ControlFiles
 
-    def fit(
-        self, workers: int, failures: int, name: str, watch: Callable[[], None] = lambda: None
-    ) -> None:
-        """Start ``workers`` and wait until they end.
+    def train(self, nodes: list[Node]) -> None:
+        """Start workers and wait until they end.
 
         Ray's trainer runs in a thread, so that a signal reaches this one and not Ray's handlers.
 
-        Args:
-            workers: how many.
-            failures: how often Ray may start them again.
-            name: of Ray's own folder in ``storage``: a fresh one for each group, so that a torn
-                snapshot of Ray's can never block a resume.
-            watch: called several times a second, meanwhile.
-
         Raises:
-            UserError: a worker met a mistake.
-            RunFailedError: a worker failed twice in the same way.
-            Exception: Ray's own, of any other failure.
+            UserError: a worker met a mistake, or there was no room for too long.
+            RunFailedError: workers kept failing.
         """
-        trainer, errors = self._trainer(workers, failures, name), list[Exception]()
+        cluster, errors = self.launch.config.cluster, list[Exception]()
+        self.launch.on_progress(f"starting {self.demand} ({describe(nodes)})")
+        trainer = self._trainer()
 
         def fit() -> None:
             try:
@@ -134,46 +101,61 @@ class WorkerGroup:
         thread = threading.Thread(target=fit, name="ray-train", daemon=True)
         thread.start()
         try:
-            self._wait(thread, watch)
-        except KeyboardInterrupt:
+            self._wait(thread)
+        except (KeyboardInterrupt, UserError):
             # Where the connection to Ray outlives the run, workers must know not to start again.
             self.control.end(Reason("failure", "interrupted"))
             raise
         reason = self.control.reason()
         if reason is not None:
             thread.join(ORDERLY_SECONDS)
-            raise ended(reason)
+            if reason.kind == "mistake":
+                raise UserError(reason.text)
+            raise RunFailedError(f"a worker failed twice in the same way:\n{reason.text}")
         if thread.is_alive():
             raise RunFailedError(
                 f"no word from Ray for {RESULT_SECONDS:g} seconds after the last step"
             )
         if errors:
-            raise errors[0]
+            raise translate(errors[0], cluster, self.demand, self.control) from errors[0]
 
-    def _wait(self, thread: threading.Thread, watch: Callable[[], None]) -> None:
-        """Return when the trainer has ended, must end, or has had its time after the result."""
-        summary = RunFolder(self.launch.run_dir).summary
-        finished: float | None = None
+    def _wait(self, thread: threading.Thread) -> None:
+        """Return when the trainer has ended, must end, or has had its time after the result.
+
+        Raises:
+            UserError: an elastic run had too few machines for as long as any run waits for room;
+                Ray itself would wait for ever.
+        """
+        cluster, summary = self.launch.config.cluster, RunFolder(self.launch.run_dir).summary
+        patience = cluster.start_timeout_seconds * (cluster.maximum_failures + 1)
+        finished, enough = math.inf, time.monotonic()
         while thread.is_alive() and self.control.reason() is None:
-            if finished is None and summary.exists():
-                finished = time.monotonic()
-            if finished is not None and time.monotonic() > finished + RESULT_SECONDS:
+            now = time.monotonic()
+            if summary.exists():
+                finished = min(finished, now)
+            if now > finished + RESULT_SECONDS:
                 return
-            watch()
+            if not self.demand.elastic or self._fitting() >= self.demand.least:
+                enough = now
+            if now > enough + patience:
+                raise UserError(
+                    f"the cluster has {describe(cluster_nodes())}: room for {self._fitting()} of "
+                    f"at least {self.demand.least} workers (cluster.minimum_workers), since "
+                    f"{patience:g} seconds (cluster.start_timeout_seconds times maximum_failures + "
+                    "1). Bring machines back; the same command goes on with the run."
+                )
             thread.join(POLL_SECONDS)
 
-    def _trainer(self, workers: int, failures: int, name: str) -> ray.train.torch.TorchTrainer:
-        gpu = self.demand.gpus > 0
+    def _fitting(self) -> int:
+        return room(cluster_nodes(), self.demand.cpus, self.demand.gpus)
+
+    def _trainer(self) -> ray.train.torch.TorchTrainer:
+        launch, demand, gpu = self.launch, self.demand, self.demand.gpus > 0
+        failures = launch.config.cluster.maximum_failures
+        omp_threads = os.environ.get("OMP_NUM_THREADS")
         assignment = Assignment(
-            self.task,
-            self.launch.config,
-            self.launch.run_dir,
-            self.launch.token,
-            self.control,
-            gpu,
-            os.environ.get("OMP_NUM_THREADS"),
+            self.task, launch.config, launch.run_dir, launch.token, self.control, gpu, omp_threads
         )
-        resources = {"CPU": self.demand.cpus} | ({"GPU": self.demand.gpus} if gpu else {})
         return ray.train.torch.TorchTrainer(
             work,
             train_loop_config={"assignment": assignment},
@@ -181,10 +163,14 @@ class WorkerGroup:
                 backend="nccl" if gpu else "gloo", timeout_s=int(COLLECTIVE_TIMEOUT_SECONDS)
             ),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=workers, use_gpu=gpu, resources_per_worker=resources
+                num_workers=(demand.least, demand.workers) if demand.elastic else demand.workers,
+                # Workers that train are left alone: growing would repeat steps.
+                elastic_resize_monitor_interval_s=math.inf,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": demand.cpus} | ({"GPU": demand.gpus} if gpu else {}),
             ),
             run_config=ray.train.RunConfig(
-                name=name,
+                name="workers",
                 storage_path=str(self.storage),
                 failure_config=ray.train.FailureConfig(
                     max_failures=failures,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +23,17 @@ from d3etr.engine.run_folder import CHECKPOINT_PREFIX, RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.control_files import ControlFiles, Reason, as_text
 from d3etr.launch.lock import read_owner
+from d3etr.launch.processes import Task
 from d3etr.launch.resources import threads_for
-from d3etr.launch.task import Task
-from d3etr.launch.worker_watchdog import WorkerWatchdog
+from d3etr.logs import get_logger
+
+logger = get_logger(__name__)
 
 ECHO_SECONDS = 3.0
 """A peer's mistake breaks collective operations here; its reason is there within this time."""
+WATCH_SECONDS = 1.0
+LINGER_SECONDS = 15.0
+"""A worker that still trains so long after the run was to end hangs, and is ended."""
 
 
 @dataclass(frozen=True)
@@ -51,42 +59,12 @@ class Assignment:
     omp_threads: str | None
 
 
-class Regroup(Exception):  # noqa: N818 - not an error
-    """The workers end in order, for the driver to start another number of them."""
-
-
 class RayContext(ProcessGroup):
-    """A Ray Train worker's view of the run; Ray has made the process group.
-
-    Args:
-        assignment: of the worker.
-    """
-
-    def __init__(self, assignment: Assignment) -> None:
-        # Without GPUs asked for, Ray would still offer the machine's first one.
-        gpu = assignment.gpu
-        super().__init__(ray.train.torch.get_device() if gpu else torch.device("cpu"))
-        self._control = assignment.control
-        self._elastic = assignment.config.cluster.minimum_workers is not None
+    """A Ray Train worker's view of the run; Ray has made the process group."""
 
     def report(self, metrics: dict[str, float]) -> None:
         """Tell the controller that an epoch is done; also Ray's sign of life."""
         ray.train.report({name: float(value) for name, value in metrics.items()})
-
-    def saved(self) -> None:
-        """Leave here if the driver wants another number of workers: nothing is lost.
-
-        Raises:
-            Regroup: on all workers alike.
-        """
-        if not self._elastic:
-            return
-        requested = self.rank == 0 and self._control.regroup_request.exists()
-        if not self.all_reduce(torch.tensor(int(requested), device=self.device)):
-            return
-        if self.rank == 0:
-            self._control.regroup_reply.touch()
-        raise Regroup
 
 
 def work(settings: dict[str, Assignment]) -> None:
@@ -98,15 +76,19 @@ def work(settings: dict[str, Assignment]) -> None:
     assignment = settings["assignment"]
     if assignment.control.reason() is not None:  # started again though the run must end
         return
-    _ensure_shared_folder(assignment)
-    _set_threads(assignment)
-    context = RayContext(assignment)
-    watchdog = WorkerWatchdog(assignment.run_dir, assignment.token, assignment.control)
-    with watchdog, relayed_warnings(assignment.run_dir, context.rank):
+    if not _is_held(assignment.run_dir, assignment.token):
+        raise RuntimeError(
+            f"the run folder {assignment.run_dir} is not the driver's on this machine: "
+            "run.output must be on storage that all machines of the cluster share"
+        )
+    here = ray.train.get_context().get_local_world_size()
+    torch.set_num_threads(threads_for(assignment.config.cluster, here, assignment.omp_threads))
+    # Without GPUs asked for, Ray would still offer the machine's first one.
+    context = RayContext(ray.train.torch.get_device() if assignment.gpu else torch.device("cpu"))
+    watched = watched_by_driver(assignment.run_dir, assignment.token, assignment.control)
+    with watched, relayed_warnings(assignment.run_dir, context.rank):
         try:
             assignment.task(assignment.config, assignment.run_dir, context)
-        except Regroup:
-            return
         except Exception as error:
             if not _ends_in_order(assignment, context, error):
                 raise
@@ -118,7 +100,7 @@ def _ends_in_order(assignment: Assignment, context: RayContext, error: Exception
     if isinstance(error, UserError):
         control.end(Reason("mistake", str(error)))
         dist.destroy_process_group()  # peers that wait for this worker get an exception
-    elif context.world_size > 1 and control.wait_for_reason(ECHO_SECONDS) is not None:
+    elif context.world_size > 1 and control.reason(ECHO_SECONDS) is not None:
         return True
     elif control.repeats(context.rank, error, _progress(assignment.run_dir)):
         # A lost connection may say the same twice and still heal.
@@ -134,26 +116,58 @@ def _progress(run_dir: Path) -> str:
     return " ".join(sorted(path.name for path in saved))
 
 
-def _ensure_shared_folder(assignment: Assignment) -> None:
-    """Refuse to write to a folder that only looks like the driver's."""
+def _is_held(run_dir: Path, token: str) -> bool:
+    """Whether the driver holds the run; a lock that cannot be read now may be its lock."""
     try:
-        owner = read_owner(RunFolder(assignment.run_dir).lock)
+        owner = read_owner(RunFolder(run_dir).lock)
     except FileNotFoundError:
-        owner = None
-    if owner is None or owner.token != assignment.token:
-        raise RuntimeError(
-            f"the run folder {assignment.run_dir} is not the driver's on this machine: "
-            "run.output must be on storage that all machines of the cluster share"
-        )
+        return False
+    except OSError:
+        return True
+    return owner is None or owner.token == token
 
 
-def _set_threads(assignment: Assignment) -> None:
-    here = ray.train.get_context().get_local_world_size()
-    omp_threads = assignment.omp_threads
-    torch.set_num_threads(threads_for(assignment.config.cluster, here, omp_threads))
+@contextmanager
+def watched_by_driver(run_dir: Path, token: str, control: ControlFiles) -> Iterator[None]:
+    """End this process when its driver lost the run, or when the run's end left it hanging.
+
+    When a driver is killed, Ray's workers go on for some seconds. A second driver that takes the
+    run over in that time must not find two writers in one folder.
+
+    Args:
+        run_dir: the run's folder.
+        token: identity of the worker's driver in the folder's lock.
+        control: where workers write why the run must end.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        foreign, end_since = 0, float("inf")
+        while not done.wait(WATCH_SECONDS):
+            # Seen twice: a rename on shared storage may hide the file for a moment.
+            foreign = 0 if _is_held(run_dir, token) else foreign + 1
+            if foreign >= 2:
+                _exit("the run folder's lock is not held by this worker's driver any more")
+            if control.reason_file.exists():
+                end_since = min(end_since, time.monotonic())
+            if time.monotonic() > end_since + LINGER_SECONDS:
+                _exit("the run must end and this worker hangs")
+
+    threading.Thread(target=watch, name="watchdog", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
-class Relay(logging.Handler):
+def _exit(reason: str) -> None:
+    """End the process, also while it waits inside a collective operation."""
+    logger.error("worker %d ends: %s", os.getpid(), reason)
+    logging.shutdown()
+    os._exit(1)
+
+
+class _Relay(logging.Handler):
     """Writes warnings into the journal, which the driver shows: Ray's logs stay on the node."""
 
     def __init__(self, journal: Journal) -> None:
@@ -171,11 +185,9 @@ class Relay(logging.Handler):
 @contextmanager
 def relayed_warnings(run_dir: Path, rank: int) -> Iterator[None]:
     """Relay what d3etr warns of to the driver for the time of the block, from rank 0 only."""
-    if rank != 0:
-        yield
-        return
-    handler, ours = Relay(Journal(RunFolder(run_dir).journal)), logging.getLogger("d3etr")
-    ours.addHandler(handler)
+    handler, ours = _Relay(Journal(RunFolder(run_dir).journal)), logging.getLogger("d3etr")
+    if rank == 0:
+        ours.addHandler(handler)
     try:
         yield
     finally:

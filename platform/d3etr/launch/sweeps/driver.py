@@ -17,11 +17,11 @@ from d3etr.engine.provenance import ensure_inputs_answer
 from d3etr.engine.run_folder import CONFIG_FILE
 from d3etr.errors import RunFailedError, UserError
 from d3etr.launch.lock import RunLock
+from d3etr.launch.process import terminable
 from d3etr.launch.ray_cluster import cluster_nodes, connected
 from d3etr.launch.ray_environment import ensure_lasting, environment, joined_address
 from d3etr.launch.ray_failures import user_error
 from d3etr.launch.resources import Demand, Node, demand_of, describe, ensure_room, room
-from d3etr.launch.signals import terminable
 from d3etr.launch.sweeps.observer import Observer, ResourceTimeout
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.results import TrialResult, best, ended_before, write_results, write_sweep

@@ -16,10 +16,10 @@ from d3etr.engine.find_run import folder_of
 from d3etr.engine.journal import Record
 from d3etr.engine.run_folder import RunFolder, is_number
 from d3etr.errors import UserError
+from d3etr.launch.display import Display
 from d3etr.launch.driver import Launcher, drive
-from d3etr.launch.local import LocalLauncher
 from d3etr.launch.lock import RunLockedError
-from d3etr.launch.progress_reporter import NullDisplay
+from d3etr.launch.processes import local_launcher
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.results import reached_epoch
 
@@ -59,7 +59,7 @@ class TrialContext(SingleProcess):
         self._report(metrics)
 
 
-class JournalReporter(NullDisplay):
+class JournalReporter(Display):
     """Reports from the journal, where the training is in processes of its own."""
 
     def __init__(self, report: Callable[[dict[str, float]], None]) -> None:
@@ -84,12 +84,12 @@ def _train(config: Config) -> Path:
             tune.report(seen | {"run_dir": str(folder.path), "final": False})
 
     if config.cluster.workers == 1:
-        launcher: Launcher = LocalLauncher(context=lambda: TrialContext(report))
-        display = NullDisplay()
+        launcher: Launcher = local_launcher(context=lambda: TrialContext(report))
+        display = Display()
     else:
-        from d3etr.launch.ray_train import RayLauncher
+        from d3etr.launch.ray_train import ray_launcher
 
-        launcher, display = RayLauncher(), JournalReporter(report)
+        launcher, display = ray_launcher(), JournalReporter(report)
     give_up = time.monotonic() + LOCK_SECONDS
     while True:
         try:

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from d3etr.engine.journal import Journal, Record
-from d3etr.launch.follower import JournalFollower
-from d3etr.launch.progress_reporter import Lines
+from d3etr.launch.display import Display, JournalFollower, Lines
 
 
-class Recorder:
+class Recorder(Display):
     def __init__(self) -> None:
         self.records: list[Record] = []
 
@@ -28,7 +27,7 @@ class Recorder:
         assert len(self.records) >= count
 
 
-class Broken:
+class Broken(Display):
     def consume(self, record: Record) -> None:
         raise OSError("the terminal is gone")
 
@@ -38,7 +37,7 @@ def write_steps(journal: Journal, first: int, last: int) -> None:
         journal.write("step", step, metrics={"train/loss": 1.0 / step})
 
 
-def follow(journal: Journal, console: Recorder | Broken | Lines) -> JournalFollower:
+def follow(journal: Journal, console: Display) -> JournalFollower:
     follower = JournalFollower(journal.path, console)
     follower.start()
     return follower
