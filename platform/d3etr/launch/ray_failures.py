@@ -64,7 +64,8 @@ def _missing_package(text: str) -> str | None:
     if module is None or not ("d3etr" in module[1] or "init_train_context" in text):
         return None
     # The node that called comes first in the text, the one that failed last.
-    where = ["a node of the cluster", *PLACE.findall(text, 0, module.start())][-1]
+    places = PLACE.findall(text, 0, module.start())
+    where = f"the node {places[-1]}" if places else "a node of the cluster"
     return (
         f"{where} cannot import '{module[1]}': every node needs d3etr and what it needs. Install "
         "the same environment there (pip install, or the image), put the checkout on storage that "
