@@ -10,7 +10,6 @@ from d3etr.config.infrastructure import ClusterConfig
 from d3etr.launch.ray_environment import (
     JOB_CONFIG,
     environment,
-    in_temporary_copy,
     package_environment,
     ray_settings,
     runtime_environment,
@@ -76,17 +75,6 @@ def test_workers_of_a_running_cluster_have_the_drivers_limit_of_pixels(
     assert "D3ETR_MAXIMUM_MEGAPIXELS" not in runtime_environment().get("env_vars", {})
     monkeypatch.setenv("D3ETR_MAXIMUM_MEGAPIXELS", "200")
     assert runtime_environment()["env_vars"]["D3ETR_MAXIMUM_MEGAPIXELS"] == "200"
-
-
-def test_a_jobs_copy_of_the_working_directory_is_known_as_temporary(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    copy = Path("/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1/runs/a-1")
-    monkeypatch.delenv(JOB_CONFIG, raising=False)
-    assert not in_temporary_copy(copy)
-    monkeypatch.setenv(JOB_CONFIG, "{}")
-    assert in_temporary_copy(copy)
-    assert not in_temporary_copy(Path("/shared/runs/a-1"))
 
 
 def test_the_script_runs_from_a_checkout_that_is_not_installed(

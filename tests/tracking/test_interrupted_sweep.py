@@ -62,9 +62,9 @@ def test_what_a_dead_driver_was_sending_is_sent_and_the_best_registered(
         first = SweepTracking(plan)
         for result, title in zip(results, titles, strict=True):
             assert result.run_dir is not None
-            first.children.follow(result.run_dir, title)
-            first.children.end(result.run_dir, "FINISHED")
-        first.children.close("KILLED")
+            first.follow(result.run_dir, title)
+            first.end(result.run_dir, "FINISHED")
+        first.close()
     assert {run.info.status for run in children(plan).values()} == {"RUNNING"}
 
     # Ray Tune knows that all have ended: it reports nothing about them any more.

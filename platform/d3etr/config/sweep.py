@@ -145,17 +145,13 @@ class SweepConfig(Section):
         baselines = {self.baseline, *(case.baseline for case in self.cases.values())} - {None}
         for name in baselines - {*self.cases}:
             raise ValueError(f"baseline '{name}' is none of the cases")
-        self._check_conditions()
+        keys = list(self.space)
+        for number, (key, domain) in enumerate(self.space.items()):
+            for other in domain.when:
+                if other not in keys[:number]:
+                    raise ValueError(f"space.{key}.when names '{other}', which is not above it")
         self._check_method()
         return self
-
-    def _check_conditions(self) -> None:
-        above: list[str] = []
-        for key, domain in self.space.items():
-            for other in domain.when:
-                if other not in above:
-                    raise ValueError(f"space.{key}.when names '{other}', which is not above it")
-            above.append(key)
 
     def _check_method(self) -> None:
         method = self.search.method
@@ -166,12 +162,12 @@ class SweepConfig(Section):
                 f"search.method 'grid' tries every value, but {sampled[0]} is no grid: use "
                 "search.method random or optuna, or give it a grid"
             )
+        if method != "grid" and not sampled and not (method == "optuna" and grids):
+            raise ValueError(f"search.method '{method}' has nothing to sample: use grid")
         if method == "optuna" and grids:
             raise ValueError(f"search.method 'optuna' chooses: make {grids[0]} a choice")
         if method == "optuna" and (self.cases or len(self.seeds) > 1):
             raise ValueError("search.method 'optuna' searches one case with one seed")
-        if method != "grid" and not sampled:
-            raise ValueError(f"search.method '{method}' has nothing to sample: use grid")
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:

@@ -42,7 +42,6 @@ class TrainContext:
 
     rank = 0
     world_size = 1
-    """Whether ``report`` wants the epoch's checkpoint on the disk."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -34,11 +34,10 @@ from d3etr.launch.ray_environment import (
     SEVERAL_MACHINES,
     environment,
     joined_address,
+    own_cluster_overrides,
     own_cluster_settings,
-    package_environment,
     ray_settings,
     runtime_environment,
-    without_proxy,
 )
 from d3etr.launch.resources import Node
 from d3etr.logs import get_logger
@@ -74,8 +73,7 @@ def connected(cluster: ClusterConfig, on_progress: OnProgress) -> Iterator[None]
             address = joined_address(cluster) or "local"
             if address == "local":
                 stack.enter_context(environment(own_cluster_settings()))
-                changed = package_environment() | without_proxy()
-                stack.enter_context(environment(changed, override=True))
+                stack.enter_context(environment(own_cluster_overrides(), override=True))
             connection = _Connection(address)
             stack.push(connection.leave)
             joining = f"joining the Ray cluster at {address}"

@@ -54,12 +54,12 @@ def own_cluster_settings() -> dict[str, str]:
     }
 
 
-def without_proxy() -> dict[str, str]:
-    """Environment variables that keep a proxy from between processes of this machine."""
+def own_cluster_overrides() -> dict[str, str]:
+    """The same, whatever the user's values: the package's place, and no proxy in between."""
     before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     kept = [name for name in before.split(",") if name]
     exceptions = ",".join(dict.fromkeys([*kept, *LOOPBACK]))
-    return {"no_proxy": exceptions, "NO_PROXY": exceptions}
+    return package_environment() | {"no_proxy": exceptions, "NO_PROXY": exceptions}
 
 
 @contextmanager
@@ -120,26 +120,22 @@ def joined_address(cluster: ClusterConfig) -> str | None:
     return cluster.address or os.environ.get("RAY_ADDRESS") or None
 
 
-def in_temporary_copy(folder: Path) -> bool:
-    """Whether ``folder`` is inside the copy of a working directory that Ray makes for a job.
-
-    The copy is on one machine only and is removed some time after the job.
-    """
-    return bool(os.environ.get(JOB_CONFIG)) and "working_dir_files" in folder.parts
-
-
 def ensure_lasting(config: Config) -> None:
-    """Refuse to write results where they would be removed with a job's copy of its folder.
+    """Refuse to write results into the copy of its working directory that Ray makes for a job.
+
+    That is on one machine only and is removed some time after the job.
 
     Raises:
         UserError: naming the key.
     """
+    if not os.environ.get(JOB_CONFIG):
+        return
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
     places = {"run.output": config.run.output}
     if config.tracking.enabled and uri.startswith(SQLITE):
         places["tracking.uri"] = Path(uri.removeprefix(SQLITE))
     for key, place in places.items():
-        if in_temporary_copy(place.expanduser().absolute()):
+        if "working_dir_files" in place.expanduser().absolute().parts:
             raise UserError(
                 f"{key}: '{place}' is inside of the temporary copy that Ray made of the job's "
                 "working directory, and would be removed with it. Give an absolute path on "

@@ -27,7 +27,7 @@ from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.results import TrialResult, best, ended_before, write_results, write_sweep
 from d3etr.launch.sweeps.search import METRIC, MODE, Pruning, TrialSource, known_trials, open_study
 from d3etr.launch.sweeps.trainable import run_trial
-from d3etr.launch.sweeps.trial_tracking import SweepTracking, TrackedChildren
+from d3etr.launch.sweeps.trial_tracking import SweepTracking
 from d3etr.launch.sweeps.trials import NUMBER, Trial
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress
@@ -122,10 +122,9 @@ def _locked_sweep(plan: Plan, command: str, on_progress: OnProgress) -> list[Tri
         count = f"{source.remaining} trials" + (f", {len(ended)} have ended" if ended else "")
         on_progress(f"{count}, {at_a_time} at a time, each {demand} ({describe(nodes)})")
         with _tracked(plan) as tracking:
-            children: TrackedChildren | None = None if tracking is None else tracking.children
             # Nobody else uses a cluster that was started here.
             timeout = ResourceTimeout(cluster, demand, on_progress) if joins else None
-            observer = Observer(plan, ended, on_progress, children, timeout)
+            observer = Observer(plan, ended, on_progress, tracking, timeout)
             failure = None
             if source.remaining:
                 failure = _fit(_tuner(plan, source, ended, observer, demand, at_a_time))

@@ -18,7 +18,7 @@ from d3etr.launch.ray_cluster import cluster_nodes, free_resources
 from d3etr.launch.resources import Demand, describe
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.results import TrialResult, finished, keep_as_pruned
-from d3etr.launch.sweeps.trial_tracking import TrackedChildren
+from d3etr.launch.sweeps.trial_tracking import SweepTracking
 from d3etr.progress import OnProgress
 
 
@@ -72,7 +72,7 @@ class Observer(Callback):  # type: ignore[misc]
         plan: the sweep.
         ended: results of trials that need no training; those of others join them.
         on_progress: takes lines for a person.
-        children: tracks runs; None tracks nothing.
+        tracking: of runs; None tracks nothing.
         timeout: None where nobody else uses the cluster.
     """
 
@@ -81,11 +81,11 @@ class Observer(Callback):  # type: ignore[misc]
         plan: Plan,
         ended: dict[int, TrialResult],
         on_progress: OnProgress,
-        children: TrackedChildren | None,
+        tracking: SweepTracking | None,
         timeout: ResourceTimeout | None,
     ) -> None:
         self._plan, self._ended, self._on_progress = plan, ended, on_progress
-        self._children, self._timeout = children, timeout
+        self._tracking, self._timeout = tracking, timeout
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune saves its callbacks; nobody reads that."""
@@ -108,8 +108,8 @@ class Observer(Callback):  # type: ignore[misc]
         if "reason" in result:
             return
         title = self._plan.trial(trial.config).title(self._plan.sweep)
-        if self._children is not None:
-            self._children.follow(Path(result["run_dir"]), title)
+        if self._tracking is not None:
+            self._tracking.follow(Path(result["run_dir"]), title)
         self._on_progress(f"{title} | epoch {result['epoch']} | mAP {100 * result['mAP']:.1f}")
 
     def on_trial_complete(
@@ -140,5 +140,5 @@ class Observer(Callback):  # type: ignore[misc]
         known = len(self._plan.trials) or self._plan.sweep.search.trials
         title = trial.title(self._plan.sweep)
         self._on_progress(f"[{len(self._ended)}/{known}] {title} {text}")
-        if self._children is not None and run_dir is not None:
-            self._children.end(run_dir, status)
+        if self._tracking is not None and run_dir is not None:
+            self._tracking.end(run_dir, status)

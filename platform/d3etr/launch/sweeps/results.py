@@ -125,36 +125,6 @@ def best(results: Sequence[TrialResult]) -> TrialResult | None:
     return max(finished, key=lambda r: r.mAP or 0.0, default=None)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One configuration over its seeds.
-
-    Attributes:
-        title: what differs from the others.
-        values: mAP by seed, of finished trials.
-        failures: reason by seed.
-        states: of its trials.
-        steps: optimiser steps of a finished trial.
-    """
-
-    title: str
-    case: str | None
-    values: dict[int, float]
-    failures: dict[int, str]
-    states: tuple[State, ...]
-    steps: int
-
-    @property
-    def mean(self) -> float:
-        """Over seeds."""
-        return statistics.fmean(self.values.values())
-
-    @property
-    def spread(self) -> float:
-        """Sample standard deviation over seeds, 0 for one."""
-        return statistics.stdev(self.values.values()) if len(self.values) > 1 else 0.0
-
-
 def table_metric(results: Sequence[TrialResult]) -> str:
     """The metric that is published: of the test split where every finished trial has it."""
     finished = [result for result in results if result.state == "finished"]
@@ -162,12 +132,27 @@ def table_metric(results: Sequence[TrialResult]) -> str:
     return "test/mAP" if has else "mAP"
 
 
-def rows(sweep: SweepConfig, results: Sequence[TrialResult], metric: str) -> list[Row]:
-    """Trials of one configuration together, in the order of the sweep."""
-    groups: dict[str, list[TrialResult]] = {}
+def table(sweep: SweepConfig, results: Sequence[TrialResult]) -> str:
+    """The sweep as a Markdown table, in percent: a row for each configuration over its seeds."""
+    metric, gains = table_metric(results), any(sweep.baseline_of(case) for case in sweep.cases)
+    rows: dict[str, list[TrialResult]] = {}
     for result in results:
-        groups.setdefault(_title(sweep, result.trial), []).append(result)
-    return [_row(title, own, metric) for title, own in groups.items()]
+        rows.setdefault(_title(sweep, result.trial), []).append(result)
+    values = {
+        title: [value for result in row if (value := result.metric(metric)) is not None]
+        for title, row in rows.items()
+    }
+    means = {title: statistics.fmean(found) for title, found in values.items() if found}
+    of_case = {rows[title][0].trial.case: mean for title, mean in reversed(means.items())}
+    lines = [
+        f"| configuration | steps | {metric} by seed | mean | spread |" + " gain |" * gains,
+        "| --- | ---: | --- | ---: | ---: |" + " ---: |" * gains,
+    ]
+    for title, row in rows.items():
+        base = of_case.get(sweep.baseline_of(row[0].trial.case) or "")
+        gain = "" if base is None or title not in means else f"{100 * (means[title] - base):+.1f}"
+        lines.append(_line(title, row, metric, values[title]) + f" {gain} |" * gains)
+    return "\n".join(lines)
 
 
 def _title(sweep: SweepConfig, trial: Trial) -> str:
@@ -175,58 +160,26 @@ def _title(sweep: SweepConfig, trial: Trial) -> str:
     return title if sweep.search.method != "optuna" else f"{trial.number}: {title}"
 
 
-def _row(title: str, own: Sequence[TrialResult], metric: str) -> Row:
-    values = {r.trial.seed: value for r in own if (value := r.metric(metric)) is not None}
-    steps = [steps for r in own if (steps := r.metric("steps")) is not None]
-    return Row(
-        title,
-        own[0].trial.case,
-        values,
-        {r.trial.seed: r.reason or "" for r in own if r.state == "failed"},
-        tuple(r.state for r in own),
-        int(max(steps, default=0)),
-    )
-
-
-def table(sweep: SweepConfig, results: Sequence[TrialResult]) -> str:
-    """The sweep as a Markdown table, in percent."""
-    metric = table_metric(results)
-    grouped = rows(sweep, results, metric)
-    cases = {row.case: row for row in reversed(grouped) if row.case is not None and row.values}
-    gains = any(sweep.baseline_of(case) for case in sweep.cases)
-    lines = [
-        f"| configuration | steps | {metric} by seed | mean | spread |" + " gain |" * gains,
-        "| --- | ---: | --- | ---: | ---: |" + " ---: |" * gains,
-    ]
-    for row in grouped:
-        base = cases.get(sweep.baseline_of(row.case) or "")
-        gain = "" if base is None or not row.values else _signed(row, base)
-        lines.append(_line(row) + f" {gain} |" * gains)
-    return "\n".join(lines)
+def _line(title: str, row: Sequence[TrialResult], metric: str, values: Sequence[float]) -> str:
+    cells = []
+    for result in sorted(row, key=lambda result: result.trial.seed):
+        value = result.metric(metric)
+        cells.append(result.state if value is None else f"{100 * value:.1f}")
+    if not values:
+        return f"| {title} | | {' / '.join(cells)} | | |"
+    steps = int(max(result.metric("steps") or 0 for result in row))
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    numbers = f"{100 * statistics.fmean(values):.1f} | {100 * spread:.1f}"
+    return f"| {title} | {steps:,} | {' / '.join(cells)} | {numbers} |"
 
 
 def failures(sweep: SweepConfig, results: Sequence[TrialResult]) -> list[str]:
     """Why trials failed, a line each."""
-    failed = [result for result in results if result.state == "failed"]
-    reasons = [(result.reason or "its process was lost").splitlines()[0] for result in failed]
     return [
-        f"{result.trial.title(sweep)}: {reason}"
-        for result, reason in zip(failed, reasons, strict=True)
+        f"{result.trial.title(sweep)}: {(result.reason or '').partition(chr(10))[0]}"
+        for result in results
+        if result.state == "failed"
     ]
-
-
-def _signed(row: Row, base: Row) -> str:
-    return f"{100 * (row.mean - base.mean):+.1f}"
-
-
-def _line(row: Row) -> str:
-    seeds = sorted({*row.values, *row.failures})
-    cells = [f"{100 * row.values[s]:.1f}" if s in row.values else "failed" for s in seeds]
-    cells += [state for state in row.states if state in ("pruned", "unfinished")]
-    if not row.values:
-        return f"| {row.title} | | {' / '.join(cells)} | | |"
-    numbers = f"{100 * row.mean:.1f} | {100 * row.spread:.1f}"
-    return f"| {row.title} | {row.steps:,} | {' / '.join(cells)} | {numbers} |"
 
 
 def as_json(sweep: SweepConfig, results: Sequence[TrialResult], command: str) -> dict[str, Any]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from d3etr.config.load import load_config
-from d3etr.config.tree import Config
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.driver import Status, Tracker
@@ -17,75 +14,13 @@ from d3etr.launch.sweeps.results import TrialResult, best
 from d3etr.logs import get_logger
 from d3etr.tracking.state import read_state
 
-if TYPE_CHECKING:
-    from d3etr.tracking.sweeps import Swept
-
 logger = get_logger(__name__)
-
-OpenChild = Callable[[Config, Path, str], Tracker]
-"""Starts tracking of a run, under a name."""
-
-
-class TrackedChildren:
-    """Runs that are followed, and ended in the background: a sweep never waits for MLflow.
-
-    Args:
-        open_child: starts tracking a run; what it raises is a warning.
-    """
-
-    def __init__(self, open_child: OpenChild) -> None:
-        self._open = open_child
-        self._followed: dict[Path, Tracker] = {}
-        self._asked: set[Path] = set()
-        self._pool = ThreadPoolExecutor(1, "tracking")
-
-    def follow(self, run_dir: Path, title: str) -> None:
-        """Follow a run's journal from its beginning on."""
-        if run_dir in self._followed:
-            return
-        self._asked.add(run_dir)
-        folder = RunFolder(run_dir)
-        try:
-            state = read_state(run_dir)
-            if state is not None and state.complete and folder.result() is not None:
-                return
-            self._followed[run_dir] = self._open(load_config(folder.config), run_dir, title)
-        except Exception as error:
-            logger.warning("%s is not tracked: %s", run_dir.name, error)
-
-    def end(self, run_dir: Path, status: Status) -> None:
-        """Send the rest in the background."""
-        tracker = self._followed.pop(run_dir, None)
-        if tracker is not None:
-            self._pool.submit(_end, tracker, status)
-
-    def replay(self, run_dir: Path, title: str, status: Status) -> None:
-        """Send, in the background, what MLflow lacks of a run that ended under a driver before.
-
-        That driver may have died while it was sending.
-        """
-        if run_dir not in self._asked:
-            self.follow(run_dir, title)
-            self.end(run_dir, status)
-
-    def close(self, status: Status) -> None:
-        """End what is left and wait until everything was sent."""
-        for run_dir in list(self._followed):
-            self.end(run_dir, status)
-        self._pool.shutdown()
-
-
-def _end(tracker: Tracker, status: Status) -> None:
-    try:
-        missing = tracker.finish(status)
-    except Exception as error:
-        missing = f"tracking failed at the end of a run: {error!r}"
-    if missing is not None:
-        logger.warning("%s", missing)
 
 
 class SweepTracking:
     """A sweep's run in MLflow and those of its trials below it.
+
+    Runs of trials are followed, and ended in the background: a sweep never waits for MLflow.
 
     Args:
         plan: the sweep, whose folder is there.
@@ -100,15 +35,55 @@ class SweepTracking:
         self._plan = plan
         title = plan.sweep.title or plan.sweep.name
         self._run = SweepRun(plan.base, plan.folder, title, _params(plan))
-        self.children = TrackedChildren(self._open)
+        self._followed: dict[Path, Tracker] = {}
+        self._asked: set[Path] = set()
+        self._pool = ThreadPoolExecutor(1, "tracking")
+
+    def follow(self, run_dir: Path, title: str) -> None:
+        """Follow a run's journal from its beginning on; a failure is a warning."""
+        from d3etr.tracking.runs import open_tracker
+
+        if run_dir in self._followed:
+            return
+        self._asked.add(run_dir)
+        folder, parent = RunFolder(run_dir), self._run.run_id
+        try:
+            state = read_state(run_dir)
+            if state is None or not state.complete or folder.result() is None:
+                config = load_config(folder.config)
+                tracker = open_tracker(config, run_dir, parent_run=parent, name=title)
+                self._followed[run_dir] = tracker
+        except Exception as error:
+            logger.warning("%s is not tracked: %s", run_dir.name, error)
+
+    def end(self, run_dir: Path, status: Status) -> None:
+        """Send the rest in the background."""
+        tracker = self._followed.pop(run_dir, None)
+        if tracker is not None:
+            self._pool.submit(_end, tracker, status)
+
+    def close(self) -> None:
+        """End what is left and wait until everything was sent."""
+        for run_dir in list(self._followed):
+            self.end(run_dir, "KILLED")
+        self._pool.shutdown()
+
+    def stopped(self, status: Status) -> None:
+        """Send what there is; the same command goes on with the sweep's run."""
+        self.close()
+        self._run.stopped(status)
+
+    def how_to_open(self) -> list[str]:
+        """What a person types and opens to see the trials in MLflow."""
+        return self._run.how_to_open()
 
     def finish(self, results: list[TrialResult], files: list[Path]) -> None:
-        """Send what the sweep found; register the best student."""
+        """Send what the sweep found, and what MLflow lacks of trials; register the best student."""
         from d3etr.tracking.sweeps import Swept
 
         for result in results:
             self._replay(result)
-        self.children.close("KILLED")
+        self.close()
         swept = {
             result.trial.number: Swept(
                 result.trial.title(self._plan.sweep), result.mAP, result.run_dir
@@ -120,38 +95,30 @@ class SweepTracking:
         if missing is not None:
             logger.warning("%s", missing)
         winner = best(results)
-        if winner is not None:
-            self._register(swept[winner.trial.number])
-
-    def _replay(self, result: TrialResult) -> None:
-        if result.run_dir is None or result.state == "unfinished":
-            return
-        finished = result.state == "finished"
-        if not finished and not _was_broken_off(result.run_dir):
-            return
-        status: Status = "FAILED" if result.state == "failed" else "KILLED"
-        title = result.trial.title(self._plan.sweep)
-        self.children.replay(result.run_dir, title, "FINISHED" if finished else status)
-
-    def how_to_open(self) -> list[str]:
-        """What a person types and opens to see the trials in MLflow."""
-        return self._run.how_to_open()
-
-    def stopped(self, status: Status) -> None:
-        """Send what there is; the same command goes on with the sweep's run."""
-        self.children.close("KILLED")
-        self._run.stopped(status)
-
-    def _register(self, chosen: Swept) -> None:
         try:
-            self._run.register_best(chosen)
+            if winner is not None:
+                self._run.register_best(swept[winner.trial.number])
         except Exception as error:
             logger.warning("the best student could not be registered: %s", error)
 
-    def _open(self, config: Config, run_dir: Path, title: str) -> Tracker:
-        from d3etr.tracking.runs import open_tracker
+    def _replay(self, result: TrialResult) -> None:
+        """Send what MLflow lacks of a run that ended under a driver before, which may have died."""
+        if result.run_dir is None or result.state == "unfinished" or result.run_dir in self._asked:
+            return
+        finished = result.state == "finished"
+        if finished or _was_broken_off(result.run_dir):
+            self.follow(result.run_dir, result.trial.title(self._plan.sweep))
+            failed: Status = "FAILED" if result.state == "failed" else "KILLED"
+            self.end(result.run_dir, "FINISHED" if finished else failed)
 
-        return open_tracker(config, run_dir, parent_run=self._run.run_id, name=title)
+
+def _end(tracker: Tracker, status: Status) -> None:
+    try:
+        missing = tracker.finish(status)
+    except Exception as error:
+        missing = f"tracking failed at the end of a run: {error!r}"
+    if missing is not None:
+        logger.warning("%s", missing)
 
 
 def _was_broken_off(run_dir: Path) -> bool:
