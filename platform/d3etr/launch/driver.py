@@ -65,14 +65,13 @@ class RunResult:
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """A run was stopped from outside; the same command goes on with it."""
+    """A run, or a sweep, was stopped from outside; the same command goes on with it."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, folder: Path, script: str = "trainers/run.py") -> None:
         super().__init__(
-            f"interrupted; {run_dir} keeps what was trained. The same command goes on with it, "
-            f"and so does: python trainers/run.py --resume {run_dir}"
+            f"interrupted; {folder} keeps what was trained. The same command goes on with it, and "
+            f"so does: python {script} --resume {folder}"
         )
-        self.run_dir = run_dir
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
+from pydantic import TypeAdapter, ValidationError
+
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.process import held, interrupt
@@ -99,12 +101,9 @@ def read_owner(path: Path) -> Owner | None:
         FileNotFoundError: nobody holds it.
     """
     try:
-        owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError):
+        return TypeAdapter(Owner).validate_json(path.read_bytes(), strict=True)
+    except ValidationError:
         return None
-    texts = (owner.token, owner.host, owner.process)
-    sound = all(isinstance(text, str) for text in texts) and isinstance(owner.pid, int)
-    return owner if sound and isinstance(owner.since, int | float) else None
 
 
 def _beats(path: Path) -> bool:

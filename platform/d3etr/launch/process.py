@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -104,6 +103,7 @@ def run_command(command: Callable[[], int]) -> NoReturn:
         _process.skips_shutdown = True
     if _process.skips_shutdown:
         logging.shutdown()
+        attempt(_kill_descendants)
         os._exit(code)
     sys.exit(code)
 
@@ -124,9 +124,16 @@ def report_interrupt(stop: BaseException | None = None) -> int:
 def _exit_at_once() -> NoReturn:
     """On a second signal: what was saved is whole, as after a power cut."""
     report_interrupt(KeyboardInterrupt("interrupted again: ended at once; what was saved is whole"))
-    for child in multiprocessing.active_children():
-        attempt(child.kill)
+    attempt(_kill_descendants)
     os._exit(INTERRUPTED)
+
+
+def _kill_descendants() -> None:
+    """Some of Ray's processes would stay a minute."""
+    import psutil  # type: ignore[import-untyped]  # Ray brings it
+
+    for child in psutil.Process().children(recursive=True):
+        attempt(child.kill)
 
 
 @contextmanager

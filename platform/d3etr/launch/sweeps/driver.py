@@ -16,6 +16,7 @@ from d3etr.config.sweep import SweepConfig
 from d3etr.engine.provenance import ensure_inputs_answer
 from d3etr.engine.run_folder import CONFIG_FILE
 from d3etr.errors import RunFailedError, UserError
+from d3etr.launch.driver import RunInterrupted
 from d3etr.launch.lock import RunLock
 from d3etr.launch.process import terminable
 from d3etr.launch.ray_cluster import cluster_nodes, connected
@@ -64,22 +65,7 @@ class SweepResult:
     best: TrialResult | None
 
 
-class SweepInterrupted(KeyboardInterrupt):
-    """A sweep was stopped from outside; the same command goes on with it."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(
-            f"interrupted; {folder} keeps what was trained. The same command goes on with it, and "
-            f"so does: python sweeps/run.py --resume {folder}"
-        )
-
-
-def run_sweep(
-    plan: Plan,
-    *,
-    command: str,
-    on_progress: OnProgress,
-) -> SweepResult:
+def run_sweep(plan: Plan, *, command: str, on_progress: OnProgress) -> SweepResult:
     """Run a sweep to its end: start it, or go on where it stopped.
 
     Args:
@@ -92,7 +78,7 @@ def run_sweep(
 
     Raises:
         UserError: something that the user can fix.
-        SweepInterrupted: Ctrl-C or a termination signal.
+        RunInterrupted: Ctrl-C or a termination signal.
     """
     ensure_lasting(plan.base)
     ensure_inputs_answer(plan.config(trial) for trial in plan.examples())
@@ -104,7 +90,7 @@ def run_sweep(
             write_sweep(plan)
             results = _locked_sweep(plan, command, on_progress)
     except KeyboardInterrupt:
-        raise SweepInterrupted(plan.folder) from None
+        raise RunInterrupted(plan.folder, "sweeps/run.py") from None
     return SweepResult(plan.folder, tuple(results), best(results))
 
 

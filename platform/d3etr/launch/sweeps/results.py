@@ -96,27 +96,22 @@ def _pruned(trial: Trial, run_dir: Path) -> TrialResult:
 
 
 def curve_of(run_dir: Path) -> list[tuple[int, float]]:
-    """Epochs and mAP of a run's evaluations at the end of its epochs."""
+    """Epochs and mAP of a run's evaluations at the end of its epochs, and at its end."""
     curve: list[tuple[int, float]] = []
-    steps_per_epoch = 1
+    steps, per_epoch = 0, 1
     for record in read_journal(RunFolder(run_dir).journal):
+        step = record["step"]
         if record["kind"] == "start":
-            steps_per_epoch = record.get("steps_per_epoch") or steps_per_epoch
-        elif record["kind"] != "evaluation" or "val/mAP" not in record["metrics"]:
-            continue
-        elif record["step"] % steps_per_epoch == 0:
-            curve.append((record["step"] // steps_per_epoch, record["metrics"]["val/mAP"]))
+            steps, per_epoch = record["steps"], record.get("steps_per_epoch") or per_epoch
+        elif record["kind"] == "evaluation" and "val/mAP" in record["metrics"]:
+            if step % per_epoch == 0 or step == steps:
+                curve.append((-(-step // per_epoch), record["metrics"]["val/mAP"]))
     return curve
 
 
 def reached_epoch(run_dir: Path) -> int:
-    """That the run reached: as it began, else (a damaged journal) as it was last evaluated."""
-    journal = read_journal(RunFolder(run_dir).journal)
-    for record in journal:
-        if record["kind"] == "start" and record.get("steps_per_epoch"):
-            return int(-(-record["steps"] // record["steps_per_epoch"]))
-    evaluated = (record["metrics"] for record in journal if record["kind"] == "evaluation")
-    return max((int(metrics.get("epoch", 1)) for metrics in evaluated), default=1)
+    """The epoch at which a run was last evaluated."""
+    return max((epoch for epoch, _ in curve_of(run_dir)), default=1)
 
 
 def best(results: Sequence[TrialResult]) -> TrialResult | None:
