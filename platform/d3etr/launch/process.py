@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -103,7 +104,7 @@ def run_command(command: Callable[[], int]) -> NoReturn:
         _process.skips_shutdown = True
     if _process.skips_shutdown:
         logging.shutdown()
-        attempt(_kill_descendants)
+        attempt(_kill_agents)
         os._exit(code)
     sys.exit(code)
 
@@ -124,16 +125,19 @@ def report_interrupt(stop: BaseException | None = None) -> int:
 def _exit_at_once() -> NoReturn:
     """On a second signal: what was saved is whole, as after a power cut."""
     report_interrupt(KeyboardInterrupt("interrupted again: ended at once; what was saved is whole"))
-    attempt(_kill_descendants)
+    for child in multiprocessing.active_children():
+        attempt(child.kill)
+    attempt(_kill_agents)
     os._exit(INTERRUPTED)
 
 
-def _kill_descendants() -> None:
-    """Some of Ray's processes would stay a minute."""
+def _kill_agents() -> None:
+    """Kill those of Ray's processes that would stay a minute; the others end with this one."""
     import psutil  # type: ignore[import-untyped]  # Ray brings it
 
     for child in psutil.Process().children(recursive=True):
-        attempt(child.kill)
+        if "Agent" in "".join(child.cmdline()[:1]):
+            child.kill()
 
 
 @contextmanager
