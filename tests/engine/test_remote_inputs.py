@@ -25,12 +25,12 @@ from d3etr.detectors.weights import file_digest, write_tensors
 from d3etr.engine.distributed import SingleProcess, run_on_all_workers
 from d3etr.engine.provenance import (
     INPUTS_KEY,
+    Inputs,
     ensure_same_everywhere,
     remote_files,
     remote_folders,
     weight_digests,
 )
-from d3etr.engine.results import Inputs
 from d3etr.engine.run import run_training
 from d3etr.errors import UserError
 

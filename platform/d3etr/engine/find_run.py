@@ -27,8 +27,6 @@ from d3etr.files import clear_disk_errors, write_text
 
 AnySection = TypeVar("AnySection", bound=Section)
 
-DIGEST_PATTERN = "-[0-9a-f]{8,}(-[0-9]+)?"
-"""What follows a run's name in its folder's."""
 SHOWN_RUNS = 10
 """So many folders are listed where a name does not fit one."""
 
@@ -46,7 +44,7 @@ def folder_of(config: Config) -> RunFolder:
     # Other places with the same content are the same run, and other content is noticed.
     if kept is not None and config_digest(_placeless(kept)) == config_digest(_placeless(config)):
         return first
-    called = re.compile(re.escape(config.run.name) + DIGEST_PATTERN)
+    called = re.compile(re.escape(config.run.name) + "-[0-9a-f]{8,}(-[0-9]+)?")
     for file in sorted(output.glob(f"{glob.escape(config.run.name)}-*/{CONFIG_FILE}")):
         run = RunFolder(file.parent)
         if called.fullmatch(run.path.name) and run != first:

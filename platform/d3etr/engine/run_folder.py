@@ -53,10 +53,6 @@ class RunFolder:
         self.lock, self.ray = self.path / "lock", self.path / "ray"
         self.mlflow_run = self.path / "mlflow_run.json"
 
-    def checkpoint(self, step: int) -> Path:
-        """The folder of the checkpoint after ``step`` optimiser steps."""
-        return self.checkpoints / f"{CHECKPOINT_PREFIX}{step:08d}"
-
     def read_config(self) -> Config | None:
         """What the run was started with; None where there is no run.
 

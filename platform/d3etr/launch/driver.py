@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from d3etr.config.tree import Config
 from d3etr.engine.find_run import absolute_paths, ensure_same_recipe, prepare
-from d3etr.engine.results import Inputs
+from d3etr.engine.provenance import Inputs
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import RunFailedError as RunFailedError
 from d3etr.errors import UserError

@@ -16,7 +16,7 @@ from d3etr.config.problems import ConfigError, Problem
 from d3etr.config.sweep import SweepConfig
 from d3etr.config.tree import Config
 from d3etr.engine.find_run import absolute_paths, folder_of, holds
-from d3etr.engine.results import Inputs
+from d3etr.engine.provenance import Inputs
 from d3etr.engine.run_folder import SUMMARY_FILE, RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.sweeps.trials import NUMBER, POINT, Trial, planned_trials, random_points

@@ -14,7 +14,7 @@ from d3etr.config.sweep import SweepConfig
 from d3etr.config.yaml_text import dump_yaml
 from d3etr.engine.find_run import find_folder, folder_of
 from d3etr.engine.journal import read_journal
-from d3etr.engine.results import Inputs
+from d3etr.engine.provenance import Inputs
 from d3etr.engine.run_folder import RunFolder, is_number
 from d3etr.files import write_text
 from d3etr.launch.sweeps.plan import SWEEP_FILE, Plan
