@@ -1,7 +1,7 @@
 import pytest
 
 from d3etr.config.training import ScheduleConfig
-from d3etr.engine.schedule import distillation_scale, learning_rate_factor
+from d3etr.engine.optimiser import distillation_scale, learning_rate_factor
 
 
 def factors(steps: int, config: ScheduleConfig) -> list[float]:

@@ -1,14 +1,18 @@
-"""AdamW with one learning rate, and factors on it for the backbone and for sampling."""
+"""AdamW with one learning rate, factors on it for the backbone and for sampling, and its schedule.
+
+Learning rates are a pure function of the step, so nothing of them needs saving.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from d3etr.config.training import OptimisationConfig, Precision
+from d3etr.config.training import OptimisationConfig, Precision, ScheduleConfig
 from d3etr.logs import get_logger
 
 logger = get_logger(__name__)
@@ -46,25 +50,15 @@ def parameter_groups(
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter is trained")
-    sampling = set() if config.sampling_rate_factor == 1 else _sampling(module, sampling_parts)
+    named = () if config.sampling_rate_factor == 1 else module.named_parameters()
+    sampling = {id(p) for name, p in named if sampling_parts & {*name.split(".")}}
     parts = [
         ([p for p in trained if id(p) not in inside | sampling], 1.0),
         ([p for p in trained if id(p) in inside], config.backbone_rate_factor),
         ([p for p in trained if id(p) in sampling], config.sampling_rate_factor),
     ]
     rates = [(parameters, factor * config.learning_rate) for parameters, factor in parts]
-    return [
-        {"params": parameters, "lr": rate, "base_rate": rate}
-        for parameters, rate in rates
-        if parameters
-    ]
-
-
-def _sampling(module: nn.Module, names: frozenset[str]) -> set[int]:
-    """Ids of the parameters of the modules of these names."""
-    return {
-        id(parameter) for name, parameter in module.named_parameters() if names & {*name.split(".")}
-    }
+    return [{"params": found, "lr": rate, "base_rate": rate} for found, rate in rates if found]
 
 
 def build_optimiser(
@@ -94,6 +88,35 @@ def restore_optimiser(optimiser: AdamW, state: dict[str, Any]) -> None:
             # where they do not, it mixes up their elements without a word.
             if value.dim() and value.stride() != parameter.stride():
                 moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def learning_rate_factor(step: int, steps: int, config: ScheduleConfig) -> float:
+    """Factor on the base learning rates.
+
+    Args:
+        step: optimiser step, from 0.
+        steps: optimiser steps of the whole run.
+        config: kind of schedule and its numbers.
+
+    Returns:
+        A number in (0, 1]. In the warm-up, step 0 already takes a (small) step:
+        (step + 1) / warmup_steps.
+    """
+    warmup = config.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.kind == "cosine":
+        progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return config.final_factor + (1 - config.final_factor) * cosine
+    if config.kind == "step":
+        return 0.1 if step >= config.drop_at * steps else 1.0
+    return 1.0
+
+
+def distillation_scale(step: int, warmup_steps: int) -> float:
+    """Factor on the distillation terms at optimiser ``step``: 0 at first, 1 after the warm-up."""
+    return 1.0 if warmup_steps == 0 else min(1.0, step / warmup_steps)
 
 
 def set_learning_rates(optimiser: AdamW, factor: float) -> None:

@@ -33,8 +33,7 @@ from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.data.transforms import normalise
 from d3etr.detectors.backbones import Backbone, build_backbone
 from d3etr.detectors.weights import write_tensors
-from d3etr.engine.optimiser import build_optimiser, set_learning_rates
-from d3etr.engine.schedule import learning_rate_factor
+from d3etr.engine.optimiser import build_optimiser, learning_rate_factor, set_learning_rates
 from d3etr.engine.seeding import derive_seed, seed_generators
 from d3etr.errors import UserError
 from d3etr.progress import OnProgress, no_progress

@@ -15,8 +15,13 @@ from d3etr.engine.build import Models
 from d3etr.engine.distributed import TrainContext
 from d3etr.engine.graphs import StepGraphs, unsupported_reason, whole_pass
 from d3etr.engine.metric_logger import MetricLogger
-from d3etr.engine.optimiser import autocast, clip_gradients, set_learning_rates
-from d3etr.engine.schedule import distillation_scale, learning_rate_factor
+from d3etr.engine.optimiser import (
+    autocast,
+    clip_gradients,
+    distillation_scale,
+    learning_rate_factor,
+    set_learning_rates,
+)
 from d3etr.engine.seeding import derive_seed, seed_generators
 from d3etr.matching.assignment import NonFiniteCostError
 from d3etr.methods.base import TeacherOutputs
