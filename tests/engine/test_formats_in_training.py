@@ -14,8 +14,7 @@ from tiny_runs import MakeConfig, assert_identical, losses, records
 from d3etr.config.data import DataConfig
 from d3etr.data.splits import configured_splits, read_split
 from d3etr.engine.distributed import SingleProcess
-from d3etr.engine.provenance import INPUTS_KEY, data_digests, splits_of
-from d3etr.engine.results import Inputs
+from d3etr.engine.provenance import INPUTS_KEY, Inputs, data_digests, splits_of
 from d3etr.engine.run import run_training
 from d3etr.errors import UserError
 
