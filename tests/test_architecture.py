@@ -136,9 +136,26 @@ def test_functions_and_files_are_small() -> None:
     lengths = [lines for lines, _ in sizes]
     assert statistics.median(lengths) <= 12
     assert lengths[int(0.9 * len(lengths))] <= 40
-    assert [place for lines, place in sizes if lines > 70] == []
+    assert [place for lines, place in sizes if lines > 60] == []
     long_files = [relative(p) for p in MODULES if len(p.read_text().splitlines()) > 400]
     assert long_files == []
+
+
+def test_classes_are_small_and_take_few_arguments() -> None:
+    classes = [
+        (relative(path), node)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert [(p, c.name) for p, c in classes if (c.end_lineno or 0) - c.lineno >= 200] == []
+    constructors = [
+        (place, node.name, len(part.args.args + part.args.kwonlyargs) - 1)
+        for place, node in classes
+        for part in node.body
+        if isinstance(part, ast.FunctionDef) and part.name == "__init__"
+    ]
+    assert [found for found in constructors if found[2] > 7] == []
 
 
 def test_platform_stays_the_standard_librarys() -> None:

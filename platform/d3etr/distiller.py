@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -13,33 +12,18 @@ from torch import Tensor, nn
 from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
-from d3etr.losses.set_criterion import detection_problem, query_weights, set_losses
-from d3etr.matching.assignment import Assignment, CostBlock, Solver
-from d3etr.methods.base import MAIN, Method, StudentOutputs, TeacherGroup, TeacherOutputs
+from d3etr.losses.supervision import GroundTruthSupervision, Normalisers
+from d3etr.matching.assignment import Assignment, Solutions, Solver
+from d3etr.methods.base import Method, StudentOutputs, TeacherGroup, TeacherOutputs
 from d3etr.methods.selection import map_layers
 from d3etr.registry import METHODS
-from d3etr.structures import (
-    DecoderOutputs,
-    ImageBatch,
-    QueryGroup,
-    Supervision,
-    Targets,
-)
-
-PROPOSALS = "proposals"
-"""Name of the losses of what a two-stage encoder proposes."""
-_CLASS_WEIGHTS = "class_weights/"
-"""Normalisers of the cross entropy of a student with softmax classes, by group."""
+from d3etr.structures import MAIN, ImageBatch, QueryGroup, Targets
 
 _PARTS_OF_VERSION_0_1 = {
     "auxiliary.": "method.auxiliary.",
     "feature_adapter.": "method.features.feature_adapter.",
 }
 """Where tensors of the state dict are now."""
-
-Normalisers = dict[str, Tensor]
-Solutions = Callable[[], dict[str, Assignment]]
-"""Waits for the assignments, by name of their problem."""
 
 
 def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,8 +69,8 @@ class Distiller(nn.Module):
         if (teacher is not None) != distillation.needs_teacher:
             raise ValueError("a teacher goes with every method but 'none'")
         self.student = student
-        self.criterion = criterion
         self.solver = Solver()
+        self.supervision = GroundTruthSupervision(criterion, self.solver)
         self._teacher = (teacher,)  # inside a tuple, nn.Module does not register it
         kind: type[Method] = METHODS.find(distillation.method)
         if teacher is None:
@@ -149,9 +133,7 @@ class Distiller(nn.Module):
             if teacher is not None:
                 groups = self.method.student_groups(teacher, targets, step)
                 sizes |= {name: group.queries.count for name, group in groups.items()}
-            for name, size in sizes.items():
-                weights = query_weights(targets, size, self.criterion)
-                sums[f"{_CLASS_WEIGHTS}{name}"] = weights
+            sums |= self.supervision.class_normalisers(sizes, targets)
         return sums
 
     def forward(
@@ -188,11 +170,13 @@ class Distiller(nn.Module):
         student, groups, of_teacher = self._decode(images, targets, teacher, step)
         # Losses and matching stay float32 whatever the precision of the passes.
         with torch.autocast(images.pixels.device.type, enabled=False):
-            supervised = self._supervise(student, groups, of_teacher, targets, normalisers)
+            supervised = self.supervision.begin(
+                student.groups, groups, student.memory.proposals, of_teacher, targets, normalisers
+            )
             if teacher is None:
                 return supervised()
             problems = self.method.costs(student, teacher, targets)
-            solutions = self.start(problems)
+            solutions = self.solver.start_named(problems)
 
             @contextmanager
             def matches(name: str) -> Iterator[Assignment]:
@@ -210,11 +194,6 @@ class Distiller(nn.Module):
                     scaled[name] = distillation_scale * loss
         return supervised() | scaled
 
-    def start(self, problems: Mapping[str, CostBlock]) -> Solutions:
-        """Begin to solve problems; what is returned waits for the solutions."""
-        solving = self.solver.start(list(problems.values()))
-        return lambda: dict(zip(problems, solving.result(), strict=True))
-
     def _decode(
         self, images: ImageBatch, targets: Targets, teacher: TeacherOutputs | None, step: int
     ) -> tuple[StudentOutputs, Mapping[str, QueryGroup], Solutions]:
@@ -227,7 +206,7 @@ class Distiller(nn.Module):
             teacher.wait()
         groups = {} if teacher is None else self.method.student_groups(teacher, targets, step)
         if waits:
-            of_teacher = self.start(self._teacher_problems(groups, targets))
+            of_teacher = self.supervision.start_teachers(groups, targets)
         memory = self.student.encode(images)
         groups = {
             MAIN: QueryGroup(self.student.object_queries(memory)),
@@ -239,97 +218,6 @@ class Distiller(nn.Module):
         if not waits:
             if teacher is not None:
                 teacher.wait()
-            of_teacher = self.start(self._teacher_problems(groups, targets))
+            of_teacher = self.supervision.start_teachers(groups, targets)
         student = StudentOutputs(memory, dict(zip(groups, outputs, strict=True)))
         return student, groups, of_teacher
-
-    def _teacher_problems(
-        self, groups: Mapping[str, QueryGroup], targets: Targets
-    ) -> dict[str, CostBlock]:
-        """Bipartite problems of the teacher's queries against objects."""
-        return {
-            name: detection_problem(
-                "teacher queries against objects", group.teacher, targets, self.criterion
-            )
-            for name, group in groups.items()
-            if group.supervision is Supervision.TEACHER and group.teacher is not None
-        }
-
-    def _supervise(
-        self,
-        student: StudentOutputs,
-        groups: Mapping[str, QueryGroup],
-        of_teacher: Solutions,
-        targets: Targets,
-        normalisers: Normalisers,
-    ) -> Callable[[], dict[str, Tensor]]:
-        """Begin to match what learns from ground truth; the result computes the losses once."""
-        outputs = {
-            name: student.groups[name]
-            for name, group in groups.items()
-            if group.supervision is not Supervision.NONE
-        }
-        own = [name for name in outputs if groups[name].supervision is Supervision.HUNGARIAN]
-        truth = dict.fromkeys(outputs, targets)
-        if student.memory.proposals is not None:
-            outputs[PROPOSALS] = student.memory.proposals
-            own.append(PROPOSALS)
-            # Proposals only tell objects from background, as class 0.
-            truth[PROPOSALS] = replace(targets, labels=torch.zeros_like(targets.labels))
-        problems = {}
-        for name in own:
-            whose = {MAIN: "student queries"}.get(name, name)
-            problems[name] = detection_problem(
-                f"{whose} against objects", outputs[name], truth[name], self.criterion
-            )
-        of_student = self.start(problems)
-        given = {
-            name: _given_assignment(group.objects, outputs[name].layers)
-            for name, group in groups.items()
-            if group.supervision is Supervision.GIVEN and group.objects is not None
-        }
-
-        @cache
-        def losses() -> dict[str, Tensor]:
-            assignments = of_teacher() | given | of_student()
-            found: dict[str, Tensor] = {}
-            for name, part in outputs.items():
-                found |= self._set_losses(name, part, truth[name], assignments[name], normalisers)
-            return found
-
-        return losses
-
-    def _set_losses(
-        self,
-        name: str,
-        outputs: DecoderOutputs,
-        targets: Targets,
-        assignment: Assignment,
-        normalisers: Normalisers,
-    ) -> dict[str, Tensor]:
-        """Weighted losses of one group on ground truth."""
-        config = self.criterion
-        weights = {"class": config.class_weight, "l1": config.l1_weight, "giou": config.giou_weight}
-        classes = normalisers.get(f"{_CLASS_WEIGHTS}{name}")
-        terms = set_losses(outputs, targets, assignment, normalisers["objects"], config, classes)
-        losses = {f"{name}/{term}": weights[term] * loss for term, loss in terms.items()}
-        return assignment.nan_if_invalid(losses)
-
-
-def _given_assignment(objects: Tensor, layers: int) -> Assignment:
-    """Queries with their objects, the same in each layer.
-
-    Args:
-        objects: [B, N] index of each query's object, -1 for none.
-        layers: L.
-    """
-    used = objects >= 0
-    # Queries with an object first, in order: the slots behind them are unused.
-    rows = used.int().argsort(dim=1, descending=True, stable=True)
-    slots = used.gather(1, rows)
-    columns = objects.gather(1, rows).clamp(min=0)
-    counts = tuple(used.sum(1).tolist())
-    expand = (layers, -1, -1)
-    return Assignment(
-        (rows * slots).expand(expand), (columns * slots).expand(expand), counts, slots
-    )

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from d3etr.attention_maps import AttentionMaps
 
+MAIN = "detection"
+"""The student's own queries, by the name that their losses have."""
+
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on ``device``; the host does not wait for the copy.

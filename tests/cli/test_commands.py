@@ -55,7 +55,7 @@ def coco_set(folder: Path, names: tuple[str, ...] = ("tree", "cat", "dog")) -> t
 def test_help_is_instant_and_lists_every_command(repository: Path) -> None:
     slow = ["torch", "numpy", "ray", "mlflow", "pydantic", "rich"]
     code = (
-        "import sys; from d3etr.cli.main import build_parser; build_parser().format_help(); "
+        "import sys; from d3etr.cli.main import _parser; _parser().format_help(); "
         f"assert not [name for name in {slow} if name in sys.modules]"
     )
     subprocess.run([sys.executable, "-c", code], cwd=repository / "platform", check=True)
@@ -247,7 +247,7 @@ def attention(weights: Path, folder: Path) -> list[str]:
     images, annotations = coco_set(folder)
     split = {"images": str(images), "annotations": str(annotations)}
     preprocessing = {"normalisation": "per_image", "shortest_side": None, "longest_side": None}
-    data = {"train": split, "validation": dict(split), "preprocessing": preprocessing}
+    data = {"train": split, "validation": split, "preprocessing": preprocessing}
     run = folder / "run"
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump({"data": data, "optimisation": {"steps": 9}}))

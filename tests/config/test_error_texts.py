@@ -1,6 +1,7 @@
 """The texts that a person with a mistake in a recipe reads."""
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -76,8 +77,10 @@ def test_every_problem_is_listed_at_once_under_the_recipes_name(tmp_path: Path) 
         ),
         (
             "student.detector.backbone.name=vit_b_16",
-            "student.detector.backbone.name: found 'vit_b_16', which works on images of one size "
-            "only; use for example swin_t or swin_v2_t (from --set)",
+            "student.detector.backbone.name: found 'vit_b_16', expected 'small' or a torchvision "
+            "network with feature maps, for example resnet18, convnext_tiny, swin_t, "
+            "efficientnet_b0, mobilenet_v2, regnet_x_400mf, densenet121, mnasnet0_5, "
+            "shufflenet_v2_x0_5, vgg11_bn, vgg11 (from --set)",
         ),
         (
             "student.detector.backbone={name: swin_t, norm: group}",
@@ -200,8 +203,11 @@ def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
         ("run: {name: Grün}\n".encode("latin-1"), "not UTF-8 text (byte 14): save it as UTF-8"),
         (b"run: " + b"[" * 100_000, "is nested deeper than 40 levels"),
         (b"run: " + b"[" * 60 + b"]" * 60, "is nested deeper than 40 levels"),
-        (b"run: &a [*a]\n", "line 1, column 10: '*a' refers to another place: write the value out"),
-        (b"run: &a {}\ndata: {<<: *a}\n", "line 2, column 12: '*a' refers to another place"),
+        (
+            b"run: &a [*a]\n",
+            "line 1, column 10: an alias stands for something that it is a part",
+        ),
+        (b"run: &a\n  <<: *a\n", "an alias stands for something that it is a part of"),
         (
             b"run: {seed: 1" + b"0" * 5000 + b"}\n",
             "line 1, column 13: found a number of 5,001 digits",
@@ -219,9 +225,23 @@ def test_a_file_that_cannot_be_a_recipe_says_why(
     assert problem in str(caught.value)
 
 
-def test_a_byte_order_mark_and_unused_anchors_are_passed_over(
-    tmp_path: Path,
+@pytest.mark.parametrize("read", [load_config, load_sweep])
+@pytest.mark.parametrize("link", ["[{}]", "{{<<: [{}]}}", "{{k: [{}]}}"])
+def test_aliases_that_multiply_are_refused_before_they_take_memory(
+    tmp_path: Path, read: Callable[[Path], object], link: str
 ) -> None:
+    lines = ["a0: &a0 {x: 1}" if "<<" in link else "a0: &a0 [x]"]
+    for level in range(1, 13):
+        lines.append(f"a{level}: &a{level} " + link.format(", ".join([f"*a{level - 1}"] * 9)))
+    path = tmp_path / "laughs.yaml"
+    path.write_text("\n".join(lines))
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match="aliases make more than 20,000 values"):
+        read(path)
+    assert time.monotonic() - begun < 5
+
+
+def test_aliases_of_ordinary_size_are_taken(tmp_path: Path) -> None:
     path = tmp_path / "shared.yaml"
     path.write_text(
         "\ufeff"

@@ -1,4 +1,4 @@
-"""YAML as a configuration needs it: version 1.2's numbers and booleans, no key twice, no alias."""
+"""YAML as a configuration needs it: version 1.2's numbers and booleans, no key twice."""
 
 import difflib
 import math
@@ -11,11 +11,12 @@ import yaml
 
 from d3etr.config.problems import ConfigError, Problem
 
+MAXIMUM_VALUES = 20_000
+"""Of a document, with aliases written out."""
 MAXIMUM_DEPTH = 40
 MAXIMUM_BYTES = 500_000
 """Of a file; recipes have a few thousand."""
 MAXIMUM_DIGITS = 30
-_WRITE_OUT = "write the value out, or put what several recipes share into one that they extend"
 _TOO_DEEP = f"is nested deeper than {MAXIMUM_DEPTH} levels"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _TAG = "tag:yaml.org,2002:"
@@ -30,6 +31,7 @@ _SCALARS = (
         "-+.0123456789",
     ),
     ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("merge", r"<<", "<"),
 )
 
 
@@ -56,17 +58,29 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = _resolvers()
     yaml_constructors = _constructors()
 
-    _depth = 0
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._values = self._depth = 0
+        self._sizes: dict[str | None, int] = {}  # of anchors: values with aliases written out
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
+        before = self._values
         if isinstance(event, yaml.AliasEvent):
-            raise _problem(f"'*{event.anchor}' refers to another place: {_WRITE_OUT}", event)
+            meant = self._sizes.get(event.anchor)
+            if meant is None:
+                raise _problem("an alias stands for something that it is a part of", event)
+            self._values += meant
+        self._values += 1
         self._depth += 1
+        if self._values > MAXIMUM_VALUES:
+            raise _problem(f"aliases make more than {MAXIMUM_VALUES:,} values: write it out", event)
         if self._depth > MAXIMUM_DEPTH:
             raise _problem(_TOO_DEEP, event)
         node: yaml.Node | None = super().compose_node(parent, index)
         self._depth -= 1
+        if not isinstance(event, yaml.AliasEvent):
+            self._sizes[event.anchor] = self._values - before
         if node is not None and node.tag == f"{_TAG}int" and len(node.value) > MAXIMUM_DIGITS:
             digits = f"a number of {len(node.value):,} digits"
             raise _problem(f"found {digits}, expected {MAXIMUM_DIGITS} at most", node)
@@ -77,7 +91,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key.value, str):
                 continue
-            if key.value in seen:
+            if key.value in seen and key.value != "<<":
                 raise _problem(f"key '{key.value}' is given twice", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -107,7 +121,9 @@ def parse_yaml(text: str, source: str) -> Any:
         ConfigError: with line and column, if the text is not YAML or repeats a key.
     """
     try:
-        return yaml.load(text, _Loader)
+        tree = yaml.load(text, _Loader)
+        _refuse_depth(tree, source)
+        return tree
     except RecursionError:
         raise ConfigError(source, [Problem("", _TOO_DEEP)]) from None
     except yaml.MarkedYAMLError as error:
@@ -117,6 +133,15 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(source, [Problem("", place + details)]) from None
     except yaml.YAMLError as error:
         raise ConfigError(source, [Problem("", f"not YAML: {error}")]) from None
+
+
+def _refuse_depth(tree: Any, source: str, depth: int = 0) -> None:
+    """Aliases of aliases may nest deeper than the text does."""
+    if depth > MAXIMUM_DEPTH:
+        raise ConfigError(source, [Problem("", _TOO_DEEP)])
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    for part in parts:
+        _refuse_depth(part, source, depth + 1)
 
 
 def dump_yaml(tree: Any) -> str:

@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d3etr.config.tree import Config
 from d3etr.data.sampling import share
-from d3etr.distiller import Normalisers
 from d3etr.engine.build import Models
 from d3etr.engine.distributed import TrainContext
 from d3etr.engine.graphs import StepGraphs, unsupported_reason, whole_pass
@@ -23,6 +22,7 @@ from d3etr.engine.optimiser import (
     set_learning_rates,
 )
 from d3etr.engine.seeding import derive_seed, seed_generators
+from d3etr.losses.supervision import Normalisers
 from d3etr.matching.assignment import NonFiniteCostError
 from d3etr.methods.base import TeacherOutputs
 from d3etr.structures import ImageBatch, Targets

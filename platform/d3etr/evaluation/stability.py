@@ -95,7 +95,7 @@ def _pairs(distiller: Distiller, student: DecoderOutputs, teacher: DecoderOutput
     matching = distiller.method.adaptive
     assert matching is not None and distiller.teacher is not None
     problem = matching.problem(student, teacher)
-    (assignment,) = distiller.start({"adaptive": problem})().values()
+    (assignment,) = distiller.solver.start_named({"adaptive": problem})().values()
     assignment.ensure_finite(problem.name)
     pairs = matching.correspondence(assignment, student, teacher)
     columns = assignment.columns if pairs.teacher is None else pairs.teacher

@@ -10,7 +10,7 @@ needs no pairs, and their solutions travel back likewise.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -238,6 +238,10 @@ class DeviceSolving:
         return self._found
 
 
+Solutions = Callable[[], dict[str, Assignment]]
+"""Waits for the assignments, by name of their problem."""
+
+
 class Solver:
     """Solves assignment problems while the caller works: on their device or on threads.
 
@@ -271,6 +275,11 @@ class Solver:
         if threads and self._pool is None:
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="assignment")
         return HostSolving(blocks, self._pool if threads else None)
+
+    def start_named(self, problems: Mapping[str, CostBlock]) -> Solutions:
+        """``start`` for problems by name; what is returned waits for their solutions."""
+        solving = self.start(list(problems.values()))
+        return lambda: dict(zip(problems, solving.result(), strict=True))
 
     def close(self) -> None:
         """End the threads; the next problems begin new ones."""

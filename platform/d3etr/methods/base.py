@@ -22,10 +22,7 @@ from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import MethodConfig
 from d3etr.matching.assignment import Assignment, CostBlock
 from d3etr.methods.adaptive import AdaptiveMatching
-from d3etr.structures import DecoderOutputs, Memory, ObjectQueries, QueryGroup, Targets
-
-MAIN = "detection"
-"""The student's own queries, by the name that their losses have."""
+from d3etr.structures import MAIN, DecoderOutputs, Memory, ObjectQueries, QueryGroup, Targets
 
 
 @dataclass(frozen=True)
