@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from coco_files import picture
 from format_writers import WRITERS
 
@@ -231,3 +232,20 @@ def test_image_numbers_are_the_same_whatever_the_order_of_the_folder(
         path.with_suffix(".tmp").rename(path)
     assert names == [(r.id, r.file_name) for r in read_split("train", split).records]
     assert [number for number, _ in names] == list(range(1, len(names) + 1))
+
+
+@pytest.mark.parametrize("path", ["{folder}/..", "sets"])
+def test_yolos_path_begins_at_the_file_or_at_the_working_directory(
+    path: str, coco: dict[str, SplitConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = WRITERS["yolo"](coco, tmp_path / "sets")["train"]
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load(split.annotations.read_text())
+    own = tmp_path / "lists" / "data.yaml"
+    own.parent.mkdir()
+    folder = (tmp_path / "sets" / "x").relative_to(tmp_path)
+    own.write_text(yaml.safe_dump(content | {"path": path.format(folder=f"../{folder}")}))
+    (tmp_path / folder).mkdir()
+    moved = split.model_copy(update={"annotations": own})
+    expected = [record.file_name for record in read_split("train", split).records]
+    assert [record.file_name for record in read_split("train", moved).records] == expected

@@ -119,10 +119,12 @@ class _Layout:
             raise UserError(
                 f"{file}: found no mapping; expected YOLO's data.yaml with train, val and names"
             )
-        root = file.parent / _text(file, "path", tree.get("path") or ".")
-        if not root.is_dir():
+        path = _text(file, "path", tree.get("path") or ".")
+        # Ultralytics begins at the working directory, exports of other tools at the file.
+        root = next((root for root in (file.parent / path, Path(path)) if root.is_dir()), None)
+        if root is None:
             raise UserError(
-                f"{file}: path {str(tree['path'])!r:.200} is no folder (looked for {root}); "
+                f"{file}: path {path!r:.200} is no folder (looked for {file.parent / path}); "
                 "expected the folder of the data set, relative to this file, or no 'path' if that "
                 "is this file's own"
             )
