@@ -69,8 +69,7 @@ class Distiller(nn.Module):
         if (teacher is not None) != distillation.needs_teacher:
             raise ValueError("a teacher goes with every method but 'none'")
         self.student = student
-        self.solver = Solver()
-        self.supervision = GroundTruthSupervision(criterion, self.solver)
+        self.supervision = GroundTruthSupervision(criterion, Solver())
         self._teacher = (teacher,)  # inside a tuple, nn.Module does not register it
         kind: type[Method] = METHODS.find(distillation.method)
         if teacher is None:
@@ -79,6 +78,11 @@ class Distiller(nn.Module):
         kind.check_compatible(distillation, student.config, teacher.config, student.classes)
         teacher.eval().requires_grad_(False)
         self.method = kind(distillation, student.config, teacher.config, seed=seed)
+
+    @property
+    def solver(self) -> Solver:
+        """Of all bipartite problems."""
+        return self.supervision.solver
 
     @property
     def teacher(self) -> DetectionTransformer | None:

@@ -36,7 +36,7 @@ _NAME_PARTS = ("password", "passwd", "secret", "token", "apikey", "accesskey", "
 _VERSIONS = frozenset(
     """
     version versionid generation revision rev ref commit branch
-    checksum md5 sha1 sha256 etag snapshot searchfilter orderbykey
+    checksum md5 sha1 sha256 etag snapshot viewstatesharekey searchfilter orderbykey
     """.split()
 )
 """Parameters whose values look like tokens and are none."""

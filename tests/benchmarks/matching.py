@@ -20,6 +20,7 @@ Tried on the same costs and left out (one thread of a busy CPU, 300 x 300):
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -121,8 +122,12 @@ def _step(scale: Scale, solver: Solver, graphs: bool = False) -> Step:
     )
     step = Step(student, teacher, scale, random_batch(scale), graphs=graphs)
     set_learning_rates(step.optimiser, 0.0)
-    step.distiller.solver = solver
+    _use(step, solver)
     return step
+
+
+def _use(step: Step, solver: Solver) -> None:
+    step.distiller.supervision = replace(step.distiller.supervision, solver=solver)
 
 
 def _exposed(scale: Scale) -> Comparison:
@@ -134,7 +139,7 @@ def _exposed(scale: Scale) -> Comparison:
 
     def action(solver: Solver) -> Action:
         def run() -> None:
-            step.distiller.solver = solver
+            _use(step, solver)
             step()
 
         return run

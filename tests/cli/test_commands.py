@@ -55,7 +55,7 @@ def coco_set(folder: Path, names: tuple[str, ...] = ("tree", "cat", "dog")) -> t
 def test_help_is_instant_and_lists_every_command(repository: Path) -> None:
     slow = ["torch", "numpy", "ray", "mlflow", "pydantic", "rich"]
     code = (
-        "import sys; from d3etr.cli.main import _parser; _parser().format_help(); "
+        "import sys; from d3etr.cli.main import build_parser; build_parser().format_help(); "
         f"assert not [name for name in {slow} if name in sys.modules]"
     )
     subprocess.run([sys.executable, "-c", code], cwd=repository / "platform", check=True)

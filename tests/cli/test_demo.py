@@ -93,7 +93,7 @@ def test_four_runs_are_made_once_and_put_side_by_side(
     words = shlex.split(commands[0])
     assert main(words[words.index("d3etr") + 1 :]) == 0, "the printed command works"
     assert list((project / "predictions").glob("*.png"))
-    assert "searchFilter=attributes.run_id+IN" in shown.out, "MLflow's page with these runs"
+    assert "viewStateShareKey=d3etr-" in shown.out, "MLflow's page with these runs"
     commands = [line.strip() for line in shown.out.splitlines() if " -m d3etr compare " in line]
     words = shlex.split(commands[0])
     assert main(words[words.index("d3etr") + 1 :]) == 0

@@ -1,6 +1,7 @@
 """Costs that are not finite, where nobody looks at once: the loss says it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def losses(solver: Solver) -> dict[str, torch.Tensor]:
     config = MethodConfig.parse({"method": "d3etr"})
     student, teacher = detector(0).to(DEVICE), detector(1).to(DEVICE)
     distiller = Distiller(student, teacher, config, SetCriterionConfig(), seed=0).to(DEVICE)
-    distiller.solver = solver
+    distiller.supervision = replace(distiller.supervision, solver=solver)
     images = ImageBatch(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     boxes = torch.tensor([[[0.3, 0.3, 0.2, 0.2]], [[0.6, 0.6, 0.3, 0.3]]])
     targets = Targets(

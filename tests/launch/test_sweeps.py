@@ -59,7 +59,7 @@ def test_a_trial_that_fails_stops_no_other_and_says_why(
     assert children[0].info.status == parent.info.status == "FINISHED"
     assert parent.data.metrics["val/mAP"] == good.mAP
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert {"best.yaml", "table.md", "results.json", "cases.png", "sweep.yaml"} <= files
+    assert {"best.yaml", "table.md", "results.json", "sweep.yaml"} <= files
     champion = client.get_model_version_by_alias("d3etr-student", "champion")
     assert champion.run_id == children[0].info.run_id
 

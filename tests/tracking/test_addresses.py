@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -9,6 +10,7 @@ from urllib.parse import parse_qs
 from d3etr.config.tree import Config
 from d3etr.text import redacted
 from d3etr.tracking.address import how_to_open, run_page, runs_page
+from d3etr.tracking.charts import TAG, charted_page
 from d3etr.tracking.server import connect, tracking_uri
 from d3etr.tracking.state import read_state
 from d3etr.tracking.sweeps import SweepRun
@@ -59,6 +61,17 @@ def test_a_sweep_leads_to_its_trials(make_config: MakeConfig, tmp_path: Path) ->
     _, address = sweep.how_to_open()
     page = address.removeprefix("http://127.0.0.1:5000/")
     assert page in run.data.tags["mlflow.note.content"]
-    [search] = parse_qs(page.partition("?")[2])["searchFilter"]
-    assert client.search_runs([state.experiment_id], search) == []
-    assert search == f"tags.`mlflow.parentRunId` = '{sweep.run_id}'"
+    [key] = parse_qs(page.partition("?")[2])["viewStateShareKey"]
+    assert redacted(page) == page, "a view's key is no secret"
+    view = json.loads(client.get_experiment(state.experiment_id).tags[TAG + key])
+    assert client.search_runs([state.experiment_id], view["searchFilter"]) == []
+    assert view["searchFilter"] == f"tags.`mlflow.parentRunId` = '{sweep.run_id}'"
+    assert view["orderByKey"] == "metrics.`val/mAP`" and not view["orderByAsc"]
+    assert view["compareRunCharts"][0]["metricKey"] == "val/mAP"
+
+
+def test_very_many_runs_are_listed_without_a_view(make_config: MakeConfig) -> None:
+    client = connect(tracking_uri(make_config()))
+    listed = ", ".join(f"'{number:032x}'" for number in range(200))
+    page = charted_page(client, "0", f"attributes.run_id IN ({listed})", "attributes.start_time")
+    assert "searchFilter" in page and not client.get_experiment("0").tags

@@ -11,10 +11,14 @@ from rich.console import Group
 
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.demo.runs import DemoRun
+from d3etr.errors import UserError
+from d3etr.logs import get_logger
 from d3etr.tracking.address import how_to_open, runs_page
 from d3etr.tracking.compare import compare
 from d3etr.tracking.compare.tables import equal_time_table, results_table
 from d3etr.tracking.state import read_state
+
+logger = get_logger(__name__)
 
 OWN_DATA = """\
 The same on data of your own (COCO format; put your paths into the first two lines):
@@ -62,7 +66,17 @@ def _mlflow_commands(runs: list[DemoRun], python: str) -> list[str]:
         return []
     listed = ", ".join(f"'{state.run_id}'" for state in states)
     search, order_by = f"attributes.run_id IN ({listed})", "attributes.start_time"
-    page = runs_page(states[0].experiment_id, search, order_by, ascending=True)
+    # mlflow takes a second to import: only who has tracked pays.
+    from d3etr.tracking.charts import charted_page
+    from d3etr.tracking.server import connect, tracking_uri
+
+    experiment = states[0].experiment_id
+    try:
+        client = connect(tracking_uri(runs[-1].config))
+        page = charted_page(client, experiment, search, order_by, ascending=True)
+    except UserError as error:
+        logger.warning("%s", error)
+        page = runs_page(experiment, search, order_by, ascending=True)
     lines = how_to_open(states[0].tracking_uri, page, python)
     return ["See the runs side by side in MLflow:", *(f"  {line}" for line in lines)]
 

@@ -104,7 +104,7 @@ def run_command(command: Callable[[], int]) -> NoReturn:
         _process.skips_shutdown = True
     if _process.skips_shutdown:
         logging.shutdown()
-        attempt(_kill_agents)
+        attempt(_kill_children)
         os._exit(code)
     sys.exit(code)
 
@@ -127,17 +127,23 @@ def _exit_at_once() -> NoReturn:
     report_interrupt(KeyboardInterrupt("interrupted again: ended at once; what was saved is whole"))
     for child in multiprocessing.active_children():
         attempt(child.kill)
-    attempt(_kill_agents)
+    attempt(_kill_children)
     os._exit(INTERRUPTED)
 
 
-def _kill_agents() -> None:
-    """Kill those of Ray's processes that would stay a minute; the others end with this one."""
+def _kill_children() -> None:
+    """Kill what Ray started here: by itself, some of it would stay a minute.
+
+    Everything is written: what Ray's threads print about the killed ones is nobody's to read.
+    """
     import psutil  # type: ignore[import-untyped]  # Ray brings it
 
-    for child in psutil.Process().children(recursive=True):
-        if "Agent" in "".join(child.cmdline()[:1]):
-            child.kill()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    for _ in range(2):  # what is being started as its parent is killed
+        for child in psutil.Process().children(recursive=True):
+            attempt(child.kill)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from mlflow.entities import Metric
 
 from d3etr.config.tree import Config
 from d3etr.logs import get_logger
-from d3etr.tracking.address import how_to_open, runs_page
+from d3etr.tracking.address import how_to_open
+from d3etr.tracking.charts import charted_page
 from d3etr.tracking.model import register
 from d3etr.tracking.open_run import OpenRun, Status, settled
 from d3etr.tracking.server import UPLOAD_TIMEOUT_SECONDS, patience
@@ -62,8 +63,9 @@ class SweepRun:
         self._run = OpenRun(config, folder, f"sweep · {folder.name}", TAGS.copy, params)
         self._client, self.run_id = self._run.client, self._run.run_id
         trials = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
-        self._page = runs_page(self._run.state.experiment_id, trials, "metrics.`val/mAP`")
         with self._run.refusals():
+            experiment = self._run.state.experiment_id
+            self._page = charted_page(self._client, experiment, trials, "metrics.`val/mAP`")
             self._describe()
 
     def how_to_open(self) -> list[str]:
