@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from d3etr.config.tree import Config
+from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import count_parameters
-from d3etr.detectors.weights import load_weights
+from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.engine.build import open_splits
 from d3etr.engine.distributed import TrainContext
 from d3etr.engine.journal import Journal
@@ -42,12 +43,7 @@ def measure_shipped(
     finished = folder.read_summary()
     if finished is not None:
         return numbers(finished)
-    detector, info = load_weights(weights)
-    if (info.detector, info.preprocessing) != (config.student.detector, config.data.preprocessing):
-        raise UserError(
-            f"{weights} holds another detector than the recipe '{config.run.name}' describes, or "
-            "expects other images: use the recipe that it was trained by"
-        )
+    detector, info = _load(weights, config)
     splits = open_splits(config, context)
     check_same_classes(info, weights, splits.validation)
     journal = Journal(folder.journal)
@@ -81,3 +77,18 @@ def measure_shipped(
     journal.write("end", step, metrics=numbers(summary))
     folder.write_summary(summary)
     return numbers(summary)
+
+
+def _load(weights: Path, config: Config) -> tuple[DetectionTransformer, WeightsInfo]:
+    """Weights that the recipe describes.
+
+    Raises:
+        UserError: they are of another detector.
+    """
+    detector, info = load_weights(weights)
+    if (info.detector, info.preprocessing) != (config.student.detector, config.data.preprocessing):
+        raise UserError(
+            f"{weights} holds another detector than the recipe '{config.run.name}' describes, or "
+            "expects other images: use the recipe that it was trained by"
+        )
+    return detector, info

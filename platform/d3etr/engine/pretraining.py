@@ -89,22 +89,9 @@ def pretrain_backbone(
     judge_categories({"train": train, "validation": validation}).raise_errors()
     crops, labels = cut_crops(train, config, seed, on_progress)
     if not bool((labels < len(train.categories)).any()):
-        raise UserError(
-            f"{train.annotations}: no objects to crop in the {train.name} split; pre-training "
-            "classifies objects"
-        )
-    # On the whole feature map, not its mean: neighbours reach into many crops, and only their
-    # place distinguishes them from the object in the middle.
-    features = network.channels * math.ceil(config.crop_size / network.stride) ** 2
-    head = nn.Linear(features, len(train.categories) + 1)
-    classifier = nn.Sequential(network, nn.Flatten(), head).to(device)
-    optimisation = OptimisationConfig(
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        backbone_rate_factor=1.0,
-        schedule=ScheduleConfig(kind="cosine", warmup_steps=config.steps // 20),
-    )
+        raise UserError(f"{train.annotations}: no objects to crop; {train.name} needs labels")
+    classifier = _classifier(network, len(train.categories) + 1, config).to(device)
+    optimisation = _optimisation(config)
     optimiser = build_optimiser(classifier, network, optimisation)
     random = Random(f"pretraining/{seed}")
     for step in range(config.steps):
@@ -114,8 +101,8 @@ def pretrain_backbone(
         loss = functional.cross_entropy(logits, labels[chosen].to(device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        factor = learning_rate_factor(step, config.steps, optimisation.schedule)
-        set_learning_rates(optimiser, factor)
+        rate = learning_rate_factor(step, config.steps, optimisation.schedule)
+        set_learning_rates(optimiser, rate)
         optimiser.step()
         on_progress("pre-training steps", step + 1, config.steps)
     accuracy = _accuracy(classifier, *cut_crops(validation, config, seed, on_progress), data)
@@ -129,6 +116,26 @@ def pretrain_backbone(
     }
     write_tensors(output, network.state_dict(), metadata)
     return result
+
+
+def _classifier(network: Backbone, classes: int, config: PretrainingConfig) -> nn.Sequential:
+    """On the whole feature map, not its mean.
+
+    Neighbours reach into many crops, and only their place distinguishes them from the object in
+    the middle.
+    """
+    features = network.channels * math.ceil(config.crop_size / network.stride) ** 2
+    return nn.Sequential(network, nn.Flatten(), nn.Linear(features, classes))
+
+
+def _optimisation(config: PretrainingConfig) -> OptimisationConfig:
+    return OptimisationConfig(
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        backbone_rate_factor=1.0,
+        schedule=ScheduleConfig(kind="cosine", warmup_steps=config.steps // 20),
+    )
 
 
 def _untrained(backbone: BackboneConfig, seed: int) -> Backbone:
