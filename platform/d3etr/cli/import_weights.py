@@ -71,9 +71,9 @@ def _run(options: Namespace) -> int:
         _, annotated = find_format(AUTO, options.categories)
         known = annotated.read(Source(options.categories)).categories
         categories = tuple((category.id, category.name) for category in known)
-    said = Unseen(heads=options.heads, dilation=options.dilation, temperature=options.temperature)
+    unseen = Unseen(heads=options.heads, dilation=options.dilation, temperature=options.temperature)
     ensure_other_file(options.source, options.target)
-    imported = import_weights(options.source, options.target, said, categories)
+    imported = import_weights(options.source, options.target, unseen, categories)
     answer(options, imported.as_dict(), lambda: _print(imported))
     return 0
 

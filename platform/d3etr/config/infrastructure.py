@@ -28,7 +28,7 @@ class RunConfig(Section):
     """Save also within epochs, every so many optimiser steps; None does not."""
     hooks: tuple[str, ...] = ()
     """Names of hooks that installed packages bring (entry points ``d3etr.hooks``): code that is
-    told of steps, evaluations and the end, and changes no result."""
+    called at steps, evaluations and the end, and changes no result."""
 
 
 class ClusterConfig(Section):

@@ -134,7 +134,7 @@ def train(
         recipe: a YAML file, or the name of a shipped recipe, such as ``digits/d3etr``.
         launcher: ``ray`` (Ray Train) or ``local`` (this process).
         quiet: show no progress.
-        hooks: objects of ``d3etr.engine.hooks.Hook``, told of steps, evaluations and the end.
+        hooks: objects of ``d3etr.engine.hooks.Hook``, called at steps, evaluations and the end.
         **overrides: sections of the configuration, such as ``optimisation={"epochs": 12}`` or
             ``**{"data.workers": 2}``; they win over the recipe.
 

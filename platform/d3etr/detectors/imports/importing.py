@@ -39,7 +39,7 @@ from d3etr.detectors.weights import (
 )
 from d3etr.errors import UserError
 
-_TOLD = ("heads", "dilation", "temperature")
+_OPTIONS = ("heads", "dilation", "temperature")
 """What a user may say of a checkpoint without ``args``."""
 _FIRST_NAMES = ("conv1.", "features.", "layers.", "stem.")
 """How the first tensor of torchvision's networks is called."""
@@ -93,7 +93,7 @@ class _Theirs:
 
 
 def import_weights(
-    source: Path, target: Path, said: Unseen | None = None, categories: Categories | None = None
+    source: Path, target: Path, options: Unseen | None = None, categories: Categories | None = None
 ) -> Imported:
     """Write weights of others as a file that everything here takes, whole or not at all.
 
@@ -101,36 +101,36 @@ def import_weights(
         source: an official checkpoint or torchvision's (``.pth``), a folder of Hugging Face's, or
             a file of ours.
         target: the file to write.
-        said: what the user says about a source that does not say it itself.
+        options: what the user knows of a checkpoint whose tensors do not show it.
         categories: (id, name) of each category, by rising id, if the user names them.
 
     Raises:
         UserError: unknown, damaged or unsafe files; tensors that are missing, left over or of
             another shape; options that have no effect.
     """
-    told = {key: getattr(said, key) for key in _TOLD if getattr(said, key, None) is not None}
+    given = {key: value for key in _OPTIONS if (value := getattr(options, key, None)) is not None}
     named = {} if categories is None else {"categories": categories}
     if source.is_dir():
-        _refuse(source, told, f"{files.CONFIG} says it")
+        _refuse(source, given, f"{files.CONFIG} says it")
         return _import_detector(source, target, _from_folder(source), categories)
     if source.suffix == ".safetensors":
         if (source.parent / files.CONFIG).is_file():
             raise UserError(
                 f"{source}: part of a folder of Hugging Face's: give the folder, {source.parent}"
             )
-        _refuse(source, told | named, "a file of d3etr says all of it")
+        _refuse(source, given | named, "a file of d3etr says all of it")
         detector, info = load_weights(source)
         notes = ["checked and copied; it could be used as it is"]
         return _write(source, target, "a weights file of d3etr", detector, info, notes)
     found = files.read_checkpoint(source)
     name = official_detector(found.tensors)
     if name is not None:
-        theirs = _from_checkpoint(source, found, name, told)
+        theirs = _from_checkpoint(source, found, name, given)
         return _import_detector(source, target, theirs, categories)
     network = recognise(found.tensors)
     if network is None:
         raise UserError(_unknown(source, found.tensors))
-    _refuse(source, told | named, "it is a backbone")
+    _refuse(source, given | named, "it is a backbone")
     return _import_backbone(source, target, found, network)
 
 
@@ -166,17 +166,17 @@ def _from_folder(source: Path) -> _Theirs:
     )
 
 
-def _from_checkpoint(source: Path, found: Found, name: str, told: dict[str, Any]) -> _Theirs:
+def _from_checkpoint(source: Path, found: Found, name: str, given: dict[str, Any]) -> _Theirs:
     """An official checkpoint; asks where a default would be a guess that spoils detections."""
-    if name != "dab_detr" and "temperature" in told:
-        _refuse(source, {"temperature": told["temperature"]}, f"{name} has no such setting")
+    if name != "dab_detr" and "temperature" in given:
+        _refuse(source, {"temperature": given["temperature"]}, f"{name} has no such setting")
     unseen = from_args(found.settings, str(source))
-    for key, value in told.items():
+    for key, value in given.items():
         if getattr(unseen, key) not in (None, value):
             raise UserError(
                 f"{source}: its args say {key} {getattr(unseen, key)}, but --{key} says {value}"
             )
-    unseen = unseen.model_copy(update=told)
+    unseen = unseen.model_copy(update=given)
     if unseen.dilation is None and "dc5" in source.name.lower():
         raise UserError(
             f"{source}: named like a detector with dilation (DC5), which weights do not show: say "
@@ -191,7 +191,7 @@ def _from_checkpoint(source: Path, found: Found, name: str, told: dict[str, Any]
 
 
 def _import_detector(
-    source: Path, target: Path, theirs: _Theirs, given: Categories | None
+    source: Path, target: Path, theirs: _Theirs, named: Categories | None
 ) -> Imported:
     """Our detector with their weights, and what to know about it."""
     softmax = LAYOUTS[theirs.name].softmax
@@ -202,7 +202,7 @@ def _import_detector(
     try:
         config, notes = infer_detector(theirs.name, tensors, theirs.unseen)
         outputs = _outputs(tensors) - softmax
-        categories, used = slots_of(outputs, given, theirs.names)
+        categories, used = slots_of(outputs, named, theirs.names)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     unused = choose_rows(tensors, used, outputs, softmax)

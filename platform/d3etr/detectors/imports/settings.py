@@ -76,7 +76,7 @@ _ONLY_PREPROCESSING: Mapping[str, tuple[Any, ...]] = {
 
 
 class Unseen(Section):
-    """What tensors do not show; None where nobody said."""
+    """What tensors do not show; None where it is not known."""
 
     heads: Annotated[int, Field(ge=1)] | None = None
     """Attention heads H."""
