@@ -104,7 +104,21 @@ def test_impossible_layer_maps_are_refused(tiny_detector: Build, mapping: tuple[
         ({"method": "none", "prediction": {"weight": 1.0}}, "no effect on method 'none'"),
         ({"adaptive_ratio": 1.0, **NO_TERMS}, "trains nothing"),
         ({"auxiliary_group": {"ground_truth": False}, **NO_TERMS}, "group would learn nothing"),
-        ({"adaptive_ratio": 1.0, "teacher_query_ratio": 0.5}, "remove auxiliary_group"),
+        (
+            {"adaptive_ratio": 1.0, "teacher_query_ratio": 0.5},
+            "adaptive_ratio 1 builds no auxiliary group: remove teacher_query_ratio",
+        ),
+        (
+            {"inherited_ratio": 1.0, "auxiliary_group": {"assignment": "own"}},
+            "inherited_ratio 1 builds no auxiliary group: remove auxiliary_group",
+        ),
+        ({"inherited_ratio": 1.0, "adaptive_ratio": 0.5}, "nothing to mix: remove adaptive_ratio"),
+        (
+            {"inherited_ratio": 1.0, "matching_cost": {"l1_cost": 1.0}},
+            "inherited_ratio 1 runs no bipartite matching: remove matching_cost",
+        ),
+        ({"inherited_ratio": 0.5, **NO_TERMS}, "inherited_ratio has no effect"),
+        ({"inherited_ratio": 1.0, **NO_TERMS}, "inherited_ratio 1 with all term weights 0 trains"),
         ({"adaptive_ratio": 0.0, "matched_pair_ratio": 0.5}, "no bipartite matching"),
         ({"auxiliary_group": {"queries": "random"}}, "no teacher outputs"),
         ({"adaptive_ratio": 1.5}, "less than or equal to 1"),

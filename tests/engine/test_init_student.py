@@ -129,3 +129,31 @@ def test_configurations_that_make_no_sense_are_refused(changes: dict[str, Any], 
     with pytest.raises(ValidationError) as caught:
         StudentConfig.model_validate(settings)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("start", "text"),
+    [
+        ("null", "is null"),
+        ("{parts: [decoder, heads]}", "takes decoder, heads:"),
+        ("{parts: [heads, queries]}", "takes heads, queries:"),
+        ("{weights: other.safetensors}", r"is from \S*other\.safetensors, the teacher \S*t\.safe"),
+        ("{}", None),
+        ("{weights: t.safetensors}", None),
+    ],
+)
+def test_queries_are_paired_by_number_only_where_they_were_the_teachers(
+    start: str, text: str | None
+) -> None:
+    overrides = [
+        "data.digit_scenes={}",
+        "optimisation.steps=1",
+        "teacher.weights=t.safetensors",
+        "distillation={method: d3etr, inherited_ratio: 0.5}",
+        f"student.initialise_from={start}",
+    ]
+    if text is None:
+        assert load_config(None, overrides).distillation.inherited_share == 0.5
+        return
+    with pytest.raises(ConfigError, match=f"inherited_ratio .* student.initialise_from {text}"):
+        load_config(None, overrides)

@@ -23,6 +23,7 @@ from d3etr.launch.sweeps.trials import (
 
 RATES = "optimisation.learning_rate"
 RATIO, QUERIES = "distillation.adaptive_ratio", "distillation.teacher_query_ratio"
+INHERITED = "distillation.inherited_ratio"
 WriteSweep = Callable[..., Path]
 
 
@@ -73,6 +74,18 @@ def test_a_condition_leaves_a_key_alone_where_it_does_not_hold(make_sweep: MakeS
         "adaptive_ratio=0.5, teacher_query_ratio=0.5",
         "adaptive_ratio=0.5, teacher_query_ratio=1",
         "adaptive_ratio=1",
+    ]
+
+
+def test_the_three_matchings_are_swept_by_their_ratios(make_sweep: MakeSweep) -> None:
+    space = {
+        INHERITED: {"grid": [0.0, 0.5, 1.0]},
+        RATIO: {"grid": [0.0, 1.0], "when": {INHERITED: [0.0, 0.5]}},
+        QUERIES: {"grid": [0.5], "when": {RATIO: [0.0]}},
+    }
+    plan = make_plan(make_sweep(space=space, set=["student.initialise_from={}"]))
+    assert [plan.config(trial).distillation.inherited_share for trial in plan.trials] == [
+        *(0.0, 0.0, 0.5, 0.5, 1.0)
     ]
 
 

@@ -152,6 +152,11 @@ class MethodConfig(VariantSection):
         return False
 
     @property
+    def inherited_share(self) -> float:
+        """Weight of the terms over queries that the student took over from the teacher."""
+        return 0.0
+
+    @property
     def description(self) -> str:
         """What is compared, in a few words for people who read a run's page."""
         return ""

@@ -83,6 +83,7 @@ class Config(Section):
                 "student.initialise_from.weights is not set and there is no teacher whose parts "
                 "could be meant: set it to a weights file"
             )
+        self._queries_are_inherited()
         self._criterion_fits()
         student = self.student.detector
         if self.optimisation.sampling_rate_factor != 1 and not student.sampling_parts:
@@ -101,6 +102,22 @@ class Config(Section):
         if steps and (text := warmup_problem("distillation", warmup, steps, "optimisation.steps")):
             raise ValueError(text)
         return self
+
+    def _queries_are_inherited(self) -> None:
+        """Refuse to pair queries by number where they did not begin as the teacher's."""
+        if not self.distillation.inherited_share or self.teacher is None:
+            return
+        start = self.student.initialise_from
+        found = "is null" if start is None else f"takes {', '.join(start.parts)}"
+        if start is not None and {"decoder", "queries"} <= {*start.parts}:
+            if self.initial_weights == self.teacher.weights:
+                return
+            found = f"is from {self.initial_weights}, the teacher {self.teacher.weights}"
+        raise ValueError(
+            "distillation.inherited_ratio pairs query i of the student with query i of the "
+            f"teacher, but student.initialise_from {found}: take 'decoder' and 'queries' from the "
+            "teacher's weights (initialise_from: {}), or set inherited_ratio to 0"
+        )
 
     def _criterion_fits(self) -> None:
         """Refuse settings of the class loss that the student does not learn by."""

@@ -36,6 +36,8 @@ def check_pair(
     _check_levels(student, teacher, config)
     _check_heads(student, teacher, config)
     _check_classes(config, classes)
+    if config.inherited_share:
+        _check_inherited(student, teacher)
     if config.self_attention.weight:
         counts = student.queries, teacher.queries
         points, kept = config.points, config.kept_share
@@ -43,9 +45,27 @@ def check_pair(
             "matched_pair_ratio": config.matches_adaptively and kept_pairs(*counts, kept) == 1,
             "teacher_query_ratio": config.fixed_share > 0
             and share_of(counts[1], config.teacher_query_ratio) == 1,
+            "inherited_ratio": config.inherited_share > 0 and counts[1] == 1,
             "general_points.count": points is not None and points.count == 1,
         }
         _check_lone_queries(*counts, [key for key, one in alone.items() if one])
+
+
+def _check_inherited(student: DetectorConfig, teacher: DetectorConfig) -> None:
+    """Query i is the same query where it was taken over, and is no choice of each image."""
+    advice = "set distillation.inherited_ratio to 0"
+    if student.queries_need_images:
+        raise UserError(
+            f"distillation.inherited_ratio pairs query i with query i, but '{student.name}' here "
+            f"selects its queries in each image: {advice}"
+        )
+    ours, theirs = (student.name, student.queries), (teacher.name, teacher.queries)
+    if ours != theirs:
+        raise UserError(
+            "distillation.inherited_ratio pairs query i with query i, but the student "
+            f"({ours[0]}, {ours[1]} queries) and the teacher ({theirs[0]}, {theirs[1]} queries) "
+            f"differ: {advice}, or give the student the teacher's"
+        )
 
 
 def _check_heads(

@@ -3,10 +3,13 @@
 A DETR decoder's outputs are an unordered set: query 7 of the student has nothing to do with query 7
 of the teacher. Adaptive Matching pairs them by minimal cost in every decoder layer; Fixed Matching
 runs the teacher's queries through the student's decoder, where query i corresponds to query i.
+Inherited Matching needs neither: a student whose queries and decoder began as the teacher's has
+query i of the teacher as its query i.
 
 The paper's: both matchings and their mixing, and that predictions, self- and cross-attention are
 distilled over the pairs. Our choices, the paper's are not known: the costs, the form of each loss,
-the ratio r and its default of 0.5, and that the teacher's references come along.
+the ratio r and its default of 0.5, that the teacher's references come along. Inherited Matching is
+ours.
 
 Shapes: L decoder layers · B images · M teacher queries · P pairs.
 """
@@ -28,13 +31,17 @@ from d3etr.config.distillation import (
 )
 from d3etr.methods.base import Matches, StudentOutputs, TeacherOutputs
 from d3etr.methods.teacher_queries import TeacherQueryConfig, TeacherQueryMethod
-from d3etr.structures import Targets
+from d3etr.structures import MAIN, Targets
 
 
 class D3ETRConfig(TeacherQueryConfig):
     """D3ETR: matching ratios, costs, loss terms."""
 
     method: Literal["d3etr"] = "d3etr"
+    inherited_ratio: Ratio = 0.0
+    """i: L = i * L_inherited + (1 - i) * (r * L_adaptive + (1 - r) * L_fixed). L_inherited pairs
+    each query with the teacher's query that it began as: ``student.initialise_from`` takes decoder
+    and queries of the teacher. 1 builds no auxiliary group and runs no bipartite matching."""
     adaptive_ratio: Ratio = 0.5
     """r: L = r * L_adaptive + (1 - r) * L_fixed. 1 builds no auxiliary group, 0 runs no
     bipartite matching."""
@@ -49,44 +56,75 @@ class D3ETRConfig(TeacherQueryConfig):
     @property
     def has_auxiliary_group(self) -> bool:
         """Whether the teacher's queries run through the student's decoder."""
-        return self.adaptive_ratio < 1 or self.auxiliary_group.always
+        return self.fixed_share > 0 or self.auxiliary_group.always
 
     @property
     def matches_adaptively(self) -> bool:
         """Whether bipartite matching between teacher and student runs."""
-        return self.adaptive_ratio > 0 and self.compares_pairs
+        return self._mixes_adaptive and self.compares_pairs
 
     @property
     def fixed_share(self) -> float:
-        """1 - r."""
-        return 1 - self.adaptive_ratio
+        """(1 - i) (1 - r)."""
+        return (1 - self.inherited_ratio) * (1 - self.adaptive_ratio)
+
+    @property
+    def inherited_share(self) -> float:
+        """The ratio i."""
+        return self.inherited_ratio
 
     @property
     def description(self) -> str:
         """The terms over pairs, and how both kinds of pairs are mixed."""
-        return f"{super().description}, adaptive ratio {self.adaptive_ratio:g}"
+        terms = [super().description]
+        if self.inherited_ratio > 0:
+            terms.append(f"inherited ratio {self.inherited_ratio:g}")
+        if self.inherited_ratio < 1:
+            terms.append(f"adaptive ratio {self.adaptive_ratio:g}")
+        return ", ".join(terms)
 
     @property
     def without_effect(self) -> frozenset[str]:
         """Keys that a ratio of 0 or 1 switches off; setting them is an error."""
+        return frozenset(self._switched_off)
+
+    @property
+    def _switched_off(self) -> dict[str, str]:
+        """Key without effect -> the ratio that switches it off, and how."""
+        off: dict[str, str] = {}
+        if self.inherited_ratio == 1:
+            off["adaptive_ratio"] = "inherited_ratio 1 leaves nothing to mix"
         if not self.has_auxiliary_group:
-            return frozenset({"auxiliary_group", "teacher_query_ratio"})
-        if self.adaptive_ratio == 0:
-            return frozenset({"matching_cost", "matched_pair_ratio"})
-        return frozenset()
+            reason = f"{self._whole_ratio} 1 builds no auxiliary group"
+            off |= dict.fromkeys(("auxiliary_group", "teacher_query_ratio"), reason)
+        if not self._mixes_adaptive:
+            ratio = "inherited_ratio 1" if self.inherited_ratio == 1 else "adaptive_ratio 0"
+            reason = f"{ratio} runs no bipartite matching"
+            off |= dict.fromkeys(("matching_cost", "matched_pair_ratio"), reason)
+        return off
+
+    @property
+    def _mixes_adaptive(self) -> bool:
+        """Whether (1 - i) r is above 0."""
+        return self.inherited_ratio < 1 and self.adaptive_ratio > 0
+
+    @property
+    def _whole_ratio(self) -> str:
+        """Which ratio is 1 where there is no auxiliary group."""
+        return "inherited_ratio" if self.inherited_ratio == 1 else "adaptive_ratio"
 
     @model_validator(mode="after")
     def _every_setting_fires(self) -> Self:
         if not self.has_auxiliary_group and not self.distils:
             raise ValueError(
-                "adaptive_ratio 1 with all term weights 0 trains nothing but the plain "
+                f"{self._whole_ratio} 1 with all term weights 0 trains nothing but the plain "
                 "student: use method 'none'"
             )
-        if not self.has_auxiliary_group and self.without_effect & self.model_fields_set:
-            raise ValueError(
-                "adaptive_ratio 1 builds no auxiliary group: "
-                "remove auxiliary_group and teacher_query_ratio"
-            )
+        for key, reason in self._switched_off.items():
+            if key in self.model_fields_set:
+                raise ValueError(f"{reason}: remove {key}")
+        if self.inherited_ratio and not self.compares_pairs:
+            raise ValueError("inherited_ratio has no effect: all term weights are 0")
         if self.auxiliary_group.always and not self.auxiliary_group.ground_truth:
             raise ValueError(
                 "auxiliary_group.always without ground_truth: where adaptive_ratio is 1 the group "
@@ -94,11 +132,6 @@ class D3ETRConfig(TeacherQueryConfig):
             )
         if self.general_points.count and not self.compares_pairs:
             raise ValueError("general_points have no effect: all term weights are 0")
-        if self.adaptive_ratio == 0 and self.without_effect & self.model_fields_set:
-            raise ValueError(
-                "adaptive_ratio 0 runs no bipartite matching: "
-                "remove matching_cost and matched_pair_ratio"
-            )
         return self
 
     def random_group_problem(self) -> str | None:
@@ -109,7 +142,9 @@ class D3ETRConfig(TeacherQueryConfig):
 
 
 class D3ETR(TeacherQueryMethod):
-    """L = L_det(main) + L_det(auxiliary) + r L_adaptive + (1 - r) L_fixed.
+    """L = L_det(main) + L_det(auxiliary) + i L_inherited + (1 - i) L_mixed.
+
+    L_mixed = r L_adaptive + (1 - r) L_fixed, the paper's; i is 0 by default.
 
     L_det is the set criterion, over the student's assignment for the main group and over the
     teacher's for the auxiliary one; the groups say so (``student_groups``). Each other L is
@@ -127,13 +162,15 @@ class D3ETR(TeacherQueryMethod):
         targets: Targets,
         normalisers: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """R L_adaptive + (1 - r) L_fixed, and what is added on top."""
+        """L_inherited, L_adaptive and L_fixed, mixed, and what is added on top."""
         if not (teacher.groups and self.config.distils):
             return {}
-        r = self.config.adaptive_ratio
+        i, r = self.config.inherited_ratio, self.config.adaptive_ratio
         without_matching = (
-            self.fixed_losses(1 - r, student, teacher, normalisers)
+            self.fixed_losses(i, student, teacher, normalisers, MAIN)
+            | self.fixed_losses(self.config.fixed_share, student, teacher, normalisers)
             | self.general_losses(student, teacher, normalisers)
             | self.feature_losses(student, teacher, targets, normalisers)
         )
-        return self.matched_losses(r, student, teacher, matches, normalisers) | without_matching
+        adaptive = self.matched_losses((1 - i) * r, student, teacher, matches, normalisers)
+        return adaptive | without_matching

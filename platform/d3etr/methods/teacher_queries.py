@@ -30,10 +30,12 @@ from d3etr.methods.base import Matches, Method, StudentOutputs, TeacherGroup, Te
 from d3etr.methods.compatibility import check_pair
 from d3etr.methods.pairs import FIXED, MatchedPairs, pair_losses
 from d3etr.methods.selection import select_teacher_queries, teacher_layers
-from d3etr.structures import ObjectQueries, QueryGroup, Supervision, Targets
+from d3etr.structures import MAIN, ObjectQueries, QueryGroup, Supervision, Targets
 
 AUXILIARY, GENERAL = "auxiliary", "general"
 """Names of the groups: the teacher's queries, and general points."""
+_NAMES = {AUXILIARY: "fixed", MAIN: "inherited"}
+"""What losses over the pairs of a group are called, where not as the group."""
 
 
 class TeacherQueryConfig(MethodConfig):
@@ -251,7 +253,7 @@ class TeacherQueryMethod(Method):
         """[L] confidence of the teacher, summed over the pairs of each kind."""
         sums = {
             group: teacher.groups[group].outputs.confidence().float().sum((1, 2))
-            for group in (AUXILIARY, GENERAL)
+            for group in (AUXILIARY, GENERAL, *[MAIN] * (self.config.inherited_share > 0))
             if group in teacher.groups
         }
         if self.adaptive is not None and teacher.groups:
@@ -282,12 +284,12 @@ class TeacherQueryMethod(Method):
         normalisers: Mapping[str, Tensor],
         group: str = AUXILIARY,
     ) -> dict[str, Tensor]:
-        """``weight`` L_fixed: query i of a group is the same query in both models."""
+        """``weight`` L_fixed, L_inherited, ..: query i of a group is the same query in both."""
         if group not in teacher.groups or not weight:
             return {}
         outputs = student.groups[group], teacher.groups[group].outputs
         pairs = MatchedPairs(*outputs, FIXED, normalisers[group], normalisers["images"])
-        return pair_losses("fixed" if group == AUXILIARY else group, weight, pairs, self.config)
+        return pair_losses(_NAMES.get(group, group), weight, pairs, self.config)
 
     def general_losses(
         self, student: StudentOutputs, teacher: TeacherOutputs, normalisers: Mapping[str, Tensor]

@@ -1,0 +1,169 @@
+"""Inherited Matching: query i of the student against query i of the teacher, which it began as."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_distiller_identities import (
+    DISTILLATION_TERMS,
+    Build,
+    distiller,
+    losses_in_pieces,
+    losses_of,
+)
+from tiny import FAMILY
+from torch import Tensor
+from torchvision.ops import box_convert, generalized_box_iou
+
+from d3etr.detectors.base import DetectionTransformer
+from d3etr.errors import UserError
+from d3etr.structures import ImageBatch, Targets
+
+ONE_STAGE = [kind for kind in FAMILY if "two-stage" not in kind]
+Pair = Callable[..., tuple[DetectionTransformer, DetectionTransformer]]
+
+
+@pytest.fixture(params=ONE_STAGE)
+def pair(request: pytest.FixtureRequest, tiny_detector: Build) -> Pair:
+    """Student and teacher of one kind."""
+    kind = FAMILY[request.param]
+    return lambda **changes: (
+        tiny_detector(seed=1, **kind | changes),
+        tiny_detector(**kind),
+    )
+
+
+def over(pairs: str, losses: dict[str, Tensor]) -> dict[str, float]:
+    """The losses over one kind of pairs, by term."""
+    named = ((name.split("/"), loss.item()) for name, loss in losses.items())
+    return {term: loss for (prefix, term), loss in named if prefix == pairs}
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(
+    pair: Pair, images: ImageBatch, targets: Targets
+) -> None:
+    _, teacher = pair()
+    module = distiller(copy.deepcopy(teacher), teacher, inherited_ratio=1.0)
+    found = over("inherited", losses_of(module, images, targets))
+    assert set(found) == DISTILLATION_TERMS
+    assert all(abs(loss) < 1e-5 for loss in found.values()), found
+
+
+def test_at_a_ratio_of_one_nothing_else_is_decoded_or_matched(
+    pair: Pair, images: ImageBatch, targets: Targets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = pair()
+    module = distiller(student, teacher, inherited_ratio=1.0)
+    decoded: list[int] = []
+    decode = student.decode
+
+    def spy(memory: Any, groups: Any, **options: Any) -> Any:
+        decoded.append(len(groups))
+        return decode(memory, groups, **options)
+
+    monkeypatch.setattr(student, "decode", spy)
+    found = losses_of(module, images, targets)
+    assert decoded == [1]
+    assert {name.split("/")[0] for name in found} == {"detection", "inherited"}
+    taught = module.run_teacher(images)
+    assert module.method.student_groups(taught, targets, 0) == {}
+    assert all(loss.item() > 1e-4 for loss in found.values()), found
+    assert set(module.state_dict()) == {f"student.{name}" for name in student.state_dict()}
+
+
+def test_pairs_are_those_of_a_slow_loop(pair: Pair, images: ImageBatch, targets: Targets) -> None:
+    student, teacher = pair()
+    module = distiller(student, teacher, inherited_ratio=1.0)
+    found = over("inherited", losses_of(module, images, targets))
+    taught = module.run_teacher(images)
+    assert taught is not None
+    memory = student.encode(images)
+    [ours] = student.decode(memory, [student.object_queries(memory)], attention=True)
+    theirs = taught.main
+    expected = dict.fromkeys(("l1", "giou", "cross_attention"), 0.0)
+    for layer in range(ours.layers):
+        confidence = theirs.logits[layer].amax(-1).sigmoid()
+        for image in range(3):
+            for query in range(ours.queries):
+                share = (confidence[image, query] / confidence.sum()).item()
+                boxes = [part.boxes_cxcywh[layer, image, query] for part in (ours, theirs)]
+                corners = [box_convert(box[None], "cxcywh", "xyxy") for box in boxes]
+                expected["l1"] += 2 * 5 * share * (boxes[0] - boxes[1]).abs().sum().item()
+                giou = generalized_box_iou(*corners).item()
+                expected["giou"] += 2 * 2 * share * (1 - giou)
+                rows = [part.cross_attention[layer, image, :, query] for part in (ours, theirs)]
+                divergence = torch.special.xlogy(rows[1], rows[1] / rows[0]).nan_to_num()
+                each = divergence.sum(-1).mean().item() / (3 * ours.queries * ours.layers)
+                expected["cross_attention"] += 2 * each
+    for term, loss in expected.items():
+        assert found[term] == pytest.approx(loss, rel=1e-4), term
+
+
+def test_the_three_matchings_are_mixed_by_their_ratios(
+    pair: Pair, images: ImageBatch, targets: Targets
+) -> None:
+    student, teacher = pair()
+    pure = {
+        "inherited": {"inherited_ratio": 1.0},
+        "adaptive": {"adaptive_ratio": 1.0},
+        "fixed": {"adaptive_ratio": 0.0},
+    }
+    mixed = losses_of(
+        distiller(student, teacher, inherited_ratio=0.25, adaptive_ratio=0.4), images, targets
+    )
+    shares = {"inherited": 0.25, "adaptive": 0.75 * 0.4, "fixed": 0.75 * 0.6}
+    for name, settings in pure.items():
+        alone = over(name, losses_of(distiller(student, teacher, **settings), images, targets))
+        found = over(name, mixed)
+        assert found == {k: pytest.approx(shares[name] * v, rel=1e-5) for k, v in alone.items()}
+
+
+def test_a_ratio_of_zero_changes_no_bit(pair: Pair, images: ImageBatch, targets: Targets) -> None:
+    student, teacher = pair()
+    before = losses_of(distiller(student, teacher), images, targets)
+    after = losses_of(distiller(student, teacher, inherited_ratio=0.0), images, targets)
+    assert {k: v.item() for k, v in before.items()} == {k: v.item() for k, v in after.items()}
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "fewer layers": {"decoder_layers": 1},
+    "features": {"features": {"weight": 1.0}},
+    "points": {"general_points": {"count": 5}},
+    "a group all the same": {"auxiliary_group": {"always": True}},
+    "half adaptive": {"inherited_ratio": 0.5, "adaptive_ratio": 1.0},
+    "last layer": {"layer_map": "last"},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_micro_batches_add_up_beside_every_other_term(
+    pair: Pair, images: ImageBatch, targets: Targets, other: str
+) -> None:
+    settings = {"inherited_ratio": 1.0} | OTHERS[other]
+    depth = {"decoder_layers": settings.pop("decoder_layers", 2)}
+    module = distiller(*pair(**depth), **settings)
+    whole = losses_of(module, images, targets)
+    parts = losses_in_pieces(module, images, targets)
+    for name, loss in whole.items():
+        assert sum(p[name].item() for p in parts) == pytest.approx(loss.item(), rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("student", "text"),
+    [
+        ({"queries": 4}, r"4 queries\) and the teacher \(conditional_detr, 6 queries\) differ"),
+        ({"name": "dab_detr"}, r"\(dab_detr, 6 queries\) and the teacher \(conditional_detr"),
+    ],
+)
+def test_queries_that_cannot_have_been_inherited_are_refused(
+    tiny_detector: Build, student: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(UserError, match=text):
+        distiller(tiny_detector(seed=1, **student), tiny_detector(), inherited_ratio=0.5)
+
+
+def test_one_query_has_no_self_attention_to_compare(tiny_detector: Build) -> None:
+    with pytest.raises(UserError, match=r"distillation\.inherited_ratio leaves one"):
+        distiller(tiny_detector(queries=1), tiny_detector(queries=1), inherited_ratio=1.0)
