@@ -83,6 +83,16 @@ def test_parameters_are_those_of_the_detectors(tmp_path: Path) -> None:
     )
 
 
+def test_the_steps_that_distil_are_counted(tmp_path: Path) -> None:
+    weights, _ = saved_teacher(tmp_path, 10)
+    always = config(weights, "distillation.method=d3etr")
+    assert make_plan(config()).distilled_steps == 0 and make_plan(always).distilled_steps == 36
+    assert "distilled " not in describe(always)
+    some = config(weights, "distillation={method: d3etr, every_steps: 3, share_of_training: 0.5}")
+    assert make_plan(some).distilled_steps == 6
+    assert "distilled    6 of the steps; the others are plain ones" in describe(some)
+
+
 def test_own_data_is_counted(tmp_path: Path) -> None:
     plan = make_plan(config("data=null", own_data(tmp_path, 20)))
     assert (plan.images, plan.classes, plan.steps_per_epoch) == (20, 1, 2)

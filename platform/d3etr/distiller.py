@@ -33,6 +33,18 @@ def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(state)
 
 
+def _touching(method: Method, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The losses of a plain step, with a gradient of 0 for what the method itself trains.
+
+    So the same parameters have gradients in every step, as DDP and recorded graphs want it.
+    """
+    own = [p.sum() for p in method.parameters() if p.requires_grad]
+    if not own:
+        return losses
+    name, loss = next(iter(losses.items()))
+    return losses | {name: loss + 0.0 * torch.stack(own).sum()}
+
+
 class Distiller(nn.Module):
     """Student and teacher in, named losses out.
 
@@ -156,7 +168,7 @@ class Distiller(nn.Module):
         Args:
             images: B padded images.
             targets: their ground truth.
-            teacher: what ``run_teacher`` returned for them.
+            teacher: what ``run_teacher`` returned for them; None in a step that does not distil.
             normalisers: sums over the global batch.
             distillation_scale: warm-up factor on the method's losses, a number or a scalar.
             step: optimiser step.
@@ -178,7 +190,7 @@ class Distiller(nn.Module):
                 student.groups, groups, student.memory.proposals, of_teacher, targets, normalisers
             )
             if teacher is None:
-                return supervised()
+                return _touching(self.method, supervised())
             problems = self.method.costs(student, teacher, targets)
             solutions = self.solver.start_named(problems)
 
@@ -218,7 +230,8 @@ class Distiller(nn.Module):
             **groups,
         }
         queries = [group.queries for group in groups.values()]
-        outputs = self.student.decode(memory, queries, attention=self.method.needs_attention)
+        attention = self.method.needs_attention and teacher is not None
+        outputs = self.student.decode(memory, queries, attention=attention)
         if not waits:
             if teacher is not None:
                 teacher.wait()

@@ -40,6 +40,7 @@ class Plan:
         teacher_parameters: None without a teacher.
         steps_per_epoch: optimiser steps.
         steps: optimiser steps of the whole run.
+        distilled_steps: those of them that use the teacher.
         checkpoints: the steps after which one is written; ``run.keep_checkpoints`` stay.
         warnings: what the run would warn of at its start.
     """
@@ -51,6 +52,7 @@ class Plan:
     teacher_parameters: int | None
     steps_per_epoch: int
     steps: int
+    distilled_steps: int
     checkpoints: tuple[int, ...]
     warnings: tuple[str, ...] = ()
 
@@ -77,6 +79,7 @@ def make_plan(config: Config) -> Plan:
         ),
         steps_per_epoch=per_epoch,
         steps=steps,
+        distilled_steps=config.distillation.distilled_steps(steps),
         checkpoints=_checkpoint_steps(config.run, per_epoch, steps),
         warnings=begun.warnings,
     )
@@ -108,6 +111,7 @@ def describe(config: Config, launcher: LauncherName = "ray") -> str:
         f"student      {_millions(plan.student_parameters)}",
         f"teacher      {_millions(plan.teacher_parameters)}",
         f"length       {plan.steps:,} steps, {epochs:.3g} epochs of {plan.steps_per_epoch:,}",
+        *_distilled(plan),
         f"checkpoints  {len(plan.checkpoints)}, after step {', '.join(saved)}; the newest "
         f"{config.run.keep_checkpoints} are kept",
         *_cluster(config.cluster, launcher),
@@ -125,6 +129,13 @@ def describe_json(config: Config) -> dict[str, Any]:
     """
     plan = make_plan(config)
     return {"config": plain_tree(config)} | asdict(plan) | {"run_dir": str(plan.run_dir)}
+
+
+def _distilled(plan: Plan) -> list[str]:
+    """How many steps distil, where some do and others do not."""
+    if plan.distilled_steps in (0, plan.steps):
+        return []
+    return [f"distilled    {plan.distilled_steps:,} of the steps; the others are plain ones"]
 
 
 def _cluster(cluster: ClusterConfig, launcher: LauncherName) -> list[str]:

@@ -120,7 +120,7 @@ class Step:
         return StepGraphs(run, parameters, self._scale.device)
 
     def _replay(self, graphs: StepGraphs) -> Tensor:
-        losses = graphs(*self._batch, 1.0, lambda: None)
+        losses = graphs(*self._batch, 1.0, lambda: None, distils=True)
         return torch.stack([*losses.values()]).sum()
 
     def _pass(self) -> Tensor:

@@ -44,6 +44,19 @@ def test_micro_batches_of_a_step_add_up_and_steps_are_averaged(tmp_path: Path) -
     assert record["step"] == 6 and metrics == log.last
 
 
+def test_a_loss_that_not_every_step_has_is_averaged_over_those_that_have_it(tmp_path: Path) -> None:
+    log = empty(tmp_path)
+    for step, row in enumerate([{"a": 1.0, "b": 6.0}, {"a": 2.0}, {"a": 3.0}, {"a": 2.0}]):
+        log.add(step, {name: torch.tensor(value) for name, value in row.items()}, (step,))
+        log.add_norm(torch.tensor(1.0))
+    log.write(4)
+    assert (log.last["train/a"], log.last["train/b"], log.last["train/loss"]) == (2, 6, 3.5)
+    log.add(4, {"a": torch.tensor(1.0)}, (4,))
+    log.add_norm(torch.tensor(1.0))
+    log.write(5)
+    assert "train/b" not in log.last
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_the_first_bad_step_is_named_with_its_losses_and_images(tmp_path: Path, bad: float) -> None:
     log = filled(empty(tmp_path), (1, 2), (3, bad), (bad, bad))
@@ -83,5 +96,7 @@ def test_bad_outputs_are_traced_to_the_loss_that_was_bad_first(tmp_path: Path) -
 
 def test_losses_may_not_change_their_names(tmp_path: Path) -> None:
     log = filled(empty(tmp_path), (1, 2))
-    with pytest.raises(ValueError, match="losses changed"):
-        log.add(101, {"a": torch.tensor(1.0)}, ())
+    log.add(101, {"a": torch.tensor(1.0)}, ())  # a step may have less
+    for step, name in ((102, "c"), (101, "b")):
+        with pytest.raises(ValueError, match="losses changed"):
+            log.add(step, {name: torch.tensor(1.0)}, ())

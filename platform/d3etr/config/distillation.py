@@ -1,12 +1,14 @@
 """Configuration of what is distilled, over which pairs, and how strongly."""
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from d3etr.config.base import MAXIMUM, Section
 from d3etr.config.overrides import merge
+from d3etr.config.training import warmup_problem
 from d3etr.config.variants import VariantSection
 from d3etr.registry import METHODS
 
@@ -166,6 +168,26 @@ class MethodConfig(VariantSection):
         """Optimiser steps over which distillation weights grow linearly from 0."""
         return 0
 
+    def distils_at(self, step: int, steps: int) -> bool:
+        """Whether optimiser step ``step`` of ``steps`` distils; the others are plain steps.
+
+        A function of both alone, so that workers agree and a resumed run goes on as it would have.
+        """
+        return self.needs_teacher
+
+    def distilled_steps(self, steps: int) -> int:
+        """How many of the run's ``steps`` distil."""
+        return steps if self.needs_teacher else 0
+
+    def schedule_problem(self, steps: int, reason: str) -> str | None:
+        """Why what is set over steps makes no sense in a run of ``steps``, or None.
+
+        Args:
+            steps: optimiser steps of the whole run.
+            reason: where their number comes from.
+        """
+        return warmup_problem("distillation", self.warmup, steps, reason)
+
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         """A section that is given in part is put on top of this method's, not of the section's."""
@@ -175,6 +197,41 @@ class MethodConfig(VariantSection):
             if isinstance(field.default, Section) and isinstance(settings.get(name), Mapping)
         }
         return merge(defaults, dict(settings))
+
+
+class TaughtMethodConfig(MethodConfig):
+    """What methods with a teacher share: in which optimiser steps the teacher is used."""
+
+    every_steps: Annotated[int, Field(ge=1, le=MAXIMUM)] = 1
+    """Distil in each so-manieth optimiser step, the first one included. The others are steps of
+    plain training and cost as much: no pass of the teacher, no auxiliary group, no terms."""
+    share_of_training: Share = 1.0
+    """Distil during this first part of the run's optimiser steps; what follows is plain
+    training."""
+
+    def distils_at(self, step: int, steps: int) -> bool:
+        """Each ``every_steps``-th step of the first ``share_of_training``."""
+        return step % self.every_steps == 0 and step < self._part(steps)
+
+    def distilled_steps(self, steps: int) -> int:
+        """How many of the run's ``steps`` distil."""
+        return ceil(self._part(steps) / self.every_steps)
+
+    def _part(self, steps: int) -> int:
+        """Steps of the first ``share_of_training``."""
+        return ceil(self.share_of_training * steps)
+
+    def schedule_problem(self, steps: int, reason: str) -> str | None:
+        """See ``MethodConfig``: only the first ``share_of_training`` counts."""
+        part = self._part(steps)
+        if part < steps:
+            reason = f"{reason}, distillation.share_of_training {self.share_of_training:g} of them"
+        if 1 < part <= self.every_steps:
+            return (
+                f"distillation.every_steps ({self.every_steps}) leaves only the first of {part} "
+                f"steps ({reason}) to distil: set it lower, or distillation.method to 'none'"
+            )
+        return super().schedule_problem(part, reason)
 
 
 AnyMethod = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(MethodConfig.coerce)]

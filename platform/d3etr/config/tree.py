@@ -10,12 +10,7 @@ from d3etr.config.detector import StudentConfig, TeacherConfig
 from d3etr.config.distillation import AnyMethod, method_config
 from d3etr.config.infrastructure import ClusterConfig, RunConfig, TrackingConfig
 from d3etr.config.location import Location
-from d3etr.config.training import (
-    EvaluationConfig,
-    OptimisationConfig,
-    Precision,
-    warmup_problem,
-)
+from d3etr.config.training import EvaluationConfig, OptimisationConfig, Precision
 
 
 class Config(Section):
@@ -98,8 +93,7 @@ class Config(Section):
                 f"cluster.workers x optimisation.accumulation = {parts}"
             )
         steps = self.optimisation.steps
-        warmup = self.distillation.warmup
-        if steps and (text := warmup_problem("distillation", warmup, steps, "optimisation.steps")):
+        if steps and (text := self.distillation.schedule_problem(steps, "optimisation.steps")):
             raise ValueError(text)
         return self
 

@@ -138,7 +138,7 @@ def judge_length(config: Config, images: int, split: object = "the train split")
     reason = f"optimisation.epochs {optimisation.epochs} of {per_epoch} steps each"
     problems = (
         warmup_problem("optimisation.schedule", optimisation.schedule.warmup_steps, steps, reason),
-        warmup_problem("distillation", config.distillation.warmup, steps, reason),
+        config.distillation.schedule_problem(steps, reason),
     )
     return Judgement(errors=tuple(text for text in problems if text))
 

@@ -29,8 +29,9 @@ MOST_GRAPHS = 64
 _WARM_UPS = 2
 """Passes before recording: kernels are chosen and built in the first."""
 
-Pass = Callable[[ImageBatch, Targets, Tensor], dict[str, Tensor]]
-"""Takes a batch and a factor, leaves gradients, returns named losses outside the graph."""
+Pass = Callable[[ImageBatch, Targets, Tensor, bool], dict[str, Tensor]]
+"""Takes a batch, a factor and whether the step distils; leaves gradients, returns named losses
+outside the graph."""
 
 
 def unsupported_reason(distiller: Distiller, device: torch.device) -> str | None:
@@ -62,12 +63,14 @@ def whole_pass(
         precision: of the student's.
     """
 
-    def run(images: ImageBatch, targets: Targets, factor: Tensor) -> dict[str, Tensor]:
+    def run(
+        images: ImageBatch, targets: Targets, factor: Tensor, distils: bool
+    ) -> dict[str, Tensor]:
         current = torch.cuda.current_stream(device)
         side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side_stream.wait_stream(current)
         with torch.cuda.stream(side_stream), autocast(teacher_precision, device):
-            teacher = distiller.run_teacher(images)
+            teacher = distiller.run_teacher(images) if distils else None
             sums = distiller.normalisers(targets, teacher)
         if teacher is None:
             current.wait_stream(side_stream)
@@ -106,14 +109,20 @@ class StepGraphs:
 
     def __init__(self, run: Pass, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         self._run, self._parameters, self._device = run, parameters, device
-        self._graphs: dict[tuple[torch.Size, ...], _Recorded] = {}
+        self._graphs: dict[tuple[bool, tuple[torch.Size, ...]], _Recorded] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._factor = torch.ones((), device=device)
 
     def __call__(
-        self, images: ImageBatch, targets: Targets, factor: float, seed: Callable[[], None]
+        self,
+        images: ImageBatch,
+        targets: Targets,
+        factor: float,
+        seed: Callable[[], None],
+        *,
+        distils: bool,
     ) -> dict[str, Tensor]:
         """Do what ``run`` does, to a padded batch.
 
@@ -122,6 +131,7 @@ class StepGraphs:
             targets: on the device.
             factor: a number that changes from step to step.
             seed: sets the random generators; called right before the pass.
+            distils: whether the step does; the others have graphs of their own.
 
         Returns:
             Losses, to be read before the next call; gradients are in the parameters.
@@ -129,12 +139,12 @@ class StepGraphs:
         images, targets = padded(images, targets)
         self._factor.fill_(factor)
         batch = _tensors(images, targets)
-        key = tuple(tensor.shape for tensor in batch)
+        key = distils, tuple(tensor.shape for tensor in batch)
         if key not in self._graphs and len(self._graphs) == MOST_GRAPHS:
             seed()
-            return self._pass(images, targets)
+            return self._pass(images, targets, distils)
         if key not in self._graphs:
-            self._graphs[key] = self._record(images, targets)
+            self._graphs[key] = self._record(images, targets, distils)
         recorded = self._graphs[key]
         for place, tensor in zip(recorded.batch, batch, strict=True):
             place.copy_(tensor)
@@ -143,23 +153,23 @@ class StepGraphs:
         self._hand_over()
         return recorded.losses
 
-    def _record(self, images: ImageBatch, targets: Targets) -> _Recorded:
+    def _record(self, images: ImageBatch, targets: Targets, distils: bool) -> _Recorded:
         images, targets = copy.deepcopy((images, targets))
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
-                self._pass(images, targets)
+                self._pass(images, targets, distils)
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            losses = self._pass(images, targets)
+            losses = self._pass(images, targets, distils)
         return _Recorded(graph, _tensors(images, targets), losses)
 
-    def _pass(self, images: ImageBatch, targets: Targets) -> dict[str, Tensor]:
+    def _pass(self, images: ImageBatch, targets: Targets, distils: bool) -> dict[str, Tensor]:
         """One pass that leaves gradients where all graphs leave them."""
         for parameter in self._parameters:
             parameter.grad = None
-        losses = self._run(images, targets, self._factor)
+        losses = self._run(images, targets, self._factor, distils)
         found = {p: p.grad for p in self._parameters if p.grad is not None}
         if not self._gradients:
             self._gradients = {p: torch.empty_like(gradient) for p, gradient in found.items()}

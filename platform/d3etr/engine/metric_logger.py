@@ -69,6 +69,7 @@ class _Step:
     """One optimiser step; the tensors are on the device."""
 
     step: int
+    names: tuple[str, ...]
     losses: Tensor
     image_ids: tuple[int, ...]
     norm: Tensor | None = None
@@ -114,22 +115,27 @@ class MetricLogger:
 
         Args:
             step: optimiser step; micro-batches of one step in a row.
-            losses: name -> scalar, the same names in every step; may be overwritten afterwards.
+            losses: name -> scalar; may be overwritten afterwards. The same names in every
+                micro-batch of a step; a step that does not distil has some of them.
             image_ids: the micro-batch's images.
 
         Returns:
             Scalar: the sum of the losses, ready for backward.
         """
-        self._names = self._names or tuple(losses)
-        if tuple(losses) != self._names:
-            raise ValueError(f"losses changed from {self._names} to {tuple(losses)}")
+        names = tuple(losses)
+        if set(names) >= set(self._names):
+            self._names = names
+        elif not set(names) <= set(self._names):
+            raise ValueError(f"losses changed from {self._names} to {names}")
         values = torch.stack([*losses.values()])
         if self._steps and self._steps[-1].step == step:
             row = self._steps[-1]
+            if names != row.names:
+                raise ValueError(f"losses changed from {row.names} to {names}")
             row.losses = row.losses + values.detach()
             row.image_ids += image_ids
         else:
-            self._steps.append(_Step(step, values.detach(), image_ids))
+            self._steps.append(_Step(step, names, values.detach(), image_ids))
         return values.sum()
 
     def add_norm(self, norm: Tensor) -> None:
@@ -142,7 +148,7 @@ class MetricLogger:
         That usually shows a step late: if a loss since the last record was the first, it is named.
         """
         for row in self._steps:
-            names = _not_finite(self._names, row.losses)
+            names = _not_finite(row.names, row.losses)
             if names:
                 return TrainingDiverged(row.step, names, row.image_ids)
         return TrainingDiverged(step, [f"a matching cost ({reason})"], image_ids)
@@ -163,13 +169,16 @@ class MetricLogger:
         """
         if not self._steps:
             return
-        losses = torch.stack([row.losses for row in self._steps])
+        names, losses = self._table()
         values = self._context.all_reduce(losses).cpu()
         norms = torch.stack([row.norm for row in self._steps if row.norm is not None]).cpu()
-        self._require_finite(values, norms)
+        self._require_finite(names, values, norms)
         means = values.double().mean(0).tolist()
         metrics = {"train/loss": sum(means)}
-        metrics |= {f"train/{n}": v for n, v in zip(self._names, means, strict=True)}
+        for name, mean in zip(names, means, strict=True):
+            # A loss that not every step has is averaged over those that have it.
+            having = sum(name in row.names for row in self._steps)
+            metrics[f"train/{name}"] = mean * (len(self._steps) / having)
         metrics["optimiser/learning_rate"] = self._optimiser.param_groups[0]["lr"]
         metrics["optimiser/gradient_norm"] = float(norms.double().mean())
         self.last = metrics | self._times(len(self._steps))
@@ -180,7 +189,21 @@ class MetricLogger:
             self._on_step(step, self.last)
             self.resume_clock()  # a hook's time is not training's
 
-    def _require_finite(self, values: Tensor, norms: Tensor) -> None:
+    def _table(self) -> tuple[tuple[str, ...], Tensor]:
+        """Names of the losses that any step since the last record had, and [steps, losses].
+
+        A step that does not distil has fewer losses; the others are 0 there.
+        """
+        names = max((row.names for row in self._steps), key=len)
+        rows = []
+        for row in self._steps:
+            named = dict(zip(row.names, row.losses, strict=True))
+            absent = row.losses.new_zeros(())
+            ordered = [named.get(name, absent) for name in names]
+            rows.append(row.losses if row.names == names else torch.stack(ordered))
+        return names, torch.stack(rows)
+
+    def _require_finite(self, names: tuple[str, ...], values: Tensor, norms: Tensor) -> None:
         """Losses [steps, losses] summed over workers and gradient norms [steps], on the host."""
         table = torch.cat([values, norms[:, None]], 1)
         if bool(table.isfinite().all()):
@@ -188,8 +211,8 @@ class MetricLogger:
         index = int((~table.isfinite()).any(1).nonzero()[0])
         row = self._steps[index]
         elsewhere = bool(row.losses.isfinite().all()) and not bool(values[index].isfinite().all())
-        names = _not_finite((*self._names, "the gradient's norm"), table[index])
-        raise TrainingDiverged(row.step, names, () if elsewhere else row.image_ids)
+        bad = _not_finite((*names, "the gradient's norm"), table[index])
+        raise TrainingDiverged(row.step, bad, () if elsewhere else row.image_ids)
 
     def _times(self, steps: int) -> dict[str, float]:
         """Seconds per step of each phase, and throughput; adds to the cost of the run."""

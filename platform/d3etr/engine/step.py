@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -93,12 +94,19 @@ class TrainingStep:
     ) -> tuple[list[TeacherOutputs | None], Normalisers]:
         """The teacher's outputs per micro-batch, and the global batch's normalisers."""
         with autocast(self._config.teacher_precision, self._context.device):
-            teachers = [self._distiller.run_teacher(images, step) for images, _ in batches]
+            teachers = [self._teacher_outputs(step, images) for images, _ in batches]
         sums = [
             self._distiller.normalisers(targets, teacher, step)
             for (_, targets), teacher in zip(batches, teachers, strict=True)
         ]
         return teachers, self._over_the_global_batch(sums)
+
+    def _teacher_outputs(self, step: int, images: ImageBatch) -> TeacherOutputs | None:
+        return self._distiller.run_teacher(images, step) if self._distils(step) else None
+
+    def _distils(self, step: int) -> bool:
+        """Whether ``step`` is one that distils."""
+        return self._config.distillation.distils_at(step, self._steps)
 
     def _over_the_global_batch(self, sums: Sequence[Normalisers]) -> Normalisers:
         """Sums over micro-batches and workers, by one reduction."""
@@ -138,7 +146,8 @@ class TrainingStep:
         """Run the teacher and accumulate the only micro-batch, by a graph."""
         scale = distillation_scale(step, self._config.distillation.warmup)
         with self._log.timer.phase("forward and backward"):
-            losses = graphs(*batch, scale, lambda: self._seed(step, 0))
+            seed = partial(self._seed, step, 0)
+            losses = graphs(*batch, scale, seed, distils=self._distils(step))
             self._log.add(step, losses, batch[1].image_ids)
 
     def _seed(self, step: int, index: int) -> None:

@@ -21,6 +21,7 @@ from d3etr.config.distillation import (
     MethodConfig,
     PredictionConfig,
     Share,
+    TaughtMethodConfig,
 )
 from d3etr.losses.features import FeatureComparison
 from d3etr.matching.assignment import CostBlock
@@ -38,7 +39,7 @@ _NAMES = {AUXILIARY: "fixed", MAIN: "inherited"}
 """What losses over the pairs of a group are called, where not as the group."""
 
 
-class TeacherQueryConfig(MethodConfig):
+class TeacherQueryConfig(TaughtMethodConfig):
     """What such methods share: the group, what is compared over pairs, layers, warm-up."""
 
     teacher_query_ratio: Share = 1.0
