@@ -236,5 +236,5 @@ class Distiller(nn.Module):
             if teacher is not None:
                 teacher.wait()
             of_teacher = self.supervision.start_teachers(groups, targets)
-        student = StudentOutputs(memory, dict(zip(groups, outputs, strict=True)))
-        return student, groups, of_teacher
+        decoded = dict(zip(groups, outputs, strict=True))
+        return StudentOutputs(memory, decoded, groups[MAIN].queries.place), groups, of_teacher

@@ -120,11 +120,14 @@ class ObjectQueries:
             sigmoid (a saturated point has no finite inverse); None where a detector has none.
         content: [.., N, D] what the decoder's state starts from; None starts from zeros, as
             all but Deformable DETR do.
+        place: [B, N] int64 token that a two-stage detector made each query of, over the tokens of
+            all levels; None where a query has none.
     """
 
     embedding: Tensor
     reference_logits: Tensor | None = None
     content: Tensor | None = None
+    place: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -132,7 +135,7 @@ class ObjectQueries:
         return self.embedding.shape[-2]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ObjectQueries:
-        """All parts that there are, changed alike."""
+        """All parts that there are, changed alike; ``place``, which is no feature, is dropped."""
         parts = (self.embedding, self.reference_logits, self.content)
         embedding, reference, content = (None if x is None else change(x) for x in parts)
         assert embedding is not None
@@ -140,7 +143,7 @@ class ObjectQueries:
 
     def detach(self) -> ObjectQueries:
         """The same queries outside the autograd graph."""
-        return self.map(Tensor.detach)
+        return replace(self.map(Tensor.detach), place=self.place)
 
 
 class Supervision(Enum):

@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -19,6 +21,10 @@ from torchvision.ops import box_convert, generalized_box_iou
 
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.errors import UserError
+from d3etr.matching.assignment import CostBlock, Solver
+from d3etr.methods.base import StudentOutputs
+from d3etr.methods.d3etr import D3ETR
+from d3etr.methods.inherited import same_place_first
 from d3etr.structures import ImageBatch, Targets
 
 ONE_STAGE = [kind for kind in FAMILY if "two-stage" not in kind]
@@ -155,6 +161,10 @@ def test_micro_batches_add_up_beside_every_other_term(
     [
         ({"queries": 4}, r"4 queries\) and the teacher \(conditional_detr, 6 queries\) differ"),
         ({"name": "dab_detr"}, r"\(dab_detr, 6 queries\) and the teacher \(conditional_detr"),
+        (
+            FAMILY["deformable-two-stage"] | {"levels": 1},
+            r"\(deformable_detr, queries of each image, feature levels: 1\) and the teacher \(cond",
+        ),
     ],
 )
 def test_queries_that_cannot_have_been_inherited_are_refused(
@@ -167,3 +177,104 @@ def test_queries_that_cannot_have_been_inherited_are_refused(
 def test_one_query_has_no_self_attention_to_compare(tiny_detector: Build) -> None:
     with pytest.raises(UserError, match=r"distillation\.inherited_ratio leaves one"):
         distiller(tiny_detector(queries=1), tiny_detector(queries=1), inherited_ratio=1.0)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(5, 5), (4, 6), (6, 3)])
+def test_pairs_of_one_place_come_first_and_the_rest_costs_least(ours: int, theirs: int) -> None:
+    generator = torch.Generator().manual_seed(ours)
+    costs = torch.rand(2, 3, ours, theirs, generator=generator) * 10
+    places = [
+        torch.stack([torch.randperm(8, generator=generator)[:count] for _ in range(3)])
+        for count in (ours, theirs)
+    ]
+    found = Solver().start_named({"x": CostBlock("x", same_place_first(costs, *places))})()["x"]
+    for layer in range(2):
+        for image in range(3):
+            mine, other = (part[image].tolist() for part in places)
+            forced = {(i, j) for i, p in enumerate(mine) for j, q in enumerate(other) if p == q}
+            rows, columns = (x[layer, image].tolist() for x in (found.rows, found.columns))
+            pairs = {*zip(rows, columns, strict=True)}
+            assert forced <= pairs and len(pairs) == min(ours, theirs)
+            table = costs[layer, image]
+            free = (
+                [i for i in range(ours) if i not in {pair[0] for pair in forced}],
+                [j for j in range(theirs) if j not in {pair[1] for pair in forced}],
+            )
+            least = cheapest(table[free[0]][:, free[1]])
+            total = sum(table[i, j].item() for i, j in pairs - forced)
+            assert total == pytest.approx(least, rel=1e-5)
+
+
+def cheapest(costs: Tensor) -> float:
+    """Of all assignments, by brute force."""
+    if costs.shape[0] > costs.shape[1]:
+        costs = costs.T
+    orders = permutations(range(costs.shape[1]), costs.shape[0])
+    return min(sum(costs[i, j].item() for i, j in enumerate(order)) for order in orders)
+
+
+@pytest.fixture
+def two_stage(tiny_detector: Build) -> Pair:
+    """Student and teacher that choose their queries in each image."""
+    kind = FAMILY["deformable-two-stage"]
+    return lambda **changes: (tiny_detector(seed=1, **kind | changes), tiny_detector(**kind))
+
+
+def test_a_two_stage_student_that_is_its_teacher_has_nothing_to_learn(
+    two_stage: Pair, images: ImageBatch, targets: Targets
+) -> None:
+    _, teacher = two_stage()
+    module = distiller(copy.deepcopy(teacher), teacher, inherited_ratio=1.0)
+    found = losses_of(module, images, targets)
+    assert {name.split("/")[0] for name in found} == {"detection", "proposals", "inherited"}
+    inherited = over("inherited", found)
+    assert set(inherited) == DISTILLATION_TERMS
+    assert all(abs(loss) < 1e-5 for loss in inherited.values()), inherited
+
+
+@pytest.mark.parametrize("queries", [6, 4])
+def test_two_stage_losses_are_mixed_and_add_up(
+    two_stage: Pair, images: ImageBatch, targets: Targets, queries: int
+) -> None:
+    student, teacher = two_stage(queries=queries)
+    half, whole = (distiller(student, teacher, inherited_ratio=i) for i in (0.5, 1.0))
+    found = losses_of(whole, images, targets)
+    pure = over("inherited", found)
+    mixed = over("inherited", losses_of(half, images, targets))
+    assert mixed == {k: pytest.approx(v / 2, rel=1e-5) for k, v in pure.items()}
+    parts = losses_in_pieces(whole, images, targets)
+    for name, loss in found.items():
+        assert sum(p[name].item() for p in parts) == pytest.approx(loss.item(), rel=1e-4), name
+
+
+def test_queries_of_one_place_are_pairs_whatever_they_cost(
+    two_stage: Pair, images: ImageBatch, targets: Targets
+) -> None:
+    student, teacher = two_stage()
+    module = distiller(student, teacher, inherited_ratio=1.0)
+    taught = module.run_teacher(images)
+    assert taught is not None and isinstance(module.method, D3ETR)
+    memory = student.encode(images)
+    queries = student.object_queries(memory)
+    ours = StudentOutputs(
+        memory, {"detection": student.decode(memory, [queries])[0]}, queries.place
+    )
+    problems = module.method.costs(ours, taught, targets)
+    pairs = module.solver.start_named(problems)()["inherited"]
+    theirs = taught.groups["detection"].queries.place
+    assert ours.place is not None and theirs is not None
+    shared = 0
+    for image in range(3):
+        mine, other = ours.place[image], theirs[image]
+        common = {*mine.tolist()} & {*other.tolist()}
+        for layer in range(2):
+            rows, columns = pairs.rows[layer, image], pairs.columns[layer, image]
+            same = mine[rows] == other[columns]
+            assert {*mine[rows][same].tolist()} == common
+        shared += len(common)
+    assert 0 < shared < 18
+    with pytest.raises(UserError, match=r"feature levels .* differ"):
+        other_grid = replace(ours, memory=replace(memory, levels=((1, 1), (1, 1))))
+        module.method.costs(other_grid, taught, targets)
+    with pytest.raises(UserError, match="detector of the student does not say"):
+        module.method.costs(replace(ours, place=None), taught, targets)

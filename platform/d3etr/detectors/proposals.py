@@ -65,7 +65,7 @@ class Proposals(nn.Module):
         return DecoderOutputs(logits, boxes, levels=levels, padding=padding), box_logits_of_tokens
 
     def object_queries(self, memory: Memory | None) -> ObjectQueries:
-        """The best proposals of each image as queries: embedding, anchors and content [B, N, ..].
+        """The best proposals of each image as queries [B, N, ..], with their places.
 
         Gradients do not pass: proposals learn from their own loss.
         """
@@ -77,7 +77,7 @@ class Proposals(nn.Module):
         anchors = box_logits_of_tokens.gather(1, best[..., None].expand(-1, -1, 4)).detach()
         embedded = self.embed_norm(self.embed(self.encoding.in_order(anchors.sigmoid())))
         embedding, content = embedded.chunk(2, -1)
-        return ObjectQueries(embedding, anchors, content)
+        return ObjectQueries(embedding, anchors, content, best)
 
 
 def first_boxes(tokens: Tensor, padding: Tensor | None, levels: Levels) -> tuple[Tensor, Tensor]:

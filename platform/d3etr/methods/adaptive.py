@@ -29,7 +29,12 @@ class AdaptiveMatching:
         cost: of a pair.
         ratio: ``matched_pair_ratio``, share of the pairs that are kept.
         queries: N of the student's configuration.
+
+    Attributes:
+        name: of its problem, its normaliser and its losses.
     """
+
+    name = "adaptive"
 
     def __init__(self, cost: MatchingCostConfig, ratio: float, queries: int) -> None:
         self._cost, self._ratio, self._queries = cost, ratio, queries
@@ -69,12 +74,12 @@ class AdaptiveMatching:
             assignment: solution of ``problem``.
             student: outputs of the main group.
             teacher: outputs of the teacher's own queries.
-            normalisers: ``adaptive`` and ``images`` of the global batch.
+            normalisers: of the global batch; its own and ``images``.
         """
         index = self.correspondence(assignment, student, teacher)
         shares = self._best_confidence(teacher).sum(2)
         return MatchedPairs(
-            student, teacher, index, normalisers["adaptive"], normalisers["images"], shares
+            student, teacher, index, normalisers[self.name], normalisers["images"], shares
         )
 
     def _best_confidence(self, teacher: DecoderOutputs) -> Tensor:

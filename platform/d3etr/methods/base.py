@@ -74,10 +74,12 @@ class StudentOutputs:
     Attributes:
         memory: its encoder output.
         groups: outputs of each query group by name; ``detection`` is the main one.
+        place: [B, N] of its own queries, as of ``ObjectQueries``.
     """
 
     memory: Memory
     groups: Mapping[str, DecoderOutputs]
+    place: Tensor | None = None
 
     @property
     def main(self) -> DecoderOutputs:

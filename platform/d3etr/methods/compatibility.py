@@ -52,20 +52,21 @@ def check_pair(
 
 
 def _check_inherited(student: DetectorConfig, teacher: DetectorConfig) -> None:
-    """Query i is the same query where it was taken over, and is no choice of each image."""
-    advice = "set distillation.inherited_ratio to 0"
-    if student.queries_need_images:
-        raise UserError(
-            f"distillation.inherited_ratio pairs query i with query i, but '{student.name}' here "
-            f"selects its queries in each image: {advice}"
-        )
-    ours, theirs = (student.name, student.queries), (teacher.name, teacher.queries)
+    """Query i is the same query where it was taken over; of two stages, where its place is."""
+    ours, theirs = _says(student), _says(teacher)
     if ours != theirs:
+        what = "of one place" if student.queries_need_images else "by their number"
         raise UserError(
-            "distillation.inherited_ratio pairs query i with query i, but the student "
-            f"({ours[0]}, {ours[1]} queries) and the teacher ({theirs[0]}, {theirs[1]} queries) "
-            f"differ: {advice}, or give the student the teacher's"
+            f"distillation.inherited_ratio pairs queries {what}, but the student ({ours}) and the "
+            f"teacher ({theirs}) differ: set it to 0, or give the student the teacher's"
         )
+
+
+def _says(detector: DetectorConfig) -> str:
+    """What has to be alike where queries were inherited."""
+    if detector.queries_need_images:
+        return f"{detector.name}, queries of each image, feature levels: {detector.feature_levels}"
+    return f"{detector.name}, {detector.queries} queries"
 
 
 def _check_heads(

@@ -22,6 +22,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 from torch import Tensor
 
+from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import (
     FeatureConfig,
     GeneralPointsConfig,
@@ -29,7 +30,9 @@ from d3etr.config.distillation import (
     Ratio,
     Share,
 )
+from d3etr.matching.assignment import CostBlock
 from d3etr.methods.base import Matches, StudentOutputs, TeacherOutputs
+from d3etr.methods.inherited import PlaceMatching
 from d3etr.methods.teacher_queries import TeacherQueryConfig, TeacherQueryMethod
 from d3etr.structures import MAIN, Targets
 
@@ -41,7 +44,8 @@ class D3ETRConfig(TeacherQueryConfig):
     inherited_ratio: Ratio = 0.0
     """i: L = i * L_inherited + (1 - i) * (r * L_adaptive + (1 - r) * L_fixed). L_inherited pairs
     each query with the teacher's query that it began as: ``student.initialise_from`` takes decoder
-    and queries of the teacher. 1 builds no auxiliary group and runs no bipartite matching."""
+    and queries of the teacher. 1 builds no auxiliary group and runs no bipartite matching, but for
+    two-stage detectors: their queries of one place are paired, the rest by cost."""
     adaptive_ratio: Ratio = 0.5
     """r: L = r * L_adaptive + (1 - r) * L_fixed. 1 builds no auxiliary group, 0 runs no
     bipartite matching."""
@@ -154,6 +158,36 @@ class D3ETR(TeacherQueryMethod):
     config: D3ETRConfig
     config_class = D3ETRConfig
 
+    def __init__(
+        self, config: D3ETRConfig, student: DetectorConfig, teacher: DetectorConfig, *, seed: int
+    ) -> None:
+        super().__init__(config, student, teacher, seed=seed)
+        self.places: PlaceMatching | None = None
+        if config.inherited_share and student.queries_need_images:
+            self.places = PlaceMatching(config.matching_cost, 1.0, student.queries)
+
+    @property
+    def compared_groups(self) -> tuple[str, ...]:
+        """The student's own queries too, where they began as the teacher's."""
+        by_number = self.config.inherited_share and self.places is None
+        return (*super().compared_groups, *[MAIN] * bool(by_number))
+
+    def costs(
+        self, student: StudentOutputs, teacher: TeacherOutputs, targets: Targets
+    ) -> dict[str, CostBlock]:
+        """Adaptive Matching, and that of a two-stage detector's places."""
+        problems = super().costs(student, teacher, targets)
+        if self.places is not None:
+            problems[self.places.name] = self.places.problem_of_places(student, teacher)
+        return problems
+
+    def normalisers(self, teacher: TeacherOutputs, targets: Targets) -> dict[str, Tensor]:
+        """[L] confidence of the teacher, summed over the pairs of each kind."""
+        sums = super().normalisers(teacher, targets)
+        if self.places is not None:
+            sums[self.places.name] = self.places.confidence(teacher.main)
+        return sums
+
     def losses(
         self,
         student: StudentOutputs,
@@ -167,10 +201,14 @@ class D3ETR(TeacherQueryMethod):
             return {}
         i, r = self.config.inherited_ratio, self.config.adaptive_ratio
         without_matching = (
-            self.fixed_losses(i, student, teacher, normalisers, MAIN)
-            | self.fixed_losses(self.config.fixed_share, student, teacher, normalisers)
+            self.fixed_losses(self.config.fixed_share, student, teacher, normalisers)
             | self.general_losses(student, teacher, normalisers)
             | self.feature_losses(student, teacher, targets, normalisers)
         )
-        adaptive = self.matched_losses((1 - i) * r, student, teacher, matches, normalisers)
+        both = student, teacher
+        if self.places is None:
+            without_matching |= self.fixed_losses(i, *both, normalisers, MAIN)
+        adaptive = self.matched_losses((1 - i) * r, *both, matches, normalisers)
+        if self.places is not None:
+            adaptive |= self.matched_losses(i, *both, matches, normalisers, self.places)
         return adaptive | without_matching

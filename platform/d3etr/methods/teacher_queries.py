@@ -188,6 +188,11 @@ class TeacherQueryMethod(Method):
             config.distils or self._teacher_assigns or chosen
         )
 
+    @property
+    def compared_groups(self) -> tuple[str, ...]:
+        """Groups whose query i is query i of the teacher's group of the same name."""
+        return (AUXILIARY, GENERAL)
+
     @classmethod
     def check_compatible(
         cls, config: MethodConfig, student: DetectorConfig, teacher: DetectorConfig, classes: int
@@ -254,7 +259,7 @@ class TeacherQueryMethod(Method):
         """[L] confidence of the teacher, summed over the pairs of each kind."""
         sums = {
             group: teacher.groups[group].outputs.confidence().float().sum((1, 2))
-            for group in (AUXILIARY, GENERAL, *[MAIN] * (self.config.inherited_share > 0))
+            for group in self.compared_groups
             if group in teacher.groups
         }
         if self.adaptive is not None and teacher.groups:
@@ -268,13 +273,18 @@ class TeacherQueryMethod(Method):
         teacher: TeacherOutputs,
         matches: Matches,
         normalisers: Mapping[str, Tensor],
+        matching: AdaptiveMatching | None = None,
     ) -> dict[str, Tensor]:
-        """``weight`` L_adaptive: over pairs of minimal cost; to be called last."""
-        if self.adaptive is None or not self.config.matches_adaptively:
+        """``weight`` L_adaptive: over pairs of minimal cost; to be called last.
+
+        ``matching`` is what posed their problem, Adaptive Matching unless given.
+        """
+        matching = self.adaptive if matching is None else matching
+        if matching is None or not weight or not self.config.compares_pairs:
             return {}
-        with matches("adaptive") as assignment:
-            pairs = self.adaptive.pairs(assignment, student.main, teacher.main, normalisers)
-            terms = pair_losses("adaptive", weight, pairs, self.config)
+        with matches(matching.name) as assignment:
+            pairs = matching.pairs(assignment, student.main, teacher.main, normalisers)
+            terms = pair_losses(matching.name, weight, pairs, self.config)
             return assignment.nan_if_invalid(terms)
 
     def fixed_losses(
