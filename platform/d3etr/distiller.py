@@ -108,7 +108,7 @@ class Distiller(nn.Module):
         Not in inference mode: such tensors cannot take part in the student's graph.
 
         Args:
-            images: B padded images.
+            images: B padded images, of which it sees ``for_teacher`` where that is there.
             step: optimiser step, for what the method draws.
         """
         teacher, method = self.teacher, self.method
@@ -117,7 +117,7 @@ class Distiller(nn.Module):
         if not method.needs_teacher_outputs:
             own = None if teacher.config.queries_need_images else teacher.object_queries().detach()
             return TeacherOutputs(own)
-        memory = teacher.encode(images)
+        memory = teacher.encode(images.for_teacher or images)
         queries = teacher.object_queries(memory).detach()
         groups = {MAIN: queries, **method.teacher_groups(queries, step)}
         decoded = teacher.decode(memory, [*groups.values()], attention=method.needs_attention)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from d3etr.config.detector import DetectorConfig
+from d3etr.config.detector import DetectorConfig, TeacherConfig
 from d3etr.config.infrastructure import ClusterConfig, RunConfig
 from d3etr.config.load import plain_tree, to_yaml
 from d3etr.config.tree import Config
@@ -109,7 +109,7 @@ def describe(config: Config, launcher: LauncherName = "ray") -> str:
         f"run folder   {plan.run_dir}",
         f"data         {plan.images:,} training images, {plan.classes} classes",
         f"student      {_millions(plan.student_parameters)}",
-        f"teacher      {_millions(plan.teacher_parameters)}",
+        f"teacher      {_millions(plan.teacher_parameters)}{_seen_by(config.teacher)}",
         f"length       {plan.steps:,} steps, {epochs:.3g} epochs of {plan.steps_per_epoch:,}",
         *_distilled(plan),
         f"checkpoints  {len(plan.checkpoints)}, after step {', '.join(saved)}; the newest "
@@ -168,6 +168,13 @@ def _checkpoint_steps(run: RunConfig, per_epoch: int, steps: int) -> tuple[int, 
 def _parameters(config: DetectorConfig, classes: int) -> int:
     with torch.device("meta"):
         return count_parameters(build_detector(config, classes))
+
+
+def _seen_by(teacher: TeacherConfig | None) -> str:
+    """How large images are to the teacher, where they have another size than to the student."""
+    if teacher is None or teacher.image_scale == 1:
+        return ""
+    return f", sees images {teacher.image_scale:g} times as large as the student"
 
 
 def _millions(parameters: int | None) -> str:

@@ -51,20 +51,25 @@ class ImageBatch:
         pixels: [B, 3, height, width], zero under padding.
         padding: [B, height, width] bool, True under padding; None when no image is
             padded (a fact the collator knows, so nobody has to ask the device).
+        for_teacher: the same pictures as the teacher sees them, of another size with a padding of
+            their own; None: it sees these.
     """
 
     pixels: Tensor
     padding: Tensor | None = None
+    for_teacher: ImageBatch | None = None
 
     def to(self, device: torch.device) -> ImageBatch:
         """The same batch on ``device``."""
         padding = None if self.padding is None else on_device(self.padding, device)
-        return ImageBatch(on_device(self.pixels, device), padding)
+        theirs = self.for_teacher and self.for_teacher.to(device)
+        return ImageBatch(on_device(self.pixels, device), padding, theirs)
 
     def pin_memory(self) -> ImageBatch:
         """The same batch in memory that devices copy from faster; PyTorch's loader asks for it."""
         padding = None if self.padding is None else self.padding.pin_memory()
-        return ImageBatch(self.pixels.pin_memory(), padding)
+        theirs = self.for_teacher and self.for_teacher.pin_memory()
+        return ImageBatch(self.pixels.pin_memory(), padding, theirs)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Steps recorded as CUDA graphs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,17 @@ def test_what_fits_stays_as_it_is() -> None:
     images, targets = batch(SIDES, 2 * SIDES, (OBJECTS, 3))
     same, also = padded(images, targets)
     assert same is images and also is targets
+
+
+def test_the_teachers_picture_is_padded_too() -> None:
+    images, targets = batch(SIDES, SIDES, (OBJECTS, 3))
+    theirs, _ = batch(2 * SIDES - 3, 2 * SIDES, (1, 1))
+    same, _ = padded(replace(images, for_teacher=theirs), targets)
+    assert same.pixels is images.pixels and same.padding is None
+    larger = same.for_teacher
+    assert larger is not None and larger.padding is not None
+    assert larger.pixels.shape[2:] == (2 * SIDES, 2 * SIDES)
+    assert larger.padding[:, -3:].all() and not larger.padding[:, :-3].any()
 
 
 @pytest.mark.parametrize("objects", [(0, 0), (1, 0), (OBJECTS + 1, 2)])

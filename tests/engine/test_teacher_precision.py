@@ -1,16 +1,18 @@
-"""How the teacher's forward passes run in training: their precision, and whether they run."""
+"""How the teacher runs in training: in which precision, on how large a picture, and whether."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import MakeConfig, losses
+from tiny_runs import MakeConfig, losses, values
 
 from d3etr.config.distillation import MethodConfig
 from d3etr.config.tree import Config
+from d3etr.detectors.conditional_detr import ConditionalDETR
 from d3etr.engine.distributed import SingleProcess
 from d3etr.engine.journal import read_journal
 from d3etr.engine.run import run_training
+from d3etr.structures import ImageBatch, Memory
 
 
 def train(config: Config, run_dir: Path) -> None:
@@ -37,8 +39,33 @@ def test_a_control_that_never_asks_the_teacher_says_what_has_no_effect(
             **dict.fromkeys(("prediction", "self_attention", "cross_attention"), off),
         }
     )
-    config = make_config(teacher={"precision": "bfloat16"})
+    config = make_config(teacher={"precision": "bfloat16", "image_scale": 2.0})
     train(config.model_copy(update={"distillation": control}), tmp_path / "run")
     messages = [r for r in read_journal(tmp_path / "run" / "journal.jsonl") if "text" in r]
     texts = [message["text"] for message in messages if message["level"] == "warning"]
-    assert any(text.startswith("teacher.precision has no effect") for text in texts)
+    for key in ("precision", "image_scale"):
+        assert any(text.startswith(f"teacher.{key} has no effect") for text in texts)
+
+
+def test_a_teacher_of_a_larger_picture_is_measured_on_it_and_teaches_from_it(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Twice the size in training, in the measurement before, and in the matching's stability."""
+    config = make_config(teacher={"image_scale": 2.0, "minimum_mAP": 0.0})
+    seen: set[tuple[int, int]] = set()
+    encode = ConditionalDETR.encode
+
+    def watch(self: ConditionalDETR, images: ImageBatch) -> Memory:
+        if self.config.queries == 8:  # the teacher
+            seen.add((images.pixels.shape[2], images.pixels.shape[3]))
+        return encode(self, images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConditionalDETR, "encode", watch)
+        train(config, tmp_path / "large")
+    assert seen == {(64, 64)}
+    train(make_config(), tmp_path / "equal")
+    large, equal = (losses(tmp_path / name) for name in ("large", "equal"))
+    assert large != equal and large == pytest.approx(equal, rel=0.5)
+    detection = "train/detection/class"
+    assert values(tmp_path / "large", detection)[0] == values(tmp_path / "equal", detection)[0]

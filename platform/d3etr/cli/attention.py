@@ -121,10 +121,14 @@ def _views(
     records: Sequence[ImageRecord],
 ) -> list[ObjectView]:
     from d3etr.inference import load
-    from d3etr.tracking.figures.look import look_at, object_view
+    from d3etr.tracking.figures.look import TEACHER, look_at, object_view
 
     detectors = {name: load(place, "cpu").detector for name, place in files.items()}
-    seen = {name: look_at(each, split, records, config.data) for name, each in detectors.items()}
+    scales = {TEACHER: config.teacher_scale}
+    seen = {
+        name: look_at(each, split, records, config.data, scales.get(name, 1.0))
+        for name, each in detectors.items()
+    }
     names = [category.name for category in split.categories]
     views = [object_view(split, record, seen, names) for record in records]
     found = [view for view in views if view is not None]

@@ -121,6 +121,16 @@ class PreprocessingConfig(Section):
             raise ValueError("longest_side is below shortest_side")
         return self
 
+    def scaled(self, factor: float) -> Self | None:
+        """What images ``factor`` times as large go through; None where no sides say how large."""
+        if factor == 1:
+            return self
+        if self.shortest_side is None:
+            return None
+        longest = self.longest_side and round(factor * self.longest_side)
+        sides = {"shortest_side": round(factor * self.shortest_side), "longest_side": longest}
+        return self.model_copy(update=sides)
+
 
 class DataConfig(Section):
     """Images, annotations, and what is done to them before a detector sees them."""

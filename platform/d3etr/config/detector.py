@@ -225,3 +225,6 @@ class TeacherConfig(Section):
     else measure. measure: always evaluate."""
     precision: Precision | None = None
     """Of the teacher's forward passes in training; None: the student's, optimisation.precision."""
+    image_scale: Annotated[float, Field(ge=0.25, le=4)] = 1.0
+    """How large the teacher sees the same augmented picture, as a factor on the student's sides:
+    data.preprocessing's and those of ``shortest_sides`` times this, from the decoded original."""

@@ -44,6 +44,11 @@ class Config(Section):
         return own or self.optimisation.precision
 
     @property
+    def teacher_scale(self) -> float:
+        """How large the teacher sees a picture, as a factor on the student's sides."""
+        return 1.0 if self.teacher is None else self.teacher.image_scale
+
+    @property
     def initial_weights(self) -> Location | None:
         """The file of ``student.initialise_from``; None where nothing is initialised from one."""
         start = self.student.initialise_from

@@ -34,6 +34,7 @@ class Augmentation:
 
     Attributes:
         size: (height, width) in pixels at the end.
+        teacher_size: the same for the teacher's eyes, where it sees another size; else None.
         crop: (top, left, height, width) in pixels of the original image.
         horizontal_flip: mirror left and right.
         vertical_flip: mirror top and bottom.
@@ -50,6 +51,7 @@ class Augmentation:
     jitter: tuple[float, float, float, float] | None = None
     channels: tuple[int, ...] | None = None
     inverted: bool = False
+    teacher_size: tuple[int, int] | None = None
 
     @property
     def moves(self) -> bool:
@@ -69,8 +71,12 @@ def draw_augmentation(
     augmentation: AugmentationConfig,
     preprocessing: PreprocessingConfig,
     generator: Random,
+    teacher_scale: float = 1.0,
 ) -> Augmentation:
-    """Draw what happens to an image of width x height pixels."""
+    """Draw what happens to an image of width x height pixels.
+
+    ``teacher_scale`` is a factor on the sides that the teacher sees; it changes no draw.
+    """
     # Always the same draws in the same places: switching one transform on leaves the others'
     # as they were.
     chance = [generator.random() for _ in range(15)]
@@ -81,8 +87,12 @@ def draw_augmentation(
     sides = augmentation.shortest_sides
     shortest = None if sides is None else sides[int(chance[5] * len(sides))]
     permuted = chance[8] < augmentation.channel_permutation
+    theirs = None
+    if teacher_scale != 1:
+        theirs = output_size(width, height, preprocessing, shortest, teacher_scale)
     return Augmentation(
         size=output_size(width, height, preprocessing, shortest),
+        teacher_size=theirs,
         crop=crop,
         horizontal_flip=chance[6] < augmentation.horizontal_flip,
         vertical_flip=chance[7] < augmentation.vertical_flip,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -34,7 +36,14 @@ class DetectionDataset(Dataset[Sample]):
         augmentation: None for evaluation.
         seed: with epoch and image index the only thing that augmentation depends on.
         cache_bytes: keep decoded images where the whole split takes at most this much memory.
+        image_scale: a factor on the sides of images, of evaluation.
+
+    Attributes:
+        teacher_scale: where it is not 1, augmented samples have the teacher's pixels too, whose
+            sides are the student's times this; from the decoded original, by the same plan.
     """
+
+    teacher_scale: float = 1.0
 
     def __init__(
         self,
@@ -44,8 +53,10 @@ class DetectionDataset(Dataset[Sample]):
         *,
         seed: int = 0,
         cache_bytes: int = CACHE_BYTES,
+        image_scale: float = 1.0,
     ) -> None:
         self.split = split
+        self.image_scale = image_scale
         self.preprocessing = preprocessing
         self.augmentation = augmentation
         self.seed = seed
@@ -74,10 +85,15 @@ class DetectionDataset(Dataset[Sample]):
         """What happens to image ``index`` in ``epoch``; nothing is decoded for it."""
         record = self.split.records[index]
         if self.augmentation is None:
-            return Augmentation(output_size(record.width, record.height, self.preprocessing))
+            return Augmentation(self._size(record, self.image_scale))
         generator = sample_generator(self.seed, epoch, index)
         return draw_augmentation(
-            record.width, record.height, self.augmentation, self.preprocessing, generator
+            record.width,
+            record.height,
+            self.augmentation,
+            self.preprocessing,
+            generator,
+            self.teacher_scale,
         )
 
     def sample(self, index: int, epoch: int) -> Sample:
@@ -92,8 +108,12 @@ class DetectionDataset(Dataset[Sample]):
         if plan.moves:  # resizing alone leaves relative boxes as they are
             boxes, kept = augment_boxes(boxes, size, plan)
             labels, boxes, size = labels[kept], boxes[kept], plan.size
+        decoded, theirs = self.decoded(index), None
+        if plan.teacher_size is not None:
+            theirs = augment_pixels(decoded, replace(plan, size=plan.teacher_size))
         return Sample(
-            pixels=augment_pixels(self.decoded(index), plan),
+            pixels=augment_pixels(decoded, plan),
+            teacher_pixels=theirs,
             labels=labels,
             boxes_cxcywh=relative_cxcywh(boxes, *size),
             image_id=record.id,
@@ -101,15 +121,23 @@ class DetectionDataset(Dataset[Sample]):
         )
 
     def sizes(self, epoch: int) -> NDArray[np.int64]:
-        """[images, 2]: (height, width) of every image in ``epoch``, without decoding any."""
+        """[images, 2]: (height, width) of every image in ``epoch``, without decoding any.
+
+        [images, 4] where the teacher sees another size, which stands behind the student's.
+        """
         if self.has_random_sizes:
-            sizes = [self.plan(index, epoch).size for index in range(len(self))]
+            plans = [self.plan(index, epoch) for index in range(len(self))]
+            sizes = [plan.size + (plan.teacher_size or ()) for plan in plans]
         else:
+            scales = [self.image_scale, self.teacher_scale][: 1 + (self.teacher_scale != 1)]
             sizes = [
-                output_size(record.width, record.height, self.preprocessing)
+                sum((self._size(record, scale) for scale in scales), ())
                 for record in self.split.records
             ]
         return np.array(sizes, dtype=np.int64)
+
+    def _size(self, record: ImageRecord, scale: float) -> tuple[int, int]:
+        return output_size(record.width, record.height, self.preprocessing, scale=scale)
 
     @property
     def has_random_sizes(self) -> bool:

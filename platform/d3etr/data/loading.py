@@ -11,7 +11,9 @@ from multiprocessing.context import BaseContext
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from d3etr.config.data import DataConfig
@@ -68,8 +70,15 @@ class EpochLoader:
             seed=seed,
             cache_bytes=CACHE_BYTES // max(1, data.workers),
         )
-        self._static_sizes = None if self.dataset.has_random_sizes else self.dataset.sizes(0)
+        self._static_sizes: NDArray[np.int64] | None = None
         self._source = _BatchSource(self.dataset, data.workers, persistent=True)
+
+    def show_teacher(self, scale: float) -> None:
+        """Give batches the teacher's picture too, its sides the student's times ``scale``.
+
+        Before the first epoch: loading processes get a copy of the dataset.
+        """
+        self.dataset.teacher_scale = scale
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """The batches of one epoch: this worker's micro-batches of each optimiser step.
@@ -95,9 +104,16 @@ class EpochLoader:
         self._source.close()
 
     def _keys(self, epoch: int) -> list[BatchKey]:
-        sizes = self.dataset.sizes(epoch) if self._static_sizes is None else self._static_sizes
-        batches = epoch_batches(sizes, self.batch_size, self.seed, epoch, self.bucket)
+        sizes = self._sizes(epoch)
+        batches = epoch_batches(sizes[:, :2], self.batch_size, self.seed, epoch, self.bucket)
         return micro_batches(batches, sizes, epoch, self.parts, self.mine)
+
+    def _sizes(self, epoch: int) -> NDArray[np.int64]:
+        if self.dataset.has_random_sizes:
+            return self.dataset.sizes(epoch)
+        if self._static_sizes is None:
+            self._static_sizes = self.dataset.sizes(0)
+        return self._static_sizes
 
 
 class EvaluationBatches:
@@ -112,6 +128,7 @@ class EvaluationBatches:
         batch_size: images of a batch at most.
         rank: this worker.
         world_size: number of workers.
+        image_scale: a factor on the sides of the images.
     """
 
     def __init__(
@@ -122,9 +139,12 @@ class EvaluationBatches:
         batch_size: int,
         rank: int,
         world_size: int,
+        image_scale: float = 1.0,
     ) -> None:
         cache_bytes = CACHE_BYTES // max(1, data.workers)
-        dataset = DetectionDataset(split, data.preprocessing, cache_bytes=cache_bytes)
+        dataset = DetectionDataset(
+            split, data.preprocessing, cache_bytes=cache_bytes, image_scale=image_scale
+        )
         sizes = dataset.sizes(0)
         self._keys = evaluation_keys(sizes, batch_size, rank, world_size, data.bucket_by_aspect)
         self._source = _BatchSource(dataset, data.workers, persistent=False)
@@ -221,7 +241,7 @@ class _BatchDataset(Dataset["_Made | bytes | UserError"]):
         except UserError as error:
             # Raised in the training process: from here it would carry a traceback as text.
             return error
-        images, targets = collate(samples, self.dataset.preprocessing, key.size)
+        images, targets = collate(samples, self.dataset.preprocessing, key.size, key.teacher_size)
         made = images, targets, time.process_time() - begun
         shared = images.pixels.is_shared()  # type: ignore[no-untyped-call]
         if get_worker_info() is None or shared:

@@ -26,11 +26,13 @@ class BatchKey:
         indices: images of the split.
         epoch: seeds augmentation, where there is any.
         size: (height, width) in pixels to pad to.
+        teacher_size: the same of what the teacher sees, where that is another size.
     """
 
     indices: tuple[int, ...]
     epoch: int
     size: tuple[int, int]
+    teacher_size: tuple[int, int] | None = None
 
 
 def epoch_batches(
@@ -88,16 +90,17 @@ def micro_batches(
 
     Args:
         batches: [steps, batch_size] image indices.
-        sizes: [images, 2] (height, width) after transforms.
+        sizes: [images, 2] (height, width) after transforms, or [images, 4] with the teacher's.
         epoch: from 0.
         parts: micro-batches of a global batch.
         mine: those of the worker.
     """
     keys = []
     for batch in batches:
-        height, width = sizes[batch].max(0).tolist()
+        height, width, *others = sizes[batch].max(0).tolist()
+        theirs = (others[0], others[1]) if others else None
         own = batch.reshape(parts, -1)[mine.start : mine.stop]
-        keys += [BatchKey(tuple(part.tolist()), epoch, (height, width)) for part in own]
+        keys += [BatchKey(tuple(part.tolist()), epoch, (height, width), theirs) for part in own]
     return keys
 
 

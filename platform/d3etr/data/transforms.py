@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class Sample:
         boxes_cxcywh: [n, 4], relative to the image.
         image_id: the annotation file's id.
         original_size: (height, width) in pixels before any transform.
+        teacher_pixels: [3, height', width'] uint8 that the teacher sees, where it sees others.
     """
 
     pixels: Tensor
@@ -42,20 +43,28 @@ class Sample:
     boxes_cxcywh: NDArray[np.float32]
     image_id: int
     original_size: tuple[int, int]
+    teacher_pixels: Tensor | None = None
 
 
 def output_size(
-    width: int, height: int, config: PreprocessingConfig, shortest: int | None = None
+    width: int,
+    height: int,
+    config: PreprocessingConfig,
+    shortest: int | None = None,
+    scale: float = 1.0,
 ) -> tuple[int, int]:
     """(height, width) after resizing, by DETR's rule.
 
     The shorter side becomes ``shortest`` pixels (the configuration's where it is None); where
-    the longer one would then pass ``config.longest_side``, that decides instead.
+    the longer one would then pass ``config.longest_side``, that decides instead. Both sides are
+    multiplied by ``scale`` first.
     """
     low, high = min(width, height), max(width, height)
-    side = shortest or config.shortest_side or low
-    if config.longest_side is not None and high / low * side > config.longest_side:
-        side = max(1, round(config.longest_side * low / high))
+    side, longest = shortest or config.shortest_side or low, config.longest_side
+    if scale != 1:
+        side, longest = max(1, round(scale * side)), longest and round(scale * longest)
+    if longest is not None and high / low * side > longest:
+        side = max(1, round(longest * low / high))
     if side == low:
         return height, width
     if width < height:
@@ -112,7 +121,10 @@ def relative_cxcywh(
 
 
 def collate(
-    samples: Sequence[Sample], config: PreprocessingConfig, size: tuple[int, int] | None = None
+    samples: Sequence[Sample],
+    config: PreprocessingConfig,
+    size: tuple[int, int] | None = None,
+    teacher_size: tuple[int, int] | None = None,
 ) -> tuple[ImageBatch, Targets]:
     """Normalise images of any sizes into one batch, padded at the right and bottom.
 
@@ -120,16 +132,27 @@ def collate(
         samples: B of them.
         config: the normalisation.
         size: (height, width) to pad to; None: the largest height and the largest width.
+        teacher_size: the same of the pixels that the teacher sees, where those are others.
     """
-    shapes = [(sample.pixels.shape[-2], sample.pixels.shape[-1]) for sample in samples]
+    images = _pad_images([sample.pixels for sample in samples], config, size)
+    theirs = [sample.teacher_pixels for sample in samples if sample.teacher_pixels is not None]
+    if theirs:
+        images = replace(images, for_teacher=_pad_images(theirs, config, teacher_size))
+    return images, _pad_targets(samples)
+
+
+def _pad_images(
+    images: Sequence[Tensor], config: PreprocessingConfig, size: tuple[int, int] | None
+) -> ImageBatch:
+    shapes = [(image.shape[-2], image.shape[-1]) for image in images]
     largest = (max(h for h, _ in shapes), max(w for _, w in shapes))
     height, width = size or largest
     if largest[0] > height or largest[1] > width:
         raise ValueError(f"images of up to {largest} do not fit into a batch of {size}")
-    pixels = _zeros(len(samples), 3, height, width)
-    for place, sample, (h, w) in zip(pixels, samples, shapes, strict=True):
-        normalise(sample.pixels, config, place[:, :h, :w])
-    return ImageBatch(pixels, _padding(shapes, (height, width))), _pad_targets(samples)
+    pixels = _zeros(len(images), 3, height, width)
+    for place, image, (h, w) in zip(pixels, images, shapes, strict=True):
+        normalise(image, config, place[:, :h, :w])
+    return ImageBatch(pixels, _padding(shapes, (height, width)))
 
 
 def _zeros(*shape: int) -> Tensor:

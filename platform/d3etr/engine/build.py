@@ -139,7 +139,7 @@ def open_splits(
 
 def open_loader(config: Config, split: DetectionSplit, context: TrainContext) -> EpochLoader:
     """This worker's training batches."""
-    return EpochLoader(
+    loader = EpochLoader(
         split,
         config.data,
         batch_size=config.optimisation.batch_size,
@@ -148,6 +148,8 @@ def open_loader(config: Config, split: DetectionSplit, context: TrainContext) ->
         world_size=context.world_size,
         seed=config.run.seed,
     )
+    loader.show_teacher(config.teacher_scale)
+    return loader
 
 
 def build_models(config: Config, splits: Splits, context: TrainContext) -> Models:

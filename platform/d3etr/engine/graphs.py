@@ -191,16 +191,7 @@ def padded(images: ImageBatch, targets: Targets) -> tuple[ImageBatch, Targets]:
         images: B images.
         targets: with T slots for the objects of each.
     """
-    height, width = images.pixels.shape[-2:]
-    right, below = -width % SIDES, -height % SIDES
-    if right or below:
-        padding = images.padding
-        if padding is None:
-            padding = torch.zeros_like(images.pixels[:, 0], dtype=torch.bool)
-        images = ImageBatch(
-            functional.pad(images.pixels, (0, right, 0, below)),
-            functional.pad(padding, (0, right, 0, below), value=True),
-        )
+    images = _padded_images(images)
     slots = targets.labels.shape[1]
     unused = max(-slots % OBJECTS, OBJECTS - slots)
     if unused:
@@ -212,7 +203,26 @@ def padded(images: ImageBatch, targets: Targets) -> tuple[ImageBatch, Targets]:
     return images, targets
 
 
+def _padded_images(images: ImageBatch) -> ImageBatch:
+    """The images, those for the teacher too, in the next larger recorded shape."""
+    if images.for_teacher is not None:
+        theirs = _padded_images(images.for_teacher)
+        return replace(_padded_images(replace(images, for_teacher=None)), for_teacher=theirs)
+    height, width = images.pixels.shape[-2:]
+    right, below = -width % SIDES, -height % SIDES
+    if not (right or below):
+        return images
+    padding = images.padding
+    if padding is None:
+        padding = torch.zeros_like(images.pixels[:, 0], dtype=torch.bool)
+    return ImageBatch(
+        functional.pad(images.pixels, (0, right, 0, below)),
+        functional.pad(padding, (0, right, 0, below), value=True),
+    )
+
+
 def _tensors(images: ImageBatch, targets: Targets) -> list[Tensor]:
     """What a graph reads of a batch."""
-    found = [images.pixels, targets.labels, targets.boxes_cxcywh, targets.num_objects]
-    return found if images.padding is None else [*found, images.padding]
+    shown = [images] if images.for_teacher is None else [images, images.for_teacher]
+    found = [part for each in shown for part in (each.pixels, each.padding) if part is not None]
+    return [*found, targets.labels, targets.boxes_cxcywh, targets.num_objects]

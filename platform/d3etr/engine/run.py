@@ -131,8 +131,11 @@ def _warn_of_settings(run: Run, step: TrainingStep) -> None:
     """Name settings without effect, and one that would have some."""
     config, reason = run.config, step.unsupported_reason()
     method = run.models.distiller.method
-    if config.teacher is not None and config.teacher.precision and not method.needs_teacher_outputs:
-        run.warn("teacher.precision has no effect: this method uses no outputs of the teacher")
+    if config.teacher is not None and not method.needs_teacher_outputs:
+        for key in ("precision", "image_scale"):
+            if getattr(config.teacher, key) != type(config.teacher).model_fields[key].default:
+                text = f"teacher.{key} has no effect: this method uses no outputs of the teacher"
+                run.warn(text)
     if config.optimisation.cuda_graphs and reason is not None:
         run.warn(f"optimisation.cuda_graphs has no effect: {reason}")
     if not config.optimisation.cuda_graphs and reason is None:

@@ -77,7 +77,7 @@ def qualify_teacher(
         info: the metadata of its weights file.
         config: the minimum, and whether a recorded evaluation counts.
         data: as the run sees it.
-        evaluator: of the validation split.
+        evaluator: of the validation split, with images as large as the teacher sees them.
 
     Returns:
         Its mAP (None if the validation split holds no objects) and how that is known,
@@ -89,7 +89,8 @@ def qualify_teacher(
     how, mAP = "recorded", None
     record = info.evaluation or {}
     same_data = record.get("data_digest") == evaluator.split.digest
-    if config.evaluation == "verify" and same_data and info.preprocessing == data.preprocessing:
+    same_size = info.preprocessing == data.preprocessing.scaled(config.image_scale)
+    if config.evaluation == "verify" and same_data and same_size:
         mAP = record.get("mAP")
     if not isinstance(mAP, int | float):
         how, mAP = "measured", evaluator.measure(teacher).mAP

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from d3etr.data.dataset import DetectionDataset
+from d3etr.data.splits import DetectionSplit
 from d3etr.detectors.weights import WeightsInfo, load_weights, save_weights
 from d3etr.engine.build import Run
 from d3etr.engine.hooks import Hooks
@@ -34,12 +36,19 @@ class Validation:
         self._warned_of_lead = False
         self.stability: MatchingStability | None = None
         if run.config.distillation.matches_adaptively:
-            split = run.splits.validation
-            self.stability = MatchingStability(run.models.distiller, split, run.context)
+            self.stability = self._watch_matching()
 
-    def _of(self, split: Any) -> Evaluator:
+    def _watch_matching(self) -> MatchingStability:
+        run, split = self._run, self._run.splits.validation
+        preprocessing, scale = run.config.data.preprocessing, run.config.teacher_scale
+        theirs = None
+        if scale != 1:
+            theirs = DetectionDataset(split, preprocessing, cache_bytes=0, image_scale=scale)
+        return MatchingStability(run.models.distiller, split, run.context, theirs)
+
+    def _of(self, split: DetectionSplit, image_scale: float = 1.0) -> Evaluator:
         config = self._run.config
-        return Evaluator(split, config.data, config.evaluation, self._run.context)
+        return Evaluator(split, config.data, config.evaluation, self._run.context, image_scale)
 
     def measure_teacher(self) -> None:
         """Make sure that the teacher, if there is one, is good enough, and record its mAP.
@@ -50,8 +59,11 @@ class Validation:
         models, config = self._run.models, self._run.config
         if models.teacher is None or models.teacher_info is None or config.teacher is None:
             return
+        evaluator, scale = self._evaluator, config.teacher_scale
+        if scale != 1:
+            evaluator = self._of(self._run.splits.validation, scale)
         self.teacher_mAP, how = qualify_teacher(
-            models.teacher, models.teacher_info, config.teacher, config.data, self._evaluator
+            models.teacher, models.teacher_info, config.teacher, config.data, evaluator
         )
         if self.teacher_mAP is not None:
             metrics = {"teacher/mAP": self.teacher_mAP}

@@ -70,6 +70,7 @@ class Evaluator:
         data: preprocessing and loading.
         config: batch size and detections per image.
         workers: those that share the images.
+        image_scale: a factor on the sides of the images.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Evaluator:
         data: DataConfig,
         config: EvaluationConfig,
         workers: Workers,
+        image_scale: float = 1.0,
     ) -> None:
         self.split = split
         self._workers = workers
@@ -88,6 +90,7 @@ class Evaluator:
             batch_size=config.batch_size,
             rank=workers.rank,
             world_size=workers.world_size,
+            image_scale=image_scale,
         )
         self._truth: GroundTruth | None = None
 

@@ -7,7 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from d3etr.data.dataset import DetectionDataset
 from d3etr.data.splits import DetectionSplit
+from d3etr.data.transforms import collate
 from d3etr.distiller import Distiller
 from d3etr.evaluation.evaluator import Workers
 from d3etr.structures import DecoderOutputs, ImageBatch, Targets
@@ -26,12 +28,20 @@ class MatchingStability:
         distiller: the teacher and how it is matched.
         split: the validation images; evenly spaced ones are watched.
         workers: those that share the images.
+        teachers: the images as the teacher sees them, where that is not as the student does.
     """
 
-    def __init__(self, distiller: Distiller, split: DetectionSplit, workers: Workers) -> None:
-        self._distiller, self._workers = distiller, workers
+    def __init__(
+        self,
+        distiller: Distiller,
+        split: DetectionSplit,
+        workers: Workers,
+        teachers: DetectionDataset | None = None,
+    ) -> None:
+        self._distiller, self._workers, self._teachers = distiller, workers, teachers
         stride = max(1, len(split.records) // WATCHED_IMAGES)
-        self._watched = {record.id for record in split.records[::stride][:WATCHED_IMAGES]}
+        places = range(0, len(split.records), stride)[:WATCHED_IMAGES]
+        self._watched = {split.records[place].id: place for place in places}
         self._found: list[Tensor] = []
         self.state: Tensor | None = None
         """[images, 1 + L * M]: image id, then each teacher query's student query or -1."""
@@ -42,8 +52,7 @@ class MatchingStability:
         chosen = [i for i, identity in enumerate(targets.image_ids) if identity in self._watched]
         if not chosen:
             return
-        padding = None if images.padding is None else images.padding[chosen]
-        teacher = self._distiller.run_teacher(ImageBatch(images.pixels[chosen], padding))
+        teacher = self._distiller.run_teacher(self._shown(images, targets, chosen))
         assert teacher is not None
         student = replace(
             student,
@@ -55,6 +64,14 @@ class MatchingStability:
         pairs = _pairs(self._distiller, student, teacher.main)
         ids = torch.tensor([[targets.image_ids[i]] for i in chosen], device=pairs.device)
         self._found.append(torch.cat([ids, pairs.transpose(0, 1).flatten(1)], 1))
+
+    def _shown(self, images: ImageBatch, targets: Targets, chosen: list[int]) -> ImageBatch:
+        """What the teacher sees of some images of a batch."""
+        if self._teachers is None:
+            padding = None if images.padding is None else images.padding[chosen]
+            return ImageBatch(images.pixels[chosen], padding)
+        samples = [self._teachers[self._watched[targets.image_ids[i]]] for i in chosen]
+        return collate(samples, self._teachers.preprocessing)[0].to(images.pixels.device)
 
     def compare(self) -> float | None:
         """Share of pairs that did not change since the last call, in [0, 1].

@@ -22,6 +22,7 @@ from d3etr.tracking.description import title
 from d3etr.tracking.figures.curves import Series, draw_precision_recall, draw_series
 from d3etr.tracking.figures.images import draw_attention, draw_predictions
 from d3etr.tracking.figures.look import (
+    TEACHER,
     THRESHOLD,
     choose_images,
     look_at,
@@ -55,8 +56,8 @@ def draw_figures(config: Config, run_dir: Path, folder: Path) -> list[Path]:
     """
     run, predictors = RunFolder(run_dir), {}
     if config.teacher is not None:
-        predictors["Teacher"] = load(config.teacher.weights, "cpu")
-    own = "Student" if predictors or config.run.role == "student" else "Teacher"
+        predictors[TEACHER] = load(config.teacher.weights, "cpu")
+    own = "Student" if predictors or config.run.role == "student" else TEACHER
     predictors[own] = load(run.weights, "cpu")
     split = open_split(config.data, SPLIT)
     names = readable_names((each.id, each.name) for each in split.categories)
@@ -75,7 +76,7 @@ def _draw_images(
     figure = draw_predictions(scenes, THRESHOLD, f"{SPLIT} images")
     drawn = [save(figure, folder / "predictions.png")]
     seen = {
-        name: look_at(predictor.detector, split, records, config.data)
+        name: look_at(predictor.detector, split, records, config.data, _scale_for(name, config))
         for name, predictor in predictors.items()
     }
     views = [object_view(split, record, seen, names) for record in records]
@@ -91,12 +92,20 @@ def _draw_measured(
     records = spaced(split.records, max(1, int(MEASURING_SECONDS / slowest)))
     part = replace(split, records=tuple(records))
     data = config.data.model_copy(update={"workers": 0})
-    evaluator = Evaluator(part, data, config.evaluation, SingleProcess(torch.device("cpu")))
-    measured = {name: evaluator.measure(each.detector).metrics for name, each in predictors.items()}
+    context, measured = SingleProcess(torch.device("cpu")), {}
+    for name, each in predictors.items():
+        scale = _scale_for(name, config)
+        evaluator = Evaluator(part, data, config.evaluation, context, scale)
+        measured[name] = evaluator.measure(each.detector).metrics
     precisions = {name: each.precision for name, each in measured.items() if each is not None}
     subject = f"{len(records)} of {len(split.records)} {SPLIT} images"
     figure = draw_precision_recall(precisions, names, subject)
     return save(figure, folder / "precision_recall.png")
+
+
+def _scale_for(name: str, config: Config) -> float:
+    """How large a run's teacher or its student sees images."""
+    return config.teacher_scale if name == TEACHER else 1.0
 
 
 def _seconds_per_image(predictor: Predictor, split: DetectionSplit, config: Config) -> float:

@@ -25,6 +25,8 @@ from d3etr.tracking.figures.images import Look, Objects, ObjectView, Scene
 from d3etr.tracking.figures.style import Array, Image
 
 SAME_OBJECT_IOU = 0.5
+TEACHER = "Teacher"
+"""What figures of a run call its teacher."""
 THRESHOLD = 0.3
 """Lowest score of a detection that is shown."""
 LOWEST_SCORE = 0.1
@@ -92,6 +94,7 @@ def look_at(
     split: DetectionSplit,
     records: Sequence[ImageRecord],
     data: DataConfig,
+    image_scale: float = 1.0,
 ) -> dict[int, DecoderOutputs]:
     """Run a detector on single images, unpadded, with its attention.
 
@@ -100,6 +103,7 @@ def look_at(
         split: where the images are.
         records: which of them.
         data: how they are prepared.
+        image_scale: a factor on their sides.
 
     Returns:
         Image id -> outputs of a batch of this image alone.
@@ -107,7 +111,9 @@ def look_at(
     chosen = replace(split, records=tuple(records))
     alone = data.model_copy(update={"workers": 0, "bucket_by_aspect": False})
     seen = {}
-    for images, targets in EvaluationBatches(chosen, alone, batch_size=1, rank=0, world_size=1):
+    for images, targets in EvaluationBatches(
+        chosen, alone, batch_size=1, rank=0, world_size=1, image_scale=image_scale
+    ):
         memory = detector.encode(images)
         [outputs] = detector.decode(memory, [detector.object_queries(memory)], attention=True)
         seen[targets.image_ids[0]] = outputs
