@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from d3etr.config.backbones import BACKBONES, TORCHVISION, family_of
 from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.backbones import Backbone, build_backbone
-from d3etr.detectors.torchvision_backbone import _group_norm
+from d3etr.detectors.torchvision_backbone import group_norm
 from d3etr.detectors.torchvision_weights import from_torchvision
 from d3etr.detectors.weights import load_backbone_weights
 from d3etr.errors import UserError
@@ -241,7 +241,7 @@ def test_a_copy_is_a_network_of_its_own() -> None:
 
 @pytest.mark.parametrize("channels", [8, 24, 58, 64, 144, 244, 2048])
 def test_groups_divide_channels_and_have_two_at_least(channels: int) -> None:
-    norm = _group_norm(channels)
+    norm = group_norm(channels)
     assert channels % norm.num_groups == 0 and channels >= 2 * norm.num_groups
     assert channels % 64 or norm.num_groups == 32
 

@@ -15,9 +15,11 @@ from d3etr.cli.command import (
     file_to_write,
     positive,
 )
+from d3etr.errors import UserError
 from d3etr.text import printable
 
 if TYPE_CHECKING:
+    from d3etr.config.detector import BackboneConfig
     from d3etr.detectors.imports.importing import Imported
 
 _SHOWN = 6
@@ -57,6 +59,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="T",
         help="of DAB-DETR's position encoding, where nothing says (20; official R50-DC5: 10)",
     )
+    parser.add_argument(
+        "--backbone",
+        metavar="timm/NAME",
+        help="the network of timm whose file it is (.safetensors or .pth)",
+    )
     add_json(parser)
 
 
@@ -73,9 +80,21 @@ def _run(options: Namespace) -> int:
         categories = tuple((category.id, category.name) for category in known)
     unseen = Unseen(heads=options.heads, dilation=options.dilation, temperature=options.temperature)
     ensure_other_file(options.source, options.target)
-    imported = import_weights(options.source, options.target, unseen, categories)
+    backbone = None if options.backbone is None else _timms(options.backbone)
+    imported = import_weights(options.source, options.target, unseen, categories, backbone)
     answer(options, imported.as_dict(), lambda: _print(imported))
     return 0
+
+
+def _timms(name: str) -> BackboneConfig:
+    from d3etr.config.backbones import TIMM
+    from d3etr.config.detector import BackboneConfig
+
+    if not name.startswith(TIMM):
+        raise UserError(
+            f"--backbone: found '{name}', expected '{TIMM}' and timm's name of a network"
+        )
+    return BackboneConfig(name=name)
 
 
 def _print(imported: Imported) -> None:

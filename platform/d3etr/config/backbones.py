@@ -1,4 +1,4 @@
-"""Names of backbones: ``small``, and torchvision's networks that give feature maps.
+"""Names of backbones: ``small``, torchvision's networks that give feature maps, ``timm/NAME``.
 
 Names and not the networks: a configuration is checked without torch. A test holds the names
 against torchvision's.
@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 SMALL = "small"
+TIMM = "timm/"
+"""Beginning of names of timm's networks; which there are, timm says when one is built."""
 
 FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -42,8 +44,11 @@ FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Torchvision's names by family."""
 
-WITHOUT_BATCH_NORM = ("ConvNeXt", "Swin", "VGG")
+WITHOUT_BATCH_NORM = ("ConvNeXt", "Swin", "VGG", "timm without batch norm")
 """Families that ``norm`` has nothing to act on in: LayerNorm, or no normalisation."""
+
+_TIMM_LAYER_NORM = ("convnext", "swin", "hiera", "davit", "pvt_v2", "focalnet", "inception_next")
+"""Beginnings of timm's names of networks with LayerNorm."""
 
 TORCHVISION = tuple(name for names in FAMILIES.values() for name in names)
 BACKBONES = (SMALL, *TORCHVISION)
@@ -55,16 +60,20 @@ def known_backbone(name: str) -> str:
     Raises:
         ValueError: it is no backbone's; the text names the nearest ones.
     """
-    if name in BACKBONES:
+    if name in BACKBONES or (name.startswith(TIMM) and name != TIMM):
         return name
     close = difflib.get_close_matches(name, BACKBONES, n=3)
     examples = ", ".join(names[0] for names in FAMILIES.values())
     nearest = f"; did you mean {', '.join(close)}?" if close else f", for example {examples}"
     raise ValueError(
-        f"found '{name}', expected '{SMALL}' or a torchvision network with feature maps{nearest}"
+        f"found '{name}', expected '{SMALL}', a torchvision network with feature maps, or "
+        f"'{TIMM}' and timm's name of one{nearest}"
     )
 
 
 def family_of(name: str) -> str:
-    """The family of a torchvision network; ``small`` for the network of our own."""
+    """The family of a network; ``small`` for the network of our own."""
+    if name.startswith(TIMM):
+        layer_norm = name.removeprefix(TIMM).startswith(_TIMM_LAYER_NORM)
+        return "timm without batch norm" if layer_norm else "timm"
     return next((family for family, names in FAMILIES.items() if name in names), SMALL)

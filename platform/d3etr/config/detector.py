@@ -21,7 +21,8 @@ class BackboneConfig(Section):
 
     name: Annotated[str, AfterValidator(known_backbone)] = "resnet50"
     """A torchvision network that gives feature maps (ResNets, ConvNeXt, Swin, EfficientNet and
-    more, by torchvision's names), or ``small``: a GroupNorm network for small images."""
+    more, by torchvision's names), ``timm/NAME`` of one of timm's, or ``small``: a GroupNorm network
+    for small images."""
     dilation: bool = False
     """DC5: the last stage keeps stride 16 and dilates instead (ResNets only)."""
     norm: Literal["frozen", "group"] = "frozen"
@@ -34,14 +35,14 @@ class BackboneConfig(Section):
     stage_blocks: Layers = 1
     """``small`` only: residual blocks per stage."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
-    """Torchvision's networks: how many of stem and four stages, from the stem on, keep their
-    weights; DETR uses 2 (stem and first stage) with ImageNet weights."""
+    """Networks of torchvision and timm: how many of stem and four stages, from the stem on, keep
+    their weights; DETR uses 2 (stem and first stage) with ImageNet weights."""
     trainable: bool = True
     """False freezes the whole backbone."""
 
     @property
     def has_batch_norm(self) -> bool:
-        """Whether torchvision's network has what ``norm`` is about."""
+        """Whether the network has what ``norm`` is about."""
         return self.name != SMALL and family_of(self.name) not in WITHOUT_BATCH_NORM
 
     @property
@@ -56,7 +57,9 @@ class BackboneConfig(Section):
         if self.dilation and family_of(self.name) != "ResNet":
             raise ValueError(f"dilation (DC5) is for ResNets, not for backbone '{self.name}'")
         if self.name == SMALL and self.frozen_stages:
-            raise ValueError("frozen_stages is for torchvision's networks, not backbone 'small'")
+            raise ValueError(
+                "frozen_stages is for networks of torchvision and timm, not backbone 'small'"
+            )
         if self.name == SMALL and any(w % 8 for w in (self.stem_width, *self.stage_widths)):
             raise ValueError("stem_width and stage_widths must be multiples of 8 (GroupNorm)")
         if self.norm != "frozen" and self.name != SMALL and not self.has_batch_norm:

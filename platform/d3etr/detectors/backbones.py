@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import torch
 
-from d3etr.config.backbones import SMALL
+from d3etr.config.backbones import SMALL, TIMM
 from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.small_backbone import SmallBackbone
 from d3etr.detectors.torchvision_backbone import TorchvisionBackbone
 
-Backbone = SmallBackbone | TorchvisionBackbone
+if TYPE_CHECKING:
+    from d3etr.detectors.timm_backbone import TimmBackbone
+
+Backbone: TypeAlias = "SmallBackbone | TorchvisionBackbone | TimmBackbone"
 
 
 def build_backbone(config: BackboneConfig) -> Backbone:
@@ -18,11 +23,20 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     Args:
         config: kind and size; ``trainable`` False freezes every parameter.
     """
-    small = config.name == SMALL
-    backbone = SmallBackbone(config) if small else TorchvisionBackbone(config)
+    backbone = _kind_of(config.name)(config)
     if not config.trainable:
         backbone.requires_grad_(False)
     for weight in backbone.parameters():
         if weight.dim() == 4:  # else reordered in every step, there and back
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return backbone
+
+
+def _kind_of(name: str) -> type[Backbone]:
+    if name == SMALL:
+        return SmallBackbone
+    if name.startswith(TIMM):
+        from d3etr.detectors.timm_backbone import TimmBackbone  # importing timm takes two seconds
+
+        return TimmBackbone
+    return TorchvisionBackbone

@@ -160,7 +160,7 @@ def _replace_batch_norm(network: nn.Module, norm: str) -> None:
                 if norm == "frozen":
                     _freeze(module, name, child, before)
                 else:
-                    setattr(module, name, _group_norm(child.num_features))
+                    setattr(module, name, group_norm(child.num_features))
             before = name, child
         if norm == "frozen":
             with_frozen_norms(module)
@@ -178,8 +178,8 @@ def _freeze(
     setattr(parent, before[0], NormedConv2d(before[1], taken))
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
-    """Of 32 groups, or as many as there can be of at least two channels each."""
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of 32 groups, or as many as there can be of at least two channels each."""
     most = min(32, channels // 2)
     return GroupNorm(next(n for n in range(most, 0, -1) if channels % n == 0), channels)
 

@@ -22,8 +22,10 @@ COUNTER = "num_batches_tracked"
 """Of batch norm in training; left out too."""
 _OLD_NAME = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.(\d)\.")
 """DenseNet's layers, as torchvision's files still name them."""
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of normalisation 'imagenet', for pixels in [0, 1]."""
+_FIRST = ("features.0.0.weight", "features.0.1.running_mean")
+"""Kernel of the first convolution, and what the norm after it takes away."""
 
 
 def imagenet_weights(config: BackboneConfig) -> dict[str, Tensor]:
@@ -69,8 +71,8 @@ def from_torchvision(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     """
     kept = without_classifier(tensors)
     how = weights_of(name).transforms.keywords
-    mean, std = how.get("mean", _MEAN), how.get("std", _STD)
-    return kept if (mean, std) == (_MEAN, _STD) else kept | _renormalised(kept, mean, std)
+    mean, std = how.get("mean", MEAN), how.get("std", STD)
+    return kept if (mean, std) == (MEAN, STD) else kept | renormalised(kept, *_FIRST, mean, std)
 
 
 def without_classifier(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -88,8 +90,12 @@ def weights_of(name: str) -> Any:
     return known["IMAGENET1K_V1"] if "IMAGENET1K_V1" in known.__members__ else known.DEFAULT
 
 
-def _renormalised(
-    tensors: Mapping[str, Tensor], mean: Sequence[float], std: Sequence[float]
+def renormalised(
+    tensors: Mapping[str, Tensor],
+    kernel: str,
+    average: str,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> dict[str, Tensor]:
     """First convolution and batch statistics for our normalisation in the place of another.
 
@@ -97,11 +103,10 @@ def _renormalised(
     which the running mean takes away. Only cells that see the border differ: zero is another
     colour there.
     """
-    kernel, average = "features.0.0.weight", "features.0.1.running_mean"
     if not {kernel, average} <= set(tensors):
         return {}
     theirs, spread = torch.tensor(mean), torch.tensor(std)
-    scale, shift = torch.tensor(_STD) / spread, (torch.tensor(_MEAN) - theirs) / spread
+    scale, shift = torch.tensor(STD) / spread, (torch.tensor(MEAN) - theirs) / spread
     weight = tensors[kernel]
     moved = tensors[average] - (weight * shift[:, None, None]).sum((1, 2, 3))
     return {kernel: weight * scale[:, None, None], average: moved}

@@ -21,6 +21,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
+from d3etr.config.backbones import TIMM
 from d3etr.config.base import Section
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import AnyDetector
@@ -133,11 +134,18 @@ def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:
     Raises:
         UserError: weights can't be had, or tensors are missing, left over or of another shape.
     """
-    if str(source) == "imagenet":
+    name = backbone.config.name
+    downloads = str(source) == "imagenet"
+    label = f"ImageNet weights ({name})" if downloads else str(source)
+    if name.startswith(TIMM):
+        from d3etr.detectors import timm_weights  # importing timm takes two seconds
+
+        read = timm_weights.imagenet_weights_of_timm(name) if downloads else None
+        tensors = timm_weights.from_timm(backbone, read or read_tensors(Path(source)))
+    elif downloads:
         tensors = imagenet_weights(backbone.config)
-        label = f"torchvision's ImageNet weights ({backbone.config.name})"
     else:
-        tensors, label = read_tensors(Path(source)), str(source)
+        tensors = read_tensors(Path(source))
     load_strictly(backbone, tensors, label)
 
 

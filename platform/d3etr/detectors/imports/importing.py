@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d3etr.config.backbones import TORCHVISION
+from d3etr.config.backbones import TIMM, TORCHVISION
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import BackboneConfig, DetectorConfig
 from d3etr.detectors.backbones import build_backbone
@@ -34,6 +34,7 @@ from d3etr.detectors.weights import (
     file_digest,
     load_strictly,
     load_weights,
+    read_tensors,
     save_weights,
     write_tensors,
 )
@@ -93,7 +94,11 @@ class _Theirs:
 
 
 def import_weights(
-    source: Path, target: Path, options: Unseen | None = None, categories: Categories | None = None
+    source: Path,
+    target: Path,
+    options: Unseen | None = None,
+    categories: Categories | None = None,
+    backbone: BackboneConfig | None = None,
 ) -> Imported:
     """Write weights of others as a file that everything here takes, whole or not at all.
 
@@ -103,6 +108,7 @@ def import_weights(
         target: the file to write.
         options: what the user knows of a checkpoint whose tensors do not show it.
         categories: (id, name) of each category, by rising id, if the user names them.
+        backbone: of timm's, whose file (``.safetensors`` or ``.pth``) the source is.
 
     Raises:
         UserError: unknown, damaged or unsafe files; tensors that are missing, left over or of
@@ -110,6 +116,9 @@ def import_weights(
     """
     given = {key: value for key in _OPTIONS if (value := getattr(options, key, None)) is not None}
     named = {} if categories is None else {"categories": categories}
+    if backbone is not None:
+        _refuse(source, given | named, "it is a backbone")
+        return _import_backbone(source, target, _tensors_of(source), backbone)
     if source.is_dir():
         _refuse(source, given, f"{files.CONFIG} says it")
         return _import_detector(source, target, _from_folder(source), categories)
@@ -131,7 +140,13 @@ def import_weights(
     if network is None:
         raise UserError(_unknown(source, found.tensors))
     _refuse(source, given | named, "it is a backbone")
-    return _import_backbone(source, target, found, network)
+    return _import_backbone(source, target, found.tensors, BackboneConfig(name=network))
+
+
+def _tensors_of(source: Path) -> Mapping[str, Tensor]:
+    if source.suffix == ".safetensors":
+        return read_tensors(source)
+    return files.read_checkpoint(source).tensors
 
 
 def _refuse(source: Path, options: Mapping[str, Any], why: str) -> None:
@@ -272,20 +287,26 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in without_classifier(tensors).items()}
 
 
-def _import_backbone(source: Path, target: Path, found: Found, name: str) -> Imported:
-    """A torchvision network's file as ``student.backbone_weights`` takes it."""
-    backbone = BackboneConfig(name=name)
-    tensors = from_torchvision(name, found.tensors)
-    network = build_backbone(backbone)
+def _import_backbone(
+    source: Path, target: Path, tensors: Mapping[str, Tensor], config: BackboneConfig
+) -> Imported:
+    """A network's file as ``student.backbone_weights`` takes it."""
+    network, of_timm = build_backbone(config), config.name.startswith(TIMM)
+    if of_timm:
+        from d3etr.detectors.timm_weights import from_timm  # importing timm takes two seconds
+
+        tensors = from_timm(network, tensors)
+    else:
+        tensors = from_torchvision(config.name, tensors)
     load_strictly(network, tensors, str(source))
-    metadata = {"backbone": backbone.model_dump_json(), "source": source.name}
+    metadata = {"backbone": config.model_dump_json(), "source": source.name}
     write_tensors(target, network.state_dict(), metadata)
     return Imported(
         source=source,
         target=target,
-        kind="a torchvision network",
-        network=name,
-        architecture=backbone.model_dump(mode="json"),
+        kind="a network of timm" if of_timm else "a torchvision network",
+        network=config.name,
+        architecture=config.model_dump(mode="json"),
         categories=(),
         tensors=len(tensors),
         parameters=count_parameters(network),

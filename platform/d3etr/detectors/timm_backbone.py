@@ -1,0 +1,159 @@
+"""Timm's networks as backbones, by ``timm/NAME``: maps of their stages from stride 4 on.
+
+Shapes: B images · h, w cells of a stage's map.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, freeze_batch_norm_2d
+from torch import Tensor, nn
+from torch.nn import functional
+
+from d3etr.config.backbones import TIMM
+from d3etr.config.detector import BackboneConfig
+from d3etr.detectors.small_backbone import GroupNorm
+from d3etr.detectors.torchvision_backbone import FIRST_STRIDE, group_norm
+from d3etr.errors import UserError
+
+
+class TimmBackbone(nn.Module):
+    """A network of timm without what comes after its last map; weight names are timm's.
+
+    Maps are ceil(size / stride) large: images are padded with zeros to a multiple of the stride,
+    as images in a batch are.
+
+    Args:
+        config: uses name, norm and frozen_stages.
+
+    Attributes:
+        config: what it was built from.
+        channels: channels of the output.
+        stride: pixels per output cell.
+        stage_channels: channels of each stage's output.
+        stage_strides: pixels per cell of each stage's output, from 4 on.
+
+    Raises:
+        UserError: timm has no such network, or none with maps of several resolutions.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.network = build_timm(config.name)
+        stages = self._stages()
+        self.stage_strides = tuple(stages)
+        self.stage_channels = tuple(info["num_chs"] for _, info in stages.values())
+        self.channels, self.stride = self.stage_channels[-1], self.stage_strides[-1]
+        indices = [index for index, _ in stages.values()]
+        # Layers behind the last map would be parameters without a gradient.
+        taken = self.network.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)
+        self._indices = [int(index) for index in taken]
+        self.network = _with_norm(self.network, config)
+        self._freeze([info["module"] for _, info in stages.values()])
+
+    def _stages(self) -> dict[int, tuple[int, Mapping[str, Any]]]:
+        """Stride of each stage, rising -> its last map's place among timm's, and timm's facts."""
+        found = {
+            info["reduction"]: (index, info) for index, info in enumerate(self.network.feature_info)
+        }
+        return {s: found[s] for s in sorted(found) if s >= FIRST_STRIDE}
+
+    def _freeze(self, ends: list[str]) -> None:
+        """Freeze the stem and so many stages; parameters stand in the order of the network."""
+        if not self.config.frozen_stages:
+            return
+        names = [name for name, _ in self.network.named_parameters()]
+        first = [k for k, name in enumerate(names) if name.startswith(f"{ends[0]}.")]
+        end = first[0] if first else 0
+        for stage in ends[: self.config.frozen_stages - 1]:
+            end = max([end, *(k + 1 for k, n in enumerate(names) if n.startswith(f"{stage}."))])
+        for name in names[:end]:
+            self.network.get_parameter(name).requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, height, width] -> [B, channels, ceil(height / stride), ceil(width / stride)]."""
+        return self.pyramid(pixels, 1)[0]
+
+    def pyramid(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """Feature maps [B, channels, h, w] of the last ``count`` stages, finest first."""
+        height, width = pixels.shape[-2:]
+        x = pixels.contiguous(memory_format=torch.channels_last)
+        x = functional.pad(x, (0, -width % self.stride, 0, -height % self.stride))
+        maps = self.network.forward_intermediates(
+            x, indices=self._indices, intermediates_only=True, output_fmt="NCHW"
+        )
+        kept = zip(maps[-count:], self.stage_strides[-count:], strict=True)
+        return [m[..., : -(-height // s), : -(-width // s)] for m, s in kept]
+
+
+def build_timm(name: str, *, pretrained: bool = False) -> Any:
+    """Timm's network without a classifier.
+
+    Args:
+        name: with the prefix ``timm/``.
+        pretrained: with timm's default weights, from its cache or downloaded.
+
+    Raises:
+        UserError: timm has no such network, or cannot give maps of its stages.
+    """
+    plain = name.removeprefix(TIMM)
+    known = timm.list_models()
+    if plain.partition(".")[0] not in known:
+        close = difflib.get_close_matches(plain, known, n=3)
+        nearest = f"; did you mean {', '.join(TIMM + c for c in close)}?" if close else ""
+        raise UserError(f"timm {timm.__version__} has no '{plain}' (backbone {name}){nearest}")
+    network = timm.create_model(plain, pretrained=pretrained, num_classes=0, global_pool="")
+    strides = {info["reduction"] for info in getattr(network, "feature_info", [])}
+    if not hasattr(network, "forward_intermediates") or len(strides) < 2:
+        raise UserError(
+            f"backbone {name}: timm gives no maps of several resolutions for it; choose a network "
+            "with stages, for example timm/convnext_atto or timm/hgnetv2_b0"
+        )
+    return network
+
+
+def _with_norm(network: nn.Module, config: BackboneConfig) -> nn.Module:
+    """Frozen statistics or GroupNorm in the place of every batch norm; names stay."""
+    norms = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    if config.norm == "frozen":
+        frozen: nn.Module = freeze_batch_norm_2d(network)  # type: ignore[no-untyped-call]
+        return frozen
+    if not norms:
+        raise UserError(
+            f"backbone.norm 'group' has no effect on {config.name}: it has no batch norm to replace"
+        )
+    for name, module in norms:
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, _in_groups(module))
+    return network
+
+
+class _GroupNormAct(GroupNorm):
+    """GroupNorm and the activation that timm's batch norm had within.
+
+    Args:
+        norm: gives groups and channels.
+        act: the activation.
+    """
+
+    def __init__(self, norm: nn.GroupNorm, act: nn.Module) -> None:
+        super().__init__(norm.num_groups, norm.num_channels)
+        self.act = act
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """[B, C, h, w] of the same."""
+        result: Tensor = self.act(super().forward(maps))
+        return result
+
+
+def _in_groups(norm: nn.BatchNorm2d) -> nn.Module:
+    replaced = group_norm(norm.num_features)
+    if isinstance(norm, BatchNormAct2d | FrozenBatchNormAct2d):
+        return _GroupNormAct(replaced, norm.act)
+    return replaced
