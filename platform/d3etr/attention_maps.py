@@ -1,7 +1,7 @@
 """Attention maps of a decoder: what they are computed from, or their scores.
 
 Shapes: L decoder layers · B images · H heads · N queries · P some of them · K keys · E channels of
-a query and a key in one head.
+a query and a key in one head · V feature levels · R points that a query samples on each.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from torch import Tensor
 
 MASKED_SCORE = torch.finfo(torch.float32).min
 """Attention score of a masked key: finite, so that 0 * score is 0 and not NaN."""
+
+
+SPREAD = 1e-2
+"""Share of a splatted map's mass that is spread evenly over all tokens, as is what was sampled
+outside (our choice): where a query samples nothing, its score is low but finite."""
 
 
 def take_rows(values: Tensor, index: Tensor) -> Tensor:
@@ -119,3 +124,80 @@ class ScoredMaps:
 
 
 AttentionMaps = ProductMaps | ScoredMaps
+
+
+@dataclass(frozen=True)
+class SampledMaps:
+    """Maps of deformable attention: a few weighted points on each feature level.
+
+    Attributes:
+        locations: [L, B, H, N, V, R, 2], or of one layer [B, H, N, V, R, 2], as (x, y) relative to
+            the padded level; they may lie outside.
+        weights: [.., B, H, N, V, R], of a query 1 in all.
+        levels: (height, width) of the V grids, together K cells.
+        padding: [B, K] bool, True for cells that hold nothing, or None.
+    """
+
+    locations: Tensor
+    weights: Tensor
+    levels: tuple[tuple[int, int], ...]
+    padding: Tensor | None = None
+
+    def scores(self) -> Tensor:
+        """Scores whose softmax is the splatted map over the cells that hold something.
+
+        [.., B, H, N, K] float32, ``MASKED_SCORE`` under padding.
+        """
+        maps = self.splatted()
+        if self.padding is None:
+            count: Tensor | int = maps.shape[-1]
+        else:
+            hidden = self.padding[:, None, None]
+            maps = maps.masked_fill(hidden, 0.0)
+            count = (~hidden).sum(-1, keepdim=True)
+        lost = 1 - maps.sum(-1, keepdim=True)
+        scores = ((1 - SPREAD) * maps + ((1 - SPREAD) * lost + SPREAD) / count).log()
+        return scores if self.padding is None else scores.masked_fill(hidden, MASKED_SCORE)
+
+    def splatted(self) -> Tensor:
+        """[.., B, H, N, K]: each weight is spread over the four cells that it was read from.
+
+        Rows sum to 1 less what was sampled outside.
+        """
+        planes = [
+            _splatted(self.locations[..., level, :, :], self.weights[..., level, :].float(), *size)
+            for level, size in enumerate(self.levels)
+        ]
+        return torch.cat(planes, -1)
+
+    def rows(self, index: Tensor | None) -> SampledMaps:
+        """The maps of the queries at [L, B, P]; None takes all."""
+        if index is None:
+            return self
+        places, weights = (
+            take_rows(part.flatten(4), index).view(*part.shape[:3], -1, *part.shape[4:])
+            for part in (self.locations, self.weights)
+        )
+        return replace(self, locations=places, weights=weights)
+
+    def layers(self, chosen: Sequence[int]) -> SampledMaps:
+        """The maps of some layers."""
+        locations, weights = (take_layers(x, chosen) for x in (self.locations, self.weights))
+        return replace(self, locations=locations, weights=weights)
+
+
+def _splatted(locations: Tensor, weights: Tensor, height: int, width: int) -> Tensor:
+    """Points [.., R, 2] with weights [.., R] on one level: [.., height * width]."""
+    x, y = locations[..., 0] * width - 0.5, locations[..., 1] * height - 0.5  # in cells
+    left, top = x.floor(), y.floor()
+    plane = weights.new_zeros(*weights.shape[:-1], height * width)
+    for right, below in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        column, row = left + right, top + below
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        share = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside * weights
+        index = (row * width + column).long()
+        plane = plane.scatter_add(-1, index.where(inside, 0), share)
+    return plane
+
+
+CrossMaps = AttentionMaps | SampledMaps

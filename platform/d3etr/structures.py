@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from d3etr.attention_maps import AttentionMaps
+from d3etr.attention_maps import AttentionMaps, CrossMaps
 
 MAIN = "detection"
 """The student's own queries, by the name that their losses have."""
@@ -229,7 +229,7 @@ class DecoderOutputs:
     logits: Tensor
     boxes_cxcywh: Tensor
     self_maps: AttentionMaps | None = None
-    cross_maps: AttentionMaps | None = None
+    cross_maps: CrossMaps | None = None
     levels: Levels = ()
     padding: Tensor | None = None
     states: Tensor | None = None

@@ -8,15 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from d3etr.attention_maps import MASKED_SCORE
+from d3etr.attention_maps import MASKED_SCORE, SPREAD
 from d3etr.detectors.deformable_attention import (
-    SPREAD,
     DeformableAttention,
     Samples,
     initialise_deformable,
-    rasterize_attention,
     sample_values,
-    splatted_scores,
 )
 from d3etr.structures import Levels
 
@@ -52,7 +49,7 @@ def _splat_by_loops(samples: Samples) -> Tensor:
 
 def test_splatted_maps_equal_a_loop_over_samples() -> None:
     samples = _samples()
-    torch.testing.assert_close(rasterize_attention(samples, LEVELS), _splat_by_loops(samples))
+    torch.testing.assert_close(samples.as_maps(None, LEVELS).splatted(), _splat_by_loops(samples))
 
 
 def test_maps_say_what_was_read() -> None:
@@ -60,40 +57,40 @@ def test_maps_say_what_was_read() -> None:
     samples = _samples(1)
     value = torch.randn(2, TOKENS, 8)
     heads = value.view(2, TOKENS, 2, 4).transpose(1, 2)
-    expected = (rasterize_attention(samples, LEVELS) @ heads).transpose(1, 2).flatten(2)
+    expected = (samples.as_maps(None, LEVELS).splatted() @ heads).transpose(1, 2).flatten(2)
     torch.testing.assert_close(sample_values(value, samples, LEVELS), expected)
 
 
 def test_maps_of_samples_inside_keep_all_mass() -> None:
-    maps = rasterize_attention(_samples(2, low=0.3, high=0.7), LEVELS)
+    maps = _samples(2, low=0.3, high=0.7).as_maps(None, LEVELS).splatted()
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 3))
 
 
 def test_scores_are_the_maps_and_little_else() -> None:
     samples = _samples(3)
-    maps = rasterize_attention(samples, LEVELS)
+    maps = samples.as_maps(None, LEVELS).splatted()
     maps = maps + (1 - maps.sum(-1, keepdim=True)) / TOKENS
-    found = splatted_scores(samples, None, LEVELS).softmax(-1)
+    found = samples.as_maps(None, LEVELS).scores().softmax(-1)
     torch.testing.assert_close(found, (1 - SPREAD) * maps + SPREAD / TOKENS)
 
 
 def test_scores_hide_padding_and_keep_all_mass() -> None:
     padding = torch.zeros(2, TOKENS, dtype=torch.bool)
     padding[1, 4 * 6 + 3 :] = True
-    scores = splatted_scores(_samples(4), padding, LEVELS)
+    scores = _samples(4).as_maps(padding, LEVELS).scores()
     assert (scores[1, ..., padding[1]] == MASKED_SCORE).all()
     torch.testing.assert_close(scores.exp().sum(-1), torch.ones(2, 2, 3))
 
 
 def test_a_query_that_samples_nothing_looks_everywhere_alike() -> None:
-    scores = splatted_scores(_samples(5, low=2.0, high=3.0), None, LEVELS)
+    scores = _samples(5, low=2.0, high=3.0).as_maps(None, LEVELS).scores()
     torch.testing.assert_close(scores.softmax(-1), torch.full((2, 2, 3, TOKENS), 1 / TOKENS))
 
 
 def test_maps_teach_where_to_sample() -> None:
     samples = _samples(6, low=0.3, high=0.7)
     places = samples.locations.requires_grad_()
-    splatted_scores(Samples(places, samples.weights), None, LEVELS)[..., 8].sum().backward()
+    Samples(places, samples.weights).as_maps(None, LEVELS).scores()[..., 8].sum().backward()
     assert places.grad is not None
     assert places.grad.abs().max() > 0
     assert places.grad.isfinite().all()

@@ -94,6 +94,26 @@ class AttentionConfig(Section):
     attention counts. sum: its relative weight is the same at any depth."""
 
 
+class CrossAttentionConfig(AttentionConfig):
+    """Distillation of cross-attention: of maps, or of what deformable attention samples."""
+
+    # Frozen, so that a wider type does no harm.
+    distance: Literal["kl", "mse", "energy"] = "kl"  # type: ignore[assignment]
+    """Between two attention maps. kl: Kullback-Leibler divergence of each row. mse: mean squared
+    difference. energy: ``deformable_detr`` only, the energy distance of both sets of weighted
+    sampling points, without a grid; it pulls a point to the teacher's from any distance, where
+    maps of points more than a cell apart have nothing in common."""
+    blur: Annotated[float, Field(ge=0, le=64)] = 0.0
+    """Both maps are smoothed by a Gaussian of this deviation, in cells of their grid, before they
+    are compared; 0 does not."""
+
+    @model_validator(mode="after")
+    def _blur_has_a_map(self) -> Self:
+        if self.blur and self.distance == "energy":
+            raise ValueError("blur has no effect on distance 'energy', which compares no maps")
+        return self
+
+
 class AuxiliaryGroupConfig(Section):
     """The training-only query group of Fixed Matching."""
 

@@ -13,12 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d3etr.attention_maps import MASKED_SCORE
+from d3etr.attention_maps import SampledMaps
 from d3etr.structures import Levels, constant
-
-SPREAD = 1e-2
-"""Share of a splatted map's mass that is spread evenly over all tokens, as is what was sampled
-outside (our choice): where a query samples nothing, its score is low but finite."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,17 @@ class Samples:
 
     locations: Tensor
     weights: Tensor
+
+    def as_maps(self, padding: Tensor | None, levels: Levels) -> SampledMaps:
+        """What attention is compared by, of one layer.
+
+        Args:
+            padding: [B, S] bool or None.
+            levels: the V grids that S runs over.
+        """
+        return SampledMaps(
+            self.locations.transpose(1, 2), self.weights.transpose(1, 2), levels, padding
+        )
 
 
 class DeformableAttention(nn.Module):
@@ -120,59 +127,6 @@ def sample_values(value: Tensor, samples: Samples, levels: Levels) -> Tensor:
     weights = samples.weights.transpose(1, 2).reshape(images * heads, 1, queries, -1)
     mixed = (torch.cat(parts, -1) * weights.to(value.dtype)).sum(-1)
     return mixed.view(images, -1, queries).transpose(1, 2)
-
-
-def rasterize_attention(samples: Samples, levels: Levels) -> Tensor:
-    """Attention maps of sampled weights: each is spread over the four cells that it was read from.
-
-    Args:
-        samples: locations and weights.
-        levels: the V grids that S runs over.
-
-    Returns:
-        [B, H, N, S]; rows sum to 1 less what was sampled outside.
-    """
-    locations, weights = samples.locations, samples.weights.float()
-    shape = weights.shape
-    maps = []
-    for level, (height, width) in enumerate(levels):
-        size = constant((width, height), locations.dtype, locations.device)
-        at = locations[:, :, :, level] * size - 0.5  # [B, N, H, P, 2] in cells
-        first = at.floor()
-        plane = weights.new_zeros(*shape[:3], height * width)
-        for corner in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            cell = first + constant(corner, locations.dtype, locations.device)
-            inside = ((cell >= 0) & (cell < size)).all(-1)
-            # The gradient of Tensor.prod would make the host wait for a GPU.
-            across, down = (1 - (at - cell).abs()).unbind(-1)
-            share = across * down * inside * weights[:, :, :, level]
-            index = (cell[..., 1] * width + cell[..., 0]).long()
-            plane = plane.scatter_add(3, index.where(inside, 0), share)
-        maps.append(plane)
-    return torch.cat(maps, -1).transpose(1, 2)
-
-
-def splatted_scores(samples: Samples, padding: Tensor | None, levels: Levels) -> Tensor:
-    """Scores whose softmax is the splatted map over the tokens that hold something.
-
-    Args:
-        samples: locations and weights.
-        padding: [B, S] bool or None.
-        levels: the V grids that S runs over.
-
-    Returns:
-        [B, H, N, S] float32, ``MASKED_SCORE`` under padding.
-    """
-    maps = rasterize_attention(samples, levels)
-    if padding is None:
-        count: Tensor | int = maps.shape[-1]
-    else:
-        hidden = padding[:, None, None]
-        maps = maps.masked_fill(hidden, 0.0)
-        count = (~hidden).sum(-1, keepdim=True)
-    lost = 1 - maps.sum(-1, keepdim=True)
-    scores = ((1 - SPREAD) * maps + ((1 - SPREAD) * lost + SPREAD) / count).log()
-    return scores if padding is None else scores.masked_fill(hidden, MASKED_SCORE)
 
 
 def initialise_deformable(attention: DeformableAttention) -> None:

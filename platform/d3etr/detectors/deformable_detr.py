@@ -20,7 +20,6 @@ from d3etr.detectors.base import DetectionTransformer, shrink_padding
 from d3etr.detectors.deformable_attention import (
     DeformableAttention,
     initialise_deformable,
-    splatted_scores,
 )
 from d3etr.detectors.feature_levels import (
     FeatureLevels,
@@ -121,7 +120,7 @@ class DeformableDecoderLayer(DecoderLayer):
             levels=memory.levels,
             tokens=memory.tokens,
         )
-        return mixed, splatted_scores(samples, memory.padding, memory.levels) if keep else None
+        return mixed, samples.as_maps(memory.padding, memory.levels) if keep else None
 
 
 class DeformableDecoder(nn.Module):

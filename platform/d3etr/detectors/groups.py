@@ -9,12 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d3etr.attention_maps import AttentionMaps, ProductMaps, ScoredMaps
+from d3etr.attention_maps import (
+    AttentionMaps,
+    CrossMaps,
+    ProductMaps,
+    SampledMaps,
+    ScoredMaps,
+)
 from d3etr.structures import DecoderOutputs, Memory
 
-LayerAttention = ProductMaps | Tensor
-"""What maps of one layer and group are compared by: their factors [B or 1, H, N, E], or scores
-[B or 1, H, N, K]."""
+LayerAttention = ProductMaps | SampledMaps | Tensor
+"""What maps of one layer and group are compared by: their factors [B or 1, H, N, E], what was
+sampled [B, H, N, V, R, 2], or scores [B or 1, H, N, K]."""
 
 
 @dataclass
@@ -33,11 +39,17 @@ class AttentionTrace:
         """Of each group."""
         return [_self_maps(layers, images) for layers in zip(*self.within, strict=True)]
 
-    def cross_maps(self, sizes: list[int], memory: Memory) -> list[AttentionMaps]:
+    def cross_maps(self, sizes: list[int], memory: Memory) -> list[CrossMaps]:
         """Of each group; they share the keys."""
         scores = [layer for layer in self.across if isinstance(layer, Tensor)]
         if scores:
             return [ScoredMaps(part) for part in _split_layers(scores, sizes)]
+        samples = [layer for layer in self.across if isinstance(layer, SampledMaps)]
+        if samples:
+            places = _split_layers([layer.locations for layer in samples], sizes)
+            weights = _split_layers([layer.weights for layer in samples], sizes)
+            pairs = zip(places, weights, strict=True)
+            return [SampledMaps(*pair, memory.levels, memory.padding) for pair in pairs]
         products = [layer for layer in self.across if isinstance(layer, ProductMaps)]
         key = torch.stack([layer.key for layer in products])
         queries = _split_layers([layer.query for layer in products], sizes)

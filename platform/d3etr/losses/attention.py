@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, log_softmax
 
-from d3etr.attention_maps import MASKED_SCORE, AttentionMaps, ProductMaps, ScoredMaps
+from d3etr.attention_maps import MASKED_SCORE, CrossMaps, ProductMaps, ScoredMaps
 from d3etr.config.distillation import AttentionConfig
 from d3etr.kernels.availability import runs_kernels
 from d3etr.structures import Levels
@@ -24,7 +24,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def resize_maps(
-    teacher: AttentionMaps,
+    teacher: CrossMaps,
     levels: Levels,
     hidden: Tensor | None,
     target: Levels,
@@ -69,6 +69,43 @@ def _resize_plane(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) ->
     return resized.reshape(*maps.shape[:4], -1) * share
 
 
+def blurred_maps(
+    maps: CrossMaps, levels: Levels, padding: Tensor | None, deviation: float
+) -> ScoredMaps:
+    """Maps smoothed by a Gaussian on each level's grid, over its valid cells (our choice).
+
+    What leaves the grid at its border stays within it, what leaves into padding is lost.
+
+    Args:
+        maps: [L, B, H, P, S] on ``levels``.
+        levels: (height, width) of each feature level.
+        padding: [B, S] bool, True under padding, or None.
+        deviation: of the Gaussian, in cells.
+
+    Returns:
+        Logarithms of the smoothed probabilities, [L, B, H, P, S].
+    """
+    mass = maps.scores().softmax(-1)
+    parts = []
+    for (height, width), part in zip(
+        levels, torch.split(mass, [h * w for h, w in levels], -1), strict=True
+    ):
+        down, across = (_gaussian(side, deviation, part) for side in (height, width))
+        plane = part.view(*part.shape[:-1], height, width)
+        parts.append((down @ plane @ across.mT).flatten(-2))
+    smooth = torch.cat(parts, -1).clamp(min=_TINY).log()
+    if padding is not None:
+        smooth = smooth.masked_fill(padding[None, :, None, None], MASKED_SCORE)
+    return ScoredMaps(smooth)
+
+
+def _gaussian(side: int, deviation: float, like: Tensor) -> Tensor:
+    """[side, side] shares of each cell's mass (columns) that each cell (rows) gets."""
+    cells = torch.arange(side, dtype=like.dtype, device=like.device)
+    weights = (-0.5 * ((cells[:, None] - cells) / deviation).square()).exp()
+    return weights / weights.sum(0)
+
+
 class _RowDivergence(torch.autograd.Function):
     """KL(softmax(teacher) || softmax(scores)) of each row.
 
@@ -102,7 +139,7 @@ def _average_heads(scores: Tensor) -> Tensor:
 
 
 def attention_loss(
-    student: AttentionMaps, teacher: AttentionMaps, weights: Tensor, config: AttentionConfig
+    student: CrossMaps, teacher: CrossMaps, weights: Tensor, config: AttentionConfig
 ) -> Tensor:
     """Distance of attention maps: weighted sum over images and pairs, mean over heads.
 
@@ -122,7 +159,7 @@ def attention_loss(
     return (rows * weights).sum() / (len(rows) if config.layers == "mean" else 1)
 
 
-def _distances(student: AttentionMaps, teacher: AttentionMaps, config: AttentionConfig) -> Tensor:
+def _distances(student: CrossMaps, teacher: CrossMaps, config: AttentionConfig) -> Tensor:
     """[L, B, H, P], or one head where they are averaged; sums over keys."""
     plain = config.distance == "kl" and config.heads == "per_head"
     if plain and isinstance(student, ProductMaps) and isinstance(teacher, ProductMaps):

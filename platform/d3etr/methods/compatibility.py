@@ -35,6 +35,7 @@ def check_pair(
     teacher_layers(config.layer_map, student.decoder_layers, teacher.decoder_layers)
     _check_levels(student, teacher, config)
     _check_heads(student, teacher, config)
+    _check_samples(student, teacher, config)
     _check_classes(config, classes)
     if config.inherited_share:
         _check_inherited(student, teacher)
@@ -88,10 +89,28 @@ def _check_heads(
         )
 
 
+def _check_samples(
+    student: DetectorConfig, teacher: DetectorConfig, config: TeacherQueryConfig
+) -> None:
+    """The energy distance is one of sampled points."""
+    term = config.cross_attention
+    dense = [
+        f"the {whose} ({detector.name})"
+        for whose, detector in {"student": student, "teacher": teacher}.items()
+        if not detector.sampling_parts
+    ]
+    if term.weight and term.distance == "energy" and dense:
+        raise UserError(
+            "distillation.cross_attention.distance 'energy' compares sampled points, but "
+            f"{' and '.join(dense)} attends to the whole memory: set it to 'kl', or use "
+            "'deformable_detr'"
+        )
+
+
 def _check_levels(
     student: DetectorConfig, teacher: DetectorConfig, config: TeacherQueryConfig
 ) -> None:
-    if not config.cross_attention.weight:
+    if not config.cross_attention.weight or config.cross_attention.distance == "energy":
         return
     ours, theirs = student.feature_levels, teacher.feature_levels
     if ours != theirs:

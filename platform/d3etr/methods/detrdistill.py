@@ -16,6 +16,7 @@ from torch import Tensor
 from d3etr.config.distillation import (
     AttentionConfig,
     AuxiliaryGroupConfig,
+    CrossAttentionConfig,
     FeatureConfig,
     GeneralPointsConfig,
     MatchingCostConfig,
@@ -50,7 +51,7 @@ class DETRDistillConfig(TeacherQueryConfig):
     )
     self_attention: AttentionConfig = AttentionConfig(weight=0.0)
     """Not DETRDistill's."""
-    cross_attention: AttentionConfig = AttentionConfig(weight=0.0)
+    cross_attention: CrossAttentionConfig = CrossAttentionConfig(weight=0.0)
     """Not DETRDistill's."""
     auxiliary_group: AuxiliaryGroupConfig = AuxiliaryGroupConfig(always=True)
     features: FeatureConfig = FeatureConfig(weight=1.0)

@@ -20,6 +20,7 @@ from torch import Tensor
 from d3etr.config.distillation import (
     AttentionConfig,
     AuxiliaryGroupConfig,
+    CrossAttentionConfig,
     FeatureConfig,
     GeneralPointsConfig,
     LayerList,
@@ -50,7 +51,7 @@ class KDDETRConfig(TeacherQueryConfig):
     )
     self_attention: AttentionConfig = AttentionConfig(weight=0.0)
     """Not KD-DETR's."""
-    cross_attention: AttentionConfig = AttentionConfig(weight=0.0)
+    cross_attention: CrossAttentionConfig = CrossAttentionConfig(weight=0.0)
     """Not KD-DETR's."""
     auxiliary_group: AuxiliaryGroupConfig = AuxiliaryGroupConfig(ground_truth=False)
 

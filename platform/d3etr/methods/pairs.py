@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
-from d3etr.attention_maps import AttentionMaps
-from d3etr.config.distillation import AttentionConfig
-from d3etr.losses.attention import attention_loss, resize_maps
+from d3etr.attention_maps import AttentionMaps, CrossMaps, SampledMaps
+from d3etr.config.distillation import AttentionConfig, CrossAttentionConfig
+from d3etr.losses.attention import attention_loss, blurred_maps, resize_maps
 from d3etr.losses.prediction import prediction_losses
+from d3etr.losses.sampled_points import energy_loss
 from d3etr.matching.assignment import gather_queries
 from d3etr.structures import DecoderOutputs
 
@@ -91,7 +92,11 @@ class MatchedPairs:
         return confidence / divisor
 
 
-def _known(maps: AttentionMaps | None) -> AttentionMaps:
+@overload
+def _known(maps: AttentionMaps | None) -> AttentionMaps: ...
+@overload
+def _known(maps: CrossMaps | None) -> CrossMaps: ...
+def _known(maps: CrossMaps | None) -> CrossMaps:
     if maps is None:
         raise ValueError("attention is distilled, but a decoder was not asked for its maps")
     return maps
@@ -104,22 +109,29 @@ def _self_attention(pairs: MatchedPairs, config: AttentionConfig) -> Tensor:
     return attention_loss(student, teacher, pairs.weights(config.pair_weights), config)
 
 
-def _cross_attention(pairs: MatchedPairs, config: AttentionConfig) -> Tensor:
+def _cross_attention(pairs: MatchedPairs, config: CrossAttentionConfig) -> Tensor:
     """Rows follow the correspondence; a teacher's map on other grids is resized."""
     index, student, teacher = pairs.index, pairs.student, pairs.teacher
+    maps = _known(student.cross_maps).rows(index.student)
+    target = _known(teacher.cross_maps).rows(index.teacher)
+    weights = pairs.weights(config.pair_weights)
+    if config.distance == "energy":
+        assert isinstance(maps, SampledMaps) and isinstance(target, SampledMaps)
+        return energy_loss(maps, target, weights, config)
     if student.levels == ((1, 1),):
         warnings.warn(
             "distillation.cross_attention is 0 for a batch: its images are one token each, and all "
             "attention is on it. Use larger images or a smaller stride, or set its weight to 0",
             stacklevel=2,
         )
-    maps = _known(student.cross_maps).rows(index.student)
-    target = _known(teacher.cross_maps).rows(index.teacher)
     if teacher.levels != student.levels:
         target = resize_maps(
             target, teacher.levels, teacher.padding, student.levels, student.padding
         )
-    return attention_loss(maps, target, pairs.weights(config.pair_weights), config)
+    if config.blur:
+        grids = student.levels, student.padding, config.blur
+        maps, target = blurred_maps(maps, *grids), blurred_maps(target, *grids)
+    return attention_loss(maps, target, weights, config)
 
 
 def pair_losses(

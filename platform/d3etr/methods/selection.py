@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from d3etr.attention_maps import AttentionMaps, take_layers
+from d3etr.attention_maps import AttentionMaps, CrossMaps, take_layers
 from d3etr.errors import UserError
 from d3etr.matching.assignment import gather_queries
 from d3etr.structures import DecoderOutputs, ObjectQueries
@@ -78,7 +78,7 @@ def _taken(
     outputs: DecoderOutputs,
     values: Callable[[Tensor], Tensor],
     self_maps: Callable[[AttentionMaps], AttentionMaps],
-    cross_maps: Callable[[AttentionMaps], AttentionMaps],
+    cross_maps: Callable[[CrossMaps], CrossMaps],
 ) -> DecoderOutputs:
     """A part of a teacher's outputs."""
     return replace(

@@ -14,6 +14,7 @@ from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import (
     AttentionConfig,
     AuxiliaryGroupConfig,
+    CrossAttentionConfig,
     FeatureConfig,
     GeneralPointsConfig,
     LayerList,
@@ -46,7 +47,7 @@ class TeacherQueryConfig(TaughtMethodConfig):
     """q: share of the teacher's queries, most confident first, in the auxiliary group."""
     prediction: PredictionConfig = PredictionConfig()
     self_attention: AttentionConfig = AttentionConfig()
-    cross_attention: AttentionConfig = AttentionConfig()
+    cross_attention: CrossAttentionConfig = CrossAttentionConfig()
     auxiliary_group: AuxiliaryGroupConfig = AuxiliaryGroupConfig()
     layer_map: Literal["uniform", "last"] | LayerList = "uniform"
     """Teacher layer for each student layer; a list names them, last must map to last."""
