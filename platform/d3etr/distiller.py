@@ -16,6 +16,7 @@ from d3etr.losses.supervision import GroundTruthSupervision, Normalisers
 from d3etr.matching.assignment import Assignment, Solutions, Solver
 from d3etr.methods.base import Method, StudentOutputs, TeacherGroup, TeacherOutputs
 from d3etr.methods.selection import map_layers
+from d3etr.methods.stored import restored_outputs
 from d3etr.registry import METHODS
 from d3etr.structures import MAIN, ImageBatch, QueryGroup, Targets
 
@@ -105,7 +106,8 @@ class Distiller(nn.Module):
     def run_teacher(self, images: ImageBatch, step: int = 0) -> TeacherOutputs | None:
         """The teacher's outputs for a batch; None without a teacher.
 
-        Not in inference mode: such tensors cannot take part in the student's graph.
+        Not in inference mode: such tensors cannot take part in the student's graph. Where its
+        outputs for these images were stored, the teacher does not run.
 
         Args:
             images: B padded images, of which it sees ``for_teacher`` where that is there.
@@ -117,6 +119,8 @@ class Distiller(nn.Module):
         if not method.needs_teacher_outputs:
             own = None if teacher.config.queries_need_images else teacher.object_queries().detach()
             return TeacherOutputs(own)
+        if images.stored is not None:
+            return method.select(restored_outputs(images.stored, teacher, method.layers))
         memory = teacher.encode(images.for_teacher or images)
         queries = teacher.object_queries(memory).detach()
         groups = {MAIN: queries, **method.teacher_groups(queries, step)}

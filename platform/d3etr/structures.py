@@ -6,7 +6,7 @@ S = h*w memory tokens · D model width · C classes · T objects of the fullest 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import cache
@@ -43,6 +43,27 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
         return on_device(torch.tensor(values, dtype=dtype), device)
 
 
+Levels = tuple[tuple[int, int], ...]
+"""(height, width) of each feature level, finest first; S is the sum of their areas."""
+
+
+@dataclass(frozen=True)
+class StoredOutputs:
+    """What the teacher said about a batch when its outputs were stored (``teacher.views``).
+
+    Attributes:
+        values: [B, ...] each, by name, of any floating type; ``methods/stored.py`` has the names.
+        levels: the teacher's grids for a batch of this size, where attention was stored.
+    """
+
+    values: Mapping[str, Tensor]
+    levels: Levels = ()
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> StoredOutputs:
+        """All values changed alike."""
+        return replace(self, values={name: change(value) for name, value in self.values.items()})
+
+
 @dataclass(frozen=True)
 class ImageBatch:
     """Normalised images of one batch, padded at the right and bottom.
@@ -53,23 +74,27 @@ class ImageBatch:
             padded (a fact the collator knows, so nobody has to ask the device).
         for_teacher: the same pictures as the teacher sees them, of another size with a padding of
             their own; None: it sees these.
+        stored: what the teacher said about them, where it does not run in training.
     """
 
     pixels: Tensor
     padding: Tensor | None = None
     for_teacher: ImageBatch | None = None
+    stored: StoredOutputs | None = None
 
     def to(self, device: torch.device) -> ImageBatch:
         """The same batch on ``device``."""
         padding = None if self.padding is None else on_device(self.padding, device)
         theirs = self.for_teacher and self.for_teacher.to(device)
-        return ImageBatch(on_device(self.pixels, device), padding, theirs)
+        stored = self.stored and self.stored.map(lambda value: on_device(value, device))
+        return ImageBatch(on_device(self.pixels, device), padding, theirs, stored)
 
     def pin_memory(self) -> ImageBatch:
         """The same batch in memory that devices copy from faster; PyTorch's loader asks for it."""
         padding = None if self.padding is None else self.padding.pin_memory()
         theirs = self.for_teacher and self.for_teacher.pin_memory()
-        return ImageBatch(self.pixels.pin_memory(), padding, theirs)
+        stored = self.stored and self.stored.map(Tensor.pin_memory)
+        return ImageBatch(self.pixels.pin_memory(), padding, theirs, stored)
 
 
 @dataclass(frozen=True)
@@ -178,10 +203,6 @@ class QueryGroup:
     supervision: Supervision = Supervision.HUNGARIAN
     teacher: DecoderOutputs | None = None
     objects: Tensor | None = None
-
-
-Levels = tuple[tuple[int, int], ...]
-"""(height, width) of each feature level, finest first; S is the sum of their areas."""
 
 
 @dataclass(frozen=True)

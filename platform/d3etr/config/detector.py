@@ -10,6 +10,7 @@ from d3etr.config.base import Section
 from d3etr.config.location import Location
 from d3etr.config.training import Precision, PretrainingConfig
 from d3etr.config.variants import VariantSection
+from d3etr.config.views import ViewsConfig
 from d3etr.registry import DETECTORS
 
 Positive = Annotated[int, Field(ge=1, le=65_536)]
@@ -231,3 +232,6 @@ class TeacherConfig(Section):
     image_scale: Annotated[float, Field(ge=0.25, le=4)] = 1.0
     """How large the teacher sees the same augmented picture, as a factor on the student's sides:
     data.preprocessing's and those of ``shortest_sides`` times this, from the decoded original."""
+    views: ViewsConfig | None = None
+    """Store the teacher's outputs for a few augmentations of each image before training, which then
+    runs no teacher; None runs it in every step."""

@@ -23,6 +23,7 @@ WITHOUT_INFLUENCE: Mapping[str, frozenset[str]] = {
     "run": frozenset(RunConfig.model_fields) - {"seed"},
     "data": frozenset({"workers"}),
     "student": frozenset({"pretraining"}),
+    "teacher.views": frozenset({"folder", "maximum_gigabytes"}),
 }
 """Keys that change where and how fast a run happens, never its result."""
 SECTIONS_WITHOUT_INFLUENCE = frozenset({"cluster", "tracking"})
@@ -154,7 +155,7 @@ def config_digest(config: Config) -> str:
     """
     tree: dict[str, Any] = _changed(config)
     kept = {
-        section: _without(value, WITHOUT_INFLUENCE.get(section, frozenset()))
+        section: _influential(value, section)
         for section, value in tree.items()
         if section not in SECTIONS_WITHOUT_INFLUENCE
     }
@@ -185,10 +186,13 @@ def _changed(config: Section, reference: object = None) -> Tree:
     return tree
 
 
-def _without(section: Any, keys: frozenset[str]) -> Any:
+def _influential(section: Any, at: str) -> Any:
+    """What changes results of a section and those below it; ``at`` is its dotted path."""
     if not isinstance(section, dict):
         return section
-    return {key: value for key, value in section.items() if key not in keys}
+    dropped = WITHOUT_INFLUENCE.get(at, frozenset())
+    kept = {key: value for key, value in section.items() if key not in dropped}
+    return {key: _influential(value, f"{at}.{key}") for key, value in kept.items()}
 
 
 def _with_origin(problem: Problem, set_paths: set[str]) -> Problem:

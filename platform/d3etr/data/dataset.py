@@ -21,6 +21,7 @@ from d3etr.data.images import load_image, to_pixels
 from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit
 from d3etr.data.transforms import Sample, output_size, relative_cxcywh
+from d3etr.data.views import TeacherViews
 from d3etr.errors import UserError
 
 CACHE_BYTES = 256 * 2**20
@@ -41,9 +42,12 @@ class DetectionDataset(Dataset[Sample]):
     Attributes:
         teacher_scale: where it is not 1, augmented samples have the teacher's pixels too, whose
             sides are the student's times this; from the decoded original, by the same plan.
+        views: where set, an epoch shows one of an image's few views, whose augmentation is theirs;
+            what the teacher said about it is there, so its pixels are not.
     """
 
     teacher_scale: float = 1.0
+    views: TeacherViews | None = None
 
     def __init__(
         self,
@@ -86,7 +90,10 @@ class DetectionDataset(Dataset[Sample]):
         record = self.split.records[index]
         if self.augmentation is None:
             return Augmentation(self._size(record, self.image_scale))
-        generator = sample_generator(self.seed, epoch, index)
+        seed = self.seed
+        if self.views is not None:
+            seed, epoch = self.views.seed, self.views.view(epoch, index)
+        generator = sample_generator(seed, epoch, index)
         return draw_augmentation(
             record.width,
             record.height,
@@ -109,7 +116,7 @@ class DetectionDataset(Dataset[Sample]):
             boxes, kept = augment_boxes(boxes, size, plan)
             labels, boxes, size = labels[kept], boxes[kept], plan.size
         decoded, theirs = self.decoded(index), None
-        if plan.teacher_size is not None:
+        if plan.teacher_size is not None and self.views is None:
             theirs = augment_pixels(decoded, replace(plan, size=plan.teacher_size))
         return Sample(
             pixels=augment_pixels(decoded, plan),

@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.context import BaseContext
 from threading import Thread
 from typing import Any
@@ -18,10 +19,12 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from d3etr.config.data import DataConfig
 from d3etr.data.allocator import keep_freed_memory
+from d3etr.data.augmentation import Augmentation
 from d3etr.data.dataset import CACHE_BYTES, DetectionDataset
 from d3etr.data.sampling import BatchKey, epoch_batches, evaluation_keys, micro_batches, share
 from d3etr.data.splits import DetectionSplit
 from d3etr.data.transforms import collate
+from d3etr.data.views import TeacherViews
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
 from d3etr.structures import ImageBatch, Targets
@@ -79,6 +82,10 @@ class EpochLoader:
         Before the first epoch: loading processes get a copy of the dataset.
         """
         self.dataset.teacher_scale = scale
+
+    def use_views(self, views: TeacherViews) -> None:
+        """Show stored views of the images, with what the teacher said about them; as above."""
+        self.dataset.views = views
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """The batches of one epoch: this worker's micro-batches of each optimiser step.
@@ -160,6 +167,41 @@ class EvaluationBatches:
         self._source.close()
 
 
+class ViewBatches:
+    """Batches of chosen images in chosen views, to be shown to the teacher.
+
+    Args:
+        split: the training split.
+        data: transforms and the number of loading processes.
+        seed: of the views.
+        scale: the teacher's ``image_scale``.
+    """
+
+    def __init__(self, split: DetectionSplit, data: DataConfig, *, seed: int, scale: float) -> None:
+        cache = CACHE_BYTES // max(1, data.workers)
+        self._dataset = DetectionDataset(
+            split, data.preprocessing, data.augmentation, seed=seed, cache_bytes=cache
+        )
+        self._dataset.teacher_scale = scale
+        self._source = _BatchSource(self._dataset, data.workers, persistent=True)
+
+    def plan(self, index: int, view: int) -> Augmentation:
+        """What happens to an image in a view."""
+        return self._dataset.plan(index, view)
+
+    def sizes(self, view: int) -> NDArray[np.int64]:
+        """[images, 2]: (height, width) in pixels of every image in a view, as the teacher sees."""
+        return self._dataset.sizes(view)[:, -2:]
+
+    def batches(self, keys: list[BatchKey]) -> Iterator[Batch]:
+        """A batch for each key, whose epoch is the view."""
+        return self._source.batches(keys)
+
+    def close(self) -> None:
+        """End the loading processes."""
+        self._source.close()
+
+
 class _BatchSource:
     """Turns keys into batches, in order, with ``workers`` processes or in this one."""
 
@@ -238,10 +280,14 @@ class _BatchDataset(Dataset["_Made | bytes | UserError"]):
         begun = time.process_time()
         try:
             samples = [self.dataset.sample(index, key.epoch) for index in key.indices]
+            views = self.dataset.views
+            shown = key.teacher_size or key.size
+            stored = None if views is None else views.read(key.indices, key.epoch, shown)
         except UserError as error:
             # Raised in the training process: from here it would carry a traceback as text.
             return error
         images, targets = collate(samples, self.dataset.preprocessing, key.size, key.teacher_size)
+        images = replace(images, stored=stored)
         made = images, targets, time.process_time() - begun
         shared = images.pixels.is_shared()  # type: ignore[no-untyped-call]
         if get_worker_info() is None or shared:

@@ -175,6 +175,8 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
         for detector in (student, teacher):
             if detector is not None:
                 compile_detector(detector)
+    if config.teacher is not None and config.teacher.views and config.teacher.views.queries:
+        distiller.method.groups_need_images = True  # each image has its own of the teacher's
     digests = weight_digests(config)
     for split in splits.by_name().values():
         digests |= data_digests(split)

@@ -15,6 +15,7 @@ from d3etr.detectors.weights import WeightsInfo, load_backbone_weights, read_inf
 from d3etr.engine.init_student import require_start
 from d3etr.engine.provenance import ensure_inputs_answer, weights_of
 from d3etr.engine.teacher import check_same_classes, check_same_input
+from d3etr.engine.views import require_storable
 from d3etr.errors import UserError
 from d3etr.methods.base import Method
 from d3etr.registry import METHODS
@@ -115,6 +116,9 @@ def _judge_weights(
         method.check_compatible(
             config.distillation, config.student.detector, info.detector, classes
         )
+        if config.teacher.views is not None:
+            parts = config.distillation, config.student.detector, info.detector
+            require_storable(method(*parts, seed=0), config.teacher.views, info.detector.queries)
     return info
 
 

@@ -25,6 +25,7 @@ from d3etr.engine.resume import resume
 from d3etr.engine.run_folder import RunFolder, numbers
 from d3etr.engine.step import TrainingStep
 from d3etr.engine.validation import Validation
+from d3etr.engine.views import prepare_views
 from d3etr.files import clear_disk_errors, read_json
 from d3etr.progress import PacedProgress
 
@@ -95,6 +96,9 @@ def _train(
     opened.callback(loader.close)
     models = build_models(config, splits, context)
     opened.callback(models.distiller.solver.close)
+    views = prepare_views(config, splits.train, models, context, on_progress)
+    if views is not None:
+        loader.use_views(views)
     run = Run(config, folder, context, journal, splits, models)
     watching = Hooks(hooks, folder.path, models.student, run.warn)
     validation = Validation(run, watching)

@@ -67,6 +67,8 @@ class TrainingStep:
         """Why ``cuda_graphs`` would have no effect, in words; None where steps can be recorded."""
         if len(self._mine) > 1 or self._context.world_size > 1:
             return "steps of several micro-batches or workers are not recorded"
+        if self._config.teacher is not None and self._config.teacher.views is not None:
+            return "steps that read teacher.views are not recorded"
         return unsupported_reason(self._distiller, self._context.device)
 
     def __call__(self, step: int, batches: Sequence[MicroBatch]) -> None:

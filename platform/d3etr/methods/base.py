@@ -32,10 +32,12 @@ class TeacherGroup:
     Attributes:
         queries: [M, ..] or [B, M, ..], of the teacher's width.
         outputs: of its decoder, one teacher layer per student layer.
+        kept: [B, M] which of the teacher's own queries these are; None: all, in order, or others.
     """
 
     queries: ObjectQueries
     outputs: DecoderOutputs
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -106,10 +106,16 @@ def select_teacher_queries(
     if kept == outputs.queries:
         return outputs, queries
     index = outputs.confidence()[-1].topk(kept, dim=1).indices
+    return select_queries(outputs, index), pick_queries(queries, index)
+
+
+def pick_queries(queries: ObjectQueries, index: Tensor) -> ObjectQueries:
+    """Some of the queries [M, ..] or [B, M, ..] for each image: [B, K, ..] at ``index`` [B, K]."""
 
     def pick(part: Tensor) -> Tensor:
         if part.dim() == 2:
             return part[index]
         return part.gather(1, index[..., None].expand(-1, -1, part.shape[-1]))
 
-    return select_queries(outputs, index), queries.map(pick)
+    place = None if queries.place is None else queries.place.gather(1, index)
+    return replace(queries.map(pick), place=place)

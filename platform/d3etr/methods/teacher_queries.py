@@ -30,7 +30,7 @@ from d3etr.methods.adapters import GeneralPoints, RandomQueries, TeacherQueries
 from d3etr.methods.adaptive import AdaptiveMatching
 from d3etr.methods.base import Matches, Method, StudentOutputs, TeacherGroup, TeacherOutputs
 from d3etr.methods.compatibility import check_pair
-from d3etr.methods.pairs import FIXED, MatchedPairs, pair_losses
+from d3etr.methods.pairs import FIXED, Correspondence, MatchedPairs, pair_losses
 from d3etr.methods.selection import select_teacher_queries, teacher_layers
 from d3etr.structures import MAIN, ObjectQueries, QueryGroup, Supervision, Targets
 
@@ -299,8 +299,12 @@ class TeacherQueryMethod(Method):
         """``weight`` L_fixed, L_inherited, ..: query i of a group is the same query in both."""
         if group not in teacher.groups or not weight:
             return {}
-        outputs = student.groups[group], teacher.groups[group].outputs
-        pairs = MatchedPairs(*outputs, FIXED, normalisers[group], normalisers["images"])
+        ours, theirs = student.groups[group], teacher.groups[group]
+        index = FIXED
+        if theirs.kept is not None:  # of the student's queries those with the same numbers
+            index = Correspondence(student=theirs.kept.expand(ours.layers, -1, -1))
+        sums = normalisers[group], normalisers["images"]
+        pairs = MatchedPairs(ours, theirs.outputs, index, *sums)
         return pair_losses(_NAMES.get(group, group), weight, pairs, self.config)
 
     def general_losses(
