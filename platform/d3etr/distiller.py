@@ -122,6 +122,9 @@ class Distiller(nn.Module):
         if images.stored is not None:
             return method.select(restored_outputs(images.stored, teacher, method.layers))
         memory = teacher.encode(images.for_teacher or images)
+        kept = memory if method.needs_features else None
+        if not method.needs_decoder:
+            return TeacherOutputs(None, memory=kept)
         queries = teacher.object_queries(memory).detach()
         groups = {MAIN: queries, **method.teacher_groups(queries, step)}
         decoded = teacher.decode(memory, [*groups.values()], attention=method.needs_attention)
@@ -130,8 +133,7 @@ class Distiller(nn.Module):
             outputs = [replace(part, states=None) for part in outputs]
         pairs = zip(groups.items(), outputs, strict=True)
         found = {name: TeacherGroup(own, part) for (name, own), part in pairs}
-        tokens = memory.tokens if method.needs_features else None
-        return method.select(TeacherOutputs(queries, found, tokens))
+        return method.select(TeacherOutputs(queries, found, kept))
 
     @torch.no_grad()
     def normalisers(
@@ -219,7 +221,8 @@ class Distiller(nn.Module):
     ) -> tuple[StudentOutputs, Mapping[str, QueryGroup], Solutions]:
         """All query groups in one pass over one memory; the teacher's problems begin before."""
         waits = teacher is not None and (teacher.stream is None or self.method.groups_need_images)
-        if teacher is not None and not waits and self.teacher is not None:
+        remade = teacher is not None and not waits and teacher.queries is not None
+        if teacher is not None and remade and self.teacher is not None:
             # Made anew on this stream: the teacher's may not be there yet.
             teacher = replace(teacher, queries=self.teacher.object_queries().detach())
         if teacher is not None and waits:

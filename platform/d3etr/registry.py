@@ -110,6 +110,7 @@ METHODS = Registry(
         "d3etr": "d3etr.methods.d3etr:D3ETR",
         "kd_detr": "d3etr.methods.kd_detr:KDDETR",
         "detrdistill": "d3etr.methods.detrdistill:DETRDistill",
+        "feature_cosine": "d3etr.methods.feature_cosine:FeatureCosine",
     },
 )
 """Classes of ``methods.base.Method``."""

@@ -39,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "d3etr": {"method": "d3etr"},
     "kd_detr": {"method": "kd_detr", "general_points": {"count": 7}},
     "detrdistill": {"method": "detrdistill"},
+    "feature_cosine": {"method": "feature_cosine"},
     "adaptive": {"method": "d3etr", "adaptive_ratio": 1.0},
     "fixed": {"method": "d3etr", "adaptive_ratio": 0.0, "teacher_query_ratio": 0.5},
     "group-without-distillation": {"method": "d3etr", **NO_TERMS},

@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, object]] = {
     "d3etr": {},
     "kd_detr": {"general_points": {"count": 4}},
     "detrdistill": {},
+    "feature_cosine": {"levels": "every"},
 }
 TERMS = {
     "d3etr": {
@@ -41,6 +42,7 @@ TERMS = {
         f"{branch}/{term}" for branch in ("fixed", "general") for term in ("class", "l1", "giou")
     },
     "detrdistill": {"adaptive/class", "adaptive/l1", "adaptive/giou", "features"},
+    "feature_cosine": {"features"},
 }
 
 

@@ -1,10 +1,11 @@
 """How the teacher runs in training: in which precision, on how large a picture, and whether."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_runs import MakeConfig, losses, values
+from tiny_runs import MakeConfig, assert_same_run, losses, values
 
 from d3etr.config.distillation import MethodConfig
 from d3etr.config.tree import Config
@@ -12,6 +13,7 @@ from d3etr.detectors.conditional_detr import ConditionalDETR
 from d3etr.engine.distributed import SingleProcess
 from d3etr.engine.journal import read_journal
 from d3etr.engine.run import run_training
+from d3etr.engine.step import TrainingStep
 from d3etr.structures import ImageBatch, Memory
 
 
@@ -69,3 +71,29 @@ def test_a_teacher_of_a_larger_picture_is_measured_on_it_and_teaches_from_it(
     assert large != equal and large == pytest.approx(equal, rel=0.5)
     detection = "train/detection/class"
     assert values(tmp_path / "large", detection)[0] == values(tmp_path / "equal", detection)[0]
+
+
+def test_a_steered_weight_resumes_as_it_was(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Killed in the middle of the second epoch, a run has the same weights in the end."""
+    steered = {"method": "feature_cosine", "gradient_share": {"target": 0.1, "tolerance": 0.0}}
+    changes = {"distillation": MethodConfig.parse(steered)}
+    config = make_config(optimisation={"epochs": 4}, run={"checkpoint_every_steps": 4}).model_copy(
+        update=changes
+    )
+    train(config, tmp_path / "whole")
+    stop = TrainingStep.__call__
+
+    def broken(self: TrainingStep, step: int, batches: Any) -> None:
+        if step == 9:
+            raise KeyboardInterrupt
+        stop(self, step, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", broken)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "cut")
+    train(config, tmp_path / "cut")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    journal = read_journal(tmp_path / "whole" / "journal.jsonl")
+    texts = [record["text"] for record in journal if "gradient_share" in record.get("text", "")]
+    assert len(texts) == 4 and texts[-1].endswith("the weight is the recipe's again")

@@ -151,6 +151,18 @@ class FeatureConfig(Section):
     """The teacher's best queries, whose likeness to a token says how much it counts."""
 
 
+class GradientShareConfig(Section):
+    """Steering a weight by the encoder's share of the gradient, once an epoch (RT-DETRv4)."""
+
+    target: Annotated[float, Field(gt=0, lt=1)]
+    """Wanted share of |gradient| that lies in the encoder. RT-DETRv4, whose encoder is one layer:
+    0.11 (S), 0.035 (M), 0.02 (L, X); other detectors have others, which a run's log shows."""
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """A share so near to the target leaves the weight."""
+    until: Share = 0.9
+    """Part of the training in which the weight is steered; then it is the recipe's again."""
+
+
 class MethodConfig(VariantSection):
     """What a student learns from a teacher.
 

@@ -86,7 +86,7 @@ class ProcessGroup(TrainContext):
     def wrap(self, module: nn.Module) -> nn.Module:
         """DistributedDataParallel around ``module``.
 
-        Buffers are left alone: every worker builds the same ones, and none changes.
+        Buffers are left alone: every worker builds the same ones and changes them alike.
         """
         if self.world_size == 1:
             return module

@@ -159,6 +159,8 @@ class TrainingStep:
 
     def _update(self, step: int) -> None:
         config = self._config.optimisation
+        if self._distils(step):
+            self._distiller.method.watch(self._distiller.student)
         self._log.add_norm(clip_gradients(self._optimiser, config.clip_norm))
         factor = learning_rate_factor(step, self._steps, config.schedule)
         set_learning_rates(self._optimiser, factor)

@@ -15,7 +15,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import cosine_similarity, interpolate, normalize
 
 from d3etr.matching.boxes import cxcywh_to_xyxy
 from d3etr.structures import DecoderOutputs, Levels, Memory, Targets
@@ -113,12 +113,31 @@ def feature_loss(
         Scalar.
     """
     distance = (tokens.float() - teacher.float()).square().mean(-1) * weights.square()
+    return _mean_of_tokens(distance, padding) / images
+
+
+def cosine_loss(tokens: Tensor, teacher: Tensor, padding: Tensor | None, images: Tensor) -> Tensor:
+    """1 - cosine of corresponding tokens, mean over valid ones.
+
+    Args:
+        tokens: [B, S, D'] of the student, with the teacher's width.
+        teacher: [B, S, D'].
+        padding: [B, S] bool, True under padding, or None.
+        images: scalar, images in the global batch.
+
+    Returns:
+        Scalar.
+    """
+    distance = 1 - cosine_similarity(tokens.float(), teacher.float(), dim=-1)
+    return _mean_of_tokens(distance, padding) / images
+
+
+def _mean_of_tokens(values: Tensor, padding: Tensor | None) -> Tensor:
+    """Sum over images of the mean over valid tokens, of values [B, S]."""
     if padding is None:
-        per_image = distance.mean(1)
-    else:
-        visible = ~padding
-        per_image = (distance * visible).sum(1) / visible.sum(1).clamp(min=1)
-    return per_image.sum() / images
+        return values.mean(1).sum()
+    visible = ~padding
+    return ((values * visible).sum(1) / visible.sum(1).clamp(min=1)).sum()
 
 
 class FeatureComparison(nn.Module):

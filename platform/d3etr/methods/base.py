@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import MethodConfig
+from d3etr.detectors.base import DetectionTransformer
 from d3etr.matching.assignment import Assignment, CostBlock
 from d3etr.methods.adaptive import AdaptiveMatching
 from d3etr.structures import MAIN, DecoderOutputs, Memory, ObjectQueries, QueryGroup, Targets
@@ -49,13 +50,13 @@ class TeacherOutputs:
             teacher did not run.
         groups: what was decoded, by name: ``detection`` are its own queries, others are those of
             the method. Empty where the method needs no more of a teacher than its queries.
-        tokens: [B, S, D'] memory; None unless the method compares features.
+        memory: its encoder output; None unless the method compares features.
         stream: of a GPU, where all this is being computed; None for the current one.
     """
 
     queries: ObjectQueries | None
     groups: Mapping[str, TeacherGroup] = field(default_factory=dict)
-    tokens: Tensor | None = None
+    memory: Memory | None = None
     stream: torch.cuda.Stream | None = None
 
     @property
@@ -117,6 +118,7 @@ class Method(nn.Module, ABC):
         needs_teacher_outputs: whether the teacher runs; a control may use no more than its queries.
         needs_attention: whether decoders return their attention maps.
         needs_features: whether the teacher's memory and last decoder states are compared.
+        needs_decoder: whether the teacher's decoder runs; without it, it has no groups.
         groups_need_images: whether student groups depend on the teacher's outputs of a batch, so
             that the student's decoder has to wait for the teacher.
         draws_in_steps: whether the host draws random numbers in every step.
@@ -129,6 +131,7 @@ class Method(nn.Module, ABC):
     needs_teacher_outputs: bool = False
     needs_attention: bool = False
     needs_features: bool = False
+    needs_decoder: bool = True
     groups_need_images: bool = False
     draws_in_steps: bool = False
     layers: list[int]
@@ -207,3 +210,22 @@ class Method(nn.Module, ABC):
             pairs of a problem ``NAME`` are called ``NAME/..``.
         """
         return {}
+
+    def watch(self, student: DetectionTransformer) -> None:
+        """Look at the gradients of a step that distilled, of all workers, before they are clipped.
+
+        Args:
+            student: its parameters have them.
+        """
+        return
+
+    def end_epoch(self, progress: float) -> str | None:
+        """Change what changes once an epoch, alike in all workers; buffers are kept in checkpoints.
+
+        Args:
+            progress: share of the training that is done, in [0, 1].
+
+        Returns:
+            What was changed, for people; None where nothing was.
+        """
+        return None

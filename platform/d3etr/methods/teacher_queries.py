@@ -325,8 +325,8 @@ class TeacherQueryMethod(Method):
         config = self.config.compared_features
         if self.features is None or config is None:
             return {}
-        assert teacher.tokens is not None
+        assert teacher.memory is not None
         distance = self.features(
-            student.memory, teacher.main, teacher.tokens, targets, normalisers["images"]
+            student.memory, teacher.main, teacher.memory.tokens, targets, normalisers["images"]
         )
         return {"features": config.weight * distance}
