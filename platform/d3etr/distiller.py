@@ -146,8 +146,13 @@ class Distiller(nn.Module):
             teacher: what ``run_teacher`` returned for it.
             step: optimiser step.
         """
-        objects = targets.num_objects.sum().float()
-        sums = {"objects": objects, "images": torch.full_like(objects, len(targets.counts))}
+        truth = targets.of_labelled()
+        objects = truth.num_objects.sum().float()
+        sums = {
+            "objects": objects,
+            "images": torch.full_like(objects, len(targets.counts)),
+            "labelled_images": torch.full_like(objects, len(truth.counts)),
+        }
         if teacher is not None:
             sums |= self.method.normalisers(teacher, targets)
         if self.student.config.softmax_classes:

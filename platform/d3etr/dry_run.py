@@ -34,7 +34,8 @@ class Plan:
 
     Attributes:
         run_dir: its folder.
-        images: training images.
+        images: training images with labels.
+        unlabelled: those without that are trained on beside them.
         classes: object classes C.
         student_parameters: trained and frozen ones.
         teacher_parameters: None without a teacher.
@@ -47,6 +48,7 @@ class Plan:
 
     run_dir: Path
     images: int
+    unlabelled: int
     classes: int
     student_parameters: int
     teacher_parameters: int | None
@@ -67,11 +69,12 @@ def make_plan(config: Config) -> Plan:
     """
     begun = judge_beginning(config)
     images, classes, teacher = begun.images, begun.classes, begun.teacher
-    per_epoch = images // config.optimisation.batch_size
+    per_epoch = config.steps_per_epoch(images)
     steps = config.optimisation.total_steps(per_epoch)
     return Plan(
         run_dir=folder_of(config).path,
         images=images,
+        unlabelled=begun.unlabelled,
         classes=classes,
         student_parameters=_parameters(config.student.detector, classes),
         teacher_parameters=(
@@ -107,7 +110,8 @@ def describe(config: Config, launcher: LauncherName = "ray") -> str:
     lines = [
         to_yaml(config),
         f"run folder   {plan.run_dir}",
-        f"data         {plan.images:,} training images, {plan.classes} classes",
+        f"data         {plan.images:,} training images{_beside(plan.unlabelled)}, "
+        f"{plan.classes} classes",
         f"student      {_millions(plan.student_parameters)}",
         f"teacher      {_millions(plan.teacher_parameters)}{_seen_by(config.teacher)}",
         f"length       {plan.steps:,} steps, {epochs:.3g} epochs of {plan.steps_per_epoch:,}",
@@ -136,6 +140,10 @@ def _distilled(plan: Plan) -> list[str]:
     if plan.distilled_steps in (0, plan.steps):
         return []
     return [f"distilled    {plan.distilled_steps:,} of the steps; the others are plain ones"]
+
+
+def _beside(unlabelled: int) -> str:
+    return f" and {unlabelled:,} without labels" if unlabelled else ""
 
 
 def _cluster(cluster: ClusterConfig, launcher: LauncherName) -> list[str]:

@@ -82,6 +82,11 @@ class ImageBatch:
     for_teacher: ImageBatch | None = None
     stored: StoredOutputs | None = None
 
+    def of_first(self, images: int | None) -> ImageBatch:
+        """The first so many images, padded as they are, for the student alone; None: all."""
+        padding = None if self.padding is None else self.padding[:images]
+        return ImageBatch(self.pixels[:images], padding)
+
     def to(self, device: torch.device) -> ImageBatch:
         """The same batch on ``device``."""
         padding = None if self.padding is None else on_device(self.padding, device)
@@ -110,6 +115,9 @@ class Targets:
         image_ids: the annotation file's ids.
         original_sizes: (height, width) in pixels before any transform.
         num_objects: [B] int64, the counts on the labels' device; avoids a device synchronisation.
+        labelled: the first so many images have ground truth, all others count as unknown, not as
+            empty; None: all have. They come first so that taking them is a view, and it is a number
+            of the host's so that nobody has to ask the device.
     """
 
     labels: Tensor
@@ -118,6 +126,21 @@ class Targets:
     image_ids: tuple[int, ...]
     original_sizes: tuple[tuple[int, int], ...]
     num_objects: Tensor
+    labelled: int | None = None
+
+    def of_labelled(self) -> Targets:
+        """Those of the images that have ground truth."""
+        known = self.labelled
+        if known is None:
+            return self
+        return Targets(
+            self.labels[:known],
+            self.boxes_cxcywh[:known],
+            self.counts[:known],
+            self.image_ids[:known],
+            self.original_sizes[:known],
+            self.num_objects[:known],
+        )
 
     def to(self, device: torch.device) -> Targets:
         """The same targets on ``device``."""
@@ -280,6 +303,25 @@ class DecoderOutputs:
     def queries(self) -> int:
         """Number of queries N."""
         return self.logits.shape[2]
+
+    def of_first(self, images: int | None) -> DecoderOutputs:
+        """Outputs for the first so many images, without attention maps; None: as they are."""
+        if images is None:
+            return self
+
+        def first(values: Tensor | None, dim: int) -> Tensor | None:
+            return None if values is None else values.narrow(dim, 0, images)
+
+        return replace(
+            self,
+            logits=self.logits[:, :images],
+            boxes_cxcywh=self.boxes_cxcywh[:, :images],
+            self_maps=None,
+            cross_maps=None,
+            padding=first(self.padding, 0),
+            states=first(self.states, 0),
+            no_object=first(self.no_object, 1),
+        )
 
     def confidence(self) -> Tensor:
         """[L, B, N]: the highest class probability of each query, max_c sigma(z_c)."""

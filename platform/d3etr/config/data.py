@@ -85,6 +85,51 @@ class DigitScenesConfig(Section):
         return self
 
 
+class UnlabelledConfig(Section):
+    """Images without labels beside the training images, for what is learnt from a teacher alone."""
+
+    images: Location | None = None
+    """Folder, or its URL: every image in it and in the folders below."""
+    annotations: Location | None = None
+    """COCO file, or its URL, that lists which of the images are meant; needed where these are at a
+    URL. Its boxes are not read."""
+    follow_links: bool = False
+    """Whether links in the folder may lead to images outside of it."""
+    rest_of_train: bool = False
+    """Take the training images that ``data.labelled_share`` leaves without labels."""
+    digit_scenes: DigitScenesConfig | None = None
+    """Take the training split of digit scenes with other settings, such as another seed."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Of each batch, rounded to whole images; the others have labels."""
+
+    @property
+    def place(self) -> SplitConfig | None:
+        """The folder and what lists its images; None where they are no files of the user's."""
+        if self.images is None:
+            return None
+        listed = self.annotations or self.images
+        return SplitConfig(images=self.images, annotations=listed, follow_links=self.follow_links)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = {
+            "images": self.images is not None,
+            "rest_of_train": self.rest_of_train,
+            "digit_scenes": self.digit_scenes is not None,
+        }
+        named = [key for key, there in given.items() if there]
+        if len(named) != 1:
+            found = " and ".join(named) or "none"
+            raise ValueError(f"needs one of images, rest_of_train and digit_scenes (found {found})")
+        if self.images is None and (self.annotations is not None or self.follow_links):
+            raise ValueError("annotations and follow_links have no effect without images")
+        if isinstance(self.images, Url) and self.annotations is None:
+            raise ValueError(
+                "annotations is missing: a URL's images are found by a COCO file that lists them"
+            )
+        return self
+
+
 class AugmentationConfig(Section):
     """Training-time transforms; validation only resizes."""
 
@@ -146,6 +191,13 @@ class DataConfig(Section):
     """Images that are measured once, after training, where ``evaluation.test`` asks for it."""
     digit_scenes: DigitScenesConfig | None = None
     """Use the embedded benchmark instead of files of your own."""
+    labelled_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of the training images: those that keep their labels. The others are left out, or taken as
+    unlabelled ones (``unlabelled.rest_of_train``)."""
+    labelled_seed: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
+    """Which training images these are; with one seed, a larger share holds the smaller one's."""
+    unlabelled: UnlabelledConfig | None = None
+    """Images without labels, which part of every batch consists of."""
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     bucket_by_aspect: bool = True
@@ -177,3 +229,26 @@ class DataConfig(Section):
         if self.digit_scenes and (self.train or self.validation or self.test):
             raise ValueError("digit_scenes brings its own splits: remove train, validation, test")
         return self
+
+    @model_validator(mode="after")
+    def _labels_are_left_out(self) -> Self:
+        if self.labelled_share == 1 and self.labelled_seed:
+            raise ValueError("labelled_seed has no effect: labelled_share is 1")
+        rest = self.unlabelled is not None and self.unlabelled.rest_of_train
+        if self.labelled_share == 1 and rest:
+            raise ValueError(
+                "unlabelled.rest_of_train finds no image: labelled_share is 1, so all training "
+                "images have labels; set it to what part keeps them"
+            )
+        scenes = None if self.unlabelled is None else self.unlabelled.digit_scenes
+        if scenes is not None and self.digit_scenes is None:
+            raise ValueError("unlabelled.digit_scenes goes with digit_scenes, not with files")
+        return self
+
+    def labelled_images(self, images: int) -> int:
+        """How many of so many training images keep their labels, at least 1."""
+        return max(1, round(self.labelled_share * images))
+
+    def unlabelled_in(self, batch_size: int) -> int:
+        """How many images of a batch have no labels."""
+        return 0 if self.unlabelled is None else round(self.unlabelled.share * batch_size)

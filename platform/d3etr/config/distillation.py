@@ -181,6 +181,11 @@ class MethodConfig(VariantSection):
         return True
 
     @property
+    def learns_without_labels(self) -> bool:
+        """Whether images without ground truth teach anything; those of a method's own, yes."""
+        return self.needs_teacher
+
+    @property
     def matches_adaptively(self) -> bool:
         """Whether the student's queries are matched with the teacher's."""
         return False

@@ -85,6 +85,7 @@ class Config(Section):
             )
         self._queries_are_inherited()
         self._criterion_fits()
+        self._unlabelled_images_teach()
         student = self.student.detector
         if self.optimisation.sampling_rate_factor != 1 and not student.sampling_parts:
             raise ValueError(
@@ -117,6 +118,51 @@ class Config(Section):
             f"teacher, but student.initialise_from {found}: take 'decoder' and 'queries' from the "
             "teacher's weights (initialise_from: {}), or set inherited_ratio to 0"
         )
+
+    def _unlabelled_images_teach(self) -> None:
+        """Refuse images without labels that nothing is learnt from."""
+        if self.data.unlabelled is None:
+            return
+        method = self.distillation
+        if not method.learns_without_labels:
+            why = "its terms need ground truth" if method.needs_teacher else "it has no teacher"
+            raise ValueError(
+                f"data.unlabelled has no effect with distillation.method '{method.method}': {why}. "
+                "Remove it, or distil what a teacher says of any image, as 'd3etr' does"
+            )
+        if self.teacher is not None and self.teacher.views is not None:
+            raise ValueError(
+                "teacher.views are stored of training images with labels only: remove them, or "
+                "data.unlabelled"
+            )
+        if problem := self.composition_problem(self.micro_batches(self.cluster.workers)):
+            raise ValueError(problem)
+
+    def composition_problem(self, parts: int) -> str | None:
+        """Why a batch of images with and without labels cannot be cut into micro-batches, or None.
+
+        Args:
+            parts: micro-batches; each needs an image with labels, as all losses come from each.
+        """
+        size = self.optimisation.batch_size
+        without = self.data.unlabelled_in(size)
+        if self.data.unlabelled is None or (without and size - without >= parts):
+            return None
+        return (
+            f"data.unlabelled.share {self.data.unlabelled.share:g} of optimisation.batch_size "
+            f"{size} makes {without} images without labels and {size - without} with; expected at "
+            f"least 1 without, and 1 with for each of {parts} micro-batches "
+            "(cluster.workers x optimisation.accumulation): change the share or the batch"
+        )
+
+    def steps_per_epoch(self, labelled: int) -> int:
+        """Optimiser steps in which every training image with labels comes once.
+
+        Args:
+            labelled: images of the training split that have labels.
+        """
+        size = self.optimisation.batch_size
+        return labelled // (size - self.data.unlabelled_in(size))
 
     def _criterion_fits(self) -> None:
         """Refuse settings of the class loss that the student does not learn by."""

@@ -14,18 +14,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from d3etr.config.data import DataConfig
+from d3etr.config.data import DataConfig, SplitConfig
 from d3etr.config.training import EvaluationConfig
 from d3etr.data.images import load_image
 from d3etr.data.judgement import Judgement, judge_categories, judge_objects
 from d3etr.data.plausibility import box_warnings, class_warnings
 from d3etr.data.records import ImageRecord, cleaning_texts, shown_ids
 from d3etr.data.splits import (
+    UNLABELLED,
     DetectionSplit,
     Keys,
     configured_splits,
     missing_problem,
     parse_split,
+    unlabelled_place,
+    with_labelled_share,
 )
 from d3etr.errors import UserError
 from d3etr.progress import OnProgress, no_progress
@@ -36,6 +39,8 @@ _MOST_THREADS = 8
 _PROGRESS_EVERY = 20
 _LEAST_CONTRAST = 16
 """Of 255, between an image's darkest and brightest values: twelve bits in sixteen have less."""
+_OF_BOXES = ("boxes", "boxes_per_category", "object_sizes", "without_objects")
+"""Facts that images without labels have none of."""
 _SHOWN_MESSAGES = 10
 _LINE_LENGTH, _INDENT = 100, 21
 
@@ -151,7 +156,7 @@ def check_data(
     reports: list[SplitReport] = []
     parsed: dict[str, DetectionSplit] = {}
     copies = defaultdict[str, list[tuple[str, int]]](list)
-    for name, config in configured_splits(data, on_progress).items():
+    for name, config in _places(data, on_progress).items():
         try:
             split = parse_split(name, config, on_progress, keys=(keys or {}).get(name))
         except UserError as error:
@@ -162,14 +167,28 @@ def check_data(
         for each in checked:
             if each.content:
                 copies[each.content].append((name, each.record.id))
-        objects = judge_objects(split, evaluation or EvaluationConfig())
-        found = objects + _judge_images(split, checked) + _judge_boxes(split)
-        reports.append(SplitReport(name, _facts(split), found.errors, found.warnings))
+        found = _judge_images(split, checked)
+        if name != UNLABELLED:
+            objects = judge_objects(split, evaluation or EvaluationConfig())
+            found = objects + found + _judge_boxes(split)
+        reports.append(SplitReport(name, _facts(split, data), found.errors, found.warnings))
+    unlabelled = parsed.pop(UNLABELLED, None)
+    if "train" in parsed:
+        parsed["train"] = with_labelled_share(parsed["train"], data, unlabelled)
     between = judge_categories(parsed)
     if compare is not None:
         between += compare(parsed)
     warnings = (*_copy_warnings(copies.values()), *class_warnings(parsed), *between.warnings)
     return DataReport(tuple(reports), errors=between.errors, warnings=warnings)
+
+
+def _places(data: DataConfig, on_progress: OnProgress | None) -> dict[str, SplitConfig]:
+    """Where each split is, and images without labels that have files of their own."""
+    found = configured_splits(data, on_progress)
+    others = data.unlabelled
+    if others is None or others.rest_of_train:
+        return found
+    return found | {UNLABELLED: unlabelled_place(others, on_progress)}
 
 
 class _ImageCheck(NamedTuple):
@@ -244,7 +263,7 @@ def _judge_boxes(split: DetectionSplit) -> Judgement:
     return Judgement(warnings=(*warnings, *box_warnings(split)))
 
 
-def _facts(split: DetectionSplit) -> dict[str, Any]:
+def _facts(split: DetectionSplit, data: DataConfig) -> dict[str, Any]:
     """What a split holds: counts, and ids of annotations or images.
 
     Boxes are those that count as objects; they are counted by class and by COCO's sizes (small
@@ -257,8 +276,10 @@ def _facts(split: DetectionSplit) -> dict[str, Any]:
     sizes = np.bincount(groups, minlength=3).tolist()
     without = tuple(record.id for record in records if record.crowd.all())
     cleaned = {**split.cleaning, "without_objects": without}
-    return {
+    labelled = split.name == "train" and data.labelled_share < 1
+    facts = {
         "images": len(records),
+        **({"with_labels": data.labelled_images(len(records))} if labelled else {}),
         "boxes": len(objects.labels),
         "images_folder": str(split.images),
         "annotations": str(split.annotations),
@@ -271,20 +292,24 @@ def _facts(split: DetectionSplit) -> dict[str, Any]:
         "image_sizes": dict(Counter(f"{r.width} x {r.height}" for r in records).most_common()),
         **{name: found for name, found in cleaned.items() if found},
     }
+    unknown = _OF_BOXES if split.name == UNLABELLED else ()
+    return {name: fact for name, fact in facts.items() if name not in unknown}
 
 
 def _copy_warnings(copies: Iterable[Sequence[tuple[str, int]]]) -> Iterator[str]:
     """Files that are there more than once, within a split or in several."""
     found = defaultdict[tuple[str, ...], list[int]](list)
     for places in copies:
-        if len(places) > 1:
+        if len(places) > 1 and {name for name, _ in places} != {UNLABELLED}:
             found[tuple(dict.fromkeys(name for name, _ in places))].append(places[0][1])
     for names, ids in found.items():
         first, others = names[0], " and in ".join(names[1:])
-        meaning = (
-            f"{others}, so results on {names[-1]} are too good"
-            if others
-            else "it more than once, so that each copy lacks the other's boxes"
-        )
+        meaning = f"{others}, so results on {names[-1]} are too good"
+        if not others:
+            meaning = "it more than once, so that each copy lacks the other's boxes"
+        elif names == ("train", UNLABELLED):
+            meaning = f"{UNLABELLED}, so that their labels are known and left out of account"
+        elif names[-1] == UNLABELLED:
+            meaning = f"{others}, so results on {names[-2]} are of images that were trained on"
         text = f"{len(ids)} images are in {first} and in {meaning}"
         yield f"{text} (image ids in {first}: {shown_ids(ids)})"

@@ -67,6 +67,10 @@ class DetectionDataset(Dataset[Sample]):
         decoded_bytes = sum(3 * record.width * record.height for record in split.records)
         self._cache: dict[int, Tensor] | None = {} if decoded_bytes <= cache_bytes else None
 
+    def show_teacher(self, scale: float) -> None:
+        """Set ``teacher_scale``."""
+        self.teacher_scale = scale
+
     def __len__(self) -> int:
         return len(self.split.records)
 
@@ -169,3 +173,43 @@ class DetectionDataset(Dataset[Sample]):
                 "cannot be trusted: correct width and height, or use the image that was annotated"
             )
         return to_pixels(image)
+
+
+class MixedDataset(DetectionDataset):
+    """Images with labels, and behind them, by one row of indices, images without.
+
+    Arguments are those of ``DetectionDataset``; ``split.unlabelled`` is there.
+    """
+
+    def __init__(
+        self,
+        split: DetectionSplit,
+        preprocessing: PreprocessingConfig,
+        augmentation: AugmentationConfig | None = None,
+        *,
+        seed: int = 0,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        cache_bytes //= 2
+        super().__init__(split, preprocessing, augmentation, seed=seed, cache_bytes=cache_bytes)
+        assert split.unlabelled is not None
+        # No run's seed is negative: both draw apart.
+        self._others = DetectionDataset(
+            split.unlabelled, preprocessing, augmentation, seed=-1 - seed, cache_bytes=cache_bytes
+        )
+
+    def show_teacher(self, scale: float) -> None:
+        """Of both."""
+        super().show_teacher(scale)
+        self._others.show_teacher(scale)
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        """Image ``index`` as it looks in ``epoch``; see ``DetectionDataset.sample``."""
+        beyond = index - len(self)
+        if beyond < 0:
+            return super().sample(index, epoch)
+        return replace(self._others.sample(beyond, epoch), labelled=False)
+
+    def sizes(self, epoch: int) -> NDArray[np.int64]:
+        """[images, 2]: (height, width) of every image in ``epoch``, those with labels first."""
+        return np.concatenate([super().sizes(epoch), self._others.sizes(epoch)])

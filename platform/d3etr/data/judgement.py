@@ -106,7 +106,10 @@ def judge_against_recipe(config: Config, splits: Mapping[str, DetectionSplit]) -
     """Contradictions between the recipe and the data that it names."""
     judgement = Judgement()
     if "train" in splits:
-        judgement += judge_length(config, len(splits["train"].records), splits["train"])
+        train, beside = splits["train"], splits["train"].unlabelled
+        judgement += judge_length(config, len(train.records), train)
+        if beside is not None:
+            judgement += judge_unlabelled(config, len(beside.records), beside)
     for split in splits.values():
         warnings = (
             _too_few_queries(split, config.student.detector.queries),
@@ -126,14 +129,16 @@ def judge_length(config: Config, images: int, split: object = "the train split")
         split: what they are of, for the text.
     """
     optimisation = config.optimisation
-    if images < optimisation.batch_size:
+    per_epoch, size = config.steps_per_epoch(images), optimisation.batch_size
+    if per_epoch == 0:
         where = split.annotations if isinstance(split, DetectionSplit) else split
+        without = config.data.unlabelled_in(size)
+        shared = f" (of them {without} without labels)" if without else ""
         text = (
             f"data.train: {where} has {images} images, fewer than one batch: set "
-            f"optimisation.batch_size ({optimisation.batch_size}) to at most that"
+            f"optimisation.batch_size ({size}){shared} to at most that"
         )
         return Judgement(errors=(text,))
-    per_epoch = images // optimisation.batch_size
     steps = optimisation.total_steps(per_epoch)
     reason = f"optimisation.epochs {optimisation.epochs} of {per_epoch} steps each"
     problems = (
@@ -141,6 +146,25 @@ def judge_length(config: Config, images: int, split: object = "the train split")
         config.distillation.schedule_problem(steps, reason),
     )
     return Judgement(errors=tuple(text for text in problems if text))
+
+
+def judge_unlabelled(config: Config, images: int, split: object = "the scenes") -> Judgement:
+    """Whether there are as many images without labels as one batch takes.
+
+    Args:
+        config: the run.
+        images: without labels.
+        split: what they are of, for the text.
+    """
+    needed = config.data.unlabelled_in(config.optimisation.batch_size)
+    if images >= needed:
+        return Judgement()
+    where = split.annotations if isinstance(split, DetectionSplit) else split
+    text = (
+        f"data.unlabelled: {where} has {images} images without labels, fewer than the {needed} of "
+        "one batch: set data.unlabelled.share lower, or give more images"
+    )
+    return Judgement(errors=(text,))
 
 
 def _too_few_queries(split: DetectionSplit, queries: int) -> str | None:

@@ -20,8 +20,15 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from d3etr.config.data import DataConfig
 from d3etr.data.allocator import keep_freed_memory
 from d3etr.data.augmentation import Augmentation
-from d3etr.data.dataset import CACHE_BYTES, DetectionDataset
-from d3etr.data.sampling import BatchKey, epoch_batches, evaluation_keys, micro_batches, share
+from d3etr.data.dataset import CACHE_BYTES, DetectionDataset, MixedDataset
+from d3etr.data.sampling import (
+    BatchKey,
+    add_unlabelled,
+    epoch_batches,
+    evaluation_keys,
+    micro_batches,
+    share,
+)
 from d3etr.data.splits import DetectionSplit
 from d3etr.data.transforms import collate
 from d3etr.data.views import TeacherViews
@@ -40,8 +47,8 @@ class EpochLoader:
     """Training batches of one worker.
 
     Args:
-        split: the training split.
-        data: transforms, buckets and the number of loading processes.
+        split: the training split, with its images without labels.
+        data: transforms, buckets, images without labels in a batch, number of loading processes.
         batch_size: images per optimiser step over all workers and micro-batches.
         parts: micro-batches per optimiser step over all workers.
         rank: this worker.
@@ -65,8 +72,11 @@ class EpochLoader:
         self.batch_size, self.parts, self.seed = batch_size, parts, seed
         self.mine = share(parts, rank, world_size)
         self.bucket = data.bucket_by_aspect
-        self.steps_per_epoch = len(split.records) // batch_size
-        self.dataset = DetectionDataset(
+        self._unlabelled = 0 if split.unlabelled is None else data.unlabelled_in(batch_size)
+        self._labelled = batch_size - self._unlabelled
+        self.steps_per_epoch = len(split.records) // self._labelled
+        kind = DetectionDataset if split.unlabelled is None else MixedDataset
+        self.dataset = kind(
             split,
             data.preprocessing,
             data.augmentation,
@@ -81,7 +91,7 @@ class EpochLoader:
 
         Before the first epoch: loading processes get a copy of the dataset.
         """
-        self.dataset.teacher_scale = scale
+        self.dataset.show_teacher(scale)
 
     def use_views(self, views: TeacherViews) -> None:
         """Show stored views of the images, with what the teacher said about them; as above."""
@@ -112,8 +122,11 @@ class EpochLoader:
 
     def _keys(self, epoch: int) -> list[BatchKey]:
         sizes = self._sizes(epoch)
-        batches = epoch_batches(sizes[:, :2], self.batch_size, self.seed, epoch, self.bucket)
-        return micro_batches(batches, sizes, epoch, self.parts, self.mine)
+        images, shown, order = len(self.dataset), sizes[:, :2], (self.seed, epoch, self.bucket)
+        batches = epoch_batches(shown[:images], self._labelled, *order)
+        if self._unlabelled:
+            batches = add_unlabelled(batches, shown, images, self._unlabelled, *order)
+        return micro_batches(batches, sizes, epoch, self.parts, self.mine, self._labelled)
 
     def _sizes(self, epoch: int) -> NDArray[np.int64]:
         if self.dataset.has_random_sizes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,18 @@ class ImageRecord:
         single = ~self.crowd
         limits = np.array([self.width, self.height] * 2, dtype=np.float64)
         return self.labels[single], np.clip(self.boxes_xyxy[single], 0.0, limits)
+
+
+def without_objects(record: ImageRecord) -> ImageRecord:
+    """The same image; nothing is known of what is on it."""
+    none = slice(0, 0)
+    return replace(
+        record,
+        labels=record.labels[none],
+        boxes_xywh=record.boxes_xywh[none],
+        areas=record.areas[none],
+        crowd=record.crowd[none],
+    )
 
 
 @dataclass(frozen=True, eq=False)

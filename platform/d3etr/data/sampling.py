@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 _WINDOW_BATCHES = 32
 # Keeps the order of batches apart from the augmentation of images under the same seed.
 _ORDER_STREAM = 0x0B5E55ED
+# Keeps the order of images without labels apart from that of those with.
+_UNLABELLED_STREAM = 0x0DD1AB31
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class BatchKey:
     """What a loading process needs to know to make one batch.
 
     Attributes:
-        indices: images of the split.
+        indices: images of the split, those with labels first.
         epoch: seeds augmentation, where there is any.
         size: (height, width) in pixels to pad to.
         teacher_size: the same of what the teacher sees, where that is another size.
@@ -60,6 +62,49 @@ def epoch_batches(
     return generator.permutation(batches.reshape(-1, batch_size))
 
 
+def add_unlabelled(
+    batches: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    labelled: int,
+    count: int,
+    seed: int,
+    epoch: int,
+    bucket: bool,
+) -> NDArray[np.int64]:
+    """[steps, batch + count]: batches of images with labels, and behind them images without.
+
+    Epochs are those of the images with labels. The others come in an endless row of passes, each
+    of them once in every pass, in an order that depends on the seed alone: an epoch sees the next
+    part of it.
+
+    Args:
+        batches: [steps, batch] indices of images with labels.
+        sizes: [images, 2] (height, width) after transforms, those with labels first.
+        labelled: images with labels.
+        count: images without labels in a batch.
+        seed: of the run.
+        epoch: from 0.
+        bucket: bring images of like shape together.
+    """
+    steps, images = len(batches), len(sizes) - labelled
+    start = epoch * steps * count
+    passes = range(start // images, -(-(start + steps * count) // images))
+    orders = [
+        np.random.default_rng((seed, number, _UNLABELLED_STREAM)).permutation(images)
+        for number in passes
+    ]
+    row = np.concatenate(orders)[start - passes.start * images :]
+    drawn = labelled + row[: steps * count].reshape(steps, count)
+    if bucket:
+        for first in range(0, steps, _WINDOW_BATCHES):
+            window = slice(first, first + _WINDOW_BATCHES)
+            chosen = drawn[window].reshape(-1)
+            like = chosen[_by_shape(sizes[chosen])].reshape(-1, count)
+            # Through a view: batches of like shape get the images of like shape.
+            drawn[window][_by_shape(sizes[batches[window]].max(1))] = like
+    return np.concatenate([batches, drawn], 1)
+
+
 def _by_shape(sizes: NDArray[np.int64]) -> NDArray[np.intp]:
     """[n] order of images in which neighbours need little padding."""
     aspect = sizes[:, 1] / sizes[:, 0]
@@ -84,7 +129,12 @@ def share(micro_batches: int, rank: int, world_size: int) -> range:
 
 
 def micro_batches(
-    batches: NDArray[np.int64], sizes: NDArray[np.int64], epoch: int, parts: int, mine: range
+    batches: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    epoch: int,
+    parts: int,
+    mine: range,
+    labelled: int | None = None,
 ) -> list[BatchKey]:
     """The keys of one worker: ``len(mine)`` for each global batch.
 
@@ -94,13 +144,20 @@ def micro_batches(
         epoch: from 0.
         parts: micro-batches of a global batch.
         mine: those of the worker.
+        labelled: the first so many of a batch have labels: each micro-batch gets its part of them,
+            and of the others; None: all have.
     """
+    size = batches.shape[1] // parts
+    known = batches.shape[1] if labelled is None else labelled
     keys = []
     for batch in batches:
-        height, width, *others = sizes[batch].max(0).tolist()
-        theirs = (others[0], others[1]) if others else None
-        own = batch.reshape(parts, -1)[mine.start : mine.stop]
-        keys += [BatchKey(tuple(part.tolist()), epoch, (height, width), theirs) for part in own]
+        height, width, *scaled = sizes[batch].max(0).tolist()
+        theirs = (scaled[0], scaled[1]) if scaled else None
+        for part in mine:
+            first, end = known * part // parts, known * (part + 1) // parts
+            others = batch[known:][size * part - first : size * (part + 1) - end]
+            indices = (*batch[first:end].tolist(), *others.tolist())
+            keys.append(BatchKey(indices, epoch, (height, width), theirs))
     return keys
 
 

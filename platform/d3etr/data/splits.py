@@ -7,16 +7,19 @@ import os
 import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from d3etr.config.data import DataConfig, SplitConfig
+import numpy as np
+
+from d3etr.config.data import DataConfig, SplitConfig, UnlabelledConfig
 from d3etr.config.location import Location
 from d3etr.data.annotations import Annotations, Category, Source
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.data.formats import AUTO, find_format
+from d3etr.data.formats.unlabelled import UnlabelledImages
 from d3etr.data.records import (
     SHOWN,
     Cleaning,
@@ -25,6 +28,7 @@ from d3etr.data.records import (
     clean,
     cleaning_texts,
     shown_ids,
+    without_objects,
 )
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
@@ -34,6 +38,8 @@ from d3etr.storage.images import ImageFolder, open_folder
 
 _LOGGER = get_logger(__name__)
 SPLIT_NAMES: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
+UNLABELLED = "unlabelled"
+"""Name of the split of images without labels."""
 _SUBSETS = {"validation": "val"}
 """What data sets call a split, where it is not our own name."""
 
@@ -55,7 +61,7 @@ class DetectionSplit:
     """Annotations with their images.
 
     Attributes:
-        name: train, validation or test.
+        name: train, validation, test or unlabelled.
         format: of the annotations, as people call it.
         categories: by rising id; a contiguous label is an index into this tuple.
         records: one per image, in the annotations' order.
@@ -66,6 +72,8 @@ class DetectionSplit:
         annotations: the file or folder, as configured.
         digest: sha256, hex, over the annotations and the images' names and file sizes.
         keys: what error texts call the places of ``images`` and ``annotations``.
+        left_out: images of the same files whose labels are not used (``data.labelled_share``).
+        unlabelled: images without labels that are trained on beside these.
     """
 
     name: str
@@ -79,6 +87,8 @@ class DetectionSplit:
     annotations: Location
     digest: str
     keys: Keys
+    left_out: tuple[ImageRecord, ...] = ()
+    unlabelled: DetectionSplit | None = None
 
     @cached_property
     def objects(self) -> Objects:
@@ -122,7 +132,7 @@ def open_split(
     *,
     fetch: bool = True,
 ) -> DetectionSplit:
-    """Read one split of ``data``.
+    """Read one split of ``data``; the training split with its images without labels.
 
     Args:
         data: where the splits are.
@@ -140,7 +150,58 @@ def open_split(
             f"data.{name}.annotations, and data.{name}.images for COCO "
             f"(configured: {', '.join(splits)})"
         )
-    return read_split(name, splits[name], on_progress, fetch=fetch)
+    split = read_split(name, splits[name], on_progress, fetch=fetch)
+    if name != "train":
+        return split
+    config, unlabelled = data.unlabelled, None
+    if config is not None and not config.rest_of_train:
+        place = unlabelled_place(config, on_progress)
+        unlabelled = read_split(UNLABELLED, place, on_progress, fetch=fetch)
+    return with_labelled_share(split, data, unlabelled)
+
+
+def with_labelled_share(
+    split: DetectionSplit, data: DataConfig, unlabelled: DetectionSplit | None
+) -> DetectionSplit:
+    """The training split as it is trained on: images that keep their labels, beside others.
+
+    Those of a larger share under the same seed hold those of a smaller one.
+
+    Args:
+        split: all images of its annotations.
+        data: what share keeps its labels, and whether the others are trained on without.
+        unlabelled: images without labels that have files of their own.
+    """
+    records, config = split.records, data.unlabelled
+    if data.labelled_share < 1:
+        order = np.random.default_rng(data.labelled_seed).permutation(len(records))
+        labelled = set(order[: data.labelled_images(len(records))].tolist())
+        rest = tuple(r for index, r in enumerate(records) if index not in labelled)
+        records = tuple(r for index, r in enumerate(records) if index in labelled)
+        split = replace(split, records=records, left_out=rest)
+    if config is not None and config.rest_of_train:
+        unknown = tuple(without_objects(record) for record in split.left_out)
+        unlabelled = replace(split, name=UNLABELLED, records=unknown, left_out=())
+    return replace(split, unlabelled=unlabelled)
+
+
+def unlabelled_place(
+    config: UnlabelledConfig, on_progress: OnProgress | None = None
+) -> SplitConfig:
+    """Where images without labels are that have files of their own.
+
+    Args:
+        config: not ``rest_of_train``; digit scenes are written where they do not exist yet.
+        on_progress: called while files are written.
+
+    Raises:
+        UserError: digit scenes cannot be written.
+    """
+    if config.digit_scenes is not None:
+        return write_digit_scenes(config.digit_scenes, on_progress, verify=["train"])["train"]
+    if config.place is None:
+        raise ValueError("the rest of the training images has no place of its own")
+    return config.place
 
 
 def read_split(
@@ -189,15 +250,18 @@ def parse_split(
     """
     keys = keys or Keys.of_split(name)
     if isinstance(split.images, Path) and not split.images.is_dir():
+        which = "of the images"
+        if split.images != split.annotations:
+            which = f"that the file names in {split.annotations} are relative to"
         raise UserError(
-            f"{keys.images}: {split.images} is not a folder; expected the folder that the "
-            f"file names in {split.annotations} are relative to"
+            f"{keys.images}: {split.images} is not a folder; expected the folder {which}"
         )
     try:
         with local_file(split.annotations, on_progress) as place:
             title, raw = _read(place, name, split)
     except UserError as error:
-        raise type(error)(f"{keys.annotations}: {error}") from error
+        key = keys.images if split.annotations == split.images else keys.annotations
+        raise type(error)(f"{key}: {error}") from error
     folder = raw.folder or split.images
     if folder is None:
         raise UserError(
@@ -225,6 +289,8 @@ def parse_split(
 def _read(place: Path, name: str, split: SplitConfig) -> tuple[str, Annotations]:
     """The format's title, and what it reads; ``place`` holds the annotations on this machine."""
     local = isinstance(split.annotations, Path)
+    if name == UNLABELLED:
+        return UnlabelledImages.title, UnlabelledImages().read(Source(place, split.images))
     which, found = find_format(split.format, place if local else split.annotations)
     subset = split.subset or _SUBSETS.get(name, name)
     raw = found.read(Source(place, split.images, subset, chosen=split.subset is not None))

@@ -36,6 +36,7 @@ class Sample:
         image_id: the annotation file's id.
         original_size: (height, width) in pixels before any transform.
         teacher_pixels: [3, height', width'] uint8 that the teacher sees, where it sees others.
+        labelled: whether its objects are known; else n is 0.
     """
 
     pixels: Tensor
@@ -44,6 +45,7 @@ class Sample:
     image_id: int
     original_size: tuple[int, int]
     teacher_pixels: Tensor | None = None
+    labelled: bool = True
 
 
 def output_size(
@@ -129,7 +131,7 @@ def collate(
     """Normalise images of any sizes into one batch, padded at the right and bottom.
 
     Args:
-        samples: B of them.
+        samples: B of them, those with labels first.
         config: the normalisation.
         size: (height, width) to pad to; None: the largest height and the largest width.
         teacher_size: the same of the pixels that the teacher sees, where those are others.
@@ -184,6 +186,9 @@ def _padding(shapes: Sequence[tuple[int, int]], size: tuple[int, int]) -> Tensor
 
 def _pad_targets(samples: Sequence[Sample]) -> Targets:
     counts = tuple(len(sample.labels) for sample in samples)
+    known = sum(sample.labelled for sample in samples)
+    if any(sample.labelled for sample in samples[known:]):
+        raise ValueError("images with labels come first in a batch")
     labels = np.zeros((len(samples), max(counts)), dtype=np.int64)
     boxes = np.zeros((len(samples), max(counts), 4), dtype=np.float32)
     for index, (sample, count) in enumerate(zip(samples, counts, strict=True)):
@@ -196,4 +201,5 @@ def _pad_targets(samples: Sequence[Sample]) -> Targets:
         image_ids=tuple(sample.image_id for sample in samples),
         original_sizes=tuple(sample.original_size for sample in samples),
         num_objects=torch.tensor(counts),
+        labelled=None if known == len(samples) else known,
     )

@@ -109,7 +109,7 @@ class StepGraphs:
 
     def __init__(self, run: Pass, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         self._run, self._parameters, self._device = run, parameters, device
-        self._graphs: dict[tuple[bool, tuple[torch.Size, ...]], _Recorded] = {}
+        self._graphs: dict[tuple[bool, int | None, tuple[torch.Size, ...]], _Recorded] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -139,7 +139,7 @@ class StepGraphs:
         images, targets = padded(images, targets)
         self._factor.fill_(factor)
         batch = _tensors(images, targets)
-        key = distils, tuple(tensor.shape for tensor in batch)
+        key = distils, targets.labelled, tuple(tensor.shape for tensor in batch)
         if key not in self._graphs and len(self._graphs) == MOST_GRAPHS:
             seed()
             return self._pass(images, targets, distils)

@@ -8,8 +8,21 @@ from pathlib import Path
 
 from d3etr.config.data import DataConfig
 from d3etr.config.tree import Config
-from d3etr.data.judgement import Judgement, judge, judge_against_recipe, judge_length
-from d3etr.data.splits import SPLIT_NAMES, DetectionSplit, open_split
+from d3etr.data.judgement import (
+    Judgement,
+    judge,
+    judge_against_recipe,
+    judge_length,
+    judge_unlabelled,
+)
+from d3etr.data.splits import (
+    SPLIT_NAMES,
+    UNLABELLED,
+    DetectionSplit,
+    open_split,
+    read_split,
+    unlabelled_place,
+)
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.weights import WeightsInfo, load_backbone_weights, read_info
 from d3etr.engine.init_student import require_start
@@ -33,13 +46,15 @@ class Beginning:
     """What a run begins with.
 
     Attributes:
-        images: training images.
+        images: training images with labels.
+        unlabelled: those without that are trained on beside them.
         classes: object classes C.
         teacher: the metadata of its weights file; None without one.
         warnings: what data and recipe could have better.
     """
 
     images: int
+    unlabelled: int
     classes: int
     teacher: WeightsInfo | None
     warnings: tuple[str, ...] = ()
@@ -61,19 +76,33 @@ def judge_beginning(config: Config, known: KnownSplits | None = None) -> Beginni
     data, known = config.data, {} if known is None else known
     if data.digit_scenes is not None:  # which need not be rendered for this
         splits: Splits = {}
-        images, classes = data.digit_scenes.train_images, DIGIT_CLASSES
-        judgement = judge_length(config, images)
+        every, classes = data.digit_scenes.train_images, DIGIT_CLASSES
+        images = data.labelled_images(every)
+        unlabelled = _unlabelled_beside_scenes(config, every - images)
+        judgement = judge_length(config, images) + judge_unlabelled(config, unlabelled)
     else:
         key = (data, config.evaluation.test)
         if key not in known:
             names = SPLIT_NAMES if config.evaluation.test else SPLIT_NAMES[:2]
             known[key] = {name: open_split(data, name, fetch=False) for name in names}
         splits = known[key]
-        images, classes = len(splits["train"].records), len(splits["train"].categories)
+        train = splits["train"]
+        images, classes = len(train.records), len(train.categories)
+        unlabelled = 0 if train.unlabelled is None else len(train.unlabelled.records)
         judgement = judge(config, splits)
     judgement.raise_errors()
     teacher = _judge_weights(config, splits.get("train"), classes)
-    return Beginning(images, classes, teacher, judgement.warnings)
+    return Beginning(images, unlabelled, classes, teacher, judgement.warnings)
+
+
+def _unlabelled_beside_scenes(config: Config, rest: int) -> int:
+    """Images without labels of a run on digit scenes; of ``rest`` the labels are left out."""
+    unlabelled = config.data.unlabelled
+    if unlabelled is None or unlabelled.rest_of_train:
+        return 0 if unlabelled is None else rest
+    if unlabelled.digit_scenes is not None:
+        return unlabelled.digit_scenes.train_images
+    return len(read_split(UNLABELLED, unlabelled_place(unlabelled), fetch=False).records)
 
 
 def judge_recipe(config: Config, splits: Splits) -> Judgement:

@@ -11,7 +11,7 @@ import torch
 from d3etr.config.data import SplitConfig
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
-from d3etr.data.splits import DetectionSplit, parse_split
+from d3etr.data.splits import UNLABELLED, DetectionSplit, parse_split
 from d3etr.detectors.weights import file_digest
 from d3etr.engine.distributed import TrainContext
 from d3etr.engine.run_folder import RunFolder
@@ -44,6 +44,8 @@ def data_digests(split: DetectionSplit) -> dict[str, str]:
     """What a split holds, by what error texts call it: annotations with names, and images."""
     images = _images_digest(split)
     found = {data_key(split.name): split.digest}
+    if split.unlabelled is not None:
+        found |= data_digests(split.unlabelled)
     return found if images is None else found | {data_key(split.name, "images"): images}
 
 
@@ -57,7 +59,8 @@ def _images_digest(split: DetectionSplit) -> str | None:
 
     More than ``HASHED_BYTES`` on this machine count by their names and sizes only.
     """
-    names, images = sorted({record.file_name for record in split.records}), split.images
+    records, images = (*split.records, *split.left_out), split.images
+    names = sorted({record.file_name for record in records})
     if not images.is_readable:
         return None
     if sum(images.size(name) or 0 for name in names) > HASHED_BYTES:
@@ -111,6 +114,8 @@ def splits_of(config: Config) -> list[tuple[str, SplitConfig]]:
     splits = {"train": data.train, "validation": data.validation}
     if config.evaluation.test:
         splits["test"] = data.test
+    if data.unlabelled is not None:
+        splits[UNLABELLED] = data.unlabelled.place
     return [(name, split) for name, split in splits.items() if split is not None]
 
 

@@ -116,7 +116,11 @@ def store_key(
 ) -> dict[str, Any]:
     """All that the content of a store depends on, as plain values."""
     data, digests = config.data, models.digests
-    images = {key: digests.get(key) for key in (data_key("train"), data_key("train", "images"))}
+    images: dict[str, Any] = {
+        key: digests.get(key) for key in (data_key("train"), data_key("train", "images"))
+    }
+    if data.labelled_share < 1:
+        images["labelled"] = [data.labelled_share, data.labelled_seed]
     return {
         "format": FORMAT,
         "teacher": digests["teacher.weights"],

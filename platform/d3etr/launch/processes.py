@@ -142,4 +142,6 @@ def _ensure_divisible(config: Config) -> int:
             f"optimisation.batch_size {optimisation.batch_size} is not a multiple of torchrun's "
             f"{workers} workers x optimisation.accumulation {optimisation.accumulation}"
         )
+    if problem := config.composition_problem(config.micro_batches(workers)):
+        raise UserError(problem)
     return workers

@@ -169,16 +169,20 @@ class FeatureComparison(nn.Module):
             student: [B, S, D] tokens.
             teacher: outputs of its own queries, with states.
             tokens: [B, S', D'] of the teacher.
-            targets: ground truth, which says what the teacher's good queries are.
-            images: scalar, images in the global batch.
+            targets: ground truth, which says what the teacher's good queries are; images without
+                labels are left out.
+            images: scalar, images with labels in the global batch.
 
         Returns:
             Scalar.
         """
+        known, targets = targets.labelled, targets.of_labelled()
+        teacher, tokens = teacher.of_first(known), tokens[:known].float()
+        padding = None if student.padding is None else student.padding[:known]
+        theirs = resize_tokens(tokens, teacher.padding, teacher.levels, student.levels)
+        quality = query_quality(teacher, targets)
         if teacher.states is None:
             raise ValueError("features are compared, but the teacher's states were not kept")
-        theirs = resize_tokens(tokens.float(), teacher.padding, teacher.levels, student.levels)
-        quality = query_quality(teacher, targets)
-        weights = target_weights(teacher.states, theirs, student.padding, quality, self._queries)
-        ours = self.feature_adapter(student.tokens.float())
-        return feature_loss(ours, theirs, weights, student.padding, images)
+        weights = target_weights(teacher.states, theirs, padding, quality, self._queries)
+        ours = self.feature_adapter(student.tokens[:known].float())
+        return feature_loss(ours, theirs, weights, padding, images)

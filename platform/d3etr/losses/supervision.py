@@ -1,4 +1,8 @@
-"""What query groups learn from ground truth: who is matched with what, and the set criterion."""
+"""What query groups learn from ground truth: who is matched with what, and the set criterion.
+
+Of a batch in which some images have no labels, all of this sees the others alone: what is on the
+rest is unknown, and counts neither as objects nor as background.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +40,13 @@ class GroundTruthSupervision:
 
     def start_teachers(self, groups: Mapping[str, QueryGroup], targets: Targets) -> Solutions:
         """Begin to match the teacher's queries with objects, for groups that learn by that."""
+        truth, known = targets.of_labelled(), targets.labelled
         problems = {
             name: detection_problem(
-                "teacher queries against objects", group.teacher, targets, self.criterion
+                "teacher queries against objects",
+                group.teacher.of_first(known),
+                truth,
+                self.criterion,
             )
             for name, group in groups.items()
             if group.supervision is Supervision.TEACHER and group.teacher is not None
@@ -52,6 +60,7 @@ class GroundTruthSupervision:
             sizes: queries of each group.
             targets: ground truth of a micro-batch.
         """
+        targets = targets.of_labelled()
         return {
             f"{_CLASS_WEIGHTS}{name}": query_weights(targets, size, self.criterion)
             for name, size in sizes.items()
@@ -76,15 +85,16 @@ class GroundTruthSupervision:
             targets: ground truth.
             normalisers: sums over the global batch.
         """
+        known, targets = targets.labelled, targets.of_labelled()
         outputs = {
-            name: decoded[name]
+            name: decoded[name].of_first(known)
             for name, group in groups.items()
             if group.supervision is not Supervision.NONE
         }
         own = [name for name in outputs if groups[name].supervision is Supervision.HUNGARIAN]
         truth = dict.fromkeys(outputs, targets)
         if proposals is not None:
-            outputs[PROPOSALS] = proposals
+            outputs[PROPOSALS] = proposals.of_first(known)
             own.append(PROPOSALS)
             # Proposals only tell objects from background, as class 0.
             truth[PROPOSALS] = replace(targets, labels=torch.zeros_like(targets.labels))
@@ -96,7 +106,7 @@ class GroundTruthSupervision:
             )
         of_student = self.solver.start_named(problems)
         given = {
-            name: _given_assignment(group.objects, outputs[name].layers)
+            name: _given_assignment(group.objects[:known], outputs[name].layers)
             for name, group in groups.items()
             if group.supervision is Supervision.GIVEN and group.objects is not None
         }

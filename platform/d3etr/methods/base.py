@@ -202,8 +202,10 @@ class Method(nn.Module, ABC):
             student: outputs of all groups.
             teacher: what ``select`` returned.
             matches: solutions of ``costs``, to be asked for last.
-            targets: ground truth.
-            normalisers: of the global batch; ``images`` and ``objects`` are there too.
+            targets: ground truth; images without labels (``Targets.labelled``) have no objects, and
+                what needs to know their objects leaves them out.
+            normalisers: of the global batch; ``images``, ``labelled_images`` and ``objects`` are
+                there too.
 
         Returns:
             Scalars; their sum is added to what the groups learn from ground truth. Those over the

@@ -101,6 +101,11 @@ class TeacherQueryConfig(TaughtMethodConfig):
         return self.compares_pairs or self.compared_features is not None
 
     @property
+    def learns_without_labels(self) -> bool:
+        """Features are weighed by the overlap of the teacher's boxes with objects: pairs alone."""
+        return self.compares_pairs
+
+    @property
     def description(self) -> str:
         """The terms over pairs with their weights."""
         terms = {
@@ -327,6 +332,10 @@ class TeacherQueryMethod(Method):
             return {}
         assert teacher.memory is not None
         distance = self.features(
-            student.memory, teacher.main, teacher.memory.tokens, targets, normalisers["images"]
+            student.memory,
+            teacher.main,
+            teacher.memory.tokens,
+            targets,
+            normalisers["labelled_images"],
         )
         return {"features": config.weight * distance}

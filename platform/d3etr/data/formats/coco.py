@@ -25,6 +25,19 @@ _FOREIGN_FLAGS = ("ignore", "ignored", "difficult", "is_crowd", "isCrowd")
 """What other formats set an object aside by; in COCO files it has no effect."""
 
 
+def read_images(path: Path) -> tuple[list[ImageEntry], str]:
+    """The images that a file lists, whatever else it has, and the file's digest.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or has images that cannot be used.
+    """
+    content, digest = _load(path, ("images",))
+    problems, reader = Problems(path, "COCO file with a list of images"), _Reader()
+    _read_entries("images", content["images"], reader, problems)
+    problems.raise_if_any()
+    return [*reader.images.values()], digest
+
+
 class CocoFormat:
     """A COCO detection JSON: one file for all images of a split."""
 
@@ -49,29 +62,35 @@ class CocoFormat:
         path = source.annotations
         content, digest = _load(path)
         problems, reader = Problems(path, self.title), _Reader()
-        for key, (needed, read) in {
-            "categories": (("id", "name"), reader.category),
-            "images": (("id", "file_name", "width", "height"), reader.image),
-            "annotations": (("image_id", "category_id", "bbox"), reader.annotation),
-        }.items():
-            for position, entry in enumerate(content[key]):
-                try:
-                    _require_keys(entry, needed)
-                    read(entry, position)
-                except UserError as error:
-                    number = _integer(entry.get("id")) if isinstance(entry, dict) else None
-                    shown = "" if number is None else f" (id {number})"
-                    problems.add(f"{key}[{position}]{shown}: {error}")
-            if not content[key] and key != "annotations":
-                problems.add(f"'{key}' is empty: expected at least one entry")
-            reader.number_labels()
+        for key in ("categories", "images", "annotations"):
+            _read_entries(key, content[key], reader, problems)
         problems.raise_if_any()
         categories = tuple(reader.categories[number] for number in sorted(reader.categories))
         images = [*reader.images.values()]
         return Annotations(categories, images, reader.objects, digest, own_ids=True)
 
 
-def _load(path: Path) -> tuple[dict[str, list[Any]], str]:
+def _read_entries(key: str, entries: list[Any], reader: _Reader, problems: Problems) -> None:
+    """One list of a file; what cannot be used is added to ``problems``."""
+    needed, read = {
+        "categories": (("id", "name"), reader.category),
+        "images": (("id", "file_name", "width", "height"), reader.image),
+        "annotations": (("image_id", "category_id", "bbox"), reader.annotation),
+    }[key]
+    for position, entry in enumerate(entries):
+        try:
+            _require_keys(entry, needed)
+            read(entry, position)
+        except UserError as error:
+            number = _integer(entry.get("id")) if isinstance(entry, dict) else None
+            shown = "" if number is None else f" (id {number})"
+            problems.add(f"{key}[{position}]{shown}: {error}")
+    if not entries and key != "annotations":
+        problems.add(f"'{key}' is empty: expected at least one entry")
+    reader.number_labels()
+
+
+def _load(path: Path, keys: tuple[str, ...] = _KEYS) -> tuple[dict[str, list[Any]], str]:
     """The lists of a file, and its digest."""
     try:
         raw = path.read_bytes()
@@ -87,14 +106,14 @@ def _load(path: Path) -> tuple[dict[str, list[Any]], str]:
             f"{path}: broken JSON ({error}): expected a COCO detection file; "
             "it may be cut off, so copy or export it again"
         ) from error
-    expected = f"a COCO detection file is an object with the lists {', '.join(_KEYS)}"
+    expected = f"a COCO detection file is an object with the lists {', '.join(keys)}"
     if not isinstance(content, dict):
         raise UserError(f"{path}: found a {type(content).__name__} at the top; {expected}")
-    missing = [key for key in _KEYS if key not in content]
+    missing = [key for key in keys if key not in content]
     if missing:
         found = ", ".join(map(repr, list(content)[:12])) or "nothing"
         raise UserError(f"{path}: missing key {', '.join(missing)} (found {found}); {expected}")
-    for key in _KEYS:
+    for key in keys:
         if not isinstance(content[key], list):
             kind = type(content[key]).__name__
             raise UserError(f"{path}: '{key}' is a {kind}; {expected}")

@@ -113,7 +113,7 @@ def assemble(
             )
             for number, (index, each) in enumerate(found, start=1)
         ],
-        digest=_digest_of([("names", "\n".join(names).encode()), *contents]),
+        digest=digest_of([("names", "\n".join(names).encode()), *contents]),
         folder=folder,
         warnings=warnings,
     )
@@ -228,7 +228,7 @@ def class_names(folder: Path, found: Iterable[str]) -> list[str]:
     return names
 
 
-def _digest_of(parts: Iterable[tuple[str, bytes]]) -> str:
+def digest_of(parts: Iterable[tuple[str, bytes]]) -> str:
     """sha256, hex, over names and contents of files, in their order."""
     digest = hashlib.sha256()
     for name, content in parts:
