@@ -104,10 +104,9 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def run_teacher(self, images: ImageBatch, step: int = 0) -> TeacherOutputs | None:
-        """The teacher's outputs for a batch; None without a teacher.
+        """The teacher's outputs for a batch, or what was stored of them; None without a teacher.
 
-        Not in inference mode: such tensors cannot take part in the student's graph. Where its
-        outputs for these images were stored, the teacher does not run.
+        Not in inference mode: such tensors cannot take part in the student's graph.
 
         Args:
             images: B padded images, of which it sees ``for_teacher`` where that is there.

@@ -28,6 +28,7 @@ from d3etr.cli import (
     predict,
     pretrain_backbone,
     render_digit_scenes,
+    store_views,
     sweep,
     train,
 )
@@ -42,6 +43,7 @@ COMMANDS: tuple[Command, ...] = (
     demo.COMMAND,
     check_data.COMMAND,
     pretrain_backbone.COMMAND,
+    store_views.COMMAND,
     train.COMMAND,
     sweep.COMMAND,
     evaluate.COMMAND,

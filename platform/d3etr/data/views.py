@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -118,12 +119,20 @@ def shard_path(folder: Path, view: int, number: int) -> Path:
     return folder / f"view-{view:03d}-{number:05d}.safetensors"
 
 
+def view_shards(folder: Path, view: int) -> list[Path]:
+    """The shards of a view that are there."""
+    return sorted(folder.glob(f"view-{view:03d}-*.safetensors"))
+
+
 def write_shard(path: Path, rows: Sequence[Arrays]) -> None:
     """Write images' records, whole or not at all.
 
     Args:
         path: of the shard.
         rows: of each image, tensors by name; those of ``RAGGED`` begin with a dimension of tokens.
+
+    Raises:
+        UserError: no space left.
     """
     together = {
         # Contiguous: safetensors would write the memory of any other as it lies.
@@ -135,8 +144,14 @@ def write_shard(path: Path, rows: Sequence[Arrays]) -> None:
     if ragged:
         name = min(ragged)
         together[ENDS] = np.cumsum([len(row[name]) for row in rows], dtype=np.int64)
-    with atomic_write(path) as temporary:
-        save_file(together, temporary, {_DIGEST: _digest(together)})
+    try:
+        with atomic_write(path) as temporary:
+            save_file(together, temporary, {_DIGEST: _digest(together)})
+            temporary.chmod(0o644)  # the library writes for the owner only; storage is shared
+    except SafetensorError as error:
+        raise UserError(
+            f"cannot write {path} ({error}): free some space, or name another teacher.views.folder"
+        ) from error
 
 
 @lru_cache(maxsize=OPEN_SHARDS)

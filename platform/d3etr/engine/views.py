@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,16 +25,26 @@ from d3etr.config.tree import Config
 from d3etr.config.views import ViewsConfig
 from d3etr.data.loading import ViewBatches
 from d3etr.data.splits import DetectionSplit
-from d3etr.data.views import RAGGED, TeacherViews, open_shard, shard_path, verify_shard, write_shard
-from d3etr.engine.build import Models
+from d3etr.data.views import (
+    RAGGED,
+    TeacherViews,
+    open_shard,
+    shard_path,
+    verify_shard,
+    view_shards,
+    write_shard,
+)
+from d3etr.engine.build import Models, build_models, open_splits
 from d3etr.engine.distributed import TrainContext, run_on_all_workers
+from d3etr.engine.journal import Journal
 from d3etr.engine.provenance import data_key
+from d3etr.engine.run_folder import RunFolder
 from d3etr.engine.view_records import ViewTeacher
 from d3etr.errors import UserError
 from d3etr.files import clear_disk_errors, read_json, write_text
 from d3etr.methods.base import Method
 from d3etr.methods.stored import StoredParts
-from d3etr.progress import OnProgress, no_progress
+from d3etr.progress import OnProgress, PacedProgress, no_progress
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -41,6 +53,8 @@ MOST_IMAGES = 512
 """Of a shard: what an interruption costs, and what workers share, is no more than these."""
 _OVERHEAD = 1200
 """Bytes of a shard beside its tensors: names, shapes, digest."""
+STORING_SECONDS = 10.0
+"""How often storing writes a line into the journal."""
 _PROGRESS = "storing teacher views, shards"
 
 
@@ -109,6 +123,37 @@ def prepare_views(
         return run_on_all_workers(lambda: store.complete(on_progress), context)
     finally:
         store.close()
+
+
+def store_only(config: Config, run_dir: Path, context: TrainContext) -> dict[str, Any]:
+    """Make a run's store, or what is missing of it; all workers call it.
+
+    Args:
+        config: of a run with ``teacher.views``.
+        run_dir: whose journal is told how far it is.
+        context: the workers.
+
+    Returns:
+        ``folder``, ``views`` of each image, ``images``, ``bytes`` and ``seconds``.
+    """
+    begun = time.perf_counter()
+    journal = Journal(RunFolder(run_dir).journal, active=context.rank == 0)
+    on_progress = PacedProgress(lambda line: journal.message(0, line), 2.0, STORING_SECONDS)
+    splits = open_splits(config, context, on_progress)
+    models = build_models(config, splits, context)
+    try:
+        views = prepare_views(config, splits.train, models, context, on_progress)
+    finally:
+        models.distiller.solver.close()
+    assert views is not None
+    shards = [path for view in range(views.count) for path in view_shards(views.folder, view)]
+    return {
+        "folder": str(views.folder),
+        "views": views.count,
+        "images": len(splits.train.records),
+        "bytes": sum(path.stat().st_size for path in shards),
+        "seconds": time.perf_counter() - begun,
+    }
 
 
 def store_key(
