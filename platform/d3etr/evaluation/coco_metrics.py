@@ -85,13 +85,19 @@ class GroundTruth:
     Args:
         split: what training reads is what is measured against: a box that reading dropped
             does not count as missed.
+
+    Attributes:
+        names: of the C classes.
+        images: how many there are.
+        objects: of all images, in ascending order of the images' ids.
     """
 
     def __init__(self, split: DetectionSplit) -> None:
-        self._names = [category.name for category in split.categories]
+        self.names = [category.name for category in split.categories]
         records = sorted(split.records, key=lambda record: record.id)
         self._image_ids = np.array([record.id for record in records], dtype=np.int64)
-        self._objects = _objects(records, len(self._names))
+        self.images = len(records)
+        self.objects = _objects(records, len(self.names))
 
     def measure(self, detections: SplitDetections, maximum: int) -> CocoMetrics:
         """Measure detections.
@@ -101,24 +107,24 @@ class GroundTruth:
             maximum: detections per image and class that count, best first.
         """
         params = Params("bbox")
-        found = self._detections(detections, maximum)
         ranges = np.array(params.areaRng, dtype=np.float64)
-        matches = match(found, self._objects, ranges, params.iouThrs)
+        found = self.find(detections, maximum)
+        matches = match(found, self.objects, ranges, params.iouThrs)
         counts = self._counts(ranges)
         limits = (1, 10, maximum)
         return self._metrics(*_curves(found, matches, counts, params.recThrs, limits))
 
     def _counts(self, ranges: Array) -> Integers:
         """[C, A] objects of each class that count in each area range."""
-        counted = ~(self._objects.crowd | self._objects.outside(ranges))
-        label, classes = self._objects.pair % len(self._names), len(self._names)
+        counted = ~(self.objects.crowd | self.objects.outside(ranges))
+        label, classes = self.objects.pair % len(self.names), len(self.names)
         return np.stack([np.bincount(label[area], minlength=classes) for area in counted], -1)
 
-    def _detections(self, found: SplitDetections, maximum: int) -> Boxes:
+    def find(self, found: SplitDetections, maximum: int) -> Boxes:
         """SplitDetections by pair and falling score, the best ``maximum`` of each pair."""
         known = np.flatnonzero(np.isin(found.image_ids, self._image_ids))
         images = np.searchsorted(self._image_ids, found.image_ids[known])
-        pair = images * len(self._names) + found.labels[known]
+        pair = images * len(self.names) + found.labels[known]
         order = np.lexsort((-found.scores[known], pair))
         order = order[ranks(pair[order]) < maximum]
         boxes = found.boxes_xyxy[known[order]]
@@ -139,10 +145,10 @@ class GroundTruth:
         values = (_mean(part) for part in (*parts, *recalls))
         return CocoMetrics(
             values=dict(zip(COCO_NAMES, values, strict=True)),
-            per_class={name: _mean(whole[:, :, k]) for k, name in enumerate(self._names)},
+            per_class={name: _mean(whole[:, :, k]) for k, name in enumerate(self.names)},
             precision=whole,
-            images=len(self._image_ids),
-            objects=int((~self._objects.crowd).sum()),
+            images=self.images,
+            objects=int((~self.objects.crowd).sum()),
         )
 
 

@@ -1,0 +1,86 @@
+"""Image sets drawn again, and the intervals of differences."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_coco_metrics import annotations, detections, measure, truth_of, write
+
+from d3etr.evaluation.coco_metrics import SplitDetections
+from d3etr.evaluation.resampling import (
+    draw_images,
+    over_both,
+    over_images,
+    over_seeds,
+    resampled_maps,
+)
+
+
+def split_detections(rows: np.ndarray) -> SplitDetections:
+    ids, labels = rows[:, :2].astype(np.int64).T
+    return SplitDetections(ids, labels, rows[:, 2], rows[:, 3:])
+
+
+def repeated(path: Path, rows: np.ndarray, times: np.ndarray, folder: Path) -> float | None:
+    """MAP of the set in which each image is written as often as ``times`` says."""
+    content = json.loads(path.read_text())
+    images, entries, found = [], [], []
+    for image, count in zip(content["images"], times.tolist(), strict=True):
+        for _ in range(count):
+            number = 1000 + len(images)
+            images.append(image | {"id": number})
+            own = [each for each in content["annotations"] if each["image_id"] == image["id"]]
+            entries += [each | {"image_id": number} for each in own]
+            theirs = rows[rows[:, 0] == image["id"]].copy()
+            theirs[:, 0] = number
+            found.append(theirs)
+    entries = [each | {"id": i} for i, each in enumerate(entries, start=1)]
+    content |= {"images": images, "annotations": entries}
+    folder.mkdir()
+    other = folder / path.name
+    other.write_text(json.dumps(content))
+    return measure(truth_of(other), np.concatenate(found)).values["mAP"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_resampled_set_measures_as_the_set_written_out(seed: int, tmp_path: Path) -> None:
+    random = np.random.default_rng(seed)
+    entries = annotations(random)
+    path = write(tmp_path / "a.json", entries)
+    rows = detections(random, entries)
+    rows[:, 2] = random.permutation(len(rows)) / len(rows)  # equal scores have no order
+    truth = truth_of(path)
+    times = draw_images(9, 6, seed)
+    times[0] = 1
+    maps = resampled_maps(truth, split_detections(rows), 100, times)
+    assert maps[0] == pytest.approx(measure(truth, rows).values["mAP"], abs=1e-12)
+    expected = [repeated(path, rows, row, tmp_path / f"{d}") for d, row in enumerate(times)]
+    np.testing.assert_allclose(maps, np.array(expected, dtype=float), atol=1e-12)
+
+
+def test_draws_have_as_many_images_as_the_set_and_repeat() -> None:
+    times = draw_images(50, 100, seed=3)
+    assert (times.sum(1) == 50).all()
+    assert (times == draw_images(50, 100, seed=3)).all()
+    assert (times != draw_images(50, 100, seed=4)).any()
+
+
+def test_seeds_are_judged_by_students_t() -> None:
+    interval = over_seeds([0.02, 0.03, 0.04])
+    assert interval.mean == pytest.approx(0.03)
+    assert interval.high - interval.mean == pytest.approx(4.302653 * 0.01 / 3**0.5, rel=1e-6)
+    assert over_seeds([0.02]).low == -np.inf
+
+
+def test_images_are_judged_by_percentiles() -> None:
+    interval = over_images(np.arange(1001) / 1000)
+    assert (interval.low, interval.high) == pytest.approx((0.025, 0.975))
+
+
+def test_variances_of_seeds_and_images_add_up() -> None:
+    drawn = np.random.default_rng(0).normal(0.03, 0.02, 100_000)
+    alone = over_both([0.03, 0.03, 0.03], drawn)
+    assert alone.high - alone.mean == pytest.approx(1.96 * 0.02, rel=0.02)
+    both = over_both([0.02, 0.03, 0.04], np.full(10, 0.03))
+    assert both == over_seeds([0.02, 0.03, 0.04])
