@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,66 +21,30 @@ from benchmarks.side_by_side import seconds
 from d3etr.config.sweep import load_sweep
 from d3etr.config.tree import Config
 from d3etr.data.allocator import keep_freed_memory
-from d3etr.engine.build import build_models, open_loader, open_splits
 from d3etr.engine.distributed import SingleProcess
-from d3etr.engine.journal import Journal
-from d3etr.engine.metric_logger import MetricLogger
-from d3etr.engine.step import MicroBatch, TrainingStep
+from d3etr.engine.step_costs import StepMaker
 from d3etr.launch.sweeps.plan import make_plan
 
 WARM_UP_STEPS = 3
 
 
-class Case:
+class Case(StepMaker):
     """One recipe, ready to make steps.
 
     Attributes:
         name: for people.
         milliseconds: per step, as ``measure`` finds them.
-        device: where it runs.
-        distiller: student and teacher.
     """
 
     def __init__(self, name: str, config: Config, device: torch.device | None = None) -> None:
-        context = SingleProcess(device)
-        splits = open_splits(config, context)
-        models = build_models(config, splits, context)
+        super().__init__(config, SingleProcess(device), steps=1_000_000)
         self.name = name
         self.milliseconds: list[float] = []
-        self.device, self.distiller = context.device, models.distiller
-        self._loader = open_loader(config, splits.train, context)
-        self._batches = self.epoch(0)
-        self._made = 0
-        self._step = TrainingStep(
-            config,
-            context,
-            models,
-            steps=1_000_000,
-            log=MetricLogger(Journal(Path("unused"), active=False), context, models.optimiser),
-        )
 
     def run(self, steps: int) -> float:
         """Milliseconds per step, without loading images."""
         batches = self.draw(steps)
         return 1000 * seconds(lambda: self.do(batches), self.device) / steps
-
-    def epoch(self, number: int) -> Iterator[list[MicroBatch]]:
-        """All batches of an epoch."""
-        return self._loader.epoch(number)
-
-    def draw(self, steps: int) -> list[list[MicroBatch]]:
-        """The next batches."""
-        return [next(self._batches) for _ in range(steps)]
-
-    def do(self, batches: Iterable[list[MicroBatch]]) -> None:
-        """A step on each of these batches."""
-        for batch in batches:
-            self._step(self._made, batch)
-            self._made += 1
-
-    def close(self) -> None:
-        """End the processes that load images."""
-        self._loader.close()
 
 
 def measure(cases: Sequence[Case], rounds: int, steps: int) -> None:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 from test_coco_metrics import annotations, detections, measure, truth_of, write
 
 from d3etr.evaluation.coco_metrics import SplitDetections
 from d3etr.evaluation.resampling import (
+    Resampled,
     draw_images,
     over_both,
     over_images,
@@ -53,7 +55,7 @@ def test_a_resampled_set_measures_as_the_set_written_out(seed: int, tmp_path: Pa
     truth = truth_of(path)
     times = draw_images(9, 6, seed)
     times[0] = 1
-    maps = resampled_maps(truth, split_detections(rows), 100, times)
+    maps = resampled_maps(truth, truth.match(split_detections(rows), 100), times)
     assert maps[0] == pytest.approx(measure(truth, rows).values["mAP"], abs=1e-12)
     expected = [repeated(path, rows, row, tmp_path / f"{d}") for d, row in enumerate(times)]
     np.testing.assert_allclose(maps, np.array(expected, dtype=float), atol=1e-12)
@@ -66,21 +68,58 @@ def test_draws_have_as_many_images_as_the_set_and_repeat() -> None:
     assert (times != draw_images(50, 100, seed=4)).any()
 
 
+def drawn_around(maps: list[float], shared: np.ndarray) -> Resampled:
+    """Runs whose draws of images differ by the same."""
+    return Resampled(np.array(maps), np.array(maps)[:, None] + shared)
+
+
 def test_seeds_are_judged_by_students_t() -> None:
-    interval = over_seeds([0.02, 0.03, 0.04])
+    interval = over_seeds(np.array([0.02, 0.03, 0.04]))
     assert interval.mean == pytest.approx(0.03)
     assert interval.high - interval.mean == pytest.approx(4.302653 * 0.01 / 3**0.5, rel=1e-6)
-    assert over_seeds([0.02]).low == -np.inf
+    assert over_seeds(np.array([0.02])).low == -np.inf
+
+
+def test_two_contenders_seeds_are_judged_by_welchs_t() -> None:
+    ours, theirs = np.array([0.42, 0.43, 0.47]), np.array([0.40, 0.41, 0.405])
+    interval = over_seeds(ours, theirs)
+    expected = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
+    assert over_seeds(ours, theirs[:1]).high == np.inf
 
 
 def test_images_are_judged_by_percentiles() -> None:
-    interval = over_images(np.arange(1001) / 1000)
-    assert (interval.low, interval.high) == pytest.approx((0.025, 0.975))
+    interval = over_images(drawn_around([0.2, 0.4], np.arange(-500, 501) / 1000))
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((0.3, -0.175, 0.775))
 
 
 def test_variances_of_seeds_and_images_add_up() -> None:
-    drawn = np.random.default_rng(0).normal(0.03, 0.02, 100_000)
-    alone = over_both([0.03, 0.03, 0.03], drawn)
+    of_images = np.random.default_rng(0).normal(0, 0.02, 100_000)
+    alone = over_both(drawn_around([0.03, 0.03, 0.03], of_images))
     assert alone.high - alone.mean == pytest.approx(1.96 * 0.02, rel=0.02)
-    both = over_both([0.02, 0.03, 0.04], np.full(10, 0.03))
-    assert both == over_seeds([0.02, 0.03, 0.04])
+    seeds = [0.02, 0.03, 0.04]
+    expected = over_seeds(np.array(seeds))
+    both = over_both(drawn_around(seeds, np.zeros(10)))
+    assert (both.low, both.high) == pytest.approx((expected.low, expected.high))
+    wider = over_both(drawn_around(seeds, of_images))
+    assert wider.high - wider.mean > max(alone.high - alone.mean, 0.02)
+
+
+def test_what_images_do_to_single_runs_counts_once() -> None:
+    """Of runs that are equal but for chance on each image, images alone say how sure a mean is."""
+    random, found, seeds = np.random.default_rng(0), [], 4
+    for _ in range(400):
+        chance = random.normal(0, 0.02, (seeds, 1))  # of these images; others would differ
+        drawn = chance + random.normal(0, 0.02, (seeds, 300))
+        both = over_both(Resampled(chance[:, 0], drawn))
+        found.append(both.low <= 0 <= both.high)
+    assert 0.92 <= np.mean(found) <= 0.99
+
+
+def test_common_hardness_of_images_cancels_between_contenders() -> None:
+    shared = np.random.default_rng(0).normal(0, 0.1, 1000)
+    ours, theirs = (drawn_around([m, m + 0.01], shared) for m in (0.5, 0.4))
+    assert over_images(ours, theirs).low == pytest.approx(0.1)
+    assert over_both(ours, theirs).mean == pytest.approx(0.1)
+    below = theirs.below(0.5, 0.5 + shared)
+    assert over_images(below).low == pytest.approx(0.095)

@@ -54,6 +54,14 @@ class TrainingCost:
     cpu_seconds: float | None = 0.0
     device_seconds: float | None = None
 
+    @property
+    def clock(self) -> float:
+        """The most reliable one that is known: GPU, CPU or wall time, seconds."""
+        for known in (self.device_seconds, self.cpu_seconds):
+            if known is not None:
+                return known
+        return self.seconds
+
     def as_dict(self) -> dict[str, float]:
         """What is known, by its name in summaries."""
         known = {

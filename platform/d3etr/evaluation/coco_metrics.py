@@ -106,13 +106,24 @@ class GroundTruth:
             detections: those of images outside of the split do not count.
             maximum: detections per image and class that count, best first.
         """
+        return self.metrics(self.match(detections, maximum))
+
+    def match(self, detections: SplitDetections, maximum: int) -> MatchedDetections:
+        """Match detections with the objects of their images; see ``measure``."""
         params = Params("bbox")
         ranges = np.array(params.areaRng, dtype=np.float64)
         found = self.find(detections, maximum)
         matches = match(found, self.objects, ranges, params.iouThrs)
-        counts = self._counts(ranges)
-        limits = (1, 10, maximum)
-        return self._metrics(*_curves(found, matches, counts, params.recThrs, limits))
+        return MatchedDetections(found, matches, maximum)
+
+    def metrics(self, matched: MatchedDetections) -> CocoMetrics:
+        """What matched detections are worth."""
+        params = Params("bbox")
+        counts = self._counts(np.array(params.areaRng, dtype=np.float64))
+        limits = (1, 10, matched.maximum)
+        return self._metrics(
+            *_curves(matched.boxes, matched.matches, counts, params.recThrs, limits)
+        )
 
     def _counts(self, ranges: Array) -> Integers:
         """[C, A] objects of each class that count in each area range."""
@@ -275,6 +286,21 @@ class Matches:
 
     matched: Flags
     ignored: Flags
+
+
+@dataclass(frozen=True)
+class MatchedDetections:
+    """Detections of a split and what became of them.
+
+    Attributes:
+        boxes: by pair and falling score, the best ``maximum`` of each pair.
+        matches: of each.
+        maximum: detections per image and class that count.
+    """
+
+    boxes: Boxes
+    matches: Matches
+    maximum: int
 
 
 def ranks(pair: Integers) -> Integers:

@@ -116,6 +116,12 @@ class Evaluator:
         mAP = self._share(None if metrics is None else metrics.values["mAP"])
         return Evaluation(mAP, metrics, speed, time.perf_counter() - begin)
 
+    def detect(self, detector: DetectionTransformer) -> SplitDetections:
+        """What a detector finds in the whole split; for a world of one worker."""
+        rows, _ = self._detect_all(detector.eval(), None)
+        self._batches.close()
+        return _as_detections(rows.cpu())
+
     @torch.no_grad()
     def _detect_all(
         self, detector: DetectionTransformer, observe: Observer | None
@@ -142,10 +148,7 @@ class Evaluator:
     def _score(self, rows: Tensor) -> CocoMetrics:
         if self._truth is None:
             self._truth = GroundTruth(self.split)
-        numbers = rows[:, 2:].contiguous().view(torch.float64).numpy()
-        ids, labels = rows[:, 0].numpy(), rows[:, 1].numpy()
-        found = SplitDetections(ids, labels, numbers[:, 0], numbers[:, 1:])
-        return self._truth.measure(found, self._maximum)
+        return self._truth.measure(_as_detections(rows), self._maximum)
 
     def _share(self, mAP: float | None) -> float | None:
         """Rank 0's value for all; a negative number stands for None on the way."""
@@ -169,3 +172,10 @@ def _rows(outputs: DecoderOutputs, targets: Targets, maximum: int) -> Tensor:
     integers = torch.stack([ids[:, None].expand_as(labels), labels], -1)
     numbers = torch.cat([scores[..., None].double(), boxes.double()], -1)
     return torch.cat([integers, numbers.view(torch.int64)], -1).flatten(0, 1)
+
+
+def _as_detections(rows: Tensor) -> SplitDetections:
+    """Of ``_rows`` on the host."""
+    numbers = rows[:, 2:].contiguous().view(torch.float64).numpy()
+    ids, labels = rows[:, 0].numpy(), rows[:, 1].numpy()
+    return SplitDetections(ids, labels, numbers[:, 0], numbers[:, 1:])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pycocotools.cocoeval import Params
 from scipy import stats
 
-from d3etr.evaluation.coco_metrics import GroundTruth, SplitDetections, match
+from d3etr.evaluation.coco_metrics import GroundTruth, MatchedDetections
 
 Array = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -50,25 +50,21 @@ def draw_images(images: int, draws: int, seed: int) -> Counts:
     return generator.multinomial(images, chances, size=draws).astype(np.int64)
 
 
-def resampled_maps(
-    truth: GroundTruth, detections: SplitDetections, maximum: int, times: Counts
-) -> Array:
+def resampled_maps(truth: GroundTruth, found: MatchedDetections, times: Counts) -> Array:
     """[D] mAP of the image sets in which the image of place i occurs ``times[d, i]`` times.
 
     Equal to measuring each set anew: detections and objects of an image match as they did.
 
     Args:
         truth: of all images, places in ascending order of their ids.
-        detections: those of other images do not count.
-        maximum: detections per image and class that count, best first.
+        found: matched with it.
         times: [D, I].
     """
-    params, classes = Params("bbox"), len(truth.names)
-    found, objects = truth.find(detections, maximum), truth.objects
-    every_size = np.array(params.areaRng[:1], dtype=np.float64)
-    matches = match(found, objects, every_size, params.iouThrs)
-    label, image = found.pair % classes, found.pair // classes
-    order = np.lexsort((-found.score, label))
+    objects, boxes, classes = truth.objects, found.boxes, len(truth.names)
+    matched, ignored = found.matches.matched[0], found.matches.ignored[0]  # objects of every size
+    recalls = Params("bbox").recThrs
+    label, image = boxes.pair % classes, boxes.pair // classes
+    order = np.lexsort((-boxes.score, label))
     bounds = np.searchsorted(label[order], np.arange(classes + 1))
     total, present = np.zeros(len(times)), np.zeros(len(times), dtype=np.int64)
     for k, (first, last) in enumerate(pairwise(bounds.tolist())):
@@ -76,9 +72,9 @@ def resampled_maps(
         number = times[:, own].sum(1)
         mine = order[first:last]
         shown = times[:, image[mine]]
-        kept = ~matches.ignored[0][:, mine]
-        right = matches.matched[0][:, mine] & kept
-        precision = _average_precisions(shown, right, kept, number, params.recThrs)
+        kept = ~ignored[:, mine]
+        right = matched[:, mine] & kept
+        precision = _average_precisions(shown, right, kept, number, recalls)
         total += np.where(number > 0, precision, 0.0)
         present += number > 0
     maps: Array = np.where(present > 0, total / np.maximum(present, 1), np.nan)
@@ -97,57 +93,121 @@ def _average_precisions(
         number: [D] objects.
         recalls: [R].
     """
-    result = np.zeros(len(shown))
+    result, rows = np.zeros(len(shown)), np.arange(len(shown))[:, None]
+    least = _least_found(number, recalls)
+    apart = int(number.max(initial=0)) + 1  # rows become one ascending line of whole numbers
+    every = shown.cumsum(1)
     for right_here, kept_here in zip(right, kept, strict=True):
         true = shown[:, right_here].cumsum(1)
-        if not true.shape[1]:
+        columns = true.shape[1]
+        if not columns:
             continue
-        positives = np.where(kept_here, shown, 0).cumsum(1)[:, right_here]
-        precision = true / (positives + np.spacing(1))
+        # Few detections are neither right nor wrong, at most thresholds none.
+        positives = every if kept_here.all() else np.where(kept_here, shown, 0).cumsum(1)
+        precision = true / (positives[:, right_here] + np.spacing(1))
         peaks = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        for d in np.flatnonzero(number > 0):
-            reached = np.searchsorted(true[d] / number[d], recalls)
-            result[d] += peaks[d, reached[reached < true.shape[1]]].sum()
+        line, wanted = (true + apart * rows).ravel(), (least + apart * rows).ravel()
+        place = np.searchsorted(line, wanted).reshape(least.shape) - columns * rows
+        inside = place < columns
+        result += np.where(inside, peaks[rows, np.where(inside, place, 0)], 0.0).sum(1)
     return result / (len(right) * len(recalls))
 
 
-def over_seeds(gains: Sequence[float]) -> Interval:
-    """Student's t interval of the mean of [S] gains; without bounds for a single seed."""
-    mean = float(np.mean(gains))
-    if len(gains) < 2:
-        return Interval(mean, -np.inf, np.inf)
-    half = _half_width(float(np.var(gains, ddof=1)) / len(gains), len(gains) - 1)
-    return Interval(mean, mean - half, mean + half)
+def _least_found(number: Counts, recalls: Array) -> Counts:
+    """[D, R] fewest of ``number`` [D] objects whose share is at least each recall."""
+    different, back = np.unique(number, return_inverse=True)
+    least = [np.searchsorted(np.arange(n + 1) / max(n, 1), recalls) for n in different.tolist()]
+    return np.stack(least)[back]
 
 
-def over_images(drawn: Array) -> Interval:
-    """The percentile interval of [D] gains over draws of images."""
-    low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(np.nanmean(drawn)), float(low), float(high))
+@dataclass(frozen=True, eq=False)
+class Resampled:
+    """mAP of one contender's runs, which differ in their seed.
+
+    Attributes:
+        maps: [S] on the images as they are.
+        drawn: [S, D] in each draw of images, the same draws for all runs and contenders.
+    """
+
+    maps: Array
+    drawn: Array
+
+    def below(self, mAP: float, drawn: Array) -> Resampled:
+        """How far each run is below something without seeds, whose mAP in the draws is [D]."""
+        return Resampled(mAP - self.maps, drawn - self.drawn)
+
+    @property
+    def of_seeds(self) -> float:
+        """Variance of the mean over seeds, as far as seeds make it."""
+        return float(np.var(self.maps, ddof=1)) / len(self.maps)
+
+    @property
+    def of_runs_images(self) -> float:
+        """The part of it that other images would change: mistakes of one run on one image.
+
+        Drawing images shows it a second time.
+        """
+        own = self.drawn - self.drawn.mean(0)
+        seeds = len(self.maps)
+        return float(np.nanvar(own, axis=1).sum()) / (seeds * (seeds - 1))
 
 
-def over_both(gains: Sequence[float], drawn: Array) -> Interval:
-    """The interval for another set of images *and* another training run.
+def over_seeds(ours: Array, theirs: Array | None = None) -> Interval:
+    """Student's t interval of a mean over seeds, or (Welch's) of the difference of two.
 
-    Both variances add up, with Welch's degrees of freedom: that of the mean over seeds, and that
-    of the mean gain over draws of images, which count as known.
+    Seeds of two contenders are not paired: what a seed draws first, another method uses otherwise.
 
     Args:
-        gains: [S] on the images as they are.
-        drawn: [D] mean gain over seeds in each draw.
+        ours: [S] mAP; without bounds where S is 1.
+        theirs: [S'] of the other contender.
     """
-    seeds = len(gains)
-    mean = float(np.mean(gains))
-    if seeds < 2:
+    groups = [np.asarray(each) for each in (ours, theirs) if each is not None]
+    mean = float(groups[0].mean() - (groups[1].mean() if theirs is not None else 0.0))
+    if any(len(each) < 2 for each in groups):
         return Interval(mean, -np.inf, np.inf)
-    of_seeds, of_images = float(np.var(gains, ddof=1)) / seeds, float(np.nanvar(drawn))
-    total = of_seeds + of_images
-    freedom = np.inf if of_seeds == 0 else total**2 / (of_seeds**2 / (seeds - 1))
-    half = _half_width(total, freedom)
-    return Interval(mean, mean - half, mean + half)
+    parts = [(float(np.var(each, ddof=1)) / len(each), len(each) - 1) for each in groups]
+    return _around(mean, sum(variance for variance, _ in parts), _freedom(parts))
 
 
-def _half_width(variance: float, freedom: float) -> float:
+def over_images(ours: Resampled, theirs: Resampled | None = None) -> Interval:
+    """The percentile interval over draws of images, of the mean of the same runs."""
+    drawn, mean = ours.drawn.mean(0), float(ours.maps.mean())
+    if theirs is not None:
+        drawn, mean = drawn - theirs.drawn.mean(0), mean - float(theirs.maps.mean())
+    low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def over_both(ours: Resampled, theirs: Resampled | None = None) -> Interval:
+    """The interval for another set of images *and* other training runs.
+
+    The variances of seeds and of images add up, less what both contain (two-way clustering;
+    Cameron, Gelbach and Miller, 2011). Degrees of freedom are Welch's; the variance over draws of
+    images counts as known.
+    """
+    groups = [each for each in (ours, theirs) if each is not None]
+    mean, drawn = float(ours.maps.mean()), ours.drawn.mean(0)
+    if theirs is not None:
+        mean, drawn = mean - float(theirs.maps.mean()), drawn - theirs.drawn.mean(0)
+    if any(len(each.maps) < 2 for each in groups):
+        return Interval(mean, -np.inf, np.inf)
+    of_images = float(np.nanvar(drawn))
+    seeds = [(each.of_seeds, len(each.maps) - 1) for each in groups]
+    of_seeds = sum(variance for variance, _ in seeds)
+    twice = sum(each.of_runs_images for each in groups)
+    total = max(of_seeds + of_images - twice, of_seeds, of_images)
+    freedom = _freedom(seeds) * (total / of_seeds) ** 2 if of_seeds else np.inf
+    return _around(mean, total, freedom)
+
+
+def _freedom(parts: Sequence[tuple[float, int]]) -> float:
+    """Welch's degrees of freedom of a sum of variances, each with its own."""
+    total = sum(variance for variance, _ in parts)
+    return total**2 / sum(v**2 / freedom for v, freedom in parts) if total else np.inf
+
+
+def _around(mean: float, variance: float, freedom: float) -> Interval:
     quantile = (1 + LEVEL) / 2
     factor = stats.norm.ppf(quantile) if np.isinf(freedom) else stats.t.ppf(quantile, freedom)
-    return float(factor * np.sqrt(variance))
+    half = float(factor * np.sqrt(variance))
+    return Interval(mean, mean - half, mean + half)

@@ -1,0 +1,127 @@
+"""What a training step costs: several configurations in turns, in one process."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+from d3etr.config.tree import Config
+from d3etr.data.allocator import keep_freed_memory
+from d3etr.engine.build import build_models, open_loader, open_splits
+from d3etr.engine.distributed import TrainContext
+from d3etr.engine.journal import Journal
+from d3etr.engine.metric_logger import LOADING, MetricLogger
+from d3etr.engine.step import MicroBatch, TrainingStep
+
+WARM_UP_STEPS = 3
+ROUNDS = 5
+PLACES = (0.125, 0.375, 0.625, 0.875)
+"""Shares of a run at which steps are measured: a method may be another one later in a run."""
+STEPS = 6
+"""In a row at each place: a method may do something in every second or third step only."""
+
+
+class StepMaker:
+    """One configuration, ready to make training steps that nobody keeps.
+
+    Args:
+        config: what is trained.
+        context: one worker.
+        steps: of the whole run, for what depends on how far it is.
+
+    Attributes:
+        device: where it runs.
+        distiller: student and teacher.
+        steps: of the whole run.
+    """
+
+    def __init__(self, config: Config, context: TrainContext, steps: int | None = None) -> None:
+        splits = open_splits(config, context)
+        models = build_models(config, splits, context)
+        self.device, self.distiller = context.device, models.distiller
+        self._loader = open_loader(config, splits.train, context)
+        self._batches = self._endless()
+        self.steps = steps or config.optimisation.total_steps(self._loader.steps_per_epoch)
+        self._made = 0
+        nowhere = Journal(Path("unused"), active=False)
+        self._log = MetricLogger(nowhere, context, models.optimiser)
+        self._step = TrainingStep(config, context, models, self.steps, self._log)
+
+    def epoch(self, number: int) -> Iterator[list[MicroBatch]]:
+        """All batches of an epoch."""
+        return self._loader.epoch(number)
+
+    def draw(self, steps: int) -> list[list[MicroBatch]]:
+        """The next batches."""
+        return [next(self._batches) for _ in range(steps)]
+
+    def do(self, batches: Iterable[list[MicroBatch]]) -> None:
+        """A step on each of these batches."""
+        for batch in batches:
+            self._step(self._made, batch)
+            self._made += 1
+
+    def cost(self, steps: int, start: int) -> float:
+        """Seconds per step by the clock that runs are judged by, input included.
+
+        Args:
+            steps: to make, in a row.
+            start: number of the first within the run.
+        """
+        log = self._log
+        before = replace(log.cost)
+        log.resume_clock()
+        for number in range(start, start + steps):
+            with log.timer.phase("data", host=True):
+                batch = next(self._batches)
+            log.timer.add(LOADING, self._loader.take_cpu_seconds())
+            self._step(number, batch)
+        log.write(start + steps)
+        return (log.cost.clock - before.clock) / steps
+
+    def close(self) -> None:
+        """End the processes that load images and solve matchings."""
+        self._loader.close()
+        self.distiller.solver.close()
+
+    def _endless(self) -> Iterator[list[MicroBatch]]:
+        for number in count():
+            yield from self.epoch(number)
+
+
+def step_costs(configs: Mapping[str, Config], context: TrainContext) -> dict[str, float]:
+    """Seconds of a step of each configuration: GPU time, without a GPU CPU time.
+
+    They take turns, so that a machine that is slower for a while is slower for all. At each place
+    of a run the median over rounds counts, of the places the mean.
+
+    Args:
+        configs: by name.
+        context: one worker.
+
+    Raises:
+        UserError: data or weights are not as they must be.
+    """
+    keep_freed_memory()
+    makers = dict[str, StepMaker]()
+    try:
+        for name, config in configs.items():
+            makers[name] = StepMaker(config, context)
+        for maker in makers.values():
+            maker.cost(WARM_UP_STEPS, 0)
+        taken: dict[str, list[list[float]]] = {name: [[] for _ in PLACES] for name in makers}
+        for _ in range(ROUNDS):
+            for index, place in enumerate(PLACES):
+                for name, maker in makers.items():
+                    seconds = maker.cost(STEPS, int(place * maker.steps))
+                    taken[name][index].append(seconds)
+    finally:
+        for maker in makers.values():
+            maker.close()
+    return {
+        name: statistics.fmean(statistics.median(each) for each in places)
+        for name, places in taken.items()
+    }
