@@ -21,7 +21,7 @@ from d3etr.data.records import ImageRecord
 from d3etr.evaluation.coco_metrics import GroundTruth, SplitDetections
 from d3etr.evaluation.judge import Contender
 
-CLASSES = ("cat", "dog", "cow")
+CLASSES = ("cat", "dog")
 SIDE = 400
 IMAGE_SPREAD, OBJECT_SPREAD, OWN_SPREAD, CHANCE = 0.6, 0.8, 0.5, 0.8
 FALSE_ALARMS = 2.0

@@ -38,7 +38,7 @@ TIERS = (
     {"drawing"},
     {"tracking"},
     {"launch"},
-    {"dry_run", "demo"},
+    {"dry_run", "demo", "verdict"},
     {"cli"},
     {"__main__"},
 )

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from benchmarks.judge import GAIN, Setting, as_table, better_quality, simulate, tally
+from benchmarks.judge import QUALITY, Setting, as_table, better_quality, simulate, tally
 from simulated_detections import Scenes, contender, draw_scenes
 
 from d3etr.errors import UserError
@@ -100,14 +100,16 @@ def test_one_seed_and_no_rival_are_refused(scenes: Scenes) -> None:
 
 def test_the_interval_over_both_covers_and_the_gain_is_found() -> None:
     """``benchmarks.judge`` in small; docs/results/judge.md has 2,000 draws."""
-    setting = Setting(images=120, resamples=60)
-    better = better_quality(2 * GAIN, 60, 120)
-    found = tally([simulate(setting, better, draw) for draw in range(30)])
-    for name in ("equal", "distilled"):
-        part = found[name]
-        assert isinstance(part, dict)
-        assert part["coverage"]["both"] >= 0.83
-    assert part["answers"]["gain"] >= 0.7 and part["answers"]["loss"] == 0
-    assert part["true_gain"] == pytest.approx(2 * GAIN, abs=0.015)
-    row = {"images": 120, "seeds": 3} | found
-    assert "| 120 | 3 | " in as_table([row], "command")
+    setting = Setting(points=6, images=120)
+    better = better_quality(0.06, 30, 120)
+    found = tally(setting, [simulate(setting, better, draw) for draw in range(25)])
+    assert found.coverage["both"] >= 0.85
+    assert found.answers["gain"] >= 0.7 and found.answers["loss"] == 0
+    assert found.true_gain == pytest.approx(0.06, abs=0.015)
+    assert "| 25 | 120 | 3 | " in as_table([found], "command")
+
+
+def test_nothing_is_found_where_there_is_nothing() -> None:
+    setting = Setting(points=0, images=120)
+    found = tally(setting, [simulate(setting, QUALITY, draw) for draw in range(25)])
+    assert found.answers["open"] >= 0.85

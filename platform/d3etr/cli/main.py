@@ -31,6 +31,7 @@ from d3etr.cli import (
     store_views,
     sweep,
     train,
+    verdict,
 )
 from d3etr.cli.command import USER_MISTAKE, Command
 from d3etr.errors import RunFailedError, UserError
@@ -51,6 +52,7 @@ COMMANDS: tuple[Command, ...] = (
     import_weights.COMMAND,
     predict.COMMAND,
     compare.COMMAND,
+    verdict.COMMAND,
     attention.COMMAND,
     explain.COMMAND,
     completion.COMMAND,

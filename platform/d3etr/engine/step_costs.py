@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from d3etr.engine.distributed import TrainContext
 from d3etr.engine.journal import Journal
 from d3etr.engine.metric_logger import LOADING, MetricLogger
 from d3etr.engine.step import MicroBatch, TrainingStep
+from d3etr.errors import UserError
 
 WARM_UP_STEPS = 3
-ROUNDS = 5
+ROUNDS = 3
 PLACES = (0.125, 0.375, 0.625, 0.875)
 """Shares of a run at which steps are measured: a method may be another one later in a run."""
-STEPS = 6
+STEPS = 12
 """In a row at each place: a method may do something in every second or third step only."""
 
 
@@ -92,7 +93,20 @@ class StepMaker:
             yield from self.epoch(number)
 
 
-def step_costs(configs: Mapping[str, Config], context: TrainContext) -> dict[str, float]:
+@dataclass(frozen=True)
+class StepCosts:
+    """What steps of some configurations cost.
+
+    Attributes:
+        seconds: name -> of a step.
+        refused: name -> why there is none: data or weights are not as they must be.
+    """
+
+    seconds: dict[str, float]
+    refused: dict[str, str]
+
+
+def measure_step_costs(configs: Mapping[str, Config], context: TrainContext) -> StepCosts:
     """Seconds of a step of each configuration: GPU time, without a GPU CPU time.
 
     They take turns, so that a machine that is slower for a while is slower for all. At each place
@@ -101,18 +115,18 @@ def step_costs(configs: Mapping[str, Config], context: TrainContext) -> dict[str
     Args:
         configs: by name.
         context: one worker.
-
-    Raises:
-        UserError: data or weights are not as they must be.
     """
     keep_freed_memory()
-    makers = dict[str, StepMaker]()
+    makers, refused = dict[str, StepMaker](), dict[str, str]()
     try:
         for name, config in configs.items():
-            makers[name] = StepMaker(config, context)
+            try:
+                makers[name] = StepMaker(config, context)
+            except UserError as error:
+                refused[name] = str(error)
+        taken: dict[str, list[list[float]]] = {name: [[] for _ in PLACES] for name in makers}
         for maker in makers.values():
             maker.cost(WARM_UP_STEPS, 0)
-        taken: dict[str, list[list[float]]] = {name: [[] for _ in PLACES] for name in makers}
         for _ in range(ROUNDS):
             for index, place in enumerate(PLACES):
                 for name, maker in makers.items():
@@ -121,7 +135,8 @@ def step_costs(configs: Mapping[str, Config], context: TrainContext) -> dict[str
     finally:
         for maker in makers.values():
             maker.close()
-    return {
+    means = {
         name: statistics.fmean(statistics.median(each) for each in places)
         for name, places in taken.items()
     }
+    return StepCosts(means, refused)

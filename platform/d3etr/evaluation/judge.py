@@ -107,10 +107,13 @@ class Judgement:
         rival: name of the strongest contender that was not distilled, by validation.
         teacher: the teacher's mAP; None where it was not measured.
         lead: the teacher's over the rival.
+        behind: names of those whose whole interval lies below the contender that is best on
+            validation.
     """
 
     standings: tuple[Standing, ...]
     rival: str
+    behind: tuple[str, ...] = ()
     teacher: float | None = None
     lead: Difference | None = None
 
@@ -166,12 +169,18 @@ def judge(
         _standing(c, measured[c.name], resampled[c.name], None if c.name == rival.name else theirs)
         for c in contenders
     )
+    best = resampled[max(contenders, key=lambda each: fmean(each.validation)).name]
+    behind = tuple(
+        name
+        for name, ours in resampled.items()
+        if ours is not best and _difference(ours, best).answer == "loss"
+    )
     if teacher is None:
-        return Judgement(standings, rival.name)
+        return Judgement(standings, rival.name, behind)
     taught = truth.match(teacher, maximum)
     reached = _map(truth.metrics(taught))
     lead = _difference(theirs.below(reached, resampled_maps(truth, taught, times)))
-    return Judgement(standings, rival.name, reached, lead)
+    return Judgement(standings, rival.name, behind, reached, lead)
 
 
 def _require_seeds(contenders: Sequence[Contender]) -> None:

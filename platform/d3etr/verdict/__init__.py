@@ -1,0 +1,1 @@
+"""Is distilling worth it for this student, these data, these hours? Contenders at equal time."""

@@ -1,0 +1,102 @@
+"""Who competes, with what, and for how many steps."""
+
+from pathlib import Path
+
+import pytest
+from tiny_recipe import tiny_recipe
+
+from d3etr.config.load import load_config
+from d3etr.errors import UserError
+from d3etr.launch.sweeps.plan import make_plan
+from d3etr.verdict.contenders import Contest, make_contest
+from d3etr.verdict.stages import entry, sweep_of
+
+RECIPE = {
+    "teacher": {"weights": "teacher.safetensors"},
+    "student": {"initialise_from": {"parts": ["decoder", "queries"]}},
+    "distillation": {"method": "d3etr", "warmup_steps": 10},
+}
+
+
+def written(folder: Path, **sections: dict[str, object]) -> Path:
+    file = folder / "taught.yaml"
+    file.write_text(tiny_recipe(**(RECIPE | sections)))
+    return file
+
+
+def contest(folder: Path, *overrides: str, **more: Path) -> Contest:
+    return make_contest(written(folder), overrides, **more)
+
+
+def test_rivals_are_the_recipe_without_its_teacher(tmp_path: Path) -> None:
+    plain, inherited, distilled = contest(tmp_path, "optimisation.batch_size=8").ways
+    assert [way.name for way in (plain, inherited)] == ["plain", "inherited plain"]
+    for way in (plain, inherited):
+        assert way.config.teacher is None and not way.distilled
+        assert way.config.distillation.method == "none"
+        assert way.config.optimisation == distilled.config.optimisation
+        assert way.config.optimisation.batch_size == 8
+    assert plain.config.student.initialise_from is None
+    start = inherited.config.student.initialise_from
+    assert start is not None and start.parts == ("decoder", "queries")
+    assert start.weights == Path("teacher.safetensors")
+    assert distilled.distilled and distilled.overrides == ()
+
+
+def test_without_a_start_of_its_own_the_usual_parts_are_inherited(tmp_path: Path) -> None:
+    ways = contest(tmp_path, "student.initialise_from=null").ways
+    start = ways[1].config.student.initialise_from
+    assert start is not None and start.parts == ("decoder", "heads", "queries")
+    assert ways[2].config.student.initialise_from is None
+
+
+def test_a_checkpoint_of_the_students_own_is_fine_tuned(tmp_path: Path) -> None:
+    own = Path("own.safetensors")
+    tuned = contest(tmp_path, "student.backbone_weights=b.safetensors", checkpoint=own).ways[2]
+    assert tuned.name == "fine-tuned" and not tuned.distilled
+    start = tuned.config.student.initialise_from
+    assert start is not None and start.weights == own and "backbone" in start.parts
+    assert tuned.config.student.backbone_weights is None
+
+
+def test_a_recipe_without_a_teacher_is_refused(tmp_path: Path) -> None:
+    plain = ("teacher=null", "distillation={method: none}", "student.initialise_from=null")
+    with pytest.raises(UserError, match=r"distils nothing.*digits/d3etr"):
+        contest(tmp_path, *plain)
+
+
+def test_equal_time_is_steps_by_cost(tmp_path: Path) -> None:
+    found = contest(tmp_path)
+    costs = {"plain": 0.5, "inherited plain": 0.5, "distilled": 1.25}
+    entries = {w.name: entry(w, 0.5, 100.0, costs[w.name]) for w in found.ways}
+    assert {name: each.steps for name, each in entries.items()} == {
+        "plain": 200,
+        "inherited plain": 200,
+        "distilled": 80,
+    }
+    plan = make_plan(sweep_of("final", written(tmp_path), (), entries, (3, 4)))
+    configs = [plan.config(trial) for trial in plan.trials]
+    assert [c.run.seed for c in configs] == [3, 3, 3, 4, 4, 4]
+    assert [c.optimisation.steps for c in configs[:3]] == [200, 200, 80]
+    assert {c.optimisation.learning_rate for c in configs} == {5e-4}
+    assert [c.evaluation.every_steps for c in configs[:3]] == [25, 25, 10]
+    assert not any(c.evaluation.test for c in configs)
+    assert plan.sweep.name == "tiny-verdict-final"
+
+
+def test_warm_ups_are_cut_where_runs_are_short(tmp_path: Path) -> None:
+    recipe = written(
+        tmp_path, optimisation={"schedule": {"kind": "cosine", "warmup_steps": 30}, "batch_size": 4}
+    )
+    ways = make_contest(recipe, ()).ways
+    for steps, expected in ((400, (30, 10)), (20, (5, 5))):
+        each = entry(ways[-1], 1.0, float(steps), 1.0)
+        config = load_config(recipe, each.overrides())
+        warm = config.optimisation.schedule.warmup_steps, config.distillation.warmup
+        assert warm == expected
+
+
+def test_too_little_time_is_refused(tmp_path: Path) -> None:
+    way = contest(tmp_path).ways[0]
+    with pytest.raises(UserError, match=r"3 steps of 'plain'.*more --minutes"):
+        entry(way, 1.0, 1.5, 0.5)

@@ -1,0 +1,132 @@
+"""What short runs decide: learning rates, and who is stopped. Nothing trains here."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from tiny_recipe import tiny_recipe
+
+from d3etr.engine.step_costs import StepCosts
+from d3etr.errors import RunFailedError
+from d3etr.evaluation.judge import Difference, Judgement, Standing
+from d3etr.evaluation.resampling import Interval
+from d3etr.launch.sweeps.results import TrialResult
+from d3etr.verdict import run as verdict_run
+from d3etr.verdict.contenders import make_contest
+from d3etr.verdict.found import Found, Ran, Stage
+from d3etr.verdict.run import Question
+from d3etr.verdict.stages import Entry
+
+COSTS = StepCosts({"plain": 0.5, "inherited plain": 0.5, "distilled": 1.0}, {})
+ZERO = Interval(0.0, -0.1, 0.1)
+
+
+class Staged(verdict_run._Verdict):
+    """A verdict whose runs are made up: mAP by contender and rate."""
+
+    def __init__(self, folder: Path, question: Question, maps: dict[tuple[str, float], float]):
+        contest = make_contest(question.recipe, ())
+        config = contest.ways[-1].config
+        run = config.run.model_copy(update={"output": folder})
+        base = config.model_copy(update={"run": run})
+        self.said: list[str] = []
+        super().__init__(question, contest, base, lambda text, *count: self.said.append(text))
+        self.maps, self.behind = maps, tuple[str, ...]()
+        self.stages: dict[str, list[Entry]] = {}
+
+    def _costs(self) -> StepCosts:
+        return COSTS
+
+    def _announce(self, *arguments: Any) -> None:
+        """Asks Ray how much room there is."""
+
+    def _train(self, stage: str, entries: dict[str, Entry], seeds: Sequence[int]) -> list[Ran]:
+        self.stages[stage] = [*entries.values()]
+        self.seeds = seeds
+        return [
+            Ran(
+                each,
+                tuple(
+                    TrialResult(cast(Any, None), "finished", Path("x"), {}, self.value(each), 1)
+                    for _ in seeds
+                ),
+            )
+            for each in entries.values()
+        ]
+
+    def value(self, each: Entry) -> float:
+        return self.maps.get((each.way.name, each.rate), 0.2)
+
+    def _judged(self, ran: Sequence[Ran], split: Any) -> Stage:
+        gain = Difference(ZERO, ZERO, ZERO)
+        standings = tuple(
+            Standing(r.entry.way.name, r.entry.way.distilled, 0.1, (0.1,), gain, {}, {}, gain)
+            for r in ran
+        )
+        return Stage(split, tuple(ran), Judgement(standings, "inherited plain", self.behind))
+
+
+@pytest.fixture
+def question(tmp_path: Path) -> Question:
+    recipe = tmp_path / "taught.yaml"
+    sections: dict[str, dict[str, Any]] = {
+        "teacher": {"weights": "t.safetensors"},
+        "distillation": {"method": "d3etr"},
+    }
+    recipe.write_text(tiny_recipe(**sections))
+    return Question(recipe, (), 10.0, 3, (0.5, 1.0), False, None, "d3etr verdict")
+
+
+def find(staged: Staged) -> Found:
+    return staged.find()
+
+
+def test_each_contender_takes_its_own_best_rate(tmp_path: Path, question: Question) -> None:
+    maps = {("plain", 0.5): 0.3, ("inherited plain", 1.0): 0.4, ("distilled", 0.5): 0.5}
+    staged = Staged(tmp_path, question, maps)
+    found = find(staged)
+    assert found.rates == {"plain": 0.5, "inherited plain": 1.0, "distilled": 0.5}
+    assert len(staged.stages["early"]) == 6
+    assert {e.steps for e in staged.stages["early"] if e.way.distilled} == {150}
+    assert [(e.way.name, e.rate, e.steps) for e in staged.stages["final"]] == [
+        ("plain", 0.5, 1200),
+        ("inherited plain", 1.0, 1200),
+        ("distilled", 0.5, 600),
+    ]
+    assert found.early is None and found.final is not None
+
+
+def test_one_rate_needs_no_short_runs(tmp_path: Path, question: Question) -> None:
+    staged = Staged(tmp_path, replace(question, rates=(1.0,)), {})
+    find(staged)
+    assert list(staged.stages) == ["final"] and staged.seeds == (0, 1, 2)
+
+
+def test_who_cannot_win_is_stopped(tmp_path: Path, question: Question) -> None:
+    staged = Staged(tmp_path, replace(question, rates=(1.0,), early=True), {})
+    staged.behind = ("plain",)
+    found = find(staged)
+    assert [e.way.name for e in staged.stages["final"]] == ["inherited plain", "distilled"]
+    assert found.early is not None and found.early.split == "validation"
+    assert "plain is stopped: it cannot win any more" in staged.said
+
+
+def test_a_distilled_student_that_cannot_win_settles_it(tmp_path: Path, question: Question) -> None:
+    staged = Staged(tmp_path, replace(question, rates=(1.0,), early=True), {})
+    staged.behind = ("distilled",)
+    found = find(staged)
+    assert list(staged.stages) == ["early"] and found.final is None
+    assert found.stage == found.early
+
+
+def test_without_a_finished_run_on_each_side_there_is_no_verdict(
+    tmp_path: Path, question: Question
+) -> None:
+    staged = Staged(tmp_path, question, {})
+    contest = make_contest(question.recipe, ())
+    only = [Ran(Entry(way, 1.0, 9), ()) for way in contest.ways if way.distilled]
+    failed = TrialResult(cast(Any, None), "failed", reason="no such weights")
+    with pytest.raises(RunFailedError, match="no such weights"):
+        staged._require_both(only, [failed])

@@ -1,0 +1,112 @@
+"""``d3etr verdict`` from the recipe to the answer, on scenes that take seconds."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_recipe import tiny_recipe
+from tiny_runs import write_teacher
+
+from d3etr.cli.main import main
+from d3etr.config.load import load_config
+from d3etr.engine.journal import read_journal
+
+Verdict = Callable[..., tuple[int, str, str]]
+STUDENT = {"width": 32, "feedforward": 32, "queries": 8, "box_size_bias": -1.4, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A D3ETR student of a teacher that knows nothing."""
+    folder = tmp_path_factory.mktemp("verdict")
+    teacher = folder / "teacher.safetensors"
+    scenes = {"root": str(folder / "scenes"), "train_images": 24, "validation_images": 8}
+    scenes |= {"test_images": 6, "image_size": 32, "minimum_scale": 8, "maximum_scale": 16}
+    detector = {"backbone": {"name": "small", "stem_width": 8, "stage_widths": [8, 8, 16]}}
+    detector |= {"heads": 2, "encoder_layers": 1, "decoder_layers": 2} | STUDENT
+    file = folder / "taught.yaml"
+    file.write_text(
+        tiny_recipe(
+            run={"name": "taught"},
+            data={"digit_scenes": scenes},
+            teacher={"weights": str(teacher)},
+            student={"detector": detector, "initialise_from": {"parts": ["decoder", "heads"]}},
+            distillation={"method": "d3etr"},
+            evaluation={"batch_size": 8},
+        )
+    )
+    write_teacher(teacher, load_config(file).data)
+    return file
+
+
+@pytest.fixture
+def verdict(recipe: Path, capfd: pytest.CaptureFixture[str]) -> Verdict:
+    def ask(*arguments: str) -> tuple[int, str, str]:
+        code = main(["verdict", str(recipe), *arguments])
+        return code, *capfd.readouterr()
+
+    return ask
+
+
+@pytest.mark.slow
+def test_a_verdict_compares_at_equal_time_and_goes_on_where_it_ended(
+    verdict: Verdict, tmp_path: Path
+) -> None:
+    asked = ["--minutes", "0.015", "--seeds", "2", "--rates", "0.5", "--early"]
+    asked += ["--set", f"run.output={tmp_path}", "--set", "tracking.enabled=true"]
+    code, out, log = verdict(*asked)
+    assert code == 0, log
+    first, *_ = out.splitlines()
+    assert "over '" in first and "95 % interval" in first and "mAP" in first
+    assert "teacher" in first and "2 seeds" in first
+    for name in ("plain", "inherited plain", "distilled"):
+        assert f"{name}: a step takes" in log
+    assert "forecast: " in log and "early, after 0.25 of the time: " in log
+
+    (file,) = tmp_path.glob("taught-verdict-*/verdict.json")
+    found = json.loads(file.read_text())
+    assert found["split"] == "test" and found["sentence"] == first
+    assert set(found["rates"]) == {"plain", "inherited plain", "distilled"}
+    assert found["early"]["split"] == "validation"
+    seconds = [c["steps"] * c["step_seconds"] for c in found["contenders"]]
+    assert seconds == pytest.approx([0.9] * len(seconds), rel=0.1)
+    for each in found["contenders"]:
+        assert len(each["maps"]) == len(each["runs"]) == 2
+        config = load_config(Path(each["runs"][0]) / "config.yaml")
+        assert config.optimisation.steps == each["steps"]
+        assert config.optimisation.learning_rate == pytest.approx(5e-4)
+        assert (config.teacher is None) == (each["name"] != "distilled")
+    assert (file.parent / "verdict.png").stat().st_size > 10_000
+    assert (file.parent / "verdict.md").read_text().startswith(f"# {first}\n")
+    _in_mlflow(tmp_path, first)
+
+    stamps = [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("summary.json"))]
+    code, out, log = verdict(*asked, "--json")
+    assert code == 0 and json.loads(out)["contenders"] == found["contenders"]
+    assert [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("summary.json"))] == stamps
+    starts = [r for p in tmp_path.rglob("journal.jsonl") for r in read_journal(p)]
+    assert sum(r["kind"] == "start" for r in starts) == len(stamps)
+
+
+def _in_mlflow(output: Path, sentence: str) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'd3etr'")
+    runs = client.search_runs([experiment.experiment_id])
+    (run,) = [run for run in runs if run.data.tags.get("role") == "verdict"]
+    assert run.data.tags["mlflow.note.content"] == sentence
+    assert "distilled/mAP" in run.data.metrics
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert files == {"verdict.json", "verdict.md", "verdict.png"}
+
+
+def test_a_plain_recipe_and_one_seed_are_refused(verdict: Verdict, tmp_path: Path) -> None:
+    asked = ["--minutes", "1", "--set", f"run.output={tmp_path}"]
+    plain = ["--set", "teacher=null", "--set", "distillation={method: none}"]
+    plain += ["--set", "student.initialise_from=null"]
+    code, _, log = verdict(*asked, *plain)
+    assert code == 2 and "distils nothing: distillation.method is 'none'" in log
+    with pytest.raises(SystemExit):
+        verdict(*asked, "--seeds", "1")
