@@ -19,7 +19,11 @@ from d3etr.verdict.found import Found, Ran, Stage
 from d3etr.verdict.run import Question
 from d3etr.verdict.stages import Entry
 
-COSTS = StepCosts({"plain": 0.5, "inherited plain": 0.5, "distilled": 1.0}, {})
+COSTS = StepCosts(
+    {"plain": 0.5, "inherited plain": 0.5, "distilled": 1.0},
+    {"plain": 0.0, "inherited plain": 0.0, "distilled": 0.0},
+    {},
+)
 ZERO = Interval(0.0, -0.1, 0.1)
 
 
@@ -102,6 +106,16 @@ def test_one_rate_needs_no_short_runs(tmp_path: Path, question: Question) -> Non
     staged = Staged(tmp_path, replace(question, rates=(1.0,)), {})
     find(staged)
     assert list(staged.stages) == ["final"] and staged.seeds == (0, 1, 2)
+
+
+def test_what_a_teacher_does_before_the_first_step_is_taken_off(
+    tmp_path: Path, question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = replace(COSTS, prepared=COSTS.prepared | {"distilled": 100.0})
+    monkeypatch.setattr(Staged, "_costs", lambda self: stored)
+    staged = Staged(tmp_path, replace(question, rates=(1.0,)), {})
+    find(staged)
+    assert [each.steps for each in staged.stages["final"]] == [1200, 1200, 500]
 
 
 def test_who_cannot_win_is_stopped(tmp_path: Path, question: Question) -> None:

@@ -16,6 +16,7 @@ from d3etr.verdict.found import Found, Ran, Stage
 from d3etr.verdict.report import as_json, as_markdown, notes, results_table
 from d3etr.verdict.stages import Entry
 
+PLAIN = SimpleNamespace(teacher=None)
 SIZES = {"AP_small": 0.1, "AP_medium": None, "AP_large": 0.5}
 
 
@@ -30,7 +31,7 @@ def ran(name: str, seconds: float) -> Ran:
         TrialResult(cast(Any, None), "finished", Path(f"{name}-{k}"), summary, 0.4, 1)
         for k in range(2)
     ]
-    way = cast(Any, SimpleNamespace(name=name, distilled=name == "distilled"))
+    way = cast(Any, SimpleNamespace(name=name, distilled=name == "distilled", config=PLAIN))
     return Ran(Entry(way, 1.0, 100), tuple(trials))
 
 
@@ -46,7 +47,7 @@ def found(gain: Difference, lead: Difference, seconds: float = 60.0) -> Found:
     teacher = 0.4 + lead.both.mean
     judgement = Judgement(standings, "inherited plain", ("plain",), teacher, lead)
     runs = tuple(ran(each.name, seconds) for each in standings)
-    costs = StepCosts({"plain": 0.6, "inherited plain": 0.6, "distilled": 0.6}, {})
+    costs = StepCosts({"plain": 0.6, "inherited plain": 0.6, "distilled": 0.6}, {}, {})
     stage = Stage("test", runs, judgement)
     return Found("d3etr verdict x", Path("folder"), 1.0, costs, {}, final=stage)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -120,12 +120,8 @@ class Stage:
         )
         return f"{said}{_of_teacher(judgement)}."
 
-    def cautions(self, seconds: float) -> list[str]:
-        """What limits the answer, a sentence each.
-
-        Args:
-            seconds: that each run was meant to take.
-        """
+    def cautions(self, costs: StepCosts) -> list[str]:
+        """What limits the answer, a sentence each."""
         found = []
         if self.split == "validation":
             found.append(
@@ -133,10 +129,18 @@ class Stage:
                 "chosen looks better than it is. data.test would settle it."
             )
         for each in self.ran:
-            if abs(each.seconds - seconds) > UNEQUAL * seconds:
+            name = each.entry.way.name
+            meant = each.entry.steps * costs.seconds[name]
+            if abs(each.seconds - meant) > UNEQUAL * meant:
                 found.append(
-                    f"'{each.entry.way.name}' took {each.seconds:.0f} s of {each.clock} where "
-                    f"{seconds:.0f} were meant: what a step costs has changed since it was measured"
+                    f"'{name}' took {each.seconds:.0f} s of {each.clock} where {meant:.0f} were "
+                    "meant: what a step costs has changed since it was measured."
+                )
+            teacher = each.entry.way.config.teacher
+            if teacher is not None and teacher.views is not None:
+                found.append(
+                    f"{costs.prepared[name]:.0f} s of '{name}' went into storing the teacher's "
+                    "views; what was stored before is not counted."
                 )
         return found
 
@@ -182,9 +186,7 @@ class Found:
     @property
     def cautions(self) -> list[str]:
         """What limits the answer."""
-        first: Sequence[Ran] = self.stage.ran
-        share = first[0].entry.steps * self.costs.seconds[first[0].entry.way.name]
-        return self.stage.cautions(share)
+        return self.stage.cautions(self.costs)
 
 
 def shown(gain: Interval) -> str:
