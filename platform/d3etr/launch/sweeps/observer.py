@@ -19,7 +19,7 @@ from d3etr.launch.resources import Demand, describe
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.results import TrialResult, finished, keep_as_pruned
 from d3etr.launch.sweeps.trial_tracking import SweepTracking
-from d3etr.progress import OnProgress
+from d3etr.progress import OnProgress, duration
 
 
 class ResourceTimeout:
@@ -86,6 +86,7 @@ class Observer(Callback):  # type: ignore[misc]
     ) -> None:
         self._plan, self._ended, self._on_progress = plan, ended, on_progress
         self._tracking, self._timeout = tracking, timeout
+        self._begun, self._before = time.monotonic(), len(ended)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune saves its callbacks; nobody reads that."""
@@ -139,6 +140,13 @@ class Observer(Callback):  # type: ignore[misc]
         self._ended[trial.number] = result
         known = len(self._plan.trials) or self._plan.sweep.search.trials
         title = trial.title(self._plan.sweep)
-        self._on_progress(f"[{len(self._ended)}/{known}] {title} {text}")
+        self._on_progress(f"[{len(self._ended)}/{known}] {title} {text}{self._time_left(known)}")
         if self._tracking is not None and run_dir is not None:
             self._tracking.end(run_dir, status)
+
+    def _time_left(self, known: int) -> str:
+        """From how long trials took until now, as if those to come were like them."""
+        done, waiting = len(self._ended) - self._before, known - len(self._ended)
+        if done < 1 or waiting < 1:
+            return ""
+        return f", about {duration((time.monotonic() - self._begun) / done * waiting)} left"
