@@ -65,6 +65,13 @@ def test_a_recipe_without_a_teacher_is_refused(tmp_path: Path) -> None:
         contest(tmp_path, *plain)
 
 
+def test_without_a_teacher_only_images_with_labels_are_left(tmp_path: Path) -> None:
+    more = ("data.labelled_share=0.5", "data.unlabelled={rest_of_train: true}")
+    plain, _, distilled = contest(tmp_path, *more).ways
+    assert plain.config.data.unlabelled is None and distilled.config.data.unlabelled is not None
+    assert plain.config.data.labelled_share == distilled.config.data.labelled_share == 0.5
+
+
 def test_equal_time_is_steps_by_cost(tmp_path: Path) -> None:
     found = contest(tmp_path)
     costs = {"plain": 0.5, "inherited plain": 0.5, "distilled": 1.25}

@@ -104,4 +104,4 @@ def _start(start: InitialiseFromConfig | None, weights: Location) -> tuple[str, 
 
 def _no_unlabelled(config: Config) -> tuple[str, ...]:
     """Without a teacher nothing is learnt from images without labels."""
-    return ("data.unlabelled=null",) if getattr(config.data, "unlabelled", None) else ()
+    return () if config.data.unlabelled is None else ("data.unlabelled=null",)
