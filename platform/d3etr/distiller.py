@@ -146,12 +146,9 @@ class Distiller(nn.Module):
             step: optimiser step.
         """
         truth = targets.of_labelled()
-        objects = truth.num_objects.sum().float()
-        sums = {
-            "objects": objects,
-            "images": torch.full_like(objects, len(targets.counts)),
-            "labelled_images": torch.full_like(objects, len(truth.counts)),
-        }
+        sums = {"objects": truth.num_objects.sum().float()}
+        for name, images in {"images": targets, "labelled_images": truth}.items():
+            sums[name] = torch.full_like(sums["objects"], len(images.counts))
         if teacher is not None:
             sums |= self.method.normalisers(teacher, targets)
         if self.student.config.softmax_classes:

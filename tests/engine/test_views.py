@@ -346,6 +346,13 @@ def test_what_cannot_be_stored_is_refused(
         _store(config)
 
 
+def test_images_without_labels_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    tree = with_views(make_config()).model_dump(mode="json")
+    tree["data"]["unlabelled"] = {"images": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"images with labels only: remove data\.unlabelled"):
+        Config.model_validate_json(json.dumps(tree))
+
+
 def test_a_part_of_the_queries_is_the_most_confident_one(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -123,6 +123,11 @@ class Config(Section):
         """Refuse images without labels that nothing is learnt from."""
         if self.data.unlabelled is None:
             return
+        if self.teacher is not None and self.teacher.views:
+            raise ValueError(
+                "teacher.views stores outputs for images with labels only: remove data.unlabelled, "
+                "or set teacher.views to null"
+            )
         method = self.distillation
         if not method.learns_without_labels:
             why = "its terms need ground truth" if method.needs_teacher else "it has no teacher"
