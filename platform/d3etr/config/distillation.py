@@ -65,6 +65,11 @@ class PredictionConfig(Section):
     """Over decoder layers. sum: as the detection losses of all layers are added (DETR). mean: as
     attention terms by default, so that their relative weight is the same at any depth."""
 
+    @property
+    def kinds_of_pair_weights(self) -> frozenset[str]:
+        """How pairs are weighted, by any loss of the term."""
+        return frozenset({self.pair_weights, self.class_pair_weights})
+
     @model_validator(mode="after")
     def _temperature_has_effect(self) -> Self:
         if self.temperature != 1 and self.class_loss != "kl":
@@ -92,6 +97,11 @@ class AttentionConfig(Section):
     layers: Literal["sum", "mean"] = "mean"
     """Over decoder layers. mean: next to summed prediction terms, twice the layers halve what
     attention counts. sum: its relative weight is the same at any depth."""
+
+    @property
+    def kinds_of_pair_weights(self) -> frozenset[str]:
+        """How pairs are weighted, by any loss of the term."""
+        return frozenset({self.pair_weights})
 
 
 class CrossAttentionConfig(AttentionConfig):

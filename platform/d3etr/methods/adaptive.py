@@ -12,7 +12,7 @@ from torch import Tensor
 from d3etr.config.distillation import MatchingCostConfig
 from d3etr.matching.assignment import Assignment, CostBlock
 from d3etr.matching.costs import distillation_costs
-from d3etr.methods.pairs import Correspondence, MatchedPairs
+from d3etr.methods.pairs import Correspondence, MatchedPairs, counted_confidence
 from d3etr.methods.selection import share_of
 from d3etr.structures import DecoderOutputs
 
@@ -29,6 +29,8 @@ class AdaptiveMatching:
         cost: of a pair.
         ratio: ``matched_pair_ratio``, share of the pairs that are kept.
         queries: N of the student's configuration.
+        minimum_confidence: of the teacher's queries that weigh anything where pairs are weighted
+            by confidence.
 
     Attributes:
         name: of its problem, its normaliser and its losses.
@@ -36,8 +38,15 @@ class AdaptiveMatching:
 
     name = "adaptive"
 
-    def __init__(self, cost: MatchingCostConfig, ratio: float, queries: int) -> None:
+    def __init__(
+        self,
+        cost: MatchingCostConfig,
+        ratio: float,
+        queries: int,
+        minimum_confidence: float = 0.0,
+    ) -> None:
         self._cost, self._ratio, self._queries = cost, ratio, queries
+        self._minimum_confidence = minimum_confidence
 
     def problem(self, student: DecoderOutputs, teacher: DecoderOutputs) -> CostBlock:
         """All queries of the one against all of the other; rows are student queries."""
@@ -91,4 +100,4 @@ class AdaptiveMatching:
         that those of the global batch sum to 1 however it is cut.
         """
         kept = kept_pairs(self._queries, teacher.queries, self._ratio)
-        return teacher.confidence().float().topk(kept, dim=2).values
+        return counted_confidence(teacher, self._minimum_confidence).topk(kept, dim=2).values

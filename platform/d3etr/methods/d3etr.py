@@ -164,7 +164,9 @@ class D3ETR(TeacherQueryMethod):
         super().__init__(config, student, teacher, seed=seed)
         self.places: PlaceMatching | None = None
         if config.inherited_share and student.queries_need_images:
-            self.places = PlaceMatching(config.matching_cost, 1.0, student.queries)
+            self.places = PlaceMatching(
+                config.matching_cost, 1.0, student.queries, config.minimum_confidence
+            )
 
     @property
     def compared_groups(self) -> tuple[str, ...]:
@@ -181,9 +183,9 @@ class D3ETR(TeacherQueryMethod):
             problems[self.places.name] = self.places.problem_of_places(student, teacher)
         return problems
 
-    def normalisers(self, teacher: TeacherOutputs, targets: Targets) -> dict[str, Tensor]:
+    def confidences(self, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """[L] confidence of the teacher, summed over the pairs of each kind."""
-        sums = super().normalisers(teacher, targets)
+        sums = super().confidences(teacher)
         if self.places is not None:
             sums[self.places.name] = self.places.confidence(teacher.main)
         return sums

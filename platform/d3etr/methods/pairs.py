@@ -56,6 +56,12 @@ FIXED = Correspondence()
 """Fixed Matching: query i of the auxiliary group corresponds to teacher query i."""
 
 
+def counted_confidence(outputs: DecoderOutputs, minimum: float) -> Tensor:
+    """[L, B, M] float32: the teacher's confidence in each query, 0 where below ``minimum``."""
+    confidence = outputs.confidence().float()
+    return confidence.where(confidence >= minimum, 0.0) if minimum else confidence
+
+
 @dataclass(frozen=True)
 class MatchedPairs:
     """Corresponding queries of student and teacher, ready to be compared.
@@ -64,7 +70,8 @@ class MatchedPairs:
         student: outputs of a student's query group.
         teacher: teacher outputs in as many layers.
         index: which teacher query corresponds to which student query.
-        confidence: [L] normaliser of pairs weighted by the teacher's confidence.
+        confidence: [L] normaliser of pairs weighted by the teacher's confidence, of its sum or of
+            what the configuration has instead.
         images: scalar, images in the global batch; normaliser of pairs that weigh the same.
         shares: [L, B] what the confidence in an image's pairs is scaled to sum to where the teacher
             has more queries; None leaves it.
@@ -77,12 +84,20 @@ class MatchedPairs:
     images: Tensor
     shares: Tensor | None = None
 
-    def weights(self, kind: str) -> Tensor:
-        """[L, B, P] weight of each pair divided by its normaliser."""
-        confidence = self.index.of_teacher(self.teacher.confidence().float()[..., None])[..., 0]
+    def weights(self, kind: str, config: TeacherQueryConfig) -> Tensor:
+        """[L, B, P] weight of each pair divided by its normaliser.
+
+        Args:
+            kind: ``uniform``, ``every`` or ``confidence``.
+            config: what the teacher's confidence counts.
+        """
+        counted = counted_confidence(self.teacher, config.minimum_confidence)
+        confidence = self.index.of_teacher(counted[..., None])[..., 0]
         if kind == "uniform":
             return torch.ones_like(confidence) / (confidence.shape[-1] * self.images)
-        divisor = self.confidence.clamp(min=_TINY)[:, None, None]
+        # A batch may have no object, or none of which the teacher is sure enough.
+        least = _TINY if config.counts_confidence else 1.0
+        divisor = self.confidence.clamp(min=least)[:, None, None]
         if kind == "every":
             return torch.ones_like(confidence) / divisor
         # Else the most confident teacher queries have pairs, and weigh what they should.
@@ -102,19 +117,18 @@ def _known(maps: CrossMaps | None) -> CrossMaps:
     return maps
 
 
-def _self_attention(pairs: MatchedPairs, config: AttentionConfig) -> Tensor:
+def _self_attention(pairs: MatchedPairs, weights: Tensor, config: AttentionConfig) -> Tensor:
     """Rows and columns follow the correspondence, renormalised to the corresponding queries."""
     student = _known(pairs.student.self_maps).pairs(pairs.index.student)
     teacher = _known(pairs.teacher.self_maps).pairs(pairs.index.teacher)
-    return attention_loss(student, teacher, pairs.weights(config.pair_weights), config)
+    return attention_loss(student, teacher, weights, config)
 
 
-def _cross_attention(pairs: MatchedPairs, config: CrossAttentionConfig) -> Tensor:
+def _cross_attention(pairs: MatchedPairs, weights: Tensor, config: CrossAttentionConfig) -> Tensor:
     """Rows follow the correspondence; a teacher's map on other grids is resized."""
     index, student, teacher = pairs.index, pairs.student, pairs.teacher
     maps = _known(student.cross_maps).rows(index.student)
     target = _known(teacher.cross_maps).rows(index.teacher)
-    weights = pairs.weights(config.pair_weights)
     if config.distance == "energy":
         assert isinstance(maps, SampledMaps) and isinstance(target, SampledMaps)
         return energy_loss(maps, target, weights, config)
@@ -157,15 +171,17 @@ def pair_losses(
             index.of_student(student.boxes_cxcywh).float(),
             index.of_teacher(teacher.logits).float(),
             index.of_teacher(teacher.boxes_cxcywh).float(),
-            pairs.weights(config.prediction.class_pair_weights),
-            pairs.weights(config.prediction.pair_weights),
+            pairs.weights(config.prediction.class_pair_weights, config),
+            pairs.weights(config.prediction.pair_weights, config),
             config.prediction,
         )
         losses |= {name: config.prediction.weight * loss for name, loss in terms.items()}
     if config.self_attention.weight:
-        loss = _self_attention(pairs, config.self_attention)
+        weights = pairs.weights(config.self_attention.pair_weights, config)
+        loss = _self_attention(pairs, weights, config.self_attention)
         losses["self_attention"] = config.self_attention.weight * loss
     if config.cross_attention.weight:
-        loss = _cross_attention(pairs, config.cross_attention)
+        weights = pairs.weights(config.cross_attention.pair_weights, config)
+        loss = _cross_attention(pairs, weights, config.cross_attention)
         losses["cross_attention"] = config.cross_attention.weight * loss
     return {f"{prefix}/{name}": weight * loss for name, loss in losses.items()}

@@ -21,6 +21,7 @@ from d3etr.config.distillation import (
     MatchingCostConfig,
     MethodConfig,
     PredictionConfig,
+    Ratio,
     Share,
     TaughtMethodConfig,
 )
@@ -30,7 +31,13 @@ from d3etr.methods.adapters import GeneralPoints, RandomQueries, TeacherQueries
 from d3etr.methods.adaptive import AdaptiveMatching
 from d3etr.methods.base import Matches, Method, StudentOutputs, TeacherGroup, TeacherOutputs
 from d3etr.methods.compatibility import check_pair
-from d3etr.methods.pairs import FIXED, Correspondence, MatchedPairs, pair_losses
+from d3etr.methods.pairs import (
+    FIXED,
+    Correspondence,
+    MatchedPairs,
+    counted_confidence,
+    pair_losses,
+)
 from d3etr.methods.selection import select_teacher_queries, teacher_layers
 from d3etr.structures import MAIN, ObjectQueries, QueryGroup, Supervision, Targets
 
@@ -51,6 +58,13 @@ class TeacherQueryConfig(TaughtMethodConfig):
     auxiliary_group: AuxiliaryGroupConfig = AuxiliaryGroupConfig()
     layer_map: Literal["uniform", "last"] | LayerList = "uniform"
     """Teacher layer for each student layer; a list names them, last must map to last."""
+    minimum_confidence: Ratio = 0.0
+    """A teacher query of less confidence than this counts 0 wherever pairs are weighted by
+    confidence, in their normaliser too."""
+    normaliser: Literal["confidence", "objects"] = "confidence"
+    """What such pairs' losses are divided by. confidence: the teacher's total one, to which
+    hundreds of queries that found nothing add up. objects: the number of objects, as detection
+    losses; it does not depend on the number of queries."""
     warmup_steps: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
     """Distillation weights grow linearly from 0 over this many optimiser steps."""
 
@@ -58,6 +72,11 @@ class TeacherQueryConfig(TaughtMethodConfig):
     def warmup(self) -> int:
         """Optimiser steps of the warm-up."""
         return self.warmup_steps
+
+    @property
+    def counts_confidence(self) -> bool:
+        """Whether pairs are divided by the confidence of all of the teacher's queries."""
+        return self.normaliser == "confidence" and not self.minimum_confidence
 
     @property
     def has_auxiliary_group(self) -> bool:
@@ -133,6 +152,17 @@ class TeacherQueryConfig(TaughtMethodConfig):
         return None
 
     @model_validator(mode="after")
+    def _confidence_counts(self) -> Self:
+        terms = self.prediction, self.self_attention, self.cross_attention
+        used = {kind for term in terms if term.weight for kind in term.kinds_of_pair_weights}
+        if not self.counts_confidence and used <= {"uniform"}:
+            raise ValueError(
+                "minimum_confidence and normaliser have no effect: no term weights its pairs by "
+                "confidence"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_group_learns(self) -> Self:
         if (
             self.has_auxiliary_group
@@ -173,7 +203,9 @@ class TeacherQueryMethod(Method):
             self.needs_features = True
         cost: MatchingCostConfig | None = getattr(config, "matching_cost", None)
         if cost is not None:
-            self.adaptive = AdaptiveMatching(cost, config.kept_share, student.queries)
+            self.adaptive = AdaptiveMatching(
+                cost, config.kept_share, student.queries, config.minimum_confidence
+            )
         self.config = config
         self.layers = teacher_layers(
             config.layer_map, student.decoder_layers, teacher.decoder_layers
@@ -262,9 +294,18 @@ class TeacherQueryMethod(Method):
         return {"adaptive": self.adaptive.problem(student.main, teacher.main)}
 
     def normalisers(self, teacher: TeacherOutputs, targets: Targets) -> dict[str, Tensor]:
+        """[L] what pairs of each kind are divided by: confidence of the teacher, or objects."""
+        sums = self.confidences(teacher)
+        if self.config.normaliser == "confidence":
+            return sums
+        objects = targets.num_objects.sum().float()
+        return {name: objects.expand_as(total) for name, total in sums.items()}
+
+    def confidences(self, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """[L] confidence of the teacher, summed over the pairs of each kind."""
+        minimum = self.config.minimum_confidence
         sums = {
-            group: teacher.groups[group].outputs.confidence().float().sum((1, 2))
+            group: counted_confidence(teacher.groups[group].outputs, minimum).sum((1, 2))
             for group in self.compared_groups
             if group in teacher.groups
         }
