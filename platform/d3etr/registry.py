@@ -110,6 +110,7 @@ METHODS = Registry(
         "d3etr": "d3etr.methods.d3etr:D3ETR",
         "kd_detr": "d3etr.methods.kd_detr:KDDETR",
         "detrdistill": "d3etr.methods.detrdistill:DETRDistill",
+        "qskd": "d3etr.methods.qskd:QSKD",
         "feature_cosine": "d3etr.methods.feature_cosine:FeatureCosine",
     },
 )
