@@ -18,7 +18,7 @@ from d3etr.methods.base import Method, StudentOutputs, TeacherGroup, TeacherOutp
 from d3etr.methods.selection import map_layers
 from d3etr.methods.stored import restored_outputs
 from d3etr.registry import METHODS
-from d3etr.structures import MAIN, ImageBatch, QueryGroup, Targets
+from d3etr.structures import MAIN, ImageBatch, Memory, QueryGroup, Targets
 
 _PARTS_OF_VERSION_0_1 = {
     "auxiliary.": "method.auxiliary.",
@@ -44,6 +44,20 @@ def _touching(method: Method, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         return losses
     name, loss = next(iter(losses.items()))
     return losses | {name: loss + 0.0 * torch.stack(own).sum()}
+
+
+def _teacher_groups(
+    teacher: DetectionTransformer, memory: Memory, method: Method, step: int
+) -> dict[str, TeacherGroup]:
+    """What the teacher decodes, one layer for each of the student's."""
+    queries = teacher.object_queries(memory).detach()
+    groups = {MAIN: queries, **method.teacher_groups(queries, step)}
+    decoded = teacher.decode(memory, [*groups.values()], attention=method.needs_attention)
+    outputs = [map_layers(part, method.layers) for part in decoded]
+    if not method.needs_features:
+        outputs = [replace(part, states=None) for part in outputs]
+    pairs = zip(groups.items(), outputs, strict=True)
+    return {name: TeacherGroup(own, part) for (name, own), part in pairs}
 
 
 class Distiller(nn.Module):
@@ -124,15 +138,8 @@ class Distiller(nn.Module):
         kept = memory if method.needs_features else None
         if not method.needs_decoder:
             return TeacherOutputs(None, memory=kept)
-        queries = teacher.object_queries(memory).detach()
-        groups = {MAIN: queries, **method.teacher_groups(queries, step)}
-        decoded = teacher.decode(memory, [*groups.values()], attention=method.needs_attention)
-        outputs = [map_layers(part, method.layers) for part in decoded]
-        if not method.needs_features:
-            outputs = [replace(part, states=None) for part in outputs]
-        pairs = zip(groups.items(), outputs, strict=True)
-        found = {name: TeacherGroup(own, part) for (name, own), part in pairs}
-        return method.select(TeacherOutputs(queries, found, kept))
+        groups = _teacher_groups(teacher, memory, method, step)
+        return method.select(TeacherOutputs(groups[MAIN].queries, groups, kept))
 
     @torch.no_grad()
     def normalisers(

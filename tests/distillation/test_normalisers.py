@@ -83,6 +83,11 @@ def test_a_batch_without_confident_queries_teaches_nothing_infinite(
     assert 0 < found["fixed/class"] < 100
 
 
+def test_what_counts_objects_learns_nothing_without_labels() -> None:
+    assert config().learns_without_labels and config(minimum_confidence=0.1).learns_without_labels
+    assert not config(normaliser="objects").learns_without_labels
+
+
 def test_settings_without_effect_are_refused() -> None:
     uniform = {"pair_weights": "uniform", "class_pair_weights": "uniform"}
     for setting in ({"normaliser": "objects"}, {"minimum_confidence": 0.1}):

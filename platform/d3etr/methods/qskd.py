@@ -71,6 +71,11 @@ class QSKDConfig(TaughtMethodConfig):
         return self.warmup_steps
 
     @property
+    def learns_without_labels(self) -> bool:
+        """Both kinds of pairs are found by objects."""
+        return False
+
+    @property
     def description(self) -> str:
         """Both kinds of pairs with their weights."""
         return f"positives ({self.positive_weight:g}), hard negatives ({self.negative_weight:g})"

@@ -122,7 +122,7 @@ class TeacherQueryConfig(TaughtMethodConfig):
     @property
     def learns_without_labels(self) -> bool:
         """Features are weighed by the overlap of the teacher's boxes with objects: pairs alone."""
-        return self.compares_pairs
+        return self.compares_pairs and self.normaliser == "confidence"
 
     @property
     def description(self) -> str:
@@ -303,12 +303,9 @@ class TeacherQueryMethod(Method):
 
     def confidences(self, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """[L] confidence of the teacher, summed over the pairs of each kind."""
-        minimum = self.config.minimum_confidence
-        sums = {
-            group: counted_confidence(teacher.groups[group].outputs, minimum).sum((1, 2))
-            for group in self.compared_groups
-            if group in teacher.groups
-        }
+        least, groups = self.config.minimum_confidence, teacher.groups
+        found = {name: groups[name].outputs for name in self.compared_groups if name in groups}
+        sums = {name: counted_confidence(x, least).sum((1, 2)) for name, x in found.items()}
         if self.adaptive is not None and teacher.groups:
             sums["adaptive"] = self.adaptive.confidence(teacher.main)
         return sums
