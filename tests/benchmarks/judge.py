@@ -149,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write judge.md and .json")
     options = parser.parse_args(arguments)
+    if options.table is not None:
+        options.table.mkdir(parents=True, exist_ok=True)
     given = arguments if arguments is not None else sys.argv[1:]
     command = " ".join(["PYTHONPATH=platform:tests python -m benchmarks.judge", *given])
     tallies = list[Tally]()

@@ -66,11 +66,14 @@ def test_a_verdict_compares_at_equal_time_and_goes_on_where_it_ended(
 
     (file,) = tmp_path.glob("taught-verdict-*/verdict.json")
     found = json.loads(file.read_text())
-    assert found["split"] == "test" and found["sentence"] == first
+    # How many steps fit depends on the machine, and so does whether short runs settle it.
+    assert found["split"] == ("validation" if found["settled_early"] else "test")
+    assert found["sentence"] == first
     assert set(found["rates"]) == {"plain", "inherited plain", "distilled"}
     assert found["early"]["split"] == "validation"
     seconds = [c["steps"] * c["step_seconds"] for c in found["contenders"]]
-    assert seconds == pytest.approx([0.9] * len(seconds), rel=0.1)
+    meant = 0.225 if found["settled_early"] else 0.9
+    assert seconds == pytest.approx([meant] * len(seconds), rel=0.2)
     for each in found["contenders"]:
         assert len(each["maps"]) == len(each["runs"]) == 2
         config = load_config(Path(each["runs"][0]) / "config.yaml")
