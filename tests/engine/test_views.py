@@ -178,6 +178,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(make_config: MakeConfig, tmp_p
     assert_same_run(tmp_path / "again", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_workers_store_and_learn_the_same(make_config: MakeConfig, tmp_path: Path) -> None:
     base = with_views(make_config(detector={"dropout": 0.0}), {}, count=3)
     alone, together = placed(base, tmp_path / "one"), placed(base, tmp_path / "two")
