@@ -102,3 +102,26 @@ def test_whole_parts_that_do_not_fit_are_refused(
 def test_encoders_of_relatives_are_taken() -> None:
     source, target = detector(0, name="detr"), detector(1, name="conditional_detr")
     assert not load_matching(target, source, ("backbone", "encoder"), same_classes=True).left
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_chosen_layers_start_the_students(kind: str) -> None:
+    source = detector(0, **FAMILY[kind] | {"decoder_layers": 6})
+    target = detector(1, **FAMILY[kind] | {"decoder_layers": 3})
+    layers = [1, 3, 5]
+    taken = load_matching(target, source, ("decoder", "heads"), same_classes=True, layers=layers)
+    assert not taken.left
+    assert target.inherited == {*taken.names}
+    there = source.state_dict()
+    for name, tensor in target.state_dict().items():
+        if part_of(name) not in ("decoder", "heads"):
+            continue
+        words = name.split(".")
+        number = next((k for k, word in enumerate(words) if word.isdigit()), None)
+        if words[0] == "decoder" and number is not None and number <= 2:
+            words[number] = str(layers[int(words[number])])
+        other = ".".join(words)
+        first_only = "cross_attention.query_embedding" in name
+        shared = "heads.0" in name and other not in there
+        other = name if first_only or shared else other
+        assert torch.equal(tensor, there[other]), name

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import changed
+from tiny import changed, save_untrained
 from tiny_runs import DETECTOR, MakeConfig, write_teacher
 
 from d3etr.config.detector import InitialiseFromConfig, StudentConfig
@@ -20,8 +20,10 @@ from d3etr.data.annotations import Category
 from d3etr.data.splits import open_split
 from d3etr.detectors.init_from import part_of
 from d3etr.detectors.weights import load_weights
+from d3etr.engine.distributed import SingleProcess
 from d3etr.engine.init_student import build_student
 from d3etr.engine.provenance import weight_digests
+from d3etr.engine.run import run_training
 from d3etr.errors import UserError
 
 
@@ -157,3 +159,84 @@ def test_queries_are_paired_by_number_only_where_they_were_the_teachers(
         return
     with pytest.raises(ConfigError, match=f"inherited_ratio .* student.initialise_from {text}"):
         load_config(None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [("first", [0, 1]), ("uniform", [1, 3]), ((3, 0), [3, 0])]
+)
+def test_a_student_starts_from_the_layers_that_are_named(
+    make_config: MakeConfig, tmp_path: Path, layers: Any, expected: list[int]
+) -> None:
+    config = make_config()
+    deep = changed(DETECTOR, decoder_layers=4)
+    save_untrained(tmp_path / "deep.safetensors", deep, config.data)
+    config = started(config, tmp_path / "deep.safetensors", "decoder", decoder_layers=2)
+    start = config.student.initialise_from
+    assert start is not None
+    start = InitialiseFromConfig.model_validate(start.model_dump() | {"layers": layers})
+    student = config.student.model_copy(update={"initialise_from": start})
+    config = config.model_copy(update={"student": student})
+    ours = build_student(config, categories(config), quiet=False).state_dict()
+    teacher = load_weights(tmp_path / "deep.safetensors")[0].state_dict()
+    name = "decoder.layers.{}.self_attention.content.weight"
+    for layer, there in enumerate(expected):
+        assert torch.equal(ours[name.format(layer)], teacher[name.format(there)])
+
+
+@pytest.mark.parametrize(
+    ("start", "text"),
+    [
+        ({"layers": (0,)}, r"layers is \[0\]: expected 2 entries"),
+        ({"layers": (0, 9)}, r"each below 2 \(its decoder layers\)"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(
+    make_config: MakeConfig, teacher_weights: Path, start: dict[str, Any], text: str
+) -> None:
+    config = started(make_config(), teacher_weights, "decoder", decoder_layers=2)
+    chosen = InitialiseFromConfig.model_validate(
+        {"weights": str(teacher_weights), "parts": ("decoder",), **start}
+    )
+    student = config.student.model_copy(update={"initialise_from": chosen})
+    config = config.model_copy(update={"student": student})
+    with pytest.raises(UserError, match=text):
+        build_student(config, categories(config), quiet=False)
+    with pytest.raises(ValidationError, match="no effect without 'decoder'"):
+        InitialiseFromConfig.model_validate({"parts": ("heads",), "layers": "uniform"})
+
+
+@pytest.mark.parametrize(("factor", "steps"), [(0.0, 4), (0.0, 2), (0.5, 4)])
+def test_what_was_inherited_waits_for_the_new_backbone(
+    make_config: MakeConfig, tmp_path: Path, factor: float, steps: int
+) -> None:
+    config = make_config(detector={"queries": 8}, optimisation={"steps": 4, "epochs": None})
+    student = config.student.model_copy(update={"initialise_from": InitialiseFromConfig()})
+    slow = {"inherited_rate_factor": factor, "inherited_warmup_steps": steps}
+    optimisation = config.optimisation.model_copy(update=slow)
+    config = config.model_copy(update={"student": student, "optimisation": optimisation})
+    run_training(config, tmp_path / "run", SingleProcess(torch.device("cpu")))
+    assert config.teacher is not None
+    before, after = (
+        load_weights(path)[0].state_dict()
+        for path in (config.teacher.weights, tmp_path / "run" / "weights.safetensors")
+    )
+    frozen = {name for name in before if torch.equal(before[name], after[name])}
+    inherited = {name for name in before if part_of(name) in ("decoder", "heads", "queries")}
+    assert (inherited <= frozen) == (factor == 0 and steps == 4)
+    assert not torch.equal(before["projection.weight"], after["projection.weight"])
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("optimisation.inherited_rate_factor=0.5", "an effect together only: they are 0.5 and 0"),
+        ("optimisation.inherited_warmup_steps=5", "an effect together only: they are 1 and 5"),
+        (
+            "optimisation={steps: 9, inherited_rate_factor: 0, inherited_warmup_steps: 5}",
+            "inherited_rate_factor has no effect: student.initialise_from is null",
+        ),
+    ],
+)
+def test_a_start_that_has_no_effect_is_refused(override: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        load_config(None, ["data.digit_scenes={}", "optimisation.steps=9", override])

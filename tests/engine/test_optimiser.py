@@ -12,6 +12,7 @@ from d3etr.detectors.build import build_detector
 from d3etr.engine.optimiser import (
     build_optimiser,
     clip_gradients,
+    inherited_factor,
     parameter_groups,
     restore_optimiser,
     set_learning_rates,
@@ -66,6 +67,23 @@ def test_a_backbone_rate_of_zero_freezes_the_backbone_and_says_so(
     assert len(groups) == 1
     assert not any(p.requires_grad for p in module.backbone.parameters())
     assert "frozen" in caplog.text
+
+
+def test_inherited_parameters_have_groups_of_their_own_while_they_are_slowed() -> None:
+    module = detector()
+    inherited = frozenset({id(module.head.weight), id(module.backbone.bias)})
+    assert len(build_optimiser(module, module.backbone, optimisation()).param_groups) == 2
+    config = optimisation(inherited_rate_factor=0.5, inherited_warmup_steps=3)
+    optimiser = build_optimiser(module, module.backbone, config, inherited=inherited)
+    assert [inherited_factor(step, config) for step in (0, 2, 3)] == [0.5, 0.5, 1.0]
+    set_learning_rates(optimiser, 0.1, 0.5)
+    rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    assert rates == {
+        id(module.head.weight): pytest.approx(0.005),
+        id(module.head.bias): pytest.approx(0.01),
+        id(module.backbone.weight): pytest.approx(0.001),
+        id(module.backbone.bias): pytest.approx(0.0005),
+    }
 
 
 def test_the_schedule_multiplies_every_groups_own_rate() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from d3etr.config.backbones import SMALL, WITHOUT_BATCH_NORM, family_of, known_backbone
-from d3etr.config.base import Section
+from d3etr.config.base import MAXIMUM, Section
 from d3etr.config.location import Location
 from d3etr.config.training import Precision, PretrainingConfig
 from d3etr.config.variants import VariantSection
@@ -184,11 +184,25 @@ class InitialiseFromConfig(Section):
     )
     """Which: ``backbone``, ``encoder`` (with the projection of features), ``decoder``, ``heads``,
     ``queries`` (with what places them). Tensors of the same name and shape are taken."""
+    layers: Literal["first", "uniform"] | tuple[Annotated[int, Field(ge=0, le=MAXIMUM)], ...] = (
+        "first"
+    )
+    """Which of its decoder layers, counted from 0, each of the student's starts from. first: the
+    one of the same number. uniform: as ``distillation.layer_map``, the last for the last. A list
+    names one for each, such as [1, 3, 5]. What only the first layer has is the first's."""
+    widths: Literal["refuse", "principal"] = "refuse"
+    """Of a wider detector. refuse: nothing fits. principal: decoder, heads and queries along the
+    principal directions of its decoder (``detr``, ``conditional_detr``, and ``deformable_detr`` of
+    one stage)."""
 
     @model_validator(mode="after")
-    def _each_part_once(self) -> Self:
+    def _settings_have_an_effect(self) -> Self:
         if len({*self.parts}) < len(self.parts):
             raise ValueError("parts names one twice")
+        if self.layers != "first" and "decoder" not in self.parts:
+            raise ValueError("layers has no effect without 'decoder' among the parts")
+        if self.widths != "refuse" and {"decoder", "heads", "queries"}.isdisjoint(self.parts):
+            raise ValueError("widths has no effect without 'decoder', 'heads' or 'queries'")
         return self
 
 

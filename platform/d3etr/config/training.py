@@ -73,6 +73,12 @@ class OptimisationConfig(Section):
     sampling_rate_factor: Annotated[float, Field(gt=0, le=100)] = 1.0
     """``deformable_detr`` only: learning rate of sampling offsets and reference points, as a
     factor on ``learning_rate``; the official code has 0.1."""
+    inherited_rate_factor: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Learning rate of what ``student.initialise_from`` took, as a factor on its own, during
+    ``inherited_warmup_steps``: a new backbone learns to serve a decoder before that moves. 0
+    freezes it for so long."""
+    inherited_warmup_steps: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
+    """How many optimiser steps that factor acts, from the first on."""
     weight_decay: Weight = 1e-4
     """AdamW's."""
     clip_norm: Annotated[float, Field(gt=0, le=MAXIMUM)] | None = 0.1
@@ -106,6 +112,11 @@ class OptimisationConfig(Section):
         warmup = self.schedule.warmup_steps
         if self.steps and (text := warmup_problem("schedule", warmup, self.steps, "steps")):
             raise ValueError(text)
+        if (self.inherited_rate_factor != 1) != (self.inherited_warmup_steps > 0):
+            raise ValueError(
+                "inherited_rate_factor and inherited_warmup_steps have an effect together only: "
+                f"they are {self.inherited_rate_factor:g} and {self.inherited_warmup_steps}"
+            )
         return self
 
     def total_steps(self, steps_per_epoch: int) -> int:

@@ -84,6 +84,10 @@ class Config(Section):
                 "could be meant: set it to a weights file"
             )
         self._queries_are_inherited()
+        if self.optimisation.inherited_warmup_steps and self.student.initialise_from is None:
+            raise ValueError(
+                "optimisation.inherited_rate_factor has no effect: student.initialise_from is null"
+            )
         self._criterion_fits()
         self._unlabelled_images_teach()
         student = self.student.detector

@@ -30,10 +30,12 @@ class DetectionTransformer(nn.Module, ABC):
         classes: C.
         backbone: the convolutional network.
         stride: pixels per cell of the finest feature level.
+        inherited: names of the tensors that began as another detector's.
     """
 
     config_class: ClassVar[type[DetectorConfig]]
     stride: int
+    inherited: frozenset[str] = frozenset()
 
     def __init__(self, config: DetectorConfig, classes: int) -> None:
         super().__init__()

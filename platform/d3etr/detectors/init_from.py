@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from d3etr.config.detector import DetectorPart
 from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.narrowing import Narrowing
 from d3etr.errors import UserError
 
 PARTS: Mapping[str, DetectorPart] = MappingProxyType(
@@ -37,6 +39,8 @@ PARTS: Mapping[str, DetectorPart] = MappingProxyType(
 )
 """Beginning of a tensor's name -> its part; the longest one that fits counts."""
 _CLASS_HEADS = ("class_head.", "decoder.class_heads.", "proposals.class_head.")
+_LAYER = re.compile(r"^(decoder\.(?:layers\.|class_heads\.|box_heads\.)?)(\d+)\.")
+"""Beginning of a name that belongs to a decoder layer, and its number."""
 _SHOWN = 4
 
 
@@ -64,22 +68,28 @@ def load_matching(
     parts: Sequence[DetectorPart],
     *,
     same_classes: bool,
+    layers: Sequence[int] | None = None,
+    narrows: bool = False,
 ) -> LoadedParts:
     """Start parts of a detector as another one's: every tensor of the same name and shape.
 
-    A deeper source gives its first layers. Backbones are taken as a whole or not at all.
+    Backbones are taken as a whole or not at all.
 
     Args:
-        detector: changed in place, once all parts are known to fit.
+        detector: changed in place, once all parts are known to fit; ``inherited`` says what was
+            taken.
         source: may be of another architecture.
         parts: to take.
         same_classes: whether class k is the same in both; else class heads are left.
+        layers: the source's decoder layer for each of the detector's; None: its first ones.
+        narrows: take decoder, heads and queries of a wider source by ``Narrowing``.
 
     Raises:
         UserError: of a part nothing fits, a backbone is another one, or attention has another
             number of heads, of which shapes say nothing.
     """
-    found = source.state_dict()
+    offered = _narrowed(detector, source, parts) if narrows else source.state_dict()
+    found = _numbered(detector.state_dict(), offered, layers)
     ours = {name: x for name, x in detector.state_dict().items() if part_of(name) in parts}
     reasons = {name: _misfit(name, x, found, same_classes) for name, x in ours.items()}
     left = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -90,12 +100,7 @@ def load_matching(
             misfits = [f"{name} ({left[name]})" for name in names if name in left]
             more = f" and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
             raise UserError(f"nothing of its {part} fits: {', '.join(misfits[:_SHOWN])}{more}")
-    heads = detector.config.heads, source.config.heads
-    if heads[0] != heads[1] and not {"encoder", "decoder"}.isdisjoint(parts):
-        raise UserError(
-            f"it has {heads[1]} attention heads, the student {heads[0]}: the same projections "
-            f"would mean something else. Set student.detector.heads to {heads[1]}"
-        )
+    _ensure_same_heads(detector, source, parts)
     others = set(detector.backbone.state_dict()) != set(source.backbone.state_dict())
     if "backbone" in parts and (others or any(part_of(name) == "backbone" for name in left)):
         mine, theirs = detector.config.backbone, source.config.backbone
@@ -106,7 +111,50 @@ def load_matching(
         )
     taken = {name: found[name] for name in ours if name not in left}
     detector.load_state_dict(taken, strict=False)
+    detector.inherited = frozenset(taken)
     return LoadedParts(tuple(taken), left)
+
+
+def _ensure_same_heads(
+    detector: DetectionTransformer, source: DetectionTransformer, parts: Sequence[DetectorPart]
+) -> None:
+    heads = detector.config.heads, source.config.heads
+    if heads[0] != heads[1] and not {"encoder", "decoder"}.isdisjoint(parts):
+        raise UserError(
+            f"it has {heads[1]} attention heads, the student {heads[0]}: the same projections "
+            f"would mean something else. Set student.detector.heads to {heads[1]}"
+        )
+
+
+def _narrowed(
+    detector: DetectionTransformer, source: DetectionTransformer, parts: Sequence[DetectorPart]
+) -> Mapping[str, Tensor]:
+    """The source's tensors, those of the decoder's stream in the detector's width."""
+    state, config = source.state_dict(), detector.config
+    if source.config.width == config.width:
+        return state
+    _ensure_same_heads(detector, source, parts)
+    narrow = Narrowing(state, config.heads, config.width, config.feedforward)
+    streamed = {"decoder", "heads", "queries"} & {*parts}
+    return {
+        name: narrow.tensor(name) if part_of(name) in streamed else state[name] for name in state
+    }
+
+
+def _numbered(
+    ours: Mapping[str, Tensor], found: Mapping[str, Tensor], layers: Sequence[int] | None
+) -> Mapping[str, Tensor]:
+    """The source's tensors by the names that they have in a detector of the chosen layers."""
+    if layers is None:
+        return found
+    renamed = {}
+    for name in ours:
+        there = _LAYER.sub(lambda match: f"{match[1]}{layers[int(match[2])]}.", name, count=1)
+        # Not there: of the first layer only, or of a head that all layers share.
+        there = there if there in found else name
+        if there in found:
+            renamed[name] = found[there]
+    return renamed
 
 
 def _misfit(

@@ -182,8 +182,10 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
         digests |= data_digests(split)
     ensure_same_everywhere(digests, context)
     # First, as it may freeze the backbone: what is frozen has no average and no gradient.
+    named = student.named_parameters()
+    inherited = frozenset(id(p) for name, p in named if name in student.inherited)
     optimiser = build_optimiser(
-        distiller, student.backbone, config.optimisation, student.config.sampling_parts
+        distiller, student.backbone, config.optimisation, student.config.sampling_parts, inherited
     )
     decay = config.optimisation.ema_decay
     average = None if decay is None else WeightAverage(student, decay)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from d3etr.config.detector import InitialiseFromConfig
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.data.annotations import Category
@@ -14,6 +15,7 @@ from d3etr.detectors.init_from import LoadedParts, load_matching
 from d3etr.detectors.weights import load_backbone_weights, load_weights
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
+from d3etr.methods.selection import teacher_layers
 from d3etr.storage.fetch import local_file
 
 logger = get_logger(__name__)
@@ -65,10 +67,38 @@ def _initialise(
             f"to '{theirs}', or take 'backbone' out of the parts"
         )
     same_classes = [name for _, name in info.categories] == [c.name for c in categories]
+    depths = student.config.decoder_layers, source.config.decoder_layers
     try:
-        return load_matching(student, source, start.parts, same_classes=same_classes)
+        layers = _source_layers(start, *depths)
+        return load_matching(
+            student,
+            source,
+            start.parts,
+            same_classes=same_classes,
+            layers=layers,
+            narrows=start.widths == "principal",
+        )
     except UserError as error:
         raise UserError(f"student.initialise_from.weights {weights}: {error}") from error
+
+
+def _source_layers(start: InitialiseFromConfig, ours: int, theirs: int) -> list[int] | None:
+    """The other detector's decoder layer for each of the student's; None takes its first ones.
+
+    Raises:
+        UserError: a list has another length, or names a layer that is not there.
+    """
+    if start.layers == "first":
+        return None
+    if start.layers == "uniform":
+        return teacher_layers("uniform", ours, theirs)
+    layers = [int(layer) for layer in start.layers]
+    if len(layers) != ours or max(layers) >= theirs:
+        raise UserError(
+            f"layers is {layers}: expected {ours} entries (one per student decoder layer), each "
+            f"below {theirs} (its decoder layers)"
+        )
+    return layers
 
 
 def require_start(config: Config) -> None:

@@ -23,8 +23,11 @@ def parameter_groups(
     backbone: nn.Module,
     config: OptimisationConfig,
     sampling_parts: frozenset[str] = frozenset(),
+    inherited: frozenset[int] = frozenset(),
 ) -> list[dict[str, object]]:
     """Split what is trained into backbone, modules that predict sampling locations, and the rest.
+
+    Each of them in two where a part of it was inherited and is slowed at first.
 
     Everything decays alike, biases and norms included, as in DETR's own training code: with
     its small weight decay the choice is not measurable, and results stay comparable.
@@ -36,9 +39,11 @@ def parameter_groups(
             saves its backward pass.
         sampling_parts: names of the modules that predict sampling locations, from the detector's
             configuration.
+        inherited: ids of parameters that began as another detector's.
 
     Returns:
-        Groups for ``AdamW``; ``base_rate`` is the rate before any schedule.
+        Groups for ``AdamW``; ``base_rate`` is the rate before any schedule, ``inherited`` is True
+        for what ``inherited_rate_factor`` is about.
 
     Raises:
         ValueError: nothing is left to train.
@@ -58,7 +63,21 @@ def parameter_groups(
         ([p for p in trained if id(p) in sampling], config.sampling_rate_factor),
     ]
     rates = [(parameters, factor * config.learning_rate) for parameters, factor in parts]
-    return [{"params": found, "lr": rate, "base_rate": rate} for found, rate in rates if found]
+    groups: list[dict[str, object]] = [
+        {"params": found, "lr": rate, "base_rate": rate} for found, rate in rates if found
+    ]
+    return groups if not config.inherited_warmup_steps else _halved(groups, inherited)
+
+
+def _halved(groups: list[dict[str, Any]], inherited: frozenset[int]) -> list[dict[str, object]]:
+    """Each group's new parameters, then its inherited ones."""
+    parts = [
+        {**group, "params": [p for p in group["params"] if (id(p) in inherited) == old]}
+        | {"inherited": old}
+        for group in groups
+        for old in (False, True)
+    ]
+    return [part for part in parts if part["params"]]
 
 
 def build_optimiser(
@@ -66,9 +85,10 @@ def build_optimiser(
     backbone: nn.Module,
     config: OptimisationConfig,
     sampling_parts: frozenset[str] = frozenset(),
+    inherited: frozenset[int] = frozenset(),
 ) -> AdamW:
     """AdamW over ``parameter_groups``, in its fused form where device and type have one."""
-    groups = parameter_groups(module, backbone, config, sampling_parts)
+    groups = parameter_groups(module, backbone, config, sampling_parts, inherited)
     parameters = [p for p in module.parameters() if p.requires_grad]
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     return AdamW(groups, weight_decay=config.weight_decay, fused=fused)
@@ -119,10 +139,16 @@ def distillation_scale(step: int, warmup_steps: int) -> float:
     return 1.0 if warmup_steps == 0 else min(1.0, step / warmup_steps)
 
 
-def set_learning_rates(optimiser: AdamW, factor: float) -> None:
-    """Multiply every group's base rate by ``factor``."""
+def inherited_factor(step: int, config: OptimisationConfig) -> float:
+    """Factor on the learning rates of what was inherited, at optimiser ``step``."""
+    return config.inherited_rate_factor if step < config.inherited_warmup_steps else 1.0
+
+
+def set_learning_rates(optimiser: AdamW, factor: float, inherited: float = 1.0) -> None:
+    """Multiply every group's base rate by ``factor``, those of inherited parts by both."""
     for group in optimiser.param_groups:
-        group["lr"] = group["base_rate"] * factor
+        own = inherited if group.get("inherited") else 1.0
+        group["lr"] = group["base_rate"] * factor * own
 
 
 def clip_gradients(optimiser: AdamW, maximum: float | None) -> Tensor:

@@ -19,6 +19,7 @@ from d3etr.engine.optimiser import (
     autocast,
     clip_gradients,
     distillation_scale,
+    inherited_factor,
     learning_rate_factor,
     set_learning_rates,
 )
@@ -165,7 +166,7 @@ class TrainingStep:
             self._distiller.method.watch(self._distiller.student)
         self._log.add_norm(clip_gradients(self._optimiser, config.clip_norm))
         factor = learning_rate_factor(step, self._steps, config.schedule)
-        set_learning_rates(self._optimiser, factor)
+        set_learning_rates(self._optimiser, factor, inherited_factor(step, config))
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         if self._average is not None:
