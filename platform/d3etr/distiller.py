@@ -84,7 +84,7 @@ class Distiller(nn.Module):
 
         Args:
             student: the detector that is trained.
-            teacher: the detector that teaches; None exactly when the method needs none.
+            teacher: the detector that teaches; None exactly when the method needs no network.
             distillation: the method's configuration.
             criterion: weights of the set criterion and its matching.
             seed: of what the method draws.
@@ -93,18 +93,20 @@ class Distiller(nn.Module):
             UserError: a configured loss cannot bridge the two detectors.
         """
         super().__init__()
-        if (teacher is not None) != distillation.needs_teacher:
-            raise ValueError("a teacher goes with every method but 'none'")
+        if (teacher is not None) != distillation.needs_network:
+            raise ValueError("a teacher's network goes with the methods that need one")
         self.student = student
         self.supervision = GroundTruthSupervision(criterion, Solver())
         self._teacher = (teacher,)  # inside a tuple, nn.Module does not register it
         kind: type[Method] = METHODS.find(distillation.method)
-        if teacher is None:
+        if not distillation.needs_teacher:
             self.method = kind()
             return
-        kind.check_compatible(distillation, student.config, teacher.config, student.classes)
-        teacher.eval().requires_grad_(False)
-        self.method = kind(distillation, student.config, teacher.config, seed=seed)
+        if teacher is not None:
+            kind.check_compatible(distillation, student.config, teacher.config, student.classes)
+            teacher.eval().requires_grad_(False)
+        detectors = [part.config for part in (student, teacher) if part is not None]
+        self.method = kind(distillation, *detectors, seed=seed)
 
     @property
     def solver(self) -> Solver:
@@ -128,7 +130,7 @@ class Distiller(nn.Module):
         """
         teacher, method = self.teacher, self.method
         if teacher is None:
-            return None
+            return TeacherOutputs(None) if method.takes_boxes else None
         if not method.needs_teacher_outputs:
             own = None if teacher.config.queries_need_images else teacher.object_queries().detach()
             return TeacherOutputs(own)

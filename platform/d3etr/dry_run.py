@@ -113,7 +113,7 @@ def describe(config: Config, launcher: LauncherName = "ray") -> str:
         f"data         {plan.images:,} training images{_beside(plan.unlabelled)}, "
         f"{plan.classes} classes",
         f"student      {_millions(plan.student_parameters)}",
-        f"teacher      {_millions(plan.teacher_parameters)}{_seen_by(config.teacher)}",
+        f"teacher      {_teacher(plan, config.teacher)}",
         f"length       {plan.steps:,} steps, {epochs:.3g} epochs of {plan.steps_per_epoch:,}",
         *_distilled(plan),
         f"checkpoints  {len(plan.checkpoints)}, after step {', '.join(saved)}; the newest "
@@ -178,11 +178,14 @@ def _parameters(config: DetectorConfig, classes: int) -> int:
         return count_parameters(build_detector(config, classes))
 
 
-def _seen_by(teacher: TeacherConfig | None) -> str:
-    """How large images are to the teacher, where they have another size than to the student."""
+def _teacher(plan: Plan, teacher: TeacherConfig | None) -> str:
+    """How large the teacher is and how large it sees images, or where its boxes are."""
+    if teacher is not None and teacher.detections is not None:
+        return f"boxes in {', '.join(map(str, teacher.detections))}"
+    size = _millions(plan.teacher_parameters)
     if teacher is None or teacher.image_scale == 1:
-        return ""
-    return f", sees images {teacher.image_scale:g} times as large as the student"
+        return size
+    return f"{size}, sees images {teacher.image_scale:g} times as large as the student"
 
 
 def _millions(parameters: int | None) -> str:

@@ -118,6 +118,9 @@ class Targets:
         labelled: the first so many images have ground truth, all others count as unknown, not as
             empty; None: all have. They come first so that taking them is a view, and it is a number
             of the host's so that nobody has to ask the device.
+        scores: [B, T] in [0, 1] how sure it is of each, of boxes that a detector found, 0 in unused
+            slots; None: they are ground truth.
+        of_teacher: boxes that the teacher found in the same images, where it is boxes in files.
     """
 
     labels: Tensor
@@ -142,22 +145,26 @@ class Targets:
             self.num_objects[:known],
         )
 
+    scores: Tensor | None = None
+    of_teacher: Targets | None = None
+
     def to(self, device: torch.device) -> Targets:
         """The same targets on ``device``."""
-        return replace(
-            self,
-            labels=on_device(self.labels, device),
-            boxes_cxcywh=on_device(self.boxes_cxcywh, device),
-            num_objects=on_device(self.num_objects, device),
-        )
+        return self.map(lambda values: on_device(values, device))
 
     def pin_memory(self) -> Targets:
         """The same targets in memory that devices copy from faster."""
+        return self.map(Tensor.pin_memory)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Targets:
+        """All tensors changed alike."""
         return replace(
             self,
-            labels=self.labels.pin_memory(),
-            boxes_cxcywh=self.boxes_cxcywh.pin_memory(),
-            num_objects=self.num_objects.pin_memory(),
+            labels=change(self.labels),
+            boxes_cxcywh=change(self.boxes_cxcywh),
+            num_objects=change(self.num_objects),
+            scores=None if self.scores is None else change(self.scores),
+            of_teacher=self.of_teacher and self.of_teacher.map(change),
         )
 
 

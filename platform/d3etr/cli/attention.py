@@ -90,7 +90,7 @@ def _detectors(config: Config, weights: Path, others: list[str]) -> dict[str, Ur
     from d3etr.config.location import named_location
 
     files: dict[str, Url | Path] = {}
-    if config.teacher is not None:
+    if config.teacher is not None and config.teacher.weights is not None:
         files["Teacher"] = config.teacher.weights
     files["Student"] = weights
     for other in others:

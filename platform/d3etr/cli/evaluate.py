@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3etr.cli.command import (
@@ -15,13 +17,20 @@ from d3etr.cli.command import (
     location,
     positive,
     whole_number,
+    writing,
 )
 from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
+from d3etr.files import write_text
 from d3etr.text import printable
 
 if TYPE_CHECKING:
     from d3etr.config.data import SplitConfig
+    from d3etr.evaluation.evaluator import Observer
+    from d3etr.structures import DecoderOutputs, ImageBatch, Targets
+
+WRITTEN = 300
+"""Detections of an image that ``--write-detections`` writes."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -59,6 +68,13 @@ def _add_arguments(parser: ArgumentParser) -> None:
         default=1,
         metavar="N",
         help="loading processes (default 1)",
+    )
+    parser.add_argument(
+        "--write-detections",
+        type=Path,
+        metavar="FILE",
+        help=f"write the {WRITTEN} most certain detections of each image as COCO results, for "
+        "teacher.detections",
     )
     add_device(parser)
     add_json(parser)
@@ -106,7 +122,14 @@ def _measure(options: Namespace) -> dict[str, Any]:
     )
     context = SingleProcess(predictor.device)
     evaluator = Evaluator(split, data, EvaluationConfig(batch_size=options.batch_size), context)
-    evaluation = evaluator.measure(predictor.detector)
+    written: list[dict[str, Any]] = []
+    observe = None
+    if options.write_detections is not None:
+        observe = _collector(written, [category.id for category in split.categories])
+    evaluation = evaluator.measure(predictor.detector, observe)
+    if options.write_detections is not None:
+        with writing(options.write_detections):
+            write_text(options.write_detections, json.dumps(written))
     return {
         "weights": str(options.weights),
         "annotations": str(options.annotations),
@@ -115,6 +138,26 @@ def _measure(options: Namespace) -> dict[str, Any]:
         "images_per_second": evaluation.images_per_second,
         "metrics": evaluation.as_dict(),
     }
+
+
+def _collector(written: list[dict[str, Any]], ids: Sequence[int]) -> Observer:
+    """Adds what is detected in each batch to ``written``, with the annotations' ids of classes."""
+    from d3etr.evaluation.postprocess import top_detections
+
+    def collect(images: ImageBatch, targets: Targets, outputs: DecoderOutputs) -> None:
+        found = [x.tolist() for x in top_detections(outputs, targets.original_sizes, WRITTEN)]
+        for number, scores, labels, boxes in zip(targets.image_ids, *found, strict=True):
+            written.extend(
+                {
+                    "image_id": number,
+                    "category_id": ids[label],
+                    "bbox": [x, y, right - x, bottom - y],
+                    "score": score,
+                }
+                for score, label, (x, y, right, bottom) in zip(scores, labels, boxes, strict=True)
+            )
+
+    return collect
 
 
 def _place(options: Namespace) -> SplitConfig:

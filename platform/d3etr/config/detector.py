@@ -231,11 +231,24 @@ class StudentConfig(Section):
         return self
 
 
-class TeacherConfig(Section):
-    """The frozen detector that teaches."""
+def _as_tuple(value: object) -> object:
+    """One place is a list of one."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value if value is None or isinstance(value, tuple) else (value,)
 
-    weights: Location
-    """A d3etr weights file, or its URL; its architecture is read from the file."""
+
+class TeacherConfig(Section):
+    """The frozen detector that teaches, or what one has found."""
+
+    weights: Location | None = None
+    """A d3etr weights file, or its URL; its architecture is read from the file. Every method needs
+    it but those that learn from ``detections``."""
+    detections: Annotated[
+        Annotated[tuple[Location, ...], Field(min_length=1)] | None, BeforeValidator(_as_tuple)
+    ] = None
+    """COCO results files (or their URLs) with what detectors of any kind have found on the training
+    images; for method teach_detr, in place of ``weights``."""
     minimum_mAP: Annotated[float, Field(ge=0, le=1)] = 0.0
     """A teacher below this on the validation split stops the run before it starts."""
     evaluation: Literal["verify", "measure"] = "verify"
@@ -249,3 +262,13 @@ class TeacherConfig(Section):
     views: ViewsConfig | None = None
     """Store the teacher's outputs for a few augmentations of each image before training, which then
     runs no teacher; None runs it in every step."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.weights is None) == (self.detections is None):
+            raise ValueError("expected exactly one of weights and detections")
+        others = sorted(self.model_fields_set - {"weights", "detections"})
+        changed = [k for k in others if getattr(self, k) != type(self).model_fields[k].default]
+        if self.detections is not None and changed:
+            raise ValueError(f"{', '.join(changed)} have no effect on boxes in files: remove them")
+        return self

@@ -196,6 +196,16 @@ class MethodConfig(VariantSection):
         return self.needs_teacher
 
     @property
+    def needs_detections(self) -> bool:
+        """Whether the teacher is ``teacher.detections``, boxes in files, instead of a network."""
+        return False
+
+    @property
+    def needs_network(self) -> bool:
+        """Whether there has to be a teacher's network."""
+        return self.needs_teacher and not self.needs_detections
+
+    @property
     def matches_adaptively(self) -> bool:
         """Whether the student's queries are matched with the teacher's."""
         return False

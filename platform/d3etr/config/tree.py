@@ -74,10 +74,7 @@ class Config(Section):
             raise ValueError(
                 "teacher is set but distillation.method is 'none': nothing would use it"
             )
-        if self.distillation.needs_teacher and self.teacher is None:
-            raise ValueError(
-                f"distillation.method '{self.distillation.method}' needs a teacher.weights"
-            )
+        self._teacher_fits()
         if self.student.initialise_from is not None and self.initial_weights is None:
             raise ValueError(
                 "student.initialise_from.weights is not set and there is no teacher whose parts "
@@ -106,6 +103,21 @@ class Config(Section):
         if steps and (text := self.distillation.schedule_problem(steps, "optimisation.steps")):
             raise ValueError(text)
         return self
+
+    def _teacher_fits(self) -> None:
+        """Refuse a method whose kind of teacher is not there."""
+        if not self.distillation.needs_teacher:
+            return
+        method, boxes = self.distillation.method, self.distillation.needs_detections
+        key = "detections" if boxes else "weights"
+        if self.teacher is None or getattr(self.teacher, key) is None:
+            article = "" if boxes else "a "
+            raise ValueError(f"distillation.method '{method}' needs {article}teacher.{key}")
+        if boxes and self.student.detector.softmax_classes:
+            raise ValueError(
+                f"distillation.method '{method}' has scores as targets of single classes, but the "
+                "student has classification 'softmax': set it to 'sigmoid'"
+            )
 
     def _queries_are_inherited(self) -> None:
         """Refuse to pair queries by number where they did not begin as the teacher's."""

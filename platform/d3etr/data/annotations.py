@@ -135,7 +135,7 @@ class Problems:
         title: what it should be.
     """
 
-    def __init__(self, place: Path, title: str) -> None:
+    def __init__(self, place: Path | str, title: str) -> None:
         self._place, self._title = place, title
         self._texts: list[str] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,8 @@ from d3etr.data.augmentation import (
 from d3etr.data.images import load_image, to_pixels
 from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit
-from d3etr.data.transforms import Sample, output_size, relative_cxcywh
+from d3etr.data.teacher_boxes import FoundBoxes
+from d3etr.data.transforms import RelativeBoxes, Sample, output_size, relative_cxcywh
 from d3etr.data.views import TeacherViews
 from d3etr.errors import UserError
 
@@ -44,10 +46,13 @@ class DetectionDataset(Dataset[Sample]):
             sides are the student's times this; from the decoded original, by the same plan.
         views: where set, an epoch shows one of an image's few views, whose augmentation is theirs;
             what the teacher said about it is there, so its pixels are not.
+        teacher_boxes: of each image, what the teacher found, where it is boxes in files; they move
+            as objects do.
     """
 
     teacher_scale: float = 1.0
     views: TeacherViews | None = None
+    teacher_boxes: Sequence[FoundBoxes] | None = None
 
     def __init__(
         self,
@@ -114,22 +119,28 @@ class DetectionDataset(Dataset[Sample]):
             UserError: the image is missing, damaged, or not of its annotated size.
         """
         record, plan = self.split.records[index], self.plan(index, epoch)
-        labels, boxes = record.objects()
-        size = (record.height, record.width)
-        if plan.moves:  # resizing alone leaves relative boxes as they are
-            boxes, kept = augment_boxes(boxes, size, plan)
-            labels, boxes, size = labels[kept], boxes[kept], plan.size
+        labels, corners = record.objects()
+        boxes, kept = _placed(corners, record, plan)
         decoded, theirs = self.decoded(index), None
         if plan.teacher_size is not None and self.views is None:
             theirs = augment_pixels(decoded, replace(plan, size=plan.teacher_size))
         return Sample(
             pixels=augment_pixels(decoded, plan),
             teacher_pixels=theirs,
-            labels=labels,
-            boxes_cxcywh=relative_cxcywh(boxes, *size),
+            labels=labels[kept],
+            boxes_cxcywh=boxes,
+            of_teacher=self._found(index, plan),
             image_id=record.id,
             original_size=(record.height, record.width),
         )
+
+    def _found(self, index: int, plan: Augmentation) -> RelativeBoxes | None:
+        """What the teacher found in an image, where it is boxes in files."""
+        if self.teacher_boxes is None:
+            return None
+        found = self.teacher_boxes[index]
+        boxes, kept = _placed(found.boxes_xyxy, self.split.records[index], plan)
+        return RelativeBoxes(found.labels[kept], boxes, found.scores[kept])
 
     def sizes(self, epoch: int) -> NDArray[np.int64]:
         """[images, 2]: (height, width) of every image in ``epoch``, without decoding any.
@@ -213,3 +224,19 @@ class MixedDataset(DetectionDataset):
     def sizes(self, epoch: int) -> NDArray[np.int64]:
         """[images, 2]: (height, width) of every image in ``epoch``, those with labels first."""
         return np.concatenate([super().sizes(epoch), self._others.sizes(epoch)])
+
+
+def _placed(
+    boxes_xyxy: NDArray[np.float64], record: ImageRecord, plan: Augmentation
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Boxes [n, 4] of an image after its augmentation.
+
+    Returns:
+        [k, 4] relative cxcywh of those that are left, and [n] bool which these are.
+    """
+    size = (record.height, record.width)
+    kept = np.ones(len(boxes_xyxy), dtype=np.bool_)
+    if plan.moves:  # resizing alone leaves relative boxes as they are
+        boxes_xyxy, kept = augment_boxes(boxes_xyxy, size, plan)
+        boxes_xyxy, size = boxes_xyxy[kept], plan.size
+    return relative_cxcywh(boxes_xyxy, *size), kept

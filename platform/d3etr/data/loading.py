@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.context import BaseContext
 from threading import Thread
@@ -30,6 +30,7 @@ from d3etr.data.sampling import (
     share,
 )
 from d3etr.data.splits import DetectionSplit
+from d3etr.data.teacher_boxes import FoundBoxes
 from d3etr.data.transforms import collate
 from d3etr.data.views import TeacherViews
 from d3etr.errors import UserError
@@ -92,6 +93,10 @@ class EpochLoader:
         Before the first epoch: loading processes get a copy of the dataset.
         """
         self.dataset.show_teacher(scale)
+
+    def use_teacher_boxes(self, boxes: Sequence[FoundBoxes]) -> None:
+        """Give batches what the teacher has found in each image; as above."""
+        self.dataset.teacher_boxes = boxes
 
     def use_views(self, views: TeacherViews) -> None:
         """Show stored views of the images, with what the teacher said about them; as above."""

@@ -26,6 +26,21 @@ _STD_FLOOR = 0.02
 
 
 @dataclass(frozen=True)
+class RelativeBoxes:
+    """k boxes that were found in an image.
+
+    Attributes:
+        labels: [k] in [0, C).
+        boxes_cxcywh: [k, 4], relative to the image.
+        scores: [k] in [0, 1].
+    """
+
+    labels: NDArray[np.int64]
+    boxes_cxcywh: NDArray[np.float32]
+    scores: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Sample:
     """One image, ready to be batched, with n objects.
 
@@ -37,6 +52,7 @@ class Sample:
         original_size: (height, width) in pixels before any transform.
         teacher_pixels: [3, height', width'] uint8 that the teacher sees, where it sees others.
         labelled: whether its objects are known; else n is 0.
+        of_teacher: boxes that the teacher found, where it is boxes in files.
     """
 
     pixels: Tensor
@@ -46,6 +62,7 @@ class Sample:
     original_size: tuple[int, int]
     teacher_pixels: Tensor | None = None
     labelled: bool = True
+    of_teacher: RelativeBoxes | None = None
 
 
 def output_size(
@@ -194,7 +211,7 @@ def _pad_targets(samples: Sequence[Sample]) -> Targets:
     for index, (sample, count) in enumerate(zip(samples, counts, strict=True)):
         labels[index, :count] = sample.labels
         boxes[index, :count] = sample.boxes_cxcywh
-    return Targets(
+    targets = Targets(
         labels=torch.from_numpy(labels),
         boxes_cxcywh=torch.from_numpy(boxes),
         counts=counts,
@@ -203,3 +220,22 @@ def _pad_targets(samples: Sequence[Sample]) -> Targets:
         num_objects=torch.tensor(counts),
         labelled=None if known == len(samples) else known,
     )
+    return replace(targets, of_teacher=_pad_found(samples))
+
+
+def _pad_found(samples: Sequence[Sample]) -> Targets | None:
+    """Boxes of a teacher in files, as targets with scores."""
+    found = [sample.of_teacher for sample in samples if sample.of_teacher is not None]
+    if not found:
+        return None
+    pairs = zip(samples, found, strict=True)
+    targets = _pad_targets(
+        [
+            replace(s, labels=x.labels, boxes_cxcywh=x.boxes_cxcywh, of_teacher=None)
+            for s, x in pairs
+        ]
+    )
+    scores = np.zeros(targets.labels.shape, dtype=np.float32)
+    for row, boxes in zip(scores, found, strict=True):
+        row[: len(boxes.scores)] = boxes.scores
+    return replace(targets, scores=torch.from_numpy(scores))

@@ -28,7 +28,7 @@ from d3etr.engine.provenance import (
 )
 from d3etr.engine.run_folder import RunFolder
 from d3etr.engine.seeding import derive_seed, seed_generators
-from d3etr.engine.teacher import check_same_classes, check_same_input
+from d3etr.engine.teacher import check_same_classes, check_same_input, teacher_boxes
 from d3etr.progress import OnProgress
 from d3etr.storage.fetch import fetch_file, local_file
 
@@ -149,6 +149,9 @@ def open_loader(config: Config, split: DetectionSplit, context: TrainContext) ->
         seed=config.run.seed,
     )
     loader.show_teacher(config.teacher_scale)
+    boxes = teacher_boxes(config, split)
+    if boxes is not None:
+        loader.use_teacher_boxes(boxes)
     return loader
 
 
@@ -195,7 +198,7 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
 def _load_teacher(
     config: Config, split: DetectionSplit, context: TrainContext
 ) -> tuple[DetectionTransformer | None, WeightsInfo | None]:
-    if config.teacher is None:
+    if config.teacher is None or config.teacher.weights is None:
         return None, None
     with local_file(config.teacher.weights) as file:
         teacher, info = load_weights(file)

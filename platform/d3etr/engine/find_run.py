@@ -101,6 +101,8 @@ def _with_paths(section: AnySection, change: Callable[[Path], Path]) -> AnySecti
         value = getattr(section, name)
         if isinstance(value, Path):
             changes[name] = change(value)
+        elif isinstance(value, tuple):
+            changes[name] = tuple(change(x) if isinstance(x, Path) else x for x in value)
         elif isinstance(value, Section):
             changes[name] = _with_paths(value, change)
     return section.model_copy(update=changes)

@@ -31,12 +31,12 @@ HASHED_BYTES = 256 * 2**20
 
 
 def weight_digests(config: Config) -> dict[str, str]:
-    """SHA-256 of the weights files that a run begins with and that are there, by key.
+    """SHA-256 of what ``files_of`` names and that is there, by key.
 
     Raises:
         UserError: a storage does not answer, or refuses.
     """
-    found = {key: file_content(file) for key, file in weights_of(config).items()}
+    found = {key: file_content(file) for key, file in files_of(config).items()}
     return {key: digest for key, digest in found.items() if digest is not None}
 
 
@@ -72,7 +72,7 @@ def _images_digest(split: DetectionSplit) -> str | None:
 def remote_files(config: Config) -> dict[str, Url]:
     """The URLs of single files that a run reads, by key."""
     places = {f"data.{name}.annotations": split.annotations for name, split in splits_of(config)}
-    places |= weights_of(config)
+    places |= files_of(config)
     return {key: place for key, place in places.items() if isinstance(place, Url)}
 
 
@@ -128,6 +128,14 @@ def weights_of(config: Config) -> dict[str, Url | Path]:
         "teacher.weights": None if config.teacher is None else config.teacher.weights,
     }
     return {key: file for key, file in files.items() if isinstance(file, Url | Path)}
+
+
+def files_of(config: Config) -> dict[str, Url | Path]:
+    """The files that a run begins with beside its data, by key: weights, a teacher's boxes."""
+    boxes = () if config.teacher is None else config.teacher.detections or ()
+    return weights_of(config) | {
+        f"teacher.detections[{place}]": file for place, file in enumerate(boxes)
+    }
 
 
 def ensure_same_inputs(before: Mapping[str, str], now: Mapping[str, str], run_dir: Path) -> None:
@@ -209,7 +217,7 @@ class Inputs:
 
     def _digests(self, config: Config) -> dict[str, str]:
         found = dict[str, str]()
-        for key, file in weights_of(config).items():
+        for key, file in files_of(config).items():
             if (key, str(file)) not in self._known:
                 content = file_content(file)
                 self._known[key, str(file)] = {} if content is None else {key: content}

@@ -7,7 +7,9 @@ from itertools import zip_longest
 from d3etr.config.data import DataConfig
 from d3etr.config.detector import TeacherConfig
 from d3etr.config.location import Location
+from d3etr.config.tree import Config
 from d3etr.data.splits import DetectionSplit
+from d3etr.data.teacher_boxes import FoundBoxes, read_teacher_boxes
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo
 from d3etr.errors import UserError
@@ -61,6 +63,19 @@ def check_same_input(info: WeightsInfo, weights: Location, data: DataConfig) -> 
             f"data.preprocessing.normalisation is '{ours}': set it to '{theirs}', both "
             "detectors see the same images"
         )
+
+
+def teacher_boxes(config: Config, split: DetectionSplit) -> tuple[FoundBoxes, ...] | None:
+    """What a teacher in files has found in each training image; None where it is a network.
+
+    Raises:
+        UserError: see ``read_teacher_boxes``.
+    """
+    method = config.distillation
+    if config.teacher is None or config.teacher.detections is None:
+        return None
+    least: float = getattr(method, "minimum_score", 0.0)
+    return read_teacher_boxes(config.teacher.detections, split, least)
 
 
 def qualify_teacher(

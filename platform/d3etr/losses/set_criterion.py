@@ -9,7 +9,7 @@ entropy by the weights of all queries instead.
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from d3etr.config.training import SetCriterionConfig
 from d3etr.matching.assignment import Assignment, CostBlock, gather_queries
@@ -31,6 +31,14 @@ def _matched_labels(targets: Targets, assignment: Assignment) -> Tensor:
     """[L, B, P] class of the object that each pair's query is matched with."""
     labels = targets.labels[None].expand(assignment.columns.shape[0], -1, -1)
     return labels.gather(2, assignment.columns)
+
+
+def _matched_scores(targets: Targets, assignment: Assignment) -> Tensor | None:
+    """[L, B, P] score of each pair's box; None where objects have none."""
+    if targets.scores is None:
+        return None
+    scores = targets.scores[None].expand(assignment.columns.shape[0], -1, -1)
+    return scores.gather(2, assignment.columns)
 
 
 def query_weights(targets: Targets, queries: int, config: SetCriterionConfig) -> Tensor:
@@ -62,6 +70,11 @@ def _focal_loss(
     _, negative = focal_terms(logits, config.focal_alpha, config.focal_gamma)
     matched = _matched_logits(logits, targets, assignment)
     as_positive, as_negative = focal_terms(matched, config.focal_alpha, config.focal_gamma)
+    scores = _matched_scores(targets, assignment)
+    if scores is not None:  # Li et al. 2020, equation 4; equal to the above where a score is 1
+        entropy = binary_cross_entropy_with_logits(matched, scores, reduction="none")
+        distance = (scores - matched.sigmoid()).abs()
+        as_positive = config.focal_alpha * distance**config.focal_gamma * entropy
     return negative.sum() + ((as_positive - as_negative) * assignment.valid_mask).sum()
 
 
@@ -88,9 +101,10 @@ def set_losses(
 
     Args:
         outputs: decoder outputs, [L, B, N, ...].
-        targets: ground truth, padded to T objects.
+        targets: ground truth, padded to T objects; or a detector's boxes, whose scores are class
+            targets and the weights of the other terms (not where classes are exclusive).
         assignment: queries (rows) to objects (columns) of each layer and image.
-        objects: scalar, the number of objects in the global batch.
+        objects: scalar, the number of objects (or the sum of scores) in the global batch.
         config: parameters of the class loss; weights of terms are applied by the caller.
         weights: scalar, ``query_weights`` of the global batch; needed where classes are exclusive.
 
@@ -109,7 +123,10 @@ def set_losses(
     truth = gather_queries(
         targets.boxes_cxcywh[None].expand(layers, -1, -1, -1), assignment.columns
     )
-    losses["l1"] = ((boxes - truth).abs() * assignment.valid_mask[..., None]).sum() / count
+    scores, counted = _matched_scores(targets, assignment), assignment.valid_mask
+    if scores is not None:
+        counted = counted * scores
+    losses["l1"] = ((boxes - truth).abs() * counted[..., None]).sum() / count
     overlap = generalised_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))
-    losses["giou"] = ((1 - overlap) * assignment.valid_mask).sum() / count
+    losses["giou"] = ((1 - overlap) * counted).sum() / count
     return losses

@@ -119,6 +119,7 @@ class Method(nn.Module, ABC):
         needs_attention: whether decoders return their attention maps.
         needs_features: whether the teacher's memory and last decoder states are compared.
         needs_decoder: whether the teacher's decoder runs; without it, it has no groups.
+        takes_boxes: whether the teacher is boxes that the targets carry, and no network.
         groups_need_images: whether student groups depend on the teacher's outputs of a batch, so
             that the student's decoder has to wait for the teacher.
         draws_in_steps: whether the host draws random numbers in every step.
@@ -132,6 +133,7 @@ class Method(nn.Module, ABC):
     needs_attention: bool = False
     needs_features: bool = False
     needs_decoder: bool = True
+    takes_boxes: bool = False
     groups_need_images: bool = False
     draws_in_steps: bool = False
     layers: list[int]

@@ -85,6 +85,8 @@ def teacher_tags(config: Config) -> dict[str, str]:
     if config.teacher is None:
         return {}
     weights = config.teacher.weights
+    if weights is None:
+        return {"teacher_detections": ", ".join(x.name for x in config.teacher.detections or ())}
     found = {"teacher_weights": weights.name}
     if isinstance(weights, Url):
         return found

@@ -72,9 +72,15 @@ def make_contest(
             "Expected the recipe of a distilled student, such as digits/d3etr; its plain rivals "
             "are made from it"
         )
+    weights = config.teacher.weights
+    if weights is None:
+        raise UserError(
+            f"{recipe} learns from teacher.detections, from which no rival could start: expected a "
+            "recipe with teacher.weights; 'd3etr compare' compares runs of any kind"
+        )
     asked = {
         PLAIN: ("student.initialise_from=null",),
-        INHERITED: _start(config.student.initialise_from, config.teacher.weights),
+        INHERITED: _start(config.student.initialise_from, weights),
     }
     if checkpoint is not None:
         parts = InitialiseFromConfig(weights=checkpoint, parts=get_args(DetectorPart))

@@ -66,6 +66,7 @@ def judge_runs(config: Config, split: SplitName, trained: Sequence[Trained]) -> 
         )
         for each in trained
     ]
-    teacher = None if config.teacher is None else detections(config.teacher.weights)
+    weights = None if config.teacher is None else config.teacher.weights
+    teacher = None if weights is None else detections(weights)
     maximum = config.evaluation.maximum_detections
     return judge(GroundTruth(images), contenders, teacher, maximum=maximum)

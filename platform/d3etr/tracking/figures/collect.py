@@ -55,7 +55,7 @@ def draw_figures(config: Config, run_dir: Path, folder: Path) -> list[Path]:
         UserError: weights or data cannot be read.
     """
     run, predictors = RunFolder(run_dir), {}
-    if config.teacher is not None:
+    if config.teacher is not None and config.teacher.weights is not None:
         predictors[TEACHER] = load(config.teacher.weights, "cpu")
     own = "Student" if predictors or config.run.role == "student" else TEACHER
     predictors[own] = load(run.weights, "cpu")
