@@ -34,6 +34,7 @@ TIERS = (
     {"distiller"},
     {"evaluation"},
     {"engine", "inference"},
+    {"pseudo_labels"},
     {"fonts"},
     {"drawing"},
     {"tracking"},

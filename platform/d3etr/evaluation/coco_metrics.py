@@ -125,6 +125,30 @@ class GroundTruth:
             *_curves(matched.boxes, matched.matches, counts, params.recThrs, limits)
         )
 
+    def best_threshold(
+        self, detections: SplitDetections, maximum: int
+    ) -> tuple[float, float] | None:
+        """The score above which detections have the highest F1, and that F1.
+
+        At IoU 0.5, images and classes together; None where no detection is right.
+
+        Args:
+            detections: those of images outside of the split do not count.
+            maximum: detections per image and class that count, best first.
+        """
+        found = self.find(detections, maximum)
+        matches = match(found, self.objects, np.array([[0.0, np.inf]]), np.array([0.5]))
+        kept = ~matches.ignored[0, 0]
+        order = np.flatnonzero(kept)[np.argsort(-found.score[kept], kind="stable")]
+        scores, right = found.score[order], matches.matched[0, 0][order].cumsum()
+        # 2 TP / (detections + objects); of equal scores all are above the threshold.
+        f1 = 2 * right / (np.arange(1, len(order) + 1) + (~self.objects.crowd).sum())
+        ends = np.flatnonzero(np.r_[scores[1:] != scores[:-1], True][: len(scores)])
+        if not len(ends) or not right[-1]:
+            return None
+        best = ends[f1[ends].argmax()]
+        return float(scores[best]), float(f1[best])
+
     def _counts(self, ranges: Array) -> Integers:
         """[C, A] objects of each class that count in each area range."""
         counted = ~(self.objects.crowd | self.objects.outside(ranges))
