@@ -59,6 +59,17 @@ def test_a_finished_run_has_metrics_params_tags_files_and_a_model(
     assert str(champion.version) == "1" and champion.tags["mAP"] == "0.2500"
 
 
+def test_images_without_labels_are_parameters(make_config: MakeConfig, make_run: MakeRun) -> None:
+    config = make_config()
+    run_dir = make_run(config)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    summary |= {"unlabelled_images": 5700, "inputs": {"the unlabelled data": "e" * 64}}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    assert open_tracker(config, run_dir).finish("FINISHED") is None
+    params = run_of(config, run_dir).data.params
+    assert (params["unlabelled_images"], params["unlabelled_digest"]) == ("5700", "e" * 16)
+
+
 def test_going_on_and_replaying_makes_no_duplicates(
     make_config: MakeConfig, make_run: MakeRun
 ) -> None:

@@ -164,6 +164,8 @@ def _summary(run: Run, validation: Validation, log: MetricLogger) -> dict[str, A
         "train/loss": log.last.get("train/loss", 0.0),
         INPUTS_KEY: dict(run.models.digests),
     }
+    if run.splits.train.unlabelled is not None:
+        summary["unlabelled_images"] = len(run.splits.train.unlabelled.records)
     if validation.teacher_mAP is not None:
         summary["teacher/mAP"] = validation.teacher_mAP
     return summary

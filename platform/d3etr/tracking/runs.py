@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ from mlflow.entities import Dataset, DatasetInput, InputTag
 from d3etr.config.load import load_config
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
+from d3etr.data.splits import UNLABELLED
 from d3etr.detectors.weights import file_digest, read_info
 from d3etr.engine.journal import read_journal
+from d3etr.engine.provenance import INPUTS_KEY, data_key
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
+from d3etr.files import read_json
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress, no_progress
 from d3etr.tracking.description import params, run_name, tags
@@ -196,6 +199,8 @@ class Tracker:
             self._run.client.set_tag(self.run_id, "data_digest", digest)
             data = _dataset(self._config, digest)
             self._run.client.log_inputs(self.run_id, datasets=[data])
+        for name, value in _unlabelled(read_json(self._folder.summary)).items():
+            self._run.client.log_param(self.run_id, name, value)
 
     def _draw(self) -> None:
         # matplotlib and the detectors take seconds to import: only who draws pays.
@@ -228,6 +233,15 @@ def _begun_and_ended(run_dir: Path) -> tuple[int | None, int | None]:
         return None, None
     # The clock may have been set back: a run does not end before it began.
     return int(1000 * times[0]), int(1000 * max(times[0], times[-1]))
+
+
+def _unlabelled(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Parameters of a run on images without labels: how many, and the digest of what they are."""
+    if "unlabelled_images" not in summary:
+        return {}
+    digest = summary[INPUTS_KEY][data_key(UNLABELLED)]
+    count = str(int(summary["unlabelled_images"]))
+    return {"unlabelled_images": count, "unlabelled_digest": digest[:DIGEST_LENGTH]}
 
 
 def _dataset(config: Config, digest: str) -> DatasetInput:
