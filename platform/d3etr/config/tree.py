@@ -151,11 +151,6 @@ class Config(Section):
                 f"data.unlabelled has no effect with distillation.method '{method.method}': {why}. "
                 "Remove it, or distil what a teacher says of any image, as 'd3etr' does"
             )
-        if self.teacher is not None and self.teacher.views is not None:
-            raise ValueError(
-                "teacher.views are stored of training images with labels only: remove them, or "
-                "data.unlabelled"
-            )
         if problem := self.composition_problem(self.micro_batches(self.cluster.workers)):
             raise ValueError(problem)
 
