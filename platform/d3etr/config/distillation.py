@@ -108,11 +108,13 @@ class CrossAttentionConfig(AttentionConfig):
     """Distillation of cross-attention: of maps, or of what deformable attention samples."""
 
     # Frozen, so that a wider type does no harm.
-    distance: Literal["kl", "mse", "energy"] = "kl"  # type: ignore[assignment]
+    distance: Literal["kl", "mse", "energy", "points"] = "kl"  # type: ignore[assignment]
     """Between two attention maps. kl: Kullback-Leibler divergence of each row. mse: mean squared
     difference. energy: ``deformable_detr`` only, the energy distance of both sets of weighted
     sampling points, without a grid; it pulls a point to the teacher's from any distance, where
-    maps of points more than a cell apart have nothing in common."""
+    maps of points more than a cell apart have nothing in common. points: ``deformable_detr`` with a
+    decoder that began as the teacher's, point by point: divergence of the weights, and L1 of the
+    places in cells, weighted by the teacher's; not over adaptive pairs."""
     blur: Annotated[float, Field(ge=0, le=64)] = 0.0
     """Both maps are smoothed by a Gaussian of this deviation, in cells of their grid, before they
     are compared; 0 does not."""
@@ -121,6 +123,11 @@ class CrossAttentionConfig(AttentionConfig):
     def _blur_has_a_map(self) -> Self:
         if self.blur and self.distance == "energy":
             raise ValueError("blur has no effect on distance 'energy', which compares no maps")
+        if self.distance == "points" and (self.blur or self.heads == "mean"):
+            key = "blur" if self.blur else "heads 'mean'"
+            raise ValueError(
+                f"{key} does not go with distance 'points', which is by head and point"
+            )
         return self
 
 

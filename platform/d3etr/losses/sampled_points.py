@@ -1,4 +1,4 @@
-"""Distance between what two deformable attentions sample: sets of weighted points, without a grid.
+"""Distances between what two deformable attentions sample: weighted points, without a grid.
 
 The energy distance of Szekely and Rizzo (2013) between point sets; that cross-attention is
 compared by it is our choice. Maps of points that are more than a cell apart have nothing in common,
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from d3etr.attention_maps import SampledMaps
 from d3etr.config.distillation import CrossAttentionConfig
+from d3etr.structures import constant
 
 SOFTENING = 0.01
 """Points closer than this, in longer sides of the image, are near enough (our choice)."""
+_TINY = torch.finfo(torch.float32).tiny
 _DISTANCES = 2**22
 """Distances that are computed at once."""
 
@@ -94,6 +96,33 @@ def energy_distance(points: Tensor, weights: Tensor, others: Tensor, shares: Ten
     )
     found: Tensor = _EnergyDistance.apply(*flat)
     return found.view(shape)
+
+
+def point_loss(
+    student: SampledMaps, teacher: SampledMaps, weights: Tensor, config: CrossAttentionConfig
+) -> Tensor:
+    """Point by point: KL of the weights, and L1 of the places weighted by the teacher's weights.
+
+    For decoders of one origin, whose heads and points correspond by their number. Places are
+    references plus offsets, in cells of the student's levels: where both look from the same
+    reference, their L1 distance is that of the offsets (our choice).
+
+    Args:
+        student: of the pairs, [L, B, H, P, V, R, 2].
+        teacher: the same of the teacher, with as many heads, levels and points.
+        weights: [L, B, P] weight of each pair, already divided by its normaliser.
+        config: whether layers are averaged or added.
+
+    Returns:
+        Scalar.
+    """
+    sides = tuple(float(side) for height, width in student.levels for side in (width, height))
+    sizes = constant(sides, torch.float32, weights.device).view(-1, 1, 2)
+    own, target = (maps.weights.float().clamp(min=_TINY) for maps in (student, teacher))
+    apart = (student.locations.float() - teacher.locations.float()) * sizes
+    each = target * ((target / own).log() + apart.abs().sum(-1))
+    rows = each.sum((-2, -1)).mean(2)
+    return (rows * weights).sum() / (len(rows) if config.layers == "mean" else 1)
 
 
 def energy_loss(

@@ -92,18 +92,27 @@ def _check_heads(
 def _check_samples(
     student: DetectorConfig, teacher: DetectorConfig, config: TeacherQueryConfig
 ) -> None:
-    """The energy distance is one of sampled points."""
+    """Distances of sampled points need some; point by point, as many on both sides."""
     term = config.cross_attention
+    if not term.weight or term.distance not in ("energy", "points"):
+        return
     dense = [
         f"the {whose} ({detector.name})"
         for whose, detector in {"student": student, "teacher": teacher}.items()
         if not detector.sampling_parts
     ]
-    if term.weight and term.distance == "energy" and dense:
+    if dense:
         raise UserError(
-            "distillation.cross_attention.distance 'energy' compares sampled points, but "
+            f"distillation.cross_attention.distance '{term.distance}' compares sampled points, but "
             f"{' and '.join(dense)} attends to the whole memory: set it to 'kl', or use "
             "'deformable_detr'"
+        )
+    counts = [getattr(detector, "points", None) for detector in (student, teacher)]
+    if term.distance == "points" and counts[0] != counts[1]:
+        raise UserError(
+            "distillation.cross_attention.distance 'points' compares point by point, but the "
+            f"student samples {counts[0]} on each level and the teacher {counts[1]}: set it to "
+            "'energy', or give both as many points"
         )
 
 

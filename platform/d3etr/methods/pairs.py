@@ -19,7 +19,7 @@ from d3etr.attention_maps import AttentionMaps, CrossMaps, SampledMaps
 from d3etr.config.distillation import AttentionConfig, CrossAttentionConfig
 from d3etr.losses.attention import attention_loss, blurred_maps, resize_maps
 from d3etr.losses.prediction import prediction_losses
-from d3etr.losses.sampled_points import energy_loss
+from d3etr.losses.sampled_points import energy_loss, point_loss
 from d3etr.matching.assignment import gather_queries
 from d3etr.structures import DecoderOutputs
 
@@ -129,9 +129,10 @@ def _cross_attention(pairs: MatchedPairs, weights: Tensor, config: CrossAttentio
     index, student, teacher = pairs.index, pairs.student, pairs.teacher
     maps = _known(student.cross_maps).rows(index.student)
     target = _known(teacher.cross_maps).rows(index.teacher)
-    if config.distance == "energy":
+    if config.distance in ("energy", "points"):
         assert isinstance(maps, SampledMaps) and isinstance(target, SampledMaps)
-        return energy_loss(maps, target, weights, config)
+        of_points = energy_loss if config.distance == "energy" else point_loss
+        return of_points(maps, target, weights, config)
     if student.levels == ((1, 1),):
         warnings.warn(
             "distillation.cross_attention is 0 for a batch: its images are one token each, and all "

@@ -175,6 +175,12 @@ class TeacherQueryConfig(TaughtMethodConfig):
             )
         if problem := self.random_group_problem():
             raise ValueError(problem)
+        if self.cross_attention.distance == "points" and self.matches_adaptively:
+            raise ValueError(
+                "cross_attention.distance 'points' compares queries that are the same in both "
+                "models, and adaptive pairs are not: set inherited_ratio to 1 or adaptive_ratio to "
+                "0, or the distance to 'energy'"
+            )
         return self
 
 
