@@ -99,7 +99,7 @@ def test_one_seed_and_no_rival_are_refused(scenes: Scenes) -> None:
 
 
 def test_the_interval_over_both_covers_and_the_gain_is_found() -> None:
-    """``benchmarks.judge`` in small; docs/results/judge.md has 2,000 draws."""
+    """``benchmarks.judge`` in small; docs/results/judge.md has more draws."""
     setting = Setting(points=6, images=120)
     better = better_quality(0.06, 30, 120)
     found = tally(setting, [simulate(setting, better, draw) for draw in range(25)])
