@@ -58,7 +58,7 @@ THIRD_PARTY = {
     "losses": ARRAYS,
     "methods": ARRAYS | {"pydantic"},
     "distiller": ARRAYS,
-    "detectors": ARRAYS | {"safetensors", "pydantic"},
+    "detectors": ARRAYS | {"safetensors", "pydantic", "timm"},
 }
 CORE = ("engine", "inference", "methods", "losses", "distiller", "evaluation", "data")
 ONLY_IN = {"ray": "launch", "mlflow": "tracking", "fsspec": "storage", "triton": "kernels"}

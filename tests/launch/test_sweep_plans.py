@@ -83,7 +83,8 @@ def test_the_three_matchings_are_swept_by_their_ratios(make_sweep: MakeSweep) ->
         RATIO: {"grid": [0.0, 1.0], "when": {INHERITED: [0.0, 0.5]}},
         QUERIES: {"grid": [0.5], "when": {RATIO: [0.0]}},
     }
-    plan = make_plan(make_sweep(space=space, set=["student.initialise_from={}"]))
+    changes = ["distillation.method=d3etr", "teacher={weights: teacher.safetensors}"]
+    plan = make_plan(make_sweep(space=space, set=[*changes, "student.initialise_from={}"]))
     assert [plan.config(trial).distillation.inherited_share for trial in plan.trials] == [
         *(0.0, 0.0, 0.5, 0.5, 1.0)
     ]
