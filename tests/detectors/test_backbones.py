@@ -207,7 +207,9 @@ def test_a_backbone_that_is_not_trainable_is_frozen_whole() -> None:
 
 
 def test_settings_of_the_other_kind_are_refused() -> None:
-    with pytest.raises(ValidationError, match="frozen_stages is for torchvision"):
+    with pytest.raises(
+        ValidationError, match="frozen_stages is for networks of torchvision and timm"
+    ):
         BackboneConfig(name="small", frozen_stages=1)
     with pytest.raises(ValidationError, match="dilation"):
         BackboneConfig(name="small", dilation=True)
