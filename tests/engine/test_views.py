@@ -325,6 +325,7 @@ def test_a_store_that_is_too_large_is_refused_before_it_is_begun(
 
 REFUSED = {
     "features": ({"features": {"weight": 1.0}}, "features.weight to 0"),
+    "cosine of features": ({"method": "feature_cosine"}, "this method compares: remove it"),
     "points": ({"general_points": {"count": 4}}, "general_points.count to 0"),
     "control": (
         {

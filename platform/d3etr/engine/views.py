@@ -75,10 +75,8 @@ def require_storable(method: Method, views: ViewsConfig, queries: int) -> None:
             "has no effect: this method uses no outputs of the teacher. Remove teacher.views"
         )
     if method.needs_features:
-        reasons.append(
-            "cannot hold memory tokens, which distillation.features compares: set "
-            "distillation.features.weight to 0"
-        )
+        helps = "set distillation.features.weight to 0" if method.needs_decoder else "remove it"
+        reasons.append(f"cannot hold memory tokens, which this method compares: {helps}")
     if method.draws_in_steps:
         reasons.append(
             "cannot hold general points, which are drawn anew in each step: set "
