@@ -65,6 +65,12 @@ def test_a_recipe_without_a_teacher_is_refused(tmp_path: Path) -> None:
         contest(tmp_path, *plain)
 
 
+def test_boxes_in_files_give_no_rival_a_start(tmp_path: Path) -> None:
+    boxes = ("teacher={detections: found.json}", "distillation={method: teach_detr}")
+    with pytest.raises(UserError, match=r"learns from teacher\.detections.*d3etr compare"):
+        contest(tmp_path, "teacher=null", *boxes, "student.initialise_from=null")
+
+
 def test_without_a_teacher_only_images_with_labels_are_left(tmp_path: Path) -> None:
     more = ("data.labelled_share=0.5", "data.unlabelled={rest_of_train: true}")
     plain, _, distilled = contest(tmp_path, *more).ways

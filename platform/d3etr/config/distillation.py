@@ -264,7 +264,7 @@ class MethodConfig(VariantSection):
 
 
 class TaughtMethodConfig(MethodConfig):
-    """What methods with a teacher share: in which optimiser steps the teacher is used."""
+    """What methods with a teacher share: in which optimiser steps it is used, and how strongly."""
 
     every_steps: Annotated[int, Field(ge=1, le=MAXIMUM)] = 1
     """Distil in each so-manieth optimiser step, the first one included. The others are steps of
@@ -272,6 +272,13 @@ class TaughtMethodConfig(MethodConfig):
     share_of_training: Share = 1.0
     """Distil during this first part of the run's optimiser steps; what follows is plain
     training."""
+    warmup_steps: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
+    """Distillation weights grow linearly from 0 over this many optimiser steps."""
+
+    @property
+    def warmup(self) -> int:
+        """Optimiser steps of the warm-up."""
+        return self.warmup_steps
 
     def distils_at(self, step: int, steps: int) -> bool:
         """Each ``every_steps``-th step of the first ``share_of_training``."""

@@ -15,13 +15,12 @@ Shapes: L decoder layers · B images · N student queries · M teacher queries �
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
-from d3etr.config.base import MAXIMUM
 from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import (
     LayerList,
@@ -62,13 +61,6 @@ class QSKDConfig(TaughtMethodConfig):
     """Weight of 1 - GIoU of boxes."""
     layer_map: Literal["uniform", "last"] | LayerList = "uniform"
     """Teacher layer for each student layer; a list names them, last must map to last."""
-    warmup_steps: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
-    """Distillation weights grow linearly from 0 over this many optimiser steps."""
-
-    @property
-    def warmup(self) -> int:
-        """Optimiser steps of the warm-up."""
-        return self.warmup_steps
 
     @property
     def learns_without_labels(self) -> bool:

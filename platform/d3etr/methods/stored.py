@@ -73,7 +73,7 @@ def outputs_to_store(
     memory = teacher.encode(images)
     queries = teacher.object_queries(memory).detach()
     [decoded] = teacher.decode(memory, [queries], attention=parts.attention)
-    outputs, wanted, values = decoded, parts.queries or teacher.config.queries, {}
+    wanted, values = parts.queries or teacher.config.queries, {}
     if wanted > decoded.queries:
         raise UserError(
             f"an image gives the teacher {decoded.queries} queries, and {wanted} are to be stored: "

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from d3etr.config.base import MAXIMUM
 from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import (
     AttentionConfig,
@@ -65,13 +64,6 @@ class TeacherQueryConfig(TaughtMethodConfig):
     """What such pairs' losses are divided by. confidence: the teacher's total one, to which
     hundreds of queries that found nothing add up. objects: the number of objects, as detection
     losses; it does not depend on the number of queries."""
-    warmup_steps: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
-    """Distillation weights grow linearly from 0 over this many optimiser steps."""
-
-    @property
-    def warmup(self) -> int:
-        """Optimiser steps of the warm-up."""
-        return self.warmup_steps
 
     @property
     def counts_confidence(self) -> bool:
