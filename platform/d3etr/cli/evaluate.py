@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3etr.cli.command import (
@@ -14,6 +13,7 @@ from d3etr.cli.command import (
     add_json,
     add_weights,
     answer,
+    file_to_write,
     location,
     positive,
     whole_number,
@@ -71,7 +71,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--write-detections",
-        type=Path,
+        type=file_to_write(".json"),
         metavar="FILE",
         help=f"write the {WRITTEN} most certain detections of each image as COCO results, for "
         "teacher.detections",

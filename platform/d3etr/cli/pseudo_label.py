@@ -21,7 +21,7 @@ from d3etr.cli.command import (
 )
 from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
-from d3etr.files import atomic_write
+from d3etr.files import write_text
 
 if TYPE_CHECKING:
     from d3etr.data.splits import DetectionSplit
@@ -82,8 +82,8 @@ def _run(options: Namespace) -> int:
         if validation is not None:
             threshold, f1 = best_threshold(predictor, validation, progress)
         content, folder = pseudo_labels(predictor, images, labelled, threshold, progress)
-    with writing(options.output), atomic_write(options.output) as temporary:
-        temporary.write_text(json.dumps(content))
+    with writing(options.output):
+        write_text(options.output, json.dumps(content))
     made = sum("score" in entry for entry in content["annotations"])
     result = {
         "output": str(options.output),
