@@ -1,5 +1,6 @@
 """Whole runs in which part of every batch has no labels."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ from tiny_runs import MakeConfig, assert_same_run, losses
 
 from d3etr.config.data import DigitScenesConfig, UnlabelledConfig
 from d3etr.config.distillation import method_config
-from d3etr.config.load import validate
+from d3etr.config.load import plain_tree, validate
 from d3etr.config.tree import Config
+from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.data.splits import open_split
 from d3etr.distiller import Distiller
 from d3etr.dry_run import make_plan
 from d3etr.engine.build import build_models, open_splits
 from d3etr.engine.distributed import SingleProcess
 from d3etr.engine.loop import TrainingLoop
+from d3etr.engine.provenance import Inputs
 from d3etr.errors import UserError
+from d3etr.files import read_json
 from d3etr.structures import ImageBatch
 
 
@@ -132,6 +136,66 @@ def test_too_few_unlabelled_images_are_refused(mixed: Config) -> None:
         make_plan(few)
     with pytest.raises(UserError, match=r"1 images without labels"):
         open_splits(few, SingleProcess(torch.device("cpu")))
+
+
+@pytest.fixture
+def labelled(mixed: Config, tmp_path: Path) -> Config:
+    """The other half has labels of a file: the scenes' own, on ten of the twelve images."""
+    scenes = mixed.data.digit_scenes
+    assert scenes is not None
+    place, file = write_digit_scenes(scenes)["train"], tmp_path / "labels.json"
+    assert isinstance(place.annotations, Path)
+    content = json.loads(place.annotations.read_bytes())
+    split = open_split(mixed.data, "train").unlabelled
+    assert split is not None
+    kept = {record.id for record in split.records[2:]}
+    content["images"] = [image for image in content["images"] if image["id"] in kept]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    file.write_text(json.dumps(content))
+    unlabelled = UnlabelledConfig(rest_of_train=True, labels=file)
+    data = mixed.data.model_copy(update={"unlabelled": unlabelled})
+    plain = {"teacher": None, "distillation": method_config(method="none")}
+    return mixed.model_copy(update={"data": data} | plain)
+
+
+def test_images_that_a_file_labels_are_ordinary_ones(labelled: Config, tmp_path: Path) -> None:
+    validate(plain_tree(labelled), "the test", [])
+    plan = make_plan(labelled)
+    assert (plan.images, plan.unlabelled, plan.steps_per_epoch) == (24 - 2, 0, 5)
+    summary = train(labelled, tmp_path / "run")
+    assert summary["steps"] == 10 and summary["unlabelled_images"] == 10
+    inputs = read_json(tmp_path / "run" / "summary.json")["inputs"]
+    assert inputs.keys() >= {"the unlabelled data", "data.unlabelled.labels"}
+    Inputs().ensure_result_is_of(labelled, tmp_path / "run")
+    assert labelled.data.unlabelled is not None
+    file = labelled.data.unlabelled.labels
+    assert isinstance(file, Path)
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(UserError, match=r"data\.unlabelled\.labels is not what the run"):
+        Inputs().ensure_result_is_of(labelled, tmp_path / "run")
+
+
+def test_views_of_images_that_a_file_labels(
+    mixed: Config, labelled: Config, tmp_path: Path
+) -> None:
+    tree = plain_tree(labelled) | {name: plain_tree(mixed)[name] for name in ("distillation",)}
+    tree["teacher"] = plain_tree(mixed)["teacher"] | {"views": {"count": 2}}
+    tree["run"] = {"output": str(tmp_path)}
+    train(validate(tree, "the test", []), tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 10
+
+
+def test_boxes_in_files_know_ids_of_the_training_annotations_only(
+    mixed: Config, tmp_path: Path
+) -> None:
+    tree = plain_tree(mixed) | {"distillation": {"method": "teach_detr"}}
+    tree["teacher"] = {"detections": [str(tmp_path / "found.json")]}
+    labels = {"labels": "labels.json"}
+    tree["data"]["unlabelled"] = {"rest_of_train": True} | labels
+    validate(tree, "the test", [])
+    tree["data"]["unlabelled"] = {"digit_scenes": {"seed": 9}} | labels
+    with pytest.raises(UserError, match=r"teacher\.detections names images by their ids"):
+        validate(tree, "the test", [])
 
 
 @pytest.mark.parametrize(

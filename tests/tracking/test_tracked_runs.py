@@ -63,11 +63,13 @@ def test_images_without_labels_are_parameters(make_config: MakeConfig, make_run:
     config = make_config()
     run_dir = make_run(config)
     summary = json.loads((run_dir / "summary.json").read_text())
-    summary |= {"unlabelled_images": 5700, "inputs": {"the unlabelled data": "e" * 64}}
+    inputs = {"the unlabelled data": "e" * 64, "data.unlabelled.labels": "f" * 64}
+    summary |= {"unlabelled_images": 5700, "inputs": inputs}
     (run_dir / "summary.json").write_text(json.dumps(summary))
     assert open_tracker(config, run_dir).finish("FINISHED") is None
     params = run_of(config, run_dir).data.params
     assert (params["unlabelled_images"], params["unlabelled_digest"]) == ("5700", "e" * 16)
+    assert params["unlabelled_labels_digest"] == "f" * 16
 
 
 def test_going_on_and_replaying_makes_no_duplicates(

@@ -86,7 +86,7 @@ class DigitScenesConfig(Section):
 
 
 class UnlabelledConfig(Section):
-    """Images without labels beside the training images, for what is learnt from a teacher alone."""
+    """Images beside the training images: without labels, or with those that a file has for them."""
 
     images: Location | None = None
     """Folder, or its URL: every image in it and in the folders below."""
@@ -99,8 +99,17 @@ class UnlabelledConfig(Section):
     """Take the training images that ``data.labelled_share`` leaves without labels."""
     digit_scenes: DigitScenesConfig | None = None
     """Take the training split of digit scenes with other settings, such as another seed."""
+    labels: Location | None = None
+    """COCO file, or its URL, of boxes on these images, such as ``d3etr pseudo-label`` writes, found
+    by file name: they are training images like the others then, for any method."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Of each batch, rounded to whole images; the others have labels."""
+    """Of each batch, rounded to whole images; the others have labels. Without effect beside
+    ``labels``."""
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """Where all images have labels, no part of a batch is without."""
+        return frozenset() if self.labels is None else frozenset({"share"})
 
     @property
     def place(self) -> SplitConfig | None:
@@ -126,6 +135,11 @@ class UnlabelledConfig(Section):
         if isinstance(self.images, Url) and self.annotations is None:
             raise ValueError(
                 "annotations is missing: a URL's images are found by a COCO file that lists them"
+            )
+        if self.labels is not None and "share" in self.model_fields_set:
+            raise ValueError(
+                "share has no effect beside labels: all images have labels then, and an epoch is "
+                "one pass over them. Remove one of the two"
             )
         return self
 
@@ -197,7 +211,7 @@ class DataConfig(Section):
     labelled_seed: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
     """Which training images these are; with one seed, a larger share holds the smaller one's."""
     unlabelled: UnlabelledConfig | None = None
-    """Images without labels, which part of every batch consists of."""
+    """Images without labels, which part of every batch consists of; or labelled by a file."""
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     bucket_by_aspect: bool = True
@@ -251,4 +265,6 @@ class DataConfig(Section):
 
     def unlabelled_in(self, batch_size: int) -> int:
         """How many images of a batch have no labels."""
-        return 0 if self.unlabelled is None else round(self.unlabelled.share * batch_size)
+        if self.unlabelled is None or self.unlabelled.labels is not None:
+            return 0
+        return round(self.unlabelled.share * batch_size)

@@ -137,19 +137,28 @@ class Config(Section):
 
     def _unlabelled_images_teach(self) -> None:
         """Refuse images without labels that nothing is learnt from."""
-        if self.data.unlabelled is None:
+        unlabelled, teacher = self.data.unlabelled, self.teacher
+        if unlabelled is None:
             return
-        if self.teacher is not None and self.teacher.views:
+        if unlabelled.labels is not None:
+            if teacher is not None and teacher.detections and not unlabelled.rest_of_train:
+                raise ValueError(
+                    "teacher.detections names images by their ids in data.train, which those of "
+                    "data.unlabelled do not have: remove one of the two"
+                )
+            return
+        if teacher is not None and teacher.views:
             raise ValueError(
                 "teacher.views stores outputs for images with labels only: remove data.unlabelled, "
-                "or set teacher.views to null"
+                "give it labels, or set teacher.views to null"
             )
         method = self.distillation
         if not method.learns_without_labels:
             why = "its terms need ground truth" if method.needs_teacher else "it has no teacher"
             raise ValueError(
                 f"data.unlabelled has no effect with distillation.method '{method.method}': {why}. "
-                "Remove it, or distil what a teacher says of any image, as 'd3etr' does"
+                "Remove it, give it labels, or distil what a teacher says of any image, as 'd3etr' "
+                "does"
             )
         if problem := self.composition_problem(self.micro_batches(self.cluster.workers)):
             raise ValueError(problem)
@@ -161,11 +170,11 @@ class Config(Section):
             parts: micro-batches; each needs an image with labels, as all losses come from each.
         """
         size = self.optimisation.batch_size
-        without = self.data.unlabelled_in(size)
-        if self.data.unlabelled is None or (without and size - without >= parts):
+        without, unlabelled = self.data.unlabelled_in(size), self.data.unlabelled
+        if unlabelled is None or unlabelled.labels or (without and size - without >= parts):
             return None
         return (
-            f"data.unlabelled.share {self.data.unlabelled.share:g} of optimisation.batch_size "
+            f"data.unlabelled.share {unlabelled.share:g} of optimisation.batch_size "
             f"{size} makes {without} images without labels and {size - without} with; expected at "
             f"least 1 without, and 1 with for each of {parts} micro-batches "
             "(cluster.workers x optimisation.accumulation): change the share or the batch"

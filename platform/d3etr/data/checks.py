@@ -9,7 +9,7 @@ import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,8 +27,8 @@ from d3etr.data.splits import (
     configured_splits,
     missing_problem,
     parse_split,
+    training_split,
     unlabelled_place,
-    with_labelled_share,
 )
 from d3etr.errors import UserError
 from d3etr.progress import OnProgress, no_progress
@@ -41,6 +41,8 @@ _LEAST_CONTRAST = 16
 """Of 255, between an image's darkest and brightest values: twelve bits in sixteen have less."""
 _OF_BOXES = ("boxes", "boxes_per_category", "object_sizes", "without_objects")
 """Facts that images without labels have none of."""
+_FILE_LABELS = "labels of a file"
+"""Name of the report on ``data.unlabelled.labels``."""
 _SHOWN_MESSAGES = 10
 _LINE_LENGTH, _INDENT = 100, 21
 
@@ -174,12 +176,24 @@ def check_data(
         reports.append(SplitReport(name, _facts(split, data), found.errors, found.warnings))
     unlabelled = parsed.pop(UNLABELLED, None)
     if "train" in parsed:
-        parsed["train"] = with_labelled_share(parsed["train"], data, unlabelled)
+        try:
+            parsed["train"] = training_split(parsed["train"], data, unlabelled, on_progress)
+        except UserError as error:
+            reports.append(SplitReport(_FILE_LABELS, errors=(str(error),)))
+        for labelled in parsed["train"].parts[1:]:
+            reports.append(_labels_report(labelled, data))
     between = judge_categories(parsed)
     if compare is not None:
         between += compare(parsed)
     warnings = (*_copy_warnings(copies.values()), *class_warnings(parsed), *between.warnings)
     return DataReport(tuple(reports), errors=between.errors, warnings=warnings)
+
+
+def _labels_report(split: DetectionSplit, data: DataConfig) -> SplitReport:
+    """Of the labels that a file has for images without."""
+    split = replace(split, name=_FILE_LABELS)
+    warnings = (*split.warnings, *_judge_boxes(split).warnings)
+    return SplitReport(split.name, _facts(split, data), warnings=warnings)
 
 
 def _places(data: DataConfig, on_progress: OnProgress | None) -> dict[str, SplitConfig]:

@@ -18,6 +18,7 @@ from d3etr.config.data import DataConfig, SplitConfig, UnlabelledConfig
 from d3etr.config.location import Location
 from d3etr.data.annotations import Annotations, Category, Source
 from d3etr.data.digit_scenes import write_digit_scenes
+from d3etr.data.file_labels import LABELS_KEY, labels_of
 from d3etr.data.formats import AUTO, find_format
 from d3etr.data.formats.unlabelled import UnlabelledImages
 from d3etr.data.records import (
@@ -34,7 +35,7 @@ from d3etr.errors import UserError
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress
 from d3etr.storage.fetch import local_file
-from d3etr.storage.images import ImageFolder, open_folder
+from d3etr.storage.images import BESIDE, ImageFolder, open_folder
 
 _LOGGER = get_logger(__name__)
 SPLIT_NAMES: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
@@ -72,8 +73,10 @@ class DetectionSplit:
         annotations: the file or folder, as configured.
         digest: sha256, hex, over the annotations and the images' names and file sizes.
         keys: what error texts call the places of ``images`` and ``annotations``.
-        left_out: images of the same files whose labels are not used (``data.labelled_share``).
+        left_out: images of the same files that are not used, or whose labels are not.
         unlabelled: images without labels that are trained on beside these.
+        parts: what the records are of, where it is more than one split: that of images with labels
+            of their own, and that of images with those of a file (``data.unlabelled.labels``).
     """
 
     name: str
@@ -89,6 +92,7 @@ class DetectionSplit:
     keys: Keys
     left_out: tuple[ImageRecord, ...] = ()
     unlabelled: DetectionSplit | None = None
+    parts: tuple[DetectionSplit, ...] = ()
 
     @cached_property
     def objects(self) -> Objects:
@@ -132,7 +136,7 @@ def open_split(
     *,
     fetch: bool = True,
 ) -> DetectionSplit:
-    """Read one split of ``data``; the training split with its images without labels.
+    """Read one split of ``data``; the training split with its images without labels of their own.
 
     Args:
         data: where the splits are.
@@ -157,20 +161,31 @@ def open_split(
     if config is not None and not config.rest_of_train:
         place = unlabelled_place(config, on_progress)
         unlabelled = read_split(UNLABELLED, place, on_progress, fetch=fetch)
-    return with_labelled_share(split, data, unlabelled)
+    split = training_split(split, data, unlabelled, on_progress)
+    for part in split.parts[1:]:
+        for text in [*cleaning_texts(part.cleaning, "crowd"), *part.warnings]:
+            _LOGGER.warning("%s: %s", part.annotations, text)
+    return split
 
 
-def with_labelled_share(
-    split: DetectionSplit, data: DataConfig, unlabelled: DetectionSplit | None
+def training_split(
+    split: DetectionSplit,
+    data: DataConfig,
+    unlabelled: DetectionSplit | None,
+    on_progress: OnProgress | None = None,
 ) -> DetectionSplit:
-    """The training split as it is trained on: images that keep their labels, beside others.
+    """The training split as it is trained on: images that keep their labels, and others.
 
     Those of a larger share under the same seed hold those of a smaller one.
 
     Args:
         split: all images of its annotations.
-        data: what share keeps its labels, and whether the others are trained on without.
+        data: what share keeps its labels, and whether the others are trained on, with what labels.
         unlabelled: images without labels that have files of their own.
+        on_progress: called while a file of labels is fetched.
+
+    Raises:
+        UserError: a file of labels does not fit the images.
     """
     records, config = split.records, data.unlabelled
     if data.labelled_share < 1:
@@ -182,7 +197,39 @@ def with_labelled_share(
     if config is not None and config.rest_of_train:
         unknown = tuple(without_objects(record) for record in split.left_out)
         unlabelled = replace(split, name=UNLABELLED, records=unknown, left_out=())
-    return replace(split, unlabelled=unlabelled)
+    if config is None or config.labels is None or unlabelled is None:
+        return replace(split, unlabelled=unlabelled)
+    return _joined(split, _labelled_by(unlabelled, config.labels, split, on_progress))
+
+
+def _labelled_by(
+    images: DetectionSplit, file: Location, like: DetectionSplit, on_progress: OnProgress | None
+) -> DetectionSplit:
+    """Images with the labels of a file, whose classes are those of another split."""
+    names = [category.name for category in like.categories]
+    found = labels_of(images.records, file, names, on_progress)
+    return replace(
+        images,
+        **vars(found),
+        categories=like.categories,
+        annotations=file,
+        keys=Keys(images.keys.images, LABELS_KEY),
+    )
+
+
+def _joined(split: DetectionSplit, labelled: DetectionSplit) -> DetectionSplit:
+    """The training images with labels of their own, and behind them those labelled by a file."""
+    records, images = labelled.records, split.images
+    if labelled.images is not images:
+        records = tuple(replace(r, file_name=f"{BESIDE}{r.file_name}") for r in records)
+        images = replace(images, beside=labelled.images)
+    return replace(
+        split,
+        records=(*split.records, *records),
+        images=images,
+        left_out=(),
+        parts=(split, labelled),
+    )
 
 
 def unlabelled_place(

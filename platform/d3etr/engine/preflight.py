@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d3etr.config.data import DataConfig
+from d3etr.config.location import Location
 from d3etr.config.tree import Config
+from d3etr.data.formats.coco import read_images
 from d3etr.data.judgement import (
     Judgement,
     judge,
@@ -79,6 +81,8 @@ def judge_beginning(config: Config, known: KnownSplits | None = None) -> Beginni
         every, classes = data.digit_scenes.train_images, DIGIT_CLASSES
         images = data.labelled_images(every)
         unlabelled = _unlabelled_beside_scenes(config, every - images)
+        if data.unlabelled is not None and data.unlabelled.labels is not None:
+            images, unlabelled = images + min(unlabelled, _listed(data.unlabelled.labels)), 0
         judgement = judge_length(config, images) + judge_unlabelled(config, unlabelled)
     else:
         key = (data, config.evaluation.test)
@@ -103,6 +107,12 @@ def _unlabelled_beside_scenes(config: Config, rest: int) -> int:
     if unlabelled.digit_scenes is not None:
         return unlabelled.digit_scenes.train_images
     return len(read_split(UNLABELLED, unlabelled_place(unlabelled), fetch=False).records)
+
+
+def _listed(labels: Location) -> int:
+    """How many images a file lists; those that are none of the run's are known at its start."""
+    with local_file(labels) as file:
+        return len(read_images(file)[0])
 
 
 def judge_recipe(config: Config, splits: Splits) -> Judgement:

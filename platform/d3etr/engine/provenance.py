@@ -11,6 +11,7 @@ import torch
 from d3etr.config.data import SplitConfig
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
+from d3etr.data.file_labels import LABELS_KEY
 from d3etr.data.splits import UNLABELLED, DetectionSplit, parse_split
 from d3etr.detectors.weights import file_digest
 from d3etr.engine.distributed import TrainContext
@@ -42,6 +43,8 @@ def weight_digests(config: Config) -> dict[str, str]:
 
 def data_digests(split: DetectionSplit) -> dict[str, str]:
     """What a split holds, by what error texts call it: annotations with names, and images."""
+    if split.parts:
+        return {key: value for part in split.parts for key, value in data_digests(part).items()}
     images = _images_digest(split)
     found = {data_key(split.name): split.digest}
     if split.unlabelled is not None:
@@ -131,11 +134,14 @@ def weights_of(config: Config) -> dict[str, Url | Path]:
 
 
 def files_of(config: Config) -> dict[str, Url | Path]:
-    """The files that a run begins with beside its data, by key: weights, a teacher's boxes."""
+    """The single files that a run begins with, by key: weights, boxes of teachers."""
     boxes = () if config.teacher is None else config.teacher.detections or ()
-    return weights_of(config) | {
-        f"teacher.detections[{place}]": file for place, file in enumerate(boxes)
-    }
+    found = weights_of(config)
+    found |= {f"teacher.detections[{place}]": file for place, file in enumerate(boxes)}
+    unlabelled = config.data.unlabelled
+    if unlabelled is not None and unlabelled.labels is not None:
+        found[LABELS_KEY] = unlabelled.labels
+    return found
 
 
 def ensure_same_inputs(before: Mapping[str, str], now: Mapping[str, str], run_dir: Path) -> None:

@@ -164,8 +164,10 @@ def _summary(run: Run, validation: Validation, log: MetricLogger) -> dict[str, A
         "train/loss": log.last.get("train/loss", 0.0),
         INPUTS_KEY: dict(run.models.digests),
     }
-    if run.splits.train.unlabelled is not None:
-        summary["unlabelled_images"] = len(run.splits.train.unlabelled.records)
+    train = run.splits.train
+    others = train.parts[-1] if train.parts else train.unlabelled
+    if others is not None:
+        summary["unlabelled_images"] = len(others.records)
     if validation.teacher_mAP is not None:
         summary["teacher/mAP"] = validation.teacher_mAP
     return summary

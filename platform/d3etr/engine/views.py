@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from d3etr.config.tree import Config
 from d3etr.config.views import ViewsConfig
+from d3etr.data.file_labels import LABELS_KEY
 from d3etr.data.loading import ViewBatches
-from d3etr.data.splits import DetectionSplit
+from d3etr.data.splits import UNLABELLED, DetectionSplit
 from d3etr.data.views import (
     RAGGED,
     TeacherViews,
@@ -162,6 +163,8 @@ def store_key(
     images: dict[str, Any] = {
         key: digests.get(key) for key in (data_key("train"), data_key("train", "images"))
     }
+    others = (data_key(UNLABELLED), data_key(UNLABELLED, "images"), LABELS_KEY)
+    images |= {key: digests[key] for key in others if key in digests}
     if data.labelled_share < 1:
         images["labelled"] = [data.labelled_share, data.labelled_seed]
     return {

@@ -14,6 +14,9 @@ from d3etr.progress import OnProgress, no_progress
 from d3etr.storage.fetch import fetch_folder
 from d3etr.storage.remote import RemoteFiles
 
+BESIDE = "unlabelled:/"
+"""Beginning of names in a folder's ``beside``; annotations have no such names."""
+
 
 @dataclass(frozen=True)
 class ImageFolder:
@@ -23,11 +26,13 @@ class ImageFolder:
         location: of the folder.
         copies: of a URL's images: name -> file on this machine; none where they were not fetched.
         looked_up: of a URL's images that were not fetched: name -> bytes.
+        beside: another folder, whose images have names that begin with ``BESIDE``.
     """
 
     location: Url | Path
     copies: Mapping[str, Path] = field(default_factory=dict)
     looked_up: Mapping[str, int] = field(default_factory=dict)
+    beside: ImageFolder | None = None
 
     @property
     def is_readable(self) -> bool:
@@ -36,6 +41,8 @@ class ImageFolder:
 
     def size(self, name: str) -> int | None:
         """Bytes of an image; None if there is none of that name."""
+        if self.beside is not None and name.startswith(BESIDE):
+            return self.beside.size(name.removeprefix(BESIDE))
         if isinstance(self.location, Url) and name not in self.copies:
             return self.looked_up.get(name)
         try:
@@ -46,12 +53,16 @@ class ImageFolder:
 
     def path(self, name: str) -> Path:
         """A file on this machine to read it from, or what a person would look for."""
+        if self.beside is not None and name.startswith(BESIDE):
+            return self.beside.path(name.removeprefix(BESIDE))
         if isinstance(self.location, Path):
             return self.location / name
         return self.copies.get(name) or Path(self.shown(name))
 
     def shown(self, name: str) -> str:
         """What error texts call an image: its path or URL."""
+        if self.beside is not None and name.startswith(BESIDE):
+            return self.beside.shown(name.removeprefix(BESIDE))
         return f"{str(self).rstrip('/')}/{name}"
 
     def __str__(self) -> str:

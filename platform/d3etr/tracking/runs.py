@@ -13,6 +13,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag
 from d3etr.config.load import load_config
 from d3etr.config.location import Url
 from d3etr.config.tree import Config
+from d3etr.data.file_labels import LABELS_KEY
 from d3etr.data.splits import UNLABELLED
 from d3etr.detectors.weights import file_digest, read_info
 from d3etr.engine.journal import read_journal
@@ -236,12 +237,14 @@ def _begun_and_ended(run_dir: Path) -> tuple[int | None, int | None]:
 
 
 def _unlabelled(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Parameters of a run on images without labels: how many, and the digest of what they are."""
+    """Parameters of a run on images without labels: how many, and digests of what they are."""
     if "unlabelled_images" not in summary:
         return {}
-    digest = summary[INPUTS_KEY][data_key(UNLABELLED)]
-    count = str(int(summary["unlabelled_images"]))
-    return {"unlabelled_images": count, "unlabelled_digest": digest[:DIGEST_LENGTH]}
+    inputs, count = summary[INPUTS_KEY], str(int(summary["unlabelled_images"]))
+    digests = {"unlabelled_digest": data_key(UNLABELLED), "unlabelled_labels_digest": LABELS_KEY}
+    return {"unlabelled_images": count} | {
+        name: inputs[key][:DIGEST_LENGTH] for name, key in digests.items() if key in inputs
+    }
 
 
 def _dataset(config: Config, digest: str) -> DatasetInput:
