@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from d3etr.config.data import DataConfig, UnlabelledConfig
 from d3etr.data.annotations import Category
 from d3etr.data.records import ImageRecord
-from d3etr.data.splits import DetectionSplit
+from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.errors import UserError
 from d3etr.evaluation.coco_metrics import GroundTruth, SplitDetections
 from d3etr.inference import Detections, Predictor
@@ -41,7 +42,7 @@ def best_threshold(
     Raises:
         UserError: the classes differ, an image cannot be read, or there is no object.
     """
-    _require_same_names(predictor, split)
+    require_same_names(predictor, split)
     labels = {category.id: label for label, category in enumerate(_categories(predictor))}
     ids, found_labels, scores, boxes = [], [], [], []
     for record, found in _detections(predictor, split, 0.0, on_progress):
@@ -67,57 +68,66 @@ def best_threshold(
 def pseudo_labels(
     predictor: Predictor,
     images: DetectionSplit,
-    labelled: DetectionSplit | None,
     threshold: float,
     on_progress: OnProgress = no_progress,
-) -> tuple[Content, Path]:
-    """A COCO file's content: detections of at least ``threshold``, beside the labels there are.
+) -> Content:
+    """A COCO file's content: detections of at least ``threshold``, each with its ``score``.
 
     Args:
         predictor: the detector.
         images: what it looks at; annotations are not used.
-        labelled: images whose annotations are taken over; its class ids are the file's.
         threshold: lowest score.
         on_progress: called with how many images are done.
 
-    Returns:
-        The content, every detection with its ``score``, and the folder that its file names are
-        relative to.
-
     Raises:
-        UserError: classes differ, or an image cannot be read.
+        UserError: an image cannot be read.
     """
-    splits = [images] if labelled is None else [labelled, images]
-    folder = _common_folder(splits)
-    categories = _categories(predictor)
-    if labelled is not None:
-        _require_same_names(predictor, labelled)
-        categories = labelled.categories
-    ids = dict(zip((c.id for c in _categories(predictor)), categories, strict=True))
     content: Content = {
         "info": {"description": "pseudo-labels", "threshold": threshold},
         "images": [],
         "annotations": [],
-        "categories": [{"id": c.id, "name": c.name} for c in categories],
+        "categories": [{"id": c.id, "name": c.name} for c in _categories(predictor)],
     }
-    for record in () if labelled is None else labelled.records:
-        assert labelled is not None
-        _add_image(content, labelled, record, folder)
-        rows = zip(record.labels, record.boxes_xywh, record.areas, record.crowd, strict=True)
-        for label, box, area, crowd in rows:
-            about = {"area": float(area), "iscrowd": int(crowd)}
-            _add_object(content, categories[label].id, box.tolist(), about)
     for record, found in _detections(predictor, images, threshold, on_progress):
-        _add_image(content, images, record, folder)
-        for label, score, corners in zip(
-            found.labels, found.scores, found.boxes_xyxy.tolist(), strict=True
-        ):
-            left, top, right, bottom = corners
-            width, height = right - left, bottom - top
-            if width > 0 and height > 0:
-                about = {"area": width * height, "iscrowd": 0, "score": float(score)}
-                _add_object(content, ids[int(label)].id, [left, top, width, height], about)
-    return content, folder
+        size = {"width": record.width, "height": record.height}
+        number = len(content["images"]) + 1
+        content["images"].append({"id": number, "file_name": record.file_name, **size})
+        content["annotations"] += _objects(found, number, len(content["annotations"]) + 1)
+    return content
+
+
+def with_unlabelled_images(
+    data: DataConfig, on_progress: OnProgress = no_progress
+) -> tuple[DetectionSplit, UnlabelledConfig]:
+    """A training split that has images without labels, and what a recipe may call these.
+
+    Args:
+        data: with ``unlabelled``, whose ``labels`` are left out of account, or ``labelled_share``.
+        on_progress: called while files are written or fetched.
+
+    Raises:
+        UserError: there are no such images, or the split cannot be used.
+    """
+    images = UnlabelledConfig(rest_of_train=True) if data.unlabelled is None else data.unlabelled
+    images = images.model_copy(update={"labels": None})
+    if data.unlabelled is None and data.labelled_share == 1:
+        raise UserError(
+            "the recipe has no images without labels: expected data.unlabelled, or "
+            "data.labelled_share below 1"
+        )
+    train = open_split(data.model_copy(update={"unlabelled": images}), "train", on_progress)
+    return train, images
+
+
+def override_with(labels: Path, images: UnlabelledConfig) -> str:
+    """The ``--set`` that makes a file the labels of images, whatever the recipe says of them.
+
+    Args:
+        labels: the file.
+        images: that it was made of.
+    """
+    tree = images.model_dump(mode="json", exclude_defaults=True, exclude={"share"})
+    return f"data.unlabelled={json.dumps(tree | {'labels': str(labels)})}"
 
 
 def _detections(
@@ -130,37 +140,29 @@ def _detections(
         on_progress(f"detecting on {split.name} images", first + len(records), len(split.records))
 
 
-def _add_image(content: Content, split: DetectionSplit, record: ImageRecord, folder: Path) -> None:
-    name = Path(os.path.relpath(split.path(record), folder)).as_posix()
-    size = {"width": record.width, "height": record.height}
-    content["images"].append({"id": len(content["images"]) + 1, "file_name": name, **size})
-
-
-def _add_object(
-    content: Content, category: int, box_xywh: list[float], about: dict[str, float]
-) -> None:
-    """An object of the newest image."""
-    identity = {"id": len(content["annotations"]) + 1, "image_id": len(content["images"])}
-    entry = {**identity, "category_id": category, "bbox": box_xywh, **about}
-    content["annotations"].append(entry)
-
-
-def _common_folder(splits: Sequence[DetectionSplit]) -> Path:
-    """The folder that holds all of the images."""
-    places = [split.images.location for split in splits]
-    local = [place.absolute() for place in places if isinstance(place, Path)]
-    if len(local) < len(places):
-        raise UserError(
-            "pseudo-labels are written for images on this machine: copy the folder here first"
-        )
-    return Path(os.path.commonpath(local))
+def _objects(found: Detections, image: int, first: int) -> list[dict[str, Any]]:
+    """Entries of what was found on an image, numbered from ``first``; empty boxes are none."""
+    entries = list[dict[str, Any]]()
+    columns = found.labels.tolist(), found.scores.tolist(), found.boxes_xyxy.tolist()
+    for label, score, (left, top, right, bottom) in zip(*columns, strict=True):
+        box = [left, top, right - left, bottom - top]
+        if min(box[2:]) > 0:
+            about = {"bbox": box, "area": box[2] * box[3], "iscrowd": 0, "score": score}
+            identity = {"id": first + len(entries), "image_id": image, "category_id": label}
+            entries.append(identity | about)
+    return entries
 
 
 def _categories(predictor: Predictor) -> tuple[Category, ...]:
     return tuple(Category(number, name) for number, name in predictor.info.categories)
 
 
-def _require_same_names(predictor: Predictor, split: DetectionSplit) -> None:
+def require_same_names(predictor: Predictor, split: DetectionSplit) -> None:
+    """Make sure that a detector's classes are those of annotations, in the same order.
+
+    Raises:
+        UserError: they are not.
+    """
     theirs = [category.name for category in _categories(predictor)]
     ours = [category.name for category in split.categories]
     if theirs != ours:

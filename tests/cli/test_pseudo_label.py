@@ -1,7 +1,7 @@
-"""``d3etr pseudo-label``: detections as annotations, thresholds, merged labels."""
+"""``d3etr pseudo-label``: detections as annotations, thresholds, and what trains on them."""
 
 import json
-import shutil
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from tiny_recipe import SECTIONS, tiny_recipe
 
 from d3etr.cli.main import main
 from d3etr.config.data import DataConfig, SplitConfig
-from d3etr.config.load import validate
+from d3etr.config.load import load_config, validate
 from d3etr.data.splits import open_split, read_split
 from d3etr.evaluation.coco_metrics import GroundTruth, SplitDetections
 from d3etr.inference import load
@@ -40,7 +40,7 @@ def written(path: Path) -> dict[str, Any]:
 
 
 def test_a_folder_becomes_a_file_to_train_on(
-    data: DataConfig, weights: Path, tmp_path: Path
+    data: DataConfig, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = open_split(data, "validation").images.location
     assert isinstance(folder, Path)
@@ -58,42 +58,50 @@ def test_a_folder_becomes_a_file_to_train_on(
     assert [e["category_id"] for e in first] == found[0].labels.tolist()[: len(first)]
     split = read_split("train", SplitConfig(images=folder, annotations=output))
     assert len(split.objects.labels) == len(scores)
+    (override,) = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("--set ")[2])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny_recipe(data=data.model_dump(mode="json")))
+    train = open_split(load_config(recipe, [override]).data, "train")
+    assert len(train.records) == 24 + 8
+    assert len(train.parts[1].objects.labels) == len(scores)
 
 
-def test_a_recipe_labels_the_rest_and_keeps_its_labels(
-    data: DataConfig, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("more", "override"),
+    [
+        ({}, 'data.unlabelled={"rest_of_train": true, "labels": "OUT"}'),
+        ({"unlabelled": {"rest_of_train": True}}, "data.unlabelled.labels=OUT"),
+        (
+            {"unlabelled": {"rest_of_train": True, "share": 0.25}},
+            'data.unlabelled={"rest_of_train": true, "labels": "OUT"}',
+        ),
+        (
+            {"unlabelled": {"rest_of_train": True, "labels": "made-later.json"}},
+            "data.unlabelled.labels=OUT",
+        ),
+    ],
+)
+def test_a_recipe_labels_its_images_without(
+    more: dict[str, Any],
+    override: str,
+    data: DataConfig,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    settings = data.model_dump(mode="json") | {"labelled_share": 0.25}
-    recipe.write_text(tiny_recipe(data=settings))
+    settings = data.model_dump(mode="json") | {"labelled_share": 0.25} | more
+    taught = {"teacher": {"weights": str(weights)}, "distillation": {"method": "d3etr"}}
+    recipe.write_text(tiny_recipe(data=settings, **taught))
     output = tmp_path / "out.json"
     arguments = ["pseudo-label", str(weights), str(output), "--recipe", str(recipe)]
     assert main([*arguments, "--threshold", "0.01", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    train = open_split(data.model_copy(update={"labelled_share": 0.25}), "train")
-    assert (result["labelled_images"], result["images"]) == (6, 18)
-    assert result["labels"] == len(train.objects.labels)
-    place = SplitConfig(images=Path(result["images_folder"]), annotations=output)
-    merged = read_split("train", place)
-    assert len(merged.records) == 24
-    for ours, theirs in zip(merged.records, train.records, strict=False):
-        assert ours.file_name == theirs.file_name
-        assert np.array_equal(ours.labels, theirs.labels)
-        assert np.array_equal(ours.boxes_xywh, theirs.boxes_xywh)
-
-
-def test_merged_folders_get_names_below_the_one_above(
-    data: DataConfig, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train, loose = open_split(data, "train"), tmp_path / "loose"
-    shutil.copytree(str(open_split(data, "validation").images), loose)
-    merge = [str(train.images), str(train.annotations)]
-    output = tmp_path / "out.json"
-    arguments = ["pseudo-label", str(weights), str(loose), str(output), "--json"]
-    assert main([*arguments, "--merge", *merge, "--threshold", "0.01"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    place = SplitConfig(images=Path(result["images_folder"]), annotations=output)
-    assert len(read_split("train", place).records) == 24 + 8
+    assert result["images"] == 18 and result["override"] == override.replace("OUT", str(output))
+    own = open_split(data.model_copy(update={"labelled_share": 0.25}), "train")
+    train = open_split(load_config(recipe, [result["override"]]).data, "train")
+    assert len(train.records) == 24 and len(train.parts[0].records) == 6
+    assert len(train.objects.labels) == len(own.objects.labels) + result["pseudo_labels"]
 
 
 def test_the_best_threshold_has_the_highest_f1(data: DataConfig) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from d3etr.cli.command import (
     Command,
@@ -25,9 +25,13 @@ from d3etr.files import write_text
 
 if TYPE_CHECKING:
     from d3etr.data.splits import DetectionSplit
+    from d3etr.inference import Predictor
     from d3etr.progress import OnProgress
 
 BEST = "best"
+
+_Work: TypeAlias = "tuple[DetectionSplit, DetectionSplit | None, str]"
+"""Images to look at, those that choose the threshold, and the override that trains on the file."""
 
 
 def _threshold(text: str) -> float | None:
@@ -50,8 +54,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--recipe",
         type=Path,
         metavar="RECIPE",
-        help="instead of IMAGES: its training images without labels, beside those with labels; "
-        "its validation split chooses the best threshold",
+        help="instead of IMAGES: its training images without labels; its validation split chooses "
+        "the best threshold",
     )
     add_overrides(parser)
     parser.add_argument(
@@ -61,11 +65,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="SCORE",
         help="lowest score (default 0.5); 'best': highest F1 at IoU 0.5 on the validation images",
     )
-    for flag, text in (
-        ("--validation", "labelled images that choose the best threshold"),
-        ("--merge", "labelled images to put into the file too"),
-    ):
-        parser.add_argument(flag, nargs=2, metavar=("IMAGES", "ANNOTATIONS"), help=text)
+    parser.add_argument(
+        "--validation",
+        nargs=2,
+        metavar=("IMAGES", "ANNOTATIONS"),
+        help="labelled images that choose the best threshold",
+    )
     add_device(parser)
     add_json(parser)
 
@@ -78,29 +83,28 @@ def _run(options: Namespace) -> int:
     predictor = load(options.weights, options.device)
     threshold, f1 = options.threshold, None
     with progress_bar() as progress:
-        images, labelled, validation = _splits(options, progress)
+        if options.recipe is None:
+            images, validation, override = _given(options, progress)
+        else:
+            images, validation, override = _of_recipe(options, predictor, progress)
         if validation is not None:
             threshold, f1 = best_threshold(predictor, validation, progress)
-        content, folder = pseudo_labels(predictor, images, labelled, threshold, progress)
+        content = pseudo_labels(predictor, images, threshold, progress)
     with writing(options.output):
         write_text(options.output, json.dumps(content))
-    made = sum("score" in entry for entry in content["annotations"])
     result = {
         "output": str(options.output),
-        "images_folder": str(folder),
         "images": len(images.records),
-        "pseudo_labels": made,
-        "labelled_images": 0 if labelled is None else len(labelled.records),
-        "labels": len(content["annotations"]) - made,
+        "pseudo_labels": len(content["annotations"]),
         "threshold": threshold,
         "f1": f1,
+        "override": override,
     }
     chosen = "" if f1 is None else f" (the best: F1 {f1:.3f} on the validation images)"
     text = (
-        f"{options.output}: {made:,} pseudo-labels on {len(images.records):,} images, score at "
-        f"least {threshold:.3f}{chosen}; {result['labels']:,} labels on "
-        f"{result['labelled_images']:,} others\n"
-        f'train on it: --set "data.train={{images: {folder}, annotations: {options.output}}}"'
+        f"{options.output}: {result['pseudo_labels']:,} pseudo-labels on {len(images.records):,} "
+        f"images, score at least {threshold:.3f}{chosen}\n"
+        f"train on them beside a recipe's labels: --set {shlex.quote(override)}"
     )
     answer(options, result, text)
     return 0
@@ -110,8 +114,8 @@ def _require_consistent(options: Namespace) -> None:
     """Refuse arguments that contradict each other or have no effect."""
     if (options.images is None) == (options.recipe is None):
         raise UserError("expected either IMAGES or --recipe RECIPE: they say what to look at")
-    if options.recipe is not None and (options.merge or options.validation):
-        raise UserError("--merge and --validation have no effect with --recipe, which has both")
+    if options.recipe is not None and options.validation:
+        raise UserError("--validation has no effect with --recipe, which has validation images")
     if options.recipe is None and options.overrides:
         raise UserError("--set has no effect without --recipe")
     if options.threshold is None and options.recipe is None and options.validation is None:
@@ -120,39 +124,41 @@ def _require_consistent(options: Namespace) -> None:
         raise UserError("--validation has no effect without --threshold best")
 
 
-def _splits(
-    options: Namespace, progress: OnProgress
-) -> tuple[DetectionSplit, DetectionSplit | None, DetectionSplit | None]:
-    """Images to look at, labelled ones beside them, and those that choose the threshold."""
-    from d3etr.config.data import SplitConfig
-    from d3etr.config.load import load_config
-    from d3etr.data.splits import UNLABELLED, Keys, open_split, read_split
+def _given(options: Namespace, progress: OnProgress) -> _Work:
+    """A folder, and the labelled images of ``--validation``."""
+    from d3etr.config.data import SplitConfig, UnlabelledConfig
+    from d3etr.data.splits import UNLABELLED, Keys, read_split
+    from d3etr.pseudo_labels import override_with
 
-    best = options.threshold is None
-    if options.recipe is None:
-
-        def read(flag: str, place: list[str] | None) -> DetectionSplit | None:
-            if place is None:
-                return None
-            images, annotations = map(Path, place)
-            config = SplitConfig(images=images, annotations=annotations)
-            keys = Keys(f"--{flag} IMAGES", f"--{flag} ANNOTATIONS")
-            return read_split("train", config, progress, keys=keys)
-
-        folder = Path(options.images)
-        place = SplitConfig(images=folder, annotations=folder)
-        images = read_split(UNLABELLED, place, progress, keys=Keys("IMAGES", "IMAGES"))
-        return images, read("merge", options.merge), read("validation", options.validation)
-    data = load_config(options.recipe, options.overrides).data
-    train = open_split(data, "train", progress)
-    images = train.unlabelled or replace(train, name=UNLABELLED, records=train.left_out)
-    if not images.records:
-        raise UserError(
-            f"{options.recipe} has no images without labels: expected data.unlabelled, or "
-            "data.labelled_share below 1"
+    folder, validation = Path(options.images), None
+    place = SplitConfig(images=folder, annotations=folder)
+    images = read_split(UNLABELLED, place, progress, keys=Keys("IMAGES", "IMAGES"))
+    if options.validation is not None:
+        config = SplitConfig(
+            **dict(zip(("images", "annotations"), options.validation, strict=True))
         )
+        keys = Keys("--validation IMAGES", "--validation ANNOTATIONS")
+        validation = read_split("train", config, progress, keys=keys)
+    return images, validation, override_with(options.output, UnlabelledConfig(images=folder))
+
+
+def _of_recipe(options: Namespace, predictor: Predictor, progress: OnProgress) -> _Work:
+    """A recipe's training images without labels, and its validation split."""
+    from d3etr.config.load import load_config
+    from d3etr.config.overrides import as_overrides
+    from d3etr.data.splits import open_split
+    from d3etr.pseudo_labels import override_with, require_same_names, with_unlabelled_images
+
+    data = load_config(options.recipe, options.overrides).data
+    train, images = with_unlabelled_images(data, progress)
+    assert train.unlabelled is not None
+    require_same_names(predictor, train)
+    best = options.threshold is None
     validation = open_split(data, "validation", progress) if best else None
-    return images, train, validation
+    override = override_with(options.output, images)
+    if data.unlabelled is not None and "share" not in images.model_fields_set:
+        override = as_overrides({"data.unlabelled.labels": options.output})[0]
+    return train.unlabelled, validation, override
 
 
 COMMAND = Command(
