@@ -6,7 +6,8 @@
 
 Commits are fixed. deep_pcb (MIT): 1,500 boards of 320 x 320; choose on val, report on test. bccd
 (MIT): 364 micrographs in two splits; choose on annotations/choose, a fifth of what is trained on
-(train on annotations/fit then), and report on val.
+(train on annotations/fit then), and report on val. annotations/teachers and annotations/students
+share out the training pictures of either, for a teacher that has not seen its students'.
 """
 
 from __future__ import annotations
@@ -63,14 +64,14 @@ class DataSet:
         commit: of the source.
         categories: names, with ids from 1 on.
         splits: name of each split -> reads it from a clone.
-        choices: whether the training split is cut, for want of a third one.
+        parts: of the training split: annotation file -> whether the image of a place is in it.
     """
 
     repository: str
     commit: str
     categories: tuple[str, ...]
     splits: Mapping[str, Callable[[Clone], list[Labelled]]]
-    choices: bool = False
+    parts: Mapping[str, Callable[[int], bool]]
 
 
 def _box(category: int, left: float, top: float, right: float, bottom: float) -> Record:
@@ -144,13 +145,19 @@ SETS = {
             "val": _deep_pcb("trainval", lambda index: index % 7 == 3),
             "test": _deep_pcb("test", lambda index: True),
         },
+        {"teachers": lambda place: place % 2 == 0, "students": lambda place: place % 2 == 1},
     ),
     "bccd": DataSet(
         "https://github.com/Shenggan/BCCD_Dataset",
         "d272fb14cdff6e473fafeeeba32aba5f560e9e43",
         CELLS,
         {"train": _bccd("trainval"), "val": _bccd("test")},
-        choices=True,
+        {  # two splits only: choices are made on a fifth of what is trained on
+            "choose": lambda place: place % 5 == 0,
+            "fit": lambda place: place % 5 > 0,
+            "teachers": lambda place: place % 5 in (1, 2),
+            "students": lambda place: place % 5 in (3, 4),
+        },
     ),
 }
 
@@ -178,10 +185,9 @@ def write(splits: Mapping[str, Sequence[Labelled]], found: DataSet, folder: Path
         for image in images:
             (folder / name / image.record["file_name"]).write_bytes(image.content)
         _write_json(folder, name, images, found)
-    if found.choices:  # two splits only: choices are made on a fifth of what is trained on
-        train = splits["train"]
-        _write_json(folder, "choose", train[::5], found)
-        _write_json(folder, "fit", [x for k, x in enumerate(train) if k % 5], found)
+    for name, holds in found.parts.items():
+        part = [image for place, image in enumerate(splits["train"]) if holds(place)]
+        _write_json(folder, name, part, found)
 
 
 def _write_json(folder: Path, name: str, images: Sequence[Labelled], found: DataSet) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,12 @@ def at_commit(folder: Path, found: str) -> Path:
     return copy
 
 
+def numbers(folder: Path, name: str) -> str:
+    """Numbers of the files that an annotation file lists."""
+    listed = json.loads((folder / "annotations" / f"{name}.json").read_text())["images"]
+    return "".join(re.sub(r"\D", "", record["file_name"]) for record in listed)
+
+
 def test_boards_are_halved_and_every_seventh_is_validation(tmp_path: Path) -> None:
     names = [f"0{k}" for k in range(8)]
     lines = "\n".join(f"g/{n}.jpg g_not/{n}.txt" for n in names)
@@ -66,6 +73,8 @@ def test_boards_are_halved_and_every_seventh_is_validation(tmp_path: Path) -> No
     assert found["images"] == [{"id": 1, "file_name": "03.png", "width": 320, "height": 320}]
     boxes = [(item["category_id"], item["bbox"], item["area"]) for item in found["annotations"]]
     assert boxes == [(6, [5.5, 10.0, 10.0, 15.0], 150.0), (1, [0.0, 0.0, 4.5, 3.5], 15.75)]
+    assert numbers(tmp_path / "set", "teachers") == "00020507"
+    assert numbers(tmp_path / "set", "students") == "010406"
     with Image.open(tmp_path / "set/val/03.png") as image:
         assert (image.size, image.mode, image.getextrema()) == ((320, 320), "L", (136, 136))
 
@@ -92,14 +101,8 @@ def test_cells_without_a_size_are_left_out_and_a_fifth_is_for_choices(tmp_path: 
     script = at_commit(tmp_path, commit(tmp_path / "source", files))
     done = run(script, "bccd", "--source", tmp_path / "source", "--target", tmp_path / "set")
     assert done.returncode == 0, done.stderr
-    choose, fit = (
-        [
-            r["file_name"]
-            for r in json.loads((tmp_path / f"set/annotations/{n}.json").read_text())["images"]
-        ]
-        for n in ("choose", "fit")
-    )
-    assert (choose, fit) == (["B0.jpg", "B5.jpg"], ["B1.jpg", "B2.jpg", "B3.jpg", "B4.jpg"])
+    parts = ("choose", "fit", "teachers", "students")
+    assert [numbers(tmp_path / "set", part) for part in parts] == ["05", "1234", "12", "34"]
     found = json.loads((tmp_path / "set/annotations/val.json").read_text())
     assert [(a["category_id"], a["bbox"]) for a in found["annotations"]] == [(2, [5, 6, 10, 20])]
     assert (tmp_path / "set/val/B5.jpg").read_bytes() == files["BCCD/JPEGImages/B5.jpg"]

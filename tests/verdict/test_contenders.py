@@ -59,6 +59,32 @@ def test_a_checkpoint_of_the_students_own_is_fine_tuned(tmp_path: Path) -> None:
     assert tuned.config.student.backbone_weights is None
 
 
+def test_variants_are_further_distilled_students(tmp_path: Path) -> None:
+    changes = ("distillation={method: feature_cosine}", "optimisation.learning_rate=0.5")
+    ways = make_contest(written(tmp_path), (), variants={"features": changes}).ways
+    assert [way.name for way in ways][2:] == ["features", "distilled"]
+    features = ways[2]
+    assert features.distilled and features.overrides == changes
+    assert features.config.distillation.method == "feature_cosine"
+    each = entry(features, 0.5, 10.0, 0.1).overrides()
+    assert load_config(written(tmp_path), each).optimisation.learning_rate == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("inherited plain", ("optimisation.batch_size=2",), "has this name already"),
+        ("none", ("teacher=null", "distillation={method: none}"), "no teacher teaches it"),
+    ],
+)
+def test_a_variant_that_is_none_is_refused(
+    tmp_path: Path, name: str, changes: tuple[str, ...], message: str
+) -> None:
+    start = ("student.initialise_from=null",)
+    with pytest.raises(UserError, match=message):
+        make_contest(written(tmp_path), start, variants={name: changes})
+
+
 def test_a_recipe_without_a_teacher_is_refused(tmp_path: Path) -> None:
     plain = ("teacher=null", "distillation={method: none}", "student.initialise_from=null")
     with pytest.raises(UserError, match=r"distils nothing.*digits/d3etr"):

@@ -20,8 +20,8 @@ from d3etr.verdict.run import Question
 from d3etr.verdict.stages import Entry
 
 COSTS = StepCosts(
-    {"plain": 0.5, "inherited plain": 0.5, "distilled": 1.0},
-    {"plain": 0.0, "inherited plain": 0.0, "distilled": 0.0},
+    {"plain": 0.5, "inherited plain": 0.5, "predictions": 1.0, "distilled": 1.0},
+    {"plain": 0.0, "inherited plain": 0.0, "predictions": 0.0, "distilled": 0.0},
     {},
 )
 ZERO = Interval(0.0, -0.1, 0.1)
@@ -31,7 +31,7 @@ class Staged(verdict_run._Verdict):
     """A verdict whose runs are made up: mAP by contender and rate."""
 
     def __init__(self, folder: Path, question: Question, maps: dict[tuple[str, float], float]):
-        contest = make_contest(question.recipe, ())
+        contest = make_contest(question.recipe, (), variants=question.variants)
         config = contest.ways[-1].config
         run = config.run.model_copy(update={"output": folder})
         base = config.model_copy(update={"run": run})
@@ -80,7 +80,7 @@ def question(tmp_path: Path) -> Question:
         "distillation": {"method": "d3etr"},
     }
     recipe.write_text(tiny_recipe(**sections))
-    return Question(recipe, (), 10.0, 3, (0.5, 1.0), False, None, "d3etr verdict")
+    return Question(recipe, (), 10.0, 3, (0.5, 1.0), False, None, {}, "d3etr verdict")
 
 
 def find(staged: Staged) -> Found:
@@ -133,6 +133,15 @@ def test_a_distilled_student_that_cannot_win_settles_it(tmp_path: Path, question
     found = find(staged)
     assert list(staged.stages) == ["early"] and found.final is None
     assert found.stage == found.early
+
+
+def test_a_variant_that_can_still_win_is_trained_on(tmp_path: Path, question: Question) -> None:
+    variants = {"predictions": ("distillation.self_attention.weight=0",)}
+    asked = replace(question, rates=(1.0,), early=True, variants=variants)
+    staged = Staged(tmp_path, asked, {})
+    staged.behind = ("distilled", "plain")
+    assert find(staged).final is not None
+    assert [e.way.name for e in staged.stages["final"]] == ["inherited plain", "predictions"]
 
 
 def test_without_a_finished_run_on_each_side_there_is_no_verdict(

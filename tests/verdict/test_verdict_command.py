@@ -12,6 +12,7 @@ from d3etr.cli.main import main
 from d3etr.config.load import load_config
 from d3etr.engine.journal import read_journal
 
+NAMES = ("plain", "inherited plain", "predictions", "distilled")
 Verdict = Callable[..., tuple[int, str, str]]
 STUDENT = {"width": 32, "feedforward": 32, "queries": 8, "box_size_bias": -1.4, "dropout": 0.0}
 
@@ -55,12 +56,13 @@ def test_a_verdict_compares_at_equal_time_and_goes_on_where_it_ended(
 ) -> None:
     asked = ["--minutes", "0.015", "--seeds", "2", "--rates", "0.5", "--early"]
     asked += ["--set", f"run.output={tmp_path}", "--set", "tracking.enabled=true"]
+    asked += ["--variant", "predictions", "distillation.self_attention.weight=0"]
     code, out, log = verdict(*asked)
     assert code == 0, log
     first, *_ = out.splitlines()
     assert "over '" in first and "95 % interval" in first and "mAP" in first
     assert "teacher" in first and "2 seeds" in first
-    for name in ("plain", "inherited plain", "distilled"):
+    for name in NAMES:
         assert f"{name}: a step takes" in log
     assert "forecast: " in log and "early, after 0.25 of the time: " in log
 
@@ -69,7 +71,7 @@ def test_a_verdict_compares_at_equal_time_and_goes_on_where_it_ended(
     # How many steps fit depends on the machine, and so does whether short runs settle it.
     assert found["split"] == ("validation" if found["settled_early"] else "test")
     assert found["sentence"] == first
-    assert set(found["rates"]) == {"plain", "inherited plain", "distilled"}
+    assert set(found["rates"]) == set(NAMES)
     assert found["early"]["split"] == "validation"
     seconds = [c["steps"] * c["step_seconds"] for c in found["contenders"]]
     meant = 0.225 if found["settled_early"] else 0.9
@@ -79,7 +81,7 @@ def test_a_verdict_compares_at_equal_time_and_goes_on_where_it_ended(
         config = load_config(Path(each["runs"][0]) / "config.yaml")
         assert config.optimisation.steps == each["steps"]
         assert config.optimisation.learning_rate == pytest.approx(5e-4)
-        assert (config.teacher is None) == (each["name"] != "distilled")
+        assert (config.teacher is None) == ("plain" in each["name"])
     assert (file.parent / "verdict.png").stat().st_size > 10_000
     assert (file.parent / "verdict.md").read_text().startswith(f"# {first}\n")
     _in_mlflow(tmp_path, first)
@@ -113,3 +115,9 @@ def test_a_plain_recipe_and_one_seed_are_refused(verdict: Verdict, tmp_path: Pat
     assert code == 2 and "distils nothing: distillation.method is 'none'" in log
     with pytest.raises(SystemExit):
         verdict(*asked, "--seeds", "1")
+
+
+def test_a_variant_needs_a_name_and_what_it_changes(verdict: Verdict) -> None:
+    for given in (["predictions"], ["distillation.self_attention.weight=0", "run.seed=1"]):
+        code, _, log = verdict("--minutes", "1", "--variant", *given)
+        assert code == 2 and "expected a name that no other variant has" in log

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 
 from d3etr.cli.command import (
     Command,
@@ -16,6 +17,7 @@ from d3etr.cli.command import (
     whole_number,
 )
 from d3etr.cli.progress import print_progress
+from d3etr.errors import UserError
 from d3etr.progress import no_progress
 from d3etr.text import printable, styled
 
@@ -59,6 +61,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="the student's own pre-trained weights: fine-tuned, it is one more rival",
     )
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "KEY=VALUE"),
+        help="one more distilled student: the recipe with other values",
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_json(parser)
 
@@ -75,6 +85,7 @@ def _run(options: Namespace) -> int:
         tuple(dict.fromkeys(options.rates)),
         options.early,
         options.checkpoint,
+        _variants(options.variant),
         _command(options),
     )
     found = run_verdict(question, no_progress if options.quiet else print_progress)
@@ -99,11 +110,26 @@ def _run(options: Namespace) -> int:
     return 0
 
 
+def _variants(given: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Name -> overrides."""
+    found = dict[str, tuple[str, ...]]()
+    for name, *overrides in given:
+        if name in found or not overrides or "=" in name:
+            raise UserError(
+                f"--variant {' '.join([name, *overrides])}: expected a name that no other variant "
+                "has, and what it changes, such as: --variant predictions "
+                "distillation.self_attention.weight=0 distillation.cross_attention.weight=0"
+            )
+        found[name] = tuple(overrides)
+    return found
+
+
 def _command(options: Namespace) -> str:
     parts = ["d3etr", "verdict", str(options.recipe), "--minutes", f"{options.minutes:g}"]
     parts += ["--seeds", str(options.seeds), "--rates", *(f"{rate:g}" for rate in options.rates)]
     parts += ["--early"] if options.early else []
     parts += ["--checkpoint", str(options.checkpoint)] if options.checkpoint else []
+    parts += [part for variant in options.variant for part in ("--variant", *variant)]
     parts += [part for override in options.overrides for part in ("--set", override)]
     return shlex.join(parts)
 

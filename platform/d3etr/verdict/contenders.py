@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -15,6 +15,7 @@ from d3etr.config.tree import Config
 from d3etr.errors import UserError
 
 PLAIN, INHERITED, FINE_TUNED, DISTILLED = "plain", "inherited plain", "fine-tuned", "distilled"
+CONTENDERS = (PLAIN, INHERITED, FINE_TUNED, DISTILLED)
 WITHOUT_TEACHER = ("teacher=null", "distillation={method: none}")
 
 
@@ -43,7 +44,7 @@ class Contest:
     """Everybody who can compete.
 
     Attributes:
-        ways: the distilled one last.
+        ways: the recipe's own student last, variants of it before.
         left_out: name -> why it cannot take part. That weights do not fit is known later.
     """
 
@@ -52,7 +53,10 @@ class Contest:
 
 
 def make_contest(
-    recipe: Path, overrides: Sequence[str], checkpoint: Location | None = None
+    recipe: Path,
+    overrides: Sequence[str],
+    checkpoint: Location | None = None,
+    variants: Mapping[str, Sequence[str]] | None = None,
 ) -> Contest:
     """The contenders of a distilled recipe.
 
@@ -60,9 +64,10 @@ def make_contest(
         recipe: of the distilled student.
         overrides: on top of it, for all contenders.
         checkpoint: the student's own pre-trained weights, to be fine-tuned.
+        variants: name -> overrides of the recipe, each one more student that a teacher teaches.
 
     Raises:
-        ConfigError: the recipe is not valid.
+        ConfigError: the recipe, or a variant, is not valid.
         UserError: it distils nothing.
     """
     config = load_config(recipe, overrides)
@@ -94,7 +99,23 @@ def make_contest(
             left_out[name] = str(error)
     if not ways:
         raise UserError(f"no plain student can be trained: {left_out[INHERITED]}")
-    return Contest((*ways, Way(DISTILLED, (), config)), left_out)
+    own = [_variant(recipe, overrides, *each) for each in (variants or {}).items()]
+    return Contest((*ways, *own, Way(DISTILLED, (), config)), left_out)
+
+
+def _variant(recipe: Path, overrides: Sequence[str], name: str, changes: Sequence[str]) -> Way:
+    """The recipe's student, taught otherwise."""
+    if name in CONTENDERS:
+        raise UserError(
+            f"--variant {name}: a contender has this name already; expected one of its own"
+        )
+    way = Way(name, tuple(changes), load_config(recipe, [*overrides, *changes]))
+    if not way.distilled:
+        raise UserError(
+            f"--variant {name}: no teacher teaches it (distillation.method is "
+            f"'{way.config.distillation.method}'); plain rivals take part without being named"
+        )
+    return way
 
 
 def _start(start: InitialiseFromConfig | None, weights: Location) -> tuple[str, ...]:

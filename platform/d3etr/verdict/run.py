@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,6 +46,7 @@ class Question:
         rates: factors on the recipe's learning rate that each contender may try.
         early: whether all run at a quarter of the time first.
         checkpoint: the student's own weights, to be fine-tuned.
+        variants: name -> overrides of the recipe; further distilled students.
         command: what repeats it.
     """
 
@@ -56,6 +57,7 @@ class Question:
     rates: tuple[float, ...]
     early: bool
     checkpoint: Location | None
+    variants: Mapping[str, tuple[str, ...]]
     command: str
 
 
@@ -71,7 +73,9 @@ def run_verdict(question: Question, on_progress: OnProgress) -> Found:
         RunFailedError: the distilled student or every rival failed.
         RunInterrupted: Ctrl-C or a termination signal.
     """
-    contest = make_contest(question.recipe, question.overrides, question.checkpoint)
+    contest = make_contest(
+        question.recipe, question.overrides, question.checkpoint, question.variants
+    )
     base = absolute_paths(contest.ways[-1].config)
     with connected(base.cluster, on_progress):
         return _Verdict(question, contest, base, on_progress).find()
@@ -105,7 +109,7 @@ class _Verdict:
         found = Found(self._question.command, self._folder, self._question.minutes, costs, left_out)
         if len(self._question.rates) > 1 or self._question.early:
             entries, found = self._early(entries, found)
-        if found.early is None or DISTILLED not in found.early.stopped:
+        if any(each.way.distilled for each in entries):  # else nobody is left to find a gain for
             split: SplitName = "test" if _has_test(self._base) else "validation"
             final = self._train("final", {each.way.name: each for each in entries}, self._seeds)
             found = replace(found, final=self._judged(final, split))
@@ -234,6 +238,6 @@ def _digest(question: Question, contest: Contest) -> str:
         question.seeds,
         question.rates,
         question.early,
-        *(config_digest(way.config) for way in contest.ways),
+        *((way.name, config_digest(way.config)) for way in contest.ways),
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]

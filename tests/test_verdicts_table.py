@@ -1,0 +1,107 @@
+"""sweeps/verdicts.py: several verdicts in one table."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "sweeps" / "verdicts.py"
+QUESTIONS = """
+name: few
+title: Few labels
+along: labelled images
+options: --minutes 2 --rates 1
+verdicts:
+  10 labelled: {at: 10, ask: digits/d3etr --set data.labelled_share=0.1}
+  all labelled: {at: 100, ask: nowhere.yaml}
+"""
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def both(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 0.01, "high": mean + 0.02}
+
+
+def contender(name: str, mean: float, gain: float | None) -> dict[str, Any]:
+    change = None if gain is None else {"both": both(gain), "answer": "gain"}
+    return {
+        "name": name,
+        "distilled": name == "distilled",
+        "rate": 0.5,
+        "steps": 1500,
+        "seconds": 91.4,
+        "maps": [mean, mean + 0.01],
+        "mAP": {"both": both(mean)},
+        "gain": change,
+    }
+
+
+ANSWER = {
+    "sentence": "Distilling pays.",
+    "command": "d3etr verdict digits/d3etr",
+    "teacher": 0.589,
+    "lead": {"both": both(0.2)},
+    "contenders": [contender("plain", 0.3, None), contender("distilled", 0.4, 0.1)],
+}
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    file = tmp_path / "few.yaml"
+    file.write_text(QUESTIONS)
+    return file
+
+
+def test_a_row_for_each_contender_and_a_curve(asked: Path, tmp_path: Path) -> None:
+    script = runpy.run_path(str(SCRIPT))
+    questions = script["read_questions"](asked)
+    script["write_files"](questions, {"10 labelled": ANSWER}, tmp_path / "tables", "the command")
+    table = (tmp_path / "tables" / "few.md").read_text()
+    plain, distilled, teacher = [line for line in table.splitlines() if "| " in line][2:]
+    cells = [cell.strip() for cell in plain.split("|")][1:-1]
+    assert cells[:6] == ["10 labelled", "plain", "x 0.5", "1,500", "91", "30.0 / 31.0"]
+    assert cells[6:] == ["30.0", "29.0 to 32.0", "", "", "rival"]
+    assert "| **distilled** |" in distilled
+    assert "| **40.0** | 39.0 to 42.0 | +10.0 | +9.0 to +12.0 | gain |" in distilled
+    assert "| teacher |" in teacher and "58.9, lead +20.0" in teacher
+    assert "`the command`" in table and "- all labelled: failed." in table
+    assert "mAP over labelled images" in table
+    assert json.loads((tmp_path / "tables" / "few.json").read_text()) == {"10 labelled": ANSWER}
+    assert "distilled" in (tmp_path / "tables" / "few.svg").read_text()
+
+
+def test_the_questions_are_shown_first(asked: Path, tmp_path: Path) -> None:
+    done = run(asked, "--dry-run", "--table", tmp_path / "tables")
+    assert done.returncode == 0 and not (tmp_path / "tables").exists()
+    asking = "d3etr verdict digits/d3etr --set data.labelled_share=0.1 --minutes 2 --rates 1"
+    assert f"10 labelled: {asking}" in done.stderr
+
+
+def test_a_question_that_fails_is_named(asked: Path, tmp_path: Path) -> None:
+    asked.write_text(QUESTIONS.replace("digits/d3etr", "elsewhere.yaml"))
+    done = run(asked, "--table", tmp_path / "tables")
+    assert done.returncode == 1 and "elsewhere.yaml" in done.stderr
+    assert "- 10 labelled: failed." in (tmp_path / "tables" / "few.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (QUESTIONS.replace("at: 10,", ""), "verdicts.10 labelled: expected 'at'"),
+        (QUESTIONS.replace("ask: nowhere", "asks: nowhere"), "asks: unknown key"),
+    ],
+)
+def test_a_file_that_asks_nothing_is_refused(asked: Path, wrong: str, message: str) -> None:
+    asked.write_text(wrong)
+    done = run(asked)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
