@@ -82,11 +82,6 @@ class ImageBatch:
     for_teacher: ImageBatch | None = None
     stored: StoredOutputs | None = None
 
-    def of_first(self, images: int | None) -> ImageBatch:
-        """The first so many images, padded as they are, for the student alone; None: all."""
-        padding = None if self.padding is None else self.padding[:images]
-        return ImageBatch(self.pixels[:images], padding)
-
     def to(self, device: torch.device) -> ImageBatch:
         """The same batch on ``device``."""
         padding = None if self.padding is None else on_device(self.padding, device)

@@ -35,7 +35,7 @@ def test_training_finds_what_the_command_stored(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["store-views", str(recipe), "--quiet", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    [found] = json.loads(capsys.readouterr().out)["stores"]
     shards = sorted(Path(found["folder"]).glob("*.safetensors"))
     assert (found["views"], found["images"], len(shards)) == (2, 24, 2)
     assert found["bytes"] == sum(shard.stat().st_size for shard in shards)
@@ -45,6 +45,21 @@ def test_training_finds_what_the_command_stored(
     times = [shard.stat().st_mtime_ns for shard in shards]
     assert main(["train", str(recipe), "--launcher", "local", "--quiet"]) == 0
     assert [shard.stat().st_mtime_ns for shard in shards] == times
+
+
+def test_images_without_labels_have_a_store_of_their_own(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["store-views", str(recipe), "--quiet", "--set", "teacher.views.unlabelled_count=1"]
+    command += ["--set", "data.labelled_share=0.25"]
+    command += ["--set", "data.unlabelled={rest_of_train: true}"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["stores"]
+    assert [(store["views"], store["images"]) for store in found] == [(2, 6), (1, 18)]
+    folders = [Path(store["folder"]) for store in found]
+    assert [len([*folder.glob("*.safetensors")]) for folder in folders] == [2, 1]
+    assert main(command) == 0
+    assert f"views: 1 of 18 images, 0.0 MB, in {folders[1]}" in capsys.readouterr().out
 
 
 def test_a_recipe_without_views_is_one_sentence(
@@ -63,7 +78,8 @@ def test_ray_workers_share_the_store(
         command = ["store-views", str(recipe), "--quiet", "--json", "--launcher", launcher]
         command += ["--set", f"run.output={tmp_path / name}", "--set", "teacher.views.count=4"]
         assert main([*command, "--set", f"cluster.workers={1 + (name == 'two')}"]) == 0
-        folders.append(Path(json.loads(capsys.readouterr().out)["folder"]))
+        [store] = json.loads(capsys.readouterr().out)["stores"]
+        folders.append(Path(store["folder"]))
     ours, theirs = ([p.read_bytes() for p in sorted(f.glob("*.safetensors"))] for f in folders)
     assert len(ours) == 4
     assert ours == theirs

@@ -210,7 +210,6 @@ def test_boxes_in_files_know_ids_of_the_training_annotations_only(
             {"optimisation": {"steps": 5, "batch_size": 8, "accumulation": 8}},
             "1 with for each of 8",
         ),
-        ({"teacher": {"weights": "teacher.safetensors", "views": {}}}, "with labels only"),
         ({"optimisation": {"steps": 5, "batch_size": 1}}, "makes 0 images without labels"),
     ],
 )

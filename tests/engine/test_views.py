@@ -21,7 +21,8 @@ from d3etr.engine import view_records
 from d3etr.engine.build import build_models, open_loader, open_splits
 from d3etr.engine.distributed import SingleProcess
 from d3etr.engine.run import run_training
-from d3etr.engine.views import ViewStore, prepare_views
+from d3etr.engine.view_store import ViewStore
+from d3etr.engine.views import prepare_views
 from d3etr.errors import UserError
 
 PREDICTIONS = {"self_attention": {"weight": 0}, "cross_attention": {"weight": 0}}
@@ -85,7 +86,7 @@ def test_losses_are_those_of_a_teacher_that_runs(
     config = placed(with_views(make_config(detector={"dropout": 0.0}), method), tmp_path)
     train(config, tmp_path / "stored")
     # The same pictures, but nothing that was stored comes with them.
-    monkeypatch.setattr(TeacherViews, "read", lambda *_: None)
+    monkeypatch.setattr(TeacherViews, "record", lambda *_: None)
     train(config, tmp_path / "running")
     running = losses(tmp_path / "running")
     assert losses(tmp_path / "stored") == pytest.approx(running, rel=1e-6, abs=1e-6)
@@ -127,7 +128,7 @@ def test_every_kind_of_teacher_can_be_stored(
     )
     config = placed(with_views(config, {}), tmp_path)
     train(config, tmp_path / "stored")
-    monkeypatch.setattr(TeacherViews, "read", lambda *_: None)
+    monkeypatch.setattr(TeacherViews, "record", lambda *_: None)
     train(config, tmp_path / "running")
     assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "running"), rel=1e-5)
 
@@ -140,7 +141,9 @@ def test_a_teacher_that_sees_more_can_be_stored(
     train(config, tmp_path / "stored")
     real = DetectionDataset.sample
 
-    def with_teacher_pixels(dataset: DetectionDataset, index: int, epoch: int) -> Sample:
+    def with_teacher_pixels(
+        dataset: DetectionDataset, index: int, epoch: int, *, taught: bool = True
+    ) -> Sample:
         views, seed = dataset.views, dataset.seed
         if views is None:
             return real(dataset, index, epoch)
@@ -150,7 +153,7 @@ def test_a_teacher_that_sees_more_can_be_stored(
         finally:
             dataset.views, dataset.seed = views, seed
 
-    monkeypatch.setattr(TeacherViews, "read", lambda *_: None)
+    monkeypatch.setattr(TeacherViews, "record", lambda *_: None)
     monkeypatch.setattr(DetectionDataset, "sample", with_teacher_pixels)
     train(config, tmp_path / "running")
     assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "running"), rel=1e-5)
@@ -280,7 +283,10 @@ def test_another_teacher_makes_another_store(make_config: MakeConfig, tmp_path: 
 def _store(config: Config) -> ViewStore:
     context = SingleProcess(torch.device("cpu"))
     splits = open_splits(config, context)
-    return ViewStore(config, splits.train, build_models(config, splits, context), context)
+    models = build_models(config, splits, context)
+    assert models.teacher is not None
+    method = models.distiller.method
+    return ViewStore(config, splits.train, models.teacher, method, models.digests, context)
 
 
 @pytest.mark.parametrize("place", [4, 40, -1], ids=["length", "header", "content"])
@@ -345,14 +351,7 @@ def test_what_cannot_be_stored_is_refused(
 ) -> None:
     config = placed(with_views(make_config(), method), tmp_path)
     with pytest.raises(UserError, match=f"teacher.views.*{text}"):
-        _store(config)
-
-
-def test_images_without_labels_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
-    tree = with_views(make_config()).model_dump(mode="json")
-    tree["data"]["unlabelled"] = {"images": str(tmp_path)}
-    with pytest.raises(ValueError, match=r"images with labels only: remove data\.unlabelled"):
-        Config.model_validate_json(json.dumps(tree))
+        train(config, tmp_path / "run")
 
 
 def test_a_part_of_the_queries_is_the_most_confident_one(
@@ -362,10 +361,8 @@ def test_a_part_of_the_queries_is_the_most_confident_one(
     context = SingleProcess(torch.device("cpu"))
     splits = open_splits(config, context)
     models = build_models(config, splits, context)
-    views = prepare_views(config, splits.train, models, context)
-    assert views is not None
     loader = open_loader(config, splits.train, context)
-    loader.use_views(views)
+    loader.use_views(*prepare_views(config, splits.train, models, context))
     [(images, targets)] = next(loader.epoch(0))
     stored = models.distiller.run_teacher(images)
     running = models.distiller.run_teacher(type(images)(images.pixels, images.padding))
@@ -392,10 +389,8 @@ def test_kept_queries_are_paired_with_the_students_of_their_numbers(
     context = SingleProcess(torch.device("cpu"))
     splits = open_splits(config, context)
     models = build_models(config, splits, context)
-    views = prepare_views(config, splits.train, models, context)
-    assert views is not None
     loader = open_loader(config, splits.train, context)
-    loader.use_views(views)
+    loader.use_views(*prepare_views(config, splits.train, models, context))
     [(images, targets)] = next(loader.epoch(0))
     distiller = models.distiller.eval()
     stored = distiller.run_teacher(images)

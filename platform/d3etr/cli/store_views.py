@@ -22,11 +22,12 @@ def _run(options: Namespace) -> int:
     config = load_config(options.recipe, options.overrides)
     write_data([config])
     found = store_views(config, options.launcher, quiet=options.quiet)
-    text = (
-        f"{found['views']:,} views of {found['images']:,} images, {found['bytes'] / 1e6:,.1f} MB, "
-        f"in {found['folder']} ({found['seconds']:.0f} s)"
-    )
-    answer(options, found, text)
+    lines = [
+        f"views: {store['views']:,} of {store['images']:,} images, "
+        f"{store['bytes'] / 1e6:,.1f} MB, in {store['folder']}"
+        for store in found["stores"]
+    ]
+    answer(options, found, "\n".join([*lines, f"{found['seconds']:.0f} s"]))
     return 0
 
 

@@ -87,6 +87,7 @@ class Config(Section):
             )
         self._criterion_fits()
         self._unlabelled_images_teach()
+        self._views_are_of_something()
         student = self.student.detector
         if self.optimisation.sampling_rate_factor != 1 and not student.sampling_parts:
             raise ValueError(
@@ -147,11 +148,6 @@ class Config(Section):
                     "data.unlabelled do not have: remove one of the two"
                 )
             return
-        if teacher is not None and teacher.views:
-            raise ValueError(
-                "teacher.views stores outputs for images with labels only: remove data.unlabelled, "
-                "give it labels, or set teacher.views to null"
-            )
         method = self.distillation
         if not method.learns_without_labels:
             why = "its terms need ground truth" if method.needs_teacher else "it has no teacher"
@@ -162,6 +158,18 @@ class Config(Section):
             )
         if problem := self.composition_problem(self.micro_batches(self.cluster.workers)):
             raise ValueError(problem)
+
+    def _views_are_of_something(self) -> None:
+        """Refuse a number of views of images without labels where there are none."""
+        unlabelled = self.data.unlabelled
+        views = None if self.teacher is None else self.teacher.views
+        if views is None or views.unlabelled_count is None:
+            return
+        if unlabelled is None or unlabelled.labels is not None:
+            found = (
+                "data.unlabelled is null" if unlabelled is None else "data.unlabelled has labels"
+            )
+            raise ValueError(f"teacher.views.unlabelled_count has no effect: {found}")
 
     def composition_problem(self, parts: int) -> str | None:
         """Why a batch of images with and without labels cannot be cut into micro-batches, or None.

@@ -13,6 +13,9 @@ class ViewsConfig(Section):
 
     count: Annotated[int, Field(ge=1, le=1000)] = 8
     """K: augmentations (views) of each training image; each K epochs show every one once."""
+    unlabelled_count: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """The same of images without labels (``data.unlabelled``), which training shows less often;
+    None: ``count``."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of the views; runs with other seeds (``run.seed``) share them and take them in another
     order."""
@@ -24,4 +27,9 @@ class ViewsConfig(Section):
     """Where stores are, one for each teacher, data and augmentation; on a cluster, storage that all
     nodes share. None: ``teacher-views`` in ``run.output``."""
     maximum_gigabytes: Annotated[float, Field(gt=0, le=MAXIMUM)] = 20.0
-    """A larger store is refused before it is begun."""
+    """Larger stores of a run, taken together, are refused before they are begun."""
+
+    @property
+    def of_unlabelled(self) -> int:
+        """K of images without labels."""
+        return self.unlabelled_count or self.count

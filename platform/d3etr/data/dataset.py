@@ -45,7 +45,7 @@ class DetectionDataset(Dataset[Sample]):
         teacher_scale: where it is not 1, augmented samples have the teacher's pixels too, whose
             sides are the student's times this; from the decoded original, by the same plan.
         views: where set, an epoch shows one of an image's few views, whose augmentation is theirs;
-            what the teacher said about it is there, so its pixels are not.
+            samples have what the teacher said about it in place of its pixels.
         teacher_boxes: of each image, what the teacher found, where it is boxes in files; they move
             as objects do.
     """
@@ -75,6 +75,10 @@ class DetectionDataset(Dataset[Sample]):
     def show_teacher(self, scale: float) -> None:
         """Set ``teacher_scale``."""
         self.teacher_scale = scale
+
+    def use_views(self, views: TeacherViews, unlabelled: TeacherViews | None = None) -> None:
+        """Set ``views``, and those of images without labels, where there are some."""
+        self.views = views
 
     def __len__(self) -> int:
         return len(self.split.records)
@@ -112,24 +116,31 @@ class DetectionDataset(Dataset[Sample]):
             self.teacher_scale,
         )
 
-    def sample(self, index: int, epoch: int) -> Sample:
+    def sample(self, index: int, epoch: int, *, taught: bool = True) -> Sample:
         """Image ``index`` as it looks in ``epoch``.
 
+        Args:
+            index: of the image.
+            epoch: from 0.
+            taught: whether what the teacher sees, has found or said comes with it.
+
         Raises:
-            UserError: the image is missing, damaged, or not of its annotated size.
+            UserError: the image is missing, damaged, or not of its annotated size, or stored views
+                are.
         """
         record, plan = self.split.records[index], self.plan(index, epoch)
         labels, corners = record.objects()
         boxes, kept = _placed(corners, record, plan)
         decoded, theirs = self.decoded(index), None
-        if plan.teacher_size is not None and self.views is None:
+        if taught and plan.teacher_size is not None and self.views is None:
             theirs = augment_pixels(decoded, replace(plan, size=plan.teacher_size))
         return Sample(
             pixels=augment_pixels(decoded, plan),
             teacher_pixels=theirs,
             labels=labels[kept],
             boxes_cxcywh=boxes,
-            of_teacher=self._found(index, plan),
+            of_teacher=self._found(index, plan) if taught else None,
+            stored=self.views.record(index, epoch) if taught and self.views else None,
             image_id=record.id,
             original_size=(record.height, record.width),
         )
@@ -214,12 +225,17 @@ class MixedDataset(DetectionDataset):
         super().show_teacher(scale)
         self._others.show_teacher(scale)
 
-    def sample(self, index: int, epoch: int) -> Sample:
+    def use_views(self, views: TeacherViews, unlabelled: TeacherViews | None = None) -> None:
+        """Of both."""
+        super().use_views(views)
+        self._others.views = unlabelled
+
+    def sample(self, index: int, epoch: int, *, taught: bool = True) -> Sample:
         """Image ``index`` as it looks in ``epoch``; see ``DetectionDataset.sample``."""
         beyond = index - len(self)
         if beyond < 0:
-            return super().sample(index, epoch)
-        return replace(self._others.sample(beyond, epoch), labelled=False)
+            return super().sample(index, epoch, taught=taught)
+        return replace(self._others.sample(beyond, epoch, taught=taught), labelled=False)
 
     def sizes(self, epoch: int) -> NDArray[np.int64]:
         """[images, 2]: (height, width) of every image in ``epoch``, those with labels first."""

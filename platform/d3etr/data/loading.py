@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from multiprocessing.context import BaseContext
 from threading import Thread
 from typing import Any
@@ -32,7 +33,7 @@ from d3etr.data.sampling import (
 from d3etr.data.splits import DetectionSplit
 from d3etr.data.teacher_boxes import FoundBoxes
 from d3etr.data.transforms import collate
-from d3etr.data.views import TeacherViews
+from d3etr.data.views import TeacherViews, batch_records
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
 from d3etr.structures import ImageBatch, Targets
@@ -74,6 +75,7 @@ class EpochLoader:
         self.mine = share(parts, rank, world_size)
         self.bucket = data.bucket_by_aspect
         self._unlabelled = 0 if split.unlabelled is None else data.unlabelled_in(batch_size)
+        self._others = 0 if split.unlabelled is None else len(split.unlabelled.records)
         self._labelled = batch_size - self._unlabelled
         self.steps_per_epoch = len(split.records) // self._labelled
         kind = DetectionDataset if split.unlabelled is None else MixedDataset
@@ -84,6 +86,7 @@ class EpochLoader:
             seed=seed,
             cache_bytes=CACHE_BYTES // max(1, data.workers),
         )
+        self._distils: Callable[[int], bool] = lambda _: True
         self._static_sizes: NDArray[np.int64] | None = None
         self._source = _BatchSource(self.dataset, data.workers, persistent=True)
 
@@ -98,9 +101,25 @@ class EpochLoader:
         """Give batches what the teacher has found in each image; as above."""
         self.dataset.teacher_boxes = boxes
 
-    def use_views(self, views: TeacherViews) -> None:
-        """Show stored views of the images, with what the teacher said about them; as above."""
-        self.dataset.views = views
+    def use_views(self, views: TeacherViews, unlabelled: TeacherViews | None = None) -> None:
+        """Show stored views of the images, with what the teacher said about them; as above.
+
+        Args:
+            views: of the images with labels.
+            unlabelled: of those without, where there are some.
+        """
+        if unlabelled is not None:
+            passes = Fraction(self.steps_per_epoch * self._unlabelled, self._others)
+            unlabelled = replace(unlabelled, passes=passes)
+        self.dataset.use_views(views, unlabelled)
+
+    def teach_in(self, steps: Callable[[int], bool]) -> None:
+        """Leave out, in other steps, images without labels and what is there of the teacher.
+
+        Args:
+            steps: whether an optimiser step of the run, from 0, distils.
+        """
+        self._distils = steps
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """The batches of one epoch: this worker's micro-batches of each optimiser step.
@@ -131,7 +150,17 @@ class EpochLoader:
         batches = epoch_batches(shown[:images], self._labelled, *order)
         if self._unlabelled:
             batches = add_unlabelled(batches, shown, images, self._unlabelled, *order)
-        return micro_batches(batches, sizes, epoch, self.parts, self.mine, self._labelled)
+        keys = micro_batches(batches, sizes, epoch, self.parts, self.mine, self._labelled)
+        first, each = epoch * self.steps_per_epoch, len(self.mine)
+        return [
+            key if self._distils(first + place // each) else self._plain(key)
+            for place, key in enumerate(keys)
+        ]
+
+    def _plain(self, key: BatchKey) -> BatchKey:
+        """The part of a batch, padded alike, that a step learns from which does not distil."""
+        labelled = tuple(index for index in key.indices if index < len(self.dataset))
+        return replace(key, indices=labelled, taught=False)
 
     def _sizes(self, epoch: int) -> NDArray[np.int64]:
         if self.dataset.has_random_sizes:
@@ -297,15 +326,18 @@ class _BatchDataset(Dataset["_Made | bytes | UserError"]):
     def __getitem__(self, key: BatchKey) -> _Made | bytes | UserError:
         begun = time.process_time()
         try:
-            samples = [self.dataset.sample(index, key.epoch) for index in key.indices]
-            views = self.dataset.views
-            shown = key.teacher_size or key.size
-            stored = None if views is None else views.read(key.indices, key.epoch, shown)
+            samples = [
+                self.dataset.sample(index, key.epoch, taught=key.taught) for index in key.indices
+            ]
         except UserError as error:
             # Raised in the training process: from here it would carry a traceback as text.
             return error
         images, targets = collate(samples, self.dataset.preprocessing, key.size, key.teacher_size)
-        images = replace(images, stored=stored)
+        records = [sample.stored for sample in samples if sample.stored is not None]
+        if records and self.dataset.views is not None:
+            shown = key.teacher_size or key.size
+            stored = batch_records(records, self.dataset.views.strides, shown)
+            images = replace(images, stored=stored)
         made = images, targets, time.process_time() - begun
         shared = images.pixels.is_shared()  # type: ignore[no-untyped-call]
         if get_worker_info() is None or shared:

@@ -29,12 +29,14 @@ class BatchKey:
         epoch: seeds augmentation, where there is any.
         size: (height, width) in pixels to pad to.
         teacher_size: the same of what the teacher sees, where that is another size.
+        taught: whether the teacher's part comes with the images.
     """
 
     indices: tuple[int, ...]
     epoch: int
     size: tuple[int, int]
     teacher_size: tuple[int, int] | None = None
+    taught: bool = True
 
 
 def epoch_batches(

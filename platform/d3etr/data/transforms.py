@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,6 +53,7 @@ class Sample:
         teacher_pixels: [3, height', width'] uint8 that the teacher sees, where it sees others.
         labelled: whether its objects are known; else n is 0.
         of_teacher: boxes that the teacher found, where it is boxes in files.
+        stored: what the teacher said, where that was stored; ``data/views.py`` makes batches of it.
     """
 
     pixels: Tensor
@@ -63,6 +64,7 @@ class Sample:
     teacher_pixels: Tensor | None = None
     labelled: bool = True
     of_teacher: RelativeBoxes | None = None
+    stored: Mapping[str, NDArray[np.generic]] | None = None
 
 
 def output_size(

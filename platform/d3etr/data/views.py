@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -59,6 +60,8 @@ class TeacherViews:
         order: seed of the order in which they are shown.
         shard_images: images of a shard; the last one of a view may have fewer.
         strides: pixels per cell of each of the teacher's levels; none where nothing is on them.
+        passes: how often an epoch shows each image; images without labels come in passes of
+            their own.
     """
 
     folder: Path
@@ -67,43 +70,21 @@ class TeacherViews:
     order: int
     shard_images: int
     strides: tuple[int, ...] = ()
+    passes: Fraction = Fraction(1)
 
     def view(self, epoch: int, index: int) -> int:
-        """Which view of image ``index`` an epoch shows: in every K epochs, each once."""
-        round_, place = divmod(epoch, self.count)
+        """Which view of image ``index`` an epoch shows: in every K passes, each once."""
+        round_, place = divmod(int(epoch * self.passes), self.count)
         return _orders(self.order, round_, index, self.count)[place]
 
-    def read(self, indices: Sequence[int], epoch: int, size: tuple[int, int]) -> StoredOutputs:
-        """What the teacher said about a batch.
-
-        Args:
-            indices: B images of the split.
-            epoch: which shows one view of each.
-            size: (height, width) in pixels that the batch is padded to.
+    def record(self, index: int, epoch: int) -> Arrays:
+        """What the teacher said about image ``index`` in the view that an epoch shows.
 
         Raises:
             UserError: a shard is gone or damaged.
         """
-        rows = [self._row(index, self.view(epoch, index)) for index in indices]
-        levels = tuple((-(-size[0] // step), -(-size[1] // step)) for step in self.strides)
-        own = [tuple((h, w) for h, w in row.pop(GRIDS).tolist()) for row in rows if self.strides]
-        values = {}
-        for name in rows[0]:
-            parts = [row[name] for row in rows]
-            if name in RAGGED:
-                values[name] = torch.from_numpy(batch_tokens(parts, own, levels))
-                continue
-            if name in MOVED:
-                move = MOVED[name]
-                parts = [move(part, one, levels) for part, one in zip(parts, own, strict=True)]
-            values[name] = torch.from_numpy(np.stack(parts))
-        if self.strides:
-            values["hidden"] = _outside(own, levels)
-        return StoredOutputs(values, levels)
-
-    def _row(self, index: int, view: int) -> dict[str, NDArray[np.generic]]:
         number, row = divmod(index, self.shard_images)
-        shard = open_shard(shard_path(self.folder, view, number))
+        shard = open_shard(shard_path(self.folder, self.view(epoch, index), number))
         start, end = 0, 0
         if ENDS in shard:
             start, end = int(shard[ENDS][row - 1]) if row else 0, int(shard[ENDS][row])
@@ -112,6 +93,35 @@ class TeacherViews:
             for name, values in shard.items()
             if name != ENDS
         }
+
+
+def batch_records(
+    records: Sequence[Arrays], strides: Sequence[int], size: tuple[int, int]
+) -> StoredOutputs:
+    """What the teacher said about a batch.
+
+    Args:
+        records: of B images.
+        strides: see ``TeacherViews``.
+        size: (height, width) in pixels that the batch is padded to.
+    """
+    levels = tuple((-(-size[0] // step), -(-size[1] // step)) for step in strides)
+    own = [tuple((h, w) for h, w in record[GRIDS].tolist()) for record in records if strides]
+    values = {}
+    for name in records[0]:
+        if name == GRIDS:
+            continue
+        parts = [record[name] for record in records]
+        if name in RAGGED:
+            values[name] = torch.from_numpy(batch_tokens(parts, own, levels))
+            continue
+        if name in MOVED:
+            move = MOVED[name]
+            parts = [move(part, one, levels) for part, one in zip(parts, own, strict=True)]
+        values[name] = torch.from_numpy(np.stack(parts))
+    if strides:
+        values["hidden"] = _outside(own, levels)
+    return StoredOutputs(values, levels)
 
 
 def shard_path(folder: Path, view: int, number: int) -> Path:

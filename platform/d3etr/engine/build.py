@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.optim import AdamW
@@ -137,8 +138,17 @@ def open_splits(
     return replace(splits, warnings=judgement.warnings)
 
 
-def open_loader(config: Config, split: DetectionSplit, context: TrainContext) -> EpochLoader:
-    """This worker's training batches."""
+def open_loader(
+    config: Config, split: DetectionSplit, context: TrainContext, steps: int | None = None
+) -> EpochLoader:
+    """This worker's training batches.
+
+    Args:
+        config: of the run.
+        split: the training split.
+        context: the workers.
+        steps: of the whole run; None: as configured.
+    """
     loader = EpochLoader(
         split,
         config.data,
@@ -148,6 +158,8 @@ def open_loader(config: Config, split: DetectionSplit, context: TrainContext) ->
         world_size=context.world_size,
         seed=config.run.seed,
     )
+    steps = steps or config.optimisation.total_steps(loader.steps_per_epoch)
+    loader.teach_in(partial(config.distillation.distils_at, steps=steps))
     loader.show_teacher(config.teacher_scale)
     boxes = teacher_boxes(config, split)
     if boxes is not None:

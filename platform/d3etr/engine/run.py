@@ -97,8 +97,8 @@ def _train(
     models = build_models(config, splits, context)
     opened.callback(models.distiller.solver.close)
     views = prepare_views(config, splits.train, models, context, on_progress)
-    if views is not None:
-        loader.use_views(views)
+    if views:
+        loader.use_views(*views)
     run = Run(config, folder, context, journal, splits, models)
     watching = Hooks(hooks, folder.path, models.student, run.warn)
     validation = Validation(run, watching)

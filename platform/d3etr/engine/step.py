@@ -80,8 +80,6 @@ class TrainingStep:
                 Losses, NaN where a GPU did, are checked when the log is written.
         """
         device, timer = self._context.device, self._log.timer
-        if not self._distils(step):  # nothing is learnt from images without labels
-            batches = [(i.of_first(t.labelled), t.of_labelled()) for i, t in batches]
         batches = [(images.to(device), targets.to(device)) for images, targets in batches]
         if self._graphs is not None:
             self._replay(step, batches[0], self._graphs)

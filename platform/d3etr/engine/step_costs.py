@@ -46,13 +46,13 @@ class StepMaker:
         splits = open_splits(config, context)
         models = build_models(config, splits, context)
         self.device, self.distiller = context.device, models.distiller
-        self._loader = open_loader(config, splits.train, context)
+        self._loader = open_loader(config, splits.train, context, steps)
         begun = self._now()
         views = prepare_views(config, splits.train, models, context)
-        self.prepared = 0.0 if views is None else self._now() - begun
-        if views is not None:
-            self._loader.use_views(views)
-        self._batches = self._endless()
+        self.prepared = self._now() - begun if views else 0.0
+        if views:
+            self._loader.use_views(*views)
+        self._batches = self._from(0)
         self.steps = steps or config.optimisation.total_steps(self._loader.steps_per_epoch)
         self._made = 0
         nowhere = Journal(Path("unused"), active=False)
@@ -80,12 +80,12 @@ class StepMaker:
             steps: to make, in a row.
             start: number of the first within the run.
         """
-        log = self._log
+        log, batches = self._log, self._from(start)  # what is loaded depends on the step
         before = replace(log.cost)
         log.resume_clock()
         for number in range(start, start + steps):
             with log.timer.phase("data", host=True):
-                batch = next(self._batches)
+                batch = next(batches)
             log.timer.add(LOADING, self._loader.take_cpu_seconds())
             self._step(number, batch)
         log.write(start + steps)
@@ -100,8 +100,11 @@ class StepMaker:
         """Of the clock that is like that of steps: CPU time, with a GPU wall time."""
         return time.perf_counter() if self.device.type == "cuda" else time.process_time()
 
-    def _endless(self) -> Iterator[list[MicroBatch]]:
-        for number in count():
+    def _from(self, step: int) -> Iterator[list[MicroBatch]]:
+        """The batches of a step and of all after it."""
+        epoch, offset = divmod(step, self._loader.steps_per_epoch)
+        yield from self._loader.epoch(epoch, offset)
+        for number in count(epoch + 1):
             yield from self.epoch(number)
 
 

@@ -73,6 +73,12 @@ class ViewTeacher:
             found |= zip(key.indices, self._look(shown, seen), strict=True)
         return [found[index] for index in images]
 
+    def blank_record(self, size: tuple[int, int]) -> Arrays:
+        """What would be stored of an image of ``size`` (height, width) pixels, without content."""
+        pixels = torch.zeros(1, 3, *size, device=self.device)
+        [record] = self._look(ImageBatch(pixels), [size])
+        return record
+
     @torch.no_grad()
     def _look(self, batch: ImageBatch, sizes: Sequence[tuple[int, int]]) -> Iterator[Arrays]:
         """The record of each image of a batch; ``sizes`` are theirs in pixels."""

@@ -27,7 +27,7 @@ RESULT = "store.json"
 
 
 def store_views(config: Config, launcher: LauncherName, *, quiet: bool) -> dict[str, Any]:
-    """Store what a run's teacher says about its training images.
+    """Store what a run's teacher says about its training images, with and without labels.
 
     Args:
         config: of a run with ``teacher.views``.
@@ -35,7 +35,7 @@ def store_views(config: Config, launcher: LauncherName, *, quiet: bool) -> dict[
         quiet: show no progress.
 
     Returns:
-        The store's ``folder``, its ``bytes``, and the ``seconds`` that this took.
+        See ``engine.views.store_only``.
 
     Raises:
         UserError: the run stores no views, or see ``engine/views.py``.
