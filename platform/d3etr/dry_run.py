@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from d3etr.detectors.build import build_detector, count_parameters
 from d3etr.engine.find_run import folder_of
 from d3etr.engine.preflight import judge_beginning
 from d3etr.engine.provenance import remote_files
+from d3etr.engine.views import StoreForecast, forecast_views
 from d3etr.errors import UserError
 from d3etr.launch.api import LauncherName
 from d3etr.launch.ray_environment import joined_address
@@ -44,6 +46,7 @@ class Plan:
         distilled_steps: those of them that use the teacher.
         checkpoints: the steps after which one is written; ``run.keep_checkpoints`` stay.
         warnings: what the run would warn of at its start.
+        views: the stores of ``teacher.views``; None where they are not known yet.
     """
 
     run_dir: Path
@@ -57,6 +60,7 @@ class Plan:
     distilled_steps: int
     checkpoints: tuple[int, ...]
     warnings: tuple[str, ...] = ()
+    views: tuple[StoreForecast, ...] | None = ()
 
 
 def make_plan(config: Config) -> Plan:
@@ -85,6 +89,7 @@ def make_plan(config: Config) -> Plan:
         distilled_steps=config.distillation.distilled_steps(steps),
         checkpoints=_checkpoint_steps(config.run, per_epoch, steps),
         warnings=begun.warnings,
+        views=forecast_views(config),
     )
 
 
@@ -116,6 +121,7 @@ def describe(config: Config, launcher: LauncherName = "ray") -> str:
         f"teacher      {_teacher(plan, config.teacher)}",
         f"length       {plan.steps:,} steps, {epochs:.3g} epochs of {plan.steps_per_epoch:,}",
         *_distilled(plan),
+        *_views(plan.views),
         f"checkpoints  {len(plan.checkpoints)}, after step {', '.join(saved)}; the newest "
         f"{config.run.keep_checkpoints} are kept",
         *_cluster(config.cluster, launcher),
@@ -140,6 +146,26 @@ def _distilled(plan: Plan) -> list[str]:
     if plan.distilled_steps in (0, plan.steps):
         return []
     return [f"distilled    {plan.distilled_steps:,} of the steps; the others are plain ones"]
+
+
+def _views(stores: Sequence[StoreForecast] | None) -> list[str]:
+    """What is stored of the teacher, how large it is, and whether it is there."""
+    if stores is None:
+        return ["views        of digit scenes that are not written yet: their size is known then"]
+    lines = []
+    for store, what in zip(stores, ("", " without labels"), strict=False):
+        there = f"{_megabytes(store.missing)} of it to be stored in {store.folder}"
+        if store.folder is None:
+            there = "to be stored, unless it was before: the images are not here"
+        elif not store.missing:
+            there = f"stored in {store.folder}"
+        images = f"{store.views} of {store.images:,} images{what}"
+        lines.append(f"views        {images}, {_megabytes(store.bytes)}, {there}")
+    return lines
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def _beside(unlabelled: int) -> str:

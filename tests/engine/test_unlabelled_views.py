@@ -22,11 +22,12 @@ from d3etr.config.tree import Config
 from d3etr.data.loading import EpochLoader
 from d3etr.data.views import TeacherViews
 from d3etr.distiller import Distiller
+from d3etr.dry_run import describe, describe_json
 from d3etr.engine.build import build_models, open_loader, open_splits
 from d3etr.engine.distributed import SingleProcess
 from d3etr.engine.step_costs import StepMaker
 from d3etr.engine.view_store import ViewStore
-from d3etr.engine.views import prepare_views
+from d3etr.engine.views import forecast_views, prepare_views
 from d3etr.errors import UserError
 
 CONTEXT = SingleProcess(torch.device("cpu"))
@@ -205,6 +206,9 @@ def test_images_behind_a_url_have_the_store_of_those_in_a_folder(
             )
             for place in places
         )
+        [_, others] = describe_json(there)["views"]
+        assert others["folder"] is None and others["missing"] == others["bytes"]
+        assert "unless it was before: the images are not here" in describe(there)
         train(here, tmp_path / "here")
         train(there, tmp_path / "there")
     assert losses(tmp_path / "there") == losses(tmp_path / "here")
@@ -247,16 +251,50 @@ def test_both_stores_together_are_forecast_and_limited(
         teacher = config.teacher.model_copy(update={"views": limited})
         asked = config.model_copy(update={"teacher": teacher})
         if fits:
+            assert forecast_views(asked)
             continue
-        with pytest.raises(UserError) as raised:
-            train(asked, tmp_path / "run")
-        text = str(raised.value)
-        assert "4 views of 12 images and 1 view of 12 images without labels take" in text
-        assert "count below 4" in text and "unlabelled_count" not in text
+        for judge in (lambda asked: train(asked, tmp_path / "run"), describe):
+            with pytest.raises(UserError) as raised:
+                judge(asked)
+            text = str(raised.value)
+            assert "4 views of 12 images and 1 view of 12 images without labels take" in text
+            assert "count below 4" in text and "unlabelled_count" not in text
     assert not (tmp_path / "teacher-views").exists()
     train(config, tmp_path / "run")
     taken = sum(path.stat().st_size for path in shards(tmp_path))
     assert taken == pytest.approx(one + other, rel=0.05)
+
+
+def test_a_dry_run_says_how_large_stores_are_and_whether_they_are_there(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = placed(mixed(make_config(), count=2, unlabelled_count=1), tmp_path)
+    labelled, others = describe_json(config)["views"]
+    assert (labelled["views"], others["views"], others["images"]) == (2, 1, 12)
+    assert labelled["missing"] == labelled["bytes"] > others["bytes"] == others["missing"]
+    text = describe(config)
+    assert "views        2 of 12 images, 0.0 MB, 0.0 MB of it to be stored in " in text
+    assert "views        1 of 12 images without labels" in text
+    assert not (tmp_path / "teacher-views").exists()
+    train(config, tmp_path / "run")
+    labelled, others = describe_json(config)["views"]
+    assert labelled["missing"] == others["missing"] == 0
+    assert f"0.0 MB, stored in {labelled['folder']}" in describe(config)
+    assert {labelled["folder"], others["folder"]} == {str(p.parent) for p in shards(tmp_path)}
+    scenes = config.data.digit_scenes.model_copy(update={"seed": 9})
+    unwritten = on(config, config.data.model_copy(update={"digit_scenes": scenes}))
+    assert describe_json(unwritten)["views"] is None
+    assert "digit scenes that are not written yet" in describe(unwritten)
+    assert describe_json(make_config())["views"] == ()
+
+
+def test_views_that_a_run_does_not_read_are_named(make_config: MakeConfig, tmp_path: Path) -> None:
+    warnings = describe_json(placed(mixed(make_config(), count=2), tmp_path))["warnings"]
+    assert not warnings  # two epochs, which show each image twice
+    config = placed(mixed(make_config(), count=3, unlabelled_count=4), tmp_path)
+    one, other = describe_json(config)["warnings"]
+    assert "views.count is 3" in one and "each image with labels 2 times" in one
+    assert "unlabelled_count is 4" in other and "2 would do" in other
 
 
 def test_a_count_of_images_that_are_not_there_is_refused(make_config: MakeConfig) -> None:

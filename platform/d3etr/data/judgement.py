@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 
@@ -110,6 +111,7 @@ def judge_against_recipe(config: Config, splits: Mapping[str, DetectionSplit]) -
         judgement += judge_length(config, len(train.records), train)
         if beside is not None:
             judgement += judge_unlabelled(config, len(beside.records), beside)
+        judgement += judge_views(config, len(train.records), len(beside.records) if beside else 0)
     for split in splits.values():
         warnings = (
             _too_few_queries(split, config.student.detector.queries),
@@ -165,6 +167,34 @@ def judge_unlabelled(config: Config, images: int, split: object = "the scenes") 
         "one batch: set data.unlabelled.share lower, or give more images"
     )
     return Judgement(errors=(text,))
+
+
+def judge_views(config: Config, images: int, unlabelled: int) -> Judgement:
+    """Whether a run reads the views that it stores.
+
+    Args:
+        config: the run.
+        images: training images with labels.
+        unlabelled: those without.
+    """
+    per_epoch = config.steps_per_epoch(images)
+    if config.teacher is None or config.teacher.views is None or not per_epoch:
+        return Judgement()
+    views, size = config.teacher.views, config.optimisation.batch_size
+    steps = config.distillation.distilled_steps(config.optimisation.total_steps(per_epoch))
+    without, warnings = config.data.unlabelled_in(size), []
+    parts = {
+        "count": (views.count, "image with labels", size - without, images),
+        "unlabelled_count": (views.of_unlabelled, "image without labels", without, unlabelled),
+    }
+    for key, (count, what, each, known) in parts.items():
+        if known and count > ceil(shown := steps * each / known):
+            warnings.append(
+                f"teacher.views.{key} is {count}, but the steps that distil show each {what} "
+                f"{shown:.2g} times: the other views are stored for longer runs and other seeds "
+                f"only; {max(1, ceil(shown))} would do for this one"
+            )
+    return Judgement(warnings=tuple(warnings))
 
 
 def _too_few_queries(split: DetectionSplit, queries: int) -> str | None:

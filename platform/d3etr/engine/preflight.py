@@ -16,6 +16,7 @@ from d3etr.data.judgement import (
     judge_against_recipe,
     judge_length,
     judge_unlabelled,
+    judge_views,
 )
 from d3etr.data.splits import (
     SPLIT_NAMES,
@@ -84,6 +85,7 @@ def judge_beginning(config: Config, known: KnownSplits | None = None) -> Beginni
         if data.unlabelled is not None and data.unlabelled.labels is not None:
             images, unlabelled = images + min(unlabelled, _listed(data.unlabelled.labels)), 0
         judgement = judge_length(config, images) + judge_unlabelled(config, unlabelled)
+        judgement += judge_views(config, images, unlabelled)
     else:
         key = (data, config.evaluation.test)
         if key not in known:

@@ -5,21 +5,30 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from d3etr.config.data import DataConfig
 from d3etr.config.tree import Config
 from d3etr.config.views import ViewsConfig
-from d3etr.data.splits import DetectionSplit
+from d3etr.data.digit_scenes import find_damage, scenes_folder
+from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.data.views import TeacherViews, view_shards
+from d3etr.detectors.weights import load_weights
 from d3etr.engine.build import Models, build_models, open_splits
-from d3etr.engine.distributed import TrainContext, run_on_all_workers
+from d3etr.engine.distributed import SingleProcess, TrainContext, run_on_all_workers
 from d3etr.engine.journal import Journal
+from d3etr.engine.provenance import data_digests, weight_digests
 from d3etr.engine.run_folder import RunFolder
 from d3etr.engine.view_store import Forecast, ViewStore
 from d3etr.errors import UserError
 from d3etr.methods.base import Method
 from d3etr.progress import OnProgress, PacedProgress, no_progress
+from d3etr.registry import METHODS
+from d3etr.storage.fetch import local_file
 
 STORING_SECONDS = 10.0
 """How often storing writes a line into the journal."""
@@ -106,6 +115,11 @@ def _parts(split: DetectionSplit) -> list[DetectionSplit]:
     return [split] if split.unlabelled is None else [split, split.unlabelled]
 
 
+def _is_here(split: DetectionSplit) -> bool:
+    """Whether all images are on this machine, so that their content is known."""
+    return all(part.images.is_readable for part in split.parts or (split,))
+
+
 def _require_room(stores: Sequence[ViewStore], forecasts: Sequence[Forecast]) -> None:
     """Refuse stores that are larger than allowed, or than what is free on the disk."""
     teacher, views, folder = stores[0].teacher, stores[0].views, stores[0].folder.parent
@@ -167,3 +181,65 @@ def store_only(config: Config, run_dir: Path, context: TrainContext) -> dict[str
         about = {"folder": str(views.folder), "views": views.count, "images": len(split.records)}
         stores.append(about | {"bytes": size})
     return {"stores": stores, "seconds": time.perf_counter() - begun}
+
+
+@dataclass(frozen=True)
+class StoreForecast:
+    """What a dry run says about a store.
+
+    Attributes:
+        folder: of the store; None where it depends on images that are not on this machine.
+        views: of each image.
+        images: of the store.
+        bytes: of the whole store.
+        missing: bytes that are not stored yet; all where the folder is not known.
+    """
+
+    folder: str | None
+    views: int
+    images: int
+    bytes: int
+    missing: int
+
+
+def forecast_views(config: Config) -> tuple[StoreForecast, ...] | None:
+    """How large a run's stores will be, and what of them is there; writes nothing.
+
+    Returns:
+        Of the images with labels, then of those without; empty where the run stores none, None
+        where that is not known as digit scenes are not written yet.
+
+    Raises:
+        UserError: the stores would be too large, or images or weights cannot be read.
+    """
+    if config.teacher is None or config.teacher.views is None or config.teacher.weights is None:
+        return ()
+    if not _scenes_are_written(config.data):
+        return None
+    split = open_split(config.data, "train", fetch=False)
+    with local_file(config.teacher.weights) as file:
+        teacher, _ = load_weights(file)
+    kind: type[Method] = METHODS.find(config.distillation.method)
+    method = kind(config.distillation, config.student.detector, teacher.config, seed=0)
+    digests = weight_digests(config) | data_digests(split)
+    context = SingleProcess(torch.device("cpu"))
+    stores = [ViewStore(config, part, teacher, method, digests, context) for part in _parts(split)]
+    forecasts = [store.forecast() for store in stores]
+    _require_room(stores, forecasts)
+    return tuple(
+        StoreForecast(
+            str(store.folder) if _is_here(store.split) else None,
+            store.count,
+            len(store.split.records),
+            forecast.total,
+            forecast.missing,
+        )
+        for store, forecast in zip(stores, forecasts, strict=True)
+    )
+
+
+def _scenes_are_written(data: DataConfig) -> bool:
+    """Whether the digit scenes to train on, where they are the data, are there and whole."""
+    beside = None if data.unlabelled is None else data.unlabelled.digit_scenes
+    scenes = [config for config in (data.digit_scenes, beside) if config is not None]
+    return all(find_damage(scenes_folder(config), ["train"]) is None for config in scenes)

@@ -1,5 +1,10 @@
 """Digit scenes: the embedded detection benchmark of real handwritten digits in clutter."""
 
-from d3etr.data.digit_scenes.folder import VERSION, write_digit_scenes
+from d3etr.data.digit_scenes.folder import (
+    VERSION,
+    find_damage,
+    scenes_folder,
+    write_digit_scenes,
+)
 
-__all__ = ["VERSION", "write_digit_scenes"]
+__all__ = ["VERSION", "find_damage", "scenes_folder", "write_digit_scenes"]
