@@ -26,6 +26,10 @@ _MAXIMUM = 100
 Content = dict[str, Any]
 
 
+class NoThresholdError(UserError):
+    """No detection on the images that choose a threshold is right."""
+
+
 def best_threshold(
     predictor: Predictor, split: DetectionSplit, on_progress: OnProgress = no_progress
 ) -> tuple[float, float]:
@@ -40,7 +44,8 @@ def best_threshold(
         The threshold, and F1 of the detections above it: at IoU 0.5, all classes together.
 
     Raises:
-        UserError: the classes differ, an image cannot be read, or there is no object.
+        NoThresholdError: no detection is right.
+        UserError: the classes differ, or an image cannot be read.
     """
     require_same_names(predictor, split)
     labels = {category.id: label for label, category in enumerate(_categories(predictor))}
@@ -58,7 +63,7 @@ def best_threshold(
     )
     best = GroundTruth(split).best_threshold(detections, _MAXIMUM)
     if best is None:
-        raise UserError(
+        raise NoThresholdError(
             f"{split.annotations}: no detection is right, so no threshold is best: expected images "
             "with objects that the detector finds, or give --threshold a number"
         )

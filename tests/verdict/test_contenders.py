@@ -8,7 +8,7 @@ from tiny_recipe import tiny_recipe
 from d3etr.config.load import load_config
 from d3etr.errors import UserError
 from d3etr.launch.sweeps.plan import make_plan
-from d3etr.verdict.contenders import Contest, make_contest
+from d3etr.verdict.contenders import Contest, make_contest, with_labels
 from d3etr.verdict.stages import entry, sweep_of
 
 RECIPE = {
@@ -97,11 +97,67 @@ def test_boxes_in_files_give_no_rival_a_start(tmp_path: Path) -> None:
         contest(tmp_path, "teacher=null", *boxes, "student.initialise_from=null")
 
 
+REST = ("data.labelled_share=0.5", "data.unlabelled={rest_of_train: true, share: 0.25}")
+
+
 def test_without_a_teacher_only_images_with_labels_are_left(tmp_path: Path) -> None:
-    more = ("data.labelled_share=0.5", "data.unlabelled={rest_of_train: true}")
-    plain, _, distilled = contest(tmp_path, *more).ways
-    assert plain.config.data.unlabelled is None and distilled.config.data.unlabelled is not None
+    plain, inherited, _, distilled = contest(tmp_path, *REST).ways
+    assert plain.config.data.unlabelled is None and inherited.config.data.unlabelled is None
+    assert distilled.config.data.unlabelled is not None
     assert plain.config.data.labelled_share == distilled.config.data.labelled_share == 0.5
+
+
+def test_one_rival_trains_on_the_teachers_labels(tmp_path: Path) -> None:
+    recipe, found = written(tmp_path), contest(tmp_path, *REST)
+    ways = {way.name: way for way in found.ways}
+    assert list(ways) == ["plain", "inherited plain", "pseudo-labels", "distilled"]
+    file = tmp_path / "a verdict: 1" / "pseudo-labels.json"
+    for inherits in (True, False):
+        placed = with_labels(found, recipe, REST, file, inherits=inherits)
+        assert [w for w in placed.ways if w.name != "pseudo-labels"] == [
+            w for w in found.ways if w.name != "pseudo-labels"
+        ]
+        way = placed.ways[2]
+        assert not way.distilled and way.config == load_config(recipe, [*REST, *way.overrides])
+        images = way.config.data.unlabelled
+        assert images is not None and images.labels == file and images.rest_of_train
+        like = ways["inherited plain" if inherits else "plain"].config
+        assert way.config.student == like.student
+        assert way.config.data.labelled_share == 0.5
+
+
+def test_images_that_a_file_labels_are_everybodys(tmp_path: Path) -> None:
+    labelled = ("data.labelled_share=0.5", "data.unlabelled={rest_of_train: true, labels: a.json}")
+    ways = contest(tmp_path, *labelled).ways
+    assert [way.name for way in ways] == ["plain", "inherited plain", "distilled"]
+    images = [way.config.data.unlabelled for way in ways]
+    assert images[0] is not None and images[0] == images[1] == images[2]
+
+
+def test_what_a_recipe_inherits_and_how_its_rivals_do_too(tmp_path: Path) -> None:
+    start = {"parts": ["decoder", "queries"], "layers": [1, 3], "widths": "principal"}
+    recipe = written(
+        tmp_path,
+        student={"initialise_from": start},
+        optimisation={"inherited_rate_factor": 0.1, "inherited_warmup_steps": 40},
+    )
+    found = make_contest(recipe, REST, Path("own.safetensors"))
+    plain, inherited, tuned, labelled, distilled = found.ways
+    assert distilled.config.student.initialise_from is not None
+    expected = distilled.config.student.initialise_from.model_copy(
+        update={"weights": Path("teacher.safetensors")}
+    )
+    assert (expected.layers, expected.widths) == ((1, 3), "principal")
+    for way in (inherited, labelled):
+        assert way.config.student.initialise_from == expected
+        assert way.config.optimisation == distilled.config.optimisation
+    for way in (plain, tuned):  # what starts from nothing, or as a whole, inherits nothing slowly
+        assert way.config.optimisation.inherited_warmup_steps == 0
+        assert way.config.optimisation.inherited_rate_factor == 1
+    short = load_config(recipe, [*REST, *entry(inherited, 1.0, 80.0, 1.0).overrides()])
+    assert short.optimisation.inherited_warmup_steps == 20
+    for way in found.ways:
+        load_config(recipe, [*REST, *entry(way, 1.0, 80.0, 1.0).overrides()])
 
 
 def test_equal_time_is_steps_by_cost(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Staged(verdict_run._Verdict):
         self.maps, self.behind = maps, tuple[str, ...]()
         self.stages: dict[str, list[Entry]] = {}
 
-    def _costs(self) -> StepCosts:
+    def _costs(self, labelling: float) -> StepCosts:
         return COSTS
 
     def _announce(self, *arguments: Any) -> None:
@@ -112,7 +112,7 @@ def test_what_a_teacher_does_before_the_first_step_is_taken_off(
     tmp_path: Path, question: Question, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = replace(COSTS, prepared=COSTS.prepared | {"distilled": 100.0})
-    monkeypatch.setattr(Staged, "_costs", lambda self: stored)
+    monkeypatch.setattr(Staged, "_costs", lambda self, labelling: stored)
     staged = Staged(tmp_path, replace(question, rates=(1.0,)), {})
     find(staged)
     assert [each.steps for each in staged.stages["final"]] == [1200, 1200, 500]

@@ -89,6 +89,19 @@ def test_times_that_differ_are_said_and_shared_splits_too() -> None:
     assert any("share validation" in note for note in notes(shared))
 
 
+def test_what_labelling_took_is_said() -> None:
+    whole = found(around(0.04, 0.02), around(0.1, 0.05))
+    assert whole.final is not None
+    runs = (*whole.final.ran, ran("pseudo-labels", 51.0))
+    costs = replace(
+        whole.costs,
+        seconds=whole.costs.seconds | {"pseudo-labels": 0.51},
+        prepared={"pseudo-labels": 9.0},
+    )
+    labelled = replace(whole, final=replace(whole.final, ran=runs), costs=costs)
+    assert notes(labelled) == ["9 s of 'pseudo-labels' went into the teacher's labels."]
+
+
 def test_a_contender_that_cannot_win_is_stopped_but_never_the_rival() -> None:
     stage = found(around(0.04, 0.02), around(0.1, 0.05)).stage
     assert stage.stopped == ("plain",)

@@ -5,39 +5,44 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import save_untrained, tiny_detector_config
 from tiny_recipe import tiny_recipe
-from tiny_runs import write_teacher
 
 from d3etr.cli.main import main
 from d3etr.config.load import load_config
+from d3etr.config.tree import Config
 from d3etr.engine.journal import read_journal
 
-NAMES = ("plain", "inherited plain", "predictions", "distilled")
+TAUGHT = ("predictions", "distilled")
+NAMES = ("plain", "inherited plain", "fine-tuned", "pseudo-labels", *TAUGHT)
 Verdict = Callable[..., tuple[int, str, str]]
-STUDENT = {"width": 32, "feedforward": 32, "queries": 8, "box_size_bias": -1.4, "dropout": 0.0}
+DETECTOR = tiny_detector_config(width=32, feedforward=32, queries=8, box_size_bias=0.7)
+"""Its boxes are as large as the objects, which it so finds untrained."""
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A D3ETR student of a teacher that knows nothing."""
+    """A D3ETR student of a teacher that has learnt nothing; half of the images have labels."""
     folder = tmp_path_factory.mktemp("verdict")
     teacher = folder / "teacher.safetensors"
     scenes = {"root": str(folder / "scenes"), "train_images": 24, "validation_images": 8}
-    scenes |= {"test_images": 6, "image_size": 32, "minimum_scale": 8, "maximum_scale": 16}
-    detector = {"backbone": {"name": "small", "stem_width": 8, "stage_widths": [8, 8, 16]}}
-    detector |= {"heads": 2, "encoder_layers": 1, "decoder_layers": 2} | STUDENT
+    scenes |= {"test_images": 6, "image_size": 32, "minimum_scale": 24, "maximum_scale": 30}
+    unlabelled = {"rest_of_train": True, "share": 0.25}
+    start = {"parts": ["decoder", "heads"]}
     file = folder / "taught.yaml"
     file.write_text(
         tiny_recipe(
             run={"name": "taught"},
-            data={"digit_scenes": scenes},
+            data={"digit_scenes": scenes, "labelled_share": 0.5, "unlabelled": unlabelled},
             teacher={"weights": str(teacher)},
-            student={"detector": detector, "initialise_from": {"parts": ["decoder", "heads"]}},
+            student={"detector": DETECTOR.model_dump(mode="json"), "initialise_from": start},
             distillation={"method": "d3etr"},
             evaluation={"batch_size": 8},
         )
     )
-    write_teacher(teacher, load_config(file).data)
+    data = load_config(file).data
+    save_untrained(teacher, DETECTOR, data)
+    save_untrained(folder / "own.safetensors", DETECTOR, data)
     return file
 
 
@@ -52,9 +57,10 @@ def verdict(recipe: Path, capfd: pytest.CaptureFixture[str]) -> Verdict:
 
 @pytest.mark.slow
 def test_a_verdict_compares_at_equal_time_and_goes_on_where_it_ended(
-    verdict: Verdict, tmp_path: Path
+    verdict: Verdict, recipe: Path, tmp_path: Path
 ) -> None:
     asked = ["--minutes", "0.015", "--seeds", "2", "--rates", "0.5", "--early"]
+    asked += ["--checkpoint", str(recipe.parent / "own.safetensors")]
     asked += ["--set", f"run.output={tmp_path}", "--set", "tracking.enabled=true"]
     asked += ["--variant", "predictions", "distillation.self_attention.weight=0"]
     code, out, log = verdict(*asked)
@@ -73,25 +79,52 @@ def test_a_verdict_compares_at_equal_time_and_goes_on_where_it_ended(
     assert found["sentence"] == first
     assert set(found["rates"]) == set(NAMES)
     assert found["early"]["split"] == "validation"
-    seconds = [c["steps"] * c["step_seconds"] for c in found["contenders"]]
-    meant = 0.225 if found["settled_early"] else 0.9
-    assert seconds == pytest.approx([meant] * len(seconds), rel=0.2)
-    for each in found["contenders"]:
+    labelling, contenders = _labelling(file.parent), found["contenders"]
+    seconds = [c["steps"] * c["step_seconds"] for c in contenders]
+    times = [0.9 - labelling * (c["name"] == "pseudo-labels") for c in contenders]
+    share = 0.25 if found["settled_early"] else 1.0
+    assert seconds == pytest.approx([share * time for time in times], rel=0.2)
+    for each in contenders:
         assert len(each["maps"]) == len(each["runs"]) == 2
         config = load_config(Path(each["runs"][0]) / "config.yaml")
         assert config.optimisation.steps == each["steps"]
         assert config.optimisation.learning_rate == pytest.approx(5e-4)
-        assert (config.teacher is None) == ("plain" in each["name"])
+        assert (config.teacher is None) == (each["name"] not in TAUGHT)
+        _has_images_of_its_own(config, each["name"], file.parent)
     assert (file.parent / "verdict.png").stat().st_size > 10_000
     assert (file.parent / "verdict.md").read_text().startswith(f"# {first}\n")
     _in_mlflow(tmp_path, first)
 
-    stamps = [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("summary.json"))]
+    stamps = _stamps(tmp_path)
     code, out, log = verdict(*asked, "--json")
     assert code == 0 and json.loads(out)["contenders"] == found["contenders"]
-    assert [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("summary.json"))] == stamps
+    assert _stamps(tmp_path) == stamps
     starts = [r for p in tmp_path.rglob("journal.jsonl") for r in read_journal(p)]
-    assert sum(r["kind"] == "start" for r in starts) == len(stamps)
+    assert sum(r["kind"] == "start" for r in starts) == len(stamps) - 1
+
+
+def _labelling(folder: Path) -> float:
+    """Seconds that the teacher took for its labels, as the costs know them."""
+    made = json.loads((folder / "pseudo-labels.json").read_text())["info"]
+    prepared = json.loads((folder / "costs.json").read_text())["prepared"]
+    assert prepared == dict.fromkeys(NAMES, 0.0) | {"pseudo-labels": made["seconds"]}
+    return float(made["seconds"])
+
+
+def _has_images_of_its_own(config: Config, name: str, folder: Path) -> None:
+    """Who trains on images without labels, and by whose labels."""
+    images = config.data.unlabelled
+    assert (images is None) == (name not in ("pseudo-labels", *TAUGHT))
+    if images is not None:
+        labelled = name == "pseudo-labels"
+        assert images.labels == (folder / "pseudo-labels.json" if labelled else None)
+        assert (config.student.initialise_from is not None) or not labelled
+
+
+def _stamps(output: Path) -> list[int]:
+    """When the labels and every run's summary were written."""
+    files = [*output.rglob("summary.json"), *output.rglob("pseudo-labels.json")]
+    return [file.stat().st_mtime_ns for file in sorted(files)]
 
 
 def _in_mlflow(output: Path, sentence: str) -> None:
@@ -110,7 +143,7 @@ def _in_mlflow(output: Path, sentence: str) -> None:
 def test_a_plain_recipe_and_one_seed_are_refused(verdict: Verdict, tmp_path: Path) -> None:
     asked = ["--minutes", "1", "--set", f"run.output={tmp_path}"]
     plain = ["--set", "teacher=null", "--set", "distillation={method: none}"]
-    plain += ["--set", "student.initialise_from=null"]
+    plain += ["--set", "student.initialise_from=null", "--set", "data.unlabelled=null"]
     code, _, log = verdict(*asked, *plain)
     assert code == 2 and "distils nothing: distillation.method is 'none'" in log
     with pytest.raises(SystemExit):

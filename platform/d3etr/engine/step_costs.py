@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
+import torch
+
 from d3etr.config.tree import Config
 from d3etr.data.allocator import keep_freed_memory
 from d3etr.engine.build import build_models, open_loader, open_splits
@@ -25,6 +27,11 @@ PLACES = (0.125, 0.375, 0.625, 0.875)
 """Shares of a run at which steps are measured: a method may be another one later in a run."""
 STEPS = 12
 """In a row at each place: a method may do something in every second or third step only."""
+
+
+def seconds_on(device: torch.device) -> float:
+    """Of the clock that is like that of steps: CPU time, with a GPU wall time."""
+    return time.perf_counter() if device.type == "cuda" else time.process_time()
 
 
 class StepMaker:
@@ -47,9 +54,9 @@ class StepMaker:
         models = build_models(config, splits, context)
         self.device, self.distiller = context.device, models.distiller
         self._loader = open_loader(config, splits.train, context, steps)
-        begun = self._now()
+        begun = seconds_on(self.device)
         views = prepare_views(config, splits.train, models, context)
-        self.prepared = self._now() - begun if views else 0.0
+        self.prepared = seconds_on(self.device) - begun if views else 0.0
         if views:
             self._loader.use_views(*views)
         self._batches = self._from(0)
@@ -96,10 +103,6 @@ class StepMaker:
         self._loader.close()
         self.distiller.solver.close()
 
-    def _now(self) -> float:
-        """Of the clock that is like that of steps: CPU time, with a GPU wall time."""
-        return time.perf_counter() if self.device.type == "cuda" else time.process_time()
-
     def _from(self, step: int) -> Iterator[list[MicroBatch]]:
         """The batches of a step and of all after it."""
         epoch, offset = divmod(step, self._loader.steps_per_epoch)
@@ -114,7 +117,8 @@ class StepCosts:
 
     Attributes:
         seconds: name -> of a step.
-        prepared: name -> seconds before the first step that a teacher was busy, such as with views.
+        prepared: name -> seconds before the first step that a teacher was busy, with views or
+            with pseudo-labels.
         refused: name -> why there is none: data or weights are not as they must be.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -13,9 +13,13 @@ from d3etr.config.location import Location
 from d3etr.config.overrides import as_overrides
 from d3etr.config.tree import Config
 from d3etr.errors import UserError
+from d3etr.pseudo_labels import override_with
 
 PLAIN, INHERITED, FINE_TUNED, DISTILLED = "plain", "inherited plain", "fine-tuned", "distilled"
-CONTENDERS = (PLAIN, INHERITED, FINE_TUNED, DISTILLED)
+PSEUDO_LABELS = "pseudo-labels"
+CONTENDERS = (PLAIN, INHERITED, FINE_TUNED, PSEUDO_LABELS, DISTILLED)
+LABELS_FILE = "pseudo-labels.json"
+"""In a verdict's folder."""
 WITHOUT_TEACHER = ("teacher=null", "distillation={method: none}")
 
 
@@ -51,6 +55,11 @@ class Contest:
     ways: tuple[Way, ...]
     left_out: dict[str, str]
 
+    def without(self, name: str, reason: str) -> Contest:
+        """The contest of the others."""
+        rest = tuple(way for way in self.ways if way.name != name)
+        return Contest(rest, self.left_out | {name: reason})
+
 
 def make_contest(
     recipe: Path,
@@ -83,18 +92,23 @@ def make_contest(
             f"{recipe} learns from teacher.detections, from which no rival could start: expected a "
             "recipe with teacher.weights; 'd3etr compare' compares runs of any kind"
         )
+    anew = (*_from_nothing(config), *_without_labels(config), *WITHOUT_TEACHER)
+    start = _start(config.student.initialise_from, weights)
     asked = {
-        PLAIN: ("student.initialise_from=null",),
-        INHERITED: _start(config.student.initialise_from, weights),
+        PLAIN: anew,
+        INHERITED: (*_without_labels(config), *WITHOUT_TEACHER, *start),
     }
     if checkpoint is not None:
         parts = InitialiseFromConfig(weights=checkpoint, parts=get_args(DetectorPart))
-        asked[FINE_TUNED] = (*_start(parts, checkpoint), "student.backbone_weights=null")
+        asked[FINE_TUNED] = (*anew, *_start(parts, checkpoint), "student.backbone_weights=null")
+    images = config.data.unlabelled
+    if images is not None and images.labels is None:
+        labelled = override_with(Path(LABELS_FILE), images)
+        asked[PSEUDO_LABELS] = (labelled, *WITHOUT_TEACHER, *start)
     ways, left_out = list[Way](), dict[str, str]()
     for name, changes in asked.items():
-        changed = (*_no_unlabelled(config), *WITHOUT_TEACHER, *changes)
         try:
-            ways.append(Way(name, changed, load_config(recipe, [*overrides, *changed])))
+            ways.append(Way(name, changes, load_config(recipe, [*overrides, *changes])))
         except UserError as error:
             left_out[name] = str(error)
     if not ways:
@@ -118,6 +132,36 @@ def _variant(recipe: Path, overrides: Sequence[str], name: str, changes: Sequenc
     return way
 
 
+def with_labels(
+    contest: Contest, recipe: Path, overrides: Sequence[str], file: Path, *, inherits: bool
+) -> Contest:
+    """The contest once the teacher's labels are there.
+
+    Args:
+        contest: somebody in it trains on them.
+        recipe: that it was made from.
+        overrides: for all contenders.
+        file: the labels.
+        inherits: whether the student can start from the teacher's parts; else it starts anew.
+    """
+
+    def placed(way: Way) -> Way:
+        if way.name != PSEUDO_LABELS:
+            return way
+        changes = [*way.overrides, *as_overrides({"data.unlabelled.labels": file})]
+        changes += [] if inherits else _from_nothing(way.config)
+        return Way(way.name, tuple(changes), load_config(recipe, [*overrides, *changes]))
+
+    return replace(contest, ways=tuple(map(placed, contest.ways)))
+
+
+def _from_nothing(config: Config) -> tuple[str, ...]:
+    """No start from another detector, and nothing that is about what was inherited."""
+    reset = ("optimisation.inherited_rate_factor=1.0", "optimisation.inherited_warmup_steps=0")
+    used = config.optimisation.inherited_warmup_steps > 0
+    return ("student.initialise_from=null", *(reset if used else ()))
+
+
 def _start(start: InitialiseFromConfig | None, weights: Location) -> tuple[str, ...]:
     """The same start with its weights named, as there is no teacher to mean."""
     start = start or InitialiseFromConfig()
@@ -129,6 +173,7 @@ def _start(start: InitialiseFromConfig | None, weights: Location) -> tuple[str, 
     )
 
 
-def _no_unlabelled(config: Config) -> tuple[str, ...]:
-    """Without a teacher nothing is learnt from images without labels."""
-    return () if config.data.unlabelled is None else ("data.unlabelled=null",)
+def _without_labels(config: Config) -> tuple[str, ...]:
+    """Without a teacher nothing is learnt from images that nobody has labelled."""
+    images = config.data.unlabelled
+    return () if images is None or images.labels is not None else ("data.unlabelled=null",)

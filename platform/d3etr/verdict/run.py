@@ -24,9 +24,18 @@ from d3etr.launch.sweeps.driver import run_sweep
 from d3etr.launch.sweeps.plan import make_plan
 from d3etr.launch.sweeps.results import TrialResult
 from d3etr.progress import OnProgress, duration
-from d3etr.verdict.contenders import DISTILLED, Contest, Way, make_contest
+from d3etr.verdict.contenders import (
+    DISTILLED,
+    LABELS_FILE,
+    PSEUDO_LABELS,
+    Contest,
+    Way,
+    make_contest,
+    with_labels,
+)
 from d3etr.verdict.found import Found, Ran, Stage
 from d3etr.verdict.judging import SplitName, Trained, judge_runs
+from d3etr.verdict.labelling import Labelled, label
 from d3etr.verdict.stages import Entry, entry, sweep_of
 
 EARLY = 0.25
@@ -95,7 +104,8 @@ class _Verdict:
 
     def find(self) -> Found:
         """The answer."""
-        costs = self._costs()
+        labelled = self._label()
+        costs = self._costs(0.0 if labelled is None else labelled.seconds)
         left_out = self._contest.left_out | costs.refused
         if DISTILLED in costs.refused:
             raise RunFailedError(f"the distilled student cannot train: {left_out[DISTILLED]}")
@@ -115,14 +125,42 @@ class _Verdict:
             found = replace(found, final=self._judged(final, split))
         return found
 
-    def _costs(self) -> StepCosts:
-        """Measured once: the steps of a verdict that goes on are those that it began with."""
+    def _label(self) -> Labelled | None:
+        """Let the teacher label images without labels, where somebody is to train on them."""
+        contest, question, file = self._contest, self._question, self._folder / LABELS_FILE
+        ways = [way for way in contest.ways if way.name == PSEUDO_LABELS]
+        if not ways:
+            return None
+        self._say("labelling images without labels by the teacher")
+        start = absolute_paths(ways[0].config)
+        found = on_a_worker(self._base.cluster, label, self._base, start, file)
+        if isinstance(found, str):
+            self._contest = contest.without(PSEUDO_LABELS, found)
+            return None
+        self._contest = with_labels(
+            contest, question.recipe, question.overrides, file, inherits=found.inherits
+        )
+        self._say(
+            f"{PSEUDO_LABELS}: {found.boxes:,} boxes on {found.images:,} images, score at least "
+            f"{found.threshold:.3f}, the best on validation, in {found.seconds:.3g} s; the student "
+            f"starts {'from the teacher' if found.inherits else 'anew'}"
+        )
+        return found
+
+    def _costs(self, labelling: float) -> StepCosts:
+        """Measured once: the steps of a verdict that goes on are those that it began with.
+
+        Args:
+            labelling: seconds that the teacher took for its labels.
+        """
         file = self._folder / COSTS_FILE
         if file.exists():
             return StepCosts(**read_json(file))
         self._say("measuring what a step of each contender costs")
         configs = {way.name: absolute_paths(way.config) for way in self._contest.ways}
         costs = on_a_worker(self._base.cluster, _measure, configs)
+        if PSEUDO_LABELS in costs.prepared:
+            costs.prepared[PSEUDO_LABELS] += labelling
         self._folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(vars(costs), indent=1) + "\n")
         return costs
@@ -135,11 +173,12 @@ class _Verdict:
         """Costs, steps and the forecast, before anything takes long."""
         plain = min(costs.seconds.values())
         for way in ways:
-            cost = costs.seconds[way.name]
+            cost, before = costs.seconds[way.name], costs.prepared[way.name]
             steps = round(self._left(costs, way) / cost)
+            less = f" less {before:.3g} s before the first" if before else ""
             self._say(
                 f"{way.name}: a step takes {1000 * cost:.1f} ms ({cost / plain:.2f} of the "
-                f"cheapest), {steps:,} steps in {self._question.minutes:g} minutes"
+                f"cheapest), {steps:,} steps in {self._question.minutes:g} minutes{less}"
             )
         for name, reason in left_out.items():
             self._say(f"{name} does not take part: {reason}")

@@ -43,7 +43,10 @@ class Entry:
         config = self.way.config
         rate = config.optimisation.learning_rate * self.rate
         most = max(1, self.steps // WARM_UP_SHARE)
-        warm_ups = {"optimisation.schedule.warmup_steps": config.optimisation.schedule.warmup_steps}
+        warm_ups = {
+            "optimisation.schedule.warmup_steps": config.optimisation.schedule.warmup_steps,
+            "optimisation.inherited_warmup_steps": config.optimisation.inherited_warmup_steps,
+        }
         if config.distillation.warmup:
             warm_ups["distillation.warmup_steps"] = config.distillation.warmup
             most = max(1, config.distillation.distilled_steps(self.steps) // WARM_UP_SHARE)
