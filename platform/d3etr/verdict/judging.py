@@ -38,7 +38,7 @@ class Trained:
 
 
 def judge_runs(config: Config, split: SplitName, trained: Sequence[Trained]) -> Judgement:
-    """Detect with all weights and with the teacher, and judge.
+    """Detect with all weights and, on images as large as it sees them, the teacher, and judge.
 
     Args:
         config: of the distilled student, its paths absolute.
@@ -50,9 +50,11 @@ def judge_runs(config: Config, split: SplitName, trained: Sequence[Trained]) -> 
     """
     context = SingleProcess()
     images = open_split(config.data, split)
-    evaluator = Evaluator(images, config.data, config.evaluation, context)
+    asked = images, config.data, config.evaluation, context
+    students, scale = Evaluator(*asked), config.teacher_scale
+    teachers = students if scale == 1 else Evaluator(*asked, scale)
 
-    def detections(weights: Location) -> SplitDetections:
+    def detections(weights: Location, evaluator: Evaluator = students) -> SplitDetections:
         with local_file(weights) as file:
             detector, _ = load_weights(file)
         return evaluator.detect(detector.to(context.device))
@@ -67,6 +69,6 @@ def judge_runs(config: Config, split: SplitName, trained: Sequence[Trained]) -> 
         for each in trained
     ]
     weights = None if config.teacher is None else config.teacher.weights
-    teacher = None if weights is None else detections(weights)
+    teacher = None if weights is None else detections(weights, teachers)
     maximum = config.evaluation.maximum_detections
     return judge(GroundTruth(images), contenders, teacher, maximum=maximum)
