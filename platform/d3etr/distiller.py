@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
+from d3etr.losses.set_criterion import detection_problem
 from d3etr.losses.supervision import GroundTruthSupervision, Normalisers
 from d3etr.matching.assignment import Assignment, Solutions, Solver
 from d3etr.methods.base import Method, StudentOutputs, TeacherGroup, TeacherOutputs
@@ -119,7 +120,9 @@ class Distiller(nn.Module):
         return self._teacher[0]
 
     @torch.no_grad()
-    def run_teacher(self, images: ImageBatch, step: int = 0) -> TeacherOutputs | None:
+    def run_teacher(
+        self, images: ImageBatch, step: int = 0, targets: Targets | None = None
+    ) -> TeacherOutputs | None:
         """The teacher's outputs for a batch, or what was stored of them; None without a teacher.
 
         Not in inference mode: such tensors cannot take part in the student's graph.
@@ -127,6 +130,7 @@ class Distiller(nn.Module):
         Args:
             images: B padded images, of which it sees ``for_teacher`` where that is there.
             step: optimiser step, for what the method draws.
+            targets: ground truth; None only where the method makes nothing of it here.
         """
         teacher, method = self.teacher, self.method
         if teacher is None:
@@ -135,13 +139,28 @@ class Distiller(nn.Module):
             own = None if teacher.config.queries_need_images else teacher.object_queries().detach()
             return TeacherOutputs(own)
         if images.stored is not None:
-            return method.select(restored_outputs(images.stored, teacher, method.layers))
+            stored = restored_outputs(images.stored, teacher, method.layers)
+            return method.select(self._refined(stored, targets))
         memory = teacher.encode(images.for_teacher or images)
         kept = memory if method.needs_features else None
         if not method.needs_decoder:
             return TeacherOutputs(None, memory=kept)
         groups = _teacher_groups(teacher, memory, method, step)
-        return method.select(TeacherOutputs(groups[MAIN].queries, groups, kept))
+        outputs = TeacherOutputs(groups[MAIN].queries, groups, kept)
+        return method.select(self._refined(outputs, targets))
+
+    def _refined(self, teacher: TeacherOutputs, targets: Targets | None) -> TeacherOutputs:
+        """The teacher's own queries refined, where the method wants them so."""
+        refinement = self.method.refinement
+        if refinement is None:
+            return teacher
+        if targets is None:
+            raise ValueError("a teacher's outputs are refined by ground truth, which is not given")
+        name = "teacher queries against objects"
+        problem = detection_problem(name, teacher.main, targets, self.supervision.criterion)
+        [assignment] = self.solver.start([problem]).result()
+        main = replace(teacher.groups[MAIN], outputs=refinement(teacher.main, targets, assignment))
+        return replace(teacher, groups={**teacher.groups, MAIN: main})
 
     @torch.no_grad()
     def normalisers(

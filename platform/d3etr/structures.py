@@ -140,6 +140,17 @@ class Targets:
             self.num_objects[:known],
         )
 
+    def of_images(self, chosen: list[int]) -> Targets:
+        """Those of some images, of a batch whose images all have ground truth."""
+        return Targets(
+            self.labels[chosen],
+            self.boxes_cxcywh[chosen],
+            tuple(self.counts[i] for i in chosen),
+            tuple(self.image_ids[i] for i in chosen),
+            tuple(self.original_sizes[i] for i in chosen),
+            self.num_objects[chosen],
+        )
+
     scores: Tensor | None = None
     of_teacher: Targets | None = None
 

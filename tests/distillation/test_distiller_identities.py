@@ -28,7 +28,7 @@ def distiller(student: nn.Module, teacher: nn.Module | None, **settings: object)
 def losses_of(
     module: Distiller, images: ImageBatch, targets: Targets, scale: float = 1.0
 ) -> dict[str, Tensor]:
-    taught = module.run_teacher(images)
+    taught = module.run_teacher(images, targets=targets)
     return module(images, targets, taught, module.normalisers(targets, taught), scale)
 
 

@@ -72,7 +72,7 @@ def _without_gradient(
 ) -> list[str]:
     config = MethodConfig.parse(settings)
     module = Distiller(student.train(), teacher, config, SetCriterionConfig(), seed=0)
-    taught = None if teacher is None else module.run_teacher(images)
+    taught = None if teacher is None else module.run_teacher(images, targets=targets)
     losses = module(images, targets, taught, module.normalisers(targets, taught))
     torch.stack(list(losses.values())).sum().backward()
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -25,7 +25,7 @@ def distiller(student: DetectionTransformer, teacher: Any, **settings: object) -
 
 
 def losses(module: Distiller, images: ImageBatch, targets: Targets) -> dict[str, float]:
-    taught = module.run_teacher(images)
+    taught = module.run_teacher(images, targets=targets)
     found = module(images, targets, taught, module.normalisers(targets, taught))
     return {name: loss.item() for name, loss in found.items()}
 

@@ -50,7 +50,7 @@ def _ensure_everything_learns(
     module: Distiller, images: ImageBatch, targets: Targets, terms: set[str]
 ) -> None:
     """A step's losses are finite, each of the terms fires, and every parameter has a gradient."""
-    taught = module.run_teacher(images)
+    taught = module.run_teacher(images, targets=targets)
     losses = module(images, targets, taught, module.normalisers(targets, taught))
     assert all(torch.isfinite(loss) and loss >= 0 for loss in losses.values()), losses
     distilled = {name for name in losses if not name.startswith(GROUND_TRUTH)}

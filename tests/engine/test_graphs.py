@@ -105,7 +105,7 @@ def plain_pass(distiller: Distiller) -> Pass:
         images: ImageBatch, targets: Targets, factor: Tensor, distils: bool
     ) -> dict[str, Tensor]:
         with torch.autocast(images.pixels.device.type, torch.bfloat16):
-            taught = distiller.run_teacher(images) if distils else None
+            taught = distiller.run_teacher(images, targets=targets) if distils else None
             sums = distiller.normalisers(targets, taught)
             found = distiller(images, targets, taught, sums, factor)
         torch.stack([*found.values()]).sum().backward()

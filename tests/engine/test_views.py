@@ -76,6 +76,7 @@ METHODS = {
     "inherited": {"inherited_ratio": 1.0},
     "kd-detr": {"method": "kd_detr", "general_points": {"count": 0}},
     "detrdistill": {"method": "detrdistill", "features": {"weight": 0.0}},
+    "refined": PREDICTIONS | {"refine_teacher": True},
 }
 
 

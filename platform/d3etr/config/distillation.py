@@ -305,6 +305,17 @@ class TaughtMethodConfig(MethodConfig):
         return super().schedule_problem(part, reason)
 
 
+class PredictionMethodConfig(TaughtMethodConfig):
+    """What methods share that compare predictions of the teacher's own queries."""
+
+    refine_teacher: bool = False
+    """Take from the teacher's earlier layers what they got better (TPRD). A query that is matched
+    with an object gets the box and the score of the object's class from the earlier layer of best
+    IoU among those that have both more IoU and more score; of any other query in an image with
+    objects, the highest score becomes the lowest that an earlier layer has for that class. Earlier
+    layers are those of ``layer_map``."""
+
+
 AnyMethod = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(MethodConfig.coerce)]
 
 

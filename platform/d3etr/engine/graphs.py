@@ -72,7 +72,7 @@ def whole_pass(
         side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side_stream.wait_stream(current)
         with torch.cuda.stream(side_stream), autocast(teacher_precision, device):
-            teacher = distiller.run_teacher(images) if distils else None
+            teacher = distiller.run_teacher(images, targets=targets) if distils else None
             sums = distiller.normalisers(targets, teacher)
         if teacher is None:
             current.wait_stream(side_stream)

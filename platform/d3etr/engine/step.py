@@ -97,15 +97,18 @@ class TrainingStep:
     ) -> tuple[list[TeacherOutputs | None], Normalisers]:
         """The teacher's outputs per micro-batch, and the global batch's normalisers."""
         with autocast(self._config.teacher_precision, self._context.device):
-            teachers = [self._teacher_outputs(step, images) for images, _ in batches]
+            teachers = [self._teacher_outputs(step, *batch) for batch in batches]
         sums = [
             self._distiller.normalisers(targets, teacher, step)
             for (_, targets), teacher in zip(batches, teachers, strict=True)
         ]
         return teachers, self._over_the_global_batch(sums)
 
-    def _teacher_outputs(self, step: int, images: ImageBatch) -> TeacherOutputs | None:
-        return self._distiller.run_teacher(images, step) if self._distils(step) else None
+    def _teacher_outputs(
+        self, step: int, images: ImageBatch, targets: Targets
+    ) -> TeacherOutputs | None:
+        distils = self._distils(step)
+        return self._distiller.run_teacher(images, step, targets) if distils else None
 
     def _distils(self, step: int) -> bool:
         """Whether ``step`` is one that distils."""

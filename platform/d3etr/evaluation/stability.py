@@ -52,7 +52,8 @@ class MatchingStability:
         chosen = [i for i, identity in enumerate(targets.image_ids) if identity in self._watched]
         if not chosen:
             return
-        teacher = self._distiller.run_teacher(self._shown(images, targets, chosen))
+        shown = self._shown(images, targets, chosen)
+        teacher = self._distiller.run_teacher(shown, targets=targets.of_images(chosen))
         assert teacher is not None
         student = replace(
             student,

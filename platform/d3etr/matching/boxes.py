@@ -1,4 +1,4 @@
-"""Box formats and generalised IoU.
+"""Box formats, IoU and generalised IoU.
 
 Boxes are [..., 4]; ``cxcywh`` is centre and size, ``xyxy`` two corners, both in [0, 1] of the
 image. All functions broadcast over leading dimensions and are safe for boxes of zero size.
@@ -44,10 +44,29 @@ def generalised_iou(first: Tensor, second: Tensor) -> Tensor:
     """
     low, high = first[..., :2], first[..., 2:]
     other_low, other_high = second[..., :2], second[..., 2:]
-    overlap = _area((torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0))
-    union = _area(high - low) + _area(other_high - other_low) - overlap
+    overlap, union = _overlap_and_union(first, second)
     enclosure = _area(torch.maximum(high, other_high) - torch.minimum(low, other_low))
     return _ratio(overlap, union) - _ratio(enclosure - union, enclosure)
+
+
+def iou(first: Tensor, second: Tensor) -> Tensor:
+    """IoU of boxes that broadcast against each other.
+
+    Args:
+        first: [..., 4] xyxy.
+        second: [..., 4] xyxy, broadcastable against ``first``.
+
+    Returns:
+        [...] in [0, 1].
+    """
+    return _ratio(*_overlap_and_union(first, second))
+
+
+def _overlap_and_union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = first[..., :2], first[..., 2:]
+    other_low, other_high = second[..., :2], second[..., 2:]
+    overlap = _area((torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0))
+    return overlap, _area(high - low) + _area(other_high - other_low) - overlap
 
 
 def pairwise_generalised_iou(first: Tensor, second: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from d3etr.config.distillation import MethodConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.matching.assignment import Assignment, CostBlock
 from d3etr.methods.adaptive import AdaptiveMatching
+from d3etr.methods.refinement import TeacherRefinement
 from d3etr.structures import MAIN, DecoderOutputs, Memory, ObjectQueries, QueryGroup, Targets
 
 
@@ -126,6 +127,7 @@ class Method(nn.Module, ABC):
         layers: the teacher's layer for each of the student's.
         adaptive: how main groups are matched, for methods that do; its pairs are watched during
             training (``matching/stability``).
+        refinement: of the outputs of the teacher's own queries, before anything else sees them.
     """
 
     config_class: ClassVar[type[MethodConfig]]
@@ -138,6 +140,7 @@ class Method(nn.Module, ABC):
     draws_in_steps: bool = False
     layers: list[int]
     adaptive: AdaptiveMatching | None = None
+    refinement: TeacherRefinement | None = None
 
     @classmethod
     def check_compatible(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from d3etr.config.detector import DetectorConfig
 from d3etr.errors import UserError
 from d3etr.methods.adaptive import kept_pairs
+from d3etr.methods.refinement import check_refinement
 from d3etr.methods.selection import share_of, teacher_layers
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ def check_pair(
     Raises:
         UserError: names the losses and the settings that would help.
     """
-    teacher_layers(config.layer_map, student.decoder_layers, teacher.decoder_layers)
+    layers = teacher_layers(config.layer_map, student.decoder_layers, teacher.decoder_layers)
+    if config.refine_teacher:
+        check_refinement(layers, teacher)
     _check_levels(student, teacher, config)
     _check_heads(student, teacher, config)
     _check_samples(student, teacher, config)

@@ -25,8 +25,9 @@ from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import (
     LayerList,
     MatchingCostConfig,
+    MethodConfig,
     PredictionConfig,
-    TaughtMethodConfig,
+    PredictionMethodConfig,
     Weight,
 )
 from d3etr.config.training import SetCriterionConfig
@@ -36,6 +37,7 @@ from d3etr.matching.assignment import Assignment, CostBlock, gather_queries
 from d3etr.matching.boxes import cxcywh_to_xyxy, pairwise_generalised_iou
 from d3etr.matching.costs import distillation_costs
 from d3etr.methods.base import Matches, Method, StudentOutputs, TeacherOutputs
+from d3etr.methods.refinement import TeacherRefinement, check_refinement
 from d3etr.methods.selection import teacher_layers
 from d3etr.structures import DecoderOutputs, Targets
 
@@ -45,7 +47,7 @@ _APART = 1e3
 """Added to the cost of a pair that holds no two queries near objects: above any other cost."""
 
 
-class QSKDConfig(TaughtMethodConfig):
+class QSKDConfig(PredictionMethodConfig):
     """QSKD: weights of positives and hard negatives, and of the losses over them."""
 
     method: Literal["qskd"] = "qskd"
@@ -70,7 +72,8 @@ class QSKDConfig(TaughtMethodConfig):
     @property
     def description(self) -> str:
         """Both kinds of pairs with their weights."""
-        return f"positives ({self.positive_weight:g}), hard negatives ({self.negative_weight:g})"
+        pairs = f"positives ({self.positive_weight:g}), hard negatives ({self.negative_weight:g})"
+        return f"{pairs}{', teacher refined' * self.refine_teacher}"
 
     @model_validator(mode="after")
     def _something_is_compared(self) -> Self:
@@ -130,6 +133,8 @@ class QSKD(Method):
         self.layers = teacher_layers(
             config.layer_map, student.decoder_layers, teacher.decoder_layers
         )
+        if config.refine_teacher:
+            self.refinement = TeacherRefinement(self.layers)
         self._prediction = PredictionConfig(
             class_loss="bce",
             class_weight=config.class_weight,
@@ -138,6 +143,17 @@ class QSKD(Method):
         )
         self._cost = MatchingCostConfig(class_distance="bce", class_cost=1.0)
         self._criterion = SetCriterionConfig()
+
+    @classmethod
+    def check_compatible(
+        cls, config: MethodConfig, student: DetectorConfig, teacher: DetectorConfig, classes: int
+    ) -> None:
+        """Refuse a map of layers that does not fit, and what cannot be refined."""
+        assert isinstance(config, QSKDConfig)
+        depths = student.decoder_layers, teacher.decoder_layers
+        layers = teacher_layers(config.layer_map, *depths)
+        if config.refine_teacher:
+            check_refinement(layers, teacher)
 
     def costs(
         self, student: StudentOutputs, teacher: TeacherOutputs, targets: Targets

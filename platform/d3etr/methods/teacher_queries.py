@@ -20,9 +20,9 @@ from d3etr.config.distillation import (
     MatchingCostConfig,
     MethodConfig,
     PredictionConfig,
+    PredictionMethodConfig,
     Ratio,
     Share,
-    TaughtMethodConfig,
 )
 from d3etr.losses.features import FeatureComparison
 from d3etr.matching.assignment import CostBlock
@@ -37,6 +37,7 @@ from d3etr.methods.pairs import (
     counted_confidence,
     pair_losses,
 )
+from d3etr.methods.refinement import TeacherRefinement
 from d3etr.methods.selection import select_teacher_queries, teacher_layers
 from d3etr.structures import MAIN, ObjectQueries, QueryGroup, Supervision, Targets
 
@@ -46,7 +47,7 @@ _NAMES = {AUXILIARY: "fixed", MAIN: "inherited"}
 """What losses over the pairs of a group are called, where not as the group."""
 
 
-class TeacherQueryConfig(TaughtMethodConfig):
+class TeacherQueryConfig(PredictionMethodConfig):
     """What such methods share: the group, what is compared over pairs, layers, warm-up."""
 
     teacher_query_ratio: Share = 1.0
@@ -125,6 +126,7 @@ class TeacherQueryConfig(TaughtMethodConfig):
             "cross-attention": self.cross_attention.weight,
         }
         shown = [f"{name} ({weight:g})" for name, weight in terms.items() if weight]
+        shown += ["teacher refined"] * self.refine_teacher
         return ", ".join(shown) or "no distillation terms"
 
     def random_group_problem(self) -> str | None:
@@ -152,6 +154,12 @@ class TeacherQueryConfig(TaughtMethodConfig):
                 "minimum_confidence and normaliser have no effect: no term weights its pairs by "
                 "confidence"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _refined_predictions_are_compared(self) -> Self:
+        if self.refine_teacher and not self.prediction.weight:
+            raise ValueError("refine_teacher has no effect: prediction.weight is 0")
         return self
 
     @model_validator(mode="after")
@@ -208,6 +216,8 @@ class TeacherQueryMethod(Method):
         self.layers = teacher_layers(
             config.layer_map, student.decoder_layers, teacher.decoder_layers
         )
+        if config.refine_teacher:
+            self.refinement = TeacherRefinement(self.layers)
         points = config.points
         self._points = GeneralPoints(points.count, seed) if points and points.count else None
         self.draws_in_steps = self._points is not None
