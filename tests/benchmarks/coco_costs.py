@@ -97,7 +97,7 @@ class Operations(TorchDispatchMode):
 class InOrder(Solving):
     """Pairs without solving anything: tensors that are not there have no values."""
 
-    def __init__(self, blocks: Sequence[CostBlock]) -> None:
+    def __init__(self, blocks: Sequence[CostBlock], pool: object = None) -> None:
         self._blocks, self._open = blocks, deque()
 
     def result(self) -> list[Assignment]:
@@ -134,7 +134,7 @@ def measure(distiller: Distiller, size: tuple[int, int]) -> Step:
     )
     saved, operations = Saved(distiller), Operations()
     with FlopCounterMode(display=False) as flops, operations:
-        taught = distiller.run_teacher(images)
+        taught = distiller.run_teacher(images, targets=targets)
         normalisers = distiller.normalisers(targets, taught)
         with saved.hooks():
             losses = distiller(images, targets, taught, normalisers)
@@ -220,7 +220,7 @@ def costs(name: str) -> dict[str, Any]:
     functional = torch.nn.functional
     with (
         FakeTensorMode(),
-        patch.object(assignment_module, "Solving", InOrder),
+        patch.object(assignment_module, "HostSolving", InOrder),
         patch.object(functional, "scaled_dot_product_attention", fused),
     ):
         distiller = build(config)

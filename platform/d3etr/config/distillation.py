@@ -118,6 +118,25 @@ class CrossAttentionConfig(AttentionConfig):
     blur: Annotated[float, Field(ge=0, le=64)] = 0.0
     """Both maps are smoothed by a Gaussian of this deviation, in cells of their grid, before they
     are compared; 0 does not."""
+    queries: Literal["each", "summed"] = "each"
+    """each: the maps of each pair are compared. summed: those of all pairs of an image are added up
+    (and divided by their number) before they are compared, as TPRD's D3ETR does; with as many
+    queries on both sides, who is paired with whom has no effect then."""
+
+    @model_validator(mode="after")
+    def _sums_are_of_maps(self) -> Self:
+        if self.queries == "each":
+            return self
+        if self.distance in ("energy", "points"):
+            raise ValueError(
+                f"queries 'summed' adds up maps, and distance '{self.distance}' compares none: set "
+                "distance to 'mse' or 'kl'"
+            )
+        if self.pair_weights != "uniform":
+            raise ValueError(
+                "queries 'summed' leaves no pairs to weight: set pair_weights to 'uniform'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _blur_has_a_map(self) -> Self:

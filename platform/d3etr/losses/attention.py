@@ -133,9 +133,18 @@ def kl_rows(scores: Tensor, teacher: Tensor) -> Tensor:
     return rows
 
 
-def _average_heads(scores: Tensor) -> Tensor:
-    """Logarithm of the mean probability over heads: [L, B, H, P, K] to [L, B, 1, P, K]."""
-    return log_softmax(scores, -1).logsumexp(2, keepdim=True) - math.log(scores.shape[2])
+def summed_maps(maps: CrossMaps) -> ScoredMaps:
+    """One map for all queries: the mean of theirs, [L, B, H, P, K] to [L, B, H, 1, K].
+
+    TPRD's D3ETR compares their sum. The mean has rows that sum to 1, as every other map does, and
+    does not depend on the number of queries (our choice).
+    """
+    return ScoredMaps(_mean_of(maps.scores(), 3))
+
+
+def _mean_of(scores: Tensor, dim: int) -> Tensor:
+    """Logarithm of the mean probability over heads (2) or queries (3) of [L, B, H, P, K]."""
+    return log_softmax(scores, -1).logsumexp(dim, keepdim=True) - math.log(scores.shape[dim])
 
 
 def attention_loss(
@@ -169,7 +178,7 @@ def _distances(student: CrossMaps, teacher: CrossMaps, config: AttentionConfig) 
             return map_divergence(student, teacher)  # of maps that are stored nowhere
     scores, target = student.scores(), teacher.scores()
     if config.heads == "mean":
-        scores, target = _average_heads(scores), _average_heads(target)
+        scores, target = _mean_of(scores, 2), _mean_of(target, 2)
     if config.distance == "mse":
         return (scores.softmax(-1) - target.softmax(-1)).square().sum(-1)
     return kl_rows(scores, target)

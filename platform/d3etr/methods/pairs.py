@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d3etr.attention_maps import AttentionMaps, CrossMaps, SampledMaps
 from d3etr.config.distillation import AttentionConfig, CrossAttentionConfig
-from d3etr.losses.attention import attention_loss, blurred_maps, resize_maps
+from d3etr.losses.attention import attention_loss, blurred_maps, resize_maps, summed_maps
 from d3etr.losses.prediction import prediction_losses
 from d3etr.losses.sampled_points import energy_loss, point_loss
 from d3etr.matching.assignment import gather_queries
@@ -133,6 +133,9 @@ def _cross_attention(pairs: MatchedPairs, weights: Tensor, config: CrossAttentio
         assert isinstance(maps, SampledMaps) and isinstance(target, SampledMaps)
         of_points = energy_loss if config.distance == "energy" else point_loss
         return of_points(maps, target, weights, config)
+    if config.queries == "summed":
+        maps, target = summed_maps(maps), summed_maps(target)
+        weights = weights.sum(-1, keepdim=True)
     if student.levels == ((1, 1),):
         warnings.warn(
             "distillation.cross_attention is 0 for a batch: its images are one token each, and all "
