@@ -19,7 +19,7 @@ from d3etr.methods.base import Method, StudentOutputs, TeacherGroup, TeacherOutp
 from d3etr.methods.selection import map_layers
 from d3etr.methods.stored import restored_outputs
 from d3etr.registry import METHODS
-from d3etr.structures import MAIN, ImageBatch, Memory, QueryGroup, Targets
+from d3etr.structures import MAIN, ImageBatch, Memory, ObjectQueries, QueryGroup, Targets
 
 _PARTS_OF_VERSION_0_1 = {
     "auxiliary.": "method.auxiliary.",
@@ -48,11 +48,16 @@ def _touching(method: Method, losses: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _teacher_groups(
-    teacher: DetectionTransformer, memory: Memory, method: Method, step: int
+    teacher: DetectionTransformer,
+    queries: ObjectQueries,
+    memory: Memory,
+    method: Method,
+    targets: Targets | None,
+    step: int,
 ) -> dict[str, TeacherGroup]:
-    """What the teacher decodes, one layer for each of the student's."""
-    queries = teacher.object_queries(memory).detach()
-    groups = {MAIN: queries, **method.teacher_groups(queries, step)}
+    """What the teacher decodes, one layer for each of the student's; ``queries`` are its own."""
+    groups = {MAIN: queries} if method.needs_own_queries else {}
+    groups |= method.teacher_groups(queries, targets, step)
     decoded = teacher.decode(memory, [*groups.values()], attention=method.needs_attention)
     outputs = [map_layers(part, method.layers) for part in decoded]
     if not method.needs_features:
@@ -145,8 +150,9 @@ class Distiller(nn.Module):
         kept = memory if method.needs_features else None
         if not method.needs_decoder:
             return TeacherOutputs(None, memory=kept)
-        groups = _teacher_groups(teacher, memory, method, step)
-        outputs = TeacherOutputs(groups[MAIN].queries, groups, kept)
+        queries = teacher.object_queries(memory).detach()
+        groups = _teacher_groups(teacher, queries, memory, method, targets, step)
+        outputs = TeacherOutputs(queries, groups, kept)
         return method.select(self._refined(outputs, targets))
 
     def _refined(self, teacher: TeacherOutputs, targets: Targets | None) -> TeacherOutputs:

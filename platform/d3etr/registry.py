@@ -112,6 +112,7 @@ METHODS = Registry(
         "detrdistill": "d3etr.methods.detrdistill:DETRDistill",
         "qskd": "d3etr.methods.qskd:QSKD",
         "feature_cosine": "d3etr.methods.feature_cosine:FeatureCosine",
+        "clockdistill": "d3etr.methods.clockdistill:CLoCKDistill",
         "teach_detr": "d3etr.methods.teach_detr:TeachDETR",
     },
 )

@@ -333,6 +333,18 @@ def test_a_store_that_is_too_large_is_refused_before_it_is_begun(
 REFUSED = {
     "features": ({"features": {"weight": 1.0}}, "features.weight to 0"),
     "cosine of features": ({"method": "feature_cosine"}, "this method compares: remove it"),
+    "memory and queries of objects": (
+        {"method": "clockdistill"},
+        "made of objects.*remove it.*memory tokens, which this method compares: remove it",
+    ),
+    "queries of objects": (
+        {"method": "clockdistill", "foreground_weight": 0, "background_weight": 0},
+        "made of objects, which this method compares: remove it",
+    ),
+    "memory under masks": (
+        {"method": "clockdistill", "target_weight": 0},
+        "memory tokens, which this method compares: remove it",
+    ),
     "points": ({"general_points": {"count": 4}}, "general_points.count to 0"),
     "control": (
         {

@@ -50,8 +50,11 @@ def require_storable(method: Method, views: ViewsConfig, queries: int) -> None:
         reasons.append(
             "has no effect: this method uses no outputs of the teacher. Remove teacher.views"
         )
+    if method.makes_queries_of_objects:
+        reasons.append("cannot hold queries made of objects, which this method compares: remove it")
     if method.needs_features:
-        helps = "set distillation.features.weight to 0" if method.needs_decoder else "remove it"
+        by_key = method.needs_decoder and not method.makes_queries_of_objects
+        helps = "set distillation.features.weight to 0" if by_key else "remove it"
         reasons.append(f"cannot hold memory tokens, which this method compares: {helps}")
     if method.draws_in_steps:
         reasons.append(

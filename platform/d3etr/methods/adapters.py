@@ -1,13 +1,19 @@
-"""Queries of the teacher, random ones and general points, as a student's decoder takes them."""
+"""Queries of the teacher, random ones, general points and those of objects.
+
+All as a student's decoder takes them.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.methods.selection import share_of
-from d3etr.structures import ObjectQueries, on_device
+from d3etr.structures import ObjectQueries, Targets, on_device
 
 
 class TeacherQueries(nn.Module):
@@ -124,10 +130,7 @@ class GeneralPoints:
 
     def _normal(self, like: Tensor, generator: torch.Generator) -> Tensor:
         drawn = torch.randn(self._count, like.shape[-1], generator=generator)
-        drawn = on_device(drawn, like.device).to(like)
-        # A lone query has no deviation, which would be NaN.
-        deviation = like.std(-2, correction=min(1, like.shape[-2] - 1), keepdim=True)
-        return drawn * deviation + like.mean(-2, keepdim=True)
+        return _as_spread(on_device(drawn, like.device).to(like), like)
 
     def _places(self, like: Tensor, generator: torch.Generator) -> Tensor:
         places = torch.rand(self._count, 2, generator=generator).logit(eps=1e-3)
@@ -135,3 +138,71 @@ class GeneralPoints:
         sizes = like[..., on_device(chosen, like.device), 2:]
         places = on_device(places, like.device).to(like).expand(*like.shape[:-2], -1, -1)
         return torch.cat([places, sizes], -1)
+
+
+def _as_spread(values: Tensor, like: Tensor) -> Tensor:
+    """Values of mean 0 and deviation 1 with the mean and deviation of ``like`` [.., M, D]."""
+    # A lone query has no deviation, which would be NaN.
+    deviation = like.std(-2, correction=min(1, like.shape[-2] - 1), keepdim=True)
+    return values * deviation + like.mean(-2, keepdim=True)
+
+
+class TargetQueries(nn.Module):
+    """Queries of the teacher's kind, made of objects (CLoCKDistill's target-aware queries).
+
+    The paper's: a query is a frozen embedding of the object's class plus a network of its box. Our
+    choices: references are the object's box or centre; both parts are random cosines (Rahimi and
+    Recht 2007) with the mean and deviation of the teacher's own queries, so the network is frozen
+    too and any number of classes has embeddings; where queries have a content, that is the class's
+    and the embedding is the box's. Groups have one size, so that an image's losses depend on
+    nothing else in its batch; what is no object is a query at the image's centre.
+
+    Args:
+        width: D', the teacher's.
+        count: K, queries of an image; objects beyond are left out.
+        seed: of the cosines.
+    """
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, width: int, count: int, seed: int) -> None:
+        super().__init__()
+        self.count = count
+        generator = torch.Generator().manual_seed(seed)
+        frequencies = torch.randn(5, width, generator=generator)
+        # Whole numbers differ by a random angle then, and boxes within a fifth of the image less.
+        frequencies[4] = torch.rand(width, generator=generator)
+        self.register_buffer("frequencies", 2 * math.pi * frequencies)
+        phases = torch.rand(2, width, generator=generator)
+        self.register_buffer("phases", 2 * math.pi * phases)
+
+    def used(self, targets: Targets) -> Tensor:
+        """[B, K] bool: which queries are made of objects."""
+        slots = torch.arange(self.count, device=targets.num_objects.device)
+        return slots < targets.num_objects[:, None]
+
+    def forward(self, targets: Targets, like: ObjectQueries) -> ObjectQueries:
+        """The queries [B, K, ..], of the teacher's width.
+
+        Args:
+            targets: ground truth.
+            like: the teacher's own queries [M, ..] or [B, M, ..], with references.
+        """
+        reference = like.reference_logits
+        assert reference is not None, "such teachers are refused"
+        used, more = self.used(targets), self.count - targets.labels.shape[1]
+        boxes = pad(targets.boxes_cxcywh, (0, 0, 0, more)).where(used[..., None], 0.5)
+        numbers = (pad(targets.labels, (0, more)) + 1) * used
+        # No product of matrices: autocast would round the angles.
+        angles = (boxes[..., None] * self.frequencies[:4]).sum(-2) + self.phases[0]
+        place = math.sqrt(2) * angles.cos()
+        angles = numbers[..., None] * self.frequencies[4] + self.phases[1]
+        kind = math.sqrt(2) * angles.cos()
+        size = reference.shape[-1]
+        logits = boxes[..., :size].logit(eps=1e-3)
+        if like.content is not None:
+            content = _as_spread(kind, like.content)
+            return ObjectQueries(_as_spread(place, like.embedding), logits, content)
+        both = (place + kind) / math.sqrt(2)
+        return ObjectQueries(_as_spread(both, like.embedding), logits)

@@ -120,6 +120,9 @@ class Method(nn.Module, ABC):
         needs_attention: whether decoders return their attention maps.
         needs_features: whether the teacher's memory and last decoder states are compared.
         needs_decoder: whether the teacher's decoder runs; without it, it has no groups.
+        needs_own_queries: whether the teacher's own queries are decoded, or ``teacher_groups``
+            alone.
+        makes_queries_of_objects: whether ``teacher_groups`` do, which depend on ground truth.
         takes_boxes: whether the teacher is boxes that the targets carry, and no network.
         groups_need_images: whether student groups depend on the teacher's outputs of a batch, so
             that the student's decoder has to wait for the teacher.
@@ -135,6 +138,8 @@ class Method(nn.Module, ABC):
     needs_attention: bool = False
     needs_features: bool = False
     needs_decoder: bool = True
+    needs_own_queries: bool = True
+    makes_queries_of_objects: bool = False
     takes_boxes: bool = False
     groups_need_images: bool = False
     draws_in_steps: bool = False
@@ -158,11 +163,14 @@ class Method(nn.Module, ABC):
             UserError: names the losses and the settings that would help.
         """
 
-    def teacher_groups(self, queries: ObjectQueries, step: int) -> dict[str, ObjectQueries]:
+    def teacher_groups(
+        self, queries: ObjectQueries, targets: Targets | None, step: int
+    ) -> dict[str, ObjectQueries]:
         """Further query groups that the teacher decodes.
 
         Args:
             queries: the teacher's own.
+            targets: ground truth, where the caller has it.
             step: optimiser step.
         """
         return {}

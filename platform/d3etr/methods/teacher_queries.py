@@ -254,7 +254,9 @@ class TeacherQueryMethod(Method):
         supervised = self.config.has_auxiliary_group and group.ground_truth
         return supervised and group.assignment == "teacher"
 
-    def teacher_groups(self, queries: ObjectQueries, step: int) -> dict[str, ObjectQueries]:
+    def teacher_groups(
+        self, queries: ObjectQueries, targets: Targets | None, step: int
+    ) -> dict[str, ObjectQueries]:
         """General points, drawn like the teacher's queries."""
         return {} if self._points is None else {GENERAL: self._points.draw(queries, step)}
 
