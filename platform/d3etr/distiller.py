@@ -66,6 +66,25 @@ def _teacher_groups(
     return {name: TeacherGroup(own, part) for (name, own), part in pairs}
 
 
+def _selected(
+    teacher: TeacherOutputs,
+    targets: Targets | None,
+    method: Method,
+    supervision: GroundTruthSupervision,
+) -> TeacherOutputs:
+    """What the method uses of a teacher's outputs, refined where it wants them so."""
+    if method.refinement is None:
+        return method.select(teacher)
+    if targets is None:
+        raise ValueError("a teacher's outputs are refined by ground truth, which is not given")
+    name = "teacher queries against objects"
+    problem = detection_problem(name, teacher.main, targets, supervision.criterion)
+    [assignment] = supervision.solver.start([problem]).result()
+    outputs = method.refinement(teacher.main, targets, assignment)
+    main = replace(teacher.groups[MAIN], outputs=outputs)
+    return method.select(replace(teacher, groups={**teacher.groups, MAIN: main}))
+
+
 class Distiller(nn.Module):
     """Student and teacher in, named losses out.
 
@@ -145,28 +164,14 @@ class Distiller(nn.Module):
             return TeacherOutputs(own)
         if images.stored is not None:
             stored = restored_outputs(images.stored, teacher, method.layers)
-            return method.select(self._refined(stored, targets))
+            return _selected(stored, targets, method, self.supervision)
         memory = teacher.encode(images.for_teacher or images)
         kept = memory if method.needs_features else None
         if not method.needs_decoder:
             return TeacherOutputs(None, memory=kept)
         queries = teacher.object_queries(memory).detach()
         groups = _teacher_groups(teacher, queries, memory, method, targets, step)
-        outputs = TeacherOutputs(queries, groups, kept)
-        return method.select(self._refined(outputs, targets))
-
-    def _refined(self, teacher: TeacherOutputs, targets: Targets | None) -> TeacherOutputs:
-        """The teacher's own queries refined, where the method wants them so."""
-        refinement = self.method.refinement
-        if refinement is None:
-            return teacher
-        if targets is None:
-            raise ValueError("a teacher's outputs are refined by ground truth, which is not given")
-        name = "teacher queries against objects"
-        problem = detection_problem(name, teacher.main, targets, self.supervision.criterion)
-        [assignment] = self.solver.start([problem]).result()
-        main = replace(teacher.groups[MAIN], outputs=refinement(teacher.main, targets, assignment))
-        return replace(teacher, groups={**teacher.groups, MAIN: main})
+        return _selected(TeacherOutputs(queries, groups, kept), targets, method, self.supervision)
 
     @torch.no_grad()
     def normalisers(

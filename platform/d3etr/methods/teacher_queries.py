@@ -213,11 +213,9 @@ class TeacherQueryMethod(Method):
                 cost, config.kept_share, student.queries, config.minimum_confidence
             )
         self.config = config
-        self.layers = teacher_layers(
-            config.layer_map, student.decoder_layers, teacher.decoder_layers
-        )
-        if config.refine_teacher:
-            self.refinement = TeacherRefinement(self.layers)
+        depths = student.decoder_layers, teacher.decoder_layers
+        self.layers = teacher_layers(config.layer_map, *depths)
+        self.refinement = TeacherRefinement(self.layers) if config.refine_teacher else None
         points = config.points
         self._points = GeneralPoints(points.count, seed) if points and points.count else None
         self.draws_in_steps = self._points is not None
@@ -250,9 +248,8 @@ class TeacherQueryMethod(Method):
     @property
     def _teacher_assigns(self) -> bool:
         """Whether the teacher's assignment supervises the auxiliary group."""
-        group = self.config.auxiliary_group
-        supervised = self.config.has_auxiliary_group and group.ground_truth
-        return supervised and group.assignment == "teacher"
+        group, there = self.config.auxiliary_group, self.config.has_auxiliary_group
+        return there and group.ground_truth and group.assignment == "teacher"
 
     def teacher_groups(
         self, queries: ObjectQueries, targets: Targets | None, step: int
