@@ -16,8 +16,10 @@ from d3etr.errors import UserError
 from d3etr.pseudo_labels import override_with
 
 PLAIN, INHERITED, FINE_TUNED, DISTILLED = "plain", "inherited plain", "fine-tuned", "distilled"
-PSEUDO_LABELS = "pseudo-labels"
-CONTENDERS = (PLAIN, INHERITED, FINE_TUNED, PSEUDO_LABELS, DISTILLED)
+PSEUDO_LABELS, TAUGHT_LABELS = "pseudo-labels", "distilled, pseudo-labels"
+CONTENDERS = (PLAIN, INHERITED, FINE_TUNED, PSEUDO_LABELS, TAUGHT_LABELS, DISTILLED)
+ON_LABELS = (PSEUDO_LABELS, TAUGHT_LABELS)
+"""Those that train on what the teacher has labelled."""
 LABELS_FILE = "pseudo-labels.json"
 """In a verdict's folder."""
 WITHOUT_TEACHER = ("teacher=null", "distillation={method: none}")
@@ -55,10 +57,10 @@ class Contest:
     ways: tuple[Way, ...]
     left_out: dict[str, str]
 
-    def without(self, name: str, reason: str) -> Contest:
-        """The contest of the others."""
-        rest = tuple(way for way in self.ways if way.name != name)
-        return Contest(rest, self.left_out | {name: reason})
+    def without_labels(self, reason: str) -> Contest:
+        """The contest of those that train on no labels of the teacher."""
+        rest = tuple(way for way in self.ways if way.name not in ON_LABELS)
+        return Contest(rest, self.left_out | dict.fromkeys(ON_LABELS, reason))
 
 
 def make_contest(
@@ -105,13 +107,14 @@ def make_contest(
     if images is not None and images.labels is None:
         labelled = override_with(Path(LABELS_FILE), images)
         asked[PSEUDO_LABELS] = (labelled, *WITHOUT_TEACHER, *start)
+        asked[TAUGHT_LABELS] = (labelled,)
     ways, left_out = list[Way](), dict[str, str]()
     for name, changes in asked.items():
         try:
             ways.append(Way(name, changes, load_config(recipe, [*overrides, *changes])))
         except UserError as error:
             left_out[name] = str(error)
-    if not ways:
+    if all(way.distilled for way in ways):
         raise UserError(f"no plain student can be trained: {left_out[INHERITED]}")
     own = [_variant(recipe, overrides, *each) for each in (variants or {}).items()]
     return Contest((*ways, *own, Way(DISTILLED, (), config)), left_out)
@@ -146,10 +149,10 @@ def with_labels(
     """
 
     def placed(way: Way) -> Way:
-        if way.name != PSEUDO_LABELS:
+        if way.name not in ON_LABELS:
             return way
         changes = [*way.overrides, *as_overrides({"data.unlabelled.labels": file})]
-        changes += [] if inherits else _from_nothing(way.config)
+        changes += [] if inherits or way.distilled else _from_nothing(way.config)
         return Way(way.name, tuple(changes), load_config(recipe, [*overrides, *changes]))
 
     return replace(contest, ways=tuple(map(placed, contest.ways)))

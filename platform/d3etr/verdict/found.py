@@ -13,7 +13,7 @@ from d3etr.evaluation.judge import Answer, Difference, Judgement
 from d3etr.evaluation.resampling import Interval
 from d3etr.launch.sweeps.results import TrialResult
 from d3etr.tracking.compare.comparison import CLOCKS
-from d3etr.verdict.contenders import PSEUDO_LABELS
+from d3etr.verdict.contenders import ON_LABELS
 from d3etr.verdict.judging import SplitName
 from d3etr.verdict.stages import Entry
 
@@ -137,7 +137,7 @@ class Stage:
                     f"'{name}' took {each.seconds:.0f} s of {each.clock} where {meant:.0f} were "
                     "meant: what a step costs has changed since it was measured."
                 )
-            if name == PSEUDO_LABELS:
+            if name in ON_LABELS:
                 found.append(
                     f"{costs.prepared[name]:.3g} s of '{name}' went into the teacher's labels."
                 )

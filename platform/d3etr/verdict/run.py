@@ -27,6 +27,7 @@ from d3etr.progress import OnProgress, duration
 from d3etr.verdict.contenders import (
     DISTILLED,
     LABELS_FILE,
+    ON_LABELS,
     PSEUDO_LABELS,
     Contest,
     Way,
@@ -135,7 +136,7 @@ class _Verdict:
         start = absolute_paths(ways[0].config)
         found = on_a_worker(self._base.cluster, label, self._base, start, file)
         if isinstance(found, str):
-            self._contest = contest.without(PSEUDO_LABELS, found)
+            self._contest = contest.without_labels(found)
             return None
         self._contest = with_labels(
             contest, question.recipe, question.overrides, file, inherits=found.inherits
@@ -159,8 +160,9 @@ class _Verdict:
         self._say("measuring what a step of each contender costs")
         configs = {way.name: absolute_paths(way.config) for way in self._contest.ways}
         costs = on_a_worker(self._base.cluster, _measure, configs)
-        if PSEUDO_LABELS in costs.prepared:
-            costs.prepared[PSEUDO_LABELS] += labelling
+        for name in ON_LABELS:
+            if name in costs.prepared:
+                costs.prepared[name] += labelling
         self._folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(vars(costs), indent=1) + "\n")
         return costs
