@@ -1,7 +1,7 @@
 """Several verdicts in one table, and as a curve where they differ in one number.
 
-    python sweeps/verdicts.py sweeps/labels.yaml                        # into runs/
-    python sweeps/verdicts.py sweeps/labels.yaml --table docs/results
+    python sweeps/verdicts.py sweeps/verdicts/labels.yaml               # into runs/
+    python sweeps/verdicts.py sweeps/verdicts/labels.yaml --table docs/results
 
 A file names the questions, each what ``d3etr verdict`` is asked:
 

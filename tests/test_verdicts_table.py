@@ -6,10 +6,14 @@ import json
 import runpy
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from d3etr.cli.verdict import COMMAND
+from d3etr.verdict.contenders import make_contest
 
 SCRIPT = Path(__file__).parents[1] / "sweeps" / "verdicts.py"
 QUESTIONS = """
@@ -105,3 +109,19 @@ def test_a_file_that_asks_nothing_is_refused(asked: Path, wrong: str, message: s
     asked.write_text(wrong)
     done = run(asked)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("file", sorted(SCRIPT.with_suffix("").glob("*.yaml")), ids=str)
+def test_shipped_questions_can_be_asked(file: Path) -> None:
+    script = runpy.run_path(str(SCRIPT))
+    questions = script["read_questions"](file)
+    for row in questions.verdicts:
+        options = script_parser().parse_args(script["command_of"](questions, row)[1:])
+        make_contest(options.recipe, options.overrides)
+
+
+def script_parser() -> ArgumentParser:
+    """That of ``d3etr verdict``."""
+    parser = ArgumentParser()
+    COMMAND.add_arguments(parser)
+    return parser

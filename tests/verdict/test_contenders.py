@@ -8,7 +8,7 @@ from tiny_recipe import tiny_recipe
 from d3etr.config.load import load_config
 from d3etr.errors import UserError
 from d3etr.launch.sweeps.plan import make_plan
-from d3etr.verdict.contenders import Contest, make_contest, with_labels
+from d3etr.verdict.contenders import ON_LABELS, Contest, make_contest, with_labels
 from d3etr.verdict.stages import entry, sweep_of
 
 RECIPE = {
@@ -101,26 +101,30 @@ REST = ("data.labelled_share=0.5", "data.unlabelled={rest_of_train: true, share:
 
 
 def test_without_a_teacher_only_images_with_labels_are_left(tmp_path: Path) -> None:
-    plain, inherited, _, distilled = contest(tmp_path, *REST).ways
+    plain, inherited, *_, distilled = contest(tmp_path, *REST).ways
     assert plain.config.data.unlabelled is None and inherited.config.data.unlabelled is None
     assert distilled.config.data.unlabelled is not None
     assert plain.config.data.labelled_share == distilled.config.data.labelled_share == 0.5
 
 
-def test_one_rival_trains_on_the_teachers_labels(tmp_path: Path) -> None:
+def test_a_rival_and_a_distilled_student_train_on_the_teachers_labels(tmp_path: Path) -> None:
     recipe, found = written(tmp_path), contest(tmp_path, *REST)
     ways = {way.name: way for way in found.ways}
-    assert list(ways) == ["plain", "inherited plain", "pseudo-labels", "distilled"]
+    assert list(ways) == ["plain", "inherited plain", *ON_LABELS, "distilled"]
     file = tmp_path / "a verdict: 1" / "pseudo-labels.json"
     for inherits in (True, False):
         placed = with_labels(found, recipe, REST, file, inherits=inherits)
-        assert [w for w in placed.ways if w.name != "pseudo-labels"] == [
-            w for w in found.ways if w.name != "pseudo-labels"
+        assert [w for w in placed.ways if w.name not in ON_LABELS] == [
+            w for w in found.ways if w.name not in ON_LABELS
         ]
-        way = placed.ways[2]
-        assert not way.distilled and way.config == load_config(recipe, [*REST, *way.overrides])
-        images = way.config.data.unlabelled
-        assert images is not None and images.labels == file and images.rest_of_train
+        way, taught = placed.ways[2:4]
+        assert not way.distilled and taught.distilled
+        for each in (way, taught):
+            assert each.config == load_config(recipe, [*REST, *each.overrides])
+            images = each.config.data.unlabelled
+            assert images is not None and images.labels == file and images.rest_of_train
+        assert taught.config.student == ways["distilled"].config.student
+        assert taught.config.distillation == ways["distilled"].config.distillation
         like = ways["inherited plain" if inherits else "plain"].config
         assert way.config.student == like.student
         assert way.config.data.labelled_share == 0.5
@@ -142,7 +146,7 @@ def test_what_a_recipe_inherits_and_how_its_rivals_do_too(tmp_path: Path) -> Non
         optimisation={"inherited_rate_factor": 0.1, "inherited_warmup_steps": 40},
     )
     found = make_contest(recipe, REST, Path("own.safetensors"))
-    plain, inherited, tuned, labelled, distilled = found.ways
+    plain, inherited, tuned, labelled, *_, distilled = found.ways
     assert distilled.config.student.initialise_from is not None
     expected = distilled.config.student.initialise_from.model_copy(
         update={"weights": Path("teacher.safetensors")}

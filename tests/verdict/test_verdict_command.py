@@ -12,8 +12,9 @@ from d3etr.cli.main import main
 from d3etr.config.load import load_config
 from d3etr.config.tree import Config
 from d3etr.engine.journal import read_journal
+from d3etr.verdict.contenders import ON_LABELS
 
-TAUGHT = ("predictions", "distilled")
+TAUGHT = ("distilled, pseudo-labels", "predictions", "distilled")
 NAMES = ("plain", "inherited plain", "fine-tuned", "pseudo-labels", *TAUGHT)
 Verdict = Callable[..., tuple[int, str, str]]
 DETECTOR = tiny_detector_config(width=32, feedforward=32, queries=8, box_size_bias=0.7)
@@ -81,7 +82,7 @@ def test_a_verdict_compares_at_equal_time_and_goes_on_where_it_ended(
     assert found["early"]["split"] == "validation"
     labelling, contenders = _labelling(file.parent), found["contenders"]
     seconds = [c["steps"] * c["step_seconds"] for c in contenders]
-    times = [0.9 - labelling * (c["name"] == "pseudo-labels") for c in contenders]
+    times = [0.9 - labelling * (c["name"] in ON_LABELS) for c in contenders]
     share = 0.25 if found["settled_early"] else 1.0
     assert seconds == pytest.approx([share * time for time in times], rel=0.2)
     for each in contenders:
@@ -107,7 +108,7 @@ def _labelling(folder: Path) -> float:
     """Seconds that the teacher took for its labels, as the costs know them."""
     made = json.loads((folder / "pseudo-labels.json").read_text())["info"]
     prepared = json.loads((folder / "costs.json").read_text())["prepared"]
-    assert prepared == dict.fromkeys(NAMES, 0.0) | {"pseudo-labels": made["seconds"]}
+    assert prepared == dict.fromkeys(NAMES, 0.0) | dict.fromkeys(ON_LABELS, made["seconds"])
     return float(made["seconds"])
 
 
@@ -116,7 +117,7 @@ def _has_images_of_its_own(config: Config, name: str, folder: Path) -> None:
     images = config.data.unlabelled
     assert (images is None) == (name not in ("pseudo-labels", *TAUGHT))
     if images is not None:
-        labelled = name == "pseudo-labels"
+        labelled = name in ON_LABELS
         assert images.labels == (folder / "pseudo-labels.json" if labelled else None)
         assert (config.student.initialise_from is not None) or not labelled
 
