@@ -199,3 +199,10 @@ def test_too_little_time_is_refused(tmp_path: Path) -> None:
     way = contest(tmp_path).ways[0]
     with pytest.raises(UserError, match=r"3 steps of 'plain'.*more --minutes"):
         entry(way, 1.0, 1.5, 0.5)
+
+
+def test_a_shipped_recipe_is_found_by_its_name() -> None:
+    name = Path("digits/d3etr")
+    way = make_contest(name, ()).ways[-1]
+    plan = make_plan(sweep_of("final", name, (), {"distilled": entry(way, 1.0, 20.0, 1.0)}, (0, 1)))
+    assert [plan.config(trial).optimisation.steps for trial in plan.trials] == [20, 20]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from d3etr.config.shipped import find_recipe
 from d3etr.config.sweep import Case, SweepConfig
 from d3etr.errors import UserError
 from d3etr.verdict.contenders import Way
@@ -94,7 +95,7 @@ def sweep_of(
 
     Args:
         stage: end of its name.
-        recipe: that all are made from.
+        recipe: that all are made from; a file, or the name of a shipped one.
         overrides: of all.
         entries: by the name of their case.
         seeds: of the runs.
@@ -104,7 +105,7 @@ def sweep_of(
     return SweepConfig(
         name=name,
         title=f"{first.run.name}: {stage} runs of a verdict",
-        recipe=recipe,
+        recipe=find_recipe(recipe),
         set=(*overrides, "tracking.figures=false"),
         seeds=tuple(seeds),
         cases={title: Case(set=each.overrides()) for title, each in entries.items()},
