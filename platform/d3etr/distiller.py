@@ -16,6 +16,7 @@ from d3etr.losses.set_criterion import detection_problem
 from d3etr.losses.supervision import GroundTruthSupervision, Normalisers
 from d3etr.matching.assignment import Assignment, Solutions, Solver
 from d3etr.methods.base import Method, StudentOutputs, TeacherGroup, TeacherOutputs
+from d3etr.methods.gradient_share import GradientShare
 from d3etr.methods.selection import map_layers
 from d3etr.methods.stored import restored_outputs
 from d3etr.registry import METHODS
@@ -94,7 +95,12 @@ class Distiller(nn.Module):
     Per optimiser step: ``run_teacher`` on every micro-batch, add up their ``normalisers`` over
     micro-batches and workers, then call the module on each. Its losses then add up to the
     global batch's loss whatever the number of workers and micro-batches.
+
+    Attributes:
+        share: steers the weight of the method's losses, where its configuration says so.
     """
+
+    share: GradientShare | None
 
     def __init__(
         self,
@@ -122,6 +128,7 @@ class Distiller(nn.Module):
             raise ValueError("a teacher's network goes with the methods that need one")
         self.student = student
         self.supervision = GroundTruthSupervision(criterion, Solver())
+        self.share = GradientShare.of(distillation)
         self._teacher = (teacher,)  # inside a tuple, nn.Module does not register it
         kind: type[Method] = METHODS.find(distillation.method)
         if not distillation.needs_teacher:
@@ -216,7 +223,8 @@ class Distiller(nn.Module):
             targets: their ground truth.
             teacher: what ``run_teacher`` returned for them; None in a step that does not distil.
             normalisers: sums over the global batch.
-            distillation_scale: warm-up factor on the method's losses, a number or a scalar.
+            distillation_scale: factor on the method's losses, a number or a scalar: that of the
+                warm-up, or 0 for the gradients of detection alone.
             step: optimiser step.
             side_stream: of a GPU: losses over matched pairs are computed on it. Callers
                 synchronise before reading them; a backward pass need not.
@@ -249,6 +257,8 @@ class Distiller(nn.Module):
                     yield solutions()[name]
 
             terms = self.method.losses(student, teacher, matches, targets, normalisers)
+            if self.share is not None:
+                distillation_scale = distillation_scale * self.share.factor
             scaled = {}
             for name, loss in terms.items():
                 matched = name.partition("/")[0] in problems

@@ -7,7 +7,7 @@ import torch
 from tiny import FAMILY
 from torch import Tensor, nn
 
-from d3etr.config.distillation import GradientShareConfig, MethodConfig
+from d3etr.config.distillation import EncoderShareConfig, MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.distiller import Distiller
@@ -99,7 +99,7 @@ def _epoch(toy: _Toy, share: GradientShare, steps: int = 3) -> float:
     for _ in range(steps):
         toy.zero_grad()
         toy.loss(share.factor).backward()
-        share.watch(toy.encoder, toy)
+        share.watch(toy)
     gradients = [p.grad.abs().item() for p in (toy.encoder[0], toy.rest[0]) if p.grad is not None]
     return gradients[0] / sum(gradients)
 
@@ -107,7 +107,7 @@ def _epoch(toy: _Toy, share: GradientShare, steps: int = 3) -> float:
 @pytest.mark.parametrize("target", [0.2, 0.5, 0.8])
 def test_the_share_is_reached_and_then_left_alone(target: float) -> None:
     toy = _Toy()
-    share = GradientShare(GradientShareConfig(target=target, tolerance=0.01))
+    share = GradientShare(EncoderShareConfig(target=target, tolerance=0.01))
     found = [_epoch(toy, share)]
     texts = []
     for epoch in range(12):
@@ -119,7 +119,7 @@ def test_the_share_is_reached_and_then_left_alone(target: float) -> None:
 
 def test_one_change_follows_the_formula_and_its_bounds() -> None:
     def changed(share: float, target: float) -> float:
-        controller = GradientShare(GradientShareConfig(target=target, tolerance=0.0))
+        controller = GradientShare(EncoderShareConfig(target=target, tolerance=0.0))
         controller.seen.copy_(torch.tensor([share, 1.0]))
         controller.change(0.1)
         return controller.factor.item()
@@ -130,7 +130,7 @@ def test_one_change_follows_the_formula_and_its_bounds() -> None:
 
 
 def test_the_last_epochs_have_the_recipes_weight() -> None:
-    share = GradientShare(GradientShareConfig(target=0.5, until=0.8))
+    share = GradientShare(EncoderShareConfig(target=0.5, until=0.8))
     assert share.change(0.1) is None and share.factor == 1
     share.seen.copy_(torch.tensor([1.0, 4.0]))
     assert share.change(0.5) is not None and share.factor == pytest.approx(3)
@@ -147,17 +147,18 @@ def test_the_encoders_share_is_watched_and_kept_with_the_run(
     taught = module.run_teacher(images)
     losses = module(images, targets, taught, module.normalisers(targets, taught))
     torch.stack([*losses.values()]).sum().backward()
-    module.method.watch(module.student)
+    assert module.share is not None
+    module.share.watch(module.student)
     parts = [
         sum(p.grad.abs().sum().item() for p in part.parameters() if p.grad is not None)
         for part in (module.student.encoder, module.student)
     ]
     state = module.state_dict()
-    assert state["method.share.seen"].tolist() == pytest.approx(parts)
-    text = module.method.end_epoch(0.1)
+    assert state["share.seen"].tolist() == pytest.approx(parts)
+    text = module.share.change(0.1)
     assert text is not None and f"{100 * parts[0] / parts[1]:.1f} %" in text
     again = module(images, targets, taught, module.normalisers(targets, taught))
-    factor = module.state_dict()["method.share.factor"].item()
+    factor = module.state_dict()["share.factor"].item()
     expected = factor * losses["features"].item()
     assert factor != 1 and again["features"].item() == pytest.approx(expected, rel=1e-6)
 

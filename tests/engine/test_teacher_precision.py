@@ -73,9 +73,13 @@ def test_a_teacher_of_a_larger_picture_is_measured_on_it_and_teaches_from_it(
     assert values(tmp_path / "large", detection)[0] == values(tmp_path / "equal", detection)[0]
 
 
-def test_a_steered_weight_resumes_as_it_was(make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["feature_cosine", "d3etr"])
+def test_a_steered_weight_resumes_as_it_was(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     """Killed in the middle of the second epoch, a run has the same weights in the end."""
-    steered = {"method": "feature_cosine", "gradient_share": {"target": 0.1, "tolerance": 0.0}}
+    monkeypatch.setattr("d3etr.methods.gradient_share.EVERY", 4)
+    steered = {"method": method, "gradient_share": {"target": 0.1, "tolerance": 0.0}}
     changes = {"distillation": MethodConfig.parse(steered)}
     config = make_config(optimisation={"epochs": 4}, run={"checkpoint_every_steps": 4}).model_copy(
         update=changes

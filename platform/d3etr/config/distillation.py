@@ -188,15 +188,27 @@ class FeatureConfig(Section):
 
 
 class GradientShareConfig(Section):
-    """Steering a weight by the encoder's share of the gradient, once an epoch (RT-DETRv4)."""
+    """Steering the weight of all terms by distillation's share of the gradient, once an epoch."""
+
+    of_encoder: ClassVar[bool] = False
 
     target: Annotated[float, Field(gt=0, lt=1)]
-    """Wanted share of |gradient| that lies in the encoder. RT-DETRv4, whose encoder is one layer:
-    0.11 (S), 0.035 (M), 0.02 (L, X); other detectors have others, which a run's log shows."""
+    """Wanted share of distillation in the student's |gradient|, beside that of detection losses:
+    0.5 counts both alike."""
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """A share so near to the target leaves the weight."""
     until: Share = 0.9
     """Part of the training in which the weight is steered; then it is the recipe's again."""
+
+
+class EncoderShareConfig(GradientShareConfig):
+    """Steering a weight by the encoder's share of the gradient, once an epoch (RT-DETRv4)."""
+
+    of_encoder: ClassVar[bool] = True
+
+    target: Annotated[float, Field(gt=0, lt=1)]
+    """Wanted share of |gradient| that lies in the encoder. RT-DETRv4, whose encoder is one layer:
+    0.11 (S), 0.035 (M), 0.02 (L, X); other detectors have others, which a run's log shows."""
 
 
 class MethodConfig(VariantSection):
@@ -293,6 +305,8 @@ class TaughtMethodConfig(MethodConfig):
     training."""
     warmup_steps: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
     """Distillation weights grow linearly from 0 over this many optimiser steps."""
+    gradient_share: GradientShareConfig | None = None
+    """Steer the weight of all terms by distillation's share of the gradient; None leaves it."""
 
     @property
     def warmup(self) -> int:

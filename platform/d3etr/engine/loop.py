@@ -103,8 +103,9 @@ class TrainingLoop:
         run, config = self._run, self._run.config
         done = -(-run.step // self._per_epoch)
         ends = run.step >= self._steps
-        if (changed := run.models.distiller.method.end_epoch(run.step / self._steps)) is not None:
-            run.journal.message(run.step, changed)
+        share = run.models.distiller.share
+        if share is not None and (changed := share.change(run.step / self._steps)) is not None:
+            run.journal.message(run.step, f"distillation.gradient_share: {changed}")
         metrics: dict[str, float] = {"step": run.step, "epoch": done, "final": ends}
         if ends or done % config.evaluation.every_epochs == 0 or self._evaluates():
             mAP = self._validation.measure(done)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Protocol
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from d3etr.config.tree import Config
@@ -27,9 +29,22 @@ from d3etr.engine.seeding import derive_seed, seed_generators
 from d3etr.losses.supervision import Normalisers
 from d3etr.matching.assignment import NonFiniteCostError
 from d3etr.methods.base import TeacherOutputs
+from d3etr.methods.gradient_share import gradients
 from d3etr.structures import ImageBatch, Targets
 
 MicroBatch = tuple[ImageBatch, Targets]
+
+
+class Backward(Protocol):
+    """Adds up the gradients of a step."""
+
+    def __call__(self, scale: float, *, record: bool) -> None:
+        """Run student, losses and backward pass.
+
+        Args:
+            scale: factor on the losses against the teacher.
+            record: whether the log takes the losses.
+        """
 
 
 class TrainingStep:
@@ -81,16 +96,31 @@ class TrainingStep:
         """
         device, timer = self._context.device, self._log.timer
         batches = [(images.to(device), targets.to(device)) for images, targets in batches]
+        backward: Backward
         if self._graphs is not None:
-            self._replay(step, batches[0], self._graphs)
+            backward = partial(self._replay, step, batches[0], self._graphs)
         else:
             with timer.phase("teacher"):
                 teachers, normalisers = self._run_teacher(step, batches)
-            for index, (batch, teacher) in enumerate(zip(batches, teachers, strict=True)):
-                with self._synchronised_if(index == len(batches) - 1):
-                    self._accumulate(step, index, batch, teacher, normalisers)
+            backward = partial(self._run_student, step, batches, teachers, normalisers)
+        scale = distillation_scale(step, self._config.distillation.warmup)
+        detection = self._of_detection(backward) if self._measures(step, scale) else None
+        backward(scale, record=True)
         with timer.phase("optimiser"):
-            self._update(step)
+            self._update(step, detection)
+
+    def _measures(self, step: int, scale: float) -> bool:
+        """Whether detection's gradients are needed apart; not while distillation warms up."""
+        share = self._distiller.share
+        needed = share is not None and share.needs_detection(step, self._steps)
+        return needed and self._distils(step) and scale == 1
+
+    def _of_detection(self, backward: Backward) -> list[Tensor]:
+        """The student's gradients of detection losses alone; leaves none in the parameters."""
+        backward(0.0, record=False)
+        found = [gradient.clone() for gradient in gradients(self._distiller.student)]
+        self._optimiser.zero_grad(set_to_none=True)
+        return found
 
     def _run_teacher(
         self, step: int, batches: Sequence[MicroBatch]
@@ -125,46 +155,67 @@ class TrainingStep:
             for (name, value), part in zip(sums[0].items(), parts, strict=True)
         }
 
-    def _accumulate(
+    def _run_student(
         self,
         step: int,
-        index: int,
+        batches: Sequence[MicroBatch],
+        teachers: Sequence[TeacherOutputs | None],
+        normalisers: Normalisers,
+        scale: float,
+        *,
+        record: bool,
+    ) -> None:
+        """Losses and gradients of all micro-batches."""
+        for index, (batch, teacher) in enumerate(zip(batches, teachers, strict=True)):
+            with self._synchronised_if(index == len(batches) - 1):
+                self._seed(step, index)
+                with self._log.timer.phase("forward"):
+                    losses = self._losses(step, batch, teacher, normalisers, scale)
+                    if record:
+                        total = self._log.add(step, losses, batch[1].image_ids)
+                    else:
+                        total = torch.stack([*losses.values()]).sum()
+                with self._log.timer.phase("backward"):
+                    # DDP divides by the world size; the losses are parts of a sum.
+                    (total * self._context.world_size).backward()  # type: ignore[no-untyped-call]
+
+    def _losses(
+        self,
+        step: int,
         batch: MicroBatch,
         teacher: TeacherOutputs | None,
         normalisers: Normalisers,
-    ) -> None:
+        scale: float,
+    ) -> dict[str, Tensor]:
         images, targets = batch
-        self._seed(step, index)
-        scale = distillation_scale(step, self._config.distillation.warmup)
-        precision, device = self._config.optimisation.precision, self._context.device
-        with self._log.timer.phase("forward"):
-            try:
-                with autocast(precision, device):
-                    losses = self._model(images, targets, teacher, normalisers, scale, step=step)
-            except NonFiniteCostError as error:
-                raise self._log.divergence(step, targets.image_ids, str(error)) from error
-            total = self._log.add(step, losses, targets.image_ids)
-        with self._log.timer.phase("backward"):
-            # DDP divides by the world size; the losses are parts of a sum.
-            (total * self._context.world_size).backward()  # type: ignore[no-untyped-call]
+        try:
+            with autocast(self._config.optimisation.precision, self._context.device):
+                losses: dict[str, Tensor] = self._model(
+                    images, targets, teacher, normalisers, scale, step=step
+                )
+                return losses
+        except NonFiniteCostError as error:
+            raise self._log.divergence(step, targets.image_ids, str(error)) from error
 
-    def _replay(self, step: int, batch: MicroBatch, graphs: StepGraphs) -> None:
-        """Run the teacher and accumulate the only micro-batch, by a graph."""
-        scale = distillation_scale(step, self._config.distillation.warmup)
+    def _replay(
+        self, step: int, batch: MicroBatch, graphs: StepGraphs, scale: float, *, record: bool
+    ) -> None:
+        """Run the teacher, losses and gradients of the only micro-batch, by a graph."""
         with self._log.timer.phase("forward and backward"):
             seed = partial(self._seed, step, 0)
             losses = graphs(*batch, scale, seed, distils=self._distils(step))
-            self._log.add(step, losses, batch[1].image_ids)
+            if record:
+                self._log.add(step, losses, batch[1].image_ids)
 
     def _seed(self, step: int, index: int) -> None:
         """Random numbers of a micro-batch."""
         seed = derive_seed(self._config.run.seed, "step", step, self._mine[index])
         seed_generators(seed, self._context.device)
 
-    def _update(self, step: int) -> None:
-        config = self._config.optimisation
-        if self._distils(step):
-            self._distiller.method.watch(self._distiller.student)
+    def _update(self, step: int, detection: list[Tensor] | None) -> None:
+        config, share = self._config.optimisation, self._distiller.share
+        if share is not None and self._distils(step):
+            share.watch(self._distiller.student, detection)
         self._log.add_norm(clip_gradients(self._optimiser, config.clip_norm))
         factor = learning_rate_factor(step, self._steps, config.schedule)
         set_learning_rates(self._optimiser, factor, inherited_factor(step, config))

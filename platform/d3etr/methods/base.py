@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import MethodConfig
-from d3etr.detectors.base import DetectionTransformer
 from d3etr.matching.assignment import Assignment, CostBlock
 from d3etr.methods.adaptive import AdaptiveMatching
 from d3etr.methods.refinement import TeacherRefinement
@@ -225,22 +224,3 @@ class Method(nn.Module, ABC):
             pairs of a problem ``NAME`` are called ``NAME/..``.
         """
         return {}
-
-    def watch(self, student: DetectionTransformer) -> None:
-        """Look at the gradients of a step that distilled, of all workers, before they are clipped.
-
-        Args:
-            student: its parameters have them.
-        """
-        return
-
-    def end_epoch(self, progress: float) -> str | None:
-        """Change what changes once an epoch, alike in all workers; buffers are kept in checkpoints.
-
-        Args:
-            progress: share of the training that is done, in [0, 1].
-
-        Returns:
-            What was changed, for people; None where nothing was.
-        """
-        return None

@@ -18,12 +18,10 @@ from torch import Tensor, nn
 
 from d3etr.config.base import MAXIMUM
 from d3etr.config.detector import DetectorConfig
-from d3etr.config.distillation import GradientShareConfig, MethodConfig, TaughtMethodConfig
-from d3etr.detectors.base import DetectionTransformer
+from d3etr.config.distillation import EncoderShareConfig, MethodConfig, TaughtMethodConfig
 from d3etr.errors import UserError
 from d3etr.losses.features import cosine_loss, resize_tokens
 from d3etr.methods.base import Matches, Method, StudentOutputs, TeacherOutputs
-from d3etr.methods.gradient_share import GradientShare
 from d3etr.structures import Targets
 
 
@@ -36,7 +34,7 @@ class FeatureCosineConfig(TaughtMethodConfig):
     levels: Literal["last", "every"] = "last"
     """Feature levels that are compared. last: that of the largest stride, which is all where there
     is one. every: each with the teacher's level of the nearest grid."""
-    gradient_share: GradientShareConfig | None = None
+    gradient_share: EncoderShareConfig | None = None
     """Steer the weight by the encoder's share of the gradient; None leaves it."""
 
     @property
@@ -67,8 +65,6 @@ class FeatureCosine(Method):
         super().__init__()
         self.config = config
         self.adapter = nn.Linear(student.width, teacher.width)
-        steered = config.gradient_share
-        self.share = None if steered is None else GradientShare(steered)
 
     @classmethod
     def check_compatible(
@@ -99,14 +95,4 @@ class FeatureCosine(Method):
         target = resize_tokens(theirs.tokens.float(), theirs.padding, theirs.levels, levels)
         mapped = self.adapter(ours.tokens[:, -count:].float())
         loss = self.config.weight * cosine_loss(mapped, target, padding, normalisers["images"])
-        return {"features": loss if self.share is None else self.share.factor * loss}
-
-    def watch(self, student: DetectionTransformer) -> None:
-        """The encoder's part of the gradient."""
-        if self.share is not None:
-            self.share.watch(student.get_submodule("encoder"), student)
-
-    def end_epoch(self, progress: float) -> str | None:
-        """Change the weight."""
-        changed = None if self.share is None else self.share.change(progress)
-        return changed and f"distillation.gradient_share: the encoder has {changed}"
+        return {"features": loss}

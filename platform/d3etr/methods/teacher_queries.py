@@ -163,6 +163,12 @@ class TeacherQueryConfig(PredictionMethodConfig):
         return self
 
     @model_validator(mode="after")
+    def _a_share_of_something(self) -> Self:
+        if self.gradient_share is not None and not self.distils:
+            raise ValueError("gradient_share has no effect: all term weights are 0")
+        return self
+
+    @model_validator(mode="after")
     def _the_group_learns(self) -> Self:
         if (
             self.has_auxiliary_group
