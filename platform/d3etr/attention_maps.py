@@ -71,6 +71,10 @@ class ProductMaps:
             return scores
         return scores.masked_fill(self.padding[:, None, None], MASKED_SCORE)
 
+    def of_keys(self) -> ProductMaps:
+        """The same maps; gradients reach the keys alone."""
+        return replace(self, query=self.query.detach())
+
     def rows(self, index: Tensor | None) -> ProductMaps:
         """The maps of the queries at [L, B, P]; None takes all."""
         return self if index is None else replace(self, query=take_rows(self.query, index))

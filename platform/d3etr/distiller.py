@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
+from d3etr.detectors.attention import keep_keys
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.losses.set_criterion import detection_problem
 from d3etr.losses.supervision import GroundTruthSupervision, Normalisers
@@ -86,6 +87,25 @@ def _selected(
     return method.select(replace(teacher, groups={**teacher.groups, MAIN: main}))
 
 
+def _build_method(
+    student: DetectionTransformer,
+    teacher: DetectionTransformer | None,
+    config: MethodConfig,
+    seed: int,
+) -> Method:
+    """The method, after a look at whether it can bridge the detectors; the teacher is frozen."""
+    kind: type[Method] = METHODS.find(config.method)
+    if not config.needs_teacher:
+        return kind()
+    if teacher is not None:
+        kind.check_compatible(config, student.config, teacher.config, student.classes)
+        teacher.eval().requires_grad_(False)
+    detectors = [part.config for part in (student, teacher) if part is not None]
+    method = kind(config, *detectors, seed=seed)
+    keep_keys(student, method.needs_keys)
+    return method
+
+
 class Distiller(nn.Module):
     """Student and teacher in, named losses out.
 
@@ -95,12 +115,7 @@ class Distiller(nn.Module):
     Per optimiser step: ``run_teacher`` on every micro-batch, add up their ``normalisers`` over
     micro-batches and workers, then call the module on each. Its losses then add up to the
     global batch's loss whatever the number of workers and micro-batches.
-
-    Attributes:
-        share: steers the weight of the method's losses, where its configuration says so.
     """
-
-    share: GradientShare | None
 
     def __init__(
         self,
@@ -128,17 +143,9 @@ class Distiller(nn.Module):
             raise ValueError("a teacher's network goes with the methods that need one")
         self.student = student
         self.supervision = GroundTruthSupervision(criterion, Solver())
-        self.share = GradientShare.of(distillation)
+        self.share = GradientShare.of(distillation)  # of the weight of all the method's losses
         self._teacher = (teacher,)  # inside a tuple, nn.Module does not register it
-        kind: type[Method] = METHODS.find(distillation.method)
-        if not distillation.needs_teacher:
-            self.method = kind()
-            return
-        if teacher is not None:
-            kind.check_compatible(distillation, student.config, teacher.config, student.classes)
-            teacher.eval().requires_grad_(False)
-        detectors = [part.config for part in (student, teacher) if part is not None]
-        self.method = kind(distillation, *detectors, seed=seed)
+        self.method = _build_method(student, teacher, distillation, seed)
 
     @property
     def solver(self) -> Solver:

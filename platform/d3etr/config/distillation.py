@@ -122,6 +122,9 @@ class CrossAttentionConfig(AttentionConfig):
     """each: the maps of each pair are compared. summed: those of all pairs of an image are added up
     (and divided by their number) before they are compared, as TPRD's D3ETR does; with as many
     queries on both sides, who is paired with whom has no effect then."""
+    detach_queries: bool = False
+    """Only the memory and its keys learn from the term, queries and what makes them do not. Not for
+    ``deformable_detr``, whose queries alone say what is sampled."""
 
     @model_validator(mode="after")
     def _sums_are_of_maps(self) -> Self:
@@ -136,6 +139,12 @@ class CrossAttentionConfig(AttentionConfig):
             raise ValueError(
                 "queries 'summed' leaves no pairs to weight: set pair_weights to 'uniform'"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _detached_queries_have_a_term(self) -> Self:
+        if self.detach_queries and not self.weight:
+            raise ValueError("detach_queries has no effect: weight is 0")
         return self
 
     @model_validator(mode="after")

@@ -90,6 +90,8 @@ class MultiHeadAttention(nn.Module):
     """
 
     output: nn.Linear
+    keeps_keys: bool = False
+    """Whether maps to the memory are kept as queries and keys on every device."""
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
@@ -144,6 +146,8 @@ class MultiHeadAttention(nn.Module):
         """
         query = query.expand(len(memory.tokens), -1, -1, -1)
         mixed, kept = self._attend(query, key, value, memory.padding, keep)
+        if keep and self.keeps_keys:
+            kept = ProductMaps(query, key)
         return self.output(mixed), kept
 
     def _attend(
@@ -153,6 +157,13 @@ class MultiHeadAttention(nn.Module):
         if keep:
             return attend_and_keep(query, key, value, padding, dropout)
         return attend(query, key, value, padding, dropout), None
+
+
+def keep_keys(detector: nn.Module, keeps: bool) -> None:
+    """Set ``keeps_keys`` of all attention in ``detector``."""
+    for module in detector.modules():
+        if isinstance(module, MultiHeadAttention):
+            module.keeps_keys = keeps
 
 
 class SelfAttention(MultiHeadAttention):

@@ -97,6 +97,12 @@ def _check_samples(
 ) -> None:
     """Distances of sampled points need some; point by point, as many on both sides."""
     term = config.cross_attention
+    if term.detach_queries and student.sampling_parts:
+        raise UserError(
+            "distillation.cross_attention.detach_queries leaves nothing to learn from: what the "
+            f"student ({student.name}) samples, and its weights, are the queries' alone. Set it to "
+            "false"
+        )
     if not term.weight or term.distance not in ("energy", "points"):
         return
     dense = [

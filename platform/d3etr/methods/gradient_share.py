@@ -85,7 +85,7 @@ class GradientShare(nn.Module):
             part = _magnitude(gradients(student.get_submodule("encoder")))
             self.seen += torch.stack([part, _magnitude(whole)])
         elif detection is not None:
-            part = _magnitude(torch._foreach_sub(whole, detection))
+            part = _magnitude([*torch._foreach_sub(whole, detection)])
             self.seen += torch.stack([part, part + _magnitude(detection)])
 
     def change(self, progress: float) -> str | None:

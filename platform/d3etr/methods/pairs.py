@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from d3etr.attention_maps import AttentionMaps, CrossMaps, SampledMaps
+from d3etr.attention_maps import AttentionMaps, CrossMaps, ProductMaps, SampledMaps
 from d3etr.config.distillation import AttentionConfig, CrossAttentionConfig
+from d3etr.errors import UserError
 from d3etr.losses.attention import attention_loss, blurred_maps, resize_maps, summed_maps
 from d3etr.losses.prediction import prediction_losses
 from d3etr.losses.sampled_points import energy_loss, point_loss
@@ -127,7 +128,15 @@ def _self_attention(pairs: MatchedPairs, weights: Tensor, config: AttentionConfi
 def _cross_attention(pairs: MatchedPairs, weights: Tensor, config: CrossAttentionConfig) -> Tensor:
     """Rows follow the correspondence; a teacher's map on other grids is resized."""
     index, student, teacher = pairs.index, pairs.student, pairs.teacher
-    maps = _known(student.cross_maps).rows(index.student)
+    maps = _known(student.cross_maps)
+    if config.detach_queries:
+        if not isinstance(maps, ProductMaps):
+            raise UserError(
+                "distillation.cross_attention.detach_queries needs a student whose attention keeps "
+                "its keys (d3etr's MultiHeadAttention), and this one gives scores: set it to false"
+            )
+        maps = maps.of_keys()
+    maps = maps.rows(index.student)
     target = _known(teacher.cross_maps).rows(index.teacher)
     if config.distance in ("energy", "points"):
         assert isinstance(maps, SampledMaps) and isinstance(target, SampledMaps)
