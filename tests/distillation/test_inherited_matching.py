@@ -232,6 +232,35 @@ def test_a_two_stage_student_that_is_its_teacher_has_nothing_to_learn(
     assert all(abs(loss) < 1e-5 for loss in inherited.values()), inherited
 
 
+def test_places_of_other_grids_are_refused_before_a_step(two_stage: Pair) -> None:
+    finer = {"name": "small", "stem_width": 8, "stage_widths": (8, 16)}
+    student, teacher = two_stage(backbone=finer)
+    with pytest.raises(UserError, match=r"strides \[2, 4\] and the teacher's \[4, 8\] pixels"):
+        distiller(student, teacher, inherited_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "levels"),
+    [
+        ({"name": "resnet50", "norm": "group", "dilation": True}, 4),
+        ({"name": "convnext_tiny"}, 5),
+        ({"name": "small"}, 2),
+    ],
+    ids=["dilated", "further-levels", "small"],
+)
+def test_strides_are_those_of_the_levels(
+    tiny_detector: Build, backbone: dict[str, Any], levels: int
+) -> None:
+    with torch.device("meta"):
+        detector = tiny_detector(
+            name="deformable_detr", backbone=backbone, levels=levels, feedforward=32
+        )
+        stages = detector.backbone.pyramid(torch.empty(1, 3, 203, 330), detector.levels.stages)
+        maps = detector.levels(stages)
+    expected = [(-(-203 // s), -(-330 // s)) for s in detector.level_strides]
+    assert [tuple(part.shape[-2:]) for part in maps] == expected
+
+
 @pytest.mark.parametrize("queries", [6, 4])
 def test_two_stage_losses_are_mixed_and_add_up(
     two_stage: Pair, images: ImageBatch, targets: Targets, queries: int

@@ -161,6 +161,23 @@ def test_queries_are_paired_by_number_only_where_they_were_the_teachers(
         load_config(None, overrides)
 
 
+@pytest.mark.parametrize("two_stage", [True, False])
+def test_places_of_a_picture_of_another_size_are_refused(two_stage: bool) -> None:
+    stages = f"box_refinement: {two_stage}, two_stage: {two_stage}".lower()
+    overrides = [
+        "data.digit_scenes={}",
+        "optimisation.steps=1",
+        "teacher={weights: t.safetensors, image_scale: 2.0}",
+        "distillation={method: d3etr, inherited_ratio: 0.5}",
+        f"student={{initialise_from: {{}}, detector: {{name: deformable_detr, {stages}}}}}",
+    ]
+    if not two_stage:
+        assert load_config(None, overrides).distillation.inherited_share == 0.5
+        return
+    with pytest.raises(ConfigError, match=r"teacher\.image_scale 2 gives the teacher's feature"):
+        load_config(None, overrides)
+
+
 @pytest.mark.parametrize(
     ("layers", "expected"), [("first", [0, 1]), ("uniform", [1, 3]), ((3, 0), [3, 0])]
 )

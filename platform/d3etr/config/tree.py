@@ -80,7 +80,8 @@ class Config(Section):
                 "student.initialise_from.weights is not set and there is no teacher whose parts "
                 "could be meant: set it to a weights file"
             )
-        self._queries_are_inherited()
+        if problem := _inheritance_problem(self):
+            raise ValueError(problem)
         if self.optimisation.inherited_warmup_steps and self.student.initialise_from is None:
             raise ValueError(
                 "optimisation.inherited_rate_factor has no effect: student.initialise_from is null"
@@ -119,22 +120,6 @@ class Config(Section):
                 f"distillation.method '{method}' has scores as targets of single classes, but the "
                 "student has classification 'softmax': set it to 'sigmoid'"
             )
-
-    def _queries_are_inherited(self) -> None:
-        """Refuse to pair queries by number where they did not begin as the teacher's."""
-        if not self.distillation.inherited_share or self.teacher is None:
-            return
-        start = self.student.initialise_from
-        found = "is null" if start is None else f"takes {', '.join(start.parts)}"
-        if start is not None and {"decoder", "queries"} <= {*start.parts}:
-            if self.initial_weights == self.teacher.weights:
-                return
-            found = f"is from {self.initial_weights}, the teacher {self.teacher.weights}"
-        raise ValueError(
-            "distillation.inherited_ratio pairs query i of the student with query i of the "
-            f"teacher, but student.initialise_from {found}: take 'decoder' and 'queries' from the "
-            "teacher's weights (initialise_from: {}), or set inherited_ratio to 0"
-        )
 
     def _unlabelled_images_teach(self) -> None:
         """Refuse images without labels that nothing is learnt from."""
@@ -208,3 +193,26 @@ class Config(Section):
                     f"optimisation.set_criterion.{key} has no effect on a student with "
                     f"classification '{kind}', which learns by the {name}: remove it"
                 )
+
+
+def _inheritance_problem(config: Config) -> str | None:
+    """Why queries cannot be paired by number or by place, or None: they did not begin so."""
+    teacher, start = config.teacher, config.student.initialise_from
+    if not config.distillation.inherited_share or teacher is None:
+        return None
+    if config.student.detector.queries_need_images and config.teacher_scale != 1:
+        return (
+            "distillation.inherited_ratio pairs queries of one place, and teacher.image_scale "
+            f"{config.teacher_scale:g} gives the teacher's feature levels other places: set it "
+            "to 1, or inherited_ratio to 0"
+        )
+    found = "is null" if start is None else f"takes {', '.join(start.parts)}"
+    if start is not None and {"decoder", "queries"} <= {*start.parts}:
+        if config.initial_weights == teacher.weights:
+            return None
+        found = f"is from {config.initial_weights}, the teacher {teacher.weights}"
+    return (
+        "distillation.inherited_ratio pairs query i of the student with query i of the "
+        f"teacher, but student.initialise_from {found}: take 'decoder' and 'queries' from the "
+        "teacher's weights (initialise_from: {}), or set inherited_ratio to 0"
+    )

@@ -43,6 +43,11 @@ class DetectionTransformer(nn.Module, ABC):
         self.classes = classes
         self.backbone = build_backbone(config.backbone)
 
+    @property
+    def level_strides(self) -> tuple[int, ...]:
+        """Pixels per cell of each feature level, finest first."""
+        return tuple(self.stride * 2**level for level in range(self.config.feature_levels))
+
     @abstractmethod
     def encode(self, images: ImageBatch) -> Memory:
         """Run backbone and encoder on B padded images."""

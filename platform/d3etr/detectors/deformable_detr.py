@@ -158,7 +158,7 @@ class DeformableDETR(DetectionTransformer):
         super().__init__(config, classes)
         width = config.width
         self.levels = FeatureLevels(config, self.backbone)
-        self.stride = self.backbone.stage_strides[-self.levels.stages]
+        self.stride = self.levels.strides[0]
         self.position = LevelPositions(width, config.levels)
         self.position.requires_grad_(config.encoder_layers > 0)  # the decoder has no use for it
         self.encoder = Encoder(config, lambda: _attention(config))
@@ -189,6 +189,11 @@ class DeformableDETR(DetectionTransformer):
             # Only what starts from points needs a size; later layers move whole boxes.
             first = index == 0 and self.proposals is None
             initialise_box_head(box_head, config.box_size_bias if first else 0.0)
+
+    @property
+    def level_strides(self) -> tuple[int, ...]:
+        """Likewise; a dilated stage (DC5) has the stride of the one before."""
+        return self.levels.strides
 
     def encode(self, images: ImageBatch) -> Memory:
         """Run backbone and encoder on all feature levels.

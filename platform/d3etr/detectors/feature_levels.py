@@ -32,6 +32,7 @@ class FeatureLevels(nn.Module):
 
     Attributes:
         stages: number of the backbone's stages that are used.
+        strides: pixels per cell of each level, finest first.
     """
 
     def __init__(self, config: DeformableDETRConfig, backbone: Backbone) -> None:
@@ -39,6 +40,9 @@ class FeatureLevels(nn.Module):
         width = config.width
         self.stages = min(config.levels, BACKBONE_LEVELS, len(backbone.stage_channels))
         channels = backbone.stage_channels[-self.stages :]
+        strides = backbone.stage_strides[-self.stages :]
+        further = range(1, config.levels - self.stages + 1)
+        self.strides = (*strides, *(strides[-1] * 2**level for level in further))
         layers = [nn.Conv2d(count, width, 1) for count in channels]
         coarser = [channels[-1], *[width] * config.levels]
         layers += [

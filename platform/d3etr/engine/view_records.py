@@ -51,7 +51,7 @@ class ViewTeacher:
         config = self.teacher.config
         if not (self.parts.attention or config.queries_need_images):
             return ()
-        return tuple(self.teacher.stride * 2**level for level in range(config.feature_levels))
+        return self.teacher.level_strides
 
     def records(self, images: Sequence[int], view: int) -> list[Arrays]:
         """What the teacher says about each image in a view.

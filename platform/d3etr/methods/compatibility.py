@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from d3etr.config.detector import DetectorConfig
+from d3etr.detectors.build import build_detector
 from d3etr.errors import UserError
 from d3etr.methods.adaptive import kept_pairs
 from d3etr.methods.refinement import check_refinement
@@ -64,6 +67,20 @@ def _check_inherited(student: DetectorConfig, teacher: DetectorConfig) -> None:
             f"distillation.inherited_ratio pairs queries {what}, but the student ({ours}) and the "
             f"teacher ({theirs}) differ: set it to 0, or give the student the teacher's"
         )
+    if student.queries_need_images:
+        strides = [_strides(detector) for detector in (student, teacher)]
+        if strides[0] != strides[1]:
+            raise UserError(
+                "distillation.inherited_ratio pairs queries of one place, but the student's "
+                f"feature levels have strides {list(strides[0])} and the teacher's "
+                f"{list(strides[1])} pixels: set it to 0, or give both backbones of the same "
+                "strides"
+            )
+
+
+def _strides(detector: DetectorConfig) -> tuple[int, ...]:
+    with torch.device("meta"):  # no memory, no weights
+        return build_detector(detector, 1).level_strides
 
 
 def _says(detector: DetectorConfig) -> str:
