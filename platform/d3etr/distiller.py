@@ -13,6 +13,7 @@ from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.attention import keep_keys
 from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.foundation import FoundationModel
 from d3etr.losses.set_criterion import detection_problem
 from d3etr.losses.supervision import GroundTruthSupervision, Normalisers
 from d3etr.matching.assignment import Assignment, Solutions, Solver
@@ -87,9 +88,33 @@ def _selected(
     return method.select(replace(teacher, groups={**teacher.groups, MAIN: main}))
 
 
+def _detector_outputs(
+    teacher: DetectionTransformer,
+    images: ImageBatch,
+    method: Method,
+    targets: Targets | None,
+    step: int,
+    supervision: GroundTruthSupervision,
+) -> TeacherOutputs:
+    """As much of a detector's outputs as the method needs, or what was stored of them."""
+    if not method.needs_teacher_outputs:
+        own = None if teacher.config.queries_need_images else teacher.object_queries().detach()
+        return TeacherOutputs(own)
+    if images.stored is not None:
+        stored = restored_outputs(images.stored, teacher, method.layers)
+        return _selected(stored, targets, method, supervision)
+    memory = teacher.encode(images.for_teacher or images)
+    kept = memory if method.needs_features else None
+    if not method.needs_decoder:
+        return TeacherOutputs(None, memory=kept)
+    queries = teacher.object_queries(memory).detach()
+    groups = _teacher_groups(teacher, queries, memory, method, targets, step)
+    return _selected(TeacherOutputs(queries, groups, kept), targets, method, supervision)
+
+
 def _build_method(
     student: DetectionTransformer,
-    teacher: DetectionTransformer | None,
+    teacher: DetectionTransformer | FoundationModel | None,
     config: MethodConfig,
     seed: int,
 ) -> Method:
@@ -97,11 +122,12 @@ def _build_method(
     kind: type[Method] = METHODS.find(config.method)
     if not config.needs_teacher:
         return kind()
-    if teacher is not None:
+    if isinstance(teacher, DetectionTransformer):
         kind.check_compatible(config, student.config, teacher.config, student.classes)
+    if teacher is not None:
         teacher.eval().requires_grad_(False)
-    detectors = [part.config for part in (student, teacher) if part is not None]
-    method = kind(config, *detectors, seed=seed)
+    networks = [part.config for part in (student, teacher) if part is not None]
+    method = kind(config, *networks, seed=seed)
     keep_keys(student, method.needs_keys)
     return method
 
@@ -120,7 +146,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: DetectionTransformer,
-        teacher: DetectionTransformer | None,
+        teacher: DetectionTransformer | FoundationModel | None,
         distillation: MethodConfig,
         criterion: SetCriterionConfig,
         *,
@@ -130,7 +156,7 @@ class Distiller(nn.Module):
 
         Args:
             student: the detector that is trained.
-            teacher: the detector that teaches; None exactly when the method needs no network.
+            teacher: the network that teaches; None exactly when the method needs none.
             distillation: the method's configuration.
             criterion: weights of the set criterion and its matching.
             seed: of what the method draws.
@@ -154,8 +180,15 @@ class Distiller(nn.Module):
 
     @property
     def teacher(self) -> DetectionTransformer | None:
-        """The frozen teacher."""
-        return self._teacher[0]
+        """The frozen teacher, where it is a detector."""
+        [teacher] = self._teacher
+        return teacher if isinstance(teacher, DetectionTransformer) else None
+
+    @property
+    def foundation(self) -> FoundationModel | None:
+        """The frozen teacher, where it is a foundation model."""
+        [teacher] = self._teacher
+        return teacher if isinstance(teacher, FoundationModel) else None
 
     @torch.no_grad()
     def run_teacher(
@@ -170,22 +203,12 @@ class Distiller(nn.Module):
             step: optimiser step, for what the method draws.
             targets: ground truth; None only where the method makes nothing of it here.
         """
-        teacher, method = self.teacher, self.method
+        [teacher], method = self._teacher, self.method
         if teacher is None:
             return TeacherOutputs(None) if method.takes_boxes else None
-        if not method.needs_teacher_outputs:
-            own = None if teacher.config.queries_need_images else teacher.object_queries().detach()
-            return TeacherOutputs(own)
-        if images.stored is not None:
-            stored = restored_outputs(images.stored, teacher, method.layers)
-            return _selected(stored, targets, method, self.supervision)
-        memory = teacher.encode(images.for_teacher or images)
-        kept = memory if method.needs_features else None
-        if not method.needs_decoder:
-            return TeacherOutputs(None, memory=kept)
-        queries = teacher.object_queries(memory).detach()
-        groups = _teacher_groups(teacher, queries, memory, method, targets, step)
-        return _selected(TeacherOutputs(queries, groups, kept), targets, method, self.supervision)
+        if isinstance(teacher, FoundationModel):
+            return TeacherOutputs(None, memory=teacher.encode(images.for_teacher or images))
+        return _detector_outputs(teacher, images, method, targets, step, self.supervision)
 
     @torch.no_grad()
     def normalisers(

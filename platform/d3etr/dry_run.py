@@ -14,6 +14,7 @@ from d3etr.config.infrastructure import ClusterConfig, RunConfig
 from d3etr.config.load import plain_tree, to_yaml
 from d3etr.config.tree import Config
 from d3etr.detectors.build import build_detector, count_parameters
+from d3etr.detectors.foundation_folder import read_foundation_folder
 from d3etr.engine.find_run import folder_of
 from d3etr.engine.preflight import judge_beginning
 from d3etr.engine.provenance import remote_files
@@ -209,6 +210,9 @@ def _teacher(plan: Plan, teacher: TeacherConfig | None) -> str:
     if teacher is not None and teacher.detections is not None:
         return f"boxes in {', '.join(map(str, teacher.detections))}"
     size = _millions(plan.teacher_parameters)
+    if teacher is not None and teacher.features is not None:
+        folder = read_foundation_folder(teacher.features)
+        size = f"features of a {folder.kind}, licence {folder.licence or 'not found'}"
     if teacher is None or teacher.image_scale == 1:
         return size
     return f"{size}, sees images {teacher.image_scale:g} times as large as the student"

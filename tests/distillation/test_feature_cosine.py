@@ -1,6 +1,7 @@
 """Cosine of encoders' outputs, and the weight that follows the encoder's share of the gradient."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tiny import FAMILY
 from torch import Tensor, nn
 
 from d3etr.config.distillation import EncoderShareConfig, MethodConfig
+from d3etr.config.load import load_config
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.distiller import Distiller
@@ -163,7 +165,12 @@ def test_the_encoders_share_is_watched_and_kept_with_the_run(
     assert factor != 1 and again["features"].item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_share_of_no_encoder_is_refused(tiny_detector: Build) -> None:
-    settings = {"gradient_share": {"target": 0.5}}
+def test_a_share_of_no_encoder_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "extends: digits/plain\nteacher: {weights: a.safetensors}\n"
+        "student: {detector: {encoder_layers: 0}}\n"
+        "distillation: {method: feature_cosine, gradient_share: {target: 0.5}}\n"
+    )
     with pytest.raises(UserError, match="encoder_layers is 0"):
-        _distiller(tiny_detector(encoder_layers=0), tiny_detector(), **settings)
+        load_config(recipe)

@@ -127,8 +127,11 @@ def test_one_file_or_several_are_kept_with_absolute_paths(tmp_path: Path) -> Non
     ("lines", "text"),
     [
         ("teacher: {weights: a.safetensors}", "teach_detr' needs teacher.detections"),
-        ("teacher: {detections: a.json, weights: b}", "exactly one of weights and detections"),
-        ("teacher: {}", "exactly one of weights and detections"),
+        (
+            "teacher: {detections: a.json, weights: b}",
+            "exactly one of weights, detections and features",
+        ),
+        ("teacher: {}", "exactly one of weights, detections and features"),
         ("teacher: {detections: a.json, precision: bfloat16}", "precision have no effect on boxes"),
         (
             "teacher: {detections: a.json}\nstudent: {detector: {name: detr, "

@@ -97,6 +97,33 @@ def test_boxes_in_files_give_no_rival_a_start(tmp_path: Path) -> None:
         contest(tmp_path, "teacher=null", *boxes, "student.initialise_from=null")
 
 
+FEATURES = (
+    "teacher={features: dino}",
+    "distillation={method: feature_cosine}",
+    "data.preprocessing.normalisation=imagenet",
+)
+
+
+def test_a_foundation_model_leaves_nothing_to_inherit_and_labels_nothing(tmp_path: Path) -> None:
+    anew = (*FEATURES, "student.initialise_from=null")
+    found = contest(tmp_path, *anew, checkpoint=Path("own.safetensors"))
+    assert [way.name for way in found.ways] == ["plain", "fine-tuned", "distilled"]
+    assert [way.config.teacher is None for way in found.ways] == [True, True, False]
+    assert set(found.left_out) == {"inherited plain"}
+    assert "no decoder, heads or queries to start from" in found.left_out["inherited plain"]
+    unlabelled = contest(tmp_path, *anew, *REST)
+    assert [way.name for way in unlabelled.ways] == ["plain", "distilled"]
+    assert set(unlabelled.left_out) == {"inherited plain", *ON_LABELS}
+    assert "cannot label images" in unlabelled.left_out[ON_LABELS[0]]
+
+
+def test_a_start_of_its_own_is_the_plain_rivals_too(tmp_path: Path) -> None:
+    other = ("student.initialise_from.weights=other.safetensors",)
+    plain, inherited, distilled = contest(tmp_path, *FEATURES, *other).ways
+    assert inherited.name == "inherited plain" and plain.config.student.initialise_from is None
+    assert inherited.config.student == distilled.config.student
+
+
 REST = ("data.labelled_share=0.5", "data.unlabelled={rest_of_train: true, share: 0.25}")
 
 

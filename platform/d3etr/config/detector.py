@@ -1,6 +1,7 @@
 """Configuration of detectors, and of the roles teacher and student."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
@@ -12,6 +13,7 @@ from d3etr.config.training import Precision, PretrainingConfig
 from d3etr.config.variants import VariantSection
 from d3etr.config.views import ViewsConfig
 from d3etr.registry import DETECTORS
+from d3etr.text import bare_url
 
 Positive = Annotated[int, Field(ge=1, le=65_536)]
 Layers = Annotated[int, Field(ge=1, le=100)]
@@ -238,17 +240,33 @@ def _as_tuple(value: object) -> object:
     return value if value is None or isinstance(value, tuple) else (value,)
 
 
+def _folder_on_this_machine(value: object) -> object:
+    """A folder's path as text."""
+    if isinstance(value, str) and "://" in value:
+        raise ValueError(
+            f"found '{bare_url(value)}', expected a folder on this machine: download the model's "
+            "files into one first"
+        )
+    return str(value) if isinstance(value, Path) else value
+
+
 class TeacherConfig(Section):
-    """The frozen detector that teaches, or what one has found."""
+    """The frozen detector that teaches, what one has found, or a foundation model."""
 
     weights: Location | None = None
     """A d3etr weights file, or its URL; its architecture is read from the file. Every method needs
-    it but those that learn from ``detections``."""
+    it but those that learn from ``detections`` or ``features``."""
     detections: Annotated[
         Annotated[tuple[Location, ...], Field(min_length=1)] | None, BeforeValidator(_as_tuple)
     ] = None
     """COCO results files (or their URLs) with what detectors of any kind have found on the training
     images; for method teach_detr, in place of ``weights``."""
+    features: Annotated[
+        Path | None, Field(strict=False), BeforeValidator(_folder_on_this_machine)
+    ] = None
+    """A Hugging Face folder of a DINOv2 or DINOv3 ViT (config.json, model.safetensors,
+    preprocessor_config.json), whose patch features the student's encoder imitates; for method
+    feature_cosine, in place of ``weights``. Needs the extra ``d3etr[transformers]``."""
     minimum_mAP: Annotated[float, Field(ge=0, le=1)] = 0.0
     """A teacher below this on the validation split stops the run before it starts."""
     evaluation: Literal["verify", "measure"] = "verify"
@@ -265,10 +283,19 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        if (self.weights is None) == (self.detections is None):
-            raise ValueError("expected exactly one of weights and detections")
-        others = sorted(self.model_fields_set - {"weights", "detections"})
-        changed = [k for k in others if getattr(self, k) != type(self).model_fields[k].default]
-        if self.detections is not None and changed:
-            raise ValueError(f"{', '.join(changed)} have no effect on boxes in files: remove them")
+        kinds = {
+            "weights": self.weights is not None,
+            "detections": self.detections is not None,
+            "features": self.features is not None,
+        }
+        if sum(kinds.values()) != 1:
+            raise ValueError("expected exactly one of weights, detections and features")
+        fields = type(self).model_fields
+        others = sorted(self.model_fields_set - {*kinds})
+        changed = [key for key in others if getattr(self, key) != fields[key].default]
+        if self.features is not None:
+            changed = [key for key in changed if key not in ("precision", "image_scale")]
+        if self.weights is None and changed:
+            what = "boxes in files" if self.detections else "a foundation model"
+            raise ValueError(f"{', '.join(changed)} have no effect on {what}: remove them")
         return self

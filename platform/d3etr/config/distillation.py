@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from d3etr.config.base import MAXIMUM, Section
+from d3etr.config.detector import DetectorConfig
 from d3etr.config.overrides import merge
 from d3etr.config.training import warmup_problem
 from d3etr.config.variants import VariantSection
@@ -243,14 +244,18 @@ class MethodConfig(VariantSection):
         return self.needs_teacher
 
     @property
-    def needs_detections(self) -> bool:
-        """Whether the teacher is ``teacher.detections``, boxes in files, instead of a network."""
-        return False
+    def teacher_kinds(self) -> tuple[str, ...]:
+        """Keys of ``teacher``, one of which names what teaches."""
+        return ("weights",)
 
     @property
     def needs_network(self) -> bool:
         """Whether there has to be a teacher's network."""
-        return self.needs_teacher and not self.needs_detections
+        return self.needs_teacher and "detections" not in self.teacher_kinds
+
+    def student_problem(self, student: DetectorConfig) -> str | None:
+        """Why a student of this architecture cannot learn so from any teacher, or None."""
+        return None
 
     @property
     def matches_adaptively(self) -> bool:

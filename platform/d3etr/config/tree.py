@@ -74,7 +74,8 @@ class Config(Section):
             raise ValueError(
                 "teacher is set but distillation.method is 'none': nothing would use it"
             )
-        self._teacher_fits()
+        if problem := _teacher_problem(self):
+            raise ValueError(problem)
         if self.student.initialise_from is not None and self.initial_weights is None:
             raise ValueError(
                 "student.initialise_from.weights is not set and there is no teacher whose parts "
@@ -105,21 +106,6 @@ class Config(Section):
         if steps and (text := self.distillation.schedule_problem(steps, "optimisation.steps")):
             raise ValueError(text)
         return self
-
-    def _teacher_fits(self) -> None:
-        """Refuse a method whose kind of teacher is not there."""
-        if not self.distillation.needs_teacher:
-            return
-        method, boxes = self.distillation.method, self.distillation.needs_detections
-        key = "detections" if boxes else "weights"
-        if self.teacher is None or getattr(self.teacher, key) is None:
-            article = "" if boxes else "a "
-            raise ValueError(f"distillation.method '{method}' needs {article}teacher.{key}")
-        if boxes and self.student.detector.softmax_classes:
-            raise ValueError(
-                f"distillation.method '{method}' has scores as targets of single classes, but the "
-                "student has classification 'softmax': set it to 'sigmoid'"
-            )
 
     def _unlabelled_images_teach(self) -> None:
         """Refuse images without labels that nothing is learnt from."""
@@ -193,6 +179,31 @@ class Config(Section):
                     f"optimisation.set_criterion.{key} has no effect on a student with "
                     f"classification '{kind}', which learns by the {name}: remove it"
                 )
+
+
+def _teacher_problem(config: Config) -> str | None:
+    """Why what teaches does not go with the method, the student or its pictures, or None."""
+    method, teacher, student = config.distillation, config.teacher, config.student.detector
+    if not method.needs_teacher:
+        return None
+    kinds = method.teacher_kinds
+    if teacher is None or all(getattr(teacher, kind) is None for kind in kinds):
+        keys = " or ".join(f"teacher.{kind}" for kind in kinds)
+        article = "a " if method.needs_network else ""
+        return f"distillation.method '{method.method}' needs {article}{keys}"
+    if not method.needs_network and student.softmax_classes:
+        return (
+            f"distillation.method '{method.method}' has scores as targets of single classes, but "
+            "the student has classification 'softmax': set it to 'sigmoid'"
+        )
+    normalisation = config.data.preprocessing.normalisation
+    if teacher.features is not None and normalisation != "imagenet":
+        return (
+            "teacher.features needs the student's pictures as they were, and "
+            f"data.preprocessing.normalisation '{normalisation}' cannot be undone: set it to "
+            "'imagenet'"
+        )
+    return method.student_problem(student)
 
 
 def _inheritance_problem(config: Config) -> str | None:

@@ -13,6 +13,7 @@ from d3etr.data.judgement import judge
 from d3etr.data.loading import EpochLoader
 from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.foundation import FoundationModel, load_foundation
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.distiller import Distiller
 from d3etr.engine.distributed import TrainContext, run_on_all_workers
@@ -29,7 +30,12 @@ from d3etr.engine.provenance import (
 )
 from d3etr.engine.run_folder import RunFolder
 from d3etr.engine.seeding import derive_seed, seed_generators
-from d3etr.engine.teacher import check_same_classes, check_same_input, teacher_boxes
+from d3etr.engine.teacher import (
+    check_same_classes,
+    check_same_input,
+    foundation_folder,
+    teacher_boxes,
+)
 from d3etr.progress import OnProgress
 from d3etr.storage.fetch import fetch_file, local_file
 
@@ -58,7 +64,8 @@ class Models:
 
     Attributes:
         student: on the worker's device.
-        teacher: frozen, on the worker's device; None for plain training.
+        teacher: frozen, on the worker's device; None for plain training, and where what teaches
+            is no detector.
         teacher_info: the metadata of its weights file.
         distiller: student and losses.
         optimiser: of the distiller's parameters.
@@ -178,10 +185,11 @@ def build_models(config: Config, splits: Splits, context: TrainContext) -> Model
     student = build_student(config, splits.train.categories, quiet=context.rank != 0)
     student = student.to(context.device)
     teacher, info = _load_teacher(config, splits.train, context)
+    foundation = _load_foundation(config, context)
     _seed(config, "distiller")
     distiller = Distiller(
         student,
-        teacher,
+        teacher if foundation is None else foundation,
         config.distillation,
         config.optimisation.set_criterion,
         seed=derive_seed(config.run.seed, "queries"),
@@ -217,6 +225,11 @@ def _load_teacher(
     check_same_classes(info, config.teacher.weights, split)
     check_same_input(info, config.teacher.weights, config.data)
     return teacher.to(context.device).requires_grad_(False), info
+
+
+def _load_foundation(config: Config, context: TrainContext) -> FoundationModel | None:
+    folder = foundation_folder(config)
+    return None if folder is None else load_foundation(folder).to(context.device)
 
 
 def _seed(config: Config, purpose: str) -> None:

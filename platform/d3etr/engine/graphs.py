@@ -38,6 +38,8 @@ def unsupported_reason(distiller: Distiller, device: torch.device) -> str | None
     """What in a step takes the host, in words; None where nothing does."""
     if not runs_kernels(device):
         return "it needs a GPU, and Triton"
+    if distiller.foundation is not None:
+        return "the pass of a foundation model (teacher.features) is not recorded"
     if distiller.method.takes_boxes:
         return "how many boxes of teacher.detections an image has is the host's to know"
     if distiller.method.draws_in_steps:

@@ -30,7 +30,12 @@ from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.weights import WeightsInfo, load_backbone_weights, read_info
 from d3etr.engine.init_student import require_start
 from d3etr.engine.provenance import ensure_inputs_answer, weights_of
-from d3etr.engine.teacher import check_same_classes, check_same_input, teacher_boxes
+from d3etr.engine.teacher import (
+    check_same_classes,
+    check_same_input,
+    foundation_folder,
+    teacher_boxes,
+)
 from d3etr.engine.views import require_storable
 from d3etr.errors import UserError
 from d3etr.methods.base import Method
@@ -147,6 +152,7 @@ def _judge_weights(
             _ensure_readable(key, file, config)
     if config.teacher is not None and train is not None:
         teacher_boxes(config, train)
+    foundation_folder(config)
     if config.teacher is None or config.teacher.weights is None:
         return None
     with local_file(config.teacher.weights) as local:

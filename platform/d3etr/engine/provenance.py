@@ -13,6 +13,7 @@ from d3etr.config.location import Url
 from d3etr.config.tree import Config
 from d3etr.data.file_labels import LABELS_KEY
 from d3etr.data.splits import UNLABELLED, DetectionSplit, parse_split
+from d3etr.detectors.foundation_folder import FILES
 from d3etr.detectors.weights import file_digest
 from d3etr.engine.distributed import TrainContext
 from d3etr.engine.run_folder import RunFolder
@@ -135,9 +136,12 @@ def weights_of(config: Config) -> dict[str, Url | Path]:
 
 def files_of(config: Config) -> dict[str, Url | Path]:
     """The single files that a run begins with, by key: weights, boxes of teachers."""
-    boxes = () if config.teacher is None else config.teacher.detections or ()
-    found = weights_of(config)
-    found |= {f"teacher.detections[{place}]": file for place, file in enumerate(boxes)}
+    found, teacher = weights_of(config), config.teacher
+    if teacher is not None:
+        boxes = teacher.detections or ()
+        found |= {f"teacher.detections[{place}]": file for place, file in enumerate(boxes)}
+    if teacher is not None and teacher.features is not None:
+        found |= {f"teacher.features/{name}": teacher.features / name for name in FILES}
     unlabelled = config.data.unlabelled
     if unlabelled is not None and unlabelled.labels is not None:
         found[LABELS_KEY] = unlabelled.labels

@@ -24,6 +24,7 @@ from d3etr.engine.provenance import INPUTS_KEY
 from d3etr.engine.resume import resume
 from d3etr.engine.run_folder import RunFolder, numbers
 from d3etr.engine.step import TrainingStep
+from d3etr.engine.teacher import foundation_folder, licence_of
 from d3etr.engine.validation import Validation
 from d3etr.engine.views import prepare_views
 from d3etr.files import clear_disk_errors, read_json
@@ -132,9 +133,12 @@ def _train(
 
 
 def _warn_of_settings(run: Run, step: TrainingStep) -> None:
-    """Name settings without effect, and one that would have some."""
+    """Name settings without effect, one that would have some, and a foundation model's licence."""
     config, reason = run.config, step.unsupported_reason()
-    method = run.models.distiller.method
+    method, folder = run.models.distiller.method, foundation_folder(run.config)
+    if folder is not None:
+        level = "info" if folder.licence else "warning"
+        run.journal.message(run.step, licence_of(folder), level)
     if config.teacher is not None and not method.needs_teacher_outputs:
         for key in ("precision", "image_scale"):
             if getattr(config.teacher, key) != type(config.teacher).model_fields[key].default:

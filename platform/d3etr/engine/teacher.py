@@ -11,6 +11,8 @@ from d3etr.config.tree import Config
 from d3etr.data.splits import DetectionSplit
 from d3etr.data.teacher_boxes import FoundBoxes, read_teacher_boxes
 from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.foundation import require_transformers
+from d3etr.detectors.foundation_folder import FoundationFolder, read_foundation_folder
 from d3etr.detectors.weights import WeightsInfo
 from d3etr.errors import UserError
 from d3etr.evaluation.evaluator import Evaluator
@@ -76,6 +78,28 @@ def teacher_boxes(config: Config, split: DetectionSplit) -> tuple[FoundBoxes, ..
         return None
     least: float = getattr(method, "minimum_score", 0.0)
     return read_teacher_boxes(config.teacher.detections, split, least)
+
+
+def foundation_folder(config: Config) -> FoundationFolder | None:
+    """What the folder of a foundation model that teaches says; None where none does.
+
+    Raises:
+        UserError: see ``read_foundation_folder``, or there is nothing to load the model with.
+    """
+    if config.teacher is None or config.teacher.features is None:
+        return None
+    require_transformers()
+    return read_foundation_folder(config.teacher.features)
+
+
+def licence_of(folder: FoundationFolder) -> str:
+    """What is known of a foundation model's licence, a sentence for people."""
+    if folder.licence is not None:
+        return f"teacher.features {folder.path}: licence {folder.licence}"
+    return (
+        f"teacher.features {folder.path}: no licence found (README.md's front matter, LICENSE): "
+        "look up what the model may be used for"
+    )
 
 
 def qualify_teacher(

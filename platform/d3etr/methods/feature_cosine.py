@@ -2,8 +2,9 @@
 
 RT-DETRv4 (arXiv 2510.25257) compares the encoder's map of the largest stride (F5) with another
 network's tokens after a linear map; Ultralytics distils neck maps by the same distance. The weight
-of 5 and the steering of the weight are RT-DETRv4's. Our choice: the other network is a teacher
-detector, whose tokens come from behind its encoder.
+of 5 and the steering of the weight are RT-DETRv4's. The other network is a foundation model's ViT
+(``teacher.features``, as theirs) or a teacher detector (our choice), whose tokens come from behind
+its encoder.
 
 No queries take part, so the teacher's decoder does not run, and detectors of any two kinds fit.
 """
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from d3etr.config.base import MAXIMUM
 from d3etr.config.detector import DetectorConfig
-from d3etr.config.distillation import EncoderShareConfig, MethodConfig, TaughtMethodConfig
-from d3etr.errors import UserError
+from d3etr.config.distillation import EncoderShareConfig, TaughtMethodConfig
+from d3etr.detectors.foundation import FoundationConfig
 from d3etr.losses.features import cosine_loss, resize_tokens
 from d3etr.methods.base import Matches, Method, StudentOutputs, TeacherOutputs
 from d3etr.structures import Targets
@@ -42,6 +43,20 @@ class FeatureCosineConfig(TaughtMethodConfig):
         """The term with its weight."""
         return f"cosine of features ({self.weight:g})"
 
+    @property
+    def teacher_kinds(self) -> tuple[str, ...]:
+        """A detector, or a foundation model."""
+        return ("weights", "features")
+
+    def student_problem(self, student: DetectorConfig) -> str | None:
+        """The gradient of an encoder that is not there has no share."""
+        if self.gradient_share is None or student.encoder_layers:
+            return None
+        return (
+            "distillation.gradient_share steers by the encoder's share of the gradient, but "
+            "student.detector.encoder_layers is 0: remove it, or give the student a layer"
+        )
+
 
 class FeatureCosine(Method):
     """L = L_det(main) + w mean_s (1 - cos(A t_s + a, t'_s)) over valid memory tokens s.
@@ -58,25 +73,13 @@ class FeatureCosine(Method):
         self,
         config: FeatureCosineConfig,
         student: DetectorConfig,
-        teacher: DetectorConfig,
+        teacher: DetectorConfig | FoundationConfig,
         *,
         seed: int,
     ) -> None:
         super().__init__()
         self.config = config
         self.adapter = nn.Linear(student.width, teacher.width)
-
-    @classmethod
-    def check_compatible(
-        cls, config: MethodConfig, student: DetectorConfig, teacher: DetectorConfig, classes: int
-    ) -> None:
-        """Refuse to steer by the gradient of an encoder that the student does not have."""
-        assert isinstance(config, FeatureCosineConfig)
-        if config.gradient_share is not None and not student.encoder_layers:
-            raise UserError(
-                "distillation.gradient_share steers by the encoder's share of the gradient, but "
-                "student.detector.encoder_layers is 0: remove it, or give the student a layer"
-            )
 
     def losses(
         self,

@@ -40,9 +40,9 @@ class TeachDETRConfig(TaughtMethodConfig):
     """Weights and costs over the teacher's boxes, as optimisation.set_criterion over objects."""
 
     @property
-    def needs_detections(self) -> bool:
+    def teacher_kinds(self) -> tuple[str, ...]:
         """Boxes in files, and no network."""
-        return True
+        return ("detections",)
 
     @property
     def learns_without_labels(self) -> bool:

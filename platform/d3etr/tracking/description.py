@@ -85,6 +85,8 @@ def teacher_tags(config: Config) -> dict[str, str]:
     if config.teacher is None:
         return {}
     weights = config.teacher.weights
+    if config.teacher.features is not None:
+        return {"teacher_features": config.teacher.features.name}
     if weights is None:
         return {"teacher_detections": ", ".join(x.name for x in config.teacher.detections or ())}
     found = {"teacher_weights": weights.name}

@@ -22,6 +22,8 @@ ON_LABELS = (PSEUDO_LABELS, TAUGHT_LABELS)
 """Those that train on what the teacher has labelled."""
 LABELS_FILE = "pseudo-labels.json"
 """In a verdict's folder."""
+_NO_DECODER = "teacher.features is no detector: it has no decoder, heads or queries to start from"
+_NO_DETECTIONS = "teacher.features is no detector: it cannot label images"
 WITHOUT_TEACHER = ("teacher=null", "distillation={method: none}")
 
 
@@ -88,34 +90,38 @@ def make_contest(
             "Expected the recipe of a distilled student, such as digits/d3etr; its plain rivals "
             "are made from it"
         )
-    weights = config.teacher.weights
-    if weights is None:
+    if config.teacher.detections is not None:
         raise UserError(
             f"{recipe} learns from teacher.detections, from which no rival could start: expected a "
             "recipe with teacher.weights; 'd3etr compare' compares runs of any kind"
         )
     anew = (*_from_nothing(config), *_without_labels(config), *WITHOUT_TEACHER)
-    start = _start(config.student.initialise_from, weights)
-    asked = {
-        PLAIN: anew,
-        INHERITED: (*_without_labels(config), *WITHOUT_TEACHER, *start),
-    }
+    asked, left_out = {PLAIN: anew}, dict[str, str]()
+    origin = config.initial_weights or config.teacher.weights
+    start = () if origin is None else _start(config.student.initialise_from, origin)
+    if start:
+        asked[INHERITED] = (*_without_labels(config), *WITHOUT_TEACHER, *start)
+    else:
+        left_out[INHERITED] = _NO_DECODER
     if checkpoint is not None:
         parts = InitialiseFromConfig(weights=checkpoint, parts=get_args(DetectorPart))
         asked[FINE_TUNED] = (*anew, *_start(parts, checkpoint), "student.backbone_weights=null")
     images = config.data.unlabelled
     if images is not None and images.labels is None:
         labelled = override_with(Path(LABELS_FILE), images)
-        asked[PSEUDO_LABELS] = (labelled, *WITHOUT_TEACHER, *start)
-        asked[TAUGHT_LABELS] = (labelled,)
-    ways, left_out = list[Way](), dict[str, str]()
+        if config.teacher.weights is None:
+            left_out |= dict.fromkeys(ON_LABELS, _NO_DETECTIONS)
+        else:
+            asked[PSEUDO_LABELS] = (labelled, *WITHOUT_TEACHER, *start)
+            asked[TAUGHT_LABELS] = (labelled,)
+    ways = list[Way]()
     for name, changes in asked.items():
         try:
             ways.append(Way(name, changes, load_config(recipe, [*overrides, *changes])))
         except UserError as error:
             left_out[name] = str(error)
     if all(way.distilled for way in ways):
-        raise UserError(f"no plain student can be trained: {left_out[INHERITED]}")
+        raise UserError(f"no plain student can be trained: {left_out[PLAIN]}")
     own = [_variant(recipe, overrides, *each) for each in (variants or {}).items()]
     return Contest((*ways, *own, Way(DISTILLED, (), config)), left_out)
 

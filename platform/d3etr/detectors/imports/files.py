@@ -49,11 +49,11 @@ def read_folder(folder: Path) -> Found:
     Raises:
         UserError: files are missing, broken or outside of the folder.
     """
-    config = _read_json(folder / CONFIG)
+    config = read_settings(folder / CONFIG)
     files = _weights_files(folder)
     tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
     beside = folder / PREPROCESSING
-    return Found(tensors, files, config, _read_json(beside) if beside.is_file() else {})
+    return Found(tensors, files, config, read_settings(beside) if beside.is_file() else {})
 
 
 def _weights_files(folder: Path) -> tuple[Path, ...]:
@@ -66,7 +66,7 @@ def _weights_files(folder: Path) -> tuple[Path, ...]:
             f"{folder}: no {WEIGHTS} and no {INDEX} in this folder{hint if others else ''}: give "
             "a folder that holds the model as safetensors; save_pretrained writes it so"
         )
-    names = _read_json(folder / INDEX).get("weight_map")
+    names = read_settings(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{folder / INDEX}: no 'weight_map' from tensors to files: copy it again")
     files = sorted(set(names.values()))
@@ -76,7 +76,12 @@ def _weights_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in files)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON file of a folder that ``save_pretrained`` wrote.
+
+    Raises:
+        UserError: it is missing, broken, or no object.
+    """
     try:
         if path.stat().st_size > _LONGEST_JSON or not path.is_file():
             raise UserError(f"{path}: {path.stat().st_size / 1e6:,.0f} MB are no {path.name}")
