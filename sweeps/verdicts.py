@@ -8,7 +8,7 @@ A file names the questions, each what ``d3etr verdict`` is asked:
     name: labels                    # of the files that are written
     title: "What the table is called"
     along: labelled images          # what `at` counts; without it there is no curve
-    options: --minutes 1.5          # of every question
+    options: --minutes 3            # of every question
     verdicts:
       5 % of the labels: {at: 300, ask: digits/unlabelled --set data.labelled_share=0.05}
 

@@ -8,12 +8,14 @@ from typing import Any, cast
 
 import pytest
 
+from d3etr.engine.journal import Journal
+from d3etr.engine.run_folder import RunFolder
 from d3etr.engine.step_costs import StepCosts
 from d3etr.evaluation.judge import Difference, Judgement, Standing
 from d3etr.evaluation.resampling import Interval
 from d3etr.launch.sweeps.results import TrialResult
 from d3etr.verdict.found import Found, Ran, Stage
-from d3etr.verdict.report import as_json, as_markdown, notes, results_table
+from d3etr.verdict.report import as_json, as_markdown, band_of, notes, results_table
 from d3etr.verdict.stages import Entry
 
 PLAIN = SimpleNamespace(teacher=None)
@@ -100,6 +102,22 @@ def test_what_labelling_took_is_said() -> None:
     )
     labelled = replace(whole, final=replace(whole.final, ran=runs), costs=costs)
     assert notes(labelled) == ["9 s of 'pseudo-labels' went into the teacher's labels."]
+
+
+def test_a_curve_begins_after_what_the_teacher_did_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    each = ran("pseudo-labels", 60.0)
+    for folder, mAP in zip(each.folders, (0.2, 0.4), strict=True):
+        folder.mkdir()
+        journal = Journal(RunFolder(folder).journal)
+        for step in (50, 100):
+            journal.write("evaluation", step=step, metrics={"val/mAP": mAP * step / 100})
+    band = band_of(each, 30.0)
+    assert band is not None
+    assert [3600 * hour for hour in band.hours] == pytest.approx([60.0, 90.0])
+    assert list(band.means) == pytest.approx([0.15, 0.3])
 
 
 def test_a_contender_that_cannot_win_is_stopped_but_never_the_rival() -> None:
