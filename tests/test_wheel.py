@@ -116,8 +116,8 @@ def test_the_wheel_holds_what_is_shipped_and_nothing_else(wheel: Path, repositor
         licences = [name for name in archive.namelist() if name.endswith("/LICENSE")]
     recipes = {
         f"d3etr/shipped/{path.relative_to(repository).as_posix()}"
-        for folder in ("trainers/recipes", "sweeps")
-        for path in (repository / folder).rglob("*.yaml")
+        for pattern in ("trainers/recipes/**/*.yaml", "sweeps/*.yaml")
+        for path in repository.glob(pattern)
     }
     assert recipes <= inside
     others = {name for name in inside if name.startswith("d3etr/shipped/")} - recipes

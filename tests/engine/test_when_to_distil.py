@@ -106,9 +106,9 @@ def test_the_teacher_runs_in_the_steps_that_distil(
     calls = []
     run = Distiller.run_teacher
 
-    def counted(self: Distiller, images: ImageBatch, step: int = -1) -> Any:
+    def counted(self: Distiller, images: ImageBatch, step: int = -1, targets: Any = None) -> Any:
         calls.append(step)
-        return run(self, images, step)
+        return run(self, images, step, targets)
 
     monkeypatch.setattr(Distiller, "run_teacher", counted)
     config = make_config()
