@@ -14,7 +14,7 @@ from d3etr.config.tree import Config
 from d3etr.engine.journal import read_journal
 from d3etr.verdict.contenders import ON_LABELS
 
-TAUGHT = ("distilled, pseudo-labels", "predictions", "distilled")
+TAUGHT = ("distilled on pseudo-labels", "predictions, alone", "distilled")
 NAMES = ("plain", "inherited plain", "fine-tuned", "pseudo-labels", *TAUGHT)
 Verdict = Callable[..., tuple[int, str, str]]
 DETECTOR = tiny_detector_config(width=32, feedforward=32, queries=8, box_size_bias=0.7)
@@ -63,7 +63,7 @@ def test_a_verdict_compares_at_equal_time_and_goes_on_where_it_ended(
     asked = ["--minutes", "0.015", "--seeds", "2", "--rates", "0.5", "--early"]
     asked += ["--checkpoint", str(recipe.parent / "own.safetensors")]
     asked += ["--set", f"run.output={tmp_path}", "--set", "tracking.enabled=true"]
-    asked += ["--variant", "predictions", "distillation.self_attention.weight=0"]
+    asked += ["--variant", "predictions, alone", "distillation.self_attention.weight=0"]
     code, out, log = verdict(*asked)
     assert code == 0, log
     first, *_ = out.splitlines()

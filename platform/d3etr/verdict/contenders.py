@@ -16,7 +16,7 @@ from d3etr.errors import UserError
 from d3etr.pseudo_labels import override_with
 
 PLAIN, INHERITED, FINE_TUNED, DISTILLED = "plain", "inherited plain", "fine-tuned", "distilled"
-PSEUDO_LABELS, TAUGHT_LABELS = "pseudo-labels", "distilled, pseudo-labels"
+PSEUDO_LABELS, TAUGHT_LABELS = "pseudo-labels", "distilled on pseudo-labels"
 CONTENDERS = (PLAIN, INHERITED, FINE_TUNED, PSEUDO_LABELS, TAUGHT_LABELS, DISTILLED)
 ON_LABELS = (PSEUDO_LABELS, TAUGHT_LABELS)
 """Those that train on what the teacher has labelled."""
