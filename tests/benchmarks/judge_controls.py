@@ -24,6 +24,7 @@ from d3etr.storage.fetch import local_file
 from d3etr.verdict.found import Ran
 from d3etr.verdict.judging import Trained, judge_runs
 from d3etr.verdict.run import Question, run_verdict
+from d3etr.verdict.stages import WARM_UP_SHARE
 
 RECIPE = Path("digits/d3etr")
 FOLDER = Path("runs/judge-controls")
@@ -45,6 +46,7 @@ def no_better(steps: int) -> Path:
     """The weights of a plain student that is trained as long as its rival."""
     settings = {"optimisation.steps": steps, "run.name": "no-better", "run.seed": 1000}
     settings |= {"run.output": FOLDER, "tracking.enabled": False}
+    settings["optimisation.schedule.warmup_steps"] = min(100, steps // WARM_UP_SHARE)
     return d3etr.train("digits/inherited", **settings).weights
 
 
