@@ -27,14 +27,14 @@ def around(mean: float, half: float) -> Difference:
     return Difference(interval, interval, interval)
 
 
-def ran(name: str, seconds: float) -> Ran:
+def ran(name: str, seconds: float, prepared: float = 0.0) -> Ran:
     summary = {"training_cpu_seconds": seconds}
     trials = [
         TrialResult(cast(Any, None), "finished", Path(f"{name}-{k}"), summary, 0.4, 1)
         for k in range(2)
     ]
     way = cast(Any, SimpleNamespace(name=name, distilled=name == "distilled", config=PLAIN))
-    return Ran(Entry(way, 1.0, 100), tuple(trials))
+    return Ran(Entry(way, 1.0, 100, prepared), tuple(trials))
 
 
 def found(gain: Difference, lead: Difference, seconds: float = 60.0) -> Found:
@@ -94,27 +94,24 @@ def test_times_that_differ_are_said_and_shared_splits_too() -> None:
 def test_what_labelling_took_is_said() -> None:
     whole = found(around(0.04, 0.02), around(0.1, 0.05))
     assert whole.final is not None
-    runs = (*whole.final.ran, ran("pseudo-labels", 51.0))
-    costs = replace(
-        whole.costs,
-        seconds=whole.costs.seconds | {"pseudo-labels": 0.51},
-        prepared={"pseudo-labels": 9.0},
-    )
+    runs = (*whole.final.ran, ran("pseudo-labels", 51.0, 9.0))
+    costs = replace(whole.costs, seconds=whole.costs.seconds | {"pseudo-labels": 0.51})
     labelled = replace(whole, final=replace(whole.final, ran=runs), costs=costs)
     assert notes(labelled) == ["9 s of 'pseudo-labels' went into the teacher's labels."]
+    assert "in the same 1 minutes of CPU time a run" in labelled.sentence
 
 
 def test_a_curve_begins_after_what_the_teacher_did_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    each = ran("pseudo-labels", 60.0)
+    each = ran("pseudo-labels", 60.0, 30.0)
     for folder, mAP in zip(each.folders, (0.2, 0.4), strict=True):
         folder.mkdir()
         journal = Journal(RunFolder(folder).journal)
         for step in (50, 100):
             journal.write("evaluation", step=step, metrics={"val/mAP": mAP * step / 100})
-    band = band_of(each, 30.0)
+    band = band_of(each)
     assert band is not None
     assert [3600 * hour for hour in band.hours] == pytest.approx([60.0, 90.0])
     assert list(band.means) == pytest.approx([0.15, 0.3])

@@ -113,7 +113,7 @@ class Stage:
         """The answer with its numbers, in one sentence."""
         judgement, best = self.judgement, self.judgement.best_distilled
         assert best is not None
-        minutes = fmean(each.seconds for each in self.ran) / 60
+        minutes = fmean(each.entry.prepared + each.seconds for each in self.ran) / 60
         said = (
             f"{OPENINGS[self.answer]}: '{best.name}' reaches {_percent(best.mAP.both.mean)} mAP, "
             f"{shown(self.gain.both)} over '{judgement.rival}' in the same {minutes:.3g} minutes "
@@ -139,12 +139,12 @@ class Stage:
                 )
             if name in ON_LABELS:
                 found.append(
-                    f"{costs.prepared[name]:.3g} s of '{name}' went into the teacher's labels."
+                    f"{each.entry.prepared:.3g} s of '{name}' went into the teacher's labels."
                 )
             teacher = each.entry.way.config.teacher
             if teacher is not None and teacher.views is not None:
                 found.append(
-                    f"{costs.prepared[name]:.0f} s of '{name}' went into storing the teacher's "
+                    f"{each.entry.prepared:.0f} s of '{name}' went into storing the teacher's "
                     "views; what was stored before is not counted."
                 )
         return found

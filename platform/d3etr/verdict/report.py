@@ -113,26 +113,23 @@ def write_files(found: Found) -> list[Path]:
     write_text(files[0], json.dumps(as_json(found), indent=1, allow_nan=False) + "\n")
     write_text(files[1], as_markdown(found))
     stage = found.stage
-    costs = found.costs.prepared
-    drawn = [band_of(ran, costs[ran.entry.way.name]) for ran in stage.ran]
-    bands = [band for band in drawn if band is not None]
+    bands = [band for ran in stage.ran if (band := band_of(ran)) is not None]
     save(draw_bands(bands, "Mean and 95 % interval over seeds", stage.ran[0].clock), files[2])
     return files
 
 
-def band_of(ran: Ran, prepared: float) -> Band | None:
+def band_of(ran: Ran) -> Band | None:
     """Validation mAP over time, where all seeds were measured.
 
-    Args:
-        ran: a contender's runs.
-        prepared: seconds that its teacher took before the first step.
+    What the teacher did before the first step counts.
     """
     curves = [_curve(folder) for folder in ran.folders]
     steps = sorted(set.intersection(*map(set, curves)))
     if not steps:
         return None
     spreads = [over_seeds(np.array([curve[step] for curve in curves])) for step in steps]
-    hours = [(prepared + step / ran.entry.steps * ran.seconds) / 3600 for step in steps]
+    before, pace = ran.entry.prepared, ran.seconds / ran.entry.steps
+    hours = [(before + step * pace) / 3600 for step in steps]
     ends = ([s.mean for s in spreads], [s.low for s in spreads], [s.high for s in spreads])
     return Band(ran.entry.way.name, hours, *ends)
 

@@ -113,7 +113,7 @@ class _Verdict:
         ways = [way for way in self._contest.ways if way.name in costs.seconds]
         self._announce(ways, costs, left_out)
         entries = [
-            entry(way, rate, self._left(costs, way), costs.seconds[way.name])
+            entry(way, rate, self._seconds, costs.seconds[way.name], costs.prepared[way.name])
             for way in ways
             for rate in self._question.rates
         ]
@@ -167,16 +167,12 @@ class _Verdict:
         write_text(file, json.dumps(vars(costs), indent=1) + "\n")
         return costs
 
-    def _left(self, costs: StepCosts, way: Way) -> float:
-        """Seconds for steps: what the teacher does before the first one is taken off."""
-        return self._seconds - costs.prepared[way.name]
-
     def _announce(self, ways: Sequence[Way], costs: StepCosts, left_out: dict[str, str]) -> None:
         """Costs, steps and the forecast, before anything takes long."""
         plain = min(costs.seconds.values())
         for way in ways:
             cost, before = costs.seconds[way.name], costs.prepared[way.name]
-            steps = round(self._left(costs, way) / cost)
+            steps = round((self._seconds - before) / cost)
             less = f" less {before:.3g} s before the first" if before else ""
             self._say(
                 f"{way.name}: a step takes {1000 * cost:.1f} ms ({cost / plain:.2f} of the "

@@ -28,11 +28,13 @@ class Entry:
         way: what it trains.
         rate: factor on the recipe's learning rate.
         steps: optimiser steps.
+        prepared: seconds that its teacher takes before the first one.
     """
 
     way: Way
     rate: float
     steps: int
+    prepared: float = 0.0
 
     @property
     def title(self) -> str:
@@ -63,7 +65,7 @@ class Entry:
         )
 
 
-def entry(way: Way, rate: float, seconds: float, cost: float) -> Entry:
+def entry(way: Way, rate: float, seconds: float, cost: float, prepared: float = 0.0) -> Entry:
     """A contender with as many steps as fit into a time.
 
     Args:
@@ -71,17 +73,18 @@ def entry(way: Way, rate: float, seconds: float, cost: float) -> Entry:
         rate: factor on its learning rate.
         seconds: of the whole run.
         cost: seconds of one step.
+        prepared: seconds of the whole that pass before the first step.
 
     Raises:
         UserError: hardly any fit.
     """
-    steps = round(seconds / cost)
+    steps = round((seconds - prepared) / cost)
     if steps < FEWEST_STEPS:
         raise UserError(
             f"{seconds:.3g} seconds are {steps} steps of '{way.name}', of which each takes "
             f"{1000 * cost:.3g} ms; expected at least {FEWEST_STEPS}: give more --minutes"
         )
-    return Entry(way, rate, steps)
+    return Entry(way, rate, steps, prepared)
 
 
 def sweep_of(
