@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 from engine.test_remote_inputs import over_http
-from engine.test_views import placed, shards, train, with_views
+from engine.test_views import placed, shards, taught_by, train, with_views
 from engine.test_workers import train_with_two_workers
 from PIL import Image
-from tiny import FAMILY, changed, save_untrained
-from tiny_runs import DETECTOR, MakeConfig, assert_same_run, losses
+from tiny_runs import MakeConfig, assert_same_run, losses
 
 from d3etr.config.data import DataConfig, DigitScenesConfig, UnlabelledConfig
 from d3etr.config.tree import Config
@@ -66,14 +65,7 @@ def stores(config: Config) -> list[ViewStore]:
 def test_losses_are_those_of_the_teacher_on_the_same_pictures(
     make_config: MakeConfig, tmp_path: Path, variant: str, precision: str
 ) -> None:
-    plain = make_config()
-    weights = tmp_path / "teacher.safetensors"
-    detector = changed(DETECTOR, **FAMILY[variant], queries=8, dropout=0.0, heads=2)
-    save_untrained(weights, detector, plain.data)
-    student = {"levels": detector.feature_levels} if detector.name == "deformable_detr" else {}
-    config = make_config(
-        teacher={"weights": weights}, detector={"name": detector.name, "dropout": 0.0} | student
-    )
+    config = taught_by(variant, make_config, tmp_path)
     config = mixed(config, method={}, precision=precision, unlabelled_count=3)
     flips = config.data.augmentation.model_copy(update={"horizontal_flip": 0.5})
     config = placed(on(config, config.data.model_copy(update={"augmentation": flips})), tmp_path)

@@ -55,6 +55,16 @@ def shards(root: Path) -> list[Path]:
     return sorted(root.glob("teacher-views/*/*.safetensors"))
 
 
+def taught_by(variant: str, make_config: MakeConfig, folder: Path, **sections: Any) -> Config:
+    """A student of the kind of its untrained teacher, one of ``FAMILY``."""
+    weights = folder / "teacher.safetensors"
+    detector = changed(DETECTOR, **FAMILY[variant], queries=8, dropout=0.0, heads=2)
+    save_untrained(weights, detector, make_config().data)
+    student = {"levels": detector.feature_levels} if detector.name == "deformable_detr" else {}
+    own = {"name": detector.name, "dropout": 0.0} | student
+    return make_config(teacher={"weights": weights}, detector=own, **sections)
+
+
 @pytest.fixture
 def teacher_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Images that the teacher was shown for storing, in calls."""
@@ -117,16 +127,7 @@ def augmented(config: Config, **changes: Any) -> Config:
 def test_every_kind_of_teacher_can_be_stored(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
-    plain = make_config()
-    weights = tmp_path / "teacher.safetensors"
-    detector = changed(DETECTOR, **FAMILY[variant], queries=8, dropout=0.0, heads=2)
-    save_untrained(weights, detector, plain.data)
-    student = {"levels": detector.feature_levels} if detector.name == "deformable_detr" else {}
-    config = make_config(
-        teacher={"weights": weights},
-        detector={"name": detector.name, "dropout": 0.0} | student,
-        optimisation={"epochs": 1},
-    )
+    config = taught_by(variant, make_config, tmp_path, optimisation={"epochs": 1})
     config = placed(with_views(config, {}), tmp_path)
     train(config, tmp_path / "stored")
     monkeypatch.setattr(TeacherViews, "record", lambda *_: None)
