@@ -130,6 +130,20 @@ def gather_queries(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(2, index[..., None].expand(*index.shape, values.shape[-1]))
 
 
+def matched_objects(assignment: Assignment, queries: int) -> Tensor:
+    """[L, B, M] int64: the object that each query is matched with, -1 for none.
+
+    Args:
+        assignment: queries (rows) to objects (columns).
+        queries: M.
+    """
+    used = assignment.valid_mask[None].expand_as(assignment.rows)
+    # Unused slots go to a column of their own.
+    rows = assignment.rows.where(used, queries)
+    none = rows.new_full((*rows.shape[:2], queries + 1), -1)
+    return none.scatter(2, rows, assignment.columns)[..., :-1]
+
+
 class Solving(Protocol):
     """Problems that are being solved; made by ``Solver.start``."""
 

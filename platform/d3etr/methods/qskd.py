@@ -33,7 +33,7 @@ from d3etr.config.distillation import (
 from d3etr.config.training import SetCriterionConfig
 from d3etr.losses.prediction import prediction_losses
 from d3etr.losses.set_criterion import detection_problem
-from d3etr.matching.assignment import Assignment, CostBlock, gather_queries
+from d3etr.matching.assignment import Assignment, CostBlock, gather_queries, matched_objects
 from d3etr.matching.boxes import cxcywh_to_xyxy, pairwise_generalised_iou
 from d3etr.matching.costs import distillation_costs
 from d3etr.methods.base import Matches, Method, StudentOutputs, TeacherOutputs
@@ -107,13 +107,6 @@ def queries_of_objects(assignment: Assignment, objects: int) -> tuple[Tensor, Te
     empty = assignment.rows.new_zeros(*assignment.rows.shape[:2], objects + 1)
     queries = empty.scatter(2, columns, assignment.rows)
     return queries[..., :-1], empty.bool().scatter(2, columns, used)[..., :-1]
-
-
-def matched_queries(assignment: Assignment, queries: int) -> Tensor:
-    """[L, B, N] bool: which queries are matched with an object."""
-    used = assignment.valid_mask[None].expand_as(assignment.rows)
-    counts = assignment.rows.new_zeros(*assignment.rows.shape[:2], queries)
-    return counts.scatter_add(2, assignment.rows, used.long()) > 0
 
 
 class QSKD(Method):
@@ -194,7 +187,7 @@ class QSKD(Method):
                 terms |= self._positive(outputs, (ours, theirs), targets, objects)
             if self.config.negative_weight:
                 hard = [
-                    near_objects(part, targets) & ~matched_queries(assignment, part.queries)
+                    near_objects(part, targets) & (matched_objects(assignment, part.queries) < 0)
                     for part, assignment in zip(outputs, (ours, theirs), strict=True)
                 ]
                 with matches(NEGATIVE) as others:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.errors import UserError
-from d3etr.matching.assignment import Assignment, gather_queries
+from d3etr.matching.assignment import Assignment, gather_queries, matched_objects
 from d3etr.matching.boxes import cxcywh_to_xyxy, iou
 from d3etr.structures import DecoderOutputs, Targets, constant
 
@@ -89,20 +89,6 @@ class TeacherRefinement:
         """[L, L, 1, 1] whether the second layer comes before the first."""
         size = len(like)
         return constant(self._earlier, torch.float32, like.device).view(size, size, 1, 1) > 0
-
-
-def matched_objects(assignment: Assignment, queries: int) -> Tensor:
-    """[L, B, M] int64: the object that each query is matched with, -1 for none.
-
-    Args:
-        assignment: queries (rows) to objects (columns).
-        queries: M.
-    """
-    used = assignment.valid_mask[None].expand_as(assignment.rows)
-    # Unused slots go to a column of their own.
-    rows = assignment.rows.where(used, queries)
-    none = rows.new_full((*rows.shape[:2], queries + 1), -1)
-    return none.scatter(2, rows, assignment.columns)[..., :-1]
 
 
 def _own(values: Tensor) -> Tensor:
