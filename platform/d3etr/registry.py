@@ -98,6 +98,7 @@ DETECTORS = Registry(
         "conditional_detr": "d3etr.detectors.conditional_detr:ConditionalDETR",
         "dab_detr": "d3etr.detectors.dab_detr:DABDETR",
         "deformable_detr": "d3etr.detectors.deformable_detr:DeformableDETR",
+        "rt_detr": "d3etr.detectors.rt_detr:RTDETR",
     },
 )
 """Classes of ``detectors.base.DetectionTransformer``."""

@@ -255,6 +255,7 @@ class Memory:
             [1, B, S, ..]; None for other detectors.
         proposal_logits: [B, S, 4] the proposals' boxes before the sigmoid, infinite where a token
             proposes nothing; None for other detectors.
+        queries: [B, N, ..] that the encoder selected, of detectors that propose by those alone.
     """
 
     tokens: Tensor
@@ -263,6 +264,7 @@ class Memory:
     levels: Levels
     proposals: DecoderOutputs | None = None
     proposal_logits: Tensor | None = None
+    queries: ObjectQueries | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from d3etr.detectors.initialisation import (
     initialise_class_head,
     initialise_transformer,
 )
-from d3etr.detectors.transformer import MLP, DecoderLayer, run_decoder
+from d3etr.detectors.transformer import MLP, Activation, DecoderLayer, relu, run_decoder
 from d3etr.structures import Memory, ObjectQueries
 
 
@@ -46,19 +46,19 @@ class ConditionalDETRConfig(DetectorConfig):
         return True
 
 
-def conditional_layers(config: DetectorConfig, learned_slope: bool = False) -> nn.ModuleList:
+def conditional_layers(config: DetectorConfig, activation: Activation = relu) -> nn.ModuleList:
     """L decoder layers with conditional attention.
 
     Args:
         config: uses decoder_layers and what its layers use.
-        learned_slope: PReLU instead of ReLU.
+        activation: of their feed-forward blocks.
     """
     return nn.ModuleList(
         DecoderLayer(
             config,
             ConditionalSelfAttention(config),
             ConditionalCrossAttention(config, first=index == 0),
-            learned_slope,
+            activation,
         )
         for index in range(config.decoder_layers)
     )

@@ -60,7 +60,7 @@ class DABDecoder(nn.Module):
     def __init__(self, config: DABDETRConfig) -> None:
         super().__init__()
         width = config.width
-        self.layers = conditional_layers(config, learned_slope=True)
+        self.layers = conditional_layers(config, nn.PReLU)
         self.query_scale = MLP((width, width, width))
         self.query_scale.requires_grad_(config.decoder_layers > 1)  # as in Conditional DETR
         self.size_head = MLP((width, width, 2))

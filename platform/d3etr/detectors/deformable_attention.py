@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +51,19 @@ class DeformableAttention(nn.Module):
         heads: H.
         levels: V.
         points: P.
+        sampling: ``bilinear``, or ``discrete``: the nearest cell (RT-DETRv2, arXiv 2407.17140).
     """
 
-    def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        levels: int,
+        points: int,
+        sampling: Literal["bilinear", "discrete"] = "bilinear",
+    ) -> None:
         super().__init__()
+        self.sample = sample_values if sampling == "bilinear" else gather_values
         self.heads, self.levels, self.points = heads, levels, points
         self.offsets = nn.Linear(width, heads * levels * points * 2)
         self.weights = nn.Linear(width, heads * levels * points)
@@ -87,7 +97,7 @@ class DeformableAttention(nn.Module):
         value = self.value(hidden if tokens is None else tokens)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
-        return self.output(sample_values(value, samples, levels)), samples
+        return self.output(self.sample(value, samples, levels)), samples
 
     def _samples(self, query: Tensor, reference: Tensor, levels: Levels) -> Samples:
         shape = (*query.shape[:2], self.heads, self.levels, self.points)
@@ -127,6 +137,29 @@ def sample_values(value: Tensor, samples: Samples, levels: Levels) -> Tensor:
     weights = samples.weights.transpose(1, 2).reshape(images * heads, 1, queries, -1)
     mixed = (torch.cat(parts, -1) * weights.to(value.dtype)).sum(-1)
     return mixed.view(images, -1, queries).transpose(1, 2)
+
+
+def gather_values(value: Tensor, samples: Samples, levels: Levels) -> Tensor:
+    """Weighted sum of the cells that samples lie in, or nearest to; as ``sample_values``.
+
+    Places get no gradient.
+    """
+    images, queries, heads = samples.weights.shape[:3]
+    channels = value.shape[-1] // heads
+    parts = []
+    for level, part in enumerate(torch.split(value, [h * w for h, w in levels], 1)):
+        height, width = levels[level]
+        x, y = samples.locations[:, :, :, level].detach().unbind(-1)  # [B, N, H, P]
+        # Half a cell off the cell that it lies in, as in the official code.
+        column = (x * width + 0.5).long().clamp(0, width - 1)
+        row = (y * height + 0.5).long().clamp(0, height - 1)
+        index = (row * width + column).permute(0, 2, 1, 3).reshape(images, heads, -1, 1)
+        planes = part.view(images, -1, heads, channels).transpose(1, 2)
+        found = planes.gather(2, index.expand(-1, -1, -1, channels))
+        parts.append(found.view(images, heads, queries, -1, channels))
+    weights = samples.weights.transpose(1, 2).reshape(images, heads, queries, 1, -1)
+    mixed = weights.to(value.dtype) @ torch.cat(parts, 3)  # [B, H, N, 1, E]
+    return mixed.squeeze(3).transpose(1, 2).flatten(2)
 
 
 def initialise_deformable(attention: DeformableAttention) -> None:

@@ -21,6 +21,12 @@ from d3etr.detectors.deformable_attention import (
     DeformableAttention,
     initialise_deformable,
 )
+from d3etr.detectors.deformable_decoder import (
+    DeformableDecoderLayer,
+    References,
+    Refinement,
+    decode_around,
+)
 from d3etr.detectors.feature_levels import (
     FeatureLevels,
     LevelPositions,
@@ -28,15 +34,14 @@ from d3etr.detectors.feature_levels import (
     on_levels,
     valid_ratios,
 )
-from d3etr.detectors.groups import Decoded, LayerAttention, side_by_side
-from d3etr.detectors.heads import box_logits
+from d3etr.detectors.groups import Decoded, side_by_side
 from d3etr.detectors.initialisation import (
     initialise_box_head,
     initialise_class_head,
     initialise_transformer,
 )
 from d3etr.detectors.proposals import Proposals
-from d3etr.detectors.transformer import MLP, DecoderLayer, Encoder, run_decoder
+from d3etr.detectors.transformer import MLP, Encoder
 from d3etr.structures import ImageBatch, Memory, ObjectQueries
 
 
@@ -98,29 +103,6 @@ class DeformableDETRConfig(DetectorConfig):
 
 def _attention(config: DeformableDETRConfig) -> DeformableAttention:
     return DeformableAttention(config.width, config.heads, config.levels, config.points)
-
-
-class DeformableDecoderLayer(DecoderLayer):
-    """Its queries look at a few places around references [B, N, V, 2 or 4] on padded levels."""
-
-    def look(
-        self,
-        hidden: Tensor,
-        embedding: Tensor,
-        place: Tensor | None,
-        memory: Memory,
-        keep: bool,
-    ) -> tuple[Tensor, LayerAttention | None]:
-        """As of ``DecoderLayer``; maps are those of what was sampled."""
-        mixed, samples = self.cross_attention(
-            hidden,
-            embedding,
-            reference=place,
-            padding=memory.padding,
-            levels=memory.levels,
-            tokens=memory.tokens,
-        )
-        return mixed, samples.as_maps(memory.padding, memory.levels) if keep else None
 
 
 class DeformableDecoder(nn.Module):
@@ -239,35 +221,11 @@ class DeformableDETR(DetectionTransformer):
         With box refinement every layer starts from the boxes of the one before, else all from one
         reference. Attention maps are those of what was sampled.
         """
-        images, refines = len(memory.tokens), self.config.box_refinement
         embedding = side_by_side([group.embedding for group in groups])
-        reference = self.references(groups).expand(images, -1, -1)
         contents = [
             torch.zeros_like(group.embedding) if group.content is None else group.content
             for group in groups
         ]
-        hidden = side_by_side(contents).expand(images, -1, -1)
-        ratios = valid_ratios(memory.padding, memory.levels)
-        logits: list[Tensor] = []
-        moved: list[Tensor] = []
-
-        def start() -> Tensor:
-            # Each layer learns its own move, not to make up for later ones.
-            return moved[-1].detach() if refines and moved else reference
-
-        def predict(layer: int, states: Tensor) -> None:
-            head = layer if refines else 0
-            box_head = self.decoder.box_heads[head]
-            assert isinstance(box_head, MLP)
-            logits.append(self.decoder.class_heads[head](states).float())
-            moved.append(box_logits(box_head, states, start()))
-
-        def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            if index:
-                predict(index - 1, hidden)
-            return embedding, on_levels(start().sigmoid(), ratios, len(memory.levels))
-
-        states, trace = run_decoder(self.decoder.layers, hidden, aim, memory, sizes, attention)
-        predict(len(states) - 1, states[-1])
-        boxes = torch.stack([box.sigmoid() for box in moved])
-        return Decoded(torch.stack(logits), boxes, states[-1], trace)
+        refinement: Refinement = "detached" if self.config.box_refinement else None
+        aim = References(self.references(groups), lambda _: embedding, refinement)
+        return decode_around(self.decoder, side_by_side(contents), aim, memory, sizes, attention)

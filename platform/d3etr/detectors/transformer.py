@@ -38,21 +38,30 @@ class MLP(nn.Module):
         return last(x)  # type: ignore[no-any-return]
 
 
+Activation = Callable[[], nn.Module]
+"""Makes the activation of one layer."""
+
+
+def relu() -> nn.Module:
+    """What most layers have."""
+    return nn.ReLU(inplace=True)
+
+
 class FeedForward(nn.Module):
     """Post-norm residual block of two linear layers.
 
     Args:
         config: uses width D, feedforward and dropout (after the activation and before the sum).
-        learned_slope: PReLU instead of ReLU, as in DAB-DETR.
+        activation: between them.
     """
 
-    def __init__(self, config: DetectorConfig, learned_slope: bool = False) -> None:
+    def __init__(self, config: DetectorConfig, activation: Activation = relu) -> None:
         super().__init__()
         self.inner = nn.Linear(config.width, config.feedforward)
         self.outer = nn.Linear(config.feedforward, config.width)
         self.norm = nn.LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
-        self.activation = nn.PReLU() if learned_slope else nn.ReLU(inplace=True)
+        self.activation = activation()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""
@@ -66,15 +75,17 @@ class EncoderLayer(nn.Module):
     Args:
         config: uses width, feedforward and dropout.
         attention: of tokens among each other.
-        learned_slope: PReLU instead of ReLU.
+        activation: of the feed-forward block.
     """
 
-    def __init__(self, config: DetectorConfig, attention: nn.Module, learned_slope: bool) -> None:
+    def __init__(
+        self, config: DetectorConfig, attention: nn.Module, activation: Activation = relu
+    ) -> None:
         super().__init__()
         self.attention = attention
         self.norm = nn.LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
-        self.feedforward = FeedForward(config, learned_slope)
+        self.feedforward = FeedForward(config, activation)
 
     def forward(self, tokens: Tensor, position: Tensor, **where: Any) -> Tensor:
         """Map [B, S, D] tokens to [B, S, D]; ``where`` is what else the attention takes."""
@@ -98,8 +109,9 @@ class Encoder(nn.Module):
         scaled: bool = False,
     ) -> None:
         super().__init__()
+        activation = nn.PReLU if scaled else relu
         self.layers = nn.ModuleList(
-            EncoderLayer(config, attention() if attention else SelfAttention(config), scaled)
+            EncoderLayer(config, attention() if attention else SelfAttention(config), activation)
             for _ in range(config.encoder_layers)
         )
         self.position_scale: MLP | None = None
@@ -132,7 +144,7 @@ class DecoderLayer(nn.Module):
         config: uses width, feedforward and dropout.
         self_attention: among the queries of each group, groups apart.
         cross_attention: of queries to the memory.
-        learned_slope: PReLU instead of ReLU.
+        activation: of the feed-forward block.
     """
 
     def __init__(
@@ -140,14 +152,14 @@ class DecoderLayer(nn.Module):
         config: DetectorConfig,
         self_attention: nn.Module,
         cross_attention: nn.Module,
-        learned_slope: bool = False,
+        activation: Activation = relu,
     ) -> None:
         super().__init__()
         self.self_attention = self_attention
         self.self_norm = nn.LayerNorm(config.width)
         self.cross_attention = cross_attention
         self.cross_norm = nn.LayerNorm(config.width)
-        self.feedforward = FeedForward(config, learned_slope)
+        self.feedforward = FeedForward(config, activation)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(

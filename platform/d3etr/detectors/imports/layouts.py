@@ -78,6 +78,8 @@ CONDITIONAL_LAYERS: Rules = (
     (r"\.cross_attn\.q_pos_sine_proj\.", ".cross_attn.query_spatial."),
     (r"\.cross_attn\.k_pos_proj\.", ".cross_attn.key_position."),
 )
+UNUSED = (".num_batches_tracked", ".n_points_scale", ".num_points_scale")
+"""Ends of names of what says nothing, or what other settings say."""
 FUSED: Sequence[tuple[str, str, tuple[str, ...]]] = (
     ("attention", "query_key", ("q_proj", "k_proj")),
     ("attention", "value", ("v_proj",)),
@@ -92,8 +94,61 @@ FUSED: Sequence[tuple[str, str, tuple[str, ...]]] = (
 )
 """Our module and linear layer, and their layers that it holds, stacked in this order."""
 
+SAMPLING: Rules = (
+    (r"\.sampling_offsets\.", ".offsets."),
+    (r"\.attention_weights\.", ".weights."),
+    (r"\.value_proj\.", ".value."),
+)
+HYBRID_ENCODER: Rules = (
+    (r"^encoder_input_proj\.(\d+)\.0\.", r"encoder.projections.\1.conv."),
+    (r"^encoder_input_proj\.(\d+)\.1\.", r"encoder.projections.\1.norm."),
+    (r"^encoder\.input_proj\.(\d+)\.(0|conv)\.", r"encoder.projections.\1.conv."),
+    (r"^encoder\.input_proj\.(\d+)\.(1|norm)\.", r"encoder.projections.\1.norm."),
+    (r"^encoder\.(aifi|encoder)\.0\.layers\.(\d+)\.self_attn\.", r"encoder.layers.\2.attention."),
+    (
+        r"^encoder\.(aifi|encoder)\.0\.layers\.(\d+)\.(norm1|self_attn_layer_norm)\.",
+        r"encoder.layers.\2.norm.",
+    ),
+    (
+        r"^encoder\.(aifi|encoder)\.0\.layers\.(\d+)\.(norm2|final_layer_norm)\.",
+        r"encoder.layers.\2.feedforward.norm.",
+    ),
+    (r"^encoder\.(aifi|encoder)\.0\.", "encoder."),
+    (r"^encoder\.lateral_convs\.", "encoder.laterals."),
+    (r"^encoder\.downsample_convs\.", "encoder.downsamples."),
+    (r"^encoder\.fpn_blocks\.", "encoder.top_down."),
+    (r"^encoder\.pan_blocks\.", "encoder.bottom_up."),
+    (r"\.bottlenecks\.(\d+)\.conv1\.", r".blocks.\1.wide."),
+    (r"\.bottlenecks\.(\d+)\.conv2\.", r".blocks.\1.narrow."),
+    (r"^(encoder\.(top_down|bottom_up)\.\d+)\.conv1\.", r"\1.first."),
+    (r"^(encoder\.(top_down|bottom_up)\.\d+)\.conv2\.", r"\1.shortcut."),
+    (r"^(encoder\.(top_down|bottom_up)\.\d+)\.conv3\.", r"\1.last."),
+)
+
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
+        "rt_detr": Layout(
+            sign="decoder.enc_score_head.weight",
+            model_type="rt_detr",
+            rules=(
+                *HYBRID_ENCODER,
+                (r"^decoder_input_proj\.(\d+)\.0\.", r"levels.\1.conv."),
+                (r"^decoder_input_proj\.(\d+)\.1\.", r"levels.\1.norm."),
+                (r"^decoder\.input_proj\.", "levels."),
+                (r"^decoder\.(enc_|denoising_class_embed|query_pos_head)", r"\1"),
+                (r"^enc_output\.(0|proj)\.", "proposals.projection."),
+                (r"^enc_output\.(1|norm)\.", "proposals.norm."),
+                (r"^enc_score_head\.", "proposals.class_head."),
+                (r"^enc_bbox_head\.", "proposals.box_head."),
+                (r"^denoising_class_embed\.", "label_embedding."),
+                (r"^weight_embedding\.|^decoder\.tgt_embed\.", "query_content."),
+                (r"^(decoder\.)?query_pos_head\.", "decoder.position_head."),
+                (r"^(decoder\.)?(class_embed|dec_score_head)\.", "decoder.class_heads."),
+                (r"^(decoder\.)?(bbox_embed|dec_bbox_head)\.", "decoder.box_heads."),
+                (r"^decoder\.decoder\.", "decoder."),
+                *SAMPLING,
+            ),
+        ),
         "deformable_detr": Layout(
             sign="transformer.level_embed",
             model_type="deformable_detr",
@@ -108,9 +163,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
                 (r"^pos_trans_norm\.", "proposals.embed_norm."),
                 (r"^(decoder\.)?class_embed\.", "decoder.class_heads."),
                 (r"^(decoder\.)?bbox_embed\.", "decoder.box_heads."),
-                (r"\.sampling_offsets\.", ".offsets."),
-                (r"\.attention_weights\.", ".weights."),
-                (r"\.value_proj\.", ".value."),
+                *SAMPLING,
                 (r"\.norm1\.", ".cross_norm."),  # numbered so, though self-attention is first
                 (r"\.norm2\.", ".self_norm."),
             ),
@@ -172,7 +225,7 @@ def rename(
         ours = their_name
         for pattern, replacement in rules:
             ours = re.sub(pattern, replacement, ours)
-        if not ours.endswith(".num_batches_tracked"):
+        if not ours.endswith(UNUSED):
             _add(tensors, ours, tensor, their_name)
     _fuse(tensors)
     if "projection.weight" in tensors:  # a 1x1 convolution there, a linear layer here

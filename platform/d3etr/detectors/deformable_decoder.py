@@ -1,0 +1,120 @@
+"""Decoder layers whose queries sample a few places around references, and the loop over them.
+
+Shapes: B images · N queries of all groups side by side · V feature levels · C classes · D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from d3etr.detectors.feature_levels import on_levels, valid_ratios
+from d3etr.detectors.groups import Decoded, LayerAttention
+from d3etr.detectors.heads import box_logits
+from d3etr.detectors.transformer import MLP, DecoderLayer, run_decoder
+from d3etr.structures import Memory
+
+Refinement = Literal["detached", "twice"] | None
+"""What a layer's boxes move from. None: the group's references, in every layer. detached: the boxes
+of the layer before, which learn nothing from that. twice: likewise, but what a layer predicts also
+teaches the layer before (look forward twice; DINO, arXiv 2203.03605, section 3.5)."""
+
+
+class DeformableDecoderLayer(DecoderLayer):
+    """Its queries look at a few places around references [B, N, V, 2 or 4] on padded levels."""
+
+    def look(
+        self,
+        hidden: Tensor,
+        embedding: Tensor,
+        place: Tensor | None,
+        memory: Memory,
+        keep: bool,
+    ) -> tuple[Tensor, LayerAttention | None]:
+        """As of ``DecoderLayer``; maps are those of what was sampled."""
+        mixed, samples = self.cross_attention(
+            hidden,
+            embedding,
+            reference=place,
+            padding=memory.padding,
+            levels=memory.levels,
+            tokens=memory.tokens,
+        )
+        return mixed, samples.as_maps(memory.padding, memory.levels) if keep else None
+
+
+class DecoderWithHeads(Protocol):
+    """Layers, and heads of each or one pair for all."""
+
+    layers: nn.ModuleList
+    class_heads: nn.ModuleList
+    box_heads: nn.ModuleList
+
+
+@dataclass(frozen=True)
+class References:
+    """Where queries start and how they move.
+
+    Attributes:
+        start: [B or 1, N, 2 or 4] reference logits.
+        embed: query embeddings [B or 1, N, D] of the reference logits before a layer [B, N, ..].
+        refinement: what a layer's boxes move from.
+    """
+
+    start: Tensor
+    embed: Callable[[Tensor], Tensor]
+    refinement: Refinement
+
+
+def decode_around(
+    decoder: DecoderWithHeads,
+    hidden: Tensor,
+    references: References,
+    memory: Memory,
+    sizes: list[int],
+    attention: bool,
+) -> Decoded:
+    """Decode all groups side by side around their references.
+
+    Args:
+        decoder: layers and heads.
+        hidden: [B or 1, N, D] states before the first layer.
+        references: of the queries.
+        memory: encoder output.
+        sizes: queries of each group, N in total.
+        attention: keep what attention maps are computed from.
+    """
+    images = len(memory.tokens)
+    start = references.start.expand(images, -1, -1)
+    ratios = valid_ratios(memory.padding, memory.levels)
+    logits: list[Tensor] = []
+    moved: list[Tensor] = []
+
+    def before() -> Tensor:
+        # Each layer learns its own move, not to make up for later ones.
+        return moved[-1].detach() if references.refinement and moved else start
+
+    def predict(layer: int, states: Tensor) -> None:
+        head = layer if len(decoder.box_heads) > 1 else 0
+        box_head = decoder.box_heads[head]
+        assert isinstance(box_head, MLP)
+        logits.append(decoder.class_heads[head](states).float())
+        twice = references.refinement == "twice" and moved
+        moved.append(box_logits(box_head, states, moved[-1] if twice else before()))
+
+    def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if index:
+            predict(index - 1, hidden)
+        reference = before()
+        place = on_levels(reference.sigmoid(), ratios, len(memory.levels))
+        return references.embed(reference), place
+
+    hidden = hidden.expand(images, -1, -1)
+    states, trace = run_decoder(decoder.layers, hidden, aim, memory, sizes, attention)
+    predict(len(states) - 1, states[-1])
+    boxes = torch.stack([box.sigmoid() for box in moved])
+    return Decoded(torch.stack(logits), boxes, states[-1], trace)

@@ -1,0 +1,180 @@
+"""RT-DETR's hybrid encoder (Zhao et al., arXiv 2304.08069, section 4.2).
+
+Attention within the coarsest level alone (AIFI), then convolutions that fuse the levels, down the
+pyramid and up again (CCFF).
+
+Shapes: B images · V feature levels, finest first · D' encoder width · h, w cells of a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from d3etr.detectors.attention import SelfAttention
+from d3etr.detectors.base import shrink_padding
+from d3etr.detectors.transformer import Activation, EncoderLayer
+
+if TYPE_CHECKING:
+    from d3etr.detectors.rt_detr import RTDETRConfig
+
+BLOCKS = 3
+"""RepVGG blocks of each fusion."""
+TEMPERATURE = 10_000.0
+silu = partial(nn.SiLU, inplace=True)
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias, batch norm and an activation.
+
+    Args:
+        inputs: channels.
+        outputs: channels.
+        size: of the kernel; padded so that stride alone changes the resolution.
+        stride: 1 or 2.
+        activation: after the norm.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int = 1,
+        stride: int = 1,
+        activation: Activation = nn.Identity,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, h, w] to [B, outputs, ceil(h / stride), ceil(w / stride)]."""
+        return self.activation(self.norm(self.conv(x)))  # type: ignore[no-any-return]
+
+
+class RepVGGBlock(nn.Module):
+    """A 3x3 and a 1x1 convolution added up (Ding et al., arXiv 2101.03697, without the identity).
+
+    Args:
+        width: channels.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.wide = ConvNorm(width, width, 3)
+        self.narrow = ConvNorm(width, width, 1)
+        self.activation = silu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width, h, w] of the same."""
+        return self.activation(self.wide(x) + self.narrow(x))  # type: ignore[no-any-return]
+
+
+class CSPRepLayer(nn.Module):
+    """Fuses two maps: RepVGG blocks beside a shortcut.
+
+    Args:
+        width: D', of each map and of the result.
+        expansion: channels within, as a factor on D'.
+    """
+
+    def __init__(self, width: int, expansion: float) -> None:
+        super().__init__()
+        within = int(width * expansion)
+        self.first = ConvNorm(2 * width, within, activation=silu)
+        self.shortcut = ConvNorm(2 * width, within, activation=silu)
+        self.blocks = nn.Sequential(*(RepVGGBlock(within) for _ in range(BLOCKS)))
+        self.last = nn.Identity() if within == width else ConvNorm(within, width, activation=silu)
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        """Two [B, D', h, w] to one."""
+        x = torch.cat(maps, 1)
+        return self.last(self.blocks(self.first(x)) + self.shortcut(x))  # type: ignore[no-any-return]
+
+
+class HybridEncoder(nn.Module):
+    """Maps of the backbone's last stages to maps of one width that know of each other.
+
+    Args:
+        config: uses levels, heads, dropout, encoder_layers and what is said of the encoder.
+        channels: of the backbone's stages, finest first.
+    """
+
+    def __init__(self, config: RTDETRConfig, channels: Sequence[int]) -> None:
+        super().__init__()
+        width, steps = config.encoder_width, len(channels) - 1
+        own = config.model_copy(update={"width": width, "feedforward": config.encoder_feedforward})
+        self.projections = nn.ModuleList(ConvNorm(count, width) for count in channels)
+        self.layers = nn.ModuleList(
+            EncoderLayer(own, SelfAttention(own), nn.GELU) for _ in range(config.encoder_layers)
+        )
+        lateral = [ConvNorm(width, width, activation=silu) for _ in range(steps)]
+        coarser = [ConvNorm(width, width, 3, 2, activation=silu) for _ in range(steps)]
+        self.laterals, self.downsamples = nn.ModuleList(lateral), nn.ModuleList(coarser)
+        self.top_down, self.bottom_up = (
+            nn.ModuleList(CSPRepLayer(width, config.expansion) for _ in range(steps))
+            for _ in range(2)
+        )
+
+    def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> list[Tensor]:
+        """Fused maps [B, D', h, w] of the same resolutions, finest first.
+
+        Args:
+            maps: [B, channels, h, w] of the backbone's stages, finest first.
+            padding: [B, height, width] bool at the images' resolution, or None.
+        """
+        *finer, top = (
+            project(features) for project, features in zip(self.projections, maps, strict=True)
+        )
+        tops = [self._attend(top, padding)]
+        for lateral, fuse, own in zip(self.laterals, self.top_down, finer[::-1], strict=True):
+            tops[-1] = lateral(tops[-1])
+            # As large as the finer map, which need not have an even number of rows.
+            upsampled = functional.interpolate(tops[-1], size=own.shape[-2:])
+            tops.append(fuse(upsampled, own))
+        fused = [tops.pop()]
+        for halve, fuse in zip(self.downsamples, self.bottom_up, strict=True):
+            fused.append(fuse(halve(fused[-1]), tops.pop()))
+        return fused
+
+    def _attend(self, top: Tensor, padding: Tensor | None) -> Tensor:
+        """The coarsest level [B, D', h, w], whose cells attend to each other."""
+        height, width = top.shape[-2:]
+        hidden = shrink_padding(padding, (height, width))
+        tokens: Tensor = top.flatten(2).transpose(1, 2)
+        position = grid_encoding((height, width), tokens)
+        hidden = None if hidden is None else hidden.flatten(1)
+        for layer in self.layers:
+            tokens = layer(tokens, position, padding=hidden)
+        return tokens.transpose(1, 2).reshape(top.shape)
+
+
+def grid_encoding(grid: tuple[int, int], like: Tensor) -> Tensor:
+    """[1, S, D'] sine encoding of a grid's cells by their numbers, row-major.
+
+    Sines, then cosines of the row, then those of the column. The official code swaps rows and
+    columns, which is the same on its square images alone.
+
+    Args:
+        grid: (h, w).
+        like: [.., D'], gives width, device and type.
+    """
+    count = like.shape[-1] // 4
+    powers = torch.arange(count, device=like.device, dtype=torch.float32) / count
+    rates = TEMPERATURE**-powers
+    rows, columns = (
+        torch.arange(side, device=like.device, dtype=torch.float32)[:, None] * rates
+        for side in grid
+    )
+    both = (
+        rows[:, None].expand(-1, grid[1], -1),
+        columns[None].expand(grid[0], -1, -1),
+    )
+    parts = [wave for angles in both for wave in (angles.sin(), angles.cos())]
+    return torch.cat(parts, -1).flatten(0, 1)[None].to(like.dtype)
