@@ -27,6 +27,14 @@ FAMILY: dict[str, dict[str, Any]] = {
         "box_refinement": True,
         "two_stage": True,
     },
+    "rt_detr": {
+        "name": "rt_detr",
+        "levels": 2,
+        "points": 2,
+        "encoder_width": 24,
+        "encoder_feedforward": 16,
+        "expansion": 0.5,
+    },
 }
 """What tells the detectors of the family apart, by name of the variant."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,6 +175,18 @@ class Targets:
         )
 
 
+class Grids(NamedTuple):
+    """The feature levels that tokens are on.
+
+    Attributes:
+        levels: (height, width) in cells of each, finest first.
+        strides: pixels per cell of each.
+    """
+
+    levels: Levels
+    strides: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class ObjectQueries:
     """One query group: what a decoder starts from.
@@ -185,15 +198,17 @@ class ObjectQueries:
         reference_logits: reference points [.., N, 2] or anchor boxes [.., N, 4] before the
             sigmoid (a saturated point has no finite inverse); None where a detector has none.
         content: [.., N, D] what the decoder's state starts from; None starts from zeros, as
-            all but Deformable DETR do.
+            all but Deformable DETR do, or from what the decoder's own queries start from.
         place: [B, N] int64 token that a two-stage detector made each query of, over the tokens of
             all levels; None where a query has none.
+        grids: the levels that ``place`` runs over, wherever that is known.
     """
 
     embedding: Tensor
     reference_logits: Tensor | None = None
     content: Tensor | None = None
     place: Tensor | None = None
+    grids: Grids | None = None
 
     @property
     def count(self) -> int:
@@ -209,7 +224,7 @@ class ObjectQueries:
 
     def detach(self) -> ObjectQueries:
         """The same queries outside the autograd graph."""
-        return replace(self.map(Tensor.detach), place=self.place)
+        return replace(self.map(Tensor.detach), place=self.place, grids=self.grids)
 
 
 class Supervision(Enum):

@@ -39,7 +39,7 @@ def _group(detector: DetectionTransformer, count: int, images: int | None = None
     shape = (count,) if images is None else (images, count)
     size = detector.config.reference_size
     reference = torch.randn(*shape, size) if size else None
-    content = torch.randn(*shape, 32) if detector.config.name == "deformable_detr" else None
+    content = torch.randn(*shape, 32) if detector.config.takes_content else None
     return ObjectQueries(torch.randn(*shape, 32), reference, content)
 
 

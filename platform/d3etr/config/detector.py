@@ -144,6 +144,11 @@ class DetectorConfig(VariantSection):
         return False
 
     @property
+    def auxiliary_content(self) -> Literal["own", "adapted"]:
+        """What ``auxiliary_group.content`` is unless a recipe says."""
+        return "adapted"
+
+    @property
     def derives_references(self) -> bool:
         """Whether the detector makes references from embeddings where a group has none."""
         return False

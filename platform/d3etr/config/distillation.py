@@ -171,6 +171,11 @@ class AuxiliaryGroupConfig(Section):
     """Supervise the group with ground truth at all."""
     always: bool = False
     """Build the group also where nothing is distilled over it."""
+    content: Literal["own", "adapted"] | None = None
+    """What the group's decoder states start from, in detectors whose queries have a content.
+    adapted: the teacher's, through a linear map where widths differ. own: what the student's own
+    queries start from, its encoder's token at the teacher's place, or its learned vectors
+    (``rt_detr``). None: own in such a detector, else adapted."""
 
 
 class GeneralPointsConfig(Section):

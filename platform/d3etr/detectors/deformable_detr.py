@@ -7,6 +7,7 @@ levels · D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Annotated, Literal, Self
 
@@ -42,7 +43,7 @@ from d3etr.detectors.initialisation import (
 )
 from d3etr.detectors.proposals import Proposals
 from d3etr.detectors.transformer import MLP, Encoder
-from d3etr.structures import ImageBatch, Memory, ObjectQueries
+from d3etr.structures import Grids, ImageBatch, Memory, ObjectQueries
 
 
 class DeformableDETRConfig(DetectorConfig):
@@ -202,7 +203,9 @@ class DeformableDETR(DetectionTransformer):
     def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
         """The main group: learned, or the best proposals of each image in ``memory``."""
         if self.proposals is not None:
-            return self.proposals.object_queries(memory)
+            queries = self.proposals.object_queries(memory)
+            assert memory is not None
+            return replace(queries, grids=Grids(memory.levels, self.level_strides))
         embedding = self.query_embedding.weight
         return ObjectQueries(
             embedding, self.derive_references(embedding), self.query_content.weight

@@ -35,9 +35,10 @@ from d3etr.detectors.initialisation import (
     initialise_class_head,
     initialise_transformer,
 )
+from d3etr.detectors.places import tokens_at_places
 from d3etr.detectors.proposals import first_boxes
 from d3etr.detectors.transformer import MLP
-from d3etr.structures import DecoderOutputs, ImageBatch, Levels, Memory, ObjectQueries
+from d3etr.structures import DecoderOutputs, Grids, ImageBatch, Levels, Memory, ObjectQueries
 
 
 class RTDETRConfig(DetectorConfig):
@@ -93,16 +94,21 @@ class RTDETRConfig(DetectorConfig):
         return True
 
     @property
+    def auxiliary_content(self) -> Literal["own", "adapted"]:
+        """A student's own encoder says what is at the teacher's place."""
+        return "own"
+
+    @property
     def sampling_parts(self) -> frozenset[str]:
         """Sampling offsets."""
         return frozenset({"offsets"})
 
     @model_validator(mode="after")
     def _heads_divide_encoder_width(self) -> Self:
-        if self.encoder_width % (4 * self.heads):
+        if self.encoder_width % self.heads or self.encoder_width % 4:
             raise ValueError(
-                f"encoder_width {self.encoder_width} must be a multiple of 4 * heads "
-                f"({4 * self.heads})"
+                f"encoder_width {self.encoder_width} must be a multiple of heads ({self.heads}) "
+                "and of 4 (position encoding)"
             )
         if int(self.encoder_width * self.expansion) < 1:
             raise ValueError(f"expansion {self.expansion:g} leaves the encoder no channels")
@@ -126,6 +132,10 @@ class Selection(nn.Module):
         self.class_head = nn.Linear(width, classes)
         self.box_head = MLP((width, width, width, 4))
 
+    def states(self, tokens: Tensor) -> Tensor:
+        """What a query starts from, of tokens [.., D]."""
+        return self.norm(self.projection(tokens))  # type: ignore[no-any-return]
+
     def forward(
         self, tokens: Tensor, padding: Tensor | None, levels: Levels
     ) -> tuple[DecoderOutputs, ObjectQueries]:
@@ -137,7 +147,7 @@ class Selection(nn.Module):
             references [B, N, 4] and places [B, N].
         """
         start, silent = first_boxes(tokens, padding, levels)
-        states = self.norm(self.projection(tokens.masked_fill(silent[..., None], 0.0)))
+        states = self.states(tokens.masked_fill(silent[..., None], 0.0))
         scores: Tensor = self.class_head(states)
         best = scores.detach().amax(-1)
         if padding is not None:
@@ -266,18 +276,30 @@ class RTDETR(DetectionTransformer):
             raise ValueError("this detector's queries are in the memory that 'encode' returned")
         queries = memory.queries
         assert queries.reference_logits is not None
-        content = queries.content
-        if self.config.learned_content:
-            content = self.query_content.weight[: queries.count].expand(len(memory.tokens), -1, -1)
+        queries = replace(queries, grids=Grids(memory.levels, self.level_strides))
+        content = self._content(memory, queries) if self.config.learned_content else queries.content
+        assert queries.reference_logits is not None
         embedding = self.decoder.embed(queries.reference_logits)
         return replace(queries, embedding=embedding, content=content)
+
+    def _content(self, memory: Memory, group: ObjectQueries) -> Tensor:
+        """[B, N, D] what queries of this detector's own start from, for a group without content."""
+        images = len(memory.tokens)
+        if self.config.learned_content:
+            rows = torch.arange(group.count, device=memory.tokens.device)
+            learned: Tensor = self.query_content(rows % self.config.queries)
+            return learned.expand(images, -1, -1)
+        reference = self.references([group]).expand(images, -1, -1)
+        own = Grids(memory.levels, self.level_strides)
+        tokens = tokens_at_places(memory, own, group, reference)
+        return self.proposals.states(tokens).detach()
 
     def decode_together(
         self, memory: Memory, groups: Sequence[ObjectQueries], sizes: list[int], attention: bool
     ) -> Decoded:
-        """As of ``DetectionTransformer``; a group without content starts from zeros."""
+        """As of ``DetectionTransformer``; a group without content starts as its own queries do."""
         contents = [
-            torch.zeros_like(group.embedding) if group.content is None else group.content
+            self._content(memory, group) if group.content is None else group.content
             for group in groups
         ]
         refinement: Refinement = "twice" if self.config.look_forward_twice else "detached"

@@ -6,6 +6,7 @@ All as a student's decoder takes them.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from d3etr.structures import ObjectQueries, Targets, on_device
 class TeacherQueries(nn.Module):
     """Fixed Matching: the teacher's object queries and references in the student's decoder.
 
-    Where the widths differ, a learned linear map bridges them; where the student wants more
+    Contents are the teacher's, or the student's own at the teacher's place
+    (``auxiliary_group.content``). Where the widths differ, a learned linear map bridges them; where
+    the student wants more
     numbers of a reference than the teacher has (an anchor box of a point, say), another one
     reads the missing logits from the teacher's embedding. Both are dropped after training.
     That the queries are the teacher's is D3ETR's; that their references come along and the
@@ -28,9 +31,15 @@ class TeacherQueries(nn.Module):
     Args:
         teacher: the teacher's architecture.
         student: the student's.
+        content: ``auxiliary_group.content``; None: the student kind's default.
     """
 
-    def __init__(self, teacher: DetectorConfig, student: DetectorConfig) -> None:
+    def __init__(
+        self,
+        teacher: DetectorConfig,
+        student: DetectorConfig,
+        content: Literal["own", "adapted"] | None = None,
+    ) -> None:
         super().__init__()
         self.size = student.reference_size
         same = teacher.width == student.width
@@ -43,7 +52,8 @@ class TeacherQueries(nn.Module):
         if missing > 0 and not student.derives_references:
             self.reference = nn.Linear(teacher.width, missing)
         self.content: nn.Module | None = None
-        if student.takes_content and teacher.takes_content:
+        adapts_content = (content or student.auxiliary_content) == "adapted"
+        if adapts_content and student.takes_content and teacher.takes_content:
             self.content = nn.Identity() if same else nn.Linear(teacher.width, student.width)
 
     def forward(self, queries: ObjectQueries) -> ObjectQueries:
@@ -53,6 +63,8 @@ class TeacherQueries(nn.Module):
             self.adapter(queries.embedding),
             self._references(queries),
             None if self.content is None or content is None else self.content(content),
+            queries.place,
+            queries.grids,
         )
 
     def _references(self, queries: ObjectQueries) -> Tensor | None:
@@ -103,10 +115,12 @@ class GeneralPoints:
     Args:
         count: how many.
         seed: with the step, all that a draw depends on: workers and micro-batches share it.
+        content: whether they have one of their own; else each decoder starts from what its own
+            queries start from.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed = count, seed
+    def __init__(self, count: int, seed: int, content: bool = True) -> None:
+        self._count, self._seed, self._content = count, seed, content
 
     def draw(self, like: ObjectQueries, step: int) -> ObjectQueries:
         """The points of one step: [count, ..] shared by all images, as the teacher's queries are.
@@ -125,7 +139,9 @@ class GeneralPoints:
         return ObjectQueries(
             self._normal(like.embedding, generator),
             None if reference is None else self._places(reference, generator),
-            None if like.content is None else self._normal(like.content, generator),
+            self._normal(like.content, generator)
+            if self._content and like.content is not None
+            else None,
         )
 
     def _normal(self, like: Tensor, generator: torch.Generator) -> Tensor:

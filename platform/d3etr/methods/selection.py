@@ -118,4 +118,4 @@ def pick_queries(queries: ObjectQueries, index: Tensor) -> ObjectQueries:
         return part.gather(1, index[..., None].expand(-1, -1, part.shape[-1]))
 
     place = None if queries.place is None else queries.place.gather(1, index)
-    return replace(queries.map(pick), place=place)
+    return replace(queries.map(pick), place=place, grids=queries.grids)

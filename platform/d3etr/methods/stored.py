@@ -24,7 +24,15 @@ from d3etr.detectors.base import DetectionTransformer
 from d3etr.errors import UserError
 from d3etr.methods.base import Method, TeacherGroup, TeacherOutputs
 from d3etr.methods.selection import map_layers, pick_queries, select_queries
-from d3etr.structures import MAIN, DecoderOutputs, ImageBatch, Levels, ObjectQueries, StoredOutputs
+from d3etr.structures import (
+    MAIN,
+    DecoderOutputs,
+    Grids,
+    ImageBatch,
+    Levels,
+    ObjectQueries,
+    StoredOutputs,
+)
 
 _LOWEST = torch.finfo(torch.float16).min
 """Stands for ``MASKED_SCORE``, which float16 cannot hold; its probability is 0 as well."""
@@ -129,8 +137,13 @@ def restored_outputs(
     }
     kept = values["kept"].long() if "kept" in values else None
     if "embedding" in values:
-        own = (values.get(name) for name in ("reference", "content", "place"))
-        queries = ObjectQueries(values["embedding"], *own)
+        queries = ObjectQueries(
+            values["embedding"],
+            values.get("reference"),
+            values.get("content"),
+            values.get("place"),
+            Grids(stored.levels, teacher.level_strides),
+        )
     else:
         queries = teacher.object_queries().detach()
         queries = queries if kept is None else pick_queries(queries, kept)

@@ -223,14 +223,17 @@ class TeacherQueryMethod(Method):
         self.layers = teacher_layers(config.layer_map, *depths)
         self.refinement = TeacherRefinement(self.layers) if config.refine_teacher else None
         points = config.points
-        self._points = GeneralPoints(points.count, seed) if points and points.count else None
+        self._points: GeneralPoints | None = None
+        if points is not None and points.count:
+            adapted = teacher.auxiliary_content == "adapted"
+            self._points = GeneralPoints(points.count, seed, content=adapted)
         self.draws_in_steps = self._points is not None
         random = config.auxiliary_group.queries == "random"
         self.auxiliary: nn.Module | None = None
         if random and config.has_auxiliary_group:
             self.auxiliary = RandomQueries(teacher, student, config.teacher_query_ratio, seed)
         elif config.has_auxiliary_group or self.draws_in_steps:
-            self.auxiliary = TeacherQueries(teacher, student)
+            self.auxiliary = TeacherQueries(teacher, student, config.auxiliary_group.content)
         chosen = config.teacher_query_ratio < 1 or teacher.queries_need_images
         self.groups_need_images = chosen or self.draws_in_steps
         self.needs_attention = config.compares_attention
