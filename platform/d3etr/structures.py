@@ -251,8 +251,8 @@ class Memory:
             padded and all share it.
         padding: [B, S] bool, True under padding, or None.
         levels: the grids that S runs over; one for all but multi-scale detectors.
-        proposals: what a two-stage detector's encoder says about each token, one layer
-            [1, B, S, ..]; None for other detectors.
+        proposals: what a two-stage detector's encoder says about each token, or about those it
+            selected, one layer [1, B, S, ..]; None for other detectors.
         proposal_logits: [B, S, 4] the proposals' boxes before the sigmoid, infinite where a token
             proposes nothing; None for other detectors.
     """

@@ -42,7 +42,7 @@ class DETRConfig(DetectorConfig):
         return self.classification == "softmax"
 
     @property
-    def criterion_defaults(self) -> Mapping[str, float]:
+    def criterion_defaults(self) -> Mapping[str, float | str]:
         """DETR weighs and costs classes 1 where one softmax tells them apart."""
         return {"class_weight": 1.0, "class_cost": 1.0} if self.softmax_classes else {}
 

@@ -33,10 +33,13 @@ class GroundTruthSupervision:
     Attributes:
         criterion: weights of the criterion and its matching.
         solver: of the bipartite problems.
+        proposals_tell_classes: whether a two-stage encoder's proposals learn objects' classes; else
+            class 0 is "some object".
     """
 
     criterion: SetCriterionConfig
     solver: Solver
+    proposals_tell_classes: bool = False
 
     def start_teachers(self, groups: Mapping[str, QueryGroup], targets: Targets) -> Solutions:
         """Begin to match the teacher's queries with objects, for groups that learn by that."""
@@ -80,7 +83,7 @@ class GroundTruthSupervision:
         Args:
             decoded: outputs of the groups.
             groups: what the student decoded, by name.
-            proposals: what a two-stage encoder proposes; learns objects from background.
+            proposals: what a two-stage encoder proposes, of all tokens or those it selected.
             of_teacher: what ``start_teachers`` returned.
             targets: ground truth.
             normalisers: sums over the global batch.
@@ -96,8 +99,9 @@ class GroundTruthSupervision:
         if proposals is not None:
             outputs[PROPOSALS] = proposals.of_first(known)
             own.append(PROPOSALS)
-            # Proposals only tell objects from background, as class 0.
-            truth[PROPOSALS] = replace(targets, labels=torch.zeros_like(targets.labels))
+            truth[PROPOSALS] = targets
+            if not self.proposals_tell_classes:  # only objects from background, as class 0
+                truth[PROPOSALS] = replace(targets, labels=torch.zeros_like(targets.labels))
         problems = {}
         for name in own:
             whose = {MAIN: "student queries"}.get(name, name)
