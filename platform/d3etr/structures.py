@@ -188,12 +188,16 @@ class ObjectQueries:
             all but Deformable DETR do.
         place: [B, N] int64 token that a two-stage detector made each query of, over the tokens of
             all levels; None where a query has none.
+        blocks: 0: in self-attention the group's queries see each other and nobody else. K: they
+            are K equal blocks side by side, each of which sees itself and the first group that is
+            decoded with it (denoising queries); such a group has no attention maps.
     """
 
     embedding: Tensor
     reference_logits: Tensor | None = None
     content: Tensor | None = None
     place: Tensor | None = None
+    blocks: int = 0
 
     @property
     def count(self) -> int:
@@ -201,7 +205,7 @@ class ObjectQueries:
         return self.embedding.shape[-2]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ObjectQueries:
-        """All parts that there are, changed alike; ``place``, which is no feature, is dropped."""
+        """All features that there are, changed alike; ``place`` and ``blocks`` are dropped."""
         parts = (self.embedding, self.reference_logits, self.content)
         embedding, reference, content = (None if x is None else change(x) for x in parts)
         assert embedding is not None
@@ -209,7 +213,7 @@ class ObjectQueries:
 
     def detach(self) -> ObjectQueries:
         """The same queries outside the autograd graph."""
-        return replace(self.map(Tensor.detach), place=self.place)
+        return replace(self.map(Tensor.detach), place=self.place, blocks=self.blocks)
 
 
 class Supervision(Enum):
@@ -233,12 +237,17 @@ class QueryGroup:
         supervision: where their assignment to objects comes from.
         teacher: outputs of the teacher for these queries, with ``Supervision.TEACHER``.
         objects: [B, N] int64 object of each query, -1 for none, with ``Supervision.GIVEN``.
+        copies: queries that learn each object, by which the losses are divided too.
+        pairs: queries of each image that have an object, with ``Supervision.GIVEN``; None: the
+            host waits for the device to count them.
     """
 
     queries: ObjectQueries
     supervision: Supervision = Supervision.HUNGARIAN
     teacher: DecoderOutputs | None = None
     objects: Tensor | None = None
+    copies: int = 1
+    pairs: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from d3etr.detectors.feature_levels import (
     on_levels,
     valid_ratios,
 )
-from d3etr.detectors.groups import Decoded, LayerAttention, side_by_side
+from d3etr.detectors.groups import Decoded, GroupSize, LayerAttention, side_by_side
 from d3etr.detectors.heads import box_logits
 from d3etr.detectors.initialisation import (
     initialise_box_head,
@@ -232,7 +232,11 @@ class DeformableDETR(DetectionTransformer):
             return self.reference_head(embedding.float())  # type: ignore[no-any-return]
 
     def decode_together(
-        self, memory: Memory, groups: Sequence[ObjectQueries], sizes: list[int], attention: bool
+        self,
+        memory: Memory,
+        groups: Sequence[ObjectQueries],
+        sizes: list[GroupSize],
+        attention: bool,
     ) -> Decoded:
         """As of ``DetectionTransformer``; a group without content starts from zeros.
 

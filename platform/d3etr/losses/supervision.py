@@ -110,7 +110,7 @@ class GroundTruthSupervision:
             )
         of_student = self.solver.start_named(problems)
         given = {
-            name: _given_assignment(group.objects[:known], outputs[name].layers)
+            name: _given_assignment(group.objects[:known], outputs[name].layers, group.pairs)
             for name, group in groups.items()
             if group.supervision is Supervision.GIVEN and group.objects is not None
         }
@@ -120,7 +120,10 @@ class GroundTruthSupervision:
             assignments = of_teacher() | given | of_student()
             found: dict[str, Tensor] = {}
             for name, part in outputs.items():
-                found |= self._set_losses(name, part, truth[name], assignments[name], normalisers)
+                sums = normalisers
+                if name in groups and groups[name].copies > 1:
+                    sums = sums | {"objects": sums["objects"] * groups[name].copies}
+                found |= self._set_losses(name, part, truth[name], assignments[name], sums)
             return found
 
         return losses
@@ -142,19 +145,23 @@ class GroundTruthSupervision:
         return assignment.nan_if_invalid(losses)
 
 
-def _given_assignment(objects: Tensor, layers: int) -> Assignment:
+def _given_assignment(
+    objects: Tensor, layers: int, pairs: tuple[int, ...] | None = None
+) -> Assignment:
     """Queries with their objects, the same in each layer.
 
     Args:
         objects: [B, N] index of each query's object, -1 for none.
         layers: L.
+        pairs: queries of each image, or more images, that have an object; None waits for the
+            device to count them.
     """
     used = objects >= 0
     # Queries with an object first, in order: the slots behind them are unused.
     rows = used.int().argsort(dim=1, descending=True, stable=True)
     slots = used.gather(1, rows)
     columns = objects.gather(1, rows).clamp(min=0)
-    counts = tuple(used.sum(1).tolist())
+    counts = tuple(used.sum(1).tolist()) if pairs is None else pairs[: len(objects)]
     expand = (layers, -1, -1)
     return Assignment(
         (rows * slots).expand(expand), (columns * slots).expand(expand), counts, slots
