@@ -168,7 +168,9 @@ class Distiller(nn.Module):
         if (teacher is not None) != distillation.needs_network:
             raise ValueError("a teacher's network goes with the methods that need one")
         self.student = student
-        self.supervision = GroundTruthSupervision(criterion, Solver())
+        self.supervision = GroundTruthSupervision(
+            criterion, Solver(), student.config.proposals_tell_classes
+        )
         self.share = GradientShare.of(distillation)  # of the weight of all the method's losses
         self._teacher = (teacher,)  # inside a tuple, nn.Module does not register it
         self.method = _build_method(student, teacher, distillation, seed)

@@ -202,6 +202,9 @@ class ObjectQueries:
         place: [B, N] int64 token that a two-stage detector made each query of, over the tokens of
             all levels; None where a query has none.
         grids: the levels that ``place`` runs over, wherever that is known.
+        blocks: 0: in self-attention the group's queries see each other and nobody else. K: they
+            are K equal blocks side by side, each of which sees itself and the first group that is
+            decoded with it (denoising queries); such a group has no attention maps.
     """
 
     embedding: Tensor
@@ -209,6 +212,7 @@ class ObjectQueries:
     content: Tensor | None = None
     place: Tensor | None = None
     grids: Grids | None = None
+    blocks: int = 0
 
     @property
     def count(self) -> int:
@@ -216,7 +220,7 @@ class ObjectQueries:
         return self.embedding.shape[-2]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ObjectQueries:
-        """All parts that there are, changed alike; ``place``, which is no feature, is dropped."""
+        """All features that there are, changed alike; ``place`` and ``blocks`` are dropped."""
         parts = (self.embedding, self.reference_logits, self.content)
         embedding, reference, content = (None if x is None else change(x) for x in parts)
         assert embedding is not None
@@ -224,7 +228,8 @@ class ObjectQueries:
 
     def detach(self) -> ObjectQueries:
         """The same queries outside the autograd graph."""
-        return replace(self.map(Tensor.detach), place=self.place, grids=self.grids)
+        own = self.map(Tensor.detach)
+        return replace(own, place=self.place, grids=self.grids, blocks=self.blocks)
 
 
 class Supervision(Enum):
@@ -248,12 +253,17 @@ class QueryGroup:
         supervision: where their assignment to objects comes from.
         teacher: outputs of the teacher for these queries, with ``Supervision.TEACHER``.
         objects: [B, N] int64 object of each query, -1 for none, with ``Supervision.GIVEN``.
+        copies: queries that learn each object, by which the losses are divided too.
+        pairs: queries of each image that have an object, with ``Supervision.GIVEN``; None: the
+            host waits for the device to count them.
     """
 
     queries: ObjectQueries
     supervision: Supervision = Supervision.HUNGARIAN
     teacher: DecoderOutputs | None = None
     objects: Tensor | None = None
+    copies: int = 1
+    pairs: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -266,8 +276,8 @@ class Memory:
             padded and all share it.
         padding: [B, S] bool, True under padding, or None.
         levels: the grids that S runs over; one for all but multi-scale detectors.
-        proposals: what a two-stage detector's encoder says about each token, one layer
-            [1, B, S, ..]; None for other detectors.
+        proposals: what a two-stage detector's encoder says about each token, or about those it
+            selected, one layer [1, B, S, ..]; None for other detectors.
         proposal_logits: [B, S, 4] the proposals' boxes before the sigmoid, infinite where a token
             proposes nothing; None for other detectors.
         queries: [B, N, ..] that the encoder selected, of detectors that propose by those alone.

@@ -141,6 +141,21 @@ def test_settings_of_the_class_loss_belong_to_the_students_classification() -> N
     assert f"{criterion}.focal_gamma has no effect on a student with classification" in text
     text = refusal(f"{criterion}.no_object_weight=0.2")
     assert f"{criterion}.no_object_weight has no effect on a student with classification" in text
+    for setting in ("class_loss=varifocal", "quality_alpha=0.5", "quality_gamma=1"):
+        text = refusal(f"{criterion}.{setting}", *softmax)
+        key = setting.partition("=")[0]
+        assert f"{criterion}.{key} has no effect on a student with classification" in text
+
+
+def test_settings_of_a_class_loss_belong_to_it() -> None:
+    criterion = "optimisation.set_criterion"
+    text = refusal(f"{criterion}.quality_gamma=1.5")
+    assert f"{criterion}.quality_gamma has no effect with class_loss 'focal'" in text
+    boxes = ("distillation.method=teach_detr", "teacher.detections=boxes.json")
+    text = refusal("distillation.set_criterion.class_loss=mal", *boxes)
+    assert "set_criterion.class_loss 'mal' has the IoU as class target" in text
+    text = refusal("distillation.set_criterion.quality_alpha=1", *boxes)
+    assert "set_criterion.quality_alpha has no effect with class_loss 'focal'" in text
 
 
 def test_a_setting_without_effect_is_refused() -> None:

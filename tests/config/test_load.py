@@ -50,6 +50,21 @@ def test_a_softmax_student_has_detrs_weights_of_the_class_term_unless_they_are_s
         assert Config.model_validate(settings) == config
 
 
+def test_a_detector_names_the_class_loss_of_its_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = {"class_loss": "varifocal", "class_weight": 1.0}
+    kind = type(minimal().student.detector)
+    monkeypatch.setattr(kind, "criterion_defaults", property(lambda self: defaults))
+    alpha = "optimisation.set_criterion.quality_alpha=0.5"
+    criterion = minimal(alpha).optimisation.set_criterion
+    assert (criterion.class_loss, criterion.class_weight) == ("varifocal", 1.0)
+    assert criterion.quality_parameters == (0.5, 2.0)
+    focal = "optimisation.set_criterion.class_loss=focal"
+    assert minimal(focal).optimisation.set_criterion.class_loss == "focal"
+    assert "quality_alpha has no effect with class_loss 'focal'" in refusal(
+        None, "data.digit_scenes={}", "optimisation.steps=10", focal, alpha
+    )
+
+
 def test_lists_become_tuples_and_text_becomes_paths() -> None:
     config = minimal(
         "student.detector.backbone.stage_widths=[8, 16]", "student.backbone_weights=a/b.safetensors"

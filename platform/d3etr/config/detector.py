@@ -119,7 +119,7 @@ class DetectorConfig(VariantSection):
         return False
 
     @property
-    def criterion_defaults(self) -> Mapping[str, float]:
+    def criterion_defaults(self) -> Mapping[str, float | str]:
         """Defaults of ``optimisation.set_criterion`` that differ for a student of this kind."""
         return {}
 
@@ -131,6 +131,11 @@ class DetectorConfig(VariantSection):
     @property
     def queries_need_images(self) -> bool:
         """Whether each image has queries of its own, which the encoder selects."""
+        return False
+
+    @property
+    def proposals_tell_classes(self) -> bool:
+        """Whether what the encoder proposes learns objects' classes, or only that they are some."""
         return False
 
     @property

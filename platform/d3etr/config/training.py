@@ -15,10 +15,14 @@ Weight = Annotated[float, Field(ge=0, le=MAXIMUM)]
 class SetCriterionConfig(Section):
     """Loss on ground truth: weights of its terms and of the Hungarian matching cost.
 
-    Of classes: the focal loss of Conditional DETR, or DETR's cross entropy for a detector with
+    Of classes: ``class_loss``, or DETR's cross entropy for a detector with
     ``classification: softmax``.
     """
 
+    class_loss: Literal["focal", "varifocal", "mal"] = "focal"
+    """focal: an object's class is 1, as in Conditional DETR. varifocal: it is the IoU of the
+    matched box, which also weighs the term (RT-DETR). mal: it is a power of the IoU, and every
+    object weighs the same (DEIM). Not for ``classification: softmax``."""
     class_weight: Weight = 2.0
     """A recipe for a student with ``classification: softmax`` has 1 unless it says otherwise."""
     l1_weight: Weight = 5.0
@@ -33,12 +37,36 @@ class SetCriterionConfig(Section):
     giou_cost: Weight = 2.0
     """Weight of minus the GIoU of boxes in the matching cost."""
     focal_alpha: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """Of the focal loss, as ``focal_gamma``; neither goes with ``classification: softmax``."""
+    """Of the focal cost, and of the loss with ``class_loss: focal``, as ``focal_gamma``; neither
+    goes with ``classification: softmax``."""
     focal_gamma: Annotated[float, Field(ge=0, le=MAXIMUM)] = 2.0
-    """Exponent of the focal loss: how little easy queries count."""
+    """Exponent of the focal cost and loss: how little easy queries count."""
+    quality_alpha: Weight | None = None
+    """``class_loss: varifocal`` and ``mal`` only: weight of classes that a query should not find;
+    None: 0.75 (varifocal) or 1 (mal), as published."""
+    quality_gamma: Annotated[float, Field(ge=0, le=MAXIMUM)] | None = None
+    """Likewise: exponent of the probability in that weight, and with ``mal`` of the IoU; None: 2
+    (varifocal) or 1.5 (mal), as published."""
     no_object_weight: Annotated[float, Field(gt=0, le=MAXIMUM)] = 0.1
     """``classification: softmax`` only: weight of a query that should find nothing in the cross
     entropy; one that should find an object has 1, and the sum is divided by all weights."""
+
+    @property
+    def quality_parameters(self) -> tuple[float, float]:
+        """``quality_alpha`` and ``quality_gamma``, or what their ``class_loss`` was published with.
+
+        Zhang et al. 2021, arXiv 2008.13367; Huang et al. 2024, arXiv 2412.04234.
+        """
+        alpha, gamma = (1.0, 1.5) if self.class_loss == "mal" else (0.75, 2.0)
+        own = self.quality_alpha, self.quality_gamma
+        return (alpha if own[0] is None else own[0]), (gamma if own[1] is None else own[1])
+
+    def idle_quality_key(self) -> str | None:
+        """A key of ``varifocal`` and ``mal`` that is set and has no effect, or None."""
+        if self.class_loss != "focal":
+            return None
+        keys = ("quality_alpha", "quality_gamma")
+        return next((key for key in keys if getattr(self, key) is not None), None)
 
 
 class ScheduleConfig(Section):

@@ -171,14 +171,20 @@ class Config(Section):
     def _criterion_fits(self) -> None:
         """Refuse settings of the class loss that the student does not learn by."""
         criterion, softmax = self.optimisation.set_criterion, self.student.detector.softmax_classes
-        for key in ("focal_alpha", "focal_gamma") if softmax else ("no_object_weight",):
+        of_sigmoid = ("focal_alpha", "focal_gamma", "class_loss", "quality_alpha", "quality_gamma")
+        for key in of_sigmoid if softmax else ("no_object_weight",):
             if getattr(criterion, key) != type(criterion).model_fields[key].default:
                 kind = "softmax" if softmax else "sigmoid"
-                name = "cross entropy" if softmax else "focal loss"
+                name = "cross entropy" if softmax else f"{criterion.class_loss} loss"
                 raise ValueError(
                     f"optimisation.set_criterion.{key} has no effect on a student with "
                     f"classification '{kind}', which learns by the {name}: remove it"
                 )
+        if idle := criterion.idle_quality_key():
+            raise ValueError(
+                f"optimisation.set_criterion.{idle} has no effect with class_loss 'focal', only "
+                "with 'varifocal' and 'mal': remove it"
+            )
 
 
 def _teacher_problem(config: Config) -> str | None:

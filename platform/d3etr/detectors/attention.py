@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from d3etr.attention_maps import ProductMaps
 from d3etr.config.detector import DetectorConfig
-from d3etr.detectors.groups import LayerAttention
+from d3etr.detectors.groups import GroupSize, LayerAttention
 from d3etr.kernels.availability import runs_kernels
 from d3etr.structures import Memory
 
@@ -82,6 +82,44 @@ def attend_and_keep(
     return attend_with_scores(query, key, value, padding, dropout)
 
 
+def attend_in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared: tuple[Tensor, Tensor],
+    blocks: int,
+    dropout: float,
+) -> Tensor:
+    """Attention within equal blocks of one group, each of which also reads keys that all share.
+
+    One softmax over both: the same as under a mask [N, M + N], without most of its products, and
+    without a copy of the shared keys for each block. float32 scores, as of ``attend_with_scores``.
+
+    Args:
+        query: [B, H, N, E], block by block.
+        key: likewise.
+        value: likewise.
+        shared: keys [B, H, M, E] and values [B, H, M, E].
+        blocks: K, a divisor of N.
+        dropout: probability on the attention weights.
+
+    Returns:
+        [B, N, H*E].
+    """
+
+    def apart(x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], blocks, -1, x.shape[-1])
+
+    own_query, own_key, own_value = (apart(x) for x in (query, key, value))
+    scores = ProductMaps(query, shared[0]).scores()
+    own = ProductMaps(own_query, own_key).scores()  # [B, H, K, N / K, N / K]
+    weights = torch.cat([scores, own.flatten(2, 3)], -1).softmax(-1)
+    weights = functional.dropout(weights, dropout).to(value.dtype)
+    others, own = torch.split(weights, [scores.shape[-1], own.shape[-1]], -1)
+    mixed = (apart(own) @ own_value).flatten(2, 3) + others @ shared[1]
+    return mixed.transpose(1, 2).flatten(2)
+
+
 class MultiHeadAttention(nn.Module):
     """What kinds of attention share; each projects to queries, keys and values in its own way.
 
@@ -106,26 +144,35 @@ class MultiHeadAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        sizes: list[int],
+        sizes: list[GroupSize],
         padding: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, list[LayerAttention]]:
-        """Attention of each group among itself; all [B or 1, N, D].
+        """Attention of each group among itself, blocks apart; all [B or 1, N, D].
+
+        Blocks also read the first group, which never reads them.
 
         Args:
             query: of all groups side by side.
             key: likewise.
             value: likewise.
-            sizes: queries of each group, in the order of N.
+            sizes: of each group, in the order of N.
             padding: [B, N] bool of one group, or None.
             keep: return what maps are compared by.
 
         Returns:
-            [B or 1, N, D], and that of each group (or nothing).
+            [B or 1, N, D], and that of each group without blocks (or nothing).
         """
         heads = (self.split(x) for x in (query, key, value.expand(query.shape)))
-        parts = (torch.split(x, sizes, 2) for x in heads)
-        groups = [self._attend(q, k, v, padding, keep) for q, k, v in zip(*parts, strict=True)]
+        queries = [size.queries for size in sizes]
+        parts = [torch.split(x, queries, 2) for x in heads]
+        shared, dropout = (parts[1][0], parts[2][0]), self.dropout if self.training else 0.0
+        groups = [
+            (attend_in_blocks(q, k, v, shared, size.blocks, dropout), None)
+            if size.blocks
+            else self._attend(q, k, v, padding, keep)
+            for q, k, v, size in zip(*parts, sizes, strict=True)
+        ]
         mixed = torch.cat([group for group, _ in groups], 1) if len(groups) > 1 else groups[0][0]
         return self.output(mixed), [kept for _, kept in groups if kept is not None]
 
@@ -185,13 +232,13 @@ class SelfAttention(MultiHeadAttention):
         hidden: Tensor,
         embedding: Tensor,
         *,
-        sizes: list[int] | None = None,
+        sizes: list[GroupSize] | None = None,
         padding: Tensor | None = None,
         keep: bool = False,
     ) -> tuple[Tensor, list[LayerAttention]]:
         """Mix [B or 1, N, D] states; arguments and result as of ``within``, one group without."""
         query, key = self.query_key(hidden + embedding).chunk(2, -1)
-        sizes = [query.shape[1]] if sizes is None else sizes
+        sizes = [GroupSize(query.shape[1])] if sizes is None else sizes
         return self.within(query, key, self.value(hidden), sizes, padding, keep)
 
 
@@ -212,7 +259,7 @@ class ConditionalSelfAttention(MultiHeadAttention):
         self.output = nn.Linear(width, width)
 
     def forward(
-        self, hidden: Tensor, embedding: Tensor, *, sizes: list[int], keep: bool
+        self, hidden: Tensor, embedding: Tensor, *, sizes: list[GroupSize], keep: bool
     ) -> tuple[Tensor, list[LayerAttention]]:
         """Mix [B or 1, N, D] states within each group; as of ``within``."""
         width = hidden.shape[-1]

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.backbones import build_backbone
-from d3etr.detectors.groups import Decoded, side_by_side, split_groups
+from d3etr.detectors.groups import Decoded, GroupSize, side_by_side, sizes_of, split_groups
 from d3etr.detectors.position import TEMPERATURE, SineEncoding
 from d3etr.detectors.transformer import Encoder
 from d3etr.structures import DecoderOutputs, ImageBatch, Memory, ObjectQueries, QueryGroup, Targets
@@ -71,7 +71,9 @@ class DetectionTransformer(nn.Module, ABC):
     def decode(
         self, memory: Memory, groups: Sequence[ObjectQueries], *, attention: bool = False
     ) -> list[DecoderOutputs]:
-        """Decode query groups side by side in one pass; groups never see each other.
+        """Decode query groups side by side in one pass.
+
+        Groups never see each other, but for those with ``blocks``, which see the first one.
 
         Args:
             memory: encoder output.
@@ -82,14 +84,18 @@ class DetectionTransformer(nn.Module, ABC):
         Returns:
             One entry per group.
         """
-        sizes = [group.count for group in groups]
+        sizes = sizes_of(groups)
         return split_groups(memory, sizes, self.decode_together(memory, groups, sizes, attention))
 
     @abstractmethod
     def decode_together(
-        self, memory: Memory, groups: Sequence[ObjectQueries], sizes: list[int], attention: bool
+        self,
+        memory: Memory,
+        groups: Sequence[ObjectQueries],
+        sizes: list[GroupSize],
+        attention: bool,
     ) -> Decoded:
-        """The pass of ``decode``, for all groups side by side; ``sizes`` are their queries."""
+        """The pass of ``decode``, for all groups side by side; ``sizes`` are theirs."""
 
     def zero_states(self, like: Tensor, memory: Memory) -> Tensor:
         """Where decoder states start: zeros [B or 1, N, D] for queries ``like`` [B or 1, N, ..].

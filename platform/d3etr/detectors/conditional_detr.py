@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.attention import ConditionalCrossAttention, ConditionalSelfAttention
 from d3etr.detectors.base import SingleScaleDetector
-from d3etr.detectors.groups import Decoded, side_by_side
+from d3etr.detectors.groups import Decoded, GroupSize, side_by_side
 from d3etr.detectors.heads import predict_boxes
 from d3etr.detectors.initialisation import (
     attend_to_references,
@@ -118,7 +118,11 @@ class ConditionalDETR(SingleScaleDetector):
             return self.ref_point_head(embedding.float())  # type: ignore[no-any-return]
 
     def decode_together(
-        self, memory: Memory, groups: Sequence[ObjectQueries], sizes: list[int], attention: bool
+        self,
+        memory: Memory,
+        groups: Sequence[ObjectQueries],
+        sizes: list[GroupSize],
+        attention: bool,
     ) -> Decoded:
         """As of ``DetectionTransformer``."""
         embedding = side_by_side([group.embedding for group in groups])

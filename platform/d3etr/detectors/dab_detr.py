@@ -16,7 +16,7 @@ from d3etr.config.base import MAXIMUM
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import SingleScaleDetector
 from d3etr.detectors.conditional_detr import conditional_layers
-from d3etr.detectors.groups import Decoded
+from d3etr.detectors.groups import Decoded, GroupSize
 from d3etr.detectors.heads import box_logits, predict_boxes
 from d3etr.detectors.initialisation import (
     initialise_box_head,
@@ -126,7 +126,11 @@ class DABDETR(SingleScaleDetector):
         return ObjectQueries(self.decoder.embed(anchors.sigmoid())[0], anchors)
 
     def decode_together(
-        self, memory: Memory, groups: Sequence[ObjectQueries], sizes: list[int], attention: bool
+        self,
+        memory: Memory,
+        groups: Sequence[ObjectQueries],
+        sizes: list[GroupSize],
+        attention: bool,
     ) -> Decoded:
         """As of ``DetectionTransformer``; groups' embeddings are not used."""
         images, epsilon = len(memory.tokens), self.config.inverse_sigmoid_epsilon

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from d3etr.detectors.feature_levels import on_levels, valid_ratios
-from d3etr.detectors.groups import Decoded, LayerAttention
+from d3etr.detectors.groups import Decoded, GroupSize, LayerAttention
 from d3etr.detectors.heads import box_logits
 from d3etr.detectors.transformer import MLP, DecoderLayer, run_decoder
 from d3etr.structures import Memory
@@ -75,7 +75,7 @@ def decode_around(
     hidden: Tensor,
     references: References,
     memory: Memory,
-    sizes: list[int],
+    sizes: list[GroupSize],
     attention: bool,
 ) -> Decoded:
     """Decode all groups side by side around their references.
@@ -85,7 +85,7 @@ def decode_around(
         hidden: [B or 1, N, D] states before the first layer.
         references: of the queries.
         memory: encoder output.
-        sizes: queries of each group, N in total.
+        sizes: of each group, N queries in total.
         attention: keep what attention maps are computed from.
     """
     images = len(memory.tokens)

@@ -35,7 +35,7 @@ from d3etr.detectors.feature_levels import (
     on_levels,
     valid_ratios,
 )
-from d3etr.detectors.groups import Decoded, side_by_side
+from d3etr.detectors.groups import Decoded, GroupSize, side_by_side
 from d3etr.detectors.initialisation import (
     initialise_box_head,
     initialise_class_head,
@@ -217,7 +217,11 @@ class DeformableDETR(DetectionTransformer):
             return self.reference_head(embedding.float())  # type: ignore[no-any-return]
 
     def decode_together(
-        self, memory: Memory, groups: Sequence[ObjectQueries], sizes: list[int], attention: bool
+        self,
+        memory: Memory,
+        groups: Sequence[ObjectQueries],
+        sizes: list[GroupSize],
+        attention: bool,
     ) -> Decoded:
         """As of ``DetectionTransformer``; a group without content starts from zeros.
 

@@ -15,7 +15,7 @@ from torch import nn
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.attention import CrossAttention, SelfAttention
 from d3etr.detectors.base import SingleScaleDetector
-from d3etr.detectors.groups import Decoded, side_by_side
+from d3etr.detectors.groups import Decoded, GroupSize, side_by_side
 from d3etr.detectors.heads import predict_boxes, sigmoid_logits
 from d3etr.detectors.initialisation import (
     initialise_class_head,
@@ -42,7 +42,7 @@ class DETRConfig(DetectorConfig):
         return self.classification == "softmax"
 
     @property
-    def criterion_defaults(self) -> Mapping[str, float]:
+    def criterion_defaults(self) -> Mapping[str, float | str]:
         """DETR weighs and costs classes 1 where one softmax tells them apart."""
         return {"class_weight": 1.0, "class_cost": 1.0} if self.softmax_classes else {}
 
@@ -92,7 +92,11 @@ class DETR(SingleScaleDetector):
         return ObjectQueries(self.query_embedding.weight)
 
     def decode_together(
-        self, memory: Memory, groups: Sequence[ObjectQueries], sizes: list[int], attention: bool
+        self,
+        memory: Memory,
+        groups: Sequence[ObjectQueries],
+        sizes: list[GroupSize],
+        attention: bool,
     ) -> Decoded:
         """As of ``DetectionTransformer``; reference points are not used."""
         embedding = side_by_side([group.embedding for group in groups])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +16,39 @@ from d3etr.attention_maps import (
     SampledMaps,
     ScoredMaps,
 )
-from d3etr.structures import DecoderOutputs, Memory
+from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
+
+_Maps = TypeVar("_Maps")
 
 LayerAttention = ProductMaps | SampledMaps | Tensor
 """What maps of one layer and group are compared by: their factors [B or 1, H, N, E], what was
 sampled [B, H, N, V, R, 2], or scores [B or 1, H, N, K]."""
+
+
+class GroupSize(NamedTuple):
+    """Queries of one group side by side with others, and whom they see.
+
+    Attributes:
+        queries: how many.
+        blocks: as of ``ObjectQueries``; each has queries / blocks of them.
+    """
+
+    queries: int
+    blocks: int = 0
+
+
+def sizes_of(groups: Sequence[ObjectQueries]) -> list[GroupSize]:
+    """Sizes of groups that are decoded together, in their order.
+
+    Raises:
+        ValueError: blocks of unequal size, or blocks in the first group, which they would see.
+    """
+    sizes = [GroupSize(group.count, group.blocks) for group in groups]
+    for number, (queries, blocks) in enumerate(sizes):
+        if blocks and (not number or queries % blocks):
+            found = f"{queries} queries in {blocks} blocks as group {number} of {len(sizes)}"
+            raise ValueError(f"{found}: blocks are equal, and see the group before them")
+    return sizes
 
 
 @dataclass
@@ -28,7 +56,7 @@ class AttentionTrace:
     """Attention of every decoder layer so far.
 
     Attributes:
-        within: per layer and group, among the group's queries.
+        within: per layer and group without blocks, among the group's queries.
         across: per layer, of all groups' queries side by side to the memory.
     """
 
@@ -36,11 +64,11 @@ class AttentionTrace:
     across: list[LayerAttention] = field(default_factory=list)
 
     def self_maps(self, images: int) -> list[AttentionMaps]:
-        """Of each group."""
+        """Of each group without blocks."""
         return [_self_maps(layers, images) for layers in zip(*self.within, strict=True)]
 
-    def cross_maps(self, sizes: list[int], memory: Memory) -> list[CrossMaps]:
-        """Of each group; they share the keys."""
+    def cross_maps(self, sizes: list[GroupSize], memory: Memory) -> list[CrossMaps]:
+        """Of each group without blocks; they share the keys."""
         scores = [layer for layer in self.across if isinstance(layer, Tensor)]
         if scores:
             return [ScoredMaps(part) for part in _split_layers(scores, sizes)]
@@ -71,10 +99,20 @@ def _self_maps(layers: Sequence[LayerAttention], images: int) -> AttentionMaps:
     )
 
 
-def _split_layers(layers: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    """[B, H, N, X] of each layer to [L, B, H, n, X] of each group, each in one piece of memory."""
-    parts = [torch.split(layer, sizes, 2) for layer in layers]
-    return [torch.stack(group) for group in zip(*parts, strict=True)]
+def _split_layers(layers: list[Tensor], sizes: list[GroupSize]) -> list[Tensor]:
+    """[B, H, N, X] of each layer to [L, B, H, n, X] of each group, each in one piece of memory.
+
+    Groups with blocks are left out.
+    """
+    parts = [torch.split(layer, [size.queries for size in sizes], 2) for layer in layers]
+    groups = zip(sizes, zip(*parts, strict=True), strict=True)
+    return [torch.stack(group) for size, group in groups if not size.blocks]
+
+
+def _or_none(maps: Sequence[_Maps], sizes: list[GroupSize]) -> list[_Maps | None]:
+    """Maps of groups without blocks, and None for the others."""
+    found = iter(maps)
+    return [None if size.blocks else next(found) for size in sizes]
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:
@@ -102,23 +140,24 @@ class Decoded(NamedTuple):
     no_object: Tensor | None = None
 
 
-def split_groups(memory: Memory, sizes: list[int], decoded: Decoded) -> list[DecoderOutputs]:
+def split_groups(memory: Memory, sizes: list[GroupSize], decoded: Decoded) -> list[DecoderOutputs]:
     """Cut the outputs of all groups into one entry per group.
 
     Args:
         memory: what was decoded.
-        sizes: queries of each group, N in total.
+        sizes: of each group, N queries in total.
         decoded: outputs of all.
     """
     logits, boxes, states, trace, no_object = decoded
     none: list[None] = [None] * len(sizes)
+    queries = [size.queries for size in sizes]
     parts = zip(
-        torch.split(logits, sizes, 2),
-        torch.split(boxes, sizes, 2),
-        none if trace is None else trace.self_maps(len(memory.tokens)),
-        none if trace is None else trace.cross_maps(sizes, memory),
-        torch.split(states, sizes, 1),
-        none if no_object is None else torch.split(no_object, sizes, 2),
+        torch.split(logits, queries, 2),
+        torch.split(boxes, queries, 2),
+        none if trace is None else _or_none(trace.self_maps(len(memory.tokens)), sizes),
+        none if trace is None else _or_none(trace.cross_maps(sizes, memory), sizes),
+        torch.split(states, queries, 1),
+        none if no_object is None else torch.split(no_object, queries, 2),
         strict=True,
     )
     return [

@@ -31,6 +31,7 @@ PARTS: Mapping[str, DetectorPart] = MappingProxyType(
         "proposals.box_head.": "heads",
         "query_embedding.": "queries",
         "query_content.": "queries",
+        "label_embedding.": "queries",
         "anchors.": "queries",
         "ref_point_head.": "queries",
         "reference_head.": "queries",
@@ -38,7 +39,12 @@ PARTS: Mapping[str, DetectorPart] = MappingProxyType(
     }
 )
 """Beginning of a tensor's name -> its part; the longest one that fits counts."""
-_CLASS_HEADS = ("class_head.", "decoder.class_heads.", "proposals.class_head.")
+_CLASS_HEADS = (
+    "class_head.",
+    "decoder.class_heads.",
+    "proposals.class_head.",
+    "label_embedding.",
+)
 _LAYER = re.compile(r"^(decoder\.(?:layers\.|class_heads\.|box_heads\.)?)(\d+)\.")
 """Beginning of a name that belongs to a decoder layer, and its number."""
 _SHOWN = 4

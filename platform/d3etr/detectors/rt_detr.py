@@ -26,8 +26,9 @@ from d3etr.detectors.deformable_decoder import (
     Refinement,
     decode_around,
 )
+from d3etr.detectors.denoising import DENOISING, DenoisingConfig, denoising_group, touching
 from d3etr.detectors.feature_levels import BACKBONE_LEVELS
-from d3etr.detectors.groups import Decoded, side_by_side
+from d3etr.detectors.groups import Decoded, GroupSize, side_by_side
 from d3etr.detectors.heads import box_logits
 from d3etr.detectors.hybrid_encoder import ConvNorm, HybridEncoder
 from d3etr.detectors.initialisation import (
@@ -38,7 +39,16 @@ from d3etr.detectors.initialisation import (
 from d3etr.detectors.places import tokens_at_places
 from d3etr.detectors.proposals import first_boxes
 from d3etr.detectors.transformer import MLP
-from d3etr.structures import DecoderOutputs, Grids, ImageBatch, Levels, Memory, ObjectQueries
+from d3etr.structures import (
+    DecoderOutputs,
+    Grids,
+    ImageBatch,
+    Levels,
+    Memory,
+    ObjectQueries,
+    QueryGroup,
+    Targets,
+)
 
 
 class RTDETRConfig(DetectorConfig):
@@ -67,6 +77,8 @@ class RTDETRConfig(DetectorConfig):
     """Queries start from learned vectors, not from the encoder's tokens."""
     look_forward_twice: bool = True
     """A layer's boxes also teach the layer before, as in the official code."""
+    denoising: DenoisingConfig = DenoisingConfig()
+    """Noised ground truth that the decoder learns to restore, in training only."""
 
     @property
     def feature_levels(self) -> int:
@@ -77,6 +89,16 @@ class RTDETRConfig(DetectorConfig):
     def reference_size(self) -> int:
         """Queries start from boxes."""
         return 4
+
+    @property
+    def criterion_defaults(self) -> Mapping[str, float | str]:
+        """The varifocal loss, as official."""
+        return {"class_loss": "varifocal", "class_weight": 1.0}
+
+    @property
+    def proposals_tell_classes(self) -> bool:
+        """The selected tokens learn objects' classes."""
+        return True
 
     @property
     def queries_need_images(self) -> bool:
@@ -222,6 +244,9 @@ class RTDETR(DetectionTransformer):
         self.decoder = RTDETRDecoder(config, classes)
         if config.learned_content:
             self.query_content = nn.Embedding(config.queries, config.width)
+        self.label_embedding: nn.Embedding | None = None
+        if config.denoising.queries:
+            self.label_embedding = nn.Embedding(classes + 1, config.width, padding_idx=classes)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -280,7 +305,18 @@ class RTDETR(DetectionTransformer):
         content = self._content(memory, queries) if self.config.learned_content else queries.content
         assert queries.reference_logits is not None
         embedding = self.decoder.embed(queries.reference_logits)
-        return replace(queries, embedding=embedding, content=content)
+        queries = replace(queries, embedding=embedding, content=content)
+        if self.label_embedding is None or not self.training:
+            return queries
+        return touching(queries, self.label_embedding.weight)
+
+    def training_groups(self, memory: Memory, targets: Targets, step: int) -> dict[str, QueryGroup]:
+        """Denoising queries; see ``DetectionTransformer``."""
+        if self.label_embedding is None or not self.training:
+            return {}
+        embedding, config = self.label_embedding.weight, self.config.denoising
+        group = denoising_group(targets, embedding, config, step=step)
+        return {} if group is None else {DENOISING: group}
 
     def _content(self, memory: Memory, group: ObjectQueries) -> Tensor:
         """[B, N, D] what queries of this detector's own start from, for a group without content."""
@@ -295,7 +331,11 @@ class RTDETR(DetectionTransformer):
         return self.proposals.states(tokens).detach()
 
     def decode_together(
-        self, memory: Memory, groups: Sequence[ObjectQueries], sizes: list[int], attention: bool
+        self,
+        memory: Memory,
+        groups: Sequence[ObjectQueries],
+        sizes: list[GroupSize],
+        attention: bool,
     ) -> Decoded:
         """As of ``DetectionTransformer``; a group without content starts as its own queries do."""
         contents = [

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.attention import SelfAttention
-from d3etr.detectors.groups import AttentionTrace, LayerAttention
+from d3etr.detectors.groups import AttentionTrace, GroupSize, LayerAttention
 from d3etr.structures import Memory
 
 
@@ -142,7 +142,7 @@ class DecoderLayer(nn.Module):
 
     Args:
         config: uses width, feedforward and dropout.
-        self_attention: among the queries of each group, groups apart.
+        self_attention: among the queries of each group, groups (and blocks) apart.
         cross_attention: of queries to the memory.
         activation: of the feed-forward block.
     """
@@ -168,7 +168,7 @@ class DecoderLayer(nn.Module):
         embedding: Tensor,
         place: Tensor | None,
         memory: Memory,
-        sizes: list[int],
+        sizes: list[GroupSize],
         trace: AttentionTrace | None,
     ) -> Tensor:
         """One layer for all groups.
@@ -178,7 +178,7 @@ class DecoderLayer(nn.Module):
             embedding: [B or 1, N, D].
             place: where queries look, as the cross-attention takes it.
             memory: encoder output.
-            sizes: queries of each group.
+            sizes: of each group.
             trace: this layer's attention is appended to it, if there is one.
 
         Returns:
@@ -215,7 +215,7 @@ def run_decoder(
     hidden: Tensor,
     aim: Aim,
     memory: Memory,
-    sizes: list[int],
+    sizes: list[GroupSize],
     attention: bool,
 ) -> tuple[list[Tensor], AttentionTrace | None]:
     """Decode all groups side by side in one pass.
@@ -225,7 +225,7 @@ def run_decoder(
         hidden: [B or 1, N, D] states before the first layer.
         aim: called before each layer; refinement of references happens there.
         memory: encoder output.
-        sizes: queries of each group, N in total.
+        sizes: of each group, N queries in total.
         attention: keep what attention maps are computed from.
 
     Returns:

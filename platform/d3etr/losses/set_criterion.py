@@ -1,9 +1,10 @@
 """DETR's set criterion on ground truth, all decoder layers at once.
 
 Classification, L1 and generalised IoU over the Hungarian assignment (Carion et al. 2020, section
-3.1). Of classes it is the focal loss of Conditional DETR, or DETR's own cross entropy where classes
-are exclusive. Losses are weight-free sums over layers, divided by the number of objects; the cross
-entropy by the weights of all queries instead.
+3.1). Of classes it is the focal loss of Conditional DETR, the varifocal one of RT-DETR, DEIM's
+matchability-aware one, or DETR's own cross entropy where classes are exclusive. Losses are
+weight-free sums over layers, divided by the number of objects; the cross entropy by the weights of
+all queries instead.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from d3etr.config.training import SetCriterionConfig
 from d3etr.matching.assignment import Assignment, CostBlock, gather_queries
-from d3etr.matching.boxes import cxcywh_to_xyxy, generalised_iou
+from d3etr.matching.boxes import cxcywh_to_xyxy, generalised_iou, iou
 from d3etr.matching.costs import detection_costs, focal_terms
 from d3etr.structures import DecoderOutputs, Targets
 
@@ -78,6 +79,43 @@ def _focal_loss(
     return negative.sum() + ((as_positive - as_negative) * assignment.valid_mask).sum()
 
 
+def _quality_loss(
+    outputs: DecoderOutputs,
+    targets: Targets,
+    assignment: Assignment,
+    config: SetCriterionConfig,
+    overlap: Tensor,
+) -> Tensor:
+    """Sum of a loss whose class target is how well the matched box fits.
+
+    varifocal (Zhang et al. 2021, arXiv 2008.13367, equation 2): q BCE(z, q) with the IoU q. mal
+    (Huang et al. 2024, arXiv 2412.04234): BCE(z, q^gamma). Both: alpha p^gamma BCE(z, 0) of all
+    other classes and queries. As in RT-DETR's and DEIM's code, weights and targets are outside the
+    graph. Built as the focal loss is, without a one-hot target.
+
+    Args:
+        outputs: of the groups.
+        targets: ground truth.
+        assignment: queries to objects.
+        config: uses ``class_loss`` and its parameters.
+        overlap: [L, B, P] IoU of each pair's boxes.
+    """
+    alpha, gamma = config.quality_parameters
+    logits, overlap = outputs.logits.float(), overlap.detach()
+    matched = _matched_logits(logits, targets, assignment)
+
+    def as_negative(z: Tensor) -> Tensor:
+        return alpha * z.detach().sigmoid() ** gamma * softplus(z)
+
+    if config.class_loss == "varifocal":
+        entropy = binary_cross_entropy_with_logits(matched, overlap, reduction="none")
+        as_positive = overlap * entropy
+    else:
+        as_positive = binary_cross_entropy_with_logits(matched, overlap**gamma, reduction="none")
+    own = as_positive - as_negative(matched)
+    return as_negative(logits).sum() + (own * assignment.valid_mask).sum()
+
+
 def _cross_entropy(
     outputs: DecoderOutputs, targets: Targets, assignment: Assignment, weight: float
 ) -> Tensor:
@@ -99,6 +137,8 @@ def set_losses(
 ) -> dict[str, Tensor]:
     """Classification, L1 and GIoU losses of all layers.
 
+    A detector's boxes, which have scores, go with the focal loss only.
+
     Args:
         outputs: decoder outputs, [L, B, N, ...].
         targets: ground truth, padded to T objects; or a detector's boxes, whose scores are class
@@ -112,21 +152,26 @@ def set_losses(
         Scalars ``class``, ``l1`` and ``giou``.
     """
     count = objects.clamp(min=1)
-    if outputs.softmax_classes:
-        assert weights is not None, "the cross entropy is divided by the weights of all queries"
-        entropy = _cross_entropy(outputs, targets, assignment, config.no_object_weight)
-        losses = {"class": entropy / weights}
-    else:
-        losses = {"class": _focal_loss(outputs, targets, assignment, config) / count}
     boxes = gather_queries(outputs.boxes_cxcywh.float(), assignment.rows)
     layers = assignment.rows.shape[0]
     truth = gather_queries(
         targets.boxes_cxcywh[None].expand(layers, -1, -1, -1), assignment.columns
     )
+    corners, true_corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth)
+    if outputs.softmax_classes:
+        assert weights is not None, "the cross entropy is divided by the weights of all queries"
+        entropy = _cross_entropy(outputs, targets, assignment, config.no_object_weight)
+        losses = {"class": entropy / weights}
+    elif config.class_loss == "focal":
+        losses = {"class": _focal_loss(outputs, targets, assignment, config) / count}
+    else:
+        assert targets.scores is None, "a score and an IoU cannot both be the class target"
+        overlap = iou(corners.detach(), true_corners)
+        quality = _quality_loss(outputs, targets, assignment, config, overlap)
+        losses = {"class": quality / count}
     scores, counted = _matched_scores(targets, assignment), assignment.valid_mask
     if scores is not None:
         counted = counted * scores
     losses["l1"] = ((boxes - truth).abs() * counted[..., None]).sum() / count
-    overlap = generalised_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))
-    losses["giou"] = ((1 - overlap) * counted).sum() / count
+    losses["giou"] = ((1 - generalised_iou(corners, true_corners)) * counted).sum() / count
     return losses

@@ -33,10 +33,13 @@ class GroundTruthSupervision:
     Attributes:
         criterion: weights of the criterion and its matching.
         solver: of the bipartite problems.
+        proposals_tell_classes: whether a two-stage encoder's proposals learn objects' classes; else
+            class 0 is "some object".
     """
 
     criterion: SetCriterionConfig
     solver: Solver
+    proposals_tell_classes: bool = False
 
     def start_teachers(self, groups: Mapping[str, QueryGroup], targets: Targets) -> Solutions:
         """Begin to match the teacher's queries with objects, for groups that learn by that."""
@@ -80,7 +83,7 @@ class GroundTruthSupervision:
         Args:
             decoded: outputs of the groups.
             groups: what the student decoded, by name.
-            proposals: what a two-stage encoder proposes; learns objects from background.
+            proposals: what a two-stage encoder proposes, of all tokens or those it selected.
             of_teacher: what ``start_teachers`` returned.
             targets: ground truth.
             normalisers: sums over the global batch.
@@ -96,8 +99,9 @@ class GroundTruthSupervision:
         if proposals is not None:
             outputs[PROPOSALS] = proposals.of_first(known)
             own.append(PROPOSALS)
-            # Proposals only tell objects from background, as class 0.
-            truth[PROPOSALS] = replace(targets, labels=torch.zeros_like(targets.labels))
+            truth[PROPOSALS] = targets
+            if not self.proposals_tell_classes:  # only objects from background, as class 0
+                truth[PROPOSALS] = replace(targets, labels=torch.zeros_like(targets.labels))
         problems = {}
         for name in own:
             whose = {MAIN: "student queries"}.get(name, name)
@@ -106,7 +110,7 @@ class GroundTruthSupervision:
             )
         of_student = self.solver.start_named(problems)
         given = {
-            name: _given_assignment(group.objects[:known], outputs[name].layers)
+            name: _given_assignment(group.objects[:known], outputs[name].layers, group.pairs)
             for name, group in groups.items()
             if group.supervision is Supervision.GIVEN and group.objects is not None
         }
@@ -116,7 +120,10 @@ class GroundTruthSupervision:
             assignments = of_teacher() | given | of_student()
             found: dict[str, Tensor] = {}
             for name, part in outputs.items():
-                found |= self._set_losses(name, part, truth[name], assignments[name], normalisers)
+                sums = normalisers
+                if name in groups and groups[name].copies > 1:
+                    sums = sums | {"objects": sums["objects"] * groups[name].copies}
+                found |= self._set_losses(name, part, truth[name], assignments[name], sums)
             return found
 
         return losses
@@ -138,19 +145,23 @@ class GroundTruthSupervision:
         return assignment.nan_if_invalid(losses)
 
 
-def _given_assignment(objects: Tensor, layers: int) -> Assignment:
+def _given_assignment(
+    objects: Tensor, layers: int, pairs: tuple[int, ...] | None = None
+) -> Assignment:
     """Queries with their objects, the same in each layer.
 
     Args:
         objects: [B, N] index of each query's object, -1 for none.
         layers: L.
+        pairs: queries of each image, or more images, that have an object; None waits for the
+            device to count them.
     """
     used = objects >= 0
     # Queries with an object first, in order: the slots behind them are unused.
     rows = used.int().argsort(dim=1, descending=True, stable=True)
     slots = used.gather(1, rows)
     columns = objects.gather(1, rows).clamp(min=0)
-    counts = tuple(used.sum(1).tolist())
+    counts = tuple(used.sum(1).tolist()) if pairs is None else pairs[: len(objects)]
     expand = (layers, -1, -1)
     return Assignment(
         (rows * slots).expand(expand), (columns * slots).expand(expand), counts, slots

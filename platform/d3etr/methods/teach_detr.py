@@ -11,9 +11,9 @@ ground truth does.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from d3etr.config.base import MAXIMUM
@@ -37,7 +37,8 @@ class TeachDETRConfig(TaughtMethodConfig):
     minimum_score: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Boxes below it are left out: there, the teacher says that nothing is."""
     set_criterion: SetCriterionConfig = SetCriterionConfig()
-    """Weights and costs over the teacher's boxes, as optimisation.set_criterion over objects."""
+    """Weights and costs over the teacher's boxes, as optimisation.set_criterion over objects; of
+    classes, by the focal loss only."""
 
     @property
     def teacher_kinds(self) -> tuple[str, ...]:
@@ -53,6 +54,19 @@ class TeachDETRConfig(TaughtMethodConfig):
     def description(self) -> str:
         """The term with its weight."""
         return f"teacher's boxes ({self.weight:g}), scores of at least {self.minimum_score:g}"
+
+    @model_validator(mode="after")
+    def _scores_are_the_class_targets(self) -> Self:
+        criterion = self.set_criterion
+        if criterion.class_loss != "focal":
+            raise ValueError(
+                f"set_criterion.class_loss '{criterion.class_loss}' has the IoU as class target, "
+                "and a teacher's box has its score: set it to 'focal' (ground truth may have "
+                "another, in optimisation.set_criterion)"
+            )
+        if key := criterion.idle_quality_key():
+            raise ValueError(f"set_criterion.{key} has no effect with class_loss 'focal'")
+        return self
 
 
 class TeachDETR(Method):

@@ -1,0 +1,212 @@
+"""Contrastive denoising queries: noised ground truth that a decoder learns to restore.
+
+(DINO, Zhang et al., arXiv 2203.03605, section 3.3; the details are those of RT-DETR's code, arXiv
+2304.08069.) A block holds a positive and a negative query of each object: near its box, which the
+query learns, and farther away, which learns that nothing is there.
+
+Shapes: B images · G objects of the fullest labelled image · K blocks · N = 2 K G queries, block by
+block, positives first · C classes · D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from d3etr.config.base import MAXIMUM, Section
+from d3etr.structures import ObjectQueries, QueryGroup, Supervision, Targets, on_device
+
+DENOISING = "denoising"
+"""Name of the group and its losses."""
+SMALLEST_SIDE = 1e-5
+"""What a box's logits are computed from is at least this far from 0 and 1, as in RT-DETR's code."""
+
+
+class DenoisingConfig(Section):
+    """Denoising queries, made of ground truth in training only."""
+
+    queries: Annotated[int, Field(ge=0, le=65_536)] = 100
+    """Positive queries for each image, about: blocks of one for each object of the batch's fullest
+    image, as many as fit and one at least. As many negative ones join them. 0 leaves them out."""
+    label_noise: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Half of it is the share of queries that start from a random class."""
+    box_noise: Annotated[float, Field(ge=0, le=MAXIMUM)] = 1.0
+    """How far corners are moved, as a share of half the box's sides: up to once it of positive
+    queries, once to twice it of negative ones."""
+
+
+@dataclass(frozen=True)
+class DenoisingNoise:
+    """Random numbers of one batch.
+
+    Attributes:
+        doubts: [B, N] in [0, 1); a class is replaced where it is below label_noise / 2.
+        classes: [B, N] int64 in [0, C), what replaces it.
+        moves: [B, N, 4] in [0, 1), how far each corner coordinate is moved.
+        signs: [B, N, 4] -1 or 1, where to.
+    """
+
+    doubts: Tensor
+    classes: Tensor
+    moves: Tensor
+    signs: Tensor
+
+    def to(self, device: torch.device) -> DenoisingNoise:
+        """The same on ``device``; the host does not wait for the copies."""
+        return DenoisingNoise(
+            *(on_device(getattr(self, field.name), device) for field in fields(self))
+        )
+
+
+def denoising_blocks(targets: Targets, config: DenoisingConfig) -> tuple[int, int]:
+    """How many blocks K, and objects G of the fullest image; (0, 0) where there is no group.
+
+    Both follow from numbers that the host knows.
+    """
+    fullest = max(targets.of_labelled().counts, default=0)
+    if not config.queries or not fullest:
+        return 0, 0
+    return max(1, config.queries // fullest), fullest
+
+
+def draw_noise(
+    image_ids: tuple[int, ...], queries: int, classes: int, *, step: int, seed: int = 0
+) -> DenoisingNoise:
+    """Random numbers on the host, each image's from a generator of its own.
+
+    So a run that goes on draws what it would have drawn, on any worker and device.
+
+    Args:
+        image_ids: of the batch.
+        queries: N.
+        classes: C.
+        step: optimiser step.
+        seed: of what is drawn.
+    """
+    drawn = []
+    for image in image_ids:
+        number = ((seed * 1_000_003 + step) * 1_000_003 + image) % 2**63
+        generator = torch.Generator().manual_seed(number)
+        drawn.append(
+            (
+                torch.rand(queries, generator=generator),
+                torch.randint(classes, (queries,), generator=generator),
+                torch.rand(queries, 4, generator=generator),
+                torch.randint(2, (queries, 4), generator=generator) * 2.0 - 1.0,
+            )
+        )
+    return DenoisingNoise(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
+
+
+def noised_objects(
+    targets: Targets, noise: DenoisingNoise, classes: int, config: DenoisingConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What denoising queries start from.
+
+    Slots beyond an image's objects, and all of images without labels, are class C and a box at the
+    origin without a size; as in RT-DETR's code, queries of them take part and learn nothing.
+
+    Args:
+        targets: ground truth, with an object in at least one labelled image.
+        noise: random numbers on the targets' device.
+        classes: C.
+        config: of the noise.
+
+    Returns:
+        Classes [B, N] int64 in [0, C], logits of boxes [B, N, 4] cxcywh, and [B, N] int64 the
+        object that each query shall restore, -1 for none.
+    """
+    blocks, fullest = denoising_blocks(targets, config)
+    images, known = len(targets.counts), len(targets.of_labelled().counts)
+    slots = torch.arange(fullest, device=targets.labels.device)
+    exists = slots < targets.num_objects[:, None]
+    if known < images:
+        exists = exists & (torch.arange(images, device=slots.device) < known)[:, None]
+    labels = targets.labels[:, :fullest].masked_fill(~exists, classes).repeat(1, 2 * blocks)
+    boxes = targets.boxes_cxcywh[:, :fullest].float().masked_fill(~exists[..., None], 0.0)
+    boxes, used = boxes.repeat(1, 2 * blocks, 1), exists.repeat(1, 2 * blocks)
+    replaced = (noise.doubts < config.label_noise / 2) & used
+    negative = torch.arange(2 * blocks * fullest, device=slots.device) // fullest % 2
+    objects = slots.repeat(2 * blocks).where((negative == 0) & used, -1)
+    reach = boxes[..., 2:].repeat(1, 1, 2) / 2 * config.box_noise
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    corners = torch.cat([centre - half, centre + half], -1)
+    corners = corners + (noise.moves + negative[:, None]) * noise.signs * reach
+    low, high = corners.clamp(0, 1).chunk(2, -1)
+    return (
+        noise.classes.where(replaced, labels),
+        _logits(torch.cat([(low + high) / 2, high - low], -1)),
+        objects,
+    )
+
+
+def denoising_group(
+    targets: Targets,
+    class_embedding: Tensor,
+    config: DenoisingConfig,
+    *,
+    step: int,
+    seed: int = 0,
+    noise: DenoisingNoise | None = None,
+) -> QueryGroup | None:
+    """Denoising queries of a batch; None where no labelled image has an object.
+
+    Their reference boxes are the noised ones, and so is their content, the embedding of the noised
+    class; their positional embedding is zero, as those detectors have it whose decoder makes it
+    from references.
+
+    Args:
+        targets: ground truth on the device of the embedding.
+        class_embedding: [C + 1, D]; its last row, which gets no gradient, is that of unused slots.
+        config: of the noise.
+        step: optimiser step.
+        seed: with the step and the images' ids, all that the noise depends on.
+        noise: random numbers [B, N], such as a test's; None draws them.
+    """
+    blocks, fullest = denoising_blocks(targets, config)
+    if not blocks:
+        return None
+    classes, device = len(class_embedding) - 1, class_embedding.device
+    if noise is None:
+        count = 2 * blocks * fullest
+        noise = draw_noise(targets.image_ids, count, classes, seed=seed, step=step)
+    labels, boxes, objects = noised_objects(targets, noise.to(device), classes, config)
+    content = functional.embedding(labels, class_embedding, padding_idx=classes)
+    known = targets.of_labelled().counts
+    return QueryGroup(
+        ObjectQueries(torch.zeros_like(content), boxes, content, blocks=blocks),
+        Supervision.GIVEN,
+        objects=objects,
+        copies=blocks,
+        pairs=tuple(blocks * n for n in known) + (0,) * (len(targets.counts) - len(known)),
+    )
+
+
+def touching(queries: ObjectQueries, class_embedding: Tensor) -> ObjectQueries:
+    """The same queries, with a gradient of 0 for the embedding of classes.
+
+    A worker without objects has no denoising group, and workers wait for the gradient of every
+    parameter: a detector in training says this of its main group.
+
+    Args:
+        queries: their content, or without one their embedding, reaches the losses.
+        class_embedding: [C + 1, D].
+    """
+    nothing = 0.0 * class_embedding.sum()
+    if queries.content is None:
+        return replace(queries, embedding=queries.embedding + nothing)
+    return replace(queries, content=queries.content + nothing)
+
+
+def _logits(boxes: Tensor) -> Tensor:
+    """The inverse sigmoid of values clamped to [0, 1], finite at both ends.
+
+    Corners that were moved past each other make a negative side, which becomes the smallest.
+    """
+    boxes = boxes.clamp(0, 1)
+    return (boxes.clamp(min=SMALLEST_SIDE) / (1 - boxes).clamp(min=SMALLEST_SIDE)).log()
