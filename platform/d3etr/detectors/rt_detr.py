@@ -8,7 +8,7 @@ Shapes: B images · N queries · C classes · S memory tokens of all feature lev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal, Self
 
