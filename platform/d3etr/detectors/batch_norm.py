@@ -43,6 +43,12 @@ class BatchNorm2d(nn.BatchNorm2d):
         super().__init__(channels, eps, momentum)
         self.register_buffer("num_batches_tracked", None)
 
+    @classmethod
+    def like(cls, norm: nn.BatchNorm2d) -> BatchNorm2d:
+        """A new one in the place of PyTorch's."""
+        momentum = 0.1 if norm.momentum is None else norm.momentum
+        return BatchNorm2d(norm.num_features, norm.eps, momentum)
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w], normalised, scaled and shifted.
 
