@@ -65,5 +65,6 @@ def test_its_weights_file_is_enough_to_predict(name: str, tmp_path: Path) -> Non
 def test_what_a_configuration_says_of_weights() -> None:
     assert BackboneConfig(name="densenet121").keeps_statistics
     assert not BackboneConfig(name="densenet121", norm="group").keeps_statistics
+    assert not BackboneConfig(name="densenet121", norm="batch").keeps_statistics
     assert not BackboneConfig(name="swin_t").keeps_statistics
     assert not BackboneConfig(name="small").keeps_statistics

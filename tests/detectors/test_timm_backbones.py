@@ -79,6 +79,11 @@ def test_norms_are_frozen_or_groups() -> None:
     assert any(".bn" in name for name, _ in groups.named_parameters())
     pixels = torch.randn(1, 3, 32, 32)
     assert groups(pixels).shape == frozen(pixels).shape
+    batches = built(LITE, norm="batch")
+    assert {*batches.state_dict()} == {*frozen.state_dict()}
+    batches.load_state_dict(frozen.state_dict())
+    assert any(".bn" in name for name, _ in batches.named_parameters())
+    torch.testing.assert_close(batches(pixels), frozen(pixels), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="norm 'group' has no effect on timm/poolformer"):
         built("timm/poolformer_s12", norm="group")
 

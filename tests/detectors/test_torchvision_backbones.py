@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 
 import pytest
+import timm
 import torch
 import torchvision
 from pydantic import ValidationError
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import FrozenBatchNorm2d
 
-from d3etr.config.backbones import BACKBONES, TORCHVISION, family_of
+from d3etr.config.backbones import BACKBONES, RESNET_VD, TORCHVISION, family_of
 from d3etr.config.detector import BackboneConfig
+from d3etr.detectors import timm_weights
 from d3etr.detectors.backbones import Backbone, build_backbone
-from d3etr.detectors.torchvision_backbone import group_norm
+from d3etr.detectors.torchvision_backbone import build_network, group_norm
 from d3etr.detectors.torchvision_weights import from_torchvision
 from d3etr.detectors.weights import load_backbone_weights
 from d3etr.errors import UserError
@@ -89,11 +91,11 @@ def test_names_are_torchvisions() -> None:
     others = {"maxvit_t", "alexnet", "inception_v3", "googlenet", "squeezenet1_0", "squeezenet1_1"}
     vits = {name for name in offered if name.startswith("vit_")}
     assert {*TORCHVISION} == {*offered} - others - vits
-    assert len(BACKBONES) == len(set(BACKBONES)) == 1 + len(TORCHVISION)
+    assert len(BACKBONES) == len(set(BACKBONES)) == 1 + len((*TORCHVISION, *RESNET_VD))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", [*TORCHVISION, *RESNET_VD])
 def test_every_network_has_four_stages(name: str) -> None:
     backbone = on_meta(name)
     assert backbone.stage_strides == (4, 8, 16, 32)
@@ -104,7 +106,9 @@ def test_every_network_has_four_stages(name: str) -> None:
     assert not any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
 
 
-@pytest.mark.parametrize("name", ["resnext50_32x4d", "mobilenet_v2", "swin_t", "vgg11_bn"])
+@pytest.mark.parametrize(
+    "name", ["resnext50_32x4d", "mobilenet_v2", "swin_t", "vgg11_bn", "resnet18vd"]
+)
 def test_maps_are_rounded_up(name: str) -> None:
     backbone = on_meta(name, norm="group" if BackboneConfig(name=name).has_batch_norm else "frozen")
     maps = backbone.pyramid(torch.empty(2, 3, 75, 1, device="meta"), 4)
@@ -201,6 +205,8 @@ def test_another_normalisation_is_undone() -> None:
         ("efficientnet_b0", 2, {"features.0", "features.1", "features.2"}),
         ("regnet_x_400mf", 2, {"stem.0", "trunk_output.block1"}),
         ("densenet121", 1, {"features.conv0"}),
+        ("resnet18vd", 1, {"conv1.0", "conv1.3", "conv1.6"}),
+        ("resnet50vd", 2, {"conv1.0", "conv1.3", "conv1.6", *(f"layer1.{k}" for k in range(3))}),
         ("swin_t", 5, {*(f"features.{k}" for k in range(8)), "norm.weight", "norm.bias"}),
     ],
 )
@@ -239,6 +245,29 @@ def test_a_copy_is_a_network_of_its_own() -> None:
     assert copied(torch.randn(1, 3, 32, 32)).abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "mobilenet_v3_small", "resnet18vd"])
+def test_batch_norm_is_torchvisions_in_training(name: str) -> None:
+    """Maps of the batch's own statistics, and what is kept of them; frozen stages keep theirs."""
+    theirs = build_network(name)
+    state = from_torchvision(name, theirs.state_dict())
+    backbone = build_backbone(BackboneConfig(name=name, norm="batch", frozen_stages=1))
+    assert {*state} == {*build_backbone(BackboneConfig(name=name)).state_dict()}
+    backbone.load_state_dict(state)
+    stem = {id(x) for step in backbone._parts[0] for x in step.buffers()}
+    before = {key: x.clone() for key, x in backbone.named_buffers()}
+    pixels = torch.randn(2, 3, 64, 64)
+    backbone.train()(pixels)
+    for key, buffer in backbone.named_buffers():
+        assert torch.equal(buffer, before[key]) == (id(buffer) in stem), key
+    whole = build_backbone(BackboneConfig(name=name, norm="batch")).train()
+    whole.load_state_dict(state)
+    whole(pixels)
+    theirs.train()(pixels)
+    kept = from_torchvision(name, theirs.state_dict())
+    for key, buffer in whole.named_buffers():
+        torch.testing.assert_close(buffer, kept[key])
+
+
 @pytest.mark.parametrize("channels", [8, 24, 58, 64, 144, 244, 2048])
 def test_groups_divide_channels_and_have_two_at_least(channels: int) -> None:
     norm = group_norm(channels)
@@ -251,8 +280,12 @@ def test_groups_divide_channels_and_have_two_at_least(channels: int) -> None:
     [
         ({"name": "swin_t", "norm": "group"}, "norm has no effect on backbone 'swin_t'"),
         ({"name": "vgg11", "norm": "group"}, "norm has no effect on backbone 'vgg11'"),
+        ({"name": "small", "norm": "batch"}, "norm 'batch' has no effect on backbone 'small'"),
+        ({"name": "swin_t", "norm": "batch"}, "norm has no effect on backbone 'swin_t'"),
+        ({"name": "resnet50vd", "dilation": True}, "torchvision's ResNets, such as resnet50: the"),
         ({"name": "convnext_tiny", "dilation": True}, "is for ResNets, not for backbone 'conv"),
         ({"name": "alexnet"}, "a torchvision network with feature maps"),
+        ({"name": "resnet50d"}, "did you mean resnet50vd, "),
         ({"name": "swin_tiny"}, "did you mean swin_t, "),
         ({"name": "?"}, "for example resnet18, convnext_tiny, swin_t, "),
     ],
@@ -285,6 +318,29 @@ def test_imagenet_weights_arrive(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     backbone = build_backbone(BackboneConfig(name=name))
     load_backbone_weights(backbone, "imagenet")
     assert all(torch.equal(x, theirs[key]) for key, x in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_imagenet_weights_of_a_resnet_vd_are_timms(
+    norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = timm.create_model("resnet18d", pretrained=False)
+    asked = []
+
+    def build(name: str, *, pretrained: bool) -> nn.Module:
+        asked.append((name, pretrained))
+        return theirs
+
+    monkeypatch.setattr(timm_weights, "build_timm", build)
+    backbone = build_backbone(BackboneConfig.model_validate({"name": "resnet18vd", "norm": norm}))
+    load_backbone_weights(backbone, "imagenet")
+    assert asked == [("timm/resnet18d", True)]
+    tensors = backbone.state_dict()
+    same = [key for key in tensors if not key.startswith("layer1.0.downsample.")]
+    assert all(torch.equal(tensors[key], theirs.state_dict()[key]) for key in same)
+    maps = torch.randn(1, 64, 4, 4)
+    shortcut = backbone.eval().layer1[0].downsample(maps)  # timm's is none
+    torch.testing.assert_close(shortcut, maps)
 
 
 def test_every_network_has_weights_to_start_from() -> None:

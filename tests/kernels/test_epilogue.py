@@ -167,7 +167,7 @@ def _require_same_step(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> i
     return len(gradients)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "resnet18vd"])
 def test_backbones_learn_as_without_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = _backbone(name)
     assert _require_same_step(backbone, monkeypatch) == len(list(backbone.parameters()))
@@ -197,6 +197,7 @@ def test_every_convolution_of_a_resnet_is_followed_by_the_kernel(
     from d3etr.kernels import epilogue
 
     backbone, grouped = _backbone("resnet18"), _backbone("resnet18", norm="group")
+    pooling = _backbone("resnet18vd")
     calls = []
     original = epilogue.shift_and_rectify
 
@@ -211,6 +212,9 @@ def test_every_convolution_of_a_resnet_is_followed_by_the_kernel(
     assert len(calls) == 1 + 2 * 8  # three more convolutions are shortcuts
     grouped(torch.randn(1, 3, 32, 32, device=DEVICE))
     assert len(calls) == 1 + 2 * 8
+    calls.clear()
+    pooling(torch.randn(1, 3, 32, 32, device=DEVICE))
+    assert len(calls) == 3 + 2 * 8
 
 
 def test_without_a_gpu_blocks_compute_what_torchvisions_do() -> None:

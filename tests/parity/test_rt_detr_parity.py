@@ -48,6 +48,7 @@ class Variant:
 
 
 SMALL = {"encoder_width": 32, "width": 32, "encoder_feedforward": 40}
+# Not compared: learned contents, where transformers 5.23 fails ('Embedding' has no 'tile').
 VARIANTS = {
     "like R18": Variant(ours={**SMALL, "expansion": 0.5}, options={"hidden_expansion": 0.5}),
     "like R101: the encoder is wider": Variant(
@@ -55,9 +56,6 @@ VARIANTS = {
         network=BOTTLENECK,
         ours={"encoder_width": 48, "width": 32, "encoder_feedforward": 56, "points": 3},
         options={"decoder_n_points": 3},
-    ),
-    "learned content": Variant(
-        ours={**SMALL, "learned_content": True}, options={"learn_initial_query": True}
     ),
     "v2": Variant("RTDetrV2", ours={**SMALL, "points": 2}, options={"decoder_n_points": 2}),
     "v2, discrete": Variant(

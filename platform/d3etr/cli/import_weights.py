@@ -61,8 +61,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backbone",
-        metavar="timm/NAME",
-        help="the network of timm whose file it is (.safetensors or .pth)",
+        metavar="NAME",
+        help="timm/NAME or a ResNet-vd (resnet50vd, of timm's resnet50d): the network whose file "
+        "it is (.safetensors or .pth)",
     )
     add_json(parser)
 
@@ -80,19 +81,20 @@ def _run(options: Namespace) -> int:
         categories = tuple((category.id, category.name) for category in known)
     unseen = Unseen(heads=options.heads, dilation=options.dilation, temperature=options.temperature)
     ensure_other_file(options.source, options.target)
-    backbone = None if options.backbone is None else _timms(options.backbone)
+    backbone = None if options.backbone is None else _named(options.backbone)
     imported = import_weights(options.source, options.target, unseen, categories, backbone)
     answer(options, imported.as_dict(), lambda: _print(imported))
     return 0
 
 
-def _timms(name: str) -> BackboneConfig:
-    from d3etr.config.backbones import TIMM
+def _named(name: str) -> BackboneConfig:
+    from d3etr.config.backbones import RESNET_VD, TIMM
     from d3etr.config.detector import BackboneConfig
 
-    if not name.startswith(TIMM):
+    if not name.startswith(TIMM) and name not in RESNET_VD:
         raise UserError(
-            f"--backbone: found '{name}', expected '{TIMM}' and timm's name of a network"
+            f"--backbone: found '{name}', expected '{TIMM}' and timm's name of a network, or one "
+            f"of {', '.join(RESNET_VD)}"
         )
     return BackboneConfig(name=name)
 

@@ -1,7 +1,7 @@
 """Names of backbones: ``small``, torchvision's networks that give feature maps, ``timm/NAME``.
 
-Names and not the networks: a configuration is checked without torch. A test holds the names
-against torchvision's.
+And ResNet-vd, which torchvision has not. Names and not the networks: a configuration is checked
+without torch. A test holds the names against torchvision's.
 """
 
 import difflib
@@ -11,6 +11,10 @@ from types import MappingProxyType
 SMALL = "small"
 TIMM = "timm/"
 """Beginning of names of timm's networks; which there are, timm says when one is built."""
+
+_VD = "ResNet-vd"
+RESNET_VD = tuple(f"resnet{depth}vd" for depth in (18, 34, 50, 101))
+"""ResNets with a deep stem and pooling shortcuts, as PaddleDetection and RT-DETR have them."""
 
 FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -40,9 +44,10 @@ FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "ShuffleNet": tuple(f"shufflenet_v2_x{width}" for width in ("0_5", "1_0", "1_5", "2_0")),
         "VGG with batch norm": tuple(f"vgg{depth}_bn" for depth in (11, 13, 16, 19)),
         "VGG": tuple(f"vgg{depth}" for depth in (11, 13, 16, 19)),
+        _VD: RESNET_VD,
     }
 )
-"""Torchvision's names by family."""
+"""Names by family: all torchvision's but the last."""
 
 WITHOUT_BATCH_NORM = ("ConvNeXt", "Swin", "VGG", "timm without batch norm")
 """Families that ``norm`` has nothing to act on in: LayerNorm, or no normalisation."""
@@ -50,8 +55,8 @@ WITHOUT_BATCH_NORM = ("ConvNeXt", "Swin", "VGG", "timm without batch norm")
 _TIMM_LAYER_NORM = ("convnext", "swin", "hiera", "davit", "pvt_v2", "focalnet", "inception_next")
 """Beginnings of timm's names of networks with LayerNorm."""
 
-TORCHVISION = tuple(name for names in FAMILIES.values() for name in names)
-BACKBONES = (SMALL, *TORCHVISION)
+TORCHVISION = tuple(n for family, names in FAMILIES.items() if family != _VD for n in names)
+BACKBONES = (SMALL, *TORCHVISION, *RESNET_VD)
 
 
 def known_backbone(name: str) -> str:

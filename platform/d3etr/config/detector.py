@@ -6,7 +6,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
-from d3etr.config.backbones import SMALL, WITHOUT_BATCH_NORM, family_of, known_backbone
+from d3etr.config.backbones import (
+    RESNET_VD,
+    SMALL,
+    WITHOUT_BATCH_NORM,
+    family_of,
+    known_backbone,
+)
 from d3etr.config.base import MAXIMUM, Section
 from d3etr.config.location import Location
 from d3etr.config.training import Precision, PretrainingConfig
@@ -24,12 +30,14 @@ class BackboneConfig(Section):
 
     name: Annotated[str, AfterValidator(known_backbone)] = "resnet50"
     """A torchvision network that gives feature maps (ResNets, ConvNeXt, Swin, EfficientNet and
-    more, by torchvision's names), ``timm/NAME`` of one of timm's, or ``small``: a GroupNorm network
-    for small images."""
+    more, by torchvision's names), ``resnet50vd`` (18, 34, 50, 101: RT-DETR's ResNets),
+    ``timm/NAME`` of one of timm's, or ``small``: a GroupNorm network for small images."""
     dilation: bool = False
-    """DC5: the last stage keeps stride 16 and dilates instead (ResNets only)."""
-    norm: Literal["frozen", "group"] = "frozen"
-    """What takes the place of batch norm: frozen statistics (needs weights), or GroupNorm.
+    """DC5: the last stage keeps stride 16 and dilates instead (torchvision's ResNets only)."""
+    norm: Literal["frozen", "group", "batch"] = "frozen"
+    """What takes the place of batch norm: frozen statistics (needs weights), GroupNorm, or batch
+    norm that is trained. The last takes its statistics over the micro-batches of all workers:
+    ``optimisation.accumulation`` makes what they are of smaller; frozen parts keep theirs.
     ``small`` is GroupNorm; ConvNeXt and Swin have LayerNorm, which stays."""
     stem_width: Positive = 16
     """``small`` only: channels of the stem (stride 2 at the first stage)."""
@@ -38,8 +46,8 @@ class BackboneConfig(Section):
     stage_blocks: Layers = 1
     """``small`` only: residual blocks per stage."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
-    """Networks of torchvision and timm: how many of stem and four stages, from the stem on, keep
-    their weights; DETR uses 2 (stem and first stage) with ImageNet weights."""
+    """All but ``small``: how many of stem and four stages, from the stem on, keep their weights;
+    DETR uses 2 (stem and first stage) with ImageNet weights."""
     trainable: bool = True
     """False freezes the whole backbone."""
 
@@ -57,6 +65,11 @@ class BackboneConfig(Section):
     def _fits_the_kind(self) -> Self:
         if self.name == SMALL and self.dilation:
             raise ValueError("dilation (DC5) is for ResNets; backbone 'small' has stride 8 already")
+        if self.dilation and self.name in RESNET_VD:
+            raise ValueError(
+                f"dilation (DC5) is for torchvision's ResNets, such as {self.name[:-2]}: the "
+                f"shortcuts of '{self.name}' pool where they halve a map"
+            )
         if self.dilation and family_of(self.name) != "ResNet":
             raise ValueError(f"dilation (DC5) is for ResNets, not for backbone '{self.name}'")
         if self.name == SMALL and self.frozen_stages:
@@ -65,6 +78,8 @@ class BackboneConfig(Section):
             )
         if self.name == SMALL and any(w % 8 for w in (self.stem_width, *self.stage_widths)):
             raise ValueError("stem_width and stage_widths must be multiples of 8 (GroupNorm)")
+        if self.norm == "batch" and self.name == SMALL:
+            raise ValueError("norm 'batch' has no effect on backbone 'small': it is GroupNorm")
         if self.norm != "frozen" and self.name != SMALL and not self.has_batch_norm:
             raise ValueError(
                 f"norm has no effect on backbone '{self.name}': it has no batch norm to replace"
@@ -225,8 +240,9 @@ class StudentConfig(Section):
     backbone_weights: Annotated[
         Literal["imagenet"] | Location | None, Field(union_mode="left_to_right")
     ] = None
-    """Where the backbone starts: torchvision's ImageNet weights, a file (or its URL) that
-    ``d3etr pretrain-backbone`` or ``d3etr import-weights`` wrote, or None for random numbers."""
+    """Where the backbone starts: ImageNet weights of torchvision (of timm for its own networks and
+    ResNet-vd), a file (or its URL) that ``d3etr pretrain-backbone`` or ``d3etr import-weights``
+    wrote, or None for random numbers."""
     initialise_from: InitialiseFromConfig | None = None
     """Parts of another detector that this one starts from."""
     pretraining: PretrainingConfig = PretrainingConfig()

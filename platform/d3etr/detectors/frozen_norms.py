@@ -148,8 +148,7 @@ class FrozenBasicBlock(BasicBlock):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] to [B, C', h', w']."""
-        shortcut = self.downsample and self.downsample[0]
-        return _joined(self.conv2, _rectified(self.conv1, x), shortcut, x)
+        return _joined(self.conv2, _rectified(self.conv1, x), *_beside(self.downsample, x))
 
 
 class FrozenBottleneck(Bottleneck):  # type: ignore[misc]
@@ -158,7 +157,7 @@ class FrozenBottleneck(Bottleneck):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] to [B, C', h', w']."""
         narrow = _rectified(self.conv2, _rectified(self.conv1, x))
-        return _joined(self.conv3, narrow, self.downsample and self.downsample[0], x)
+        return _joined(self.conv3, narrow, *_beside(self.downsample, x))
 
 
 _WITH_FROZEN_NORMS: dict[type[nn.Module], type[nn.Module]] = {
@@ -173,6 +172,19 @@ def with_frozen_norms(block: nn.Module) -> None:
     Modules of other kinds stay as they are.
     """
     block.__class__ = _WITH_FROZEN_NORMS.get(type(block), type(block))
+
+
+def _beside(downsample: nn.Sequential | None, x: Tensor) -> tuple[NormedConv2d | None, Tensor]:
+    """The convolution that passes a block by, if there is one, and what goes into it.
+
+    ResNet-vd pools before that convolution.
+    """
+    if downsample is None:
+        return None, x
+    *before, convolution, _ = downsample
+    for step in before:
+        x = step(x)
+    return cast(NormedConv2d, convolution), x
 
 
 def _rectified(convolution: NormedConv2d, x: Tensor) -> Tensor:

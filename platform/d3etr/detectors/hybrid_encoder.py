@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from d3etr.detectors.attention import SelfAttention
 from d3etr.detectors.base import shrink_padding
+from d3etr.detectors.batch_norm import BatchNorm2d
 from d3etr.detectors.transformer import Activation, EncoderLayer
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ silu = partial(nn.SiLU, inplace=True)
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, batch norm and an activation.
+    """A convolution without bias, batch norm over all workers and an activation.
 
     Args:
         inputs: channels.
@@ -50,7 +51,7 @@ class ConvNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
-        self.norm = nn.BatchNorm2d(outputs)
+        self.norm = BatchNorm2d(outputs)
         self.activation = activation()
 
     def forward(self, x: Tensor) -> Tensor:

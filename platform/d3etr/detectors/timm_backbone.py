@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from d3etr.config.backbones import TIMM
 from d3etr.config.detector import BackboneConfig
+from d3etr.detectors.batch_norm import BatchNorm2d
 from d3etr.detectors.small_backbone import GroupNorm
 from d3etr.detectors.torchvision_backbone import FIRST_STRIDE, group_norm
 from d3etr.errors import UserError
@@ -119,18 +120,20 @@ def build_timm(name: str, *, pretrained: bool = False) -> Any:
 
 
 def _with_norm(network: nn.Module, config: BackboneConfig) -> nn.Module:
-    """Frozen statistics or GroupNorm in the place of every batch norm; names stay."""
+    """Frozen statistics, GroupNorm or ours in the place of every batch norm; names stay."""
     norms = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
     if config.norm == "frozen":
         frozen: nn.Module = freeze_batch_norm_2d(network)  # type: ignore[no-untyped-call]
         return frozen
     if not norms:
         raise UserError(
-            f"backbone.norm 'group' has no effect on {config.name}: it has no batch norm to replace"
+            f"backbone.norm '{config.norm}' has no effect on {config.name}: it has no batch norm "
+            "to replace"
         )
+    replace = _in_groups if config.norm == "group" else _in_batches
     for name, module in norms:
         parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, _in_groups(module))
+        setattr(network.get_submodule(parent), child, replace(module))
     return network
 
 
@@ -152,8 +155,33 @@ class _GroupNormAct(GroupNorm):
         return result
 
 
+class _BatchNormAct(BatchNorm2d):
+    """Ours and the activation that timm's batch norm had within.
+
+    Args:
+        norm: gives channels, epsilon and momentum.
+        act: the activation.
+    """
+
+    def __init__(self, norm: BatchNorm2d, act: nn.Module) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        self.act = act
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """[B, C, h, w] of the same."""
+        result: Tensor = self.act(super().forward(maps))
+        return result
+
+
 def _in_groups(norm: nn.BatchNorm2d) -> nn.Module:
     replaced = group_norm(norm.num_features)
     if isinstance(norm, BatchNormAct2d | FrozenBatchNormAct2d):
         return _GroupNormAct(replaced, norm.act)
+    return replaced
+
+
+def _in_batches(norm: nn.BatchNorm2d) -> nn.Module:
+    replaced = BatchNorm2d.like(norm)
+    if isinstance(norm, BatchNormAct2d | FrozenBatchNormAct2d):
+        return _BatchNormAct(replaced, norm.act)
     return replaced

@@ -1,4 +1,4 @@
-"""Torchvision's networks as backbones: what comes before the pooling, by stages.
+"""Torchvision's networks, and ResNet-vd on its ResNet, as backbones: stages before the pooling.
 
 Shapes: B images · h, w cells of a stage's map.
 """
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import VGG, ConvNeXt, DenseNet, ResNet, SwinTransformer
 
+from d3etr.config.backbones import RESNET_VD
 from d3etr.config.detector import BackboneConfig
+from d3etr.detectors.batch_norm import BatchNorm2d
 from d3etr.detectors.frozen_norms import (
     FrozenNorm,
     FusedFrozenBatchNorm2d,
@@ -21,6 +23,7 @@ from d3etr.detectors.frozen_norms import (
     RectifiedConvolution,
     with_frozen_norms,
 )
+from d3etr.detectors.resnet_vd import ResNetVd, build_resnet_vd
 from d3etr.detectors.small_backbone import GroupNorm
 from d3etr.errors import UserError
 
@@ -37,7 +40,7 @@ _PROBE = 64
 
 
 class TorchvisionBackbone(nn.Module):
-    """A torchvision network without its classifier; weight names are torchvision's.
+    """A torchvision network, or a ResNet-vd, without its classifier; names are torchvision's.
 
     The last map is what torchvision averages over the image, so that everything before that
     belongs to the backbone: Swin's last norm and EfficientNet's last 1x1 convolution do,
@@ -77,7 +80,8 @@ class TorchvisionBackbone(nn.Module):
         if isinstance(network, DenseNet):
             steps.append(nn.ReLU())  # the last one is no module there
         if isinstance(network, ResNet) and config.norm == "frozen":
-            steps[:3] = [RectifiedConvolution(*steps[:3])]
+            end = next(k for k, step in enumerate(steps) if isinstance(step, nn.MaxPool2d))
+            steps[:end] = [RectifiedConvolution(*steps[k : k + 3]) for k in range(0, end, 3)]
         channels, strides = self._measure(steps)
         # The stem has at least one step; then there is a stage for each stride from 4 on.
         stem = max(1, next(k for k, stride in enumerate(strides) if stride >= FIRST_STRIDE))
@@ -133,11 +137,13 @@ class TorchvisionBackbone(nn.Module):
 
 
 def build_network(name: str) -> nn.Module:
-    """Torchvision's whole network with random weights, on the default device.
+    """Torchvision's whole network, or a ResNet-vd, with random weights, on the default device.
 
     Raises:
         UserError: the installed torchvision is older than the network.
     """
+    if name in RESNET_VD:
+        return build_resnet_vd(name)
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise UserError(
             f"torchvision {torchvision.__version__} has no '{name}': install a newer torchvision, "
@@ -152,30 +158,36 @@ def build_network(name: str) -> nn.Module:
 
 
 def _replace_batch_norm(network: nn.Module, norm: str) -> None:
-    """Frozen statistics or GroupNorm in the place of every batch norm."""
+    """Frozen statistics, GroupNorm or ours that is trained in the place of every batch norm."""
     for module in network.modules():
-        before: tuple[str, nn.Module] | None = None
+        before: tuple[nn.Module, str, nn.Module] | None = None
         for name, child in [*module.named_children()]:
-            if isinstance(child, nn.BatchNorm2d):
-                if norm == "frozen":
-                    _freeze(module, name, child, before)
-                else:
-                    setattr(module, name, group_norm(child.num_features))
-            before = name, child
+            if isinstance(child, nn.BatchNorm2d) and norm == "frozen":
+                _freeze(module, name, child, before)
+            elif isinstance(child, nn.BatchNorm2d):
+                groups = norm == "group"
+                trained = group_norm(child.num_features) if groups else BatchNorm2d.like(child)
+                setattr(module, name, trained)
+            before = module, name, child
+            if isinstance(module, ResNetVd) and name == "conv1":  # its stem; a norm comes next
+                before = child, *[*child.named_children()][-1]
         if norm == "frozen":
             with_frozen_norms(module)
 
 
 def _freeze(
-    parent: nn.Module, name: str, norm: nn.BatchNorm2d, before: tuple[str, nn.Module] | None
+    parent: nn.Module,
+    name: str,
+    norm: nn.BatchNorm2d,
+    before: tuple[nn.Module, str, nn.Module] | None,
 ) -> None:
-    """Freeze a norm; a convolution right before it takes it up."""
-    if before is None or not isinstance(before[1], nn.Conv2d):
+    """Freeze a norm; a convolution right before it, given by parent and name, takes it up."""
+    if before is None or not isinstance(before[2], nn.Conv2d):
         setattr(parent, name, FusedFrozenBatchNorm2d(norm.num_features, eps=norm.eps))
         return
     taken = FrozenNorm(norm.num_features, norm.eps)
     setattr(parent, name, taken)
-    setattr(parent, before[0], NormedConv2d(before[1], taken))
+    setattr(before[0], before[1], NormedConv2d(before[2], taken))
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -12,8 +12,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from d3etr.config.backbones import SMALL
+from d3etr.config.backbones import RESNET_VD, SMALL, TIMM
 from d3etr.config.detector import BackboneConfig
+from d3etr.detectors.resnet_vd import with_first_shortcut
 from d3etr.errors import UserError
 
 CLASSIFIER = ("classifier.", "fc.", "head.")
@@ -32,12 +33,12 @@ def imagenet_weights(config: BackboneConfig) -> dict[str, Tensor]:
     """Torchvision's ImageNet weights of a backbone, by its own names.
 
     Of several, the first version's, as the official detectors start from; of the one network
-    that has none (regnet_y_128gf), torchvision's default.
+    that has none (regnet_y_128gf), torchvision's default. A ResNet-vd's are timm's.
 
     Raises:
         UserError: there are none for this backbone, or they can't be downloaded.
     """
-    if config.name == SMALL or (config.has_batch_norm and config.norm != "frozen"):
+    if config.name == SMALL or (config.has_batch_norm and config.norm == "group"):
         raise UserError(
             f"backbone_weights 'imagenet' does not fit backbone '{config.name}' with norm "
             f"'{'group' if config.name == SMALL else config.norm}': torchvision has ImageNet "
@@ -45,6 +46,12 @@ def imagenet_weights(config: BackboneConfig) -> dict[str, Tensor]:
             "to 'frozen' and the name of one of them, or give a file that 'd3etr "
             "pretrain-backbone' wrote."
         )
+    if config.name in RESNET_VD:
+        from d3etr.detectors import timm_weights  # importing timm takes two seconds
+
+        theirs = timm_weights.imagenet_weights_of_timm(TIMM + config.name.replace("vd", "d"))
+        plain = {key.removeprefix(timm_weights.INNER): tensor for key, tensor in theirs.items()}
+        return from_torchvision(config.name, plain)
     weights = weights_of(config.name)
     try:
         tensors: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
@@ -59,17 +66,20 @@ def imagenet_weights(config: BackboneConfig) -> dict[str, Tensor]:
 
 
 def from_torchvision(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a torchvision network as those of its backbone.
+    """Tensors of a torchvision network, or of timm's ResNet-D, as those of its backbone.
 
     Where torchvision's weights were trained with images normalised in another way
     (EfficientNetV2-L), the first convolution and the norm after it are changed so that ours give
     the same.
 
     Args:
-        name: torchvision's name of the network.
-        tensors: by torchvision's names, of its files or of its modules.
+        name: of the backbone.
+        tensors: by torchvision's names, of its files or of its modules; by timm's of a ResNet-D,
+            for a ResNet-vd.
     """
     kept = without_classifier(tensors)
+    if name in RESNET_VD:
+        return with_first_shortcut(name, kept)
     how = weights_of(name).transforms.keywords
     mean, std = how.get("mean", MEAN), how.get("std", STD)
     return kept if (mean, std) == (MEAN, STD) else kept | renormalised(kept, *_FIRST, mean, std)

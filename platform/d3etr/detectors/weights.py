@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
-from d3etr.config.backbones import TIMM
+from d3etr.config.backbones import RESNET_VD, TIMM
 from d3etr.config.base import Section
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import AnyDetector
@@ -30,7 +30,7 @@ from d3etr.config.renamed import with_current_keys
 from d3etr.detectors.backbones import Backbone
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
-from d3etr.detectors.torchvision_weights import imagenet_weights
+from d3etr.detectors.torchvision_weights import from_torchvision, imagenet_weights
 from d3etr.errors import UserError
 from d3etr.files import atomic_write
 
@@ -146,6 +146,8 @@ def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:
         tensors = imagenet_weights(backbone.config)
     else:
         tensors = read_tensors(Path(source))
+        if name in RESNET_VD:  # timm's file of a ResNet-D will do
+            tensors = from_torchvision(name, tensors)
     load_strictly(backbone, tensors, label)
 
 

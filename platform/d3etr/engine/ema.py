@@ -8,12 +8,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from d3etr.detectors.batch_norm import trained_statistics
+
 
 class WeightAverage:
     """average <- d average + (1 - d) weights after every optimiser step.
 
     The decay d grows as min(decay, (1 + step) / (10 + step)), so that a short run does not
-    average its random beginning in. Frozen weights and buffers are taken as they are.
+    average its random beginning in. Running statistics of batch norm that is trained are averaged
+    as the weights are that they belong to. What is frozen, and other buffers, are taken as they
+    are.
 
     Args:
         module: whose trained weights are averaged: those that require a gradient by now.
@@ -23,8 +27,9 @@ class WeightAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         parameters = dict(module.named_parameters())
-        self._names = frozenset(parameters)
         self._weights = {name: p.detach() for name, p in parameters.items() if p.requires_grad}
+        self._weights |= trained_statistics(module)
+        self._names = frozenset({*parameters, *self._weights})
         self._average = {name: p.clone() for name, p in self._weights.items()}
 
     @torch.no_grad()

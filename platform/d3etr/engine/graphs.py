@@ -109,10 +109,18 @@ class StepGraphs:
         run: what is recorded; nothing in it may depend on values that the host would have to read.
         parameters: what is trained.
         device: a GPU.
+        buffers: what a pass changes beside gradients.
     """
 
-    def __init__(self, run: Pass, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    def __init__(
+        self,
+        run: Pass,
+        parameters: Sequence[nn.Parameter],
+        device: torch.device,
+        buffers: Sequence[Tensor] = (),
+    ) -> None:
         self._run, self._parameters, self._device = run, parameters, device
+        self._buffers = [*buffers]
         self._graphs: dict[tuple[bool, int | None, tuple[torch.Size, ...]], _Recorded] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -159,11 +167,14 @@ class StepGraphs:
 
     def _record(self, images: ImageBatch, targets: Targets, distils: bool) -> _Recorded:
         images, targets = copy.deepcopy((images, targets))
+        before = [buffer.clone() for buffer in self._buffers]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
                 self._pass(images, targets, distils)
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        if before:  # the batch counts once, in the replay
+            torch._foreach_copy_(self._buffers, before)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             losses = self._pass(images, targets, distils)

@@ -115,5 +115,5 @@ def require_start(config: Config) -> None:
             f"student.backbone_weights is null, but backbone '{backbone.name}' has norm 'frozen': "
             "random weights would keep batch statistics that were never taken. Set "
             "student.backbone_weights to 'imagenet' or a file, or student.detector.backbone.norm "
-            "to 'group'"
+            "to 'group' or 'batch'"
         )

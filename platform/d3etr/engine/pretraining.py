@@ -142,7 +142,8 @@ def _untrained(backbone: BackboneConfig, seed: int) -> Backbone:
     if backbone.keeps_statistics:
         raise UserError(
             f"backbone '{backbone.name}' with norm 'frozen' cannot be trained from random weights: "
-            "its batch statistics would be frozen at nothing. Set backbone.norm to 'group'"
+            "its batch statistics would be frozen at nothing. Set backbone.norm to 'group' or "
+            "'batch'"
         )
     seed_generators(derive_seed(seed, "pretraining"), torch.device("cpu"))
     return build_backbone(backbone.model_copy(update={"trainable": True, "frozen_stages": 0}))

@@ -8,11 +8,12 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from d3etr.config.tree import Config
 from d3etr.data.sampling import share
+from d3etr.detectors.batch_norm import trained_statistics
 from d3etr.engine.build import Models
 from d3etr.engine.distributed import TrainContext
 from d3etr.engine.graphs import StepGraphs, unsupported_reason, whole_pass
@@ -26,6 +27,7 @@ from d3etr.engine.optimiser import (
     set_learning_rates,
 )
 from d3etr.engine.seeding import derive_seed, seed_generators
+from d3etr.errors import UserError
 from d3etr.losses.supervision import Normalisers
 from d3etr.matching.assignment import NonFiniteCostError
 from d3etr.methods.base import TeacherOutputs
@@ -60,6 +62,9 @@ class TrainingStep:
         models: on the worker's device.
         steps: optimiser steps of the whole run.
         log: takes losses, gradient norms and the time of each phase.
+
+    Raises:
+        UserError: workers with batch norm would have other numbers of micro-batches.
     """
 
     _graphs: StepGraphs | None = None
@@ -72,12 +77,14 @@ class TrainingStep:
         self._average = models.average
         self._model = context.wrap(models.distiller)
         parts = config.micro_batches(context.world_size)
+        _require_equal_shares(models.distiller.student, parts, context.world_size)
         self._mine = share(parts, context.rank, context.world_size)
         if config.optimisation.cuda_graphs and self.unsupported_reason() is None:
             parameters = [p for group in self._optimiser.param_groups for p in group["params"]]
             precisions = config.teacher_precision, config.optimisation.precision
             run = whole_pass(self._distiller, context.device, *precisions)
-            self._graphs = StepGraphs(run, parameters, context.device)
+            changed = [*trained_statistics(self._distiller).values()]
+            self._graphs = StepGraphs(run, parameters, context.device, changed)
 
     def unsupported_reason(self) -> str | None:
         """Why ``cuda_graphs`` would have no effect, in words; None where steps can be recorded."""
@@ -230,3 +237,14 @@ class TrainingStep:
             return nullcontext()
         skip: AbstractContextManager[None] = self._model.no_sync()
         return skip
+
+
+def _require_equal_shares(student: nn.Module, parts: int, workers: int) -> None:
+    """Refuse batch norm whose workers would wait for each other's statistics in vain."""
+    if parts % workers and trained_statistics(student):
+        raise UserError(
+            f"batch norm that is trained takes its statistics over all workers: {parts} "
+            f"micro-batches cannot be shared equally by {workers}. Set cluster.workers to "
+            f"{workers}, optimisation.accumulation to a multiple of {workers}, or "
+            "student.detector.backbone.norm to 'frozen' or 'group'"
+        )

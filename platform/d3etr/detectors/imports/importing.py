@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d3etr.config.backbones import TIMM, TORCHVISION
+from d3etr.config.backbones import RESNET_VD, TIMM, TORCHVISION
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import BackboneConfig, DetectorConfig
 from d3etr.detectors.backbones import build_backbone
@@ -19,7 +19,12 @@ from d3etr.detectors.build import build_detector, count_parameters
 from d3etr.detectors.imports import files
 from d3etr.detectors.imports.categories import Categories, choose_rows, slots_of
 from d3etr.detectors.imports.files import Found
-from d3etr.detectors.imports.layouts import LAYOUTS, official_detector, rename
+from d3etr.detectors.imports.layouts import (
+    LAYOUTS,
+    official_detector,
+    rename,
+    rename_backbone,
+)
 from d3etr.detectors.imports.settings import (
     Unseen,
     from_args,
@@ -44,6 +49,8 @@ _OPTIONS = ("heads", "dilation", "temperature")
 """What a user may say of a checkpoint without ``args``."""
 _FIRST_NAMES = ("conv1.", "features.", "layers.", "stem.")
 """How the first tensor of torchvision's networks is called."""
+_DEEP_STEM = "conv1.6.weight"
+"""A tensor of ResNet-vd alone."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,8 @@ def import_weights(
         target: the file to write.
         options: what the user knows of a checkpoint whose tensors do not show it.
         categories: (id, name) of each category, by rising id, if the user names them.
-        backbone: of timm's, whose file (``.safetensors`` or ``.pth``) the source is.
+        backbone: of timm's, or a ResNet-vd, whose file (``.safetensors`` or ``.pth``) the source
+            is.
 
     Raises:
         UserError: unknown, damaged or unsafe files; tensors that are missing, left over or of
@@ -270,9 +278,15 @@ def _write(
 
 
 def recognise(tensors: Mapping[str, Tensor]) -> str | None:
-    """The torchvision network whose backbone has exactly these tensors, beside any classifier."""
+    """The network whose backbone has exactly these tensors, beside any classifier.
+
+    One of torchvision's, or a ResNet-vd by official names or timm's.
+    """
     if not next(iter(tensors), "").startswith(_FIRST_NAMES):
         return None
+    tensors = rename_backbone(tensors)
+    if _DEEP_STEM in tensors:
+        return next((name for name in RESNET_VD if _is_resnet_vd(name, tensors)), None)
     size = sum(tensor.numel() for tensor in tensors.values())
     shapes = _shapes(tensors)
     # The number of parameters only decides which one is tried first.
@@ -281,6 +295,12 @@ def recognise(tensors: Mapping[str, Tensor]) -> str | None:
             if _shapes(build_network(name).state_dict()) == shapes:
                 return name
     return None
+
+
+def _is_resnet_vd(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    with torch.device("meta"):
+        expected = _shapes(build_network(name).state_dict())
+    return _shapes(from_torchvision(name, tensors)) == expected
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -292,19 +312,20 @@ def _import_backbone(
 ) -> Imported:
     """A network's file as ``student.backbone_weights`` takes it."""
     network, of_timm = build_backbone(config), config.name.startswith(TIMM)
+    kind = "a ResNet-vd" if config.name in RESNET_VD else "a torchvision network"
     if of_timm:
         from d3etr.detectors.timm_weights import from_timm  # importing timm takes two seconds
 
         tensors = from_timm(network, tensors)
     else:
-        tensors = from_torchvision(config.name, tensors)
+        tensors = from_torchvision(config.name, rename_backbone(tensors))
     load_strictly(network, tensors, str(source))
     metadata = {"backbone": config.model_dump_json(), "source": source.name}
     write_tensors(target, network.state_dict(), metadata)
     return Imported(
         source=source,
         target=target,
-        kind="a network of timm" if of_timm else "a torchvision network",
+        kind="a network of timm" if of_timm else kind,
         network=config.name,
         architecture=config.model_dump(mode="json"),
         categories=(),

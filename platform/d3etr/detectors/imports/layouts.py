@@ -2,7 +2,7 @@
 
 A table takes the official code's names and those of Hugging Face's transformers 4 and 5 alike.
 Theirs is a ResNet with other names than torchvision's; timm's, which most published weights have,
-shares torchvision's.
+shares torchvision's. A ResNet-vd has names of its own in both.
 """
 
 from __future__ import annotations
@@ -50,6 +50,21 @@ FIRST: Rules = (
     (r"^(encoder\.layers\.\d+)\.(norm1|self_attn_layer_norm)\.", r"\1.norm."),
     (r"^(encoder\.layers\.\d+)\.norm2\.", r"\1.feedforward.norm."),
 )
+RESNET_VD_NAMES: Rules = (
+    (r"\.embedder\.embedder\.(\d)\.convolution\.", lambda match: _stem(int(match[1]), "conv")),
+    (r"\.embedder\.embedder\.(\d)\.normalization\.", lambda match: _stem(int(match[1]), "norm")),
+    (r"\.conv1\.conv1_(\d)\.(conv|norm)\.", lambda match: _stem(int(match[1]) - 1, match[2])),
+    (r"\.shortcut\.(1\.)?convolution\.", ".downsample.1."),  # the 1 is where a pool is 0
+    (r"\.shortcut\.(1\.)?normalization\.", ".downsample.2."),
+    (r"\.short\.(conv\.)?norm\.", ".downsample.2."),
+    (r"\.short\.(conv\.)?conv\.", ".downsample.1."),
+    (r"\.res_layers\.(\d+)\.blocks\.", lambda match: f".layer{int(match[1]) + 1}."),
+    (r"\.branch2([abc])\.conv\.", lambda match: f".conv{'abc'.index(match[1]) + 1}."),
+    (r"\.branch2([abc])\.norm\.", lambda match: f".bn{'abc'.index(match[1]) + 1}."),
+)
+"""Names in a backbone by ``rtdetr_pytorch``'s PResNet and by transformers' RTDetrResNet; before
+``FIRST``, which takes a shortcut for one without a pool."""
+_SIGN_OF_VD = re.compile(r"(^|\.)(embedder\.embedder\.0\.convolution|conv1\.conv1_1\.conv)\.")
 LAST: Rules = (
     (r"^input_proj(ection)?\.", "projection."),
     (r"^(class_embed|class_labels_classifier)\.", "class_head."),
@@ -219,18 +234,45 @@ def rename(
     """
     if box_refinement is None:
         box_refinement = any(key.startswith("transformer.decoder.bbox_embed.") for key in theirs)
-    rules = (*FIRST, *LAYOUTS[name].rules, *LAST)
+    rules = (*_first(theirs), *LAYOUTS[name].rules, *LAST)
     tensors: dict[str, Tensor] = {}
     for their_name, tensor in _split_projections(theirs).items():
-        ours = their_name
-        for pattern, replacement in rules:
-            ours = re.sub(pattern, replacement, ours)
+        ours = _by(rules, their_name)
         if not ours.endswith(UNUSED):
             _add(tensors, ours, tensor, their_name)
     _fuse(tensors)
     if "projection.weight" in tensors:  # a 1x1 convolution there, a linear layer here
         tensors["projection.weight"] = tensors["projection.weight"].flatten(1)
     return _deformable(tensors, box_refinement) if name == "deformable_detr" else tensors
+
+
+def rename_backbone(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a ResNet-vd alone, an official file's or Hugging Face's, under our names.
+
+    What has other names already keeps them.
+    """
+    if not any(map(_SIGN_OF_VD.search, theirs)):
+        return dict(theirs)
+    rules, ours = _first(theirs), "backbone."
+    return {_by(rules, ours + name).removeprefix(ours): x for name, x in theirs.items()}
+
+
+def _first(theirs: Mapping[str, Tensor]) -> Rules:
+    """The rules that every name goes through first: the backbone's."""
+    return (*RESNET_VD_NAMES, *FIRST) if any(map(_SIGN_OF_VD.search, theirs)) else FIRST
+
+
+def _by(rules: Rules, name: str) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _stem(layer: int, kind: str) -> str:
+    """Our place of a ResNet-vd's stem layer, 0 to 2: convolution, norm and ReLU are a sequence."""
+    if kind == "norm" and layer == 2:
+        return ".bn1."
+    return f".conv1.{3 * layer + (kind == 'norm')}."
 
 
 def decoder_depth(tensors: Mapping[str, Tensor]) -> int:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from d3etr.config.backbones import RESNET_VD
 from d3etr.config.base import Section
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import DetectorConfig
@@ -61,7 +62,7 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 }
 """Settings of official ``args`` and of ``config.json`` that our detectors have."""
 _ONLY_RESNET: Mapping[str, tuple[Any, ...]] = {
-    "model_type": ("resnet", "timm_backbone"),
+    "model_type": ("resnet", "timm_backbone", "rt_detr_resnet"),
     "hidden_act": ("relu",),
     "downsample_in_first_stage": (False,),
     "downsample_in_bottleneck": (False,),
@@ -147,7 +148,8 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
     strides = [
         part.get("output_stride") for part in (backbone, config.get("backbone_kwargs") or {})
     ]
-    dilation = backbone.get("model_type") != "resnet" and (config.get("dilation") or 16 in strides)
+    own = backbone.get("model_type") in ("resnet", "rt_detr_resnet")
+    dilation = not own and (config.get("dilation") or 16 in strides)
     return name, _unseen(
         where,
         heads=_equal(config, "encoder_attention_heads", "decoder_attention_heads", where) or HEADS,
@@ -230,12 +232,15 @@ def _infer_backbone(tensors: Mapping[str, Tensor]) -> str:
     """The ResNet that tensors ``backbone.layer1.0.conv1.weight`` and so on belong to."""
     blocks = tuple(_count(tensors, rf"backbone\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
     kind = "bottleneck" if "backbone.layer1.0.conv3.weight" in tensors else "basic"
-    if (kind, blocks) not in RESNETS:
+    deep = "backbone.conv1.6.weight" in tensors  # the stem of a ResNet-vd
+    names = {key: f"{name}vd" if deep else name for key, name in RESNETS.items()}
+    known = {key: name for key, name in names.items() if not deep or name in RESNET_VD}
+    if (kind, blocks) not in known:
         raise UserError(
             f"the backbone has {blocks} {kind} blocks in its four stages: expected a ResNet "
-            f"({', '.join(RESNETS.values())}); detectors over other backbones cannot be imported"
+            f"({', '.join(known.values())}); detectors over other backbones cannot be imported"
         )
-    return RESNETS[kind, blocks]
+    return known[kind, blocks]
 
 
 def _points(sizes: Mapping[str, int], heads: int) -> int:
