@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from test_criterion_parity import as_targets, random_labels
+from test_denoising_parity import same_noise as same_noise
 from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
+from d3etr.config.distillation import MethodConfig
+from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
+from d3etr.detectors.denoising import DenoisingNoise, draw_noise
 from d3etr.detectors.imports.layouts import rename
+from d3etr.distiller import Distiller
 from d3etr.structures import ImageBatch
 
 transformers = pytest.importorskip("transformers")
@@ -109,9 +115,10 @@ def _randomise(name: str, tensor: Tensor) -> None:
         tensor.add_(0.05 * torch.randn_like(tensor))
 
 
-def our_detector(variant: Variant, model: nn.Module) -> DetectionTransformer:
+def our_detector(variant: Variant, model: nn.Module, **changes: Any) -> DetectionTransformer:
     """With their weights, in evaluation mode."""
     settings = {"name": "rt_detr", "backbone": {"name": variant.backbone}, **SIZES, **variant.ours}
+    settings |= {"denoising": {"queries": 10}, **changes}
     detector = build_detector(DetectorConfig.parse(settings), CLASSES).eval()
     detector.load_state_dict(rename(model.state_dict(), "rt_detr"), strict=True)
     return detector
@@ -157,3 +164,67 @@ def test_queries_have_the_places_of_the_best_tokens() -> None:
     place = detector.object_queries(detector.encode(ImageBatch(pixels))).place
     assert place is not None
     assert torch.equal(place, scores.topk(SIZES["queries"], dim=1).indices)
+
+
+@pytest.mark.parametrize(
+    ("variant", "counts", "trained", "tolerance"),
+    [
+        ("like R18", (3, 0, 6, 1), False, 1e-5),
+        ("like R18", (0, 0, 0, 0), False, 1e-5),
+        ("v2", (3, 0, 6, 1), False, 1e-5),
+        # Statistics of few random cells blow up rounding, which layouts of memory differ in.
+        ("like R18", (3, 0, 6, 1), True, 1e-4),
+    ],
+)
+def test_a_training_step_equals_theirs(
+    variant: str,
+    counts: tuple[int, ...],
+    trained: bool,
+    tolerance: float,
+    same_noise: Callable[[DenoisingNoise], None],
+) -> None:
+    """The loss and its gradient of every parameter, denoising and batch statistics included."""
+    torch.manual_seed(0)
+    model = their_model(VARIANTS[variant])
+    # Look forward twice is the official code's; transformers has it not.
+    detector = our_detector(VARIANTS[variant], model, look_forward_twice=False)
+    images = ImageBatch(torch.randn(len(counts), 3, 64, 96))
+    labels = random_labels(counts)
+    targets = as_targets(labels)
+    for network in (detector, model):
+        network.train()
+        for norm in network.modules():
+            if isinstance(norm, nn.BatchNorm2d) and not trained:
+                norm.eval()
+    queries = 2 * max(counts) * (10 // max(1, *counts))
+    same_noise(draw_noise(targets.image_ids, queries, CLASSES, seed=0, step=3))
+
+    defaults = detector.config.criterion_defaults
+    criterion = SetCriterionConfig.model_validate({**defaults})
+    module = Distiller(detector, None, MethodConfig.parse({}), criterion, seed=0)
+    losses = module(images, targets, None, module.normalisers(targets, None), step=3)
+    ours = torch.stack(list(losses.values())).sum()
+    theirs = model(images.pixels, labels=labels).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    ours.backward()
+    theirs.backward()
+    expected = rename(
+        {
+            name: torch.zeros_like(x) if x.grad is None else x.grad
+            for name, x in model.named_parameters()
+        },
+        "rt_detr",
+    )
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    compared = 0
+    for name, parameter in detector.named_parameters():
+        if not name.startswith("backbone."):  # theirs keeps norms' weights frozen as buffers
+            assert parameter.grad is not None, name
+            error = (parameter.grad - expected[name]).abs().max().item()
+            assert error <= tolerance * largest, name
+            compared += 1
+    assert compared == len([name for name in expected if not name.startswith("backbone.")])
+    statistics = rename(model.state_dict(), "rt_detr")
+    for name, buffer in detector.named_buffers():
+        if name.startswith("encoder.") and "running" in name:
+            torch.testing.assert_close(buffer, statistics[name], atol=1e-5, rtol=1e-5)
