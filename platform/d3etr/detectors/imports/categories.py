@@ -74,7 +74,13 @@ def _named(count: int, names: Mapping[Any, Any]) -> Categories:
     return tuple((slot, name) for slot, name in named if name != UNNAMED)
 
 
-def choose_rows(tensors: dict[str, Tensor], used: Sequence[int], count: int, softmax: bool) -> int:
+def choose_rows(
+    tensors: dict[str, Tensor],
+    used: Sequence[int],
+    count: int,
+    softmax: bool,
+    proposals_tell_classes: bool = False,
+) -> int:
     """Bring the outputs of every class head into the order of the categories.
 
     Args:
@@ -82,6 +88,7 @@ def choose_rows(tensors: dict[str, Tensor], used: Sequence[int], count: int, sof
         used: slot of each category.
         count: slots of the class head, without "no object".
         softmax: unused slots stay in it, behind the classes, and "no object" stays last.
+        proposals_tell_classes: else the first stage's slot 0 stands for "some object".
 
     Returns:
         Number of unused slots.
@@ -91,6 +98,9 @@ def choose_rows(tensors: dict[str, Tensor], used: Sequence[int], count: int, sof
     for name in tensors:
         if name.startswith(("class_head.", "decoder.class_heads.", "proposals.class_head.")):
             # The first stage's slot 0 stands for "some object", whatever category has it.
-            order = [0, *rows[1:]] if name.startswith("proposals.") else rows
+            first = name.startswith("proposals.") and not proposals_tell_classes
+            order = [0, *rows[1:]] if first else rows
             tensors[name] = tensors[name][torch.tensor(order)]
+        elif name.startswith("label_embedding."):  # its last row stands for no class
+            tensors[name] = tensors[name][torch.tensor([*rows, count])]
     return len(unused)

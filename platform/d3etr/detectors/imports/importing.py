@@ -228,7 +228,7 @@ def _import_detector(
         categories, used = slots_of(outputs, named, theirs.names)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    unused = choose_rows(tensors, used, outputs, softmax)
+    unused = choose_rows(tensors, used, outputs, softmax, config.proposals_tell_classes)
     if softmax:
         changes = {"classification": "softmax", "unused_outputs": unused}
         config = DetectorConfig.parse(config.model_dump(mode="json") | changes)

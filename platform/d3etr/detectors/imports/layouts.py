@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from d3etr.detectors.imports import rt_detr
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 """(pattern, replacement), applied in order to every name."""
@@ -25,15 +28,23 @@ class Layout:
 
     Attributes:
         sign: an official tensor that none of the detectors above it in ``LAYOUTS`` has.
-        model_type: Hugging Face's name.
+        model_types: Hugging Face's names.
         rules: of this detector alone, between ``FIRST`` and ``LAST``.
         softmax: classes and "no object" share one; all others were trained with a sigmoid each.
+        only: settings of ``config.json`` that this detector has, beside those of all.
+        architecture: keys of this kind's own configuration, from tensors by our names.
+        unseen: keys that tensors do not show, from ``config.json`` (or nothing).
     """
 
     sign: str
-    model_type: str
+    model_types: tuple[str, ...]
     rules: Rules
     softmax: bool = False
+    only: Mapping[str, tuple[Any, ...]] = field(
+        default_factory=lambda: {"activation_function": ("relu",)}
+    )
+    architecture: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda _: {}
+    unseen: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
 
 
 FIRST: Rules = (
@@ -114,59 +125,19 @@ SAMPLING: Rules = (
     (r"\.attention_weights\.", ".weights."),
     (r"\.value_proj\.", ".value."),
 )
-HYBRID_ENCODER: Rules = (
-    (r"^encoder_input_proj\.(\d+)\.0\.", r"encoder.projections.\1.conv."),
-    (r"^encoder_input_proj\.(\d+)\.1\.", r"encoder.projections.\1.norm."),
-    (r"^encoder\.input_proj\.(\d+)\.(0|conv)\.", r"encoder.projections.\1.conv."),
-    (r"^encoder\.input_proj\.(\d+)\.(1|norm)\.", r"encoder.projections.\1.norm."),
-    (r"^encoder\.(aifi|encoder)\.0\.layers\.(\d+)\.self_attn\.", r"encoder.layers.\2.attention."),
-    (
-        r"^encoder\.(aifi|encoder)\.0\.layers\.(\d+)\.(norm1|self_attn_layer_norm)\.",
-        r"encoder.layers.\2.norm.",
-    ),
-    (
-        r"^encoder\.(aifi|encoder)\.0\.layers\.(\d+)\.(norm2|final_layer_norm)\.",
-        r"encoder.layers.\2.feedforward.norm.",
-    ),
-    (r"^encoder\.(aifi|encoder)\.0\.", "encoder."),
-    (r"^encoder\.lateral_convs\.", "encoder.laterals."),
-    (r"^encoder\.downsample_convs\.", "encoder.downsamples."),
-    (r"^encoder\.fpn_blocks\.", "encoder.top_down."),
-    (r"^encoder\.pan_blocks\.", "encoder.bottom_up."),
-    (r"\.bottlenecks\.(\d+)\.conv1\.", r".blocks.\1.wide."),
-    (r"\.bottlenecks\.(\d+)\.conv2\.", r".blocks.\1.narrow."),
-    (r"^(encoder\.(top_down|bottom_up)\.\d+)\.conv1\.", r"\1.first."),
-    (r"^(encoder\.(top_down|bottom_up)\.\d+)\.conv2\.", r"\1.shortcut."),
-    (r"^(encoder\.(top_down|bottom_up)\.\d+)\.conv3\.", r"\1.last."),
-)
-
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "rt_detr": Layout(
             sign="decoder.enc_score_head.weight",
-            model_type="rt_detr",
-            rules=(
-                *HYBRID_ENCODER,
-                (r"^decoder_input_proj\.(\d+)\.0\.", r"levels.\1.conv."),
-                (r"^decoder_input_proj\.(\d+)\.1\.", r"levels.\1.norm."),
-                (r"^decoder\.input_proj\.", "levels."),
-                (r"^decoder\.(enc_|denoising_class_embed|query_pos_head)", r"\1"),
-                (r"^enc_output\.(0|proj)\.", "proposals.projection."),
-                (r"^enc_output\.(1|norm)\.", "proposals.norm."),
-                (r"^enc_score_head\.", "proposals.class_head."),
-                (r"^enc_bbox_head\.", "proposals.box_head."),
-                (r"^denoising_class_embed\.", "label_embedding."),
-                (r"^weight_embedding\.|^decoder\.tgt_embed\.", "query_content."),
-                (r"^(decoder\.)?query_pos_head\.", "decoder.position_head."),
-                (r"^(decoder\.)?(class_embed|dec_score_head)\.", "decoder.class_heads."),
-                (r"^(decoder\.)?(bbox_embed|dec_bbox_head)\.", "decoder.box_heads."),
-                (r"^decoder\.decoder\.", "decoder."),
-                *SAMPLING,
-            ),
+            model_types=("rt_detr", "rt_detr_v2"),
+            rules=(*rt_detr.RULES, *SAMPLING),
+            only=rt_detr.ONLY,
+            architecture=rt_detr.architecture,
+            unseen=rt_detr.unseen,
         ),
         "deformable_detr": Layout(
             sign="transformer.level_embed",
-            model_type="deformable_detr",
+            model_types=("deformable_detr",),
             rules=(
                 (r"^level_embed$", "position.level"),
                 (r"^input_proj\.", "levels.projections."),
@@ -185,7 +156,8 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         ),
         "dab_detr": Layout(
             sign="refpoint_embed.weight",
-            model_type="dab-detr",
+            model_types=("dab-detr",),
+            only={"activation_function": ("prelu",)},
             rules=(
                 *CONDITIONAL_LAYERS,
                 (r"^(refpoint_embed|query_refpoint_embeddings)\.", "anchors."),
@@ -196,12 +168,12 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         ),
         "conditional_detr": Layout(
             sign="transformer.decoder.ref_point_head.layers.0.weight",
-            model_type="conditional_detr",
+            model_types=("conditional_detr",),
             rules=(*CONDITIONAL_LAYERS, (r"^decoder\.ref_point_head\.", "ref_point_head.")),
         ),
         "detr": Layout(
             sign="transformer.decoder.layers.0.multihead_attn.in_proj_weight",
-            model_type="detr",
+            model_types=("detr",),
             rules=(
                 (r"^decoder\.(norm|layernorm)\.", "decoder_norm."),
                 (r"^decoder\.layers\.", "decoder."),

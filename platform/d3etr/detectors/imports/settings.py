@@ -91,6 +91,8 @@ class Unseen(Section):
     """A two-stage detector's queries."""
     epsilon: float = HUGGING_FACES_EPSILON
     """Of DAB-DETR's inverse sigmoid, in the code that the weights belong to."""
+    own: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the kind's own configuration."""
 
 
 def from_args(args: Mapping[str, Any], where: str) -> Unseen:
@@ -126,7 +128,7 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
     Raises:
         UserError: a model that is not ours.
     """
-    names = {layout.model_type: name for name, layout in LAYOUTS.items()}
+    names = {kind: name for name, layout in LAYOUTS.items() for kind in layout.model_types}
     name = names.get(str(config.get("model_type")))
     if name is None:
         raise UserError(
@@ -139,9 +141,9 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
             f"{where}: architectures is {architectures}: expected a ...ForObjectDetection; "
             "masks and models without heads cannot be imported"
         )
-    activation = ("prelu",) if name == "dab_detr" else ("relu",)
-    _require(config, {**_ONLY, "activation_function": activation}, where)
-    _equal(config, "encoder_n_points", "decoder_n_points", where)
+    _require(config, {**_ONLY, **LAYOUTS[name].only}, where)
+    if "encoder_n_points" in config:
+        _equal(config, "encoder_n_points", "decoder_n_points", where)
     backbone = config.get("backbone_config") or {}
     _require(backbone, _ONLY_RESNET, f"{where}: backbone_config")
     # Their own ResNet has no dilation; timm's has, by one of three keys.
@@ -155,7 +157,8 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
         heads=_equal(config, "encoder_attention_heads", "decoder_attention_heads", where) or HEADS,
         dilation=bool(dilation),
         dropout=config.get("dropout"),
-        proposals=config.get("two_stage_num_proposals"),
+        proposals=config.get("two_stage_num_proposals", config.get("num_queries")),
+        own=LAYOUTS[name].unseen(config),
         temperature=_equal(config, "temperature_height", "temperature_width", where) or TEMPERATURE,
     )
 
@@ -200,6 +203,8 @@ def infer_detector(
         for key, pattern, dimension in _SIZES
         if (found := next((key for key in tensors if re.fullmatch(pattern, key)), None))
     }
+    if "levels" not in sizes and (levels := _count(tensors, r"levels\.(\d+)\.conv\.")):
+        sizes["levels"] = levels
     if "width" not in sizes:
         raise UserError("the decoder's feedforward.inner.weight is missing: it shows the width")
     heads, dropout = unseen.heads or HEADS, 0.0 if name == "dab_detr" else 0.1
@@ -217,11 +222,13 @@ def infer_detector(
         "grid_temperature": float(unseen.temperature or TEMPERATURE),
         "inverse_sigmoid_epsilon": unseen.epsilon,
     }
-    if settings["two_stage"]:
+    if "queries" not in sizes:
         settings["queries"] = unseen.proposals or PROPOSALS
     known = DETECTORS.find(name).config_class.model_fields
+    settings = {k: v for k, v in settings.items() if k in known}
+    settings |= unseen.own | LAYOUTS[name].architecture(tensors)
     try:
-        config = DetectorConfig.parse({k: v for k, v in settings.items() if k in known})
+        config = DetectorConfig.parse(settings)
     except ValidationError as error:
         found = "; ".join(problem["msg"] for problem in error.errors())
         raise UserError(f"these tensors make no {name}: {found}") from error
