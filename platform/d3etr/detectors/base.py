@@ -59,7 +59,8 @@ class DetectionTransformer(nn.Module, ABC):
     def training_groups(self, memory: Memory, targets: Targets, step: int) -> dict[str, QueryGroup]:
         """Query groups that the detector brings for its own training; none by default.
 
-        Denoising queries (noised ground truth) and copies of the main group are such groups.
+        Denoising queries (noised ground truth) and copies of the main group are such groups. What
+        they alone train needs a gradient also in a step without them (``denoising.touching``).
 
         Args:
             memory: encoder output.
