@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from d3etr.detectors.batch_norm import BatchNorm2d
 from d3etr.engine.ema import WeightAverage
 
 
@@ -70,3 +71,25 @@ def test_checkpoints_that_averaged_frozen_weights_still_fit() -> None:
     assert float(average.state_dict()["1.weight"]) == 5.0
     with pytest.raises(ValueError, match=r"1\.weight"):
         average.load_state_dict({"0.weight": torch.zeros(1, 1)})
+
+
+def test_statistics_of_trained_batch_norm_are_averaged_as_its_weights_are() -> None:
+    model = nn.Sequential(BatchNorm2d(1), BatchNorm2d(1))
+    model[1].requires_grad_(False)
+    average = WeightAverage(model, decay=0.5)
+    assert {"0.running_mean", "0.running_var"} == {
+        name for name in average.state_dict() if "running" in name
+    }
+    model.train()(torch.tensor([0.0, 20.0]).view(2, 1, 1, 1))  # mean 10, unbiased variance 200
+    assert model[0].running_mean.item() == pytest.approx(1.0)
+    average.update(0)  # decay 0.1
+    with average.applied():
+        assert model[0].running_mean.item() == pytest.approx(0.9)
+        assert model[0].running_var.item() == pytest.approx(0.1 + 0.9 * (0.9 + 20))
+        assert model[1].running_mean.item() == 0.0
+    assert model[0].running_mean.item() == pytest.approx(1.0)
+    saved = {name: tensor.clone() for name, tensor in average.state_dict().items()}
+    another = WeightAverage(model, decay=0.5)
+    another.load_state_dict(saved)
+    with another.applied():
+        assert model[0].running_mean.item() == pytest.approx(0.9)

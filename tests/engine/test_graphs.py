@@ -14,6 +14,7 @@ from torch import Tensor
 
 from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
+from d3etr.detectors.batch_norm import BatchNorm2d, trained_statistics
 from d3etr.detectors.build import build_detector
 from d3etr.distiller import Distiller
 from d3etr.engine.distributed import SingleProcess
@@ -210,6 +211,29 @@ def test_replayed_passes_are_those_of_the_host(name: str, method: str) -> None:
             error = (parameter.grad - first[name]).norm()
             assert error <= 0.02 * first[name].norm() + 5 * noise + least, name
     assert len(graphs._graphs) == 3  # one shape has plain steps too
+
+
+@needs_gpu
+def test_a_recorded_batch_counts_once_in_running_statistics() -> None:
+    """Recording runs the first batch of a shape some times more."""
+    norm, expected = BatchNorm2d(3).to(CUDA), BatchNorm2d(3).to(CUDA)
+
+    def run(
+        images: ImageBatch, targets: Targets, factor: Tensor, distils: bool
+    ) -> dict[str, Tensor]:
+        loss = norm(images.pixels).pow(3).sum() * factor
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    statistics = [*trained_statistics(norm).values()]
+    graphs = StepGraphs(run, [*norm.parameters()], CUDA, statistics)
+    for number in range(2):
+        images, targets = batch(SIDES, SIDES, (OBJECTS, 3), number)
+        images, targets = images.to(CUDA), targets.to(CUDA)
+        graphs(images, targets, 1.0, lambda: None, distils=False)
+        expected(images.pixels)
+    torch.testing.assert_close(norm.running_mean, expected.running_mean)
+    torch.testing.assert_close(norm.running_var, expected.running_var)
 
 
 @needs_gpu

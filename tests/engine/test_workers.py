@@ -1,6 +1,7 @@
 """The same run under one process, accumulation, two gloo workers, and after a SIGKILL."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,14 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import changed, save_untrained
 from tiny_runs import MakeConfig, assert_same_run, final_state, losses, records, values
 
 from d3etr.config.distillation import MethodConfig
 from d3etr.config.tree import Config
+from d3etr.detectors.batch_norm import BatchNorm2d
 from d3etr.engine.distributed import SingleProcess, Torchrun
 from d3etr.engine.journal import read_journal
 from d3etr.engine.run import run_training
+from d3etr.engine.step import _require_equal_shares
 from d3etr.errors import UserError
 
 WORKER = """
@@ -195,6 +199,59 @@ def test_a_killed_process_is_resumed_bit_for_bit(make_config: MakeConfig, tmp_pa
     assert_same_run(run_dir, tmp_path / "whole")
     starts = [r["step"] for r in read_journal(run_dir / "journal.jsonl") if r["kind"] == "start"]
     assert len(starts) == 2 and starts[1] >= 6
+
+
+BATCH_NORM = {
+    "detector": {"dropout": 0.0, "backbone": {"name": "resnet18vd", "norm": "batch"}},
+    # Low: of a gradient near zero, Adam's step has a sign that rounding decides.
+    "optimisation": {"epochs": 1, "ema_decay": 0.9, "learning_rate": 1e-5},
+}
+"""A run of six steps whose backbone's statistics are trained."""
+
+
+def running(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in weights.items() if "running_" in name}
+
+
+@pytest.mark.slow
+def test_batch_norm_is_over_all_workers(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(**BATCH_NORM)
+    train_alone(config, tmp_path / "one")
+    train_with_two_workers(config, tmp_path / "two")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = (final_state(tmp_path / name) for name in ("one", "two"))
+    for part in ("model", "average"):
+        assert len(running(one[part])) == 2 * 24
+        for name, expected in running(one[part]).items():
+            torch.testing.assert_close(running(two[part])[name], expected, rtol=0.01, atol=1e-3)
+    # The file holds the average that was evaluated.
+    kept = load_file(tmp_path / "two" / "weights.safetensors")
+    averaged, own = two["average"], two["model"]
+    for name in running(kept):
+        assert torch.equal(kept[name], averaged[name])
+        assert not torch.equal(kept[name], own[f"student.{name}"])
+
+
+@pytest.mark.slow
+def test_batch_norm_goes_on_where_it_stood(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(**BATCH_NORM, run={"checkpoint_every_steps": 3})
+    train_alone(config, tmp_path / "whole")
+    run_dir = tmp_path / "run"
+    shutil.copytree(tmp_path / "whole", run_dir)
+    (run_dir / "summary.json").unlink()
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000006")
+    assert final_state(run_dir)["step"] == 3
+    train_alone(config, run_dir)
+    assert_same_run(run_dir, tmp_path / "whole")
+
+
+def test_batch_norm_needs_equal_shares() -> None:
+    norm = BatchNorm2d(3)
+    _require_equal_shares(norm, 4, 2)
+    _require_equal_shares(torch.nn.Linear(1, 1), 3, 2)
+    with pytest.raises(UserError, match="3 micro-batches cannot be shared equally by 2"):
+        _require_equal_shares(norm, 3, 2)
+    _require_equal_shares(norm.requires_grad_(False), 3, 2)
 
 
 def test_torchrun_without_torchrun_says_how_to_start(monkeypatch: pytest.MonkeyPatch) -> None:

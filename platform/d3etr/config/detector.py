@@ -36,8 +36,8 @@ class BackboneConfig(Section):
     """DC5: the last stage keeps stride 16 and dilates instead (torchvision's ResNets only)."""
     norm: Literal["frozen", "group", "batch"] = "frozen"
     """What takes the place of batch norm: frozen statistics (needs weights), GroupNorm, or batch
-    norm that is trained. The last takes its statistics over the micro-batches of all workers:
-    ``optimisation.accumulation`` makes what they are of smaller; frozen parts keep theirs.
+    norm that is trained. The last takes its statistics over one micro-batch of every worker, so
+    that ``optimisation.accumulation`` leaves fewer images to each; frozen parts keep theirs.
     ``small`` is GroupNorm; ConvNeXt and Swin have LayerNorm, which stays."""
     stem_width: Positive = 16
     """``small`` only: channels of the stem (stride 2 at the first stage)."""

@@ -116,7 +116,8 @@ class OptimisationConfig(Section):
     precision: Precision = "float32"
     """bfloat16 is autocast; weights and losses stay float32."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Evaluate and keep an exponential moving average of the weights."""
+    """Evaluate and keep an exponential moving average of the weights, and of the statistics of
+    trained batch norm."""
     compile: bool = False
     """torch.compile the detectors."""
     cuda_graphs: bool = False
