@@ -101,6 +101,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 def read_checkpoint(path: Path) -> Found:
     """A file that ``torch.save`` wrote: tensors alone, or under ``model`` with their ``args``.
 
+    Where there are averaged weights, as RT-DETR's and D-FINE's code saves them under ``ema``, it is
+    these.
+
     Args:
         path: the file. Beside tensors, numbers, texts and containers it may hold an
             ``argparse.Namespace``, as the official training code saves one; nothing else.
@@ -109,7 +112,7 @@ def read_checkpoint(path: Path) -> Found:
         UserError: missing, damaged, or with something else in it, which the text names.
     """
     content = _load(path)
-    state = content.get("model", content) if isinstance(content, Mapping) else content
+    state = _state_of(content) if isinstance(content, Mapping) else content
     if not _is_state(state):
         keys = [f"{key!r:.80}" for key in content] if isinstance(content, dict) else []
         kind = f"with the keys {', '.join(keys[:_SHOWN])}" if keys else type(content)
@@ -130,6 +133,13 @@ def read_checkpoint(path: Path) -> Found:
     prefix = "module." if all(name.startswith("module.") for name in state) else ""
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return Found(tensors, (path,), settings if isinstance(settings, Mapping) else {})
+
+
+def _state_of(content: Mapping[Any, Any]) -> Any:
+    averaged = content.get("ema")
+    if isinstance(averaged, Mapping) and _is_state(averaged.get("module")):
+        return averaged["module"]
+    return content.get("model", content)
 
 
 def _load(path: Path) -> Any:

@@ -104,8 +104,14 @@ CONDITIONAL_LAYERS: Rules = (
     (r"\.cross_attn\.q_pos_sine_proj\.", ".cross_attn.query_spatial."),
     (r"\.cross_attn\.k_pos_proj\.", ".cross_attn.key_position."),
 )
-UNUSED = (".num_batches_tracked", ".n_points_scale", ".num_points_scale")
-"""Ends of names of what says nothing, or what other settings say."""
+UNUSED = (
+    ".num_batches_tracked",
+    ".n_points_scale",
+    ".num_points_scale",
+    "decoder.anchors",
+    "decoder.valid_mask",
+)
+"""Ends of names of what says nothing, or follows from other settings."""
 FUSED: Sequence[tuple[str, str, tuple[str, ...]]] = (
     ("attention", "query_key", ("q_proj", "k_proj")),
     ("attention", "value", ("v_proj",)),
