@@ -22,7 +22,7 @@ from d3etr.detectors.batch_norm import BatchNorm2d
 from d3etr.detectors.transformer import Activation, EncoderLayer
 
 if TYPE_CHECKING:
-    from d3etr.detectors.rt_detr import RTDETRConfig
+    from d3etr.detectors.selection import SelectingConfig
 
 BLOCKS = 3
 """RepVGG blocks of each fusion."""
@@ -107,7 +107,7 @@ class HybridEncoder(nn.Module):
         channels: of the backbone's stages, finest first.
     """
 
-    def __init__(self, config: RTDETRConfig, channels: Sequence[int]) -> None:
+    def __init__(self, config: SelectingConfig, channels: Sequence[int]) -> None:
         super().__init__()
         width, steps = config.encoder_width, len(channels) - 1
         own = config.model_copy(update={"width": width, "feedforward": config.encoder_feedforward})

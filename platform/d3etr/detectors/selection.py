@@ -1,0 +1,312 @@
+"""Detectors whose queries are the encoder's tokens of the highest class score, RT-DETR's way.
+
+(Zhao et al., arXiv 2304.08069, section 4.3.) Content is the token, the reference is the box that it
+proposes. What differs between kinds is the decoder and the encoder's blocks.
+
+Shapes: B images · N queries · C classes · S memory tokens of all feature levels · D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from d3etr.config.detector import DetectorConfig, Layers, Positive
+from d3etr.detectors.base import DetectionTransformer, shrink_padding
+from d3etr.detectors.denoising import DENOISING, DenoisingConfig, denoising_group, touching
+from d3etr.detectors.feature_levels import BACKBONE_LEVELS
+from d3etr.detectors.groups import side_by_side
+from d3etr.detectors.heads import box_logits
+from d3etr.detectors.hybrid_encoder import HybridEncoder
+from d3etr.detectors.initialisation import (
+    initialise_box_head,
+    initialise_class_head,
+    initialise_transformer,
+)
+from d3etr.detectors.places import tokens_at_places
+from d3etr.detectors.proposals import first_boxes
+from d3etr.detectors.transformer import MLP
+from d3etr.structures import (
+    DecoderOutputs,
+    Grids,
+    ImageBatch,
+    Levels,
+    Memory,
+    ObjectQueries,
+    QueryGroup,
+    Targets,
+)
+
+
+class SelectingConfig(DetectorConfig):
+    """Detectors of a hybrid encoder whose tokens become the queries: RT-DETR and its kin."""
+
+    encoder_layers: Annotated[int, Field(ge=0, le=100)] = 1
+    """Layers of attention within the coarsest level; 0 leaves it out."""
+    decoder_layers: Layers = 6
+    feedforward: Positive = 1024
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    levels: Annotated[int, Field(ge=1, le=BACKBONE_LEVELS)] = 3
+    """Feature levels: the backbone's last stages."""
+    encoder_width: Positive = 256
+    """Channels of the encoder; the decoder has ``width``. Official: 256, with ResNet-101 384."""
+    encoder_feedforward: Positive = 1024
+    """Channels between the two linear maps of the encoder's attention layers."""
+    expansion: Annotated[float, Field(gt=0, le=8)] = 1.0
+    """Channels within the encoder's fusions, as a factor on its width; 0.5 with ResNet-18, 34."""
+    learned_content: bool = False
+    """Queries start from learned vectors, not from the encoder's tokens."""
+    denoising: DenoisingConfig = DenoisingConfig()
+    """Noised ground truth that the decoder learns to restore, in training only."""
+
+    @property
+    def feature_levels(self) -> int:
+        """Feature levels that cross-attention maps run over."""
+        return self.levels
+
+    @property
+    def reference_size(self) -> int:
+        """Queries start from boxes."""
+        return 4
+
+    @property
+    def criterion_defaults(self) -> Mapping[str, float | str]:
+        """The varifocal loss, as official."""
+        return {"class_loss": "varifocal", "class_weight": 1.0}
+
+    @property
+    def proposals_tell_classes(self) -> bool:
+        """The selected tokens learn objects' classes."""
+        return True
+
+    @property
+    def queries_need_images(self) -> bool:
+        """The encoder selects them."""
+        return True
+
+    @property
+    def takes_embedding(self) -> bool:
+        """It is computed from references in every layer."""
+        return False
+
+    @property
+    def takes_content(self) -> bool:
+        """Tokens of the encoder, or learned vectors."""
+        return True
+
+    @property
+    def auxiliary_content(self) -> Literal["own", "adapted"]:
+        """A student's own encoder says what is at the teacher's place."""
+        return "own"
+
+    @property
+    def sampling_parts(self) -> frozenset[str]:
+        """Sampling offsets."""
+        return frozenset({"offsets"})
+
+    @model_validator(mode="after")
+    def _heads_divide_encoder_width(self) -> Self:
+        if self.encoder_width % self.heads or self.encoder_width % 4:
+            raise ValueError(
+                f"encoder_width {self.encoder_width} must be a multiple of heads ({self.heads}) "
+                "and of 4 (position encoding)"
+            )
+        if int(self.encoder_width * self.expansion) < 1:
+            raise ValueError(f"expansion {self.expansion:g} leaves the encoder no channels")
+        return self
+
+
+class Selection(nn.Module):
+    """Scores every token by its classes; the best ones propose boxes.
+
+    Args:
+        config: uses width and queries.
+        classes: C.
+    """
+
+    def __init__(self, config: SelectingConfig, classes: int) -> None:
+        super().__init__()
+        width = config.width
+        self.queries = config.queries
+        self.projection = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.class_head = nn.Linear(width, classes)
+        self.box_head = MLP((width, width, width, 4))
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """What a query starts from, of tokens [.., D]."""
+        return self.norm(self.projection(tokens))  # type: ignore[no-any-return]
+
+    def forward(
+        self, tokens: Tensor, padding: Tensor | None, levels: Levels
+    ) -> tuple[DecoderOutputs, ObjectQueries]:
+        """What the selected tokens say, and the queries that start from them.
+
+        Returns:
+            Logits [1, B, N, C] and boxes [1, B, N, 4], which learn from their own loss; and the
+            queries, through which no gradient passes: contents [B, N, D] (as embedding, too),
+            references [B, N, 4] and places [B, N].
+        """
+        start, silent = first_boxes(tokens, padding, levels)
+        states = self.states(tokens.masked_fill(silent[..., None], 0.0))
+        scores: Tensor = self.class_head(states)
+        best = scores.detach().amax(-1)
+        if padding is not None:
+            best = best.masked_fill(padding, float("-inf"))
+        place = best.topk(min(self.queries, best.shape[1]), dim=1).indices
+        start = start.masked_fill(silent[..., None], float("inf"))
+        start, states, scores = (_at(x, place) for x in (start, states, scores))
+        references = box_logits(self.box_head, states, start)
+        references = references.where(start.isfinite(), start)  # what proposes nothing stays so
+        proposed = DecoderOutputs(
+            scores.float()[None], references.sigmoid()[None], levels=levels, padding=padding
+        )
+        queries = ObjectQueries(states, references, states, place)
+        return proposed, queries.detach()
+
+
+def _at(values: Tensor, place: Tensor) -> Tensor:
+    """[B, N, X] of [B or 1, S, X] at the tokens [B, N]."""
+    values = values.expand(len(place), -1, -1)
+    return values.gather(1, place[..., None].expand(-1, -1, values.shape[-1]))
+
+
+class SelectingDecoder(nn.Module):
+    """Layers with heads of their own, and what makes embeddings of boxes.
+
+    Args:
+        width: D.
+    """
+
+    layers: nn.ModuleList
+    class_heads: nn.ModuleList
+    box_heads: nn.ModuleList
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.position_head = MLP((4, 2 * width, width))
+
+    def embed(self, references: Tensor) -> Tensor:
+        """Query embeddings [.., N, D] of boxes [.., N, 4] before the sigmoid."""
+        return self.position_head(references.sigmoid())  # type: ignore[no-any-return]
+
+
+class SelectingDetector(DetectionTransformer):
+    """A hybrid encoder, queries selected among its tokens, and denoising queries in training.
+
+    Subclasses set ``encoder``, ``levels`` (what brings its maps to the decoder's width) and
+    ``decoder``, and decode.
+
+    Args:
+        config: architecture.
+        classes: C.
+    """
+
+    config: SelectingConfig
+    encoder: HybridEncoder
+    levels: nn.ModuleList
+    decoder: SelectingDecoder
+
+    def __init__(self, config: SelectingConfig, classes: int) -> None:
+        super().__init__(config, classes)
+        self._strides = self.backbone.stage_strides[-config.levels :]
+        self.stride = self._strides[0]
+        self.proposals = Selection(config, classes)
+        if config.learned_content:
+            self.query_content = nn.Embedding(config.queries, config.width)
+        self.label_embedding: nn.Embedding | None = None
+        if config.denoising.queries:
+            self.label_embedding = nn.Embedding(classes + 1, config.width, padding_idx=classes)
+
+    def initialise(self) -> None:
+        """Draw the weights, once all parts are there."""
+        for part in (self.encoder, self.decoder, self.proposals):
+            initialise_transformer(part)
+        class_heads = [*self.decoder.class_heads, self.proposals.class_head]
+        for class_head in class_heads:
+            assert isinstance(class_head, nn.Linear)
+            initialise_class_head(class_head)
+        for box_head in (*self.decoder.box_heads, self.proposals.box_head):
+            assert isinstance(box_head, MLP)
+            initialise_box_head(box_head, 0.0)  # boxes start from proposals
+        for weight in self.parameters():
+            if weight.dim() == 4:  # else reordered in every step, there and back
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+    @property
+    def level_strides(self) -> tuple[int, ...]:
+        """Pixels per cell of each feature level, finest first."""
+        return self._strides
+
+    def encode(self, images: ImageBatch) -> Memory:
+        """Run backbone and encoder, and select the queries.
+
+        Args:
+            images: B padded images.
+        """
+        maps = self.backbone.pyramid(images.pixels, self.config.levels)
+        maps = self.encoder(maps, images.padding)
+        maps = [project(part) for project, part in zip(self.levels, maps, strict=True)]
+        levels = tuple((part.shape[-2], part.shape[-1]) for part in maps)
+        tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in maps], 1)
+        shrunk = [shrink_padding(images.padding, grid) for grid in levels]
+        hidden = [part.flatten(1) for part in shrunk if part is not None]
+        padding = torch.cat(hidden, 1) if hidden else None
+        proposals, queries = self.proposals(tokens, padding, levels)
+        # Nothing reads positions of tokens here: sampling goes by place.
+        position = tokens.new_zeros(1, 1, 1).expand(1, *tokens.shape[1:])
+        memory = Memory(tokens, position, padding, levels, proposals)
+        return replace(memory, queries=queries)
+
+    def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
+        """The main group: the tokens of each image in ``memory`` that were selected.
+
+        Their embedding [B, N, D], which the first layer computes from references, is for other
+        decoders.
+        """
+        if memory is None or memory.queries is None:
+            raise ValueError("this detector's queries are in the memory that 'encode' returned")
+        queries = memory.queries
+        assert queries.reference_logits is not None
+        queries = replace(queries, grids=Grids(memory.levels, self.level_strides))
+        content = self._content(memory, queries) if self.config.learned_content else queries.content
+        assert queries.reference_logits is not None
+        embedding = self.decoder.embed(queries.reference_logits)
+        queries = replace(queries, embedding=embedding, content=content)
+        if self.label_embedding is None or not self.training:
+            return queries
+        return touching(queries, self.label_embedding.weight)
+
+    def training_groups(self, memory: Memory, targets: Targets, step: int) -> dict[str, QueryGroup]:
+        """Denoising queries; see ``DetectionTransformer``."""
+        if self.label_embedding is None or not self.training:
+            return {}
+        embedding, config = self.label_embedding.weight, self.config.denoising
+        group = denoising_group(targets, embedding, config, step=step)
+        return {} if group is None else {DENOISING: group}
+
+    def contents(self, memory: Memory, groups: Sequence[ObjectQueries]) -> Tensor:
+        """[B, N, D] of all groups; one without starts from what queries of its own start from."""
+        return side_by_side(
+            [
+                self._content(memory, group) if group.content is None else group.content
+                for group in groups
+            ]
+        )
+
+    def _content(self, memory: Memory, group: ObjectQueries) -> Tensor:
+        """[B, N, D] what queries of this detector's own start from, for a group without content."""
+        images = len(memory.tokens)
+        if self.config.learned_content:
+            rows = torch.arange(group.count, device=memory.tokens.device)
+            learned: Tensor = self.query_content(rows % self.config.queries)
+            return learned.expand(images, -1, -1)
+        reference = self.references([group]).expand(images, -1, -1)
+        own = Grids(memory.levels, self.level_strides)
+        tokens = tokens_at_places(memory, own, group, reference)
+        return self.proposals.states(tokens).detach()
