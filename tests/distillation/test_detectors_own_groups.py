@@ -160,3 +160,16 @@ def test_proposals_learn_classes_where_the_configuration_says_so(
         losses = [losses_of(learning(student(kind)), images, x) for x in (targets, other)]
         own, changed = (found["proposals/class"].item() for found in losses)
         assert (own != changed) is tells
+
+
+def test_losses_under_autocast_are_near_those_without(images: ImageBatch, targets: Targets) -> None:
+    exact = losses_of(learning(student(), class_loss="varifocal"), images, targets)
+    module = learning(student(), class_loss="varifocal")
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = losses_of(module, images, targets)
+    for name, loss in rounded.items():
+        assert loss.dtype == torch.float32
+        if name.startswith(DENOISING):  # pairs are given: no matching can turn over
+            assert loss.item() == pytest.approx(exact[name].item(), rel=0.05), name
+    torch.stack(list(rounded.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
