@@ -35,6 +35,16 @@ FAMILY: dict[str, dict[str, Any]] = {
         "encoder_feedforward": 16,
         "expansion": 0.5,
     },
+    "d_fine": {
+        "name": "d_fine",
+        "levels": 2,
+        "points": [2, 3],
+        "encoder_width": 24,
+        "encoder_feedforward": 16,
+        "expansion": 0.5,
+        "encoder_blocks": 1,
+        "bins": 8,
+    },
 }
 """What tells the detectors of the family apart, by name of the variant."""
 

@@ -99,6 +99,7 @@ DETECTORS = Registry(
         "dab_detr": "d3etr.detectors.dab_detr:DABDETR",
         "deformable_detr": "d3etr.detectors.deformable_detr:DeformableDETR",
         "rt_detr": "d3etr.detectors.rt_detr:RTDETR",
+        "d_fine": "d3etr.detectors.d_fine:DFINE",
     },
 )
 """Classes of ``detectors.base.DetectionTransformer``."""

@@ -293,6 +293,37 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class BoxDistributions:
+    """Boxes of one query group as distributions over their edges (``detectors/d_fine.py``).
+
+    Attributes:
+        corners: [L, B, N, 4, K] logits over the bins of each edge.
+        start: [B, N, 4] cxcywh, the boxes whose edges move, outside the graph.
+        first_logits: [B, N, C] class logits of the first layer, which know nothing of its edges.
+        first_boxes: [B, N, 4] cxcywh, ``start`` within the graph.
+    """
+
+    corners: Tensor
+    start: Tensor
+    first_logits: Tensor
+    first_boxes: Tensor
+
+    def of_queries(self, sizes: list[int]) -> list[BoxDistributions]:
+        """Those of groups that lie side by side."""
+        parts = zip(
+            torch.split(self.corners, sizes, 2),
+            *(torch.split(x, sizes, 1) for x in (self.start, self.first_logits, self.first_boxes)),
+            strict=True,
+        )
+        return [BoxDistributions(*part) for part in parts]
+
+    def of_first(self, images: int) -> BoxDistributions:
+        """Those of the first so many images."""
+        first = (x[:images] for x in (self.start, self.first_logits, self.first_boxes))
+        return BoxDistributions(self.corners[:, :images], *first)
+
+
+@dataclass(frozen=True)
 class DecoderOutputs:
     """What a decoder says about one query group, all layers stacked.
 
@@ -308,6 +339,7 @@ class DecoderOutputs:
         softmax_classes: an object has one class: the probabilities of all classes sum to 1 at most.
         no_object: [L, B, N] log-probability that there is none, where classes are exclusive and
             the outputs are a detector's own; else None.
+        distributions: the boxes as distributions, of detectors that refine those.
     """
 
     logits: Tensor
@@ -319,6 +351,7 @@ class DecoderOutputs:
     states: Tensor | None = None
     softmax_classes: bool = False
     no_object: Tensor | None = None
+    distributions: BoxDistributions | None = None
 
     @property
     def self_attention(self) -> Tensor:
@@ -361,6 +394,7 @@ class DecoderOutputs:
             padding=first(self.padding, 0),
             states=first(self.states, 0),
             no_object=first(self.no_object, 1),
+            distributions=self.distributions and self.distributions.of_first(images),
         )
 
     def confidence(self) -> Tensor:

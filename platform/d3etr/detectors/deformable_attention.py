@@ -26,10 +26,18 @@ class Samples:
         locations: [B, N, H, V, P, 2] as (x, y), normalised to the padded feature level; samples
             may lie outside.
         weights: [B, N, H, V, P], their sum over V and P is 1.
+        counts: locations of each level, where levels have different numbers of them; those behind
+            have no weight. None: all have P.
     """
 
     locations: Tensor
     weights: Tensor
+    counts: tuple[int, ...] | None = None
+
+    def of_level(self, level: int) -> tuple[Tensor, Tensor]:
+        """Locations [B, N, H, p, 2] and weights [B, N, H, p] of one level."""
+        kept = self.locations.shape[4] if self.counts is None else self.counts[level]
+        return self.locations[:, :, :, level, :kept], self.weights[:, :, :, level, :kept]
 
     def as_maps(self, padding: Tensor | None, levels: Levels) -> SampledMaps:
         """What attention is compared by, of one layer.
@@ -103,14 +111,70 @@ class DeformableAttention(nn.Module):
         shape = (*query.shape[:2], self.heads, self.levels, self.points)
         offsets = self.offsets(query).view(*shape, 2).float()
         weights = self.weights(query).view(*shape[:3], -1).float().softmax(-1).view(shape)
-        anchor = reference[:, :, None, :, None].float()
-        if reference.shape[-1] == 4:
-            locations = anchor[..., :2] + offsets / self.points * anchor[..., 2:] * 0.5
-        else:
-            sizes = tuple(float(side) for h, w in levels for side in (w, h))
-            cells = constant(sizes, torch.float32, query.device).view(-1, 1, 2)
-            locations = anchor + offsets / cells
-        return Samples(locations, weights)
+        return Samples(_locations(reference, offsets, self.points, levels), weights)
+
+
+class UnevenDeformableAttention(nn.Module):
+    """Of D-FINE: levels have numbers of locations of their own, and values are the tokens.
+
+    (Peng et al., arXiv 2410.13842, the official code.)
+
+    Args:
+        width: D.
+        heads: H.
+        points: of each level.
+    """
+
+    def __init__(self, width: int, heads: int, points: tuple[int, ...]) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, len(points), points
+        self.offsets = nn.Linear(width, heads * sum(points) * 2)
+        self.weights = nn.Linear(width, heads * sum(points))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        embedding: Tensor,
+        *,
+        reference: Tensor,
+        padding: Tensor | None,
+        levels: Levels,
+        tokens: Tensor,
+    ) -> tuple[Tensor, Samples]:
+        """Read the memory; arguments and result as of ``DeformableAttention``."""
+        query = hidden + embedding
+        shape = (*query.shape[:2], self.heads, sum(self.points))
+        offsets = self._by_level(self.offsets(query).view(*shape, 2).float())
+        weights = self._by_level(self.weights(query).view(shape).float().softmax(-1)[..., None])
+        count = constant(tuple(map(float, self.points)), torch.float32, query.device)
+        places = _locations(reference, offsets, count.view(-1, 1, 1), levels)
+        samples = Samples(places, weights.squeeze(-1), self.points)
+        if padding is not None:
+            tokens = tokens.masked_fill(padding[..., None], 0.0)
+        return sample_values(tokens, samples, levels), samples
+
+    def _by_level(self, values: Tensor) -> Tensor:
+        """[B, N, H, sum of points, X] to [B, N, H, V, P, X], zeros behind a level's own."""
+        parts = torch.split(values, [*self.points], 3)
+        most = max(self.points)
+        return torch.stack([functional.pad(x, (0, 0, 0, most - x.shape[3])) for x in parts], 3)
+
+
+def _locations(reference: Tensor, offsets: Tensor, count: int | Tensor, levels: Levels) -> Tensor:
+    """[B, N, H, V, P, 2] places as (x, y) on the padded levels.
+
+    Args:
+        reference: [B, N, V, 2] points or [B, N, V, 4] boxes.
+        offsets: [B, N, H, V, P, 2] in cells from points; from boxes in halves of their sides, times
+            ``count``.
+        count: P, of each level where they differ.
+        levels: the V grids.
+    """
+    anchor = reference[:, :, None, :, None].float()
+    if reference.shape[-1] == 4:
+        return anchor[..., :2] + offsets / count * anchor[..., 2:] * 0.5
+    sizes = tuple(float(side) for h, w in levels for side in (w, h))
+    return anchor + offsets / constant(sizes, torch.float32, offsets.device).view(-1, 1, 2)
 
 
 def sample_values(value: Tensor, samples: Samples, levels: Levels) -> Tensor:
@@ -125,16 +189,15 @@ def sample_values(value: Tensor, samples: Samples, levels: Levels) -> Tensor:
         [B, N, D].
     """
     images, queries, heads = samples.weights.shape[:3]
-    grids = 2 * samples.locations.transpose(1, 2).flatten(0, 1) - 1  # [B*H, N, V, P, 2]
-    parts = []
+    parts, shares = [], []
     for level, part in enumerate(torch.split(value, [h * w for h, w in levels], 1)):
         planes = part.view(images, -1, heads, part.shape[-1] // heads).permute(0, 2, 3, 1)
         planes = planes.reshape(images * heads, -1, *levels[level])
-        sampled = functional.grid_sample(
-            planes, grids[:, :, level].to(planes.dtype), align_corners=False
-        )
-        parts.append(sampled)  # [B*H, E, N, P]
-    weights = samples.weights.transpose(1, 2).reshape(images * heads, 1, queries, -1)
+        places, weights = samples.of_level(level)
+        grid = 2 * places.transpose(1, 2).flatten(0, 1) - 1  # [B*H, N, p, 2]
+        parts.append(functional.grid_sample(planes, grid.to(planes.dtype), align_corners=False))
+        shares.append(weights)  # beside [B*H, E, N, p]
+    weights = torch.cat(shares, -1).transpose(1, 2).reshape(images * heads, 1, queries, -1)
     mixed = (torch.cat(parts, -1) * weights.to(value.dtype)).sum(-1)
     return mixed.view(images, -1, queries).transpose(1, 2)
 
@@ -162,7 +225,7 @@ def gather_values(value: Tensor, samples: Samples, levels: Levels) -> Tensor:
     return mixed.squeeze(3).transpose(1, 2).flatten(2)
 
 
-def initialise_deformable(attention: DeformableAttention) -> None:
+def initialise_deformable(attention: DeformableAttention | UnevenDeformableAttention) -> None:
     """Start with every head looking into a direction of its own, point by point further away.
 
     Args:
@@ -174,10 +237,13 @@ def initialise_deformable(attention: DeformableAttention) -> None:
     angles = torch.arange(attention.heads) * (2 * math.pi / attention.heads)
     directions = torch.stack([angles.cos(), angles.sin()], -1)
     directions = directions / directions.abs().amax(-1, keepdim=True)
-    steps = torch.arange(1, attention.points + 1)[None, None, :, None]
-    bias = directions[:, None, None] * steps
+    points = attention.points
+    each = (points,) * attention.levels if isinstance(points, int) else points
+    steps = torch.cat([torch.arange(1, count + 1) for count in each])
     with torch.no_grad():
-        attention.offsets.bias.copy_(bias.expand(-1, attention.levels, -1, -1).flatten())
+        attention.offsets.bias.copy_((directions[:, None] * steps[:, None]).flatten())
+    if isinstance(attention, UnevenDeformableAttention):
+        return
     for linear in (attention.value, attention.output):
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)

@@ -16,7 +16,7 @@ from d3etr.attention_maps import (
     SampledMaps,
     ScoredMaps,
 )
-from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
+from d3etr.structures import BoxDistributions, DecoderOutputs, Memory, ObjectQueries
 
 _Maps = TypeVar("_Maps")
 
@@ -131,6 +131,7 @@ class Decoded(NamedTuple):
         states: [B, N, D] of the last layer.
         trace: attention of all layers, or None.
         no_object: [L, B, N] log-probability that there is none, where classes are exclusive.
+        distributions: of boxes, where the decoder refines those.
     """
 
     logits: Tensor
@@ -138,6 +139,7 @@ class Decoded(NamedTuple):
     states: Tensor
     trace: AttentionTrace | None
     no_object: Tensor | None = None
+    distributions: BoxDistributions | None = None
 
 
 def split_groups(memory: Memory, sizes: list[GroupSize], decoded: Decoded) -> list[DecoderOutputs]:
@@ -148,7 +150,7 @@ def split_groups(memory: Memory, sizes: list[GroupSize], decoded: Decoded) -> li
         sizes: of each group, N queries in total.
         decoded: outputs of all.
     """
-    logits, boxes, states, trace, no_object = decoded
+    logits, boxes, states, trace, no_object, distributions = decoded
     none: list[None] = [None] * len(sizes)
     queries = [size.queries for size in sizes]
     parts = zip(
@@ -158,6 +160,7 @@ def split_groups(memory: Memory, sizes: list[GroupSize], decoded: Decoded) -> li
         none if trace is None else _or_none(trace.cross_maps(sizes, memory), sizes),
         torch.split(states, queries, 1),
         none if no_object is None else torch.split(no_object, queries, 2),
+        none if distributions is None else distributions.of_queries(queries),
         strict=True,
     )
     return [
@@ -171,6 +174,7 @@ def split_groups(memory: Memory, sizes: list[GroupSize], decoded: Decoded) -> li
             last,
             softmax_classes=no_object is not None,
             no_object=nothing,
+            distributions=edges,
         )
-        for scores, places, own, other, last, nothing in parts
+        for scores, places, own, other, last, nothing, edges in parts
     ]

@@ -8,9 +8,9 @@ Shapes: B images · V feature levels, finest first · D' encoder width · h, w c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class ConvNorm(nn.Module):
         outputs: channels.
         size: of the kernel; padded so that stride alone changes the resolution.
         stride: 1 or 2.
+        groups: of channels that the convolution keeps apart.
         activation: after the norm.
     """
 
@@ -47,10 +48,14 @@ class ConvNorm(nn.Module):
         outputs: int,
         size: int = 1,
         stride: int = 1,
+        *,
+        groups: int = 1,
         activation: Activation = nn.Identity,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+        self.conv = nn.Conv2d(
+            inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=False
+        )
         self.norm = BatchNorm2d(outputs)
         self.activation = activation()
 
@@ -78,36 +83,65 @@ class RepVGGBlock(nn.Module):
 
 
 class CSPRepLayer(nn.Module):
-    """Fuses two maps: RepVGG blocks beside a shortcut.
+    """RepVGG blocks beside a shortcut.
 
     Args:
-        width: D', of each map and of the result.
-        expansion: channels within, as a factor on D'.
+        inputs: channels.
+        outputs: channels.
+        within: channels of the blocks and the shortcut.
+        blocks: how many.
     """
 
-    def __init__(self, width: int, expansion: float) -> None:
+    def __init__(self, inputs: int, outputs: int, within: int, blocks: int) -> None:
         super().__init__()
-        within = int(width * expansion)
-        self.first = ConvNorm(2 * width, within, activation=silu)
-        self.shortcut = ConvNorm(2 * width, within, activation=silu)
-        self.blocks = nn.Sequential(*(RepVGGBlock(within) for _ in range(BLOCKS)))
-        self.last = nn.Identity() if within == width else ConvNorm(within, width, activation=silu)
+        self.first = ConvNorm(inputs, within, activation=silu)
+        self.shortcut = ConvNorm(inputs, within, activation=silu)
+        self.blocks = nn.Sequential(*(RepVGGBlock(within) for _ in range(blocks)))
+        self.last = (
+            nn.Identity() if within == outputs else ConvNorm(within, outputs, activation=silu)
+        )
 
-    def forward(self, *maps: Tensor) -> Tensor:
-        """Two [B, D', h, w] to one."""
-        x = torch.cat(maps, 1)
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, h, w] to [B, outputs, h, w]."""
         return self.last(self.blocks(self.first(x)) + self.shortcut(x))  # type: ignore[no-any-return]
+
+
+class EncoderBlocks(NamedTuple):
+    """What an encoder fuses levels by; each makes a module.
+
+    Attributes:
+        lateral: of [B, D', h, w], before the map goes a level down.
+        fuse: of two maps side by side [B, 2 D', h, w] to [B, D', h, w].
+        halve: of [B, D', h, w] to half the resolution, rounded up.
+    """
+
+    lateral: Callable[[], nn.Module]
+    fuse: Callable[[], nn.Module]
+    halve: Callable[[], nn.Module]
+
+
+def repvgg_blocks(config: SelectingConfig) -> EncoderBlocks:
+    """RT-DETR's."""
+    width = config.encoder_width
+    return EncoderBlocks(
+        lambda: ConvNorm(width, width, activation=silu),
+        lambda: CSPRepLayer(2 * width, width, int(width * config.expansion), BLOCKS),
+        lambda: ConvNorm(width, width, 3, 2, activation=silu),
+    )
 
 
 class HybridEncoder(nn.Module):
     """Maps of the backbone's last stages to maps of one width that know of each other.
 
     Args:
-        config: uses levels, heads, dropout, encoder_layers and what is said of the encoder.
+        config: uses heads, dropout, encoder_layers, encoder_width and encoder_feedforward.
         channels: of the backbone's stages, finest first.
+        blocks: what levels are fused by.
     """
 
-    def __init__(self, config: SelectingConfig, channels: Sequence[int]) -> None:
+    def __init__(
+        self, config: SelectingConfig, channels: Sequence[int], blocks: EncoderBlocks
+    ) -> None:
         super().__init__()
         width, steps = config.encoder_width, len(channels) - 1
         own = config.model_copy(update={"width": width, "feedforward": config.encoder_feedforward})
@@ -115,13 +149,10 @@ class HybridEncoder(nn.Module):
         self.layers = nn.ModuleList(
             EncoderLayer(own, SelfAttention(own), nn.GELU) for _ in range(config.encoder_layers)
         )
-        lateral = [ConvNorm(width, width, activation=silu) for _ in range(steps)]
-        coarser = [ConvNorm(width, width, 3, 2, activation=silu) for _ in range(steps)]
-        self.laterals, self.downsamples = nn.ModuleList(lateral), nn.ModuleList(coarser)
-        self.top_down, self.bottom_up = (
-            nn.ModuleList(CSPRepLayer(width, config.expansion) for _ in range(steps))
-            for _ in range(2)
-        )
+        self.laterals = nn.ModuleList(blocks.lateral() for _ in range(steps))
+        self.top_down = nn.ModuleList(blocks.fuse() for _ in range(steps))
+        self.downsamples = nn.ModuleList(blocks.halve() for _ in range(steps))
+        self.bottom_up = nn.ModuleList(blocks.fuse() for _ in range(steps))
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> list[Tensor]:
         """Fused maps [B, D', h, w] of the same resolutions, finest first.
@@ -138,10 +169,10 @@ class HybridEncoder(nn.Module):
             tops[-1] = lateral(tops[-1])
             # As large as the finer map, which need not have an even number of rows.
             upsampled = functional.interpolate(tops[-1], size=own.shape[-2:])
-            tops.append(fuse(upsampled, own))
+            tops.append(fuse(torch.cat([upsampled, own], 1)))
         fused = [tops.pop()]
         for halve, fuse in zip(self.downsamples, self.bottom_up, strict=True):
-            fused.append(fuse(halve(fused[-1]), tops.pop()))
+            fused.append(fuse(torch.cat([halve(fused[-1]), tops.pop()], 1)))
         return fused
 
     def _attend(self, top: Tensor, padding: Tensor | None) -> Tensor:

@@ -64,10 +64,19 @@ def initialise_box_head(box_head: MLP, box_size_bias: float) -> None:
         box_head: changed in place.
         box_size_bias: logit of width and height of every first box.
     """
-    last = _last_layer(box_head)
+    initialise_last(box_head)
+    initialise_sizes(box_head, box_size_bias)
+
+
+def initialise_last(head: MLP) -> None:
+    """Start a head's outputs at 0, whatever the states.
+
+    Args:
+        head: changed in place.
+    """
+    last = _last_layer(head)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    initialise_sizes(box_head, box_size_bias)
 
 
 def initialise_sizes(box_head: MLP, box_size_bias: float) -> None:

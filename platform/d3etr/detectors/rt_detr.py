@@ -20,7 +20,7 @@ from d3etr.detectors.deformable_decoder import (
     decode_around,
 )
 from d3etr.detectors.groups import Decoded, GroupSize
-from d3etr.detectors.hybrid_encoder import ConvNorm, HybridEncoder
+from d3etr.detectors.hybrid_encoder import ConvNorm, HybridEncoder, repvgg_blocks
 from d3etr.detectors.selection import SelectingConfig, SelectingDecoder, SelectingDetector
 from d3etr.detectors.transformer import MLP
 from d3etr.structures import Memory, ObjectQueries
@@ -77,7 +77,8 @@ class RTDETR(SelectingDetector):
 
     def __init__(self, config: RTDETRConfig, classes: int) -> None:
         super().__init__(config, classes)
-        self.encoder = HybridEncoder(config, self.backbone.stage_channels[-config.levels :])
+        channels = self.backbone.stage_channels[-config.levels :]
+        self.encoder = HybridEncoder(config, channels, repvgg_blocks(config))
         self.levels = nn.ModuleList(
             ConvNorm(config.encoder_width, config.width) for _ in range(config.levels)
         )

@@ -24,8 +24,8 @@ from d3etr.detectors.groups import side_by_side
 from d3etr.detectors.heads import box_logits
 from d3etr.detectors.hybrid_encoder import HybridEncoder
 from d3etr.detectors.initialisation import (
-    initialise_box_head,
     initialise_class_head,
+    initialise_last,
     initialise_transformer,
 )
 from d3etr.detectors.places import tokens_at_places
@@ -193,7 +193,11 @@ class SelectingDecoder(nn.Module):
 
     def embed(self, references: Tensor) -> Tensor:
         """Query embeddings [.., N, D] of boxes [.., N, 4] before the sigmoid."""
-        return self.position_head(references.sigmoid())  # type: ignore[no-any-return]
+        return self.embed_boxes(references.sigmoid())
+
+    def embed_boxes(self, boxes: Tensor) -> Tensor:
+        """Query embeddings [.., N, D] of boxes [.., N, 4] cxcywh."""
+        return self.position_head(boxes)  # type: ignore[no-any-return]
 
 
 class SelectingDetector(DetectionTransformer):
@@ -233,7 +237,7 @@ class SelectingDetector(DetectionTransformer):
             initialise_class_head(class_head)
         for box_head in (*self.decoder.box_heads, self.proposals.box_head):
             assert isinstance(box_head, MLP)
-            initialise_box_head(box_head, 0.0)  # boxes start from proposals
+            initialise_last(box_head)  # boxes start from proposals
         for weight in self.parameters():
             if weight.dim() == 4:  # else reordered in every step, there and back
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)

@@ -158,7 +158,7 @@ class DecoderLayer(nn.Module):
         self.self_attention = self_attention
         self.self_norm = nn.LayerNorm(config.width)
         self.cross_attention = cross_attention
-        self.cross_norm = nn.LayerNorm(config.width)
+        self.cross_norm: nn.Module = nn.LayerNorm(config.width)
         self.feedforward = FeedForward(config, activation)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -188,11 +188,15 @@ class DecoderLayer(nn.Module):
         mixed, within = self.self_attention(hidden, embedding, sizes=sizes, keep=keep)
         hidden = self.self_norm(hidden + self.dropout(mixed))
         mixed, across = self.look(hidden, embedding, place, memory, keep)
-        hidden = self.cross_norm(hidden + self.dropout(mixed))
+        hidden = self.join(hidden, self.dropout(mixed))
         if trace is not None and across is not None:
             trace.within.append(within)
             trace.across.append(across)
         return self.feedforward(hidden)  # type: ignore[no-any-return]
+
+    def join(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """States [B, N, D] with what they have read [B, N, D]."""
+        return self.cross_norm(hidden + mixed)  # type: ignore[no-any-return]
 
     def look(
         self,

@@ -88,6 +88,7 @@ def _taken(
         self_maps=None if outputs.self_maps is None else self_maps(outputs.self_maps),
         cross_maps=None if outputs.cross_maps is None else cross_maps(outputs.cross_maps),
         no_object=None,
+        distributions=None,
     )
 
 

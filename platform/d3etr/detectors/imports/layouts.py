@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d3etr.detectors.imports import rt_detr
+from d3etr.detectors.imports import d_fine, rt_detr
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 """(pattern, replacement), applied in order to every name."""
@@ -110,6 +110,7 @@ UNUSED = (
     ".num_points_scale",
     "decoder.anchors",
     "decoder.valid_mask",
+    *d_fine.BINS,
 )
 """Ends of names of what says nothing, or follows from other settings."""
 FUSED: Sequence[tuple[str, str, tuple[str, ...]]] = (
@@ -133,6 +134,12 @@ SAMPLING: Rules = (
 )
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
+        "d_fine": Layout(
+            sign="decoder.pre_bbox_head.layers.0.weight",
+            model_types=("d_fine",),
+            rules=(*d_fine.RULES, *SAMPLING),
+            only=d_fine.ONLY,
+        ),
         "rt_detr": Layout(
             sign="decoder.enc_score_head.weight",
             model_types=("rt_detr", "rt_detr_v2"),

@@ -1,0 +1,288 @@
+"""D-FINE (Peng et al., arXiv 2410.13842).
+
+RT-DETR's queries and encoder, whose decoder refines distributions over the edges of one box instead
+of the box itself.
+
+Shapes: B images · L decoder layers · N queries · C classes · K bins · D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from d3etr.config.base import MAXIMUM
+from d3etr.config.detector import Layers, Positive
+from d3etr.detectors.attention import SelfAttention
+from d3etr.detectors.box_distribution import bin_distances, mean_distances, moved_edges
+from d3etr.detectors.deformable_attention import (
+    UnevenDeformableAttention,
+    initialise_deformable,
+)
+from d3etr.detectors.deformable_decoder import DeformableDecoderLayer
+from d3etr.detectors.feature_levels import on_levels, valid_ratios
+from d3etr.detectors.groups import Decoded, GroupSize
+from d3etr.detectors.heads import box_logits
+from d3etr.detectors.hybrid_encoder import (
+    ConvNorm,
+    CSPRepLayer,
+    EncoderBlocks,
+    HybridEncoder,
+    silu,
+)
+from d3etr.detectors.initialisation import initialise_last
+from d3etr.detectors.selection import SelectingConfig, SelectingDecoder, SelectingDetector
+from d3etr.detectors.transformer import MLP, run_decoder
+from d3etr.structures import BoxDistributions, Memory, ObjectQueries
+
+STEEPEST = 4
+"""Bins of the highest probability whose heights say how sure a box is."""
+QUALITY_WIDTH = 64
+FARTHEST = 10.0
+"""Query embeddings are kept within plus and minus this."""
+
+
+class DFINEConfig(SelectingConfig):
+    """D-FINE."""
+
+    name: Literal["d_fine"] = "d_fine"
+    points: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = (3, 6, 3)
+    """Places that each head samples on each level: one number for each, or one for all."""
+    encoder_blocks: Layers = 3
+    """RepVGG blocks of each of the encoder's stages; official: 1 (N, S), 2 (M) and 3 (L, X)."""
+    bins: Annotated[int, Field(ge=4, le=1024)] = 32
+    """An edge's distribution has one more; even."""
+    bound: Annotated[float, Field(gt=0, le=MAXIMUM)] = 0.5
+    """How far edges move at most, in sides of the first box; the outermost bins twice as far."""
+    curvature: Annotated[float, Field(gt=0, le=MAXIMUM)] = 4.0
+    """How much finer bins are around 0."""
+
+    @property
+    def level_points(self) -> tuple[int, ...]:
+        """Places on each level."""
+        return (self.points,) * self.levels if isinstance(self.points, int) else self.points
+
+    @model_validator(mode="after")
+    def _bins_and_points_fit(self) -> Self:
+        if self.bins % 2:
+            raise ValueError(f"bins is {self.bins}: expected an even number")
+        if len(self.level_points) != self.levels:
+            raise ValueError(
+                f"points has {len(self.level_points)} numbers for {self.levels} levels: give one "
+                "for each, or a single one"
+            )
+        return self
+
+
+class ELANLayer(nn.Module):
+    """Fuses two maps: two CSP stages one after the other, and what comes in between (RepNCSPELAN4).
+
+    Args:
+        width: D', of each map and of the result.
+        within: channels of the stages.
+        blocks: RepVGG blocks of each.
+    """
+
+    def __init__(self, width: int, within: int, blocks: int) -> None:
+        super().__init__()
+        self.enter = ConvNorm(2 * width, 2 * width, activation=silu)
+        self.stage1 = CSPRepLayer(width, within, within, blocks)
+        self.mix1 = ConvNorm(within, within, 3, activation=silu)
+        self.stage2 = CSPRepLayer(within, within, within, blocks)
+        self.mix2 = ConvNorm(within, within, 3, activation=silu)
+        self.leave = ConvNorm(2 * width + 2 * within, width, activation=silu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 2 D', h, w] to [B, D', h, w]."""
+        x = self.enter(x)
+        first = self.mix1(self.stage1(x.chunk(2, 1)[1]))
+        second = self.mix2(self.stage2(first))
+        return self.leave(torch.cat([x, first, second], 1))  # type: ignore[no-any-return]
+
+
+def elan_blocks(config: DFINEConfig) -> EncoderBlocks:
+    """What D-FINE's encoder fuses levels by."""
+    width = config.encoder_width
+    within = round(config.expansion * width // 2)
+    return EncoderBlocks(
+        lambda: ConvNorm(width, width),
+        lambda: ELANLayer(width, within, config.encoder_blocks),
+        lambda: nn.Sequential(ConvNorm(width, width), ConvNorm(width, width, 3, 2, groups=width)),
+    )
+
+
+class Gate(nn.Module):
+    """Weighs states against what they have read.
+
+    Args:
+        width: D.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(2 * width, 2 * width)
+        self.norm = nn.LayerNorm(width)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """[B, N, D] of the same."""
+        kept, read = self.gate(torch.cat([hidden, mixed], -1)).sigmoid().chunk(2, -1)
+        return self.norm(kept * hidden + read * mixed)  # type: ignore[no-any-return]
+
+
+class DFINELayer(DeformableDecoderLayer):
+    """A gate takes the place of the residual around the cross-attention.
+
+    Args:
+        config: of the detector.
+    """
+
+    def __init__(self, config: DFINEConfig) -> None:
+        attention = UnevenDeformableAttention(config.width, config.heads, config.level_points)
+        super().__init__(config, SelfAttention(config), attention)
+        self.cross_norm = Gate(config.width)
+
+    def join(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """As of ``DecoderLayer``."""
+        return self.cross_norm(hidden, mixed)  # type: ignore[no-any-return]
+
+
+class DFINEDecoder(SelectingDecoder):
+    """The layers with their heads.
+
+    Args:
+        config: uses decoder_layers, bins and what its layers use.
+        classes: C.
+    """
+
+    def __init__(self, config: DFINEConfig, classes: int) -> None:
+        super().__init__(config.width)
+        width, depth, outputs = config.width, config.decoder_layers, 4 * (config.bins + 1)
+        self.layers = nn.ModuleList(DFINELayer(config) for _ in range(depth))
+        self.first_box_head = MLP((width, width, width, 4))
+        self.class_heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(depth))
+        self.box_heads = nn.ModuleList(MLP((width, width, width, outputs)) for _ in range(depth))
+        self.quality_heads = nn.ModuleList(
+            MLP((4 * (STEEPEST + 1), QUALITY_WIDTH, 1)) for _ in range(depth)
+        )
+
+    def embed_boxes(self, boxes: Tensor) -> Tensor:
+        """Query embeddings [.., N, D] of boxes [.., N, 4] cxcywh."""
+        return super().embed_boxes(boxes).clamp(-FARTHEST, FARTHEST)
+
+    def quality(self, layer: int, corners: Tensor) -> Tensor:
+        """[B, N, 1] what is added to class logits: how sure edges [B, N, 4, K] are."""
+        highest = corners.softmax(-1).topk(STEEPEST, -1).values
+        heights = torch.cat([highest, highest.mean(-1, keepdim=True)], -1)
+        return self.quality_heads[layer](heights.flatten(-2))  # type: ignore[no-any-return]
+
+
+class Refinement:
+    """What the layers have made of the boxes so far.
+
+    Args:
+        decoder: heads.
+        config: bins, bound and curvature.
+        start: [B, N, 4] reference logits.
+    """
+
+    def __init__(self, decoder: DFINEDecoder, config: DFINEConfig, start: Tensor) -> None:
+        self.decoder, self.curvature, self.start = decoder, config.curvature, start
+        bins = config.bins + 1
+        self.distances = bin_distances(bins, config.bound, config.curvature, start.device)
+        self.shape = (*start.shape[:2], 4, bins)
+        self.reference = start.sigmoid()
+        self.logits: list[Tensor] = []
+        self.boxes: list[Tensor] = []
+        self.corners: list[Tensor] = []
+        self.before: Tensor | None = None
+
+    def predict(self, layer: int, states: Tensor) -> None:
+        """Take in the states [B, N, D] of the next layer."""
+        with torch.autocast(states.device.type, enabled=False):
+            states = states.float()
+            if not layer:
+                self.first = box_logits(self.decoder.first_box_head, states, self.start).sigmoid()
+            joined = states if self.before is None else states + self.before
+            corners: Tensor = self.decoder.box_heads[layer](joined).view(self.shape)
+            if self.corners:
+                corners = corners + self.corners[-1]
+            moves = mean_distances(corners, self.distances)
+            box = moved_edges(self.first.detach(), moves, self.curvature)
+            logits = self.decoder.class_heads[layer](states)
+            if not layer:
+                self.first_logits = logits
+            self.logits.append(logits + self.decoder.quality(layer, corners))
+        self.corners.append(corners)
+        self.boxes.append(box)
+        self.reference, self.before = box.detach(), states.detach()
+
+
+class DFINE(SelectingDetector):
+    """A hybrid encoder, queries selected among its tokens, and refined distributions of edges.
+
+    Args:
+        config: architecture.
+        classes: C.
+    """
+
+    config: DFINEConfig
+    config_class = DFINEConfig
+    decoder: DFINEDecoder
+
+    def __init__(self, config: DFINEConfig, classes: int) -> None:
+        super().__init__(config, classes)
+        channels = self.backbone.stage_channels[-config.levels :]
+        self.encoder = HybridEncoder(config, channels, elan_blocks(config))
+        same = config.encoder_width == config.width
+        self.levels = nn.ModuleList(
+            nn.Identity() if same else ConvNorm(config.encoder_width, config.width)
+            for _ in channels
+        )
+        self.decoder = DFINEDecoder(config, classes)
+        self.initialise()
+        initialise_last(self.decoder.first_box_head)
+        for head in self.decoder.quality_heads:
+            assert isinstance(head, MLP)
+            initialise_last(head)
+        for module in self.decoder.modules():
+            if isinstance(module, UnevenDeformableAttention):
+                initialise_deformable(module)
+            elif isinstance(module, Gate):
+                nn.init.zeros_(module.gate.weight)
+
+    def decode_together(
+        self,
+        memory: Memory,
+        groups: Sequence[ObjectQueries],
+        sizes: list[GroupSize],
+        attention: bool,
+    ) -> Decoded:
+        """As of ``DetectionTransformer``; a group without content starts as its own queries do."""
+        images = len(memory.tokens)
+        start = self.references(groups).expand(images, -1, -1)
+        refinement = Refinement(self.decoder, self.config, start)
+        ratios = valid_ratios(memory.padding, memory.levels)
+
+        def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            if index:
+                refinement.predict(index - 1, hidden)
+            place = on_levels(refinement.reference, ratios, len(memory.levels))
+            return self.decoder.embed_boxes(refinement.reference), place
+
+        hidden = self.contents(memory, groups).expand(images, -1, -1)
+        states, trace = run_decoder(self.decoder.layers, hidden, aim, memory, sizes, attention)
+        refinement.predict(len(states) - 1, states[-1])
+        distributions = BoxDistributions(
+            torch.stack(refinement.corners),
+            refinement.first.detach(),
+            refinement.first_logits,
+            refinement.first,
+        )
+        logits, boxes = torch.stack(refinement.logits), torch.stack(refinement.boxes)
+        return Decoded(logits, boxes, states[-1], trace, distributions=distributions)
