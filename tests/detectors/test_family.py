@@ -226,6 +226,8 @@ def test_gradients_reach_every_parameter(tiny_detector: DetectionTransformer) ->
     if memory.proposals is not None:
         loss = loss + memory.proposals.logits.square().sum()
         loss = loss + memory.proposals.boxes_cxcywh.square().sum()
+    if outputs.distributions is not None:  # what comes before them has a loss of its own
+        loss = loss + outputs.distributions.first_boxes.square().sum()
     (loss + outputs.cross_attention.square().sum()).backward()
     for name, parameter in tiny_detector.named_parameters():
         assert parameter.grad is not None, name
