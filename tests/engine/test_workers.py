@@ -221,7 +221,7 @@ def test_batch_norm_is_over_all_workers(make_config: MakeConfig, tmp_path: Path)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = (final_state(tmp_path / name) for name in ("one", "two"))
     for part in ("model", "average"):
-        assert len(running(one[part])) == 2 * 24
+        assert len(running(one[part])) == 2 * 23
         for name, expected in running(one[part]).items():
             torch.testing.assert_close(running(two[part])[name], expected, rtol=0.01, atol=1e-3)
     # The file holds the average that was evaluated.

@@ -71,8 +71,8 @@ def known_backbone(name: str) -> str:
     examples = ", ".join(names[0] for names in FAMILIES.values())
     nearest = f"; did you mean {', '.join(close)}?" if close else f", for example {examples}"
     raise ValueError(
-        f"found '{name}', expected '{SMALL}', {TIMM}NAME or a torchvision network with feature maps"
-        f"{nearest}"
+        f"found '{name}', expected '{SMALL}', {TIMM}NAME, a {_VD} or a torchvision network with "
+        f"feature maps{nearest}"
     )
 
 
