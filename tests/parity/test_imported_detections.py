@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,16 @@ def save_theirs(folder: Path, kind: Kind, **options: Any) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def detect(model: Any, processor: Any, path: Path) -> dict[str, np.ndarray]:
+def detect(
+    model: Any, processor: Any, path: Path, unnamed: Sequence[int] = UNNAMED
+) -> dict[str, np.ndarray]:
     """Their detections on one picture, best first, those of unnamed slots left out."""
     with Image.open(path) as picture:
         size = [(picture.height, picture.width)]
         inputs = processor(images=picture.convert("RGB"), return_tensors="pt")
     outputs = model(**inputs)
     [found] = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=size)
-    named = ~torch.isin(found["labels"], torch.tensor(UNNAMED))
+    named = ~torch.isin(found["labels"], torch.tensor([*unnamed]))
     order = found["scores"][named].argsort(descending=True, stable=True)
     return {key: value[named][order].numpy() for key, value in found.items()}
 

@@ -24,6 +24,11 @@ USER_MISTAKE = 2
 SOME_FAILED = 2
 """Exit code where a picture could not be used; the others are answered."""
 _MOST_DIGITS = 12
+_SUFFIXES_OF_FILES = (
+    *(".safetensors", ".onnx", ".pt", ".pth", ".bin", ".ckpt", ".engine", ".torchscript"),
+    *(".json", ".zip", ".tar", ".gz"),
+)
+"""Of what nobody calls a folder; others, such as that of ``detr-v1.5``, may be part of a name."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,16 @@ def file_to_write(*suffixes: str) -> Callable[[str], Path]:
         return path
 
     return parse
+
+
+def folder_to_write(text: str) -> Path:
+    """The type of an argument that names a folder to make; a suffix would name a file."""
+    path = location(text)
+    if not isinstance(path, Path):
+        raise ArgumentTypeError(f"found the URL {path.shown}, expected a folder on this machine")
+    if path.suffix.lower() in _SUFFIXES_OF_FILES:
+        raise ArgumentTypeError(f"found the file name '{text}', expected a folder to make")
+    return path
 
 
 def ensure_other_file(source: Url | Path, target: Path) -> None:

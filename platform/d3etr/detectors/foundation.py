@@ -96,8 +96,11 @@ class FoundationModel(nn.Module):
         return Memory(tokens, torch.zeros_like(tokens[:1]), padding, (grid,))
 
 
-def require_transformers() -> None:
+def require_transformers(what: str = "teacher.features") -> None:
     """Make sure that transformers is here; it is not imported for that.
+
+    Args:
+        what: needs it, for the error's text.
 
     Raises:
         UserError: it is missing or too old.
@@ -110,7 +113,7 @@ def require_transformers() -> None:
         needed = ".".join(map(str, _OLDEST))
         state = f"is {found}" if found else "is not installed"
         raise UserError(
-            f"teacher.features needs the package transformers, at least {needed}, which {state} "
+            f"{what} needs the package transformers, at least {needed}, which {state} "
             f"here: pip install 'transformers>={needed}' (d3etr's extra 'transformers')"
         )
 
@@ -145,7 +148,7 @@ def _from_pretrained(folder: FoundationFolder) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModel  # takes seconds, and few runs need it
 
     try:
-        with _quiet():
+        with quiet():
             found: tuple[Any, dict[str, Any]] = AutoModel.from_pretrained(
                 folder.path,
                 local_files_only=True,
@@ -165,7 +168,7 @@ def _from_pretrained(folder: FoundationFolder) -> tuple[Any, dict[str, Any]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without lines and bars of transformers: what is wrong is raised."""
     from transformers.utils import logging
 

@@ -20,6 +20,8 @@ from d3etr.detectors.imports import d_fine, rt_detr
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 """(pattern, replacement), applied in order to every name."""
+Agree = Callable[[Tensor, Tensor], bool]
+"""Whether a tensor may be replaced by another that should be a copy of it."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,11 @@ def official_detector(theirs: Mapping[str, Tensor]) -> str | None:
 
 
 def rename(
-    theirs: Mapping[str, Tensor], name: str, *, box_refinement: bool | None = None
+    theirs: Mapping[str, Tensor],
+    name: str,
+    *,
+    box_refinement: bool | None = None,
+    agree: Agree = torch.equal,
 ) -> dict[str, Tensor]:
     """Every tensor under our names; what no rule knows fails to load.
 
@@ -213,6 +219,7 @@ def rename(
         name: our name of the detector, a key of ``LAYOUTS``.
         box_refinement: Deformable DETR's: whether layers have heads of their own; None: as
             official checkpoints tell, whose decoder then holds the box heads, too.
+        agree: asked of every two tensors that have one of our names; the second is kept.
 
     Raises:
         ValueError: what should be copies of one tensor differ.
@@ -224,11 +231,13 @@ def rename(
     for their_name, tensor in _split_projections(theirs).items():
         ours = _by(rules, their_name)
         if not ours.endswith(UNUSED):
-            _add(tensors, ours, tensor, their_name)
+            _add(tensors, ours, tensor, their_name, agree)
     _fuse(tensors)
     if "projection.weight" in tensors:  # a 1x1 convolution there, a linear layer here
         tensors["projection.weight"] = tensors["projection.weight"].flatten(1)
-    return _deformable(tensors, box_refinement) if name == "deformable_detr" else tensors
+    if name == "deformable_detr":
+        return _deformable(tensors, box_refinement, agree)
+    return tensors
 
 
 def rename_backbone(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -266,9 +275,9 @@ def decoder_depth(tensors: Mapping[str, Tensor]) -> int:
     return max((int(match[1]) for match in layers if match), default=-1) + 1
 
 
-def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor, theirs: str) -> None:
+def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor, theirs: str, agree: Agree) -> None:
     """Add a tensor, or make sure that it is what is there under that name already."""
-    if name in tensors and not torch.equal(tensors[name], tensor):
+    if name in tensors and not agree(tensors[name], tensor):
         raise ValueError(f"'{theirs}' should hold what '{name}' does, but their values differ")
     tensors[name] = tensor
 
@@ -298,7 +307,9 @@ def _fuse(tensors: dict[str, Tensor]) -> None:
                 tensors[f"{place}.{layer}.{kind}"] = torch.cat(blocks)
 
 
-def _deformable(tensors: dict[str, Tensor], box_refinement: bool) -> dict[str, Tensor]:
+def _deformable(
+    tensors: dict[str, Tensor], box_refinement: bool, agree: Agree
+) -> dict[str, Tensor]:
     """Split position and content of queries, and say whose heads are whose."""
     depth = decoder_depth(tensors)
     if (queries := tensors.pop("queries.weight", None)) is not None:
@@ -315,5 +326,5 @@ def _deformable(tensors: dict[str, Tensor], box_refinement: bool) -> dict[str, T
             ours = f"proposals.{head[1]}_head.{head[3]}"
         elif head is not None and not box_refinement:
             ours = f"decoder.{head[1]}_heads.0.{head[3]}"
-        _add(settled, ours, tensor, name)
+        _add(settled, ours, tensor, name, agree)
     return settled
