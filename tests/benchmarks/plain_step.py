@@ -1,4 +1,4 @@
-"""A plain training step of Conditional DETR beside Hugging Face's, same weights and batch.
+"""A plain training step beside Hugging Face's, same weights and batch: Conditional DETR, RT-DETR.
 
 Theirs is used as its documentation does: the model computes the loss from labels; attention and
 memory format are its defaults. Theirs drops no attention weights by default and freezes its own
@@ -50,10 +50,35 @@ def hugging_face(ours: DetectorConfig) -> nn.Module:
     return transformers.ConditionalDetrForObjectDetection(config)
 
 
+def their_rt_detr(ours: DetectorConfig) -> nn.Module:
+    """Their RT-DETR with random weights, of the official sizes for its backbone."""
+    import transformers
+
+    depths, hidden, kind = DEPTHS[ours.backbone.name.removesuffix("vd")]
+    config = transformers.RTDetrConfig(
+        backbone_config=transformers.RTDetrResNetConfig(
+            depths=depths,
+            hidden_sizes=hidden,
+            layer_type=kind,
+            out_features=["stage2", "stage3", "stage4"],
+        ),
+        encoder_in_channels=hidden[1:],
+        num_queries=ours.queries,
+        num_labels=CLASSES,
+        encoder_layers=ours.encoder_layers,
+        decoder_layers=ours.decoder_layers,
+        encoder_ffn_dim=ours.encoder_feedforward,
+        decoder_ffn_dim=ours.feedforward,
+        hidden_expansion=ours.expansion,
+    )
+    torch.manual_seed(0)
+    return transformers.RTDetrForObjectDetection(config)
+
+
 def twin(theirs: nn.Module, config: DetectorConfig) -> DetectionTransformer:
     """Ours with the same weights."""
     ours = build_detector(config, CLASSES)
-    ours.load_state_dict(rename(theirs.state_dict(), "conditional_detr"))
+    ours.load_state_dict(rename(theirs.state_dict(), config.name))
     return ours
 
 
@@ -93,12 +118,29 @@ class TheirStep:
 
 def compare(scale: Scale) -> list[Comparison]:
     """Images per second of both, with the authors' dropout and without any."""
-    return [_compare(side, dropout) for side in scale.sides for dropout in (0.1, 0.0)]
+    conditional = [_conditional(side, dropout) for side in scale.sides for dropout in (0.1, 0.0)]
+    return [*conditional, *(_rt_detr(side) for side in scale.sides)]
 
 
-def _compare(scale: Scale, dropout: float) -> Comparison:
+def _conditional(scale: Scale, dropout: float) -> Comparison:
     config = detector_config(scale, scale.backbone, dropout=dropout)
-    theirs = hugging_face(config)
+    title = f"Conditional DETR {scale.backbone}, dropout {dropout}"
+    return _compare(scale, title, config, hugging_face(config), 1.3)
+
+
+def _rt_detr(scale: Scale) -> Comparison:
+    """With denoising; boxes teach one layer only, as theirs do."""
+    small = scale.backbone == "resnet18"
+    layers = {"decoder_layers": 3 if small else 6, "expansion": 0.5 if small else 1.0}
+    rest = {"name": "rt_detr", "dropout": 0.0, "look_forward_twice": False, "feedforward": 1024}
+    sizes = {"encoder_layers": 1, **layers, **rest}
+    config = detector_config(scale, f"{scale.backbone}vd", **sizes)
+    return _compare(scale, f"RT-DETR {scale.backbone}vd", config, their_rt_detr(config), 1.1)
+
+
+def _compare(
+    scale: Scale, title: str, config: DetectorConfig, theirs: nn.Module, aim: float
+) -> Comparison:
     ours = twin(theirs, config)
     trained = train_the_same(theirs, ours)
     batch = random_batch(scale)
@@ -113,9 +155,8 @@ def _compare(scale: Scale, dropout: float) -> Comparison:
     taken = alternate(steps, scale.rounds, scale.device)
     precision = str(scale.precision).removeprefix("torch.")
     title = (
-        f"Conditional DETR {scale.backbone}, {scale.image} px, {scale.batch} images, "
-        f"{scale.queries} queries, dropout {dropout}, {precision}, "
+        f"{title}, {scale.image} px, {scale.batch} images, {scale.queries} queries, {precision}, "
         f"{trained / 1e6:.1f} M trained parameters"
     )
-    asked = "at least 2" if scale.device.type == "cuda" else "at least 1.3"
+    asked = "at least 2" if scale.device.type == "cuda" else f"at least {aim}"
     return Comparison(title, "images per second", per_second(taken, scale.batch), THEIRS, asked)

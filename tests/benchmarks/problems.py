@@ -96,7 +96,8 @@ class Step:
     ) -> None:
         method = {"method": "none" if teacher is None else "d3etr"}
         config = MethodConfig.parse(method | (distillation or {}))
-        self.distiller = Distiller(student.train(), teacher, config, SetCriterionConfig(), seed=0)
+        criterion = SetCriterionConfig.model_validate({**student.config.criterion_defaults})
+        self.distiller = Distiller(student.train(), teacher, config, criterion, seed=0)
         self.distiller.to(scale.device)
         self.optimiser: AdamW = build_optimiser(
             self.distiller, student.backbone, OptimisationConfig(epochs=1)
