@@ -394,8 +394,22 @@ def test_preprocessing_is_the_folders() -> None:
     assert preprocessing_of({"do_resize": False}, "x").shortest_side is None
     with pytest.raises(UserError, match="image_mean is"):
         preprocessing_of({"image_mean": [0.5, 0.5, 0.5]}, "x")
-    with pytest.raises(UserError, match="expected shortest_edge and longest_edge"):
-        preprocessing_of({"size": {"height": 640, "width": 640}}, "x")
+    with pytest.raises(UserError, match="expected shortest_edge and longest_edge, or height"):
+        preprocessing_of({"size": {"max_height": 640, "max_width": 640}}, "x")
+    with pytest.raises(UserError, match="rescale_factor is 1"):
+        preprocessing_of({"rescale_factor": 1.0}, "x")
+
+
+def test_preprocessing_of_rt_detr_stretches_and_divides_alone() -> None:
+    size = {"height": 640, "width": 512}
+    plain = {"do_normalize": False, "image_mean": [0.5] * 3, "do_pad": False}
+    found = preprocessing_of({"size": size, **plain}, "x")
+    assert (found.exact_size, found.normalisation) == ((640, 512), "unit")
+    assert found.shortest_side is found.longest_side is None
+    assert preprocessing_of({"size": size}, "x").normalisation == "imagenet"
+    assert preprocessing_of({"size": size, "do_pad": True, "pad_size": size}, "x") is not None
+    with pytest.raises(UserError, match="pad_size is"):
+        preprocessing_of({"do_pad": True, "pad_size": size}, "x")
 
 
 def test_incomplete_folders_are_named(tmp_path: Path, target: Path) -> None:

@@ -144,11 +144,16 @@ class UnlabelledConfig(Section):
         return self
 
 
+STRONG = ("photometric", "zoom_out", "iou_crop", "mosaic")
+"""Augmentations that published recipes end before training does."""
+
+
 class AugmentationConfig(Section):
     """Training-time transforms; validation only resizes."""
 
     shortest_sides: Annotated[tuple[Side, ...], Field(min_length=1)] | None = None
-    """Multi-scale training: one of these is drawn per image; None keeps the preprocessing's."""
+    """Multi-scale training: one of these is drawn per image; None keeps the preprocessing's. With
+    ``preprocessing.exact_size`` one is drawn per batch, and that size is scaled to it."""
     horizontal_flip: Probability = 0.5
     """Share of images that are mirrored left to right."""
     vertical_flip: Probability = 0.0
@@ -161,21 +166,72 @@ class AugmentationConfig(Section):
     """Share of images whose colour channels are permuted."""
     inversion: Probability = 0.0
     """Share of images whose colours are inverted."""
+    photometric: Probability = 0.0
+    """SSD's distortion of colours, torchvision's RandomPhotometricDistort: the probability of each
+    of brightness (factor 0.875 to 1.125), contrast and saturation (0.5 to 1.5), hue (a twentieth
+    of a turn) and another order of the channels. RT-DETR has 0.5."""
+    zoom_out: Probability = 0.0
+    """Share of images that are put at random on a black canvas of 1 to 4 times their sides (SSD).
+    RT-DETR has 0.5. Not done to an image of ``mosaic``."""
+    iou_crop: Probability = 0.0
+    """Share of images that a window is cut out of, chosen by its overlap with an object (SSD's
+    crop: 0.3 to 1 of each side, aspect 0.5 to 2); objects whose centre is in it are kept. RT-DETR
+    has 0.8. Not done to an image of ``mosaic`` or without objects."""
+    mosaic: Probability = 0.0
+    """Share of images that are shown with three random others of the training images around one
+    point, at 0.5 to 1.5 times half of the picture's size (YOLOX; DEIM has 0.5, and turns them)."""
+    off_for_last_epochs: Annotated[int, Field(ge=0, le=MAXIMUM)] = 0
+    """``photometric``, ``zoom_out``, ``iou_crop`` and ``mosaic`` are off in the last so many passes
+    over the training images, also where ``optimisation.steps`` says how long a run is."""
+
+    @property
+    def strong(self) -> bool:
+        """Whether there is anything that ``off_for_last_epochs`` switches off."""
+        return any(getattr(self, key) for key in STRONG)
+
+    @model_validator(mode="after")
+    def _something_ends(self) -> Self:
+        if self.off_for_last_epochs and not self.strong:
+            raise ValueError(
+                f"off_for_last_epochs has no effect: {', '.join(STRONG)} are 0, and no others are "
+                "switched off"
+            )
+        return self
 
 
 class PreprocessingConfig(Section):
     """What an image goes through before a detector sees it; weights files carry it along."""
 
-    normalisation: Literal["imagenet", "per_image"] = "imagenet"
+    normalisation: Literal["imagenet", "per_image", "unit"] = "imagenet"
     """imagenet: fixed mean and deviation, what torchvision's weights expect. per_image: each
-    channel of each image by its own mean and deviation."""
+    channel of each image by its own mean and deviation. unit: values in [0, 1] as they are, which
+    RT-DETR and D-FINE expect."""
     shortest_side: Side | None = 800
     """Images are resized so that their shorter side has this many pixels; None keeps them."""
     longest_side: Side | None = 1333
     """Upper bound of the longer side after resizing."""
+    exact_size: tuple[Side, Side] | None = None
+    """[height, width] that images are stretched to whatever their shape, as for RT-DETR and D-FINE
+    ([640, 640]), in place of ``shortest_side`` and ``longest_side``."""
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """Sides do nothing beside an exact size."""
+        if self.exact_size is None:
+            return frozenset({"exact_size"})
+        return frozenset({"shortest_side", "longest_side"})
 
     @model_validator(mode="after")
     def _sides_are_ordered(self) -> Self:
+        if self.exact_size is not None:
+            sides = {"shortest_side", "longest_side"}
+            given = sorted(k for k in sides & self.model_fields_set if getattr(self, k) is not None)
+            if given:
+                raise ValueError(
+                    f"{' and '.join(given)} would have no effect beside exact_size, which "
+                    "stretches images whatever their shape: set to null what is not meant"
+                )
+            self.__dict__.update(shortest_side=None, longest_side=None)  # frozen from here on
         if self.longest_side and self.shortest_side and self.longest_side < self.shortest_side:
             raise ValueError("longest_side is below shortest_side")
         return self
@@ -184,6 +240,10 @@ class PreprocessingConfig(Section):
         """What images ``factor`` times as large go through; None where no sides say how large."""
         if factor == 1:
             return self
+        if self.exact_size is not None:
+            height, width = self.exact_size
+            exact = round(factor * height), round(factor * width)
+            return self.model_copy(update={"exact_size": exact})
         if self.shortest_side is None:
             return None
         longest = self.longest_side and round(factor * self.longest_side)

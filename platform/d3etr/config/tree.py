@@ -90,6 +90,8 @@ class Config(Section):
         self._criterion_fits()
         self._unlabelled_images_teach()
         self._views_are_of_something()
+        if problem := _views_problem(self):
+            raise ValueError(problem)
         student = self.student.detector
         if self.optimisation.sampling_rate_factor != 1 and not student.sampling_parts:
             raise ValueError(
@@ -204,12 +206,31 @@ def _teacher_problem(config: Config) -> str | None:
         )
     normalisation = config.data.preprocessing.normalisation
     if teacher.features is not None and normalisation != "imagenet":
+        why = "cannot be undone" if normalisation == "per_image" else "is not undone for it"
         return (
             "teacher.features needs the student's pictures as they were, and "
-            f"data.preprocessing.normalisation '{normalisation}' cannot be undone: set it to "
-            "'imagenet'"
+            f"data.preprocessing.normalisation '{normalisation}' {why}: set it to 'imagenet'"
         )
     return method.student_problem(student)
+
+
+def _views_problem(config: Config) -> str | None:
+    """Why the augmentation of stored views would have to depend on the step, or None."""
+    augmentation = config.data.augmentation
+    if config.teacher is None or config.teacher.views is None:
+        return None
+    if augmentation.off_for_last_epochs:
+        return (
+            "teacher.views are as they were stored in all epochs, so data.augmentation."
+            "off_for_last_epochs cannot switch anything off: set it to 0, or views to null"
+        )
+    if augmentation.shortest_sides and config.data.preprocessing.exact_size:
+        return (
+            "teacher.views have one size each, but with data.preprocessing.exact_size one of "
+            "data.augmentation.shortest_sides is drawn for each batch: set shortest_sides or "
+            "views to null"
+        )
+    return None
 
 
 def _inheritance_problem(config: Config) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
 from random import Random
 
 import numpy as np
@@ -20,12 +19,39 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
 from d3etr.config.data import AugmentationConfig, PreprocessingConfig
+from d3etr.data.records import ImageRecord
+from d3etr.data.strong import (
+    CHANNEL_ORDERS,
+    UNCHANGED,
+    Scene,
+    Strong,
+    change_boxes,
+    change_pixels,
+    draw_strong,
+)
 from d3etr.data.transforms import output_size, resize
 
-_CHANNEL_ORDERS = tuple(permutations(range(3)))
 _SMALLEST_CROP = 0.5
-# A cropped object is kept if at least this much of each side is left, pixels.
+# A cropped or zoomed out object is kept if at least this much of each side is left, pixels.
 _SMALLEST_BOX = 1.0
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a step of training shows images, beside what is drawn for each.
+
+    Attributes:
+        shortest: pixels of the shorter side of ``preprocessing.exact_size`` in its batch; None: as
+            configured.
+        strong: whether there are photometric distortions, zoom-outs, IoU crops and mosaics.
+    """
+
+    shortest: int | None = None
+    strong: bool = True
+
+
+ALWAYS = Shown()
+"""As configured."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +68,7 @@ class Augmentation:
             turns (0 keeps).
         channels: the order of the colour channels.
         inverted: every value v becomes 255 - v.
+        strong: what comes before all this, in an image of which ``crop`` is in pixels.
     """
 
     size: tuple[int, int]
@@ -52,11 +79,13 @@ class Augmentation:
     channels: tuple[int, ...] | None = None
     inverted: bool = False
     teacher_size: tuple[int, int] | None = None
+    strong: Strong = UNCHANGED
 
     @property
     def moves(self) -> bool:
         """Whether anything but resizing happens to where things are."""
-        return self.crop is not None or self.horizontal_flip or self.vertical_flip
+        cut = self.crop is not None or self.strong.moves
+        return cut or self.horizontal_flip or self.vertical_flip
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> Random:
@@ -72,20 +101,40 @@ def draw_augmentation(
     preprocessing: PreprocessingConfig,
     generator: Random,
     teacher_scale: float = 1.0,
+    *,
+    shown: Shown = ALWAYS,
+    place: tuple[Sequence[ImageRecord], int] | None = None,
 ) -> Augmentation:
-    """Draw what happens to an image of width x height pixels.
+    """Draw what happens to an image.
 
-    ``teacher_scale`` is a factor on the sides that the teacher sees; it changes no draw.
+    Args:
+        width: of the image, pixels.
+        height: of the image, pixels.
+        augmentation: what there is to draw.
+        preprocessing: sizes at the end.
+        generator: of this image in this epoch.
+        teacher_scale: a factor on the sides that the teacher sees; it changes no draw.
+        shown: what the step at hand says.
+        place: the images of its split, and which it is: without them there are no zoom-outs, IoU
+            crops and mosaics.
     """
     # Always the same draws in the same places: switching one transform on leaves the others'
     # as they were.
     chance = [generator.random() for _ in range(15)]
+    sides, shortest = augmentation.shortest_sides, shown.shortest
+    if sides is not None and preprocessing.exact_size is None:
+        shortest = sides[int(chance[5] * len(sides))]
+    strong = UNCHANGED
+    if shown.strong and augmentation.strong:
+        # A mosaic is as large as the larger of those who see it.
+        seen = output_size(width, height, preprocessing, shortest, max(1.0, teacher_scale))
+        scene = None if place is None else Scene(*place, seen)
+        strong = draw_strong(augmentation, scene, generator)
+        height, width = strong.size(height, width)
     crop = None
     if chance[0] < augmentation.crop:
         crop = _crop_window(width, height, chance[1:5])
         height, width = crop[2:]
-    sides = augmentation.shortest_sides
-    shortest = None if sides is None else sides[int(chance[5] * len(sides))]
     permuted = chance[8] < augmentation.channel_permutation
     theirs = None
     if teacher_scale != 1:
@@ -96,9 +145,10 @@ def draw_augmentation(
         crop=crop,
         horizontal_flip=chance[6] < augmentation.horizontal_flip,
         vertical_flip=chance[7] < augmentation.vertical_flip,
-        channels=_CHANNEL_ORDERS[int(chance[9] * len(_CHANNEL_ORDERS))] if permuted else None,
+        channels=CHANNEL_ORDERS[int(chance[9] * len(CHANNEL_ORDERS))] if permuted else None,
         inverted=chance[10] < augmentation.inversion,
         jitter=_jitter(augmentation.colour_jitter, chance[11:]),
+        strong=strong,
     )
 
 
@@ -117,7 +167,11 @@ def _jitter(strength: float, chance: Sequence[float]) -> tuple[float, float, flo
 
 
 def augment_pixels(pixels: Tensor, plan: Augmentation) -> Tensor:
-    """[3, *plan.size] uint8 of ``pixels`` [3, h, w] uint8, which stay as they are."""
+    """[3, *plan.size] uint8 of ``pixels`` [3, h, w] uint8, which stay as they are.
+
+    They are those of the mosaic where the plan has one.
+    """
+    pixels = change_pixels(pixels, plan.strong)
     if plan.crop is not None:
         pixels = functional.crop(pixels, *plan.crop)
     pixels = resize(pixels, plan.size)
@@ -146,22 +200,32 @@ def _apply_jitter(pixels: Tensor, jitter: tuple[float, float, float, float]) -> 
 def augment_boxes(
     boxes_xyxy: NDArray[np.float64], image_size: tuple[int, int], plan: Augmentation
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Where boxes [n, 4] of an image of ``image_size`` (height, width) end up.
+    """Where boxes [n, 4] of an image, or mosaic, of ``image_size`` (height, width) end up.
 
     Returns:
         [n, 4] in pixels of ``plan.size``, clipped to the image, and [n] bool: False where a
-        crop left nothing of the object.
+        crop left nothing of the object, or its centre out, or where it became too small.
     """
     boxes = tv_tensors.BoundingBoxes(
         torch.from_numpy(boxes_xyxy), format="XYXY", canvas_size=image_size
     )
+    boxes, kept = change_boxes(boxes, plan.strong)
     if plan.crop is not None:
         boxes = functional.crop(boxes, *plan.crop)
-    kept = ((boxes[:, 2:] - boxes[:, :2]) >= _SMALLEST_BOX).all(1).numpy()
+    if plan.crop is not None or plan.strong.moves:
+        kept &= _large_enough(boxes)
     boxes = functional.resize(boxes, list(plan.size))
     if plan.horizontal_flip:
         boxes = functional.horizontal_flip(boxes)
     if plan.vertical_flip:
         boxes = functional.vertical_flip(boxes)
-    moved: NDArray[np.float64] = functional.clamp_bounding_boxes(boxes).numpy()
-    return moved, kept if plan.crop is not None else np.ones(len(moved), dtype=np.bool_)
+    boxes = functional.clamp_bounding_boxes(boxes)
+    if plan.strong.moves:  # a canvas that shrinks makes small objects vanish
+        kept &= _large_enough(boxes)
+    moved: NDArray[np.float64] = boxes.numpy()
+    return moved, kept
+
+
+def _large_enough(boxes: Tensor) -> NDArray[np.bool_]:
+    large: NDArray[np.bool_] = ((boxes[:, 2:] - boxes[:, :2]) >= _SMALLEST_BOX).all(1).numpy()
+    return large

@@ -12,13 +12,16 @@ from torch.utils.data import Dataset
 
 from d3etr.config.data import AugmentationConfig, PreprocessingConfig
 from d3etr.data.augmentation import (
+    ALWAYS,
     Augmentation,
+    Shown,
     augment_boxes,
     augment_pixels,
     draw_augmentation,
     sample_generator,
 )
 from d3etr.data.images import load_image, to_pixels
+from d3etr.data.mosaic import boxes_on, compose
 from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit
 from d3etr.data.teacher_boxes import FoundBoxes
@@ -98,7 +101,7 @@ class DetectionDataset(Dataset[Sample]):
             self._cache[index] = self._decode(self.split.records[index]).contiguous()
         return self._cache[index]
 
-    def plan(self, index: int, epoch: int) -> Augmentation:
+    def plan(self, index: int, epoch: int, shown: Shown = ALWAYS) -> Augmentation:
         """What happens to image ``index`` in ``epoch``; nothing is decoded for it."""
         record = self.split.records[index]
         if self.augmentation is None:
@@ -114,30 +117,36 @@ class DetectionDataset(Dataset[Sample]):
             self.preprocessing,
             generator,
             self.teacher_scale,
+            shown=shown,
+            place=(self.split.records, index),
         )
 
-    def sample(self, index: int, epoch: int, *, taught: bool = True) -> Sample:
+    def sample(
+        self, index: int, epoch: int, *, taught: bool = True, shown: Shown = ALWAYS
+    ) -> Sample:
         """Image ``index`` as it looks in ``epoch``.
 
         Args:
             index: of the image.
             epoch: from 0.
             taught: whether what the teacher sees, has found or said comes with it.
+            shown: what the step at hand says.
 
         Raises:
             UserError: the image is missing, damaged, or not of its annotated size, or stored views
                 are.
         """
-        record, plan = self.split.records[index], self.plan(index, epoch)
-        labels, corners = record.objects()
-        boxes, kept = _placed(corners, record, plan)
-        decoded, theirs = self.decoded(index), None
+        record, plan = self.split.records[index], self.plan(index, epoch, shown)
+        together = _together(index, plan)
+        labels, corners = zip(*(r.objects() for r in self._records(together)), strict=True)
+        boxes, kept = _placed(corners, self._records(together), plan)
+        decoded, theirs = self._source(together, plan), None
         if taught and plan.teacher_size is not None and self.views is None:
             theirs = augment_pixels(decoded, replace(plan, size=plan.teacher_size))
         return Sample(
             pixels=augment_pixels(decoded, plan),
             teacher_pixels=theirs,
-            labels=labels[kept],
+            labels=np.concatenate(labels)[kept],
             boxes_cxcywh=boxes,
             of_teacher=self._found(index, plan) if taught else None,
             stored=self.views.record(index, epoch) if taught and self.views else None,
@@ -149,17 +158,30 @@ class DetectionDataset(Dataset[Sample]):
         """What the teacher found in an image, where it is boxes in files."""
         if self.teacher_boxes is None:
             return None
-        found = self.teacher_boxes[index]
-        boxes, kept = _placed(found.boxes_xyxy, self.split.records[index], plan)
-        return RelativeBoxes(found.labels[kept], boxes, found.scores[kept])
+        together = _together(index, plan)
+        found = [self.teacher_boxes[i] for i in together]
+        boxes, kept = _placed([one.boxes_xyxy for one in found], self._records(together), plan)
+        labels = np.concatenate([one.labels for one in found])
+        scores = np.concatenate([one.scores for one in found])
+        return RelativeBoxes(labels[kept], boxes, scores[kept])
 
-    def sizes(self, epoch: int) -> NDArray[np.int64]:
+    def _records(self, together: Sequence[int]) -> list[ImageRecord]:
+        return [self.split.records[index] for index in together]
+
+    def _source(self, together: Sequence[int], plan: Augmentation) -> Tensor:
+        """[3, height, width] uint8 that the plan's other steps begin with."""
+        images, mosaic = [self.decoded(index) for index in together], plan.strong.mosaic
+        return images[0] if mosaic is None else compose(images, mosaic)
+
+    def sizes(self, epoch: int, *, strong: bool = True) -> NDArray[np.int64]:
         """[images, 2]: (height, width) of every image in ``epoch``, without decoding any.
 
         [images, 4] where the teacher sees another size, which stands behind the student's.
+        ``strong`` says whether they are augmented so (``Shown``).
         """
         if self.has_random_sizes:
-            plans = [self.plan(index, epoch) for index in range(len(self))]
+            shown = Shown(strong=strong)
+            plans = [self.plan(index, epoch, shown) for index in range(len(self))]
             sizes = [plan.size + (plan.teacher_size or ()) for plan in plans]
         else:
             scales = [self.image_scale, self.teacher_scale][: 1 + (self.teacher_scale != 1)]
@@ -174,11 +196,12 @@ class DetectionDataset(Dataset[Sample]):
 
     @property
     def has_random_sizes(self) -> bool:
-        """Whether an image's size differs from epoch to epoch."""
+        """Whether an image's size differs from epoch to epoch, whatever its batch's is."""
         augmentation = self.augmentation
-        if augmentation is None:
+        if augmentation is None or self.preprocessing.exact_size is not None:
             return False
-        return augmentation.crop > 0 or augmentation.shortest_sides is not None
+        cut = augmentation.crop, augmentation.zoom_out, augmentation.iou_crop, augmentation.mosaic
+        return any(cut) or augmentation.shortest_sides is not None
 
     def _decode(self, record: ImageRecord) -> Tensor:
         path, shown = self.split.path(record), self.split.images.shown(record.file_name)
@@ -230,29 +253,49 @@ class MixedDataset(DetectionDataset):
         super().use_views(views)
         self._others.views = unlabelled
 
-    def sample(self, index: int, epoch: int, *, taught: bool = True) -> Sample:
+    def sample(
+        self, index: int, epoch: int, *, taught: bool = True, shown: Shown = ALWAYS
+    ) -> Sample:
         """Image ``index`` as it looks in ``epoch``; see ``DetectionDataset.sample``."""
         beyond = index - len(self)
         if beyond < 0:
-            return super().sample(index, epoch, taught=taught)
-        return replace(self._others.sample(beyond, epoch, taught=taught), labelled=False)
+            return super().sample(index, epoch, taught=taught, shown=shown)
+        sample = self._others.sample(beyond, epoch, taught=taught, shown=shown)
+        return replace(sample, labelled=False)
 
-    def sizes(self, epoch: int) -> NDArray[np.int64]:
+    def sizes(self, epoch: int, *, strong: bool = True) -> NDArray[np.int64]:
         """[images, 2]: (height, width) of every image in ``epoch``, those with labels first."""
-        return np.concatenate([super().sizes(epoch), self._others.sizes(epoch)])
+        parts = super().sizes(epoch, strong=strong), self._others.sizes(epoch, strong=strong)
+        return np.concatenate(parts)
+
+
+def _together(index: int, plan: Augmentation) -> tuple[int, ...]:
+    """The images that are in one picture."""
+    mosaic = plan.strong.mosaic
+    return (index,) if mosaic is None else mosaic.images
 
 
 def _placed(
-    boxes_xyxy: NDArray[np.float64], record: ImageRecord, plan: Augmentation
+    boxes_xyxy: Sequence[NDArray[np.float64]], records: Sequence[ImageRecord], plan: Augmentation
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Boxes [n, 4] of an image after its augmentation.
+    """Boxes of the images of one picture after its augmentation.
+
+    Args:
+        boxes_xyxy: [n, 4] of each image, pixels of that.
+        records: the images.
+        plan: their augmentation.
 
     Returns:
-        [k, 4] relative cxcywh of those that are left, and [n] bool which these are.
+        [k, 4] relative cxcywh of those that are left, and [N] bool which of all N these are.
     """
-    size = (record.height, record.width)
-    kept = np.ones(len(boxes_xyxy), dtype=np.bool_)
+    if plan.strong.mosaic is None:
+        [boxes], size = boxes_xyxy, (records[0].height, records[0].width)
+        kept = np.ones(len(boxes), dtype=np.bool_)
+    else:
+        boxes, kept = boxes_on(boxes_xyxy, records, plan.strong.mosaic)
+        size = plan.strong.mosaic.size
     if plan.moves:  # resizing alone leaves relative boxes as they are
-        boxes_xyxy, kept = augment_boxes(boxes_xyxy, size, plan)
-        boxes_xyxy, size = boxes_xyxy[kept], plan.size
-    return relative_cxcywh(boxes_xyxy, *size), kept
+        boxes, left = augment_boxes(boxes, size, plan)
+        kept &= left
+        boxes, size = boxes[kept], plan.size
+    return relative_cxcywh(boxes, *size), kept

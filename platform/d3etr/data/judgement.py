@@ -144,10 +144,22 @@ def judge_length(config: Config, images: int, split: object = "the train split")
     steps = optimisation.total_steps(per_epoch)
     reason = f"optimisation.epochs {optimisation.epochs} of {per_epoch} steps each"
     problems = (
+        _never_strong(config, steps, per_epoch),
         warmup_problem("optimisation.schedule", optimisation.schedule.warmup_steps, steps, reason),
         config.distillation.schedule_problem(steps, reason),
     )
     return Judgement(errors=tuple(text for text in problems if text))
+
+
+def _never_strong(config: Config, steps: int, per_epoch: int) -> str | None:
+    epochs = config.data.augmentation.off_for_last_epochs
+    if not epochs or epochs * per_epoch < steps:
+        return None
+    return (
+        f"data.augmentation.off_for_last_epochs ({epochs}) is all of the run "
+        f"({steps / per_epoch:.3g} epochs): what it switches off would never be on; set it "
+        "lower, or train longer"
+    )
 
 
 def judge_unlabelled(config: Config, images: int, split: object = "the scenes") -> Judgement:
@@ -224,22 +236,23 @@ def _beyond(split: DetectionSplit, key: str, limit: int, meaning: str) -> str | 
 
 def _too_small(split: DetectionSplit, preprocessing: PreprocessingConfig) -> str | None:
     """Objects that only resizing makes too small."""
-    scales = [
-        output_size(record.width, record.height, preprocessing)[0] / record.height
-        for record in split.records
-    ]
+    after_size = [output_size(r.width, r.height, preprocessing)[::-1] for r in split.records]
+    scales = np.array(after_size) / np.array([(r.width, r.height) for r in split.records])
     objects = split.objects
     corners = np.clip(to_xyxy(objects.boxes_xywh), 0.0, np.tile(objects.sizes, 2))
-    before = (corners[:, 2:] - corners[:, :2]).max(1)
-    after = before * np.array(scales)[objects.images]
+    sides = corners[:, 2:] - corners[:, :2]
+    # An exact size scales width and height differently.
+    before, after = sides.max(1), (sides * scales[objects.images]).max(1)
     small = (after < _LEAST_SIDE) & (after < before)
     if not len(before) or small.mean() < _LEAST_SHARE:
         return None
     least = int(after.argmin())
     shown = split.shown_images([split.records[objects.images[least]]])
+    exact = preprocessing.exact_size is not None
+    keys = "exact_size" if exact else "shortest_side and longest_side"
     return (
         f"data.{split.name}: {int(small.sum())} of {len(small)} objects have less than "
         f"{_LEAST_SIDE:g} pixels after resizing ({shown}: {before[least]:.1f} become "
-        f"{after[least]:.1f}), too few to be seen; raise data.preprocessing.shortest_side and "
-        "longest_side, or cut the images into tiles"
+        f"{after[least]:.1f}), too few to be seen; raise data.preprocessing.{keys}, "
+        "or cut the images into tiles"
     )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from multiprocessing.context import BaseContext
-from threading import Thread
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -19,9 +16,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from d3etr.config.data import DataConfig
-from d3etr.data.allocator import keep_freed_memory
-from d3etr.data.augmentation import Augmentation
+from d3etr.data.augmentation import Augmentation, Shown
 from d3etr.data.dataset import CACHE_BYTES, DetectionDataset, MixedDataset
+from d3etr.data.processes import prepare_process, safe_context
 from d3etr.data.sampling import (
     BatchKey,
     add_unlabelled,
@@ -32,7 +29,7 @@ from d3etr.data.sampling import (
 )
 from d3etr.data.splits import DetectionSplit
 from d3etr.data.teacher_boxes import FoundBoxes
-from d3etr.data.transforms import collate
+from d3etr.data.transforms import collate, output_size
 from d3etr.data.views import TeacherViews, batch_records
 from d3etr.errors import UserError
 from d3etr.logs import get_logger
@@ -73,7 +70,7 @@ class EpochLoader:
             raise ValueError("batch_size must be a multiple of parts, one for each worker or more")
         self.batch_size, self.parts, self.seed = batch_size, parts, seed
         self.mine = share(parts, rank, world_size)
-        self.bucket = data.bucket_by_aspect
+        self.bucket, self._sides = data.bucket_by_aspect, data.augmentation.shortest_sides
         self._unlabelled = 0 if split.unlabelled is None else data.unlabelled_in(batch_size)
         self._others = 0 if split.unlabelled is None else len(split.unlabelled.records)
         self._labelled = batch_size - self._unlabelled
@@ -87,6 +84,7 @@ class EpochLoader:
             cache_bytes=CACHE_BYTES // max(1, data.workers),
         )
         self._distils: Callable[[int], bool] = lambda _: True
+        self._strong_steps: int | None = None
         self._static_sizes: NDArray[np.int64] | None = None
         self._source = _BatchSource(self.dataset, data.workers, persistent=True)
 
@@ -121,6 +119,10 @@ class EpochLoader:
         """
         self._distils = steps
 
+    def end_strong(self, step: int) -> None:
+        """Leave out what ``off_for_last_epochs`` names, from an optimiser step of the run on."""
+        self._strong_steps = step
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """The batches of one epoch: this worker's micro-batches of each optimiser step.
 
@@ -145,26 +147,49 @@ class EpochLoader:
         self._source.close()
 
     def _keys(self, epoch: int) -> list[BatchKey]:
-        sizes = self._sizes(epoch)
+        first, each = epoch * self.steps_per_epoch, len(self.mine)
+        strong = self.steps_per_epoch
+        if self._strong_steps is not None:
+            strong = min(strong, max(0, self._strong_steps - first))
+        sizes = self._sizes(epoch, strong > 0)
         images, shown, order = len(self.dataset), sizes[:, :2], (self.seed, epoch, self.bucket)
         batches = epoch_batches(shown[:images], self._labelled, *order)
         if self._unlabelled:
             batches = add_unlabelled(batches, shown, images, self._unlabelled, *order)
-        keys = micro_batches(batches, sizes, epoch, self.parts, self.mine, self._labelled)
-        first, each = epoch * self.steps_per_epoch, len(self.mine)
+        cut = epoch, self.parts, self.mine, self._labelled
+        keys = micro_batches(batches, sizes, *cut)
+        if 0 < strong < self.steps_per_epoch:  # the same batches, of images of other sizes
+            others = micro_batches(batches, self._sizes(epoch, False), *cut)
+            keys[strong * each :] = others[strong * each :]
+        keys = [
+            self._of_step(key, first + place // each, place // each < strong)
+            for place, key in enumerate(keys)
+        ]
         return [
             key if self._distils(first + place // each) else self._plain(key)
             for place, key in enumerate(keys)
         ]
+
+    def _of_step(self, key: BatchKey, step: int, strong: bool) -> BatchKey:
+        """The part of a batch as its step shows it, which may have a size of its own."""
+        sides, exact = self._sides, self.dataset.preprocessing
+        if sides is None or exact.exact_size is None:
+            return key if strong else replace(key, shown=Shown(strong=False))
+        side = sides[Random(f"size/{self.seed}/{step}").randrange(len(sides))]
+        scale, theirs = self.dataset.teacher_scale, None
+        if key.teacher_size is not None:
+            theirs = output_size(1, 1, exact, side, scale)
+        size = output_size(1, 1, exact, side)
+        return replace(key, size=size, teacher_size=theirs, shown=Shown(side, strong))
 
     def _plain(self, key: BatchKey) -> BatchKey:
         """The part of a batch, padded alike, that a step learns from which does not distil."""
         labelled = tuple(index for index in key.indices if index < len(self.dataset))
         return replace(key, indices=labelled, taught=False)
 
-    def _sizes(self, epoch: int) -> NDArray[np.int64]:
+    def _sizes(self, epoch: int, strong: bool) -> NDArray[np.int64]:
         if self.dataset.has_random_sizes:
-            return self.dataset.sizes(epoch)
+            return self.dataset.sizes(epoch, strong=strong)
         if self._static_sizes is None:
             self._static_sizes = self.dataset.sizes(0)
         return self._static_sizes
@@ -311,8 +336,8 @@ class _BatchSource:
                 num_workers=self._workers,
                 persistent_workers=self._persistent,
                 pin_memory=torch.cuda.is_available(),
-                multiprocessing_context=_safe_context(),
-                worker_init_fn=_prepare_process,
+                multiprocessing_context=safe_context(__name__),
+                worker_init_fn=prepare_process,
             )
         return self._loader
 
@@ -327,7 +352,8 @@ class _BatchDataset(Dataset["_Made | bytes | UserError"]):
         begun = time.process_time()
         try:
             samples = [
-                self.dataset.sample(index, key.epoch, taught=key.taught) for index in key.indices
+                self.dataset.sample(index, key.epoch, taught=key.taught, shown=key.shown)
+                for index in key.indices
             ]
         except UserError as error:
             # Raised in the training process: from here it would carry a traceback as text.
@@ -348,30 +374,3 @@ class _BatchDataset(Dataset["_Made | bytes | UserError"]):
 
 def _unchanged(batch: Any) -> Any:
     return batch
-
-
-def _safe_context() -> BaseContext:
-    """Processes that inherit no threads or locks: a fork of a process with threads may hang."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    # Imported once in the server instead of in every loading process.
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-def _prepare_process(_worker: int) -> None:
-    """Make this loading process keep freed memory, and end when the training process is killed.
-
-    PyTorch's own watch looks at the process that forked it. Here that is the fork server, which
-    lives until its children end: without this they would wait for each other for ever.
-    """
-    keep_freed_memory()  # images of one size come again and again here too
-    Thread(target=_exit_after_parent, daemon=True).start()
-
-
-def _exit_after_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

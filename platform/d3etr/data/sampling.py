@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from d3etr.data.augmentation import ALWAYS, Shown
+
 # Batches that are sorted by shape together: more gives less padding and less random company.
 _WINDOW_BATCHES = 32
 # Keeps the order of batches apart from the augmentation of images under the same seed.
@@ -30,6 +32,7 @@ class BatchKey:
         size: (height, width) in pixels to pad to.
         teacher_size: the same of what the teacher sees, where that is another size.
         taught: whether the teacher's part comes with the images.
+        shown: what its step says about how images are augmented.
     """
 
     indices: tuple[int, ...]
@@ -37,6 +40,7 @@ class BatchKey:
     size: tuple[int, int]
     teacher_size: tuple[int, int] | None = None
     taught: bool = True
+    shown: Shown = ALWAYS
 
 
 def epoch_batches(

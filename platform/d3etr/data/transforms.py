@@ -74,12 +74,17 @@ def output_size(
     shortest: int | None = None,
     scale: float = 1.0,
 ) -> tuple[int, int]:
-    """(height, width) after resizing, by DETR's rule.
+    """(height, width) after resizing: ``config.exact_size``, or by DETR's rule.
 
-    The shorter side becomes ``shortest`` pixels (the configuration's where it is None); where
-    the longer one would then pass ``config.longest_side``, that decides instead. Both sides are
-    multiplied by ``scale`` first.
+    An exact size keeps its aspect where ``shortest`` is its shorter side in place of its own. By
+    DETR's rule, the shorter side becomes ``shortest`` pixels (the configuration's where it is
+    None); where the longer one would then pass ``config.longest_side``, that decides instead. Both
+    sides are multiplied by ``scale`` first.
     """
+    if config.exact_size is not None:
+        factor = scale if shortest is None else scale * shortest / min(config.exact_size)
+        rows, columns = (max(1, round(factor * exact)) for exact in config.exact_size)
+        return rows, columns
     low, high = min(width, height), max(width, height)
     side, longest = shortest or config.shortest_side or low, config.longest_side
     if scale != 1:
@@ -111,6 +116,8 @@ def normalise(pixels: Tensor, config: PreprocessingConfig, out: Tensor | None = 
     """
     values = torch.empty(pixels.shape) if out is None else out
     values.copy_(pixels)
+    if config.normalisation == "unit":
+        return values.div_(255)
     if config.normalisation == "imagenet":
         mean, std = _column(_IMAGENET_MEAN), _column(_IMAGENET_STD)
         return values.sub_(mean * 255).div_(std * 255)

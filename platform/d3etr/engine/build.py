@@ -167,6 +167,8 @@ def open_loader(
     )
     steps = steps or config.optimisation.total_steps(loader.steps_per_epoch)
     loader.teach_in(partial(config.distillation.distils_at, steps=steps))
+    if epochs := config.data.augmentation.off_for_last_epochs:
+        loader.end_strong(steps - epochs * loader.steps_per_epoch)
     loader.show_teacher(config.teacher_scale)
     boxes = teacher_boxes(config, split)
     if boxes is not None:

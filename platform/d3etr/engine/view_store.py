@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from d3etr.config.base import Section
+from d3etr.config.data import STRONG
 from d3etr.config.tree import Config
 from d3etr.data.file_labels import LABELS_KEY
 from d3etr.data.loading import ViewBatches
@@ -212,6 +214,16 @@ class ViewStore:
             write_text(path, json.dumps(self._key, indent=1) + "\n")
 
 
+_LATER = frozenset({"exact_size", *STRONG, "off_for_last_epochs"})
+"""Keys of later versions: unset, they are no part of a name, and earlier stores keep theirs."""
+
+
+def _named(section: Section) -> dict[str, Any]:
+    """A section as part of a store's name."""
+    values = section.model_dump(mode="json")
+    return {key: value for key, value in values.items() if value or key not in _LATER}
+
+
 def store_key(
     config: Config,
     split: DetectionSplit,
@@ -244,8 +256,8 @@ def store_key(
         "teacher precision": config.teacher_precision,
         "image scale": config.teacher_scale,
         "images": images,
-        "preprocessing": data.preprocessing.model_dump(mode="json"),
-        "augmentation": data.augmentation.model_dump(mode="json"),
+        "preprocessing": _named(data.preprocessing),
+        "augmentation": _named(data.augmentation),
         "seed": seed,
         "layers": list(parts.layers),
         "queries": config.teacher.views.queries,

@@ -68,9 +68,11 @@ _ONLY_RESNET: Mapping[str, tuple[Any, ...]] = {
     "downsample_in_bottleneck": (False,),
 }
 _ONLY_PREPROCESSING: Mapping[str, tuple[Any, ...]] = {
-    "do_normalize": (True,),
     "do_rescale": (True,),
     "resample": (2,),  # bilinear
+}
+_ONLY_NORMALISATION: Mapping[str, tuple[Any, ...]] = {
+    "do_normalize": (True,),
     "image_mean": ([0.485, 0.456, 0.406],),
     "image_std": ([0.229, 0.224, 0.225],),
 }
@@ -166,21 +168,42 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
 def preprocessing_of(settings: Mapping[str, Any], where: str) -> PreprocessingConfig:
     """What ``preprocessor_config.json`` does to images; the originals' 800/1333 without one.
 
+    Image processors of RT-DETR and its kin stretch images to one height and width, and write down
+    a mean and a deviation that ``do_normalize: false`` keeps them from using.
+
     Raises:
         UserError: something that we do not do.
     """
     _require(settings, _ONLY_PREPROCESSING, where)
+    factor, padded = settings.get("rescale_factor", 1 / 255), settings.get("pad_size")
+    if not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+        raise UserError(f"{where}: rescale_factor is {factor}; expected 1/255")
+    if settings.get("do_pad", True) and padded not in (None, settings.get("size")):
+        raise UserError(
+            f"{where}: pad_size is {padded}; expected images that are padded to the largest of a "
+            "batch, or stretched: detections on one image would be others here"
+        )
+    sides: dict[str, Any] = {}
+    if settings.get("do_normalize") is False:
+        sides["normalisation"] = "unit"
+    else:
+        _require(settings, _ONLY_NORMALISATION, where)
     if settings.get("do_resize") is False:
-        return PreprocessingConfig(shortest_side=None, longest_side=None)
+        sides |= {"shortest_side": None, "longest_side": None}
+        return validate_section(PreprocessingConfig, sides, where)
     size = settings.get("size", 800)
     if isinstance(size, int):
         size = {"shortest_edge": size, "longest_edge": settings.get("max_size", 1333)}
-    if not isinstance(size, Mapping) or set(size) != {"shortest_edge", "longest_edge"}:
+    keys = {k for k, v in size.items() if v is not None} if isinstance(size, Mapping) else set()
+    if keys == {"height", "width"}:
+        sides["exact_size"] = [size["height"], size["width"]]
+    elif keys == {"shortest_edge", "longest_edge"}:
+        sides |= {"shortest_side": size["shortest_edge"], "longest_side": size["longest_edge"]}
+    else:
         raise UserError(
-            f"{where}: size is {size}; expected shortest_edge and longest_edge. Take the file out "
-            "of the folder to import the model with the usual 800 and 1333"
+            f"{where}: size is {size}; expected shortest_edge and longest_edge, or height and "
+            "width. Take the file out of the folder to import the model with the usual 800 and 1333"
         )
-    sides = {"shortest_side": size["shortest_edge"], "longest_side": size["longest_edge"]}
     return validate_section(PreprocessingConfig, sides, where)
 
 
