@@ -145,7 +145,7 @@ def test_a_teacher_that_sees_more_can_be_stored(
     real = DetectionDataset.sample
 
     def with_teacher_pixels(
-        dataset: DetectionDataset, index: int, epoch: int, *, taught: bool = True
+        dataset: DetectionDataset, index: int, epoch: int, **_: object
     ) -> Sample:
         views, seed = dataset.views, dataset.seed
         if views is None:

@@ -31,10 +31,10 @@ Schema = dict[str, Any]
 _UNITS = {
     "pixels": (
         *("shortest_side", "shortest_sides", "longest_side", "image_size", "crop_size"),
-        *("minimum_scale", "maximum_scale"),
+        *("minimum_scale", "maximum_scale", "exact_size"),
     ),
     "optimiser steps": ("steps", "every_steps", "checkpoint_every_steps", "warmup_steps"),
-    "epochs": ("epochs", "every_epochs", "checkpoint_every_epochs"),
+    "epochs": ("epochs", "every_epochs", "checkpoint_every_epochs", "off_for_last_epochs"),
     "seconds": ("start_timeout_seconds",),
     "images": ("batch_size", "train_images", "validation_images", "test_images"),
     "channels": ("width", "feedforward", "stem_width", "stage_widths"),

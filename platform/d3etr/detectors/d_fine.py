@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from d3etr.box_distributions import BoxDistributions
 from d3etr.config.base import MAXIMUM
 from d3etr.config.detector import Layers, Positive
 from d3etr.detectors.attention import SelfAttention
@@ -37,7 +38,7 @@ from d3etr.detectors.hybrid_encoder import (
 from d3etr.detectors.initialisation import initialise_last
 from d3etr.detectors.selection import SelectingConfig, SelectingDecoder, SelectingDetector
 from d3etr.detectors.transformer import MLP, run_decoder
-from d3etr.structures import BoxDistributions, Memory, ObjectQueries
+from d3etr.structures import Memory, ObjectQueries
 
 STEEPEST = 4
 """Bins of the highest probability whose heights say how sure a box is."""

@@ -122,6 +122,12 @@ class GeneralPoints:
     def __init__(self, count: int, seed: int, content: bool = True) -> None:
         self._count, self._seed, self._content = count, seed, content
 
+    @classmethod
+    def of(cls, teacher: DetectorConfig, count: int, seed: int) -> GeneralPoints | None:
+        """Those that a teacher decodes; None of no points."""
+        content = teacher.auxiliary_content == "adapted"
+        return cls(count, seed, content=content) if count else None
+
     def draw(self, like: ObjectQueries, step: int) -> ObjectQueries:
         """The points of one step: [count, ..] shared by all images, as the teacher's queries are.
 

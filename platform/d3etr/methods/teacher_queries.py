@@ -223,10 +223,7 @@ class TeacherQueryMethod(Method):
         self.layers = teacher_layers(config.layer_map, *depths)
         self.refinement = TeacherRefinement(self.layers) if config.refine_teacher else None
         points = config.points
-        self._points: GeneralPoints | None = None
-        if points is not None and points.count:
-            adapted = teacher.auxiliary_content == "adapted"
-            self._points = GeneralPoints(points.count, seed, content=adapted)
+        self._points = GeneralPoints.of(teacher, points.count, seed) if points else None
         self.draws_in_steps = self._points is not None
         random = config.auxiliary_group.queries == "random"
         self.auxiliary: nn.Module | None = None
