@@ -22,6 +22,7 @@ from d3etr.detectors.feature_levels import BACKBONE_LEVELS
 from d3etr.detectors.imports.categories import UNNAMED, Categories
 from d3etr.detectors.imports.settings import HUGGING_FACES_EPSILON, RESNETS
 from d3etr.detectors.rt_detr import RTDETRConfig
+from d3etr.detectors.torchvision_weights import MEAN, STD
 from d3etr.detectors.weights import WeightsInfo
 from d3etr.errors import UserError
 
@@ -301,10 +302,12 @@ def _problems_of_backbone(config: BackboneConfig) -> list[str]:
 
 
 def _preprocessing(config: PreprocessingConfig) -> Settings:
+    # Said in any case: RT-DETR's processor does not normalise unless it is told to.
+    pixels = {"do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD)}
     if config.shortest_side is None:
-        return {"do_resize": False}
+        return {**pixels, "do_resize": False}
     longest = config.longest_side or _ANY_SIDE
-    return {"size": {"shortest_edge": config.shortest_side, "longest_edge": longest}}
+    return {**pixels, "size": {"shortest_edge": config.shortest_side, "longest_edge": longest}}
 
 
 def _problems_of_preprocessing(config: PreprocessingConfig) -> list[str]:
