@@ -74,6 +74,7 @@ def _saved(folder: Path, preprocessing: PreprocessingConfig | None = None, **set
         ({"name": "detr"}, "its classification is 'sigmoid', theirs a softmax"),
         ({"name": "dab_detr", "inverse_sigmoid_epsilon": 1e-3}, "theirs always 1e-05"),
         ({"name": "dab_detr", "grid_temperature": 20.5}, "theirs a whole number"),
+        ({"name": "rt_detr", "learned_content": True}, "its queries have a learned content"),
         ({"backbone": {"name": "small"}}, "the backbone is 'small', and only these"),
         ({"backbone": {"name": "resnext50_32x4d"}}, "the backbone is 'resnext50_32x4d'"),
         ({"backbone": {"name": "resnet18", "norm": "group"}}, "the backbone has GroupNorm"),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_imported_detections import PICTURES, assert_same, detect, write_pictures
 from torch import Tensor
@@ -64,8 +65,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "two_stage": True,
     },
     "rt_detr": {**RT_DETR},
-    "rt_detr-learned-content": {**RT_DETR, "levels": 2, "learned_content": True},
-    "rt_detr-v2": {**RT_DETR, "sampling": "discrete"},
+    "rt_detr-v2": {**RT_DETR, "levels": 2, "sampling": "discrete"},
 }
 
 
@@ -191,7 +191,11 @@ def test_exported_folders_detect_the_same_and_come_back(
     ours, info = load_weights(weights)
     _assert_equal_outputs(ours, model.eval(), info.detector.softmax_classes)
     predictor = load(weights, "cpu")
-    path = write_pictures(tmp_path)[0]
+    path, (height, width) = write_pictures(tmp_path)[0], PICTURES[0]
+    if info.detector.name == "rt_detr":  # theirs takes multiples of 32 only
+        width -= width % 32
+        with Image.open(path) as picture:
+            picture.crop((0, 0, width, height)).save(path)
     [found] = predictor.predict(path, threshold=0)
-    assert_same(found, _detect(model, processor, path), PICTURES[0])
+    assert_same(found, _detect(model, processor, path), (height, width))
     _assert_comes_back(folder, weights, KINDS[kind].get("box_refinement", False))

@@ -55,8 +55,7 @@ def export_folder(folder: Path, detector: DetectionTransformer, info: WeightsInf
             return found
 
         # What the import does not look at, such as counters of batches, is as transformers has it.
-        model.load_state_dict({**theirs, **invert(theirs, ours, take)})
-        _write(folder, model, processor)
+        _write(folder, model, {**theirs, **invert(theirs, ours, take)}, processor)
     return sorted(folder.iterdir())
 
 
@@ -79,11 +78,12 @@ def _theirs(described: Described) -> tuple[Any, Any]:
     return model, getattr(transformers, described.processor)(**described.preprocessing)
 
 
-def _write(folder: Path, model: Any, processor: Any) -> None:
+def _write(folder: Path, model: Any, tensors: dict[str, Tensor], processor: Any) -> None:
+    """Write all tensors, copies too: the model has one where layers' heads of ours differ."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder) as temporary:
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=tensors)
             processor.save_pretrained(temporary)
             for file in temporary.iterdir():
                 file.chmod(0o644)  # safetensors writes for the owner only; storage is shared

@@ -22,6 +22,7 @@ from d3etr.detectors.feature_levels import BACKBONE_LEVELS
 from d3etr.detectors.imports.categories import UNNAMED, Categories
 from d3etr.detectors.imports.settings import HUGGING_FACES_EPSILON, RESNETS
 from d3etr.detectors.rt_detr import RTDETRConfig
+from d3etr.detectors.torchvision_weights import MEAN, STD
 from d3etr.detectors.weights import WeightsInfo
 from d3etr.errors import UserError
 
@@ -215,7 +216,6 @@ def _rt_detr(config: RTDETRConfig, detector: DetectionTransformer) -> Settings:
         "hidden_expansion": config.expansion,
         "num_feature_levels": config.levels,
         "decoder_n_points": config.points,
-        "learn_initial_query": config.learned_content,
         # Their denoising queries have an embedding of labels, which not every student learns.
         "num_denoising": 100 if "label_embedding.weight" in detector.state_dict() else 0,
     }
@@ -224,6 +224,16 @@ def _rt_detr(config: RTDETRConfig, detector: DetectionTransformer) -> Settings:
         v2 = {"model_type": "rt_detr_v2", "decoder_method": "discrete"}
         settings |= {**v2, "decoder_n_levels": config.levels}
     return settings
+
+
+def _problems_of_rt_detr(config: RTDETRConfig) -> list[str]:
+    if not config.learned_content:
+        return []
+    # Both of theirs take the embedding for a tensor and end with an AttributeError (5.23).
+    return [
+        "its queries have a learned content, with which theirs (learn_initial_query) cannot run: "
+        "train one with student.detector.learned_content false"
+    ]
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
@@ -237,7 +247,12 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "DeformableDetrImageProcessor",
             lambda config: min(config.levels, BACKBONE_LEVELS),
         ),
-        "rt_detr": Kind(_rt_detr, "RTDetrImageProcessor", lambda config: int(config.levels)),
+        "rt_detr": Kind(
+            _rt_detr,
+            "RTDetrImageProcessor",
+            lambda config: int(config.levels),
+            _problems_of_rt_detr,
+        ),
     }
 )
 """By our name of the detector."""
@@ -287,10 +302,12 @@ def _problems_of_backbone(config: BackboneConfig) -> list[str]:
 
 
 def _preprocessing(config: PreprocessingConfig) -> Settings:
+    # Said in any case: RT-DETR's processor does not normalise unless it is told to.
+    pixels = {"do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD)}
     if config.shortest_side is None:
-        return {"do_resize": False}
+        return {**pixels, "do_resize": False}
     longest = config.longest_side or _ANY_SIDE
-    return {"size": {"shortest_edge": config.shortest_side, "longest_edge": longest}}
+    return {**pixels, "size": {"shortest_edge": config.shortest_side, "longest_edge": longest}}
 
 
 def _problems_of_preprocessing(config: PreprocessingConfig) -> list[str]:
