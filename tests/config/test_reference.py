@@ -57,8 +57,8 @@ def test_values_units_and_defaults_are_in_words(
 
 
 def test_a_key_of_one_detector_names_it() -> None:
-    [levels] = find_keys("student.detector.levels")
-    assert levels.belongs_to == "only detector `deformable_detr`"
+    [refinement] = find_keys("student.detector.box_refinement")
+    assert refinement.belongs_to == "only detector `deformable_detr`"
     [width] = find_keys("student.detector.width")
     assert width.belongs_to == ""
     [name] = find_keys("student.detector.name")
@@ -143,8 +143,9 @@ def check(value: Any, allowed: dict[str, Any], path: str = "") -> None:
         for name, inner in value.items():
             assert name in allowed["properties"], f"{path}.{name}"
             check(inner, allowed["properties"][name], f"{path}.{name}")
-    for inner in value if isinstance(value, list) else ():
-        check(inner, allowed["items"], path)
+    for index, inner in enumerate(value if isinstance(value, list) else ()):
+        places = allowed.get("prefixItems", ())
+        check(inner, places[index] if index < len(places) else allowed["items"], path)
     if kind in ("integer", "number"):
         assert allowed.get("minimum", value) <= value <= allowed.get("maximum", value), path
 

@@ -49,8 +49,11 @@ class SelectingConfig(DetectorConfig):
     encoder_layers: Annotated[int, Field(ge=0, le=100)] = 1
     """Layers of attention within the coarsest level; 0 leaves it out."""
     decoder_layers: Layers = 6
+    """L, layers of the decoder; official: 3 (R18), 4 (R34) and 6."""
     feedforward: Positive = 1024
+    """Channels between the two linear maps of each decoder layer."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of activations that training sets to 0."""
     levels: Annotated[int, Field(ge=1, le=BACKBONE_LEVELS)] = 3
     """Feature levels: the backbone's last stages."""
     encoder_width: Positive = 256
