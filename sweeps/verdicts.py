@@ -205,11 +205,18 @@ def write_files(
     """Table, numbers and curve."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / questions.name
-    write_text(stem.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
+    shared = {row: _without_folders(each) for row, each in found.items()}
+    write_text(stem.with_suffix(".json"), json.dumps(shared, indent=1) + "\n")
     write_text(stem.with_suffix(".md"), as_markdown(questions, found, command))
     if questions.along and found:
         draw(questions, found, stem.with_suffix(".svg"))
     print(f"{stem.with_suffix('.md')}: {len(found)} of {len(questions.verdicts)} verdicts")
+
+
+def _without_folders(found: Record) -> Record:
+    """A verdict without the folders of its runs, which are this machine's alone."""
+    contenders = [{k: v for k, v in each.items() if k != "runs"} for each in found["contenders"]]
+    return {**found, "contenders": contenders}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_detector_parity import KINDS, Kind, _hugging_face
+from test_rt_detr_parity import VARIANTS, their_model
 
 from d3etr.cli.main import main
 from d3etr.detectors.imports.importing import import_weights
@@ -97,6 +98,24 @@ def assert_same(ours: Detections, theirs: dict[str, np.ndarray], size: tuple[int
         distance = np.abs(ours.boxes_xyxy[same] - boxes[index]).max(1)
         assert distance.size, index
         assert distance.min() < 5e-3, index
+
+
+def test_detections_of_rt_detr_equal_hugging_faces(tmp_path: Path) -> None:
+    """Stretched to a square, values in [0, 1]: what its image processor does by default."""
+    torch.manual_seed(0)
+    model = their_model(VARIANTS["like R18"])
+    names = {slot: name for slot, name in NAMES.items()}
+    model.config.id2label, model.config.label2id = names, {n: slot for slot, n in names.items()}
+    processor = transformers.RTDetrImageProcessor(size={"height": 96, "width": 96})
+    model.save_pretrained(tmp_path / "theirs")
+    processor.save_pretrained(tmp_path / "theirs")
+    imported = import_weights(tmp_path / "theirs", tmp_path / "ours.safetensors")
+    assert imported.preprocessing is not None
+    assert imported.preprocessing["exact_size"] == [96, 96]
+    predictor = load(tmp_path / "ours.safetensors", "cpu")
+    for path, size in zip(write_pictures(tmp_path), PICTURES, strict=True):
+        [ours] = predictor.predict(path, threshold=0)
+        assert_same(ours, detect(model, processor, path), size)
 
 
 def write_annotations(folder: Path, found: list[dict[str, np.ndarray]]) -> str:
