@@ -116,6 +116,10 @@ class CrossAttentionConfig(AttentionConfig):
     maps of points more than a cell apart have nothing in common. points: ``deformable_detr`` with a
     decoder that began as the teacher's, point by point: divergence of the weights, and L1 of the
     places in cells, weighted by the teacher's; not over adaptive pairs."""
+    levels: Literal["stride", "merged"] = "stride"
+    """Which feature levels of maps correspond. stride: those of the same stride; others are left
+    out, and what is left is renormalised (one level each: the teacher's map is resized). merged:
+    all levels are put on the grid of the student's finest, where no stride is shared."""
     blur: Annotated[float, Field(ge=0, le=64)] = 0.0
     """Both maps are smoothed by a Gaussian of this deviation, in cells of their grid, before they
     are compared; 0 does not."""
@@ -139,6 +143,15 @@ class CrossAttentionConfig(AttentionConfig):
         if self.pair_weights != "uniform":
             raise ValueError(
                 "queries 'summed' leaves no pairs to weight: set pair_weights to 'uniform'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _merged_levels_have_maps(self) -> Self:
+        if self.levels == "merged" and self.distance in ("energy", "points"):
+            raise ValueError(
+                f"levels 'merged' has no effect on distance '{self.distance}', which compares no "
+                "maps: remove it"
             )
         return self
 

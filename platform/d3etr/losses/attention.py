@@ -9,6 +9,7 @@ Shapes: L layers · B images · H heads · P pairs · K keys · S tokens of the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,46 @@ def _resize_plane(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) ->
     resized: Tensor = interpolate(planes, size=size, mode="bilinear", antialias=True)
     share = grid[0] * grid[1] / (size[0] * size[1])
     return resized.reshape(*maps.shape[:4], -1) * share
+
+
+def some_levels(maps: CrossMaps, levels: Levels, kept: Sequence[int]) -> ScoredMaps:
+    """Maps over some of the feature levels; their rows sum to 1 again (our choice).
+
+    Args:
+        maps: [L, B, H, P, S] on ``levels``.
+        levels: (height, width) of each feature level.
+        kept: their numbers.
+    """
+    return ScoredMaps(of_levels(maps.scores(), levels, kept))
+
+
+def of_levels(values: Tensor, levels: Levels, kept: Sequence[int]) -> Tensor:
+    """[.., S] on ``levels`` to [.., S'] on some of them."""
+    parts = torch.split(values, [height * width for height, width in levels], -1)
+    return torch.cat([parts[level] for level in kept], -1)
+
+
+def merged_maps(
+    maps: CrossMaps, levels: Levels, grid: tuple[int, int], padding: Tensor | None
+) -> ScoredMaps:
+    """Maps of all feature levels added up on one grid (our choice).
+
+    Args:
+        maps: [L, B, H, P, S] on ``levels``.
+        levels: (height, width) of each feature level.
+        grid: (height, width), S' cells.
+        padding: [B, S'] bool, True under padding, or None.
+
+    Returns:
+        Logarithms of the probabilities, [L, B, H, P, S'].
+    """
+    mass = maps.scores().softmax(-1)
+    parts = torch.split(mass, [height * width for height, width in levels], -1)
+    planes = [_resize_plane(part, size, grid) for part, size in zip(parts, levels, strict=True)]
+    merged = torch.stack(planes).sum(0).clamp(min=_TINY).log()
+    if padding is not None:
+        merged = merged.masked_fill(padding[None, :, None, None], MASKED_SCORE)
+    return ScoredMaps(merged)
 
 
 def blurred_maps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from d3etr.methods.refinement import check_refinement
 from d3etr.methods.selection import share_of, teacher_layers
 
 if TYPE_CHECKING:
+    from d3etr.methods.pairs import LevelPairs
     from d3etr.methods.teacher_queries import TeacherQueryConfig
 
 
@@ -24,8 +26,8 @@ def check_pair(
 
     Different widths are bridged by an adapter, different depths by the layer map, different
     strides by resizing the teacher's maps, different kinds of references by a learned map;
-    different head counts only by averaging. Different numbers of feature levels are bridged for
-    features, not for cross-attention.
+    different head counts only by averaging. Different feature levels are bridged for features,
+    and for cross-attention by their strides or by merging them.
 
     Args:
         config: what is compared over pairs.
@@ -76,6 +78,19 @@ def _check_inherited(student: DetectorConfig, teacher: DetectorConfig) -> None:
                 f"{list(strides[1])} pixels: set it to 0, or give both backbones of the same "
                 "strides"
             )
+
+
+def shared_levels(student: DetectorConfig, teacher: DetectorConfig) -> LevelPairs | None:
+    """Numbers of the student's and the teacher's feature levels of the same stride.
+
+    None: levels correspond by their number, as there is one each, or their strides are the same.
+    """
+    if student.feature_levels == teacher.feature_levels == 1:
+        return None
+    ours, theirs = _strides(student), _strides(teacher)
+    if ours == theirs:
+        return None
+    return tuple((ours.index(stride), theirs.index(stride)) for stride in ours if stride in theirs)
 
 
 def _strides(detector: DetectorConfig) -> tuple[int, ...]:
@@ -145,16 +160,32 @@ def _check_samples(
 def _check_levels(
     student: DetectorConfig, teacher: DetectorConfig, config: TeacherQueryConfig
 ) -> None:
-    if not config.cross_attention.weight or config.cross_attention.distance == "energy":
+    """Maps need levels that correspond; what is left out is said."""
+    term = config.cross_attention
+    if not term.weight or term.distance == "energy" or term.levels == "merged":
         return
-    ours, theirs = student.feature_levels, teacher.feature_levels
-    if ours != theirs:
+    shared = shared_levels(student, teacher)
+    if shared is None:
+        return
+    strides = f"{list(_strides(student))} pixels and the teacher's {list(_strides(teacher))}"
+    if term.distance == "points":
         raise UserError(
-            "distillation.cross_attention compares maps level by level, but the student "
-            f"({student.name}) has {ours} feature level{'s' * (ours > 1)} and the teacher "
-            f"({teacher.name}) {theirs}: set distillation.cross_attention.weight to 0, or give "
-            "both as many levels"
+            "distillation.cross_attention.distance 'points' compares point by point, but the "
+            f"student's feature levels have strides {strides}: set it to 'energy'"
         )
+    if not shared:
+        raise UserError(
+            "distillation.cross_attention compares maps of levels of the same stride, but the "
+            f"student's ({student.name}) have {strides} ({teacher.name}): set "
+            "distillation.cross_attention.levels to 'merged', or "
+            "distillation.cross_attention.weight to 0"
+        )
+    kept = [_strides(student)[own] for own, _ in shared]
+    warnings.warn(
+        f"distillation.cross_attention compares feature levels of strides {kept} only: the "
+        f"student's have {strides}",
+        stacklevel=2,
+    )
 
 
 def _check_classes(config: TeacherQueryConfig, classes: int) -> None:

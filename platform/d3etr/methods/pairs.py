@@ -9,7 +9,7 @@ cross-attention is D3ETR's.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -18,7 +18,15 @@ from torch import Tensor
 from d3etr.attention_maps import AttentionMaps, CrossMaps, ProductMaps, SampledMaps
 from d3etr.config.distillation import AttentionConfig, CrossAttentionConfig
 from d3etr.errors import UserError
-from d3etr.losses.attention import attention_loss, blurred_maps, resize_maps, summed_maps
+from d3etr.losses.attention import (
+    attention_loss,
+    blurred_maps,
+    merged_maps,
+    of_levels,
+    resize_maps,
+    some_levels,
+    summed_maps,
+)
 from d3etr.losses.prediction import prediction_losses
 from d3etr.losses.sampled_points import energy_loss, point_loss
 from d3etr.matching.assignment import gather_queries
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
     from d3etr.methods.teacher_queries import TeacherQueryConfig
 
 _TINY = torch.finfo(torch.float32).tiny
+LevelPairs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,9 @@ def _self_attention(pairs: MatchedPairs, weights: Tensor, config: AttentionConfi
     return attention_loss(student, teacher, weights, config)
 
 
-def _cross_attention(pairs: MatchedPairs, weights: Tensor, config: CrossAttentionConfig) -> Tensor:
+def _cross_attention(
+    pairs: MatchedPairs, weights: Tensor, config: CrossAttentionConfig, levels: LevelPairs | None
+) -> Tensor:
     """Rows follow the correspondence; a teacher's map on other grids is resized."""
     index, student, teacher = pairs.index, pairs.student, pairs.teacher
     maps = _known(student.cross_maps)
@@ -145,6 +156,18 @@ def _cross_attention(pairs: MatchedPairs, weights: Tensor, config: CrossAttentio
     if config.queries == "summed":
         maps, target = summed_maps(maps), summed_maps(target)
         weights = weights.sum(-1, keepdim=True)
+    if config.levels == "merged":
+        grid = student.levels[0]
+        padding = _padding_of(student, [0])
+        maps, target = (
+            merged_maps(part, outputs.levels, grid, padding)
+            for part, outputs in ((maps, student), (target, teacher))
+        )
+        student = replace(student, levels=(grid,), padding=padding)
+        teacher = student
+    elif levels is not None:
+        maps, student = _of_levels(maps, student, [own for own, _ in levels])
+        target, teacher = _of_levels(target, teacher, [theirs for _, theirs in levels])
     if student.levels == ((1, 1),):
         warnings.warn(
             "distillation.cross_attention is 0 for a batch: its images are one token each, and all "
@@ -161,8 +184,26 @@ def _cross_attention(pairs: MatchedPairs, weights: Tensor, config: CrossAttentio
     return attention_loss(maps, target, weights, config)
 
 
+def _of_levels(
+    maps: CrossMaps, outputs: DecoderOutputs, kept: list[int]
+) -> tuple[CrossMaps, DecoderOutputs]:
+    """Maps over some feature levels, and what they are on."""
+    own = tuple(outputs.levels[level] for level in kept)
+    padding = _padding_of(outputs, kept)
+    return some_levels(maps, outputs.levels, kept), replace(outputs, levels=own, padding=padding)
+
+
+def _padding_of(outputs: DecoderOutputs, kept: list[int]) -> Tensor | None:
+    hidden = outputs.padding
+    return None if hidden is None else of_levels(hidden, outputs.levels, kept)
+
+
 def pair_losses(
-    prefix: str, weight: float, pairs: MatchedPairs, config: TeacherQueryConfig
+    prefix: str,
+    weight: float,
+    pairs: MatchedPairs,
+    config: TeacherQueryConfig,
+    levels: LevelPairs | None,
 ) -> dict[str, Tensor]:
     """Every configured term over one set of correspondences: w_pred L_pred + w_self ... .
 
@@ -171,6 +212,8 @@ def pair_losses(
         weight: of all of them.
         pairs: what corresponds.
         config: form and weight of each term.
+        levels: numbers of student's and teacher's feature levels of the same stride; None: they
+            correspond by their number.
 
     Returns:
         Scalars ``PREFIX/class``, ``l1``, ``giou``, ``self_attention``, ``cross_attention``, those
@@ -195,6 +238,6 @@ def pair_losses(
         losses["self_attention"] = config.self_attention.weight * loss
     if config.cross_attention.weight:
         weights = pairs.weights(config.cross_attention.pair_weights, config)
-        loss = _cross_attention(pairs, weights, config.cross_attention)
+        loss = _cross_attention(pairs, weights, config.cross_attention, levels)
         losses["cross_attention"] = config.cross_attention.weight * loss
     return {f"{prefix}/{name}": weight * loss for name, loss in losses.items()}

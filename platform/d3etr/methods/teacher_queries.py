@@ -29,7 +29,7 @@ from d3etr.matching.assignment import CostBlock
 from d3etr.methods.adapters import GeneralPoints, RandomQueries, TeacherQueries
 from d3etr.methods.adaptive import AdaptiveMatching
 from d3etr.methods.base import Matches, Method, StudentOutputs, TeacherGroup, TeacherOutputs
-from d3etr.methods.compatibility import check_pair
+from d3etr.methods.compatibility import check_pair, shared_levels
 from d3etr.methods.pairs import (
     FIXED,
     Correspondence,
@@ -234,6 +234,7 @@ class TeacherQueryMethod(Method):
         chosen = config.teacher_query_ratio < 1 or teacher.queries_need_images
         self.groups_need_images = chosen or self.draws_in_steps
         self.needs_attention = config.compares_attention
+        self.levels = shared_levels(student, teacher) if config.cross_attention.weight else None
         self.needs_keys = config.cross_attention.detach_queries
         outputs_count = config.distils or self._teacher_assigns or chosen
         self.needs_teacher_outputs = outputs_count and not random
@@ -341,7 +342,7 @@ class TeacherQueryMethod(Method):
             return {}
         with matches(matching.name) as assignment:
             pairs = matching.pairs(assignment, student.main, teacher.main, normalisers)
-            terms = pair_losses(matching.name, weight, pairs, self.config)
+            terms = pair_losses(matching.name, weight, pairs, self.config, self.levels)
             return assignment.nan_if_invalid(terms)
 
     def fixed_losses(
@@ -359,9 +360,8 @@ class TeacherQueryMethod(Method):
         index = FIXED
         if theirs.kept is not None:  # of the student's queries those with the same numbers
             index = Correspondence(student=theirs.kept.expand(ours.layers, -1, -1))
-        sums = normalisers[group], normalisers["images"]
-        pairs = MatchedPairs(ours, theirs.outputs, index, *sums)
-        return pair_losses(_NAMES.get(group, group), weight, pairs, self.config)
+        pairs = MatchedPairs(ours, theirs.outputs, index, normalisers[group], normalisers["images"])
+        return pair_losses(_NAMES.get(group, group), weight, pairs, self.config, self.levels)
 
     def general_losses(
         self, student: StudentOutputs, teacher: TeacherOutputs, normalisers: Mapping[str, Tensor]
