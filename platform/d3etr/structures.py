@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from d3etr.attention_maps import AttentionMaps, CrossMaps
+from d3etr.edge_distributions import BoxDistributions
 
 MAIN = "detection"
 """The student's own queries, by the name that their losses have."""
@@ -254,8 +255,8 @@ class QueryGroup:
         teacher: outputs of the teacher for these queries, with ``Supervision.TEACHER``.
         objects: [B, N] int64 object of each query, -1 for none, with ``Supervision.GIVEN``.
         copies: queries that learn each object, by which the losses are divided too.
-        pairs: queries of each image that have an object, with ``Supervision.GIVEN``; None: the
-            host waits for the device to count them.
+        pairs: queries of each image that have an object, with ``Supervision.GIVEN``; None where
+            the host does not know.
     """
 
     queries: ObjectQueries
@@ -290,37 +291,6 @@ class Memory:
     proposals: DecoderOutputs | None = None
     proposal_logits: Tensor | None = None
     queries: ObjectQueries | None = None
-
-
-@dataclass(frozen=True)
-class BoxDistributions:
-    """Boxes of one query group as distributions over their edges (``detectors/d_fine.py``).
-
-    Attributes:
-        corners: [L, B, N, 4, K] logits over the bins of each edge.
-        start: [B, N, 4] cxcywh, the boxes whose edges move, outside the graph.
-        first_logits: [B, N, C] class logits of the first layer, which know nothing of its edges.
-        first_boxes: [B, N, 4] cxcywh, ``start`` within the graph.
-    """
-
-    corners: Tensor
-    start: Tensor
-    first_logits: Tensor
-    first_boxes: Tensor
-
-    def of_queries(self, sizes: list[int]) -> list[BoxDistributions]:
-        """Those of groups that lie side by side."""
-        parts = zip(
-            torch.split(self.corners, sizes, 2),
-            *(torch.split(x, sizes, 1) for x in (self.start, self.first_logits, self.first_boxes)),
-            strict=True,
-        )
-        return [BoxDistributions(*part) for part in parts]
-
-    def of_first(self, images: int) -> BoxDistributions:
-        """Those of the first so many images."""
-        first = (x[:images] for x in (self.start, self.first_logits, self.first_boxes))
-        return BoxDistributions(self.corners[:, :images], *first)
 
 
 @dataclass(frozen=True)
