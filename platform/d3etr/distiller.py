@@ -14,6 +14,7 @@ from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.attention import keep_keys
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.foundation import FoundationModel
+from d3etr.losses.edge_supervision import match_normalisers
 from d3etr.losses.set_criterion import detection_problem
 from d3etr.losses.supervision import GroundTruthSupervision, Normalisers
 from d3etr.matching.assignment import Assignment, Solutions, Solver
@@ -229,12 +230,16 @@ class Distiller(nn.Module):
             sums[name] = torch.full_like(sums["objects"], len(images.counts))
         if teacher is not None:
             sums |= self.method.normalisers(teacher, targets)
-        if self.student.config.softmax_classes:
-            sizes = {MAIN: self.student.config.queries}
+        kind = self.student.config
+        if kind.softmax_classes or kind.refines_distributions:
+            sizes = {MAIN: kind.queries}
             if teacher is not None:
                 groups = self.method.student_groups(teacher, targets, step)
                 sizes |= {name: group.queries.count for name, group in groups.items()}
-            sums |= self.supervision.class_normalisers(sizes, targets)
+            if kind.softmax_classes:
+                sums |= self.supervision.class_normalisers(sizes, targets)
+            if kind.refines_distributions:
+                sums |= match_normalisers(sizes, truth)
         return sums
 
     def forward(

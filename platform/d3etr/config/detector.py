@@ -154,6 +154,11 @@ class DetectorConfig(VariantSection):
         return False
 
     @property
+    def refines_distributions(self) -> bool:
+        """Whether boxes are refined as distributions, of queries that its encoder proposes."""
+        return False
+
+    @property
     def takes_embedding(self) -> bool:
         """Whether the decoder uses a query's embedding that somebody else made."""
         return True

@@ -47,6 +47,16 @@ class SetCriterionConfig(Section):
     quality_gamma: Annotated[float, Field(ge=0, le=MAXIMUM)] | None = None
     """Likewise: exponent of the probability in that weight, and with ``mal`` of the IoU; None: 2
     (varifocal) or 1.5 (mal), as published."""
+    fgl_weight: Weight = 0.15
+    """Detectors that refine distributions of edges (``d_fine``) only, as the next two: weight of
+    the fine-grained localisation loss; 0 leaves it out."""
+    ddf_weight: Weight = 1.5
+    """Weight of the loss by which the last layer's distributions teach those of the layers before
+    it; 0 leaves it out."""
+    union_matching: bool = False
+    """Boxes and edges learn, in all layers, over the union of the matches of all layers and of the
+    encoder, where a query has the object of most of them. A recipe for a student of ``d_fine`` has
+    true unless it says otherwise."""
     no_object_weight: Annotated[float, Field(gt=0, le=MAXIMUM)] = 0.1
     """``classification: softmax`` only: weight of a query that should find nothing in the cross
     entropy; one that should find an object has 1, and the sum is divided by all weights."""
@@ -67,6 +77,12 @@ class SetCriterionConfig(Section):
             return None
         keys = ("quality_alpha", "quality_gamma")
         return next((key for key in keys if getattr(self, key) is not None), None)
+
+    def idle_edges_key(self) -> str | None:
+        """A key that is set and has an effect only where edges are distributions, or None."""
+        fields = type(self).model_fields
+        keys = ("fgl_weight", "ddf_weight", "union_matching")
+        return next((key for key in keys if getattr(self, key) != fields[key].default), None)
 
 
 class ScheduleConfig(Section):

@@ -187,6 +187,12 @@ class Config(Section):
                 f"optimisation.set_criterion.{idle} has no effect with class_loss 'focal', only "
                 "with 'varifocal' and 'mal': remove it"
             )
+        student = self.student.detector
+        if not student.refines_distributions and (idle := criterion.idle_edges_key()):
+            raise ValueError(
+                f"optimisation.set_criterion.{idle} has no effect on detector '{student.name}', "
+                "only on those that refine distributions of edges, such as 'd_fine': remove it"
+            )
 
 
 def _teacher_problem(config: Config) -> str | None:

@@ -8,18 +8,16 @@ Shapes: B images · L decoder layers · N queries · C classes · K bins · D wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from d3etr.box_distributions import BoxDistributions
 from d3etr.config.base import MAXIMUM
 from d3etr.config.detector import Layers, Positive
 from d3etr.detectors.attention import SelfAttention
-from d3etr.detectors.box_distribution import bin_distances, mean_distances, moved_edges
 from d3etr.detectors.deformable_attention import (
     UnevenDeformableAttention,
     initialise_deformable,
@@ -38,6 +36,8 @@ from d3etr.detectors.hybrid_encoder import (
 from d3etr.detectors.initialisation import initialise_last
 from d3etr.detectors.selection import SelectingConfig, SelectingDecoder, SelectingDetector
 from d3etr.detectors.transformer import MLP, run_decoder
+from d3etr.edge_distributions import BoxDistributions
+from d3etr.matching.edges import bin_distances, mean_distances, moved_edges
 from d3etr.structures import Memory, ObjectQueries
 
 STEEPEST = 4
@@ -66,6 +66,16 @@ class DFINEConfig(SelectingConfig):
     def level_points(self) -> tuple[int, ...]:
         """Places on each level."""
         return (self.points,) * self.levels if isinstance(self.points, int) else self.points
+
+    @property
+    def criterion_defaults(self) -> Mapping[str, float | str]:
+        """As of RT-DETR's kin; boxes learn over the union of all layers' matches, as official."""
+        return {**super().criterion_defaults, "union_matching": True}
+
+    @property
+    def refines_distributions(self) -> bool:
+        """Of every edge."""
+        return True
 
     @model_validator(mode="after")
     def _bins_and_points_fit(self) -> Self:
@@ -284,6 +294,8 @@ class DFINE(SelectingDetector):
             refinement.first.detach(),
             refinement.first_logits,
             refinement.first,
+            refinement.distances,
+            refinement.curvature,
         )
         logits, boxes = torch.stack(refinement.logits), torch.stack(refinement.boxes)
         return Decoded(logits, boxes, states[-1], trace, distributions=distributions)

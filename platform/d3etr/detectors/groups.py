@@ -16,7 +16,7 @@ from d3etr.attention_maps import (
     SampledMaps,
     ScoredMaps,
 )
-from d3etr.box_distributions import BoxDistributions
+from d3etr.edge_distributions import BoxDistributions
 from d3etr.structures import DecoderOutputs, Memory, ObjectQueries
 
 _Maps = TypeVar("_Maps")

@@ -16,6 +16,7 @@ from d3etr.config.training import SetCriterionConfig
 from d3etr.matching.assignment import Assignment, CostBlock, gather_queries
 from d3etr.matching.boxes import cxcywh_to_xyxy, generalised_iou, iou
 from d3etr.matching.costs import detection_costs, focal_terms
+from d3etr.matching.union import SharedPairs
 from d3etr.structures import DecoderOutputs, Targets
 
 
@@ -127,6 +128,18 @@ def _cross_entropy(
     return (own * assignment.valid_mask).sum() - weight * outputs.no_object.sum()
 
 
+def _paired_boxes(
+    outputs: DecoderOutputs, targets: Targets, assignment: Assignment
+) -> tuple[Tensor, Tensor]:
+    """[L, B, P, 4] cxcywh twice: of each pair's query and object."""
+    boxes = gather_queries(outputs.boxes_cxcywh.float(), assignment.rows)
+    layers = assignment.rows.shape[0]
+    truth = gather_queries(
+        targets.boxes_cxcywh[None].expand(layers, -1, -1, -1), assignment.columns
+    )
+    return boxes, truth
+
+
 def set_losses(
     outputs: DecoderOutputs,
     targets: Targets,
@@ -134,6 +147,7 @@ def set_losses(
     objects: Tensor,
     config: SetCriterionConfig,
     weights: Tensor | None = None,
+    shared: SharedPairs | None = None,
 ) -> dict[str, Tensor]:
     """Classification, L1 and GIoU losses of all layers.
 
@@ -147,16 +161,14 @@ def set_losses(
         objects: scalar, the number of objects (or the sum of scores) in the global batch.
         config: parameters of the class loss; weights of terms are applied by the caller.
         weights: scalar, ``query_weights`` of the global batch; needed where classes are exclusive.
+        shared: pairs that L1 and GIoU are over in place of the assignment's; of each image as many
+            count as that has.
 
     Returns:
         Scalars ``class``, ``l1`` and ``giou``.
     """
     count = objects.clamp(min=1)
-    boxes = gather_queries(outputs.boxes_cxcywh.float(), assignment.rows)
-    layers = assignment.rows.shape[0]
-    truth = gather_queries(
-        targets.boxes_cxcywh[None].expand(layers, -1, -1, -1), assignment.columns
-    )
+    boxes, truth = _paired_boxes(outputs, targets, assignment)
     corners, true_corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth)
     if outputs.softmax_classes:
         assert weights is not None, "the cross entropy is divided by the weights of all queries"
@@ -172,6 +184,11 @@ def set_losses(
     scores, counted = _matched_scores(targets, assignment), assignment.valid_mask
     if scores is not None:
         counted = counted * scores
+    if shared is not None:
+        assert scores is None, "shared pairs are for ground truth"
+        boxes, truth = _paired_boxes(outputs, targets, shared.of_layers(outputs.layers))
+        corners, true_corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth)
+        counted = shared.weights
     losses["l1"] = ((boxes - truth).abs() * counted[..., None]).sum() / count
     losses["giou"] = ((1 - generalised_iou(corners, true_corners)) * counted).sum() / count
     return losses

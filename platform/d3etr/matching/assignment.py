@@ -92,7 +92,8 @@ class Assignment:
     Attributes:
         rows: [L, B, P] int64, 0 in unused slots.
         columns: [L, B, P] int64, 0 in unused slots.
-        counts: pairs per image; slots from there to P are unused.
+        counts: pairs per image; slots from there to P are unused. Empty where only the device
+            knows.
         valid_mask: [B, P] bool, True for slots in use.
         nan_flag: scalar, 0, or NaN where a cost was not finite and its problem's pairs mean
             nothing: found on a device without a synchronisation. None where the host solved, which

@@ -66,6 +66,11 @@ class TeachDETRConfig(TaughtMethodConfig):
             )
         if key := criterion.idle_quality_key():
             raise ValueError(f"set_criterion.{key} has no effect with class_loss 'focal'")
+        if key := criterion.idle_edges_key():
+            raise ValueError(
+                f"set_criterion.{key} has no effect: of a teacher's boxes, class, L1 and GIoU are "
+                "learnt; remove it (ground truth has it in optimisation.set_criterion)"
+            )
         return self
 
 
