@@ -316,7 +316,7 @@ def _import_backbone(
     if of_timm:
         from d3etr.detectors.timm_weights import from_timm  # importing timm takes two seconds
 
-        tensors = from_timm(network, tensors)
+        tensors = from_timm(network, rename_backbone(tensors))
     else:
         tensors = from_torchvision(config.name, rename_backbone(tensors))
     load_strictly(network, tensors, str(source))

@@ -20,6 +20,7 @@ from d3etr.config.base import Section
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import DetectorConfig
 from d3etr.config.load import validate_section
+from d3etr.detectors.imports import hgnet
 from d3etr.detectors.imports.layouts import LAYOUTS, decoder_depth
 from d3etr.errors import UserError
 from d3etr.registry import DETECTORS
@@ -61,11 +62,12 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "num_channels": (3,),
 }
 """Settings of official ``args`` and of ``config.json`` that our detectors have."""
-_ONLY_RESNET: Mapping[str, tuple[Any, ...]] = {
-    "model_type": ("resnet", "timm_backbone", "rt_detr_resnet"),
+_ONLY_BACKBONE: Mapping[str, tuple[Any, ...]] = {
+    "model_type": ("resnet", "timm_backbone", "rt_detr_resnet", "hgnet_v2"),
     "hidden_act": ("relu",),
     "downsample_in_first_stage": (False,),
     "downsample_in_bottleneck": (False,),
+    **hgnet.ONLY,
 }
 _ONLY_PREPROCESSING: Mapping[str, tuple[Any, ...]] = {
     "do_normalize": (True,),
@@ -145,12 +147,12 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
     if "encoder_n_points" in config:
         _equal(config, "encoder_n_points", "decoder_n_points", where)
     backbone = config.get("backbone_config") or {}
-    _require(backbone, _ONLY_RESNET, f"{where}: backbone_config")
-    # Their own ResNet has no dilation; timm's has, by one of three keys.
+    _require(backbone, _ONLY_BACKBONE, f"{where}: backbone_config")
+    # Their own networks have no dilation; timm's have, by one of three keys.
     strides = [
         part.get("output_stride") for part in (backbone, config.get("backbone_kwargs") or {})
     ]
-    own = backbone.get("model_type") in ("resnet", "rt_detr_resnet")
+    own = backbone.get("model_type", "timm_backbone") != "timm_backbone"
     dilation = not own and (config.get("dilation") or 16 in strides)
     return name, _unseen(
         where,
@@ -236,7 +238,9 @@ def infer_detector(
 
 
 def _infer_backbone(tensors: Mapping[str, Tensor]) -> str:
-    """The ResNet that tensors ``backbone.layer1.0.conv1.weight`` and so on belong to."""
+    """The network that tensors by our names belong to: a ResNet, a ResNet-vd or an HGNetV2."""
+    if (hgnet_v2 := hgnet.name_of(tensors)) is not None:
+        return hgnet_v2
     blocks = tuple(_count(tensors, rf"backbone\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
     kind = "bottleneck" if "backbone.layer1.0.conv3.weight" in tensors else "basic"
     deep = "backbone.conv1.6.weight" in tensors  # the stem of a ResNet-vd
@@ -245,7 +249,8 @@ def _infer_backbone(tensors: Mapping[str, Tensor]) -> str:
     if (kind, blocks) not in known:
         raise UserError(
             f"the backbone has {blocks} {kind} blocks in its four stages: expected a ResNet "
-            f"({', '.join(known.values())}); detectors over other backbones cannot be imported"
+            f"({', '.join(known.values())}) or an HGNetV2; detectors over other backbones cannot "
+            "be imported"
         )
     return known[kind, blocks]
 
