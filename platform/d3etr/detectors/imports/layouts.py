@@ -34,6 +34,7 @@ class Layout:
         only: settings of ``config.json`` that this detector has, beside those of all.
         architecture: keys of this kind's own configuration, from tensors by our names.
         unseen: keys that tensors do not show, from ``config.json`` (or nothing).
+        told: keys that are tensors of theirs and none of ours, from those by their names.
     """
 
     sign: str
@@ -45,6 +46,7 @@ class Layout:
     )
     architecture: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda _: {}
     unseen: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
+    told: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda _: {}
 
 
 FIRST: Rules = (
@@ -139,6 +141,9 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             model_types=("d_fine",),
             rules=(*d_fine.RULES, *SAMPLING),
             only=d_fine.ONLY,
+            architecture=d_fine.architecture,
+            unseen=d_fine.unseen,
+            told=d_fine.told,
         ),
         "rt_detr": Layout(
             sign="decoder.enc_score_head.weight",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
@@ -144,6 +144,9 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
             "masks and models without heads cannot be imported"
         )
     _require(config, {**_ONLY, **LAYOUTS[name].only}, where)
+    if {"encode_proj_layers", "encoder_in_channels"} <= config.keys():
+        coarsest = len(config["encoder_in_channels"]) - 1  # attention is within it alone
+        _require(config, {"encode_proj_layers": ([coarsest],)}, where)
     if "encoder_n_points" in config:
         _equal(config, "encoder_n_points", "decoder_n_points", where)
     backbone = config.get("backbone_config") or {}
@@ -205,10 +208,14 @@ def infer_detector(
         for key, pattern, dimension in _SIZES
         if (found := next((key for key in tensors if re.fullmatch(pattern, key)), None))
     }
+    own = unseen.own | LAYOUTS[name].architecture(tensors)
     if "levels" not in sizes and (levels := _count(tensors, r"levels\.(\d+)\.conv\.")):
         sizes["levels"] = levels
     if "width" not in sizes:
         raise UserError("the decoder's feedforward.inner.weight is missing: it shows the width")
+    if "points" in own and "offsets" in sizes:
+        shown = _heads(sizes["offsets"], own["points"], unseen)
+        unseen = unseen.model_copy(update={"heads": shown})
     heads, dropout = unseen.heads or HEADS, 0.0 if name == "dab_detr" else 0.1
     settings: dict[str, Any] = {
         **sizes,
@@ -218,7 +225,7 @@ def infer_detector(
         "encoder_layers": _count(tensors, r"encoder\.layers\.(\d+)\."),
         "decoder_layers": decoder_depth(tensors),
         "dropout": dropout if unseen.dropout is None else unseen.dropout,
-        "points": _points(sizes, heads),
+        "points": own["points"] if "points" in own else _points(sizes, heads),
         "box_refinement": "decoder.class_heads.1.weight" in tensors,
         "two_stage": "proposals.norm.weight" in tensors,
         "grid_temperature": float(unseen.temperature or TEMPERATURE),
@@ -228,7 +235,7 @@ def infer_detector(
         settings["queries"] = unseen.proposals or PROPOSALS
     known = DETECTORS.find(name).config_class.model_fields
     settings = {k: v for k, v in settings.items() if k in known}
-    settings |= unseen.own | LAYOUTS[name].architecture(tensors)
+    settings |= own
     try:
         config = DetectorConfig.parse(settings)
     except ValidationError as error:
@@ -253,6 +260,18 @@ def _infer_backbone(tensors: Mapping[str, Tensor]) -> str:
             "be imported"
         )
     return known[kind, blocks]
+
+
+def _heads(offsets: int, points: Sequence[int], unseen: Unseen) -> int:
+    """Attention heads of so many sampling offsets, where a level's points are known."""
+    heads, left = divmod(offsets, 2 * sum(points))
+    if left or unseen.heads not in (None, heads):
+        said = "" if unseen.heads is None else f", and {unseen.heads} heads are asked for"
+        raise UserError(
+            f"deformable attention has {offsets // 2} sampling offsets of {sum(points)} points for "
+            f"each head{said}: expected {heads or 1} heads and {sum(points)} offsets for each"
+        )
+    return heads
 
 
 def _points(sizes: Mapping[str, int], heads: int) -> int:
