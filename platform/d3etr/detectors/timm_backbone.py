@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, freeze_batch_norm_2d
+from timm.models.hgnet import HighPerfGpuNet
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,15 +20,19 @@ from d3etr.config.backbones import TIMM
 from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.batch_norm import BatchNorm2d
 from d3etr.detectors.small_backbone import GroupNorm
-from d3etr.detectors.torchvision_backbone import FIRST_STRIDE, group_norm
+from d3etr.detectors.torchvision_backbone import FIRST_STRIDE, group_norm, replace_batch_norm
 from d3etr.errors import UserError
+
+ROUNDING_UP = (HighPerfGpuNet,)
+"""Networks that see images as they are; what they would make of zeros around them is not zero."""
 
 
 class TimmBackbone(nn.Module):
     """A network of timm without what comes after its last map; weight names are timm's.
 
     Maps are ceil(size / stride) large: images are padded with zeros to a multiple of the stride,
-    as images in a batch are.
+    as images in a batch are. HGNets round up by themselves and see no such zeros, as in the code of
+    D-FINE and in transformers.
 
     Args:
         config: uses name, norm and frozen_stages.
@@ -85,7 +90,8 @@ class TimmBackbone(nn.Module):
         """Feature maps [B, channels, h, w] of the last ``count`` stages, finest first."""
         height, width = pixels.shape[-2:]
         x = pixels.contiguous(memory_format=torch.channels_last)
-        x = functional.pad(x, (0, -width % self.stride, 0, -height % self.stride))
+        if not isinstance(self.network, ROUNDING_UP):
+            x = functional.pad(x, (0, -width % self.stride, 0, -height % self.stride))
         maps = self.network.forward_intermediates(
             x, indices=self._indices, intermediates_only=True, output_fmt="NCHW"
         )
@@ -122,6 +128,9 @@ def build_timm(name: str, *, pretrained: bool = False) -> Any:
 def _with_norm(network: nn.Module, config: BackboneConfig) -> nn.Module:
     """Frozen statistics, GroupNorm or ours in the place of every batch norm; names stay."""
     norms = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    if config.norm == "frozen" and isinstance(network, HighPerfGpuNet):
+        replace_batch_norm(network, config.norm)  # each follows a convolution, which takes it up
+        return network
     if config.norm == "frozen":
         frozen: nn.Module = freeze_batch_norm_2d(network)  # type: ignore[no-untyped-call]
         return frozen

@@ -67,7 +67,7 @@ class TorchvisionBackbone(nn.Module):
         super().__init__()
         self.config = config
         network = build_network(config.name)
-        _replace_batch_norm(network, config.norm)
+        replace_batch_norm(network, config.norm)
         for name, child in network.named_children():
             if name in HEAD:
                 break
@@ -157,8 +157,14 @@ def build_network(name: str) -> nn.Module:
     return regnet.to(torch.get_default_device())
 
 
-def _replace_batch_norm(network: nn.Module, norm: str) -> None:
-    """Frozen statistics, GroupNorm or ours that is trained in the place of every batch norm."""
+def replace_batch_norm(network: nn.Module, norm: str) -> None:
+    """Frozen statistics, GroupNorm or ours that is trained in the place of every batch norm.
+
+    Args:
+        network: changed in place. A convolution takes up the frozen norm that comes next among its
+            module's children, and so has to be called right before it.
+        norm: as of ``BackboneConfig``.
+    """
     for module in network.modules():
         before: tuple[nn.Module, str, nn.Module] | None = None
         for name, child in [*module.named_children()]:

@@ -220,10 +220,12 @@ def _import_detector(
     softmax = LAYOUTS[theirs.name].softmax
     try:
         tensors = rename(theirs.found.tensors, theirs.name, box_refinement=theirs.box_refinement)
+        told = LAYOUTS[theirs.name].told(theirs.found.tensors)
     except ValueError as error:
         raise UserError(f"{source}: {error}: copy it again") from error
     try:
-        config, notes = infer_detector(theirs.name, tensors, theirs.unseen)
+        unseen = theirs.unseen.model_copy(update={"own": theirs.unseen.own | told})
+        config, notes = infer_detector(theirs.name, tensors, unseen)
         outputs = _outputs(tensors) - softmax
         categories, used = slots_of(outputs, named, theirs.names)
     except UserError as error:
@@ -316,7 +318,7 @@ def _import_backbone(
     if of_timm:
         from d3etr.detectors.timm_weights import from_timm  # importing timm takes two seconds
 
-        tensors = from_timm(network, tensors)
+        tensors = from_timm(network, rename_backbone(tensors))
     else:
         tensors = from_torchvision(config.name, rename_backbone(tensors))
     load_strictly(network, tensors, str(source))

@@ -2,7 +2,7 @@
 
 A table takes the official code's names and those of Hugging Face's transformers 4 and 5 alike.
 Theirs is a ResNet with other names than torchvision's; timm's, which most published weights have,
-shares torchvision's. A ResNet-vd has names of its own in both.
+shares torchvision's. A ResNet-vd has names of its own in both, an HGNetV2 in theirs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d3etr.detectors.imports import d_fine, rt_detr
+from d3etr.detectors.imports import d_fine, hgnet, rt_detr
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 """(pattern, replacement), applied in order to every name."""
@@ -36,6 +36,7 @@ class Layout:
         only: settings of ``config.json`` that this detector has, beside those of all.
         architecture: keys of this kind's own configuration, from tensors by our names.
         unseen: keys that tensors do not show, from ``config.json`` (or nothing).
+        told: keys that are tensors of theirs and none of ours, from those by their names.
     """
 
     sign: str
@@ -47,6 +48,7 @@ class Layout:
     )
     architecture: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda _: {}
     unseen: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
+    told: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda _: {}
 
 
 FIRST: Rules = (
@@ -141,6 +143,9 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             model_types=("d_fine",),
             rules=(*d_fine.RULES, *SAMPLING),
             only=d_fine.ONLY,
+            architecture=d_fine.architecture,
+            unseen=d_fine.unseen,
+            told=d_fine.told,
         ),
         "rt_detr": Layout(
             sign="decoder.enc_score_head.weight",
@@ -232,6 +237,7 @@ def rename(
         ours = _by(rules, their_name)
         if not ours.endswith(UNUSED):
             _add(tensors, ours, tensor, their_name, agree)
+    tensors = hgnet.with_affine_blocks(tensors)
     _fuse(tensors)
     if "projection.weight" in tensors:  # a 1x1 convolution there, a linear layer here
         tensors["projection.weight"] = tensors["projection.weight"].flatten(1)
@@ -241,18 +247,24 @@ def rename(
 
 
 def rename_backbone(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a ResNet-vd alone, an official file's or Hugging Face's, under our names.
+    """Tensors of a ResNet-vd or an HGNetV2 alone, official or Hugging Face's, under timm's names.
 
     What has other names already keeps them.
     """
-    if not any(map(_SIGN_OF_VD.search, theirs)):
+    if not any(map(_SIGN_OF_VD.search, theirs)) and not hgnet.is_hgnet(theirs):
         return dict(theirs)
     rules, ours = _first(theirs), "backbone."
-    return {_by(rules, ours + name).removeprefix(ours): x for name, x in theirs.items()}
+    renamed = {_by(rules, ours + name.removeprefix("hgnetv2.")): x for name, x in theirs.items()}
+    return {
+        name.removeprefix(hgnet.OURS).removeprefix(ours): tensor
+        for name, tensor in hgnet.with_affine_blocks(renamed).items()
+    }
 
 
 def _first(theirs: Mapping[str, Tensor]) -> Rules:
     """The rules that every name goes through first: the backbone's."""
+    if hgnet.is_hgnet(theirs):
+        return (*FIRST, *hgnet.RULES)
     return (*RESNET_VD_NAMES, *FIRST) if any(map(_SIGN_OF_VD.search, theirs)) else FIRST
 
 

@@ -87,11 +87,16 @@ def architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def unseen(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What ``config.json`` says and tensors do not show; empty settings: an official checkpoint."""
     method = settings.get("decoder_method", "default")
-    found: dict[str, Any] = {"sampling": "discrete" if method == "discrete" else "bilinear"}
+    sampling = "discrete" if method == "discrete" else "bilinear"
+    return {"sampling": sampling} | denoising(settings)
+
+
+def denoising(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``config.json`` says of denoising queries, if anything."""
     keys = {
         "num_denoising": "queries",
         "label_noise_ratio": "label_noise",
         "box_noise_scale": "box_noise",
     }
     noise = {ours: settings[theirs] for theirs, ours in keys.items() if theirs in settings}
-    return found | ({"denoising": noise} if noise else {})
+    return {"denoising": noise} if noise else {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
@@ -20,6 +20,7 @@ from d3etr.config.base import Section
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import DetectorConfig
 from d3etr.config.load import validate_section
+from d3etr.detectors.imports import hgnet
 from d3etr.detectors.imports.layouts import LAYOUTS, decoder_depth
 from d3etr.errors import UserError
 from d3etr.registry import DETECTORS
@@ -61,11 +62,12 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "num_channels": (3,),
 }
 """Settings of official ``args`` and of ``config.json`` that our detectors have."""
-_ONLY_RESNET: Mapping[str, tuple[Any, ...]] = {
-    "model_type": ("resnet", "timm_backbone", "rt_detr_resnet"),
+_ONLY_BACKBONE: Mapping[str, tuple[Any, ...]] = {
+    "model_type": ("resnet", "timm_backbone", "rt_detr_resnet", "hgnet_v2"),
     "hidden_act": ("relu",),
     "downsample_in_first_stage": (False,),
     "downsample_in_bottleneck": (False,),
+    **hgnet.ONLY,
 }
 _ONLY_PREPROCESSING: Mapping[str, tuple[Any, ...]] = {
     "do_rescale": (True,),
@@ -144,15 +146,18 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
             "masks and models without heads cannot be imported"
         )
     _require(config, {**_ONLY, **LAYOUTS[name].only}, where)
+    if {"encode_proj_layers", "encoder_in_channels"} <= config.keys():
+        coarsest = len(config["encoder_in_channels"]) - 1  # attention is within it alone
+        _require(config, {"encode_proj_layers": ([coarsest],)}, where)
     if "encoder_n_points" in config:
         _equal(config, "encoder_n_points", "decoder_n_points", where)
     backbone = config.get("backbone_config") or {}
-    _require(backbone, _ONLY_RESNET, f"{where}: backbone_config")
-    # Their own ResNet has no dilation; timm's has, by one of three keys.
+    _require(backbone, _ONLY_BACKBONE, f"{where}: backbone_config")
+    # Their own networks have no dilation; timm's have, by one of three keys.
     strides = [
         part.get("output_stride") for part in (backbone, config.get("backbone_kwargs") or {})
     ]
-    own = backbone.get("model_type") in ("resnet", "rt_detr_resnet")
+    own = backbone.get("model_type", "timm_backbone") != "timm_backbone"
     dilation = not own and (config.get("dilation") or 16 in strides)
     return name, _unseen(
         where,
@@ -226,10 +231,14 @@ def infer_detector(
         for key, pattern, dimension in _SIZES
         if (found := next((key for key in tensors if re.fullmatch(pattern, key)), None))
     }
+    own = unseen.own | LAYOUTS[name].architecture(tensors)
     if "levels" not in sizes and (levels := _count(tensors, r"levels\.(\d+)\.conv\.")):
         sizes["levels"] = levels
     if "width" not in sizes:
         raise UserError("the decoder's feedforward.inner.weight is missing: it shows the width")
+    if "points" in own and "offsets" in sizes:
+        shown = _heads(sizes["offsets"], own["points"], unseen)
+        unseen = unseen.model_copy(update={"heads": shown})
     heads, dropout = unseen.heads or HEADS, 0.0 if name == "dab_detr" else 0.1
     settings: dict[str, Any] = {
         **sizes,
@@ -239,7 +248,7 @@ def infer_detector(
         "encoder_layers": _count(tensors, r"encoder\.layers\.(\d+)\."),
         "decoder_layers": decoder_depth(tensors),
         "dropout": dropout if unseen.dropout is None else unseen.dropout,
-        "points": _points(sizes, heads),
+        "points": own["points"] if "points" in own else _points(sizes, heads),
         "box_refinement": "decoder.class_heads.1.weight" in tensors,
         "two_stage": "proposals.norm.weight" in tensors,
         "grid_temperature": float(unseen.temperature or TEMPERATURE),
@@ -249,7 +258,7 @@ def infer_detector(
         settings["queries"] = unseen.proposals or PROPOSALS
     known = DETECTORS.find(name).config_class.model_fields
     settings = {k: v for k, v in settings.items() if k in known}
-    settings |= unseen.own | LAYOUTS[name].architecture(tensors)
+    settings |= own
     try:
         config = DetectorConfig.parse(settings)
     except ValidationError as error:
@@ -259,7 +268,9 @@ def infer_detector(
 
 
 def _infer_backbone(tensors: Mapping[str, Tensor]) -> str:
-    """The ResNet that tensors ``backbone.layer1.0.conv1.weight`` and so on belong to."""
+    """The network that tensors by our names belong to: a ResNet, a ResNet-vd or an HGNetV2."""
+    if (hgnet_v2 := hgnet.name_of(tensors)) is not None:
+        return hgnet_v2
     blocks = tuple(_count(tensors, rf"backbone\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
     kind = "bottleneck" if "backbone.layer1.0.conv3.weight" in tensors else "basic"
     deep = "backbone.conv1.6.weight" in tensors  # the stem of a ResNet-vd
@@ -268,9 +279,22 @@ def _infer_backbone(tensors: Mapping[str, Tensor]) -> str:
     if (kind, blocks) not in known:
         raise UserError(
             f"the backbone has {blocks} {kind} blocks in its four stages: expected a ResNet "
-            f"({', '.join(known.values())}); detectors over other backbones cannot be imported"
+            f"({', '.join(known.values())}) or an HGNetV2; detectors over other backbones cannot "
+            "be imported"
         )
     return known[kind, blocks]
+
+
+def _heads(offsets: int, points: Sequence[int], unseen: Unseen) -> int:
+    """Attention heads of so many sampling offsets, where a level's points are known."""
+    heads, left = divmod(offsets, 2 * sum(points))
+    if left or unseen.heads not in (None, heads):
+        said = "" if unseen.heads is None else f", and {unseen.heads} heads are asked for"
+        raise UserError(
+            f"deformable attention has {offsets // 2} sampling offsets of {sum(points)} points for "
+            f"each head{said}: expected {heads or 1} heads and {sum(points)} offsets for each"
+        )
+    return heads
 
 
 def _points(sizes: Mapping[str, int], heads: int) -> int:
