@@ -55,6 +55,14 @@ VARIANTS = {
 }
 
 
+def tolerance(name: str) -> float:
+    """Of a loss that should be 0.
+
+    Boxes that start at a twentieth of the image make rounding twenty times larger in their overlap.
+    """
+    return 5e-5 if name.endswith("/giou") else 1e-5
+
+
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
 def test_all_losses_are_zero_when_student_is_teacher(
     any_detector: Build, images: ImageBatch, targets: Targets, settings: dict[str, object]
@@ -63,7 +71,7 @@ def test_all_losses_are_zero_when_student_is_teacher(
     module = distiller(copy.deepcopy(teacher), teacher, **settings)
     losses = distilled(losses_of(module, images, targets))
     assert {name.split("/")[1] for name in losses} == DISTILLATION_TERMS
-    assert all(abs(loss.item()) < 1e-5 for loss in losses.values()), losses
+    assert all(abs(loss.item()) < tolerance(name) for name, loss in losses.items()), losses
 
 
 def test_adaptive_losses_are_zero_whatever_part_of_the_queries_is_passed_on(
@@ -73,8 +81,9 @@ def test_adaptive_losses_are_zero_whatever_part_of_the_queries_is_passed_on(
     teacher = any_detector()
     module = distiller(copy.deepcopy(teacher), teacher, teacher_query_ratio=0.5)
     losses = distilled(losses_of(module, images, targets))
-    adaptive = [loss.item() for name, loss in losses.items() if name.startswith("adaptive/")]
-    assert len(adaptive) == 5 and all(abs(loss) < 1e-5 for loss in adaptive)
+    adaptive = {name: x.item() for name, x in losses.items() if name.startswith("adaptive/")}
+    assert len(adaptive) == 5
+    assert all(abs(loss) < tolerance(name) for name, loss in adaptive.items()), adaptive
 
 
 def test_losses_are_positive_when_student_differs(
@@ -193,7 +202,9 @@ def test_detection_losses_are_those_of_the_plain_student(
     plain = losses_of(distiller(student, None), images, targets)
     with_teacher = losses_of(distiller(student, any_detector()), images, targets)
     groups = ["detection", "proposals"] if student.config.queries_need_images else ["detection"]
-    assert set(plain) == {f"{group}/{term}" for group in groups for term in ("class", "l1", "giou")}
+    terms = {f"{group}/{term}" for group in groups for term in ("class", "l1", "giou")}
+    terms |= {"detection/fgl", "detection/ddf"} if student.config.refines_distributions else set()
+    assert set(plain) == terms
     for name, loss in plain.items():
         assert with_teacher[name].item() == pytest.approx(loss.item(), rel=1e-5)
 
@@ -378,8 +389,12 @@ def test_teacher_and_student_of_other_shapes(
         student, teacher, teacher_query_ratio=ratios[0], matched_pair_ratio=ratios[1], **settings
     )
     losses = losses_of(module, images, targets)
-    expected = 16 if student.config.queries > 1 else 14
-    assert len(losses) == expected + 3 * student.config.queries_need_images
+    terms = 3
+    if student.config.refines_distributions:  # the last layer's edges teach those before it
+        terms += 1 + (student.config.decoder_layers > 1)
+    supervised = 2 + ("denoising/class" in losses)  # and the main and the auxiliary group
+    expected = terms * supervised + 3 * student.config.queries_need_images
+    assert len(losses) == expected + (10 if student.config.queries > 1 else 8)
     assert all(torch.isfinite(loss) and loss >= -1e-5 for loss in losses.values()), losses
     torch.stack(list(losses.values())).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
