@@ -255,8 +255,8 @@ class QueryGroup:
         teacher: outputs of the teacher for these queries, with ``Supervision.TEACHER``.
         objects: [B, N] int64 object of each query, -1 for none, with ``Supervision.GIVEN``.
         copies: queries that learn each object, by which the losses are divided too.
-        pairs: queries of each image that have an object, with ``Supervision.GIVEN``; None where
-            the host does not know.
+        pairs: queries of each image that have an object, with ``Supervision.GIVEN``; None: the
+            host waits for the device to count them.
     """
 
     queries: ObjectQueries

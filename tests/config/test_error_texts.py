@@ -158,6 +158,17 @@ def test_settings_of_a_class_loss_belong_to_it() -> None:
     assert "set_criterion.quality_alpha has no effect with class_loss 'focal'" in text
 
 
+def test_settings_of_edges_belong_to_detectors_that_refine_them() -> None:
+    criterion = "optimisation.set_criterion"
+    for setting in ("fgl_weight=0.3", "ddf_weight=0", "union_matching=true"):
+        text = refusal(f"{criterion}.{setting}")
+        key = setting.partition("=")[0]
+        assert f"{criterion}.{key} has no effect on detector 'conditional_detr'" in text
+    boxes = ("distillation.method=teach_detr", "teacher.detections=boxes.json")
+    text = refusal("distillation.set_criterion.ddf_weight=1", *boxes)
+    assert "set_criterion.ddf_weight has no effect: of a teacher's boxes" in text
+
+
 def test_a_setting_without_effect_is_refused() -> None:
     text = refusal("distillation.warmup_steps=3")
     assert "  - distillation.warmup_steps: has no effect on method 'none', only on" in text

@@ -65,6 +65,18 @@ def test_a_detector_names_the_class_loss_of_its_students(monkeypatch: pytest.Mon
     )
 
 
+def test_a_d_fine_learns_as_published_unless_told_otherwise() -> None:
+    kind, key = "student.detector.name=d_fine", "optimisation.set_criterion"
+    criterion = minimal(kind).optimisation.set_criterion
+    assert (criterion.class_loss, criterion.class_weight) == ("varifocal", 1.0)
+    assert (criterion.fgl_weight, criterion.ddf_weight) == (0.15, 1.5)
+    assert criterion.union_matching
+    settings = ("class_loss=mal", "union_matching=false", "fgl_weight=0.3", "ddf_weight=0")
+    criterion = minimal(kind, *(f"{key}.{one}" for one in settings)).optimisation.set_criterion
+    assert criterion.class_loss == "mal" and not criterion.union_matching
+    assert (criterion.fgl_weight, criterion.ddf_weight) == (0.3, 0.0)
+
+
 def test_lists_become_tuples_and_text_becomes_paths() -> None:
     config = minimal(
         "student.detector.backbone.stage_widths=[8, 16]", "student.backbone_weights=a/b.safetensors"

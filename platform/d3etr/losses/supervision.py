@@ -136,7 +136,7 @@ class GroundTruthSupervision:
         of_student = self.solver.start_named(problems)
         given = {
             name: given_assignment(
-                group.objects[: targets.labelled], learners[name].layers.layers, group.pairs or ()
+                group.objects[: targets.labelled], learners[name].layers.layers, group.pairs
             )
             for name, group in groups.items()
             if group.supervision is Supervision.GIVEN and group.objects is not None

@@ -45,7 +45,7 @@ class SharedPairs:
 def given_assignment(
     objects: Tensor,
     layers: int,
-    pairs: tuple[int, ...] = (),
+    pairs: tuple[int, ...] | None = None,
     slots: int | None = None,
 ) -> Assignment:
     """Queries with objects that are known, the same in each layer.
@@ -53,7 +53,8 @@ def given_assignment(
     Args:
         objects: [B, N] int64 index of each query's object, -1 for none.
         layers: L.
-        pairs: queries of each image that have an object, where the host knows.
+        pairs: queries of each image, or more images, that have an object; empty where only the
+            device knows; None waits for it to count them.
         slots: P, at least as many as any image has; None: N.
     """
     used = objects >= 0
@@ -61,8 +62,11 @@ def given_assignment(
     rows = used.int().argsort(dim=1, descending=True, stable=True)[:, :slots]
     valid = used.gather(1, rows)
     columns = objects.gather(1, rows).clamp(min=0)
+    counts = tuple(used.sum(1).tolist()) if pairs is None else pairs[: len(objects)]
     expand = (layers, -1, -1)
-    return Assignment((rows * valid).expand(expand), (columns * valid).expand(expand), pairs, valid)
+    return Assignment(
+        (rows * valid).expand(expand), (columns * valid).expand(expand), counts, valid
+    )
 
 
 def shared_pairs(
@@ -89,7 +93,7 @@ def shared_pairs(
     if objects:
         most, best = votes[:, :none].view(images, queries, objects).max(-1)
         found = best.where(most > 0, -1)
-    assignment = given_assignment(found, 1, slots=min(queries, slots))
+    assignment = given_assignment(found, 1, (), slots=min(queries, slots))
     pairs, single = assignment.valid_mask.sum(1).float(), num_objects.clamp(max=queries).float()
     weights = assignment.valid_mask * (num_objects / pairs.clamp(min=1))[:, None]
     growth = torch.where(single > 0, pairs / single.clamp(min=1), 1.0)
