@@ -349,7 +349,7 @@ CONFIG: dict[str, Any] = {
     [
         (
             {"model_type": "yolos"},
-            "model_type is yolos; expected one of conditional_detr, dab-detr",
+            "model_type is yolos; expected one of conditional_detr, d_fine, dab-detr",
         ),
         ({"architectures": ["DetrForSegmentation"]}, "expected a ...ForObjectDetection"),
         ({"activation_function": "gelu"}, "activation_function is 'gelu', expected 'relu'"),

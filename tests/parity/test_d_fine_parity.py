@@ -162,7 +162,11 @@ def test_every_layer_and_the_selection_equal_theirs(variant: Variant, tmp_path: 
         variant.levels,
         *(11, 4, 40),
     )
-    pixels = torch.randn(2, 3, *variant.image)
+    require_equal(detector, model, torch.randn(2, 3, *variant.image))
+
+
+def require_equal(detector: DFINE, model: Any, pixels: Tensor) -> None:
+    """What both make of images: the selection, first outputs, and those of every layer."""
     theirs = model.model(pixels)
     memory = detector.encode(ImageBatch(pixels))
     queries = detector.object_queries(memory)

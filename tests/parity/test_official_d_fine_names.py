@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from test_d_fine_parity import CLASSES, VARIANTS, their_model
+from test_d_fine_parity import CLASSES, VARIANTS, require_equal, their_model
 from test_hgnet import OFFICIAL as NETWORK
 from test_official_rt_detr_names import DECODER
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.d_fine.modeling_d_fine import DFineMLP, DFineMLPPredictionHead
 
+from d3etr.detectors.d_fine import DFINE
 from d3etr.detectors.imports.importing import import_weights
 from d3etr.detectors.imports.layouts import official_detector
+from d3etr.detectors.imports.settings import Unseen
 from d3etr.detectors.weights import load_weights
 from d3etr.errors import UserError
 
@@ -125,6 +129,32 @@ def test_official_checkpoints_equal_hugging_faces(variant: str, tmp_path: Path) 
     assert (ours.config.queries, ours.config.heads) == (300, 4)  # no tensor shows the former
     for name, tensor in expected.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor), name
+
+
+@torch.no_grad()
+def test_checkpoints_of_deim_have_another_activation(tmp_path: Path) -> None:
+    """Which tensors do not show: it is asked for where a file's name says DEIM, else noted."""
+    model = their_model(VARIANTS["S"])
+    for name, module in model.model.named_modules():
+        if isinstance(module, DFineMLPPredictionHead):
+            module.forward = functools.partial(DFineMLP.forward, module)
+        if isinstance(module, DFineMLP | DFineMLPPredictionHead) and "encoder.aifi" not in name:
+            module.act = nn.SiLU()
+    source, target = tmp_path / "deim_s.pth", tmp_path / "ours.safetensors"
+    torch.save(official_state(model.state_dict()), source)
+    categories = tuple((index, f"LABEL_{index}") for index in range(CLASSES))
+    with pytest.raises(UserError, match="say --activation silu or relu"):
+        import_weights(source, target, None, categories)
+    result = import_weights(source, target, Unseen(activation="silu"), categories)
+    assert (result.architecture["activation"], result.notes) == ("silu", ())
+    detector = load_weights(target)[0].eval()
+    assert isinstance(detector, DFINE)
+    detector.proposals.queries = 11  # of 300, which no tensor shows
+    require_equal(detector, model, torch.randn(2, 3, 96, 128))
+    source = source.rename(tmp_path / "s.pth")
+    result = import_weights(source, target, None, categories)
+    assert result.architecture["activation"] == "relu"
+    assert [note for note in result.notes if "import it with --activation silu" in note]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="of DAB-DETR's position encoding, where nothing says (20; official R50-DC5: 10)",
     )
     parser.add_argument(
+        "--activation",
+        choices=("relu", "silu"),
+        help="within D-FINE's decoder, where nothing says (relu; DEIM's: silu)",
+    )
+    parser.add_argument(
         "--backbone",
         metavar="NAME",
         help="timm/NAME or a ResNet-vd (resnet50vd, of timm's resnet50d): the network whose file "
@@ -79,7 +84,12 @@ def _run(options: Namespace) -> int:
         _, annotated = find_format(AUTO, options.categories)
         known = annotated.read(Source(options.categories)).categories
         categories = tuple((category.id, category.name) for category in known)
-    unseen = Unseen(heads=options.heads, dilation=options.dilation, temperature=options.temperature)
+    unseen = Unseen(
+        heads=options.heads,
+        dilation=options.dilation,
+        temperature=options.temperature,
+        activation=options.activation,
+    )
     ensure_other_file(options.source, options.target)
     backbone = None if options.backbone is None else _named(options.backbone)
     imported = import_weights(options.source, options.target, unseen, categories, backbone)

@@ -35,7 +35,7 @@ from d3etr.detectors.hybrid_encoder import (
 )
 from d3etr.detectors.initialisation import initialise_last
 from d3etr.detectors.selection import SelectingConfig, SelectingDecoder, SelectingDetector
-from d3etr.detectors.transformer import MLP, run_decoder
+from d3etr.detectors.transformer import MLP, Activation, relu, run_decoder
 from d3etr.edge_distributions import BoxDistributions
 from d3etr.matching.edges import bin_distances, mean_distances, moved_edges
 from d3etr.structures import Memory, ObjectQueries
@@ -61,6 +61,14 @@ class DFINEConfig(SelectingConfig):
     """How far edges move at most, in sides of the first box; the outermost bins twice as far."""
     curvature: Annotated[float, Field(gt=0, le=MAXIMUM)] = 4.0
     """How much finer bins are around 0."""
+
+    activation: Literal["relu", "silu"] = "relu"
+    """Between linear layers of the decoder and of heads: D-FINE's, or DEIM's silu."""
+
+    @property
+    def decoder_activation(self) -> Activation:
+        """What is between linear layers of the decoder and of heads."""
+        return silu if self.activation == "silu" else relu
 
     @property
     def level_points(self) -> tuple[int, ...]:
@@ -155,7 +163,7 @@ class DFINELayer(DeformableDecoderLayer):
 
     def __init__(self, config: DFINEConfig) -> None:
         attention = UnevenDeformableAttention(config.width, config.heads, config.level_points)
-        super().__init__(config, SelfAttention(config), attention)
+        super().__init__(config, SelfAttention(config), attention, config.decoder_activation)
         self.cross_norm = Gate(config.width)
 
     def join(self, hidden: Tensor, mixed: Tensor) -> Tensor:
@@ -172,14 +180,17 @@ class DFINEDecoder(SelectingDecoder):
     """
 
     def __init__(self, config: DFINEConfig, classes: int) -> None:
-        super().__init__(config.width)
+        super().__init__(config)
+        activation = config.decoder_activation
         width, depth, outputs = config.width, config.decoder_layers, 4 * (config.bins + 1)
         self.layers = nn.ModuleList(DFINELayer(config) for _ in range(depth))
-        self.first_box_head = MLP((width, width, width, 4))
+        self.first_box_head = MLP((width, width, width, 4), activation)
         self.class_heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(depth))
-        self.box_heads = nn.ModuleList(MLP((width, width, width, outputs)) for _ in range(depth))
+        self.box_heads = nn.ModuleList(
+            MLP((width, width, width, outputs), activation) for _ in range(depth)
+        )
         self.quality_heads = nn.ModuleList(
-            MLP((4 * (STEEPEST + 1), QUALITY_WIDTH, 1)) for _ in range(depth)
+            MLP((4 * (STEEPEST + 1), QUALITY_WIDTH, 1), activation) for _ in range(depth)
         )
 
     def embed_boxes(self, boxes: Tensor) -> Tensor:

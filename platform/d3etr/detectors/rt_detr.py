@@ -48,7 +48,7 @@ class RTDETRDecoder(SelectingDecoder):
     """
 
     def __init__(self, config: RTDETRConfig, classes: int) -> None:
-        super().__init__(config.width)
+        super().__init__(config)
         width, depth = config.width, config.decoder_layers
         self.layers = nn.ModuleList(
             DeformableDecoderLayer(

@@ -30,7 +30,7 @@ from d3etr.detectors.initialisation import (
 )
 from d3etr.detectors.places import tokens_at_places
 from d3etr.detectors.proposals import first_boxes
-from d3etr.detectors.transformer import MLP
+from d3etr.detectors.transformer import MLP, Activation, relu
 from d3etr.structures import (
     DecoderOutputs,
     Grids,
@@ -83,6 +83,11 @@ class SelectingConfig(DetectorConfig):
         return {"class_loss": "varifocal", "class_weight": 1.0}
 
     @property
+    def decoder_activation(self) -> Activation:
+        """What is between linear layers of the decoder and of heads."""
+        return relu
+
+    @property
     def proposals_tell_classes(self) -> bool:
         """The selected tokens learn objects' classes."""
         return True
@@ -128,7 +133,7 @@ class Selection(nn.Module):
     """Scores every token by its classes; the best ones propose boxes.
 
     Args:
-        config: uses width and queries.
+        config: uses width, queries and decoder_activation.
         classes: C.
     """
 
@@ -139,7 +144,7 @@ class Selection(nn.Module):
         self.projection = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.class_head = nn.Linear(width, classes)
-        self.box_head = MLP((width, width, width, 4))
+        self.box_head = MLP((width, width, width, 4), config.decoder_activation)
 
     def states(self, tokens: Tensor) -> Tensor:
         """What a query starts from, of tokens [.., D]."""
@@ -183,16 +188,17 @@ class SelectingDecoder(nn.Module):
     """Layers with heads of their own, and what makes embeddings of boxes.
 
     Args:
-        width: D.
+        config: uses width and decoder_activation.
     """
 
     layers: nn.ModuleList
     class_heads: nn.ModuleList
     box_heads: nn.ModuleList
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, config: SelectingConfig) -> None:
         super().__init__()
-        self.position_head = MLP((4, 2 * width, width))
+        width = config.width
+        self.position_head = MLP((4, 2 * width, width), config.decoder_activation)
 
     def embed(self, references: Tensor) -> Tensor:
         """Query embeddings [.., N, D] of boxes [.., N, 4] before the sigmoid."""

@@ -11,32 +11,11 @@ from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.attention import SelfAttention
 from d3etr.detectors.groups import AttentionTrace, GroupSize, LayerAttention
 from d3etr.structures import Memory
-
-
-class MLP(nn.Module):
-    """Linear layers with ReLU between them.
-
-    Args:
-        widths: channels from input to output; one linear layer between neighbours.
-    """
-
-    def __init__(self, widths: Sequence[int]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., widths[0]] to [..., widths[-1]]."""
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = functional.relu(layer(x), inplace=True)
-        return last(x)  # type: ignore[no-any-return]
-
 
 Activation = Callable[[], nn.Module]
 """Makes the activation of one layer."""
@@ -45,6 +24,27 @@ Activation = Callable[[], nn.Module]
 def relu() -> nn.Module:
     """What most layers have."""
     return nn.ReLU(inplace=True)
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation between them.
+
+    Args:
+        widths: channels from input to output; one linear layer between neighbours.
+        activation: between them.
+    """
+
+    def __init__(self, widths: Sequence[int], activation: Activation = relu) -> None:
+        super().__init__()
+        self.activation = activation()
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., widths[0]] to [..., widths[-1]]."""
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = self.activation(layer(x))
+        return last(x)  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Module):

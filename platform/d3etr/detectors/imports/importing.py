@@ -45,7 +45,7 @@ from d3etr.detectors.weights import (
 )
 from d3etr.errors import UserError
 
-_OPTIONS = ("heads", "dilation", "temperature")
+_OPTIONS = ("heads", "dilation", "temperature", "activation")
 """What a user may say of a checkpoint without ``args``."""
 _FIRST_NAMES = ("conv1.", "features.", "layers.", "stem.")
 """How the first tensor of torchvision's networks is called."""
@@ -191,8 +191,9 @@ def _from_folder(source: Path) -> _Theirs:
 
 def _from_checkpoint(source: Path, found: Found, name: str, given: dict[str, Any]) -> _Theirs:
     """An official checkpoint; asks where a default would be a guess that spoils detections."""
-    if name != "dab_detr" and "temperature" in given:
-        _refuse(source, {"temperature": given["temperature"]}, f"{name} has no such setting")
+    for key, kind in (("temperature", "dab_detr"), ("activation", "d_fine")):
+        if name != kind and key in given:
+            _refuse(source, {key: given[key]}, f"{name} has no such setting")
     unseen = from_args(found.settings, str(source))
     for key, value in given.items():
         if getattr(unseen, key) not in (None, value):
@@ -204,6 +205,11 @@ def _from_checkpoint(source: Path, found: Found, name: str, given: dict[str, Any
         raise UserError(
             f"{source}: named like a detector with dilation (DC5), which weights do not show: say "
             "--dilation or --no-dilation"
+        )
+    if name == "d_fine" and unseen.activation is None and "deim" in source.name.lower():
+        raise UserError(
+            f"{source}: named like DEIM's, whose code has silu where D-FINE's has relu, which "
+            "weights do not show: say --activation silu or relu"
         )
     if name == "dab_detr" and unseen.dilation and unseen.temperature is None:
         raise UserError(

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from d3etr.config.backbones import RESNET_VD
+from d3etr.config.backbones import RESNET_VD, family_of
 from d3etr.config.base import Section
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import DetectorConfig
@@ -91,6 +91,8 @@ class Unseen(Section):
     """Of DAB-DETR's position encoding."""
     dropout: float | None = None
     """Probability in training."""
+    activation: Literal["relu", "silu"] | None = None
+    """Within D-FINE's decoder and heads."""
     proposals: Annotated[int, Field(ge=1)] | None = None
     """A two-stage detector's queries."""
     epsilon: float = HUGGING_FACES_EPSILON
@@ -164,6 +166,7 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
         heads=_equal(config, "encoder_attention_heads", "decoder_attention_heads", where) or HEADS,
         dilation=bool(dilation),
         dropout=config.get("dropout"),
+        activation=config.get("decoder_activation_function"),
         proposals=config.get("two_stage_num_proposals", config.get("num_queries")),
         own=LAYOUTS[name].unseen(config),
         temperature=_equal(config, "temperature_height", "temperature_width", where) or TEMPERATURE,
@@ -253,6 +256,7 @@ def infer_detector(
         "two_stage": "proposals.norm.weight" in tensors,
         "grid_temperature": float(unseen.temperature or TEMPERATURE),
         "inverse_sigmoid_epsilon": unseen.epsilon,
+        "activation": unseen.activation or "relu",
     }
     if "queries" not in sizes:
         settings["queries"] = unseen.proposals or PROPOSALS
@@ -264,7 +268,7 @@ def infer_detector(
     except ValidationError as error:
         found = "; ".join(problem["msg"] for problem in error.errors())
         raise UserError(f"these tensors make no {name}: {found}") from error
-    return config, _assumptions(name, unseen)
+    return config, _assumptions(config, unseen)
 
 
 def _infer_backbone(tensors: Mapping[str, Tensor]) -> str:
@@ -309,14 +313,19 @@ def _points(sizes: Mapping[str, int], heads: int) -> int:
     return offsets // each
 
 
-def _assumptions(name: str, unseen: Unseen) -> list[str]:
-    notes = []
+def _assumptions(config: DetectorConfig, unseen: Unseen) -> list[str]:
+    name, notes = config.name, []
     if unseen.heads is None:
         notes.append(f"attention heads cannot be seen from weights: assumed {HEADS} (--heads)")
-    if unseen.dilation is None:
+    if unseen.dilation is None and family_of(config.backbone.name) == "ResNet":
         notes.append(
             "dilation (DC5) cannot be seen from weights: assumed none; if the detector is a DC5 "
             "one, import it with --dilation, or its detections will be wrong"
+        )
+    if name == "d_fine" and unseen.activation is None:
+        notes.append(
+            "the activation cannot be seen from weights: assumed relu, D-FINE's; if it is DEIM's "
+            "detector, import it with --activation silu, or its detections will be wrong"
         )
     if name == "dab_detr" and unseen.temperature is None:
         notes.append(
