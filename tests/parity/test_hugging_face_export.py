@@ -13,10 +13,14 @@ from test_imported_detections import PICTURES, assert_same, detect, write_pictur
 
 from d3etr.cli.main import main
 from d3etr.config.data import PreprocessingConfig
-from d3etr.config.detector import DetectorConfig
+from d3etr.config.detector import BackboneConfig, DetectorConfig
+from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
+from d3etr.detectors.exports.backbones import describe_backbone
 from d3etr.detectors.imports.importing import import_weights
+from d3etr.detectors.imports.layouts import rename_backbone
+from d3etr.detectors.timm_weights import INNER
 from d3etr.detectors.weights import WeightsInfo, load_weights, read_info, save_weights
 from d3etr.inference import load
 from d3etr.registry import DETECTORS
@@ -227,3 +231,18 @@ def test_exported_folders_detect_the_same_and_come_back(
     [found] = predictor.predict(path, threshold=0)
     assert_same(found, _detect(model, processor, path), (height, width))
     _assert_comes_back(folder, weights)
+
+
+@pytest.mark.parametrize("size", range(7))
+def test_every_hgnet_has_the_right_sizes(size: int) -> None:
+    name = f"timm/hgnetv2_b{size}.some_weights"
+    settings = describe_backbone(BackboneConfig(name=name), 3)
+    assert settings.pop("model_type") == "hgnet_v2"
+    with torch.device("meta"):
+        network = transformers.HGNetV2Backbone(transformers.HGNetV2Config(**settings))
+        ours = build_backbone(BackboneConfig(name=f"timm/hgnetv2_b{size}"))
+    found = {n: x.shape for n, x in rename_backbone(network.state_dict()).items()}
+    expected = {n.removeprefix(INNER): x.shape for n, x in ours.state_dict().items()}
+    counters = {name for name in found if name.endswith("num_batches_tracked")}
+    assert {n: x for n, x in found.items() if n not in counters} == expected
+    assert network.channels == [*ours.stage_channels[1:]]
