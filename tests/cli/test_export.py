@@ -75,7 +75,17 @@ def _saved(folder: Path, preprocessing: PreprocessingConfig | None = None, **set
         ({"name": "dab_detr", "inverse_sigmoid_epsilon": 1e-3}, "theirs always 1e-05"),
         ({"name": "dab_detr", "grid_temperature": 20.5}, "theirs a whole number"),
         ({"name": "rt_detr", "learned_content": True}, "its queries have a learned content"),
+        ({"name": "d_fine", "learned_content": True}, "its queries have a learned content"),
+        (
+            {"name": "d_fine", "preprocessing": PreprocessingConfig(exact_size=(96, 100))},
+            "its exact_size is 96 x 100, and theirs takes multiples of 32 only",
+        ),
         ({"backbone": {"name": "small"}}, "the backbone is 'small', and only these"),
+        ({"backbone": {"name": "timm/convnext_atto"}}, "timm/hgnetv2_b0 to b6"),
+        (
+            {"backbone": {"name": "timm/hgnetv2_b0", "norm": "group"}},
+            "the backbone has GroupNorm",
+        ),
         ({"backbone": {"name": "resnext50_32x4d"}}, "the backbone is 'resnext50_32x4d'"),
         ({"backbone": {"name": "resnet18", "norm": "group"}}, "the backbone has GroupNorm"),
         ({"backbone": {"name": "resnet18", "dilation": True}}, "a dilated 'resnet18' is not"),

@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from test_imported_detections import PICTURES, assert_same, detect, write_pictures
-from torch import Tensor
 
 from d3etr.cli.main import main
 from d3etr.config.data import PreprocessingConfig
-from d3etr.config.detector import DetectorConfig
+from d3etr.config.detector import BackboneConfig, DetectorConfig
+from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
+from d3etr.detectors.exports.backbones import describe_backbone
 from d3etr.detectors.imports.importing import import_weights
-from d3etr.detectors.imports.layouts import UNUSED, rename
+from d3etr.detectors.imports.layouts import rename_backbone
+from d3etr.detectors.timm_weights import INNER
 from d3etr.detectors.weights import WeightsInfo, load_weights, read_info, save_weights
 from d3etr.inference import load
 from d3etr.registry import DETECTORS
@@ -46,6 +47,13 @@ RT_DETR = {
     "encoder_feedforward": 40,
     "expansion": 0.5,
 }
+D_FINE = {
+    "name": "d_fine",
+    "backbone": {"name": "timm/hgnetv2_b0"},
+    "encoder_width": 32,
+    "encoder_feedforward": 40,
+    "bins": 8,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "detr": {"name": "detr", "classification": "softmax", "unused_outputs": 2},
     "detr-without-encoder": {"name": "detr", "classification": "softmax", "encoder_layers": 0},
@@ -64,9 +72,41 @@ KINDS: dict[str, dict[str, Any]] = {
         "box_refinement": True,
         "two_stage": True,
     },
-    "rt_detr": {**RT_DETR},
-    "rt_detr-v2": {**RT_DETR, "levels": 2, "sampling": "discrete"},
+    "rt_detr": {**RT_DETR, "backbone": {"name": "resnet18vd"}},
+    "rt_detr-resnet50vd": {
+        **RT_DETR,
+        "backbone": {"name": "resnet50vd"},
+        "denoising": {"queries": 20, "label_noise": 0.3, "box_noise": 0.5},
+    },
+    "rt_detr-over-hgnet": {**RT_DETR, "backbone": {"name": "timm/hgnetv2_b1"}, "levels": 2},
+    "rt_detr-v2": {
+        **RT_DETR,
+        "backbone": {"name": "resnet18vd"},
+        "levels": 2,
+        "sampling": "discrete",
+        "denoising": {"queries": 0},
+    },
+    "d_fine": {**D_FINE, "encoder_blocks": 1, "expansion": 0.5},
+    "d_fine-two-levels": {
+        **D_FINE,
+        "levels": 2,
+        "points": (6, 6),
+        "encoder_blocks": 2,
+        "denoising": {"queries": 0},
+    },
+    "d_fine-wider-encoder": {
+        **D_FINE,
+        "backbone": {"name": "timm/hgnetv2_b4"},
+        "encoder_width": 48,
+        "points": (2, 2, 2),
+        "bound": 0.3,
+        "curvature": 7.5,
+    },
+    "d_fine-over-resnet": {**D_FINE, "backbone": {"name": "resnet18vd"}, "points": (4, 2, 2)},
 }
+SELECTING = ("rt_detr", "d_fine")
+BOUNDED = PreprocessingConfig(shortest_side=96, longest_side=200)
+STRETCHED = PreprocessingConfig(exact_size=(96, 160), normalisation="unit")
 
 
 @torch.no_grad()
@@ -83,6 +123,8 @@ def _randomise(detector: DetectionTransformer) -> None:
             tensor.normal_()
         elif name == "projection.weight" or ("levels.projections" in name and tensor.dim() == 4):
             tensor.normal_(std=1e-3)  # features of a random ResNet are in the thousands
+        elif name.endswith((".lab.scale", ".lab.bias")):
+            tensor.add_(0.2 * torch.rand_like(tensor))
         elif tensor.dim() == 2:
             tensor.normal_(std=spread * tensor.shape[1] ** -0.5)
         elif tensor.is_floating_point():
@@ -98,7 +140,7 @@ def _weights(folder: Path, **architecture: Any) -> Path:
     info = WeightsInfo(
         detector=config,
         categories=tuple(zip(IDS, NAMES, strict=True)),
-        preprocessing=PreprocessingConfig(shortest_side=96, longest_side=200),
+        preprocessing=STRETCHED if config.name in SELECTING else BOUNDED,
     )
     save_weights(folder / "weights.safetensors", detector, info)
     return folder / "weights.safetensors"
@@ -121,8 +163,8 @@ def _batch(padded: bool) -> ImageBatch:
 
 @torch.no_grad()
 def _assert_equal_outputs(ours: DetectionTransformer, model: Any, softmax: bool) -> None:
-    # Their RT-DETR does not look at the mask.
-    images = _batch(padded=not model.config.model_type.startswith("rt_detr"))
+    # Their RT-DETR and D-FINE do not look at the mask.
+    images = _batch(padded=not model.config.model_type.startswith(SELECTING))
     visible = torch.ones_like(images.pixels[:, 0], dtype=torch.long)
     if images.padding is not None:
         visible[images.padding] = 0
@@ -152,23 +194,17 @@ def test_every_detector_is_exported() -> None:
     assert {kind["name"] for kind in KINDS.values()} == {*DETECTORS.built_in}
 
 
-def _assert_comes_back(folder: Path, weights: Path, box_refinement: bool) -> None:
-    """Bit by bit, through the command's own import where it knows the kind of detector."""
-    expected, info = load_file(weights), read_info(weights)
-    if info.detector.name == "rt_detr":
-        tensors = load_file(folder / "model.safetensors")
-        found: dict[str, Tensor] = rename(tensors, "rt_detr", box_refinement=box_refinement)
-        expected = {name: x for name, x in expected.items() if not name.endswith(UNUSED)}
-    else:
-        target = folder.parent / "again.safetensors"
-        imported = import_weights(folder, target)
-        assert imported.categories == NAMES
-        again = read_info(target)
-        assert again.preprocessing == info.preprocessing
-        assert again.detector == info.detector
-        if again.detector.softmax_classes and info.detector.unused_outputs:
-            assert again.categories == info.categories
-        found = load_file(target)
+def _assert_comes_back(folder: Path, weights: Path) -> None:
+    """Bit by bit, and the same architecture."""
+    target = folder.parent / "again.safetensors"
+    imported = import_weights(folder, target)
+    assert imported.categories == NAMES
+    info, again = read_info(weights), read_info(target)
+    assert again.preprocessing == info.preprocessing
+    assert again.detector == info.detector
+    if again.detector.softmax_classes and info.detector.unused_outputs:
+        assert again.categories == info.categories
+    expected, found = load_file(weights), load_file(target)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -192,10 +228,21 @@ def test_exported_folders_detect_the_same_and_come_back(
     _assert_equal_outputs(ours, model.eval(), info.detector.softmax_classes)
     predictor = load(weights, "cpu")
     path, (height, width) = write_pictures(tmp_path)[0], PICTURES[0]
-    if info.detector.name == "rt_detr":  # theirs takes multiples of 32 only
-        width -= width % 32
-        with Image.open(path) as picture:
-            picture.crop((0, 0, width, height)).save(path)
     [found] = predictor.predict(path, threshold=0)
     assert_same(found, _detect(model, processor, path), (height, width))
-    _assert_comes_back(folder, weights, KINDS[kind].get("box_refinement", False))
+    _assert_comes_back(folder, weights)
+
+
+@pytest.mark.parametrize("size", range(7))
+def test_every_hgnet_has_the_right_sizes(size: int) -> None:
+    name = f"timm/hgnetv2_b{size}.some_weights"
+    settings = describe_backbone(BackboneConfig(name=name), 3)
+    assert settings.pop("model_type") == "hgnet_v2"
+    with torch.device("meta"):
+        network = transformers.HGNetV2Backbone(transformers.HGNetV2Config(**settings))
+        ours = build_backbone(BackboneConfig(name=f"timm/hgnetv2_b{size}"))
+    found = {n: x.shape for n, x in rename_backbone(network.state_dict()).items()}
+    expected = {n.removeprefix(INNER): x.shape for n, x in ours.state_dict().items()}
+    counters = {name for name in found if name.endswith("num_batches_tracked")}
+    assert {n: x for n, x in found.items() if n not in counters} == expected
+    assert network.channels == [*ours.stage_channels[1:]]

@@ -50,8 +50,9 @@ def export_folder(folder: Path, detector: DetectionTransformer, info: WeightsInf
         def take(tensors: Mapping[str, Tensor], agree: Agree) -> dict[str, Tensor]:
             refined = bool(settings.get("with_box_refine"))
             found = rename(tensors, info.detector.name, box_refinement=refined, agree=agree)
-            count, softmax = len(described.model["id2label"]), info.detector.softmax_classes
-            choose_rows(found, described.slots, count, softmax)
+            count, config = len(described.model["id2label"]), info.detector
+            softmax, classes_first = config.softmax_classes, config.proposals_tell_classes
+            choose_rows(found, described.slots, count, softmax, classes_first)
             return found
 
         # What the import does not look at, such as counters of batches, is as transformers has it.

@@ -12,32 +12,26 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
-from d3etr.config.data import PreprocessingConfig
-from d3etr.config.detector import BackboneConfig, DetectorConfig
+from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.d_fine import DFINEConfig
 from d3etr.detectors.dab_detr import DABDETRConfig
 from d3etr.detectors.deformable_detr import DeformableDETRConfig
 from d3etr.detectors.detr import DETRConfig
+from d3etr.detectors.exports.backbones import describe_backbone, problems_of_backbone
+from d3etr.detectors.exports.preprocessing import (
+    describe_preprocessing,
+    problems_of_preprocessing,
+)
 from d3etr.detectors.feature_levels import BACKBONE_LEVELS
 from d3etr.detectors.imports.categories import UNNAMED, Categories
-from d3etr.detectors.imports.settings import HUGGING_FACES_EPSILON, RESNETS
+from d3etr.detectors.imports.settings import HUGGING_FACES_EPSILON
 from d3etr.detectors.rt_detr import RTDETRConfig
-from d3etr.detectors.torchvision_weights import MEAN, STD
+from d3etr.detectors.selection import SelectingConfig
 from d3etr.detectors.weights import WeightsInfo
 from d3etr.errors import UserError
 
 Settings = dict[str, Any]
-
-WIDTHS: Mapping[str, tuple[int, ...]] = MappingProxyType(
-    {"basic": (64, 128, 256, 512), "bottleneck": (256, 512, 1024, 2048)}
-)
-"""Channels of a ResNet's four stages."""
-_STAGES = 4
-_ANY_SIDE = 65_536
-"""Longest side of an image, where nothing bounds it: their setting needs a number."""
-_PLAIN = {name: network for network, name in RESNETS.items()}
-_VD = {f"{name}vd": network for name, network in _PLAIN.items()}
-"""ResNet-vd: (kind of block, blocks per stage) by name. transformers has them as RT-DETR's."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +60,15 @@ class Kind:
         processor: their class of image processors.
         stages: how many of the backbone's last stages it reads.
         problems: what transformers has no setting for, and what to do about it.
+        fuses: levels of twice and half the size, for which images have to be multiples of the
+            coarsest stride.
     """
 
     model: Callable[[Any, DetectionTransformer], Settings]
     processor: str
     stages: Callable[[Any], int] = lambda config: 1
     problems: Callable[[Any], list[str]] = lambda config: []
+    fuses: bool = False
 
 
 def describe(detector: DetectionTransformer, info: WeightsInfo) -> Described:
@@ -90,8 +87,10 @@ def describe(detector: DetectionTransformer, info: WeightsInfo) -> Described:
             f"transformers has no detector '{config.name}': expected one of {', '.join(KINDS)}"
         )
     kind = KINDS[config.name]
-    problems = [*kind.problems(config), *_problems_of_backbone(config.backbone)]
-    problems += [*_problems_of_preprocessing(info.preprocessing), *_of_names(info.categories)]
+    problems = [*kind.problems(config), *problems_of_backbone(config.backbone)]
+    multiple = detector.level_strides[-1] if kind.fuses else 1
+    problems += problems_of_preprocessing(info.preprocessing, multiple)
+    problems += _of_names(info.categories)
     if problems:
         raise UserError(f"transformers has no such {config.name}: {'; '.join(problems)}")
     unused = config.unused_outputs if isinstance(config, DETRConfig) else 0
@@ -100,11 +99,11 @@ def describe(detector: DetectionTransformer, info: WeightsInfo) -> Described:
     names |= {slot: name for slot, (_, name) in zip(slots, info.categories, strict=True)}
     model = {
         **kind.model(config, detector),
-        "backbone_config": _backbone(config.backbone, kind.stages(config)),
+        "backbone_config": describe_backbone(config.backbone, kind.stages(config)),
         "id2label": names,
         "label2id": {name: slot for slot, name in names.items()},
     }
-    return Described(model, kind.processor, _preprocessing(info.preprocessing), slots)
+    return Described(model, kind.processor, describe_preprocessing(info.preprocessing), slots)
 
 
 def class_slots(categories: Categories, unused: int) -> list[int]:
@@ -201,39 +200,68 @@ def _deformable(config: DeformableDETRConfig, detector: DetectionTransformer) ->
     }
 
 
-def _rt_detr(config: RTDETRConfig, detector: DetectionTransformer) -> Settings:
-    """RT-DETR, or RT-DETRv2 where sampling asks for it; the two are the same otherwise."""
-    channels = detector.backbone.stage_channels[-config.levels :]
+def _selecting(config: SelectingConfig, detector: DetectionTransformer) -> Settings:
+    """What RT-DETR and its kin have in common."""
+    noise = config.denoising
     settings = {
-        "model_type": "rt_detr",
         **_common(config),
         "encoder_hidden_dim": config.encoder_width,
         "encoder_ffn_dim": config.encoder_feedforward,
-        "encoder_in_channels": list(channels),
+        "encoder_in_channels": list(detector.backbone.stage_channels[-config.levels :]),
         "decoder_in_channels": [config.encoder_width] * config.levels,
         "feat_strides": list(detector.level_strides),
         "encode_proj_layers": [config.levels - 1],
         "hidden_expansion": config.expansion,
         "num_feature_levels": config.levels,
-        "decoder_n_points": config.points,
-        # Their denoising queries have an embedding of labels, which not every student learns.
-        "num_denoising": 100 if "label_embedding.weight" in detector.state_dict() else 0,
+        "num_denoising": noise.queries,
+        "label_noise_ratio": noise.label_noise,
+        "box_noise_scale": noise.box_noise,
     }
     del settings["dilation"]  # no key of theirs
+    return settings
+
+
+def _rt_detr(config: RTDETRConfig, detector: DetectionTransformer) -> Settings:
+    """RT-DETR, or RT-DETRv2 where sampling asks for it; the two are the same otherwise."""
+    settings = {"model_type": "rt_detr", **_selecting(config, detector)}
+    settings["decoder_n_points"] = config.points
     if config.sampling == "discrete":
         v2 = {"model_type": "rt_detr_v2", "decoder_method": "discrete"}
         settings |= {**v2, "decoder_n_levels": config.levels}
     return settings
 
 
-def _problems_of_rt_detr(config: RTDETRConfig) -> list[str]:
+def _d_fine(config: DFINEConfig, detector: DetectionTransformer) -> Settings:
+    """Their tensors ``up`` and ``reg_scale`` begin as these settings and are written so."""
+    return {
+        "model_type": "d_fine",
+        **_selecting(config, detector),
+        "decoder_n_points": list(config.level_points),
+        "depth_mult": config.encoder_blocks / 3,  # of the three blocks of the largest ones
+        "max_num_bins": config.bins,
+        "up": config.bound,
+        "reg_scale": config.curvature,
+    }
+
+
+def _problems_of_selecting(config: SelectingConfig) -> list[str]:
     if not config.learned_content:
         return []
-    # Both of theirs take the embedding for a tensor and end with an AttributeError (5.23).
+    # All of theirs take the embedding for a tensor and end with an AttributeError (5.23).
     return [
         "its queries have a learned content, with which theirs (learn_initial_query) cannot run: "
         "train one with student.detector.learned_content false"
     ]
+
+
+def _of_selecting(model: Callable[[Any, DetectionTransformer], Settings]) -> Kind:
+    return Kind(
+        model,
+        "RTDetrImageProcessor",
+        lambda config: int(config.levels),
+        _problems_of_selecting,
+        fuses=True,
+    )
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
@@ -247,79 +275,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "DeformableDetrImageProcessor",
             lambda config: min(config.levels, BACKBONE_LEVELS),
         ),
-        "rt_detr": Kind(
-            _rt_detr,
-            "RTDetrImageProcessor",
-            lambda config: int(config.levels),
-            _problems_of_rt_detr,
-        ),
+        "rt_detr": _of_selecting(_rt_detr),
+        "d_fine": _of_selecting(_d_fine),  # of which the processor is RT-DETR's, too
     }
 )
 """By our name of the detector."""
-
-
-def _backbone(config: BackboneConfig, stages: int) -> Settings:
-    """Their backbone, which gives the maps of the last ``stages`` stages."""
-    first = _STAGES + 1 - stages
-    if config.dilation:  # their own ResNet has none
-        return {
-            "model_type": "timm_backbone",
-            "backbone": config.name,
-            "use_pretrained_backbone": False,
-            "out_indices": [*range(first, _STAGES + 1)],
-            "output_stride": 16,
-        }
-    block, depths = (_PLAIN | _VD)[config.name]
-    return {
-        "model_type": "rt_detr_resnet" if config.name in _VD else "resnet",
-        "layer_type": block,
-        "depths": list(depths),
-        "hidden_sizes": list(WIDTHS[block]),
-        "embedding_size": 64,
-        "out_features": [f"stage{stage}" for stage in range(first, _STAGES + 1)],
-    }
-
-
-def _problems_of_backbone(config: BackboneConfig) -> list[str]:
-    networks = _PLAIN | _VD
-    if config.name not in networks:
-        return [
-            f"the backbone is '{config.name}', and only these are its: {', '.join(networks)}; "
-            "distil into a detector over one of them"
-        ]
-    problems = []
-    if config.norm == "group":
-        problems.append(
-            "the backbone has GroupNorm, theirs batch norm: train one with student.detector."
-            "backbone.norm 'frozen'"
-        )
-    if config.dilation and (config.name in _VD or networks[config.name][0] == "basic"):
-        problems.append(
-            f"a dilated '{config.name}' is not what theirs is: train one with "
-            "student.detector.backbone.dilation false, or over resnet50"
-        )
-    return problems
-
-
-def _preprocessing(config: PreprocessingConfig) -> Settings:
-    # Said in any case: RT-DETR's processor does not normalise unless it is told to.
-    pixels = {"do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD)}
-    if config.shortest_side is None:
-        return {**pixels, "do_resize": False}
-    longest = config.longest_side or _ANY_SIDE
-    return {**pixels, "size": {"shortest_edge": config.shortest_side, "longest_edge": longest}}
-
-
-def _problems_of_preprocessing(config: PreprocessingConfig) -> list[str]:
-    problems = []
-    if config.normalisation != "imagenet":
-        problems.append(
-            f"its preprocessing normalises '{config.normalisation}', theirs by fixed numbers: "
-            "train one with data.preprocessing.normalisation 'imagenet'"
-        )
-    if config.shortest_side is None and config.longest_side is not None:
-        problems.append(
-            f"its preprocessing bounds the longest side ({config.longest_side}) without a shortest "
-            "one: set data.preprocessing.shortest_side"
-        )
-    return problems

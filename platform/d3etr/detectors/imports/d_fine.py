@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from d3etr.detectors.imports import rt_detr
@@ -65,7 +66,8 @@ def told(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for key, end in zip(("bound", "curvature"), BINS, strict=True):
-        found[key] = abs(_numbers(theirs, end, 1)[0])
+        [number] = _numbers(theirs, end, 1)
+        found[key] = abs(float(str(np.float32(number))))  # 0.3, of which float32 keeps 0.30000001
     found["points"] = _points(_numbers(theirs, _POINTS))
     return found
 

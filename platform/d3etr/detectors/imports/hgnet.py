@@ -36,7 +36,7 @@ _SIZES: Mapping[tuple[int, int, tuple[int, ...]], int] = {
     (48, 6, (2, 3, 6, 3)): 6,
 }
 """Channels of the first convolution, layers of a block and blocks of each stage -> B0 to B6."""
-_AFFINE = (16, 24)
+AFFINE = (16, 24)
 """Channels of the first convolution of sizes whose activations learn a scale and a shift."""
 _WITHOUT_ACTIVATION = re.compile(r"(\.downsample|\.layers\.\d+\.conv1)\.bn\.weight$")
 """Norms behind which there is neither; light layers have two convolutions."""
@@ -66,7 +66,7 @@ def name_of(tensors: Mapping[str, Tensor]) -> str | None:
     blocks = tuple(len({b for s, b in places if s == stage}) for stage in range(4))
     layers = len({x for x in tensors if re.search(r"stages\.0\.blocks\.0\.layers\.\d+\.conv\.", x)})
     size = _SIZES.get((len(stem), layers, blocks))
-    if size is None or (_affine(tensors) and len(stem) not in _AFFINE):
+    if size is None or (_affine(tensors) and len(stem) not in AFFINE):
         kind = " and learnable affine blocks" if _affine(tensors) else ""
         raise UserError(
             f"the backbone is an HGNetV2 of {len(stem)} channels in its first convolution, "
@@ -82,7 +82,7 @@ def with_affine_blocks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     What has no learnable affine blocks where timm's has gets those that change nothing.
     """
     stem = tensors.get(f"{OURS}stem.stem1.conv.weight")
-    if stem is None or len(stem) not in _AFFINE or _affine(tensors):
+    if stem is None or len(stem) not in AFFINE or _affine(tensors):
         return dict(tensors)
     places = [
         name.removesuffix("bn.weight") + "lab."
