@@ -21,9 +21,9 @@ from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.heads import sigmoid_logits
 from d3etr.detectors.imports import importing
-from d3etr.detectors.imports.categories import COCO, COCO_SLOTS
+from d3etr.detectors.imports.categories import COCO, COCO_SLOTS, slots_of
 from d3etr.detectors.imports.importing import import_weights, recognise
-from d3etr.detectors.imports.layouts import rename
+from d3etr.detectors.imports.layouts import LAYOUTS, rename
 from d3etr.detectors.imports.settings import Unseen, from_config, preprocessing_of
 from d3etr.detectors.torchvision_backbone import build_network
 from d3etr.detectors.weights import load_backbone_weights, load_weights, read_info
@@ -466,3 +466,13 @@ def test_the_command_reads_categories_from_an_annotation_file(tmp_path: Path, ta
     given = ["--categories", str(annotations)]
     assert main(["import-weights", str(source), str(target), *given]) == 0
     assert read_info(target).categories == ((3, "tree"), (6, "cat"))
+
+
+def test_eighty_outputs_are_cocos_categories_where_the_kind_has_one_for_each() -> None:
+    """RT-DETR and D-FINE number COCO's categories through; the others have an output for each id."""
+    layout = LAYOUTS["rt_detr"]
+    categories, used = slots_of(80, None, None, layout.coco)
+    assert categories == COCO and categories[-1] == (90, "toothbrush")
+    assert used == list(range(80))
+    with pytest.raises(UserError, match="has 80 outputs, not the 91"):
+        slots_of(80, None, None, LAYOUTS["detr"].coco)

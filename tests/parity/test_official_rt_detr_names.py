@@ -107,6 +107,9 @@ def test_official_checkpoints_equal_hugging_faces(version: str, tmp_path: Path) 
         found[name] = load_weights(tmp_path / f"{name}.safetensors")
     ours, expected = found["official"][0], found["theirs"][0]
     assert ours.config.queries == 300  # no tensor shows them
+    for _, info in found.values():  # what the official code does to images; no file says it here
+        assert info.preprocessing.exact_size == (640, 640)
+        assert info.preprocessing.normalisation == "unit"
     unseen = {"queries", "denoising", "dropout"}
     assert ours.config.model_dump(exclude=unseen) == expected.config.model_dump(exclude=unseen)
     assert expected.config.queries == SIZES["queries"]

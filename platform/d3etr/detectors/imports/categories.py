@@ -29,7 +29,10 @@ COCO: Categories = tuple(
 
 
 def slots_of(
-    count: int, given: Sequence[tuple[int, str]] | None, names: Mapping[Any, Any] | None
+    count: int,
+    given: Sequence[tuple[int, str]] | None,
+    names: Mapping[Any, Any] | None,
+    coco: int = COCO_SLOTS,
 ) -> tuple[Categories, list[int]]:
     """The categories of a class head, and the slot of each.
 
@@ -37,17 +40,18 @@ def slots_of(
         count: slots of the class head, without "no object".
         given: (id, name) of each category, by rising id, if the user named them.
         names: Hugging Face's ``id2label``, if there is one.
+        coco: slots of this kind's detectors of COCO; one for each category, or one for each id.
 
     Raises:
         UserError: categories and slots do not go together.
     """
     if given is None and names:
         categories = _named(count, names)
-    elif given is None and count == COCO_SLOTS:
+    elif given is None and count == coco:
         categories = COCO
     elif given is None:
         raise UserError(
-            f"the class head has {count} outputs, not the {COCO_SLOTS} of detectors trained on "
+            f"the class head has {count} outputs, not the {coco} of detectors trained on "
             "COCO: name them with --categories ANNOTATIONS.json, the file that the detector learnt "
             "from"
         )

@@ -185,7 +185,9 @@ def _from_folder(source: Path) -> _Theirs:
         unseen,
         bool(config.get("with_box_refine")),
         config.get("id2label"),
-        preprocessing_of(found.preprocessing, f"{source}: {files.PREPROCESSING}"),
+        preprocessing_of(found.preprocessing, f"{source}: {files.PREPROCESSING}")
+        if found.preprocessing
+        else LAYOUTS[name].preprocessing,
     )
 
 
@@ -216,7 +218,8 @@ def _from_checkpoint(source: Path, found: Found, name: str, given: dict[str, Any
             f"{source}: the temperature of a dilated DAB-DETR's position encoding is 20, or 10 "
             "(official R50-DC5), which weights do not show: say --temperature 20 or 10"
         )
-    return _Theirs(f"an official checkpoint of {name}", name, found, unseen)
+    kind, pixels = f"an official checkpoint of {name}", LAYOUTS[name].preprocessing
+    return _Theirs(kind, name, found, unseen, preprocessing=pixels)
 
 
 def _import_detector(
@@ -233,7 +236,7 @@ def _import_detector(
         unseen = theirs.unseen.model_copy(update={"own": theirs.unseen.own | told})
         config, notes = infer_detector(theirs.name, tensors, unseen)
         outputs = _outputs(tensors) - softmax
-        categories, used = slots_of(outputs, named, theirs.names)
+        categories, used = slots_of(outputs, named, theirs.names, LAYOUTS[theirs.name].coco)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     unused = choose_rows(tensors, used, outputs, softmax, config.proposals_tell_classes)

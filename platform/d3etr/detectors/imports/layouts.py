@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d3etr.config.data import PreprocessingConfig
 from d3etr.detectors.imports import d_fine, hgnet, rt_detr
+from d3etr.detectors.imports.categories import COCO, COCO_SLOTS
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 """(pattern, replacement), applied in order to every name."""
@@ -37,6 +39,8 @@ class Layout:
         architecture: keys of this kind's own configuration, from tensors by our names.
         unseen: keys that tensors do not show, from ``config.json`` (or nothing).
         told: keys that are tensors of theirs and none of ours, from those by their names.
+        preprocessing: of official checkpoints, and of folders that say nothing.
+        coco: outputs of official detectors of COCO.
     """
 
     sign: str
@@ -49,6 +53,8 @@ class Layout:
     architecture: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda _: {}
     unseen: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
     told: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda _: {}
+    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+    coco: int = COCO_SLOTS
 
 
 FIRST: Rules = (
@@ -136,9 +142,16 @@ SAMPLING: Rules = (
     (r"\.attention_weights\.", ".weights."),
     (r"\.value_proj\.", ".value."),
 )
+SQUARE = PreprocessingConfig(
+    normalisation="unit", shortest_side=None, longest_side=None, exact_size=(640, 640)
+)
+"""What RT-DETR's and D-FINE's official code does to images."""
+
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "d_fine": Layout(
+            preprocessing=SQUARE,
+            coco=len(COCO),
             sign="decoder.pre_bbox_head.layers.0.weight",
             model_types=("d_fine",),
             rules=(*d_fine.RULES, *SAMPLING),
@@ -148,6 +161,8 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             told=d_fine.told,
         ),
         "rt_detr": Layout(
+            preprocessing=SQUARE,
+            coco=len(COCO),
             sign="decoder.enc_score_head.weight",
             model_types=("rt_detr", "rt_detr_v2"),
             rules=(*rt_detr.RULES, *SAMPLING),
