@@ -469,7 +469,7 @@ def test_the_command_reads_categories_from_an_annotation_file(tmp_path: Path, ta
 
 
 def test_eighty_outputs_are_cocos_categories_where_the_kind_has_one_for_each() -> None:
-    """RT-DETR and D-FINE number COCO's categories through; the others have an output for each id."""
+    """RT-DETR and D-FINE number COCO's categories through; others have an output for each id."""
     layout = LAYOUTS["rt_detr"]
     categories, used = slots_of(80, None, None, layout.coco)
     assert categories == COCO and categories[-1] == (90, "toothbrush")
