@@ -287,6 +287,7 @@ def test_bfloat16_autocast_keeps_boxes_and_scores_in_float32(
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiles_as_one_graph(tiny_detector: DetectionTransformer) -> None:
+    torch._dynamo.reset()  # it gives up on a function after eight kinds of detectors
     images = _images()
     encode = torch.compile(tiny_detector.encode, backend="eager", fullgraph=True)
     decode = torch.compile(tiny_detector.decode, backend="eager", fullgraph=True)
