@@ -71,7 +71,7 @@ def test_two_workers_steer_alike(make_config: MakeConfig, tmp_path: Path) -> Non
 class Unrecorded(StepGraphs):
     """Leaves gradients where graphs leave them, on any device."""
 
-    def __init__(self, run: Any, parameters: Any, device: torch.device) -> None:
+    def __init__(self, run: Any, parameters: Any, device: torch.device, buffers: Any = ()) -> None:
         self._run, self._parameters = run, parameters
         self._gradients, self._factor = {}, torch.ones(())
 

@@ -27,6 +27,8 @@ PARTS: Mapping[str, DetectorPart] = MappingProxyType(
         "box_head.": "heads",
         "decoder.class_heads.": "heads",
         "decoder.box_heads.": "heads",
+        "decoder.first_box_head.": "heads",
+        "decoder.quality_heads.": "heads",
         "proposals.class_head.": "heads",
         "proposals.box_head.": "heads",
         "query_embedding.": "queries",
@@ -45,7 +47,7 @@ _CLASS_HEADS = (
     "proposals.class_head.",
     "label_embedding.",
 )
-_LAYER = re.compile(r"^(decoder\.(?:layers\.|class_heads\.|box_heads\.)?)(\d+)\.")
+_LAYER = re.compile(r"^(decoder\.(?:(?:layers|class_heads|box_heads|quality_heads)\.)?)(\d+)\.")
 """Beginning of a name that belongs to a decoder layer, and its number."""
 _SHOWN = 4
 
