@@ -203,7 +203,7 @@ def pair_losses(
     weight: float,
     pairs: MatchedPairs,
     config: TeacherQueryConfig,
-    levels: LevelPairs | None,
+    levels: LevelPairs | None = None,
 ) -> dict[str, Tensor]:
     """Every configured term over one set of correspondences: w_pred L_pred + w_self ... .
 
