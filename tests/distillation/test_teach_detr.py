@@ -43,6 +43,9 @@ def test_sure_boxes_that_are_the_objects_count_as_ground_truth(
     losses = _losses(module, images, _with_boxes(targets, torch.ones(3, 2)))
     for term in ("class", "l1", "giou"):
         truth, found = losses[f"detection/{term}"], losses[f"teacher_boxes/{term}"]
+        if student.config.refines_distributions:  # what comes before learns from objects alone
+            assert 0 < found < truth
+            continue
         assert found.item() == pytest.approx(truth.item(), rel=1e-5)
 
 
