@@ -61,7 +61,9 @@ def taught_by(variant: str, make_config: MakeConfig, folder: Path, **sections: A
     detector = changed(DETECTOR, **FAMILY[variant], queries=8, dropout=0.0, heads=2)
     save_untrained(weights, detector, make_config().data)
     levels = detector.feature_levels
-    student = {"levels": levels, "points": 2} if levels > 1 else {}
+    student: dict[str, Any] = {"levels": levels} if levels > 1 else {}
+    if isinstance(getattr(detector, "points", None), tuple):  # one number for each level
+        student["points"] = detector.points
     own = {"name": detector.name, "dropout": 0.0} | student
     return make_config(teacher={"weights": weights}, detector=own, **sections)
 
