@@ -113,9 +113,9 @@ STRETCHED = PreprocessingConfig(exact_size=(96, 160), normalisation="unit")
 def _randomise(detector: DetectionTransformer) -> None:
     """Weights large enough that queries, layers and images differ.
 
-    Not too large where places are sampled: that blows rounding errors up.
+    Not too large, least of all where places are sampled: that blows rounding errors up.
     """
-    spread = 0.5 if detector.config.sampling_parts else 1.0
+    spread = 0.5 if detector.config.sampling_parts else 0.75
     for name, tensor in detector.state_dict().items():
         if name.endswith("running_var"):
             tensor.uniform_(0.5, 2)
