@@ -1,4 +1,4 @@
-"""Feature levels of cross-attention maps: by stride, or merged on one grid."""
+"""What corresponds between kinds: feature levels by stride or merged, and contents of queries."""
 
 from __future__ import annotations
 
@@ -101,6 +101,44 @@ def test_without_a_shared_stride_levels_are_merged_or_refused(
     losses["fixed/cross_attention"].backward()
     offsets = [p for name, p in student.named_parameters() if "cross_attention.offsets" in name]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in offsets)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "content", "named"),
+    [
+        ("conditional_detr", "rt_detr", "own", "not for 'conditional_detr'"),
+        ("rt_detr", "conditional_detr", "adapted", r"teacher \(conditional_detr\) have no content"),
+        ("detr", "rt_detr", "adapted", r"student \(detr\)"),
+    ],
+)
+def test_contents_without_effect_are_refused(
+    tiny_detector: Build, student: str, teacher: str, content: str, named: str
+) -> None:
+    pair = tiny_detector(seed=1, **FAMILY[student]), tiny_detector(**FAMILY[teacher])
+    config = MethodConfig.parse(
+        {
+            "method": "d3etr",
+            "cross_attention": {"weight": 0},
+            "auxiliary_group": {"content": content},
+        }
+    )
+    with pytest.raises(UserError, match=named):
+        Distiller(*pair, config, SetCriterionConfig(), seed=0)
+
+
+@pytest.mark.parametrize("content", ["own", "adapted"])
+def test_both_contents_teach(
+    tiny_detector: Build, images: ImageBatch, targets: Targets, content: str
+) -> None:
+    """Of a wider teacher, the group learns by either; they are not the same."""
+    student = tiny_detector(seed=1, **FAMILY["rt_detr"])
+    teacher = tiny_detector(**{"width": 64, **FAMILY["rt_detr"]})
+    config = MethodConfig.parse({"method": "d3etr", "auxiliary_group": {"content": content}})
+    module = Distiller(student, teacher, config, SetCriterionConfig(), seed=0)
+    losses = step(module, images, targets)
+    assert losses["fixed/l1"].isfinite() and losses["fixed/l1"] > 1e-4
+    adapters = [name for name, _ in module.method.named_parameters()]
+    assert bool(adapters) == (content == "adapted")
 
 
 def test_a_merged_map_of_itself_has_no_distance(

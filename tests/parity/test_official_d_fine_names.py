@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_d_fine_parity import CLASSES, VARIANTS, require_equal, their_model
 from test_hgnet import OFFICIAL as NETWORK
-from test_official_rt_detr_names import DECODER
+from test_official_rt_detr_names import DECODER, under_official_names
 from torch import Tensor, nn
 from transformers.models.d_fine.modeling_d_fine import DFineMLP, DFineMLPPredictionHead
 
@@ -66,18 +66,8 @@ def official_name(name: str) -> str:
 
 def official_state(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Under official names; queries, keys and values of self-attention in one tensor."""
-    state = {
-        official_name(name): tensor
-        for name, tensor in theirs.items()
-        if not name.startswith(("class_embed", "bbox_embed"))  # twice
-    }
-    for name in [name for name in state if ".q_proj." in name]:
-        parts = [state.pop(name.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
-        state[name.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
-    state = {name.replace(".o_proj.", ".out_proj."): tensor for name, tensor in state.items()}
+    state = under_official_names(theirs, official_name)
     return state | {
-        "decoder.anchors": torch.zeros(1, 8, 4),
-        "decoder.valid_mask": torch.ones(1, 8, 1, dtype=torch.bool),
         "decoder.decoder.up": state["decoder.up"],
         "decoder.decoder.reg_scale": state["decoder.reg_scale"],
         "backbone.stem.stem1.bn.num_batches_tracked": torch.tensor(7),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,12 +70,14 @@ def official_name(name: str, version: str) -> str:
     return ours.replace("final_layer_norm", last)
 
 
-def official_state(theirs: dict[str, Tensor], version: str) -> dict[str, Tensor]:
-    """Under official names; queries, keys and values of self-attention in one tensor."""
+def under_official_names(
+    theirs: dict[str, Tensor], official: Callable[[str], str]
+) -> dict[str, Tensor]:
+    """Queries, keys and values of self-attention in one tensor, and what the official code adds."""
     state = {
-        official_name(name, version): tensor
+        official(name): tensor
         for name, tensor in theirs.items()
-        if not name.startswith(("class_embed", "bbox_embed"))  # v2 has them twice
+        if not name.startswith(("class_embed", "bbox_embed"))  # twice, where layers are tied
     }
     for name in [name for name in state if ".q_proj." in name]:
         parts = [state.pop(name.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
@@ -90,7 +94,7 @@ def test_official_checkpoints_equal_hugging_faces(version: str, tmp_path: Path) 
     torch.manual_seed(0)
     model = their_model(VARIANTS[version])
     model.save_pretrained(tmp_path / "theirs")
-    state = official_state(model.state_dict(), version)
+    state = under_official_names(model.state_dict(), partial(official_name, version=version))
     known = {name.split(".")[0] for name in state}
     assert known == {"backbone", "encoder", "decoder"}
     assert "encoder.encoder.0.layers.0.self_attn.in_proj_weight" in state

@@ -116,7 +116,8 @@ class DetectorConfig(VariantSection):
     """Share of activations that training sets to 0."""
     box_size_bias: Annotated[float, Field(ge=-100, le=100)] = 0.0
     """Initial bias of the width and height logits of boxes (DAB-DETR: of its anchors);
-    negative starts small."""
+    negative starts small. Not where an encoder proposes the boxes (two stages, ``rt_detr``,
+    ``d_fine``)."""
 
     @property
     def feature_levels(self) -> int:

@@ -111,11 +111,12 @@ class CrossAttentionConfig(AttentionConfig):
     # Frozen, so that a wider type does no harm.
     distance: Literal["kl", "mse", "energy", "points"] = "kl"  # type: ignore[assignment]
     """Between two attention maps. kl: Kullback-Leibler divergence of each row. mse: mean squared
-    difference. energy: ``deformable_detr`` only, the energy distance of both sets of weighted
-    sampling points, without a grid; it pulls a point to the teacher's from any distance, where
-    maps of points more than a cell apart have nothing in common. points: ``deformable_detr`` with a
-    decoder that began as the teacher's, point by point: divergence of the weights, and L1 of the
-    places in cells, weighted by the teacher's; not over adaptive pairs."""
+    difference. The others are for detectors that sample (``deformable_detr``, ``rt_detr``,
+    ``d_fine``). energy: the energy distance of both sets of weighted points, without a grid; it
+    pulls a point to the teacher's from any distance, where maps of points more than a cell apart
+    have nothing in common. points: where the decoder began as the teacher's, point by point:
+    divergence of the weights, and L1 of the places in cells, weighted by the teacher's; not over
+    adaptive pairs."""
     levels: Literal["stride", "merged"] = "stride"
     """Which feature levels of maps correspond. stride: those of the same stride; others are left
     out, and what is left is renormalised (one level each: the teacher's map is resized). merged:
@@ -129,7 +130,7 @@ class CrossAttentionConfig(AttentionConfig):
     queries on both sides, who is paired with whom has no effect then."""
     detach_queries: bool = False
     """Only the memory and its keys learn from the term, queries and what makes them do not. Not for
-    ``deformable_detr``, whose queries alone say what is sampled."""
+    detectors that sample, whose queries alone say where."""
 
     @model_validator(mode="after")
     def _sums_are_of_maps(self) -> Self:
@@ -188,7 +189,7 @@ class AuxiliaryGroupConfig(Section):
     """What the group's decoder states start from, in detectors whose queries have a content.
     adapted: the teacher's, through a linear map where widths differ. own: what the student's own
     queries start from, its encoder's token at the teacher's place, or its learned vectors
-    (``rt_detr``). None: own in such a detector, else adapted."""
+    (``rt_detr`` and ``d_fine``, whose default it is)."""
 
 
 class GeneralPointsConfig(Section):

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -170,6 +171,12 @@ class SingleScaleDetector(DetectionTransformer):
         if padding is not None:
             padding = padding.flatten(1)
         return Memory(self.encoder(tokens, position, padding=padding), position, padding, (grid,))
+
+
+def flat_padding(paddings: Sequence[Tensor | None]) -> Tensor | None:
+    """[B, h, w] bool of each level to [B, S] over all of them; None where nothing is padded."""
+    found = [padding.flatten(1) for padding in paddings if padding is not None]
+    return torch.cat(found, 1) if found else None
 
 
 def shrink_padding(padding: Tensor | None, grid: tuple[int, int]) -> Tensor | None:

@@ -145,8 +145,6 @@ class Gate(nn.Module):
         super().__init__()
         self.gate = nn.Linear(2 * width, 2 * width)
         self.norm = nn.LayerNorm(width)
-        nn.init.zeros_(self.gate.weight)
-        nn.init.zeros_(self.gate.bias)
 
     def forward(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         """[B, N, D] of the same."""
@@ -275,8 +273,9 @@ class DFINE(SelectingDetector):
         for module in self.decoder.modules():
             if isinstance(module, UnevenDeformableAttention):
                 initialise_deformable(module)
-            elif isinstance(module, Gate):
+            elif isinstance(module, Gate):  # both halves alike, whatever the states
                 nn.init.zeros_(module.gate.weight)
+                nn.init.zeros_(module.gate.bias)
 
     def decode_together(
         self,

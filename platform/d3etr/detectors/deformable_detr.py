@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig, Positive
 from d3etr.detectors.attention import SelfAttention
-from d3etr.detectors.base import DetectionTransformer, shrink_padding
+from d3etr.detectors.base import DetectionTransformer, flat_padding, shrink_padding
 from d3etr.detectors.deformable_attention import (
     DeformableAttention,
     initialise_deformable,
@@ -189,8 +189,7 @@ class DeformableDETR(DetectionTransformer):
         paddings = [shrink_padding(images.padding, grid) for grid in levels]
         position = self.position(levels, paddings)
         tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in maps], 1)
-        shrunk = [part.flatten(1) for part in paddings if part is not None]
-        padding = torch.cat(shrunk, 1) if shrunk else None
+        padding = flat_padding(paddings)
         ratios = valid_ratios(padding, levels)
         centres = cell_centres(ratios, levels, tokens).expand(len(tokens), -1, -1)
         reference = on_levels(centres, ratios, len(levels))

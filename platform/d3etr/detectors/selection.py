@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig, Layers, Positive
-from d3etr.detectors.base import DetectionTransformer, shrink_padding
+from d3etr.detectors.base import DetectionTransformer, flat_padding, shrink_padding
 from d3etr.detectors.denoising import DENOISING, DenoisingConfig, denoising_group, touching
 from d3etr.detectors.feature_levels import BACKBONE_LEVELS
 from d3etr.detectors.groups import side_by_side
@@ -267,14 +267,11 @@ class SelectingDetector(DetectionTransformer):
         maps = [project(part) for project, part in zip(self.levels, maps, strict=True)]
         levels = tuple((part.shape[-2], part.shape[-1]) for part in maps)
         tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in maps], 1)
-        shrunk = [shrink_padding(images.padding, grid) for grid in levels]
-        hidden = [part.flatten(1) for part in shrunk if part is not None]
-        padding = torch.cat(hidden, 1) if hidden else None
+        padding = flat_padding([shrink_padding(images.padding, grid) for grid in levels])
         proposals, queries = self.proposals(tokens, padding, levels)
         # Nothing reads positions of tokens here: sampling goes by place.
         position = tokens.new_zeros(1, 1, 1).expand(1, *tokens.shape[1:])
-        memory = Memory(tokens, position, padding, levels, proposals)
-        return replace(memory, queries=queries)
+        return Memory(tokens, position, padding, levels, proposals, queries=queries)
 
     def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
         """The main group: the tokens of each image in ``memory`` that were selected.
@@ -285,7 +282,6 @@ class SelectingDetector(DetectionTransformer):
         if memory is None or memory.queries is None:
             raise ValueError("this detector's queries are in the memory that 'encode' returned")
         queries = memory.queries
-        assert queries.reference_logits is not None
         queries = replace(queries, grids=Grids(memory.levels, self.level_strides))
         content = self._content(memory, queries) if self.config.learned_content else queries.content
         assert queries.reference_logits is not None

@@ -41,6 +41,7 @@ def check_pair(
     layers = teacher_layers(config.layer_map, student.decoder_layers, teacher.decoder_layers)
     if config.refine_teacher:
         check_refinement(layers, teacher)
+    _check_content(student, teacher, config)
     _check_levels(student, teacher, config)
     _check_heads(student, teacher, config)
     _check_samples(student, teacher, config)
@@ -105,6 +106,23 @@ def _says(detector: DetectorConfig) -> str:
     return f"{detector.name}, {detector.queries} queries"
 
 
+def _check_content(
+    student: DetectorConfig, teacher: DetectorConfig, config: TeacherQueryConfig
+) -> None:
+    """A content that the student does not make itself, or that the teacher does not have."""
+    content = config.auxiliary_group.content
+    if content == "own" and student.auxiliary_content != "own":
+        raise UserError(
+            "distillation.auxiliary_group.content 'own' is for students whose queries are tokens "
+            f"of their encoder, such as 'rt_detr', not for '{student.name}': set it to 'adapted'"
+        )
+    if content == "adapted" and not (student.takes_content and teacher.takes_content):
+        raise UserError(
+            "distillation.auxiliary_group.content 'adapted' has no effect: queries of the student "
+            f"({student.name}) or of the teacher ({teacher.name}) have no content. Remove it"
+        )
+
+
 def _check_heads(
     student: DetectorConfig, teacher: DetectorConfig, config: TeacherQueryConfig
 ) -> None:
@@ -146,7 +164,7 @@ def _check_samples(
         raise UserError(
             f"distillation.cross_attention.distance '{term.distance}' compares sampled points, but "
             f"{' and '.join(dense)} attends to the whole memory: set it to 'kl', or use "
-            "'deformable_detr'"
+            "'deformable_detr', 'rt_detr' or 'd_fine'"
         )
     counts = [getattr(detector, "points", None) for detector in (student, teacher)]
     if term.distance == "points" and counts[0] != counts[1]:
