@@ -205,7 +205,7 @@ class ObjectQueries:
         grids: the levels that ``place`` runs over, wherever that is known.
         blocks: 0: in self-attention the group's queries see each other and nobody else. K: they
             are K equal blocks side by side, each of which sees itself and the first group that is
-            decoded with it (denoising queries); such a group has no attention maps.
+            decoded with it (denoising queries).
     """
 
     embedding: Tensor
@@ -301,7 +301,7 @@ class DecoderOutputs:
         logits: [L, B, N, C], raw.
         boxes_cxcywh: [L, B, N, 4] in [0, 1].
         self_maps: attention of the queries among themselves, before any dropout; None unless
-            asked for.
+            asked for. Of a group with K blocks, [L, B, H, N, N / K] among those of the same block.
         cross_maps: their attention to the memory, likewise.
         levels: the grids of the memory that S runs over.
         padding: [B, S] bool, True under padding, or None.

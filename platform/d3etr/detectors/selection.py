@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig, Layers, Positive
 from d3etr.detectors.base import DetectionTransformer, flat_padding, shrink_padding
-from d3etr.detectors.denoising import DENOISING, DenoisingConfig, denoising_group, touching
+from d3etr.detectors.denoising import DENOISING, DenoisingConfig, touching
 from d3etr.detectors.feature_levels import BACKBONE_LEVELS
 from d3etr.detectors.groups import side_by_side
 from d3etr.detectors.heads import box_logits
@@ -232,7 +232,6 @@ class SelectingDetector(DetectionTransformer):
         self.proposals = Selection(config, classes)
         if config.learned_content:
             self.query_content = nn.Embedding(config.queries, config.width)
-        self.label_embedding: nn.Embedding | None = None
         if config.denoising.queries:
             self.label_embedding = nn.Embedding(classes + 1, config.width, padding_idx=classes)
 
@@ -295,8 +294,7 @@ class SelectingDetector(DetectionTransformer):
         """Denoising queries; see ``DetectionTransformer``."""
         if self.label_embedding is None or not self.training:
             return {}
-        embedding, config = self.label_embedding.weight, self.config.denoising
-        group = denoising_group(targets, embedding, config, step=step)
+        group = self.denoising_queries(targets, self.config.denoising, step)
         return {} if group is None else {DENOISING: group}
 
     def contents(self, memory: Memory, groups: Sequence[ObjectQueries]) -> Tensor:

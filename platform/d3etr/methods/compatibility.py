@@ -11,12 +11,13 @@ from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.build import build_detector
 from d3etr.errors import UserError
 from d3etr.methods.adaptive import kept_pairs
+from d3etr.methods.denoising_points import check_denoising
 from d3etr.methods.refinement import check_refinement
 from d3etr.methods.selection import share_of, teacher_layers
 
 if TYPE_CHECKING:
     from d3etr.methods.pairs import LevelPairs
-    from d3etr.methods.teacher_queries import TeacherQueryConfig
+    from d3etr.methods.teacher_query_config import TeacherQueryConfig
 
 
 def check_pair(
@@ -48,6 +49,8 @@ def check_pair(
     _check_classes(config, classes)
     if config.inherited_share:
         _check_inherited(student, teacher)
+    if config.denoising_weight:
+        check_denoising(student, teacher)
     if config.self_attention.weight:
         counts = student.queries, teacher.queries
         points, kept = config.points, config.kept_share
