@@ -123,7 +123,7 @@ def _detector_outputs(
         stored = restored_outputs(images.stored, teacher, method.layers)
         return _selected(stored, targets, method, supervision)
     memory = teacher.encode(images.for_teacher or images)
-    kept = memory if method.needs_features else None
+    kept = memory if method.needs_features or method.needs_scores else None
     if not method.needs_decoder:
         return TeacherOutputs(None, memory=kept)
     queries = teacher.object_queries(memory).detach()

@@ -267,6 +267,18 @@ class QueryGroup:
     pairs: tuple[int, ...] | None = None
 
 
+class TokenScores(NamedTuple):
+    """What an encoder says about each token before it selects some.
+
+    Attributes:
+        logits: [B, S, C] of classes.
+        silent: [B or 1, S] bool, tokens that propose nothing, such as those under padding.
+    """
+
+    logits: Tensor
+    silent: Tensor
+
+
 @dataclass(frozen=True)
 class Memory:
     """Encoder output.
@@ -282,6 +294,7 @@ class Memory:
         proposal_logits: [B, S, 4] the proposals' boxes before the sigmoid, infinite where a token
             proposes nothing; None for other detectors.
         queries: [B, N, ..] that the encoder selected, of detectors that propose by those alone.
+        scores: of all tokens, of such detectors.
     """
 
     tokens: Tensor
@@ -291,6 +304,7 @@ class Memory:
     proposals: DecoderOutputs | None = None
     proposal_logits: Tensor | None = None
     queries: ObjectQueries | None = None
+    scores: TokenScores | None = None
 
 
 @dataclass(frozen=True)

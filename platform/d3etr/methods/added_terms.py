@@ -1,4 +1,4 @@
-"""What a method may add to its own terms: features and denoising points.
+"""What a method may add to its own terms: features, denoising points, encoders' scores.
 
 Shapes: L decoder layers.
 """
@@ -13,8 +13,9 @@ from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.denoising import denoising_of
 from d3etr.losses.features import FeatureComparison
 from d3etr.methods.base import AddedTerm, Method, StudentOutputs, TeacherOutputs
-from d3etr.methods.compatibility import shared_levels
+from d3etr.methods.compatibility import shared_levels, strides_of
 from d3etr.methods.denoising_points import DenoisingPoints
+from d3etr.methods.encoder_selection import SelectionTerm
 from d3etr.methods.selection import teacher_layers
 from d3etr.methods.teacher_query_config import TeacherQueryConfig
 from d3etr.structures import Targets
@@ -49,6 +50,10 @@ class AddingMethod(Method):
         if (noise := denoising_of(student)) is not None and config.denoising_weight:
             self.denoising = noise
             self._added.append(DenoisingPoints(config, noise, len(self.layers), self.levels))
+        if (selection := config.selects) is not None:
+            self.needs_scores = True
+            strides = strides_of(student), strides_of(teacher)
+            self._added.append(SelectionTerm(config, selection, strides, teacher.queries))
 
     def added_normalisers(self, teacher: TeacherOutputs, targets: Targets) -> dict[str, Tensor]:
         """What the added terms are divided by."""
@@ -64,7 +69,7 @@ class AddingMethod(Method):
         targets: Targets,
         normalisers: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """Over denoising points."""
+        """Over denoising points, and of encoders' scores."""
         losses: dict[str, Tensor] = {}
         for term in self._added:
             losses |= term.losses(student, teacher, targets, normalisers)

@@ -51,7 +51,7 @@ class TeacherOutputs:
             teacher did not run.
         groups: what was decoded, by name: ``detection`` are its own queries, others are those of
             the method. Empty where the method needs no more of a teacher than its queries.
-        memory: its encoder output; None unless the method compares features.
+        memory: its encoder output; None unless the method compares features or token scores.
         stream: of a GPU, where all this is being computed; None for the current one.
     """
 
@@ -139,6 +139,7 @@ class Method(nn.Module, ABC):
         needs_keys: whether the student keeps the keys of its attention to the memory, so that they
             can learn apart from the queries.
         needs_features: whether the teacher's memory and last decoder states are compared.
+        needs_scores: whether the class scores of encoders' tokens are compared.
         needs_decoder: whether the teacher's decoder runs; without it, it has no groups.
         needs_own_queries: whether the teacher's own queries are decoded, or ``teacher_groups``
             alone.
@@ -160,6 +161,7 @@ class Method(nn.Module, ABC):
     needs_attention: bool = False
     needs_keys: bool = False
     needs_features: bool = False
+    needs_scores: bool = False
     needs_decoder: bool = True
     needs_own_queries: bool = True
     makes_queries_of_objects: bool = False

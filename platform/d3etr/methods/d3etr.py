@@ -33,6 +33,7 @@ from d3etr.config.distillation import (
 from d3etr.matching.assignment import CostBlock
 from d3etr.methods.base import Matches, StudentOutputs, TeacherOutputs
 from d3etr.methods.denoising_points import DenoisingPointsConfig
+from d3etr.methods.encoder_selection import SelectionConfig
 from d3etr.methods.inherited import PlaceMatching
 from d3etr.methods.teacher_queries import TeacherQueryMethod
 from d3etr.methods.teacher_query_config import TeacherQueryConfig
@@ -58,6 +59,8 @@ class D3ETRConfig(TeacherQueryConfig):
     """KD-DETR's points on top; not D3ETR's."""
     denoising_points: DenoisingPointsConfig = DenoisingPointsConfig()
     """Denoising queries as pairs on top; not D3ETR's."""
+    selection: SelectionConfig = SelectionConfig()
+    """The encoder's class scores on top; not D3ETR's."""
     features: FeatureConfig = FeatureConfig()
     """DETRDistill's features on top; not D3ETR's."""
 

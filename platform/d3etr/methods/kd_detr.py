@@ -28,6 +28,7 @@ from d3etr.config.distillation import (
 )
 from d3etr.methods.base import Matches, StudentOutputs, TeacherOutputs
 from d3etr.methods.denoising_points import DenoisingPointsConfig
+from d3etr.methods.encoder_selection import SelectionConfig
 from d3etr.methods.teacher_queries import TeacherQueryMethod
 from d3etr.methods.teacher_query_config import TeacherQueryConfig
 from d3etr.structures import Targets
@@ -44,6 +45,8 @@ class KDDETRConfig(TeacherQueryConfig):
     general_points: GeneralPointsConfig = GeneralPointsConfig(count=300)
     denoising_points: DenoisingPointsConfig = DenoisingPointsConfig()
     """Denoising queries as further points; not KD-DETR's."""
+    selection: SelectionConfig = SelectionConfig()
+    """The encoder's class scores on top; not KD-DETR's."""
     layer_map: Literal["uniform", "last"] | LayerList = "last"
     """Teacher layer for each student layer; a list names them, last must map to last."""
     prediction: PredictionConfig = PredictionConfig(

@@ -19,6 +19,7 @@ from d3etr.config.distillation import (
     Share,
 )
 from d3etr.methods.denoising_points import DenoisingPointsConfig
+from d3etr.methods.encoder_selection import SelectionConfig
 
 
 class TeacherQueryConfig(PredictionMethodConfig):
@@ -62,6 +63,12 @@ class TeacherQueryConfig(PredictionMethodConfig):
         return points.weight if points else 0.0
 
     @property
+    def selects(self) -> SelectionConfig | None:
+        """Token scores of encoders, of methods that compare them: those with ``selection``."""
+        selection: SelectionConfig | None = getattr(self, "selection", None)
+        return selection if selection and selection.weight else None
+
+    @property
     def compared_features(self) -> FeatureConfig | None:
         """Memories, of methods that compare them: those that have ``features``."""
         features: FeatureConfig | None = getattr(self, "features", None)
@@ -90,12 +97,14 @@ class TeacherQueryConfig(PredictionMethodConfig):
     @property
     def distils(self) -> bool:
         """Whether anything of the teacher's outputs is compared with."""
-        return self.compares_pairs or self.compared_features is not None
+        beside = self.compared_features, self.selects
+        return self.compares_pairs or any(term is not None for term in beside)
 
     @property
     def learns_without_labels(self) -> bool:
-        """Features are weighed by the overlap of the teacher's boxes with objects: pairs alone."""
-        return self.compares_pairs and self.normaliser == "confidence"
+        """All but features, which are weighed by overlaps of the teacher's boxes with objects."""
+        compares = self.compares_pairs or self.selects is not None
+        return compares and self.normaliser == "confidence"
 
     @property
     def description(self) -> str:
@@ -108,6 +117,8 @@ class TeacherQueryConfig(PredictionMethodConfig):
         shown = [f"{name} ({weight:g})" for name, weight in terms.items() if weight]
         if self.denoising_weight:
             shown.append(f"denoising points ({self.denoising_weight:g})")
+        if self.selects is not None:
+            shown.append(f"selection ({self.selects.weight:g})")
         shown += ["teacher refined"] * self.refine_teacher
         return ", ".join(shown) or "no distillation terms"
 
@@ -131,7 +142,7 @@ class TeacherQueryConfig(PredictionMethodConfig):
     def _confidence_counts(self) -> Self:
         terms = self.prediction, self.self_attention, self.cross_attention
         used = {kind for term in terms if term.weight for kind in term.kinds_of_pair_weights}
-        if not self.counts_confidence and used <= {"uniform"}:
+        if not self.counts_confidence and used <= {"uniform"} and self.selects is None:
             raise ValueError(
                 "minimum_confidence and normaliser have no effect: no term weights its pairs by "
                 "confidence"
