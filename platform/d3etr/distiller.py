@@ -13,6 +13,7 @@ from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.attention import keep_keys
 from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.denoising import DENOISING, DenoisingConfig
 from d3etr.detectors.foundation import FoundationModel
 from d3etr.losses.edge_supervision import match_normalisers
 from d3etr.losses.set_criterion import detection_problem
@@ -62,12 +63,29 @@ def _teacher_groups(
     """What the teacher decodes, one layer for each of the student's; ``queries`` are its own."""
     groups = {MAIN: queries} if method.needs_own_queries else {}
     groups |= method.teacher_groups(queries, targets, step)
-    decoded = teacher.decode(memory, [*groups.values()], attention=method.needs_attention)
+    if method.denoising is not None:
+        groups |= _noised(teacher, targets, method.denoising, step)
+    decoded = teacher.decode(
+        memory,
+        [*groups.values()],
+        attention=method.needs_attention,
+        maps_of_blocks=method.denoising is not None,
+    )
     outputs = [map_layers(part, method.layers) for part in decoded]
     if not method.needs_features:
         outputs = [replace(part, states=None) for part in outputs]
     pairs = zip(groups.items(), outputs, strict=True)
     return {name: TeacherGroup(own, part) for (name, own), part in pairs}
+
+
+def _noised(
+    teacher: DetectionTransformer, targets: Targets | None, config: DenoisingConfig, step: int
+) -> dict[str, ObjectQueries]:
+    """The student's denoising queries as the teacher's; none in a batch without objects."""
+    if targets is None:
+        raise ValueError("denoising queries are made of ground truth, which is not given")
+    group = teacher.denoising_queries(targets, config, step)
+    return {} if group is None else {DENOISING: group.queries.detach()}
 
 
 def _selected(
@@ -105,7 +123,7 @@ def _detector_outputs(
         stored = restored_outputs(images.stored, teacher, method.layers)
         return _selected(stored, targets, method, supervision)
     memory = teacher.encode(images.for_teacher or images)
-    kept = memory if method.needs_features else None
+    kept = memory if method.needs_features or method.needs_scores else None
     if not method.needs_decoder:
         return TeacherOutputs(None, memory=kept)
     queries = teacher.object_queries(memory).detach()
@@ -325,7 +343,12 @@ class Distiller(nn.Module):
         }
         queries = [group.queries for group in groups.values()]
         attention = self.method.needs_attention and teacher is not None
-        outputs = self.student.decode(memory, queries, attention=attention)
+        outputs = self.student.decode(
+            memory,
+            queries,
+            attention=attention,
+            maps_of_blocks=self.method.denoising is not None,
+        )
         if not waits:
             if teacher is not None:
                 teacher.wait()

@@ -205,7 +205,7 @@ class ObjectQueries:
         grids: the levels that ``place`` runs over, wherever that is known.
         blocks: 0: in self-attention the group's queries see each other and nobody else. K: they
             are K equal blocks side by side, each of which sees itself and the first group that is
-            decoded with it (denoising queries); such a group has no attention maps.
+            decoded with it (denoising queries).
     """
 
     embedding: Tensor
@@ -267,6 +267,18 @@ class QueryGroup:
     pairs: tuple[int, ...] | None = None
 
 
+class TokenScores(NamedTuple):
+    """What an encoder says about each token before it selects some.
+
+    Attributes:
+        logits: [B, S, C] of classes.
+        silent: [B or 1, S] bool, tokens that propose nothing, such as those under padding.
+    """
+
+    logits: Tensor
+    silent: Tensor
+
+
 @dataclass(frozen=True)
 class Memory:
     """Encoder output.
@@ -282,6 +294,7 @@ class Memory:
         proposal_logits: [B, S, 4] the proposals' boxes before the sigmoid, infinite where a token
             proposes nothing; None for other detectors.
         queries: [B, N, ..] that the encoder selected, of detectors that propose by those alone.
+        scores: of all tokens, of such detectors.
     """
 
     tokens: Tensor
@@ -291,6 +304,7 @@ class Memory:
     proposals: DecoderOutputs | None = None
     proposal_logits: Tensor | None = None
     queries: ObjectQueries | None = None
+    scores: TokenScores | None = None
 
 
 @dataclass(frozen=True)
@@ -301,7 +315,7 @@ class DecoderOutputs:
         logits: [L, B, N, C], raw.
         boxes_cxcywh: [L, B, N, 4] in [0, 1].
         self_maps: attention of the queries among themselves, before any dropout; None unless
-            asked for.
+            asked for. Of a group with K blocks, [L, B, H, N, N / K] among those of the same block.
         cross_maps: their attention to the memory, likewise.
         levels: the grids of the memory that S runs over.
         padding: [B, S] bool, True under padding, or None.

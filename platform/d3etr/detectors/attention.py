@@ -106,18 +106,34 @@ def attend_in_blocks(
     Returns:
         [B, N, H*E].
     """
+    return attend_in_blocks_with_scores(query, key, value, shared, blocks, dropout)[0]
+
+
+def attend_in_blocks_with_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared: tuple[Tensor, Tensor],
+    blocks: int,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """The same as ``attend_in_blocks``, with its scores within blocks.
+
+    Returns:
+        [B, N, H*E] and [B, H, N, N / K] float32, of each query against those of its own block.
+    """
 
     def apart(x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], blocks, -1, x.shape[-1])
 
     own_query, own_key, own_value = (apart(x) for x in (query, key, value))
     scores = ProductMaps(query, shared[0]).scores()
-    own = ProductMaps(own_query, own_key).scores()  # [B, H, K, N / K, N / K]
-    weights = torch.cat([scores, own.flatten(2, 3)], -1).softmax(-1)
+    within = ProductMaps(own_query, own_key).scores().flatten(2, 3)
+    weights = torch.cat([scores, within], -1).softmax(-1)
     weights = functional.dropout(weights, dropout).to(value.dtype)
-    others, own = torch.split(weights, [scores.shape[-1], own.shape[-1]], -1)
+    others, own = torch.split(weights, [scores.shape[-1], within.shape[-1]], -1)
     mixed = (apart(own) @ own_value).flatten(2, 3) + others @ shared[1]
-    return mixed.transpose(1, 2).flatten(2)
+    return mixed.transpose(1, 2).flatten(2), within
 
 
 class MultiHeadAttention(nn.Module):
@@ -161,20 +177,21 @@ class MultiHeadAttention(nn.Module):
             keep: return what maps are compared by.
 
         Returns:
-            [B or 1, N, D], and that of each group without blocks (or nothing).
+            [B or 1, N, D], and that of each group whose maps are kept (or nothing).
         """
         heads = (self.split(x) for x in (query, key, value.expand(query.shape)))
         queries = [size.queries for size in sizes]
         parts = [torch.split(x, queries, 2) for x in heads]
         shared, dropout = (parts[1][0], parts[2][0]), self.dropout if self.training else 0.0
-        groups = [
-            (attend_in_blocks(q, k, v, shared, size.blocks, dropout), None)
+        groups: list[tuple[Tensor, LayerAttention | None]] = [
+            attend_in_blocks_with_scores(q, k, v, shared, size.blocks, dropout)
             if size.blocks
             else self._attend(q, k, v, padding, keep)
             for q, k, v, size in zip(*parts, sizes, strict=True)
         ]
         mixed = torch.cat([group for group, _ in groups], 1) if len(groups) > 1 else groups[0][0]
-        return self.output(mixed), [kept for _, kept in groups if kept is not None]
+        kept = [found for (_, found), size in zip(groups, sizes, strict=True) if keep and size.maps]
+        return self.output(mixed), [found for found in kept if found is not None]
 
     def across(
         self, query: Tensor, key: Tensor, value: Tensor, memory: Memory, keep: bool

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.backbones import build_backbone
+from d3etr.detectors.denoising import DenoisingConfig, denoising_group
 from d3etr.detectors.groups import Decoded, GroupSize, side_by_side, sizes_of, split_groups
 from d3etr.detectors.position import TEMPERATURE, SineEncoding
 from d3etr.detectors.transformer import Encoder
@@ -32,6 +33,8 @@ class DetectionTransformer(nn.Module, ABC):
         backbone: the convolutional network.
         stride: pixels per cell of the finest feature level.
         inherited: names of the tensors that began as another detector's.
+        label_embedding: of the classes of denoising queries, C + 1 rows, whose last one is that of
+            no object; None: the detector has none.
     """
 
     config_class: ClassVar[type[DetectorConfig]]
@@ -43,6 +46,7 @@ class DetectionTransformer(nn.Module, ABC):
         self.config = config
         self.classes = classes
         self.backbone = build_backbone(config.backbone)
+        self.label_embedding: nn.Embedding | None = None
 
     @property
     def level_strides(self) -> tuple[int, ...]:
@@ -70,8 +74,32 @@ class DetectionTransformer(nn.Module, ABC):
         """
         return {}
 
+    def denoising_queries(
+        self, targets: Targets, config: DenoisingConfig, step: int
+    ) -> QueryGroup | None:
+        """Noised ground truth as queries of this detector, in training or not.
+
+        Two detectors of the same classes get the same noise, query by query.
+
+        Args:
+            targets: ground truth.
+            config: how many, and of what noise; another detector's where both are compared.
+            step: optimiser step; with the images' ids, all that the noise depends on.
+
+        Returns:
+            None where no image with labels has an object.
+        """
+        if self.label_embedding is None:
+            raise ValueError(f"this {self.config.name} has no denoising queries")
+        return denoising_group(targets, self.label_embedding.weight, config, step=step)
+
     def decode(
-        self, memory: Memory, groups: Sequence[ObjectQueries], *, attention: bool = False
+        self,
+        memory: Memory,
+        groups: Sequence[ObjectQueries],
+        *,
+        attention: bool = False,
+        maps_of_blocks: bool = False,
     ) -> list[DecoderOutputs]:
         """Decode query groups side by side in one pass.
 
@@ -82,11 +110,12 @@ class DetectionTransformer(nn.Module, ABC):
             groups: a group's references are used as they are, whoever made them; a group without
                 any gets this detector's for its embedding, where it makes them.
             attention: also return the attention maps of every layer.
+            maps_of_blocks: those of groups with blocks too.
 
         Returns:
             One entry per group.
         """
-        sizes = sizes_of(groups)
+        sizes = sizes_of(groups, maps_of_blocks)
         return split_groups(memory, sizes, self.decode_together(memory, groups, sizes, attention))
 
     @abstractmethod

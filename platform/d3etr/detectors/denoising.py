@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from d3etr.config.base import MAXIMUM, Section
+from d3etr.config.detector import DetectorConfig
 from d3etr.structures import ObjectQueries, QueryGroup, Supervision, Targets, on_device
 
 DENOISING = "denoising"
@@ -38,6 +39,12 @@ class DenoisingConfig(Section):
     box_noise: Annotated[float, Field(ge=0, le=MAXIMUM)] = 1.0
     """How far corners are moved, as a share of half the box's sides: up to once it of positive
     queries, once to twice it of negative ones."""
+
+
+def denoising_of(detector: DetectorConfig) -> DenoisingConfig | None:
+    """The denoising queries that a detector trains with, its key ``denoising``; None: none."""
+    found = getattr(detector, "denoising", None)
+    return found if isinstance(found, DenoisingConfig) and found.queries else None
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,16 @@ def draw_noise(
     return DenoisingNoise(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
 
 
+def existing_objects(targets: Targets, fullest: int) -> Tensor:
+    """[B, G] bool: which of the first G slots hold an object of an image with labels."""
+    images, known = len(targets.counts), len(targets.of_labelled().counts)
+    slots = torch.arange(fullest, device=targets.labels.device)
+    exists = slots < targets.num_objects[:, None]
+    if known < images:
+        exists = exists & (torch.arange(images, device=slots.device) < known)[:, None]
+    return exists
+
+
 def noised_objects(
     targets: Targets, noise: DenoisingNoise, classes: int, config: DenoisingConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,11 +139,8 @@ def noised_objects(
         object that each query shall restore, -1 for none.
     """
     blocks, fullest = denoising_blocks(targets, config)
-    images, known = len(targets.counts), len(targets.of_labelled().counts)
-    slots = torch.arange(fullest, device=targets.labels.device)
-    exists = slots < targets.num_objects[:, None]
-    if known < images:
-        exists = exists & (torch.arange(images, device=slots.device) < known)[:, None]
+    exists = existing_objects(targets, fullest)
+    slots = torch.arange(fullest, device=exists.device)
     labels = targets.labels[:, :fullest].masked_fill(~exists, classes).repeat(1, 2 * blocks)
     boxes = targets.boxes_cxcywh[:, :fullest].float().masked_fill(~exists[..., None], 0.0)
     boxes, used = boxes.repeat(1, 2 * blocks, 1), exists.repeat(1, 2 * blocks)

@@ -32,20 +32,28 @@ class GroupSize(NamedTuple):
     Attributes:
         queries: how many.
         blocks: as of ``ObjectQueries``; each has queries / blocks of them.
+        maps: whether its attention is kept where any is.
     """
 
     queries: int
     blocks: int = 0
+    maps: bool = True
 
 
-def sizes_of(groups: Sequence[ObjectQueries]) -> list[GroupSize]:
+def sizes_of(groups: Sequence[ObjectQueries], maps_of_blocks: bool = False) -> list[GroupSize]:
     """Sizes of groups that are decoded together, in their order.
+
+    Args:
+        groups: the first one without blocks.
+        maps_of_blocks: whether attention of groups with blocks is kept too.
 
     Raises:
         ValueError: blocks of unequal size, or blocks in the first group, which they would see.
     """
-    sizes = [GroupSize(group.count, group.blocks) for group in groups]
-    for number, (queries, blocks) in enumerate(sizes):
+    sizes = [
+        GroupSize(group.count, group.blocks, maps_of_blocks or not group.blocks) for group in groups
+    ]
+    for number, (queries, blocks, _) in enumerate(sizes):
         if blocks and (not number or queries % blocks):
             found = f"{queries} queries in {blocks} blocks as group {number} of {len(sizes)}"
             raise ValueError(f"{found}: blocks are equal, and see the group before them")
@@ -57,7 +65,8 @@ class AttentionTrace:
     """Attention of every decoder layer so far.
 
     Attributes:
-        within: per layer and group without blocks, among the group's queries.
+        within: per layer and group whose maps are kept, among the group's queries; of a group with
+            blocks among those of the same block.
         across: per layer, of all groups' queries side by side to the memory.
     """
 
@@ -65,11 +74,11 @@ class AttentionTrace:
     across: list[LayerAttention] = field(default_factory=list)
 
     def self_maps(self, images: int) -> list[AttentionMaps]:
-        """Of each group without blocks."""
+        """Of each group whose maps are kept."""
         return [_self_maps(layers, images) for layers in zip(*self.within, strict=True)]
 
     def cross_maps(self, sizes: list[GroupSize], memory: Memory) -> list[CrossMaps]:
-        """Of each group without blocks; they share the keys."""
+        """Of each group whose maps are kept; they share the keys."""
         scores = [layer for layer in self.across if isinstance(layer, Tensor)]
         if scores:
             return [ScoredMaps(part) for part in _split_layers(scores, sizes)]
@@ -103,17 +112,17 @@ def _self_maps(layers: Sequence[LayerAttention], images: int) -> AttentionMaps:
 def _split_layers(layers: list[Tensor], sizes: list[GroupSize]) -> list[Tensor]:
     """[B, H, N, X] of each layer to [L, B, H, n, X] of each group, each in one piece of memory.
 
-    Groups with blocks are left out.
+    Groups whose maps are not kept are left out.
     """
     parts = [torch.split(layer, [size.queries for size in sizes], 2) for layer in layers]
     groups = zip(sizes, zip(*parts, strict=True), strict=True)
-    return [torch.stack(group) for size, group in groups if not size.blocks]
+    return [torch.stack(group) for size, group in groups if size.maps]
 
 
 def _or_none(maps: Sequence[_Maps], sizes: list[GroupSize]) -> list[_Maps | None]:
-    """Maps of groups without blocks, and None for the others."""
+    """Maps of groups that have some, and None for the others."""
     found = iter(maps)
-    return [None if size.blocks else next(found) for size in sizes]
+    return [next(found) if size.maps else None for size in sizes]
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
-"""A detector's own tokens at the places of another detector's queries.
+"""A detector's own tokens at the places of another detector's queries, and scores of its tokens.
 
-Shapes: B images · N queries · V feature levels · S memory tokens of all levels · D width.
+Shapes: B images · N queries · V feature levels · S memory tokens of all levels · D width · C
+classes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from d3etr.detectors.feature_levels import on_levels, valid_ratios
-from d3etr.structures import Grids, Memory, ObjectQueries
+from d3etr.structures import Grids, Memory, ObjectQueries, TokenScores
 
 
 def tokens_at_places(memory: Memory, own: Grids, group: ObjectQueries, reference: Tensor) -> Tensor:
@@ -46,6 +47,29 @@ def tokens_at_places(memory: Memory, own: Grids, group: ObjectQueries, reference
             found = torch.where(of_level[..., None], planes.sample(target), found)
         begin += height * width
     return found
+
+
+def scores_on_grid(scores: TokenScores, theirs: Grids, own: Grids) -> Tensor:
+    """[B, S, C] logits of another detector's S' tokens on our grid, float32.
+
+    A cell has what the other's tokens say whose centres lie in it, on the level of the nearest
+    stride, of each class the largest: of the same strides and grids, the same token. Minus infinity
+    where there is none, or none that proposes something.
+
+    Args:
+        scores: of the other detector.
+        theirs: the levels that its tokens are on.
+        own: ours.
+    """
+    logits = scores.logits.float().masked_fill(scores.silent[..., None], float("-inf"))
+    if theirs == own:
+        return logits
+    targets = [_nearest(own.strides, stride) for stride in theirs.strides]
+    place = torch.arange(logits.shape[1], device=logits.device)[None]
+    index = _cells(place, theirs, own, targets)[..., None].expand_as(logits)
+    tokens = sum(height * width for height, width in own.levels)
+    empty = logits.new_full((len(logits), tokens, logits.shape[2]), float("-inf"))
+    return empty.scatter_reduce(1, index, logits, "amax")
 
 
 @dataclass

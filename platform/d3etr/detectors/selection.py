@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig, Layers, Positive
 from d3etr.detectors.base import DetectionTransformer, flat_padding, shrink_padding
-from d3etr.detectors.denoising import DENOISING, DenoisingConfig, denoising_group, touching
+from d3etr.detectors.denoising import DENOISING, DenoisingConfig, touching
 from d3etr.detectors.feature_levels import BACKBONE_LEVELS
 from d3etr.detectors.groups import side_by_side
 from d3etr.detectors.heads import box_logits
@@ -40,6 +40,7 @@ from d3etr.structures import (
     ObjectQueries,
     QueryGroup,
     Targets,
+    TokenScores,
 )
 
 
@@ -152,17 +153,18 @@ class Selection(nn.Module):
 
     def forward(
         self, tokens: Tensor, padding: Tensor | None, levels: Levels
-    ) -> tuple[DecoderOutputs, ObjectQueries]:
-        """What the selected tokens say, and the queries that start from them.
+    ) -> tuple[DecoderOutputs, ObjectQueries, TokenScores]:
+        """What the selected tokens say, the queries that start from them, and all tokens' scores.
 
         Returns:
-            Logits [1, B, N, C] and boxes [1, B, N, 4], which learn from their own loss; and the
+            Logits [1, B, N, C] and boxes [1, B, N, 4], which learn from their own loss; the
             queries, through which no gradient passes: contents [B, N, D] (as embedding, too),
-            references [B, N, 4] and places [B, N].
+            references [B, N, 4] and places [B, N]; and the scores that they were selected by.
         """
         start, silent = first_boxes(tokens, padding, levels)
         states = self.states(tokens.masked_fill(silent[..., None], 0.0))
         scores: Tensor = self.class_head(states)
+        of_all = TokenScores(scores, silent)
         best = scores.detach().amax(-1)
         if padding is not None:
             best = best.masked_fill(padding, float("-inf"))
@@ -175,7 +177,7 @@ class Selection(nn.Module):
             scores.float()[None], references.sigmoid()[None], levels=levels, padding=padding
         )
         queries = ObjectQueries(states, references, states, place)
-        return proposed, queries.detach()
+        return proposed, queries.detach(), of_all
 
 
 def _at(values: Tensor, place: Tensor) -> Tensor:
@@ -232,7 +234,6 @@ class SelectingDetector(DetectionTransformer):
         self.proposals = Selection(config, classes)
         if config.learned_content:
             self.query_content = nn.Embedding(config.queries, config.width)
-        self.label_embedding: nn.Embedding | None = None
         if config.denoising.queries:
             self.label_embedding = nn.Embedding(classes + 1, config.width, padding_idx=classes)
 
@@ -268,10 +269,10 @@ class SelectingDetector(DetectionTransformer):
         levels = tuple((part.shape[-2], part.shape[-1]) for part in maps)
         tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in maps], 1)
         padding = flat_padding([shrink_padding(images.padding, grid) for grid in levels])
-        proposals, queries = self.proposals(tokens, padding, levels)
+        proposals, queries, scores = self.proposals(tokens, padding, levels)
         # Nothing reads positions of tokens here: sampling goes by place.
         position = tokens.new_zeros(1, 1, 1).expand(1, *tokens.shape[1:])
-        return Memory(tokens, position, padding, levels, proposals, queries=queries)
+        return Memory(tokens, position, padding, levels, proposals, queries=queries, scores=scores)
 
     def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
         """The main group: the tokens of each image in ``memory`` that were selected.
@@ -295,8 +296,7 @@ class SelectingDetector(DetectionTransformer):
         """Denoising queries; see ``DetectionTransformer``."""
         if self.label_embedding is None or not self.training:
             return {}
-        embedding, config = self.label_embedding.weight, self.config.denoising
-        group = denoising_group(targets, embedding, config, step=step)
+        group = self.denoising_queries(targets, self.config.denoising, step)
         return {} if group is None else {DENOISING: group}
 
     def contents(self, memory: Memory, groups: Sequence[ObjectQueries]) -> Tensor:

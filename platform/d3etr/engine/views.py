@@ -61,6 +61,15 @@ def require_storable(method: Method, views: ViewsConfig, queries: int) -> None:
             "cannot hold general points, which are drawn anew in each step: set "
             "distillation.general_points.count to 0"
         )
+    if method.needs_scores:
+        reasons.append(
+            "cannot hold the scores of an encoder's tokens: set distillation.selection.weight to 0"
+        )
+    if method.denoising is not None:
+        reasons.append(
+            "cannot hold denoising queries, which are drawn anew in each step: set "
+            "distillation.denoising_points.weight to 0"
+        )
     if views.queries is not None and views.queries > queries:
         reasons.append(f".queries is {views.queries}, but the teacher has {queries} queries")
     if reasons:

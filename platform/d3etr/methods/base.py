@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import MethodConfig
+from d3etr.detectors.denoising import DenoisingConfig
 from d3etr.matching.assignment import Assignment, CostBlock
 from d3etr.methods.adaptive import AdaptiveMatching
 from d3etr.methods.refinement import TeacherRefinement
@@ -50,7 +51,7 @@ class TeacherOutputs:
             teacher did not run.
         groups: what was decoded, by name: ``detection`` are its own queries, others are those of
             the method. Empty where the method needs no more of a teacher than its queries.
-        memory: its encoder output; None unless the method compares features.
+        memory: its encoder output; None unless the method compares features or token scores.
         stream: of a GPU, where all this is being computed; None for the current one.
     """
 
@@ -102,6 +103,24 @@ class Matches(Protocol):
         ...
 
 
+class AddedTerm(Protocol):
+    """A term that a method adds to its own: what it is divided by, and its losses."""
+
+    def normalisers(self, teacher: TeacherOutputs, targets: Targets) -> dict[str, Tensor]:
+        """As of ``Method``."""
+        ...
+
+    def losses(
+        self,
+        student: StudentOutputs,
+        teacher: TeacherOutputs,
+        targets: Targets,
+        normalisers: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """As of ``Method``, without pairs of minimal cost."""
+        ...
+
+
 class Method(nn.Module, ABC):
     """What a student learns from a teacher; the default answers are those of no method.
 
@@ -120,10 +139,13 @@ class Method(nn.Module, ABC):
         needs_keys: whether the student keeps the keys of its attention to the memory, so that they
             can learn apart from the queries.
         needs_features: whether the teacher's memory and last decoder states are compared.
+        needs_scores: whether the class scores of encoders' tokens are compared.
         needs_decoder: whether the teacher's decoder runs; without it, it has no groups.
         needs_own_queries: whether the teacher's own queries are decoded, or ``teacher_groups``
             alone.
         makes_queries_of_objects: whether ``teacher_groups`` do, which depend on ground truth.
+        denoising: the student's denoising queries, of which the teacher decodes the same; None: it
+            decodes none.
         takes_boxes: whether the teacher is boxes that the targets carry, and no network.
         groups_need_images: whether student groups depend on the teacher's outputs of a batch, so
             that the student's decoder has to wait for the teacher.
@@ -139,6 +161,7 @@ class Method(nn.Module, ABC):
     needs_attention: bool = False
     needs_keys: bool = False
     needs_features: bool = False
+    needs_scores: bool = False
     needs_decoder: bool = True
     needs_own_queries: bool = True
     makes_queries_of_objects: bool = False
@@ -146,6 +169,7 @@ class Method(nn.Module, ABC):
     groups_need_images: bool = False
     draws_in_steps: bool = False
     layers: list[int]
+    denoising: DenoisingConfig | None = None
     adaptive: AdaptiveMatching | None = None
     refinement: TeacherRefinement | None = None
 

@@ -11,12 +11,14 @@ from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.build import build_detector
 from d3etr.errors import UserError
 from d3etr.methods.adaptive import kept_pairs
+from d3etr.methods.denoising_points import check_denoising
+from d3etr.methods.encoder_selection import check_selection
 from d3etr.methods.refinement import check_refinement
 from d3etr.methods.selection import share_of, teacher_layers
 
 if TYPE_CHECKING:
     from d3etr.methods.pairs import LevelPairs
-    from d3etr.methods.teacher_queries import TeacherQueryConfig
+    from d3etr.methods.teacher_query_config import TeacherQueryConfig
 
 
 def check_pair(
@@ -48,6 +50,10 @@ def check_pair(
     _check_classes(config, classes)
     if config.inherited_share:
         _check_inherited(student, teacher)
+    if config.denoising_weight:
+        check_denoising(student, teacher)
+    if config.selects is not None:
+        check_selection(student, teacher)
     if config.self_attention.weight:
         counts = student.queries, teacher.queries
         points, kept = config.points, config.kept_share
@@ -71,7 +77,7 @@ def _check_inherited(student: DetectorConfig, teacher: DetectorConfig) -> None:
             f"teacher ({theirs}) differ: set it to 0, or give the student the teacher's"
         )
     if student.queries_need_images:
-        strides = [_strides(detector) for detector in (student, teacher)]
+        strides = [strides_of(detector) for detector in (student, teacher)]
         if strides[0] != strides[1]:
             raise UserError(
                 "distillation.inherited_ratio pairs queries of one place, but the student's "
@@ -88,13 +94,14 @@ def shared_levels(student: DetectorConfig, teacher: DetectorConfig) -> LevelPair
     """
     if student.feature_levels == teacher.feature_levels == 1:
         return None
-    ours, theirs = _strides(student), _strides(teacher)
+    ours, theirs = strides_of(student), strides_of(teacher)
     if ours == theirs:
         return None
     return tuple((ours.index(stride), theirs.index(stride)) for stride in ours if stride in theirs)
 
 
-def _strides(detector: DetectorConfig) -> tuple[int, ...]:
+def strides_of(detector: DetectorConfig) -> tuple[int, ...]:
+    """Pixels per cell of each of a detector's feature levels, finest first."""
     with torch.device("meta"):  # no memory, no weights
         return build_detector(detector, 1).level_strides
 
@@ -185,7 +192,7 @@ def _check_levels(
     shared = shared_levels(student, teacher)
     if shared is None:
         return
-    strides = f"{list(_strides(student))} pixels and the teacher's {list(_strides(teacher))}"
+    strides = f"{list(strides_of(student))} pixels and the teacher's {list(strides_of(teacher))}"
     if term.distance == "points":
         raise UserError(
             "distillation.cross_attention.distance 'points' compares point by point, but the "
@@ -198,7 +205,7 @@ def _check_levels(
             "distillation.cross_attention.levels to 'merged', or "
             "distillation.cross_attention.weight to 0"
         )
-    kept = [_strides(student)[own] for own, _ in shared]
+    kept = [strides_of(student)[own] for own, _ in shared]
     warnings.warn(
         f"distillation.cross_attention compares feature levels of strides {kept} only: the "
         f"student's have {strides}",

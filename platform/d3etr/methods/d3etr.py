@@ -32,8 +32,11 @@ from d3etr.config.distillation import (
 )
 from d3etr.matching.assignment import CostBlock
 from d3etr.methods.base import Matches, StudentOutputs, TeacherOutputs
+from d3etr.methods.denoising_points import DenoisingPointsConfig
+from d3etr.methods.encoder_selection import SelectionConfig
 from d3etr.methods.inherited import PlaceMatching
-from d3etr.methods.teacher_queries import TeacherQueryConfig, TeacherQueryMethod
+from d3etr.methods.teacher_queries import TeacherQueryMethod
+from d3etr.methods.teacher_query_config import TeacherQueryConfig
 from d3etr.structures import MAIN, Targets
 
 
@@ -54,6 +57,10 @@ class D3ETRConfig(TeacherQueryConfig):
     matching_cost: MatchingCostConfig = MatchingCostConfig()
     general_points: GeneralPointsConfig = GeneralPointsConfig()
     """KD-DETR's points on top; not D3ETR's."""
+    denoising_points: DenoisingPointsConfig = DenoisingPointsConfig()
+    """Denoising queries as pairs on top; not D3ETR's."""
+    selection: SelectionConfig = SelectionConfig()
+    """The encoder's class scores on top; not D3ETR's."""
     features: FeatureConfig = FeatureConfig()
     """DETRDistill's features on top; not D3ETR's."""
 
@@ -205,6 +212,7 @@ class D3ETR(TeacherQueryMethod):
         without_matching = (
             self.fixed_losses(self.config.fixed_share, student, teacher, normalisers)
             | self.general_losses(student, teacher, normalisers)
+            | self.added_losses(student, teacher, targets, normalisers)
             | self.feature_losses(student, teacher, targets, normalisers)
         )
         both = student, teacher

@@ -24,7 +24,8 @@ from d3etr.config.distillation import (
     Share,
 )
 from d3etr.methods.base import Matches, StudentOutputs, TeacherOutputs
-from d3etr.methods.teacher_queries import TeacherQueryConfig, TeacherQueryMethod
+from d3etr.methods.teacher_queries import TeacherQueryMethod
+from d3etr.methods.teacher_query_config import TeacherQueryConfig
 from d3etr.structures import Targets
 
 

@@ -27,7 +27,10 @@ from d3etr.config.distillation import (
     PredictionConfig,
 )
 from d3etr.methods.base import Matches, StudentOutputs, TeacherOutputs
-from d3etr.methods.teacher_queries import TeacherQueryConfig, TeacherQueryMethod
+from d3etr.methods.denoising_points import DenoisingPointsConfig
+from d3etr.methods.encoder_selection import SelectionConfig
+from d3etr.methods.teacher_queries import TeacherQueryMethod
+from d3etr.methods.teacher_query_config import TeacherQueryConfig
 from d3etr.structures import Targets
 
 
@@ -40,6 +43,10 @@ class KDDETRConfig(TeacherQueryConfig):
 
     method: Literal["kd_detr"] = "kd_detr"
     general_points: GeneralPointsConfig = GeneralPointsConfig(count=300)
+    denoising_points: DenoisingPointsConfig = DenoisingPointsConfig()
+    """Denoising queries as further points; not KD-DETR's."""
+    selection: SelectionConfig = SelectionConfig()
+    """The encoder's class scores on top; not KD-DETR's."""
     layer_map: Literal["uniform", "last"] | LayerList = "last"
     """Teacher layer for each student layer; a list names them, last must map to last."""
     prediction: PredictionConfig = PredictionConfig(
@@ -72,7 +79,7 @@ class KDDETR(TeacherQueryMethod):
     """L = L_det(main) + L_specific + w_general L_general.
 
     Each is class and box losses over its points (``pair_losses``); the specific points' terms are
-    named ``fixed``.
+    named ``fixed``. With ``denoising_points`` (our choice) there is w_denoising L_denoising too.
     """
 
     config_class = KDDETRConfig
@@ -85,8 +92,10 @@ class KDDETR(TeacherQueryMethod):
         targets: Targets,
         normalisers: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """L_specific + w_general L_general."""
+        """L_specific + w_general L_general + w_denoising L_denoising."""
         if not self.config.distils:
             return {}
         specific = self.fixed_losses(1.0, student, teacher, normalisers)
-        return specific | self.general_losses(student, teacher, normalisers)
+        general = self.general_losses(student, teacher, normalisers)
+        added = self.added_losses(student, teacher, targets, normalisers)
+        return specific | general | added

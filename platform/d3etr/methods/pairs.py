@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from d3etr.attention_maps import AttentionMaps, CrossMaps, ProductMaps, SampledMaps
+from d3etr.attention_maps import (
+    MASKED_SCORE,
+    AttentionMaps,
+    CrossMaps,
+    ProductMaps,
+    SampledMaps,
+    ScoredMaps,
+)
 from d3etr.config.distillation import AttentionConfig, CrossAttentionConfig
 from d3etr.errors import UserError
 from d3etr.losses.attention import (
@@ -33,7 +40,7 @@ from d3etr.matching.assignment import gather_queries
 from d3etr.structures import DecoderOutputs
 
 if TYPE_CHECKING:
-    from d3etr.methods.teacher_queries import TeacherQueryConfig
+    from d3etr.methods.teacher_query_config import TeacherQueryConfig
 
 _TINY = torch.finfo(torch.float32).tiny
 LevelPairs = tuple[tuple[int, int], ...]
@@ -82,9 +89,12 @@ class MatchedPairs:
         index: which teacher query corresponds to which student query.
         confidence: [L] normaliser of pairs weighted by the teacher's confidence, of its sum or of
             what the configuration has instead.
-        images: scalar, images in the global batch; normaliser of pairs that weigh the same.
+        images: scalar, images in the global batch; normaliser of pairs that weigh the same. Of
+            pairs that are ``counted``: the sum of that over the global batch.
         shares: [L, B] what the confidence in an image's pairs is scaled to sum to where the teacher
             has more queries; None leaves it.
+        counted: [B, P] factor on the weight of each pair, the same pattern in each block of queries
+            that attend to each other; None: each counts 1.
     """
 
     student: DecoderOutputs
@@ -93,6 +103,7 @@ class MatchedPairs:
     confidence: Tensor
     images: Tensor
     shares: Tensor | None = None
+    counted: Tensor | None = None
 
     def weights(self, kind: str, config: TeacherQueryConfig) -> Tensor:
         """[L, B, P] weight of each pair divided by its normaliser.
@@ -103,13 +114,18 @@ class MatchedPairs:
         """
         counted = counted_confidence(self.teacher, config.minimum_confidence)
         confidence = self.index.of_teacher(counted[..., None])[..., 0]
+        if kind == "uniform" and self.counted is not None:
+            return (self.counted / self.images.clamp(min=_TINY)).expand_as(confidence)
         if kind == "uniform":
             return torch.ones_like(confidence) / (confidence.shape[-1] * self.images)
         # A batch may have no object, or none of which the teacher is sure enough.
         least = _TINY if config.counts_confidence else 1.0
         divisor = self.confidence.clamp(min=least)[:, None, None]
         if kind == "every":
-            return torch.ones_like(confidence) / divisor
+            each = torch.ones_like(confidence) if self.counted is None else self.counted
+            return each / divisor
+        if self.counted is not None:
+            confidence = confidence * self.counted
         # Else the most confident teacher queries have pairs, and weigh what they should.
         if self.shares is not None and self.student.queries < self.teacher.queries:
             found = confidence.sum(-1, keepdim=True).clamp(min=_TINY)
@@ -131,7 +147,16 @@ def _self_attention(pairs: MatchedPairs, weights: Tensor, config: AttentionConfi
     """Rows and columns follow the correspondence, renormalised to the corresponding queries."""
     student = _known(pairs.student.self_maps).pairs(pairs.index.student)
     teacher = _known(pairs.teacher.self_maps).pairs(pairs.index.teacher)
+    if pairs.counted is not None:
+        student, teacher = (_among(maps, pairs.counted) for maps in (student, teacher))
     return attention_loss(student, teacher, weights, config)
+
+
+def _among(maps: AttentionMaps, counted: Tensor) -> ScoredMaps:
+    """Maps over the queries of each block that count, [L, B, H, P, P / K]; renormalised to them."""
+    scores = maps.scores()
+    idle = counted[:, : scores.shape[-1]] == 0
+    return ScoredMaps(scores.masked_fill(idle[:, None, None], MASKED_SCORE))
 
 
 def _cross_attention(

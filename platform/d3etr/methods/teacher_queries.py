@@ -4,32 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, Self
 
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.config.distillation import (
-    AttentionConfig,
-    AuxiliaryGroupConfig,
-    CrossAttentionConfig,
-    FeatureConfig,
-    GeneralPointsConfig,
-    LayerList,
     MatchingCostConfig,
     MethodConfig,
-    PredictionConfig,
-    PredictionMethodConfig,
-    Ratio,
-    Share,
 )
-from d3etr.losses.features import FeatureComparison
 from d3etr.matching.assignment import CostBlock
 from d3etr.methods.adapters import GeneralPoints, RandomQueries, TeacherQueries
 from d3etr.methods.adaptive import AdaptiveMatching
-from d3etr.methods.base import Matches, Method, StudentOutputs, TeacherGroup, TeacherOutputs
-from d3etr.methods.compatibility import check_pair, shared_levels
+from d3etr.methods.added_terms import AddingMethod
+from d3etr.methods.base import (
+    Matches,
+    StudentOutputs,
+    TeacherGroup,
+    TeacherOutputs,
+)
+from d3etr.methods.compatibility import check_pair
 from d3etr.methods.pairs import (
     FIXED,
     Correspondence,
@@ -38,7 +31,8 @@ from d3etr.methods.pairs import (
     pair_losses,
 )
 from d3etr.methods.refinement import TeacherRefinement
-from d3etr.methods.selection import select_teacher_queries, teacher_layers
+from d3etr.methods.selection import select_teacher_queries
+from d3etr.methods.teacher_query_config import TeacherQueryConfig
 from d3etr.structures import MAIN, ObjectQueries, QueryGroup, Supervision, Targets
 
 AUXILIARY, GENERAL = "auxiliary", "general"
@@ -47,150 +41,7 @@ _NAMES = {AUXILIARY: "fixed", MAIN: "inherited"}
 """What losses over the pairs of a group are called, where not as the group."""
 
 
-class TeacherQueryConfig(PredictionMethodConfig):
-    """What such methods share: the group, what is compared over pairs, layers, warm-up."""
-
-    teacher_query_ratio: Share = 1.0
-    """q: share of the teacher's queries, most confident first, in the auxiliary group."""
-    prediction: PredictionConfig = PredictionConfig()
-    self_attention: AttentionConfig = AttentionConfig()
-    cross_attention: CrossAttentionConfig = CrossAttentionConfig()
-    auxiliary_group: AuxiliaryGroupConfig = AuxiliaryGroupConfig()
-    layer_map: Literal["uniform", "last"] | LayerList = "uniform"
-    """Teacher layer for each student layer; a list names them, last must map to last."""
-    minimum_confidence: Ratio = 0.0
-    """A teacher query of less confidence than this counts 0 wherever pairs are weighted by
-    confidence, in their normaliser too."""
-    normaliser: Literal["confidence", "objects"] = "confidence"
-    """What such pairs' losses are divided by. confidence: the teacher's total one, to which
-    hundreds of queries that found nothing add up. objects: the number of objects, as detection
-    losses; it does not depend on the number of queries."""
-
-    @property
-    def counts_confidence(self) -> bool:
-        """Whether pairs are divided by the confidence of all of the teacher's queries."""
-        return self.normaliser == "confidence" and not self.minimum_confidence
-
-    @property
-    def has_auxiliary_group(self) -> bool:
-        """Whether the teacher's queries run through the student's decoder."""
-        return True
-
-    @property
-    def points(self) -> GeneralPointsConfig | None:
-        """General points, of methods that draw some: those that have ``general_points``."""
-        return getattr(self, "general_points", None)
-
-    @property
-    def compared_features(self) -> FeatureConfig | None:
-        """Memories, of methods that compare them: those that have ``features``."""
-        features: FeatureConfig | None = getattr(self, "features", None)
-        return features if features and features.weight else None
-
-    @property
-    def kept_share(self) -> float:
-        """Share of adaptive pairs that are kept, of methods that have ``matched_pair_ratio``."""
-        return getattr(self, "matched_pair_ratio", 1.0)
-
-    @property
-    def fixed_share(self) -> float:
-        """Weight of the terms over the auxiliary group, 1 - r in D3ETR."""
-        return 1.0
-
-    @property
-    def compares_attention(self) -> bool:
-        """Whether attention maps are compared."""
-        return bool(self.self_attention.weight or self.cross_attention.weight)
-
-    @property
-    def compares_pairs(self) -> bool:
-        """Whether any term over pairs is on."""
-        return bool(self.prediction.weight) or self.compares_attention
-
-    @property
-    def distils(self) -> bool:
-        """Whether anything of the teacher's outputs is compared with."""
-        return self.compares_pairs or self.compared_features is not None
-
-    @property
-    def learns_without_labels(self) -> bool:
-        """Features are weighed by the overlap of the teacher's boxes with objects: pairs alone."""
-        return self.compares_pairs and self.normaliser == "confidence"
-
-    @property
-    def description(self) -> str:
-        """The terms over pairs with their weights."""
-        terms = {
-            "predictions": self.prediction.weight,
-            "self-attention": self.self_attention.weight,
-            "cross-attention": self.cross_attention.weight,
-        }
-        shown = [f"{name} ({weight:g})" for name, weight in terms.items() if weight]
-        shown += ["teacher refined"] * self.refine_teacher
-        return ", ".join(shown) or "no distillation terms"
-
-    def random_group_problem(self) -> str | None:
-        """Why random queries in the auxiliary group contradict the rest, or None."""
-        if self.auxiliary_group.queries == "teacher" or not self.has_auxiliary_group:
-            return None
-        if self.distils:
-            return (
-                "random auxiliary queries have no teacher outputs to distil: "
-                "set all term weights to 0, or auxiliary_group.queries to 'teacher'"
-            )
-        if self.auxiliary_group.assignment == "teacher":
-            return (
-                "random auxiliary queries have no teacher assignment: "
-                "set auxiliary_group.assignment to 'own'"
-            )
-        return None
-
-    @model_validator(mode="after")
-    def _confidence_counts(self) -> Self:
-        terms = self.prediction, self.self_attention, self.cross_attention
-        used = {kind for term in terms if term.weight for kind in term.kinds_of_pair_weights}
-        if not self.counts_confidence and used <= {"uniform"}:
-            raise ValueError(
-                "minimum_confidence and normaliser have no effect: no term weights its pairs by "
-                "confidence"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _refined_predictions_are_compared(self) -> Self:
-        if self.refine_teacher and not self.prediction.weight:
-            raise ValueError("refine_teacher has no effect: prediction.weight is 0")
-        return self
-
-    @model_validator(mode="after")
-    def _a_share_of_something(self) -> Self:
-        if self.gradient_share is not None and not self.distils:
-            raise ValueError("gradient_share has no effect: all term weights are 0")
-        return self
-
-    @model_validator(mode="after")
-    def _the_group_learns(self) -> Self:
-        if (
-            self.has_auxiliary_group
-            and not self.auxiliary_group.ground_truth
-            and not self.compares_pairs
-        ):
-            raise ValueError(
-                "the auxiliary group would learn nothing: all term weights are 0 and "
-                "auxiliary_group.ground_truth is false"
-            )
-        if problem := self.random_group_problem():
-            raise ValueError(problem)
-        if self.cross_attention.distance == "points" and self.matches_adaptively:
-            raise ValueError(
-                "cross_attention.distance 'points' compares queries that are the same in both "
-                "models, and adaptive pairs are not: set inherited_ratio to 1 or adaptive_ratio to "
-                "0, or the distance to 'energy'"
-            )
-        return self
-
-
-class TeacherQueryMethod(Method):
+class TeacherQueryMethod(AddingMethod):
     """The auxiliary group, general points and matched pairs; subclasses say what is added up.
 
     Args:
@@ -208,19 +59,12 @@ class TeacherQueryMethod(Method):
         *,
         seed: int,
     ) -> None:
-        super().__init__()
-        self.features: FeatureComparison | None = None
-        if (compared := config.compared_features) is not None:
-            self.features = FeatureComparison(student.width, teacher.width, compared.queries)
-            self.needs_features = True
+        super().__init__(config, student, teacher)
         cost: MatchingCostConfig | None = getattr(config, "matching_cost", None)
         if cost is not None:
             self.adaptive = AdaptiveMatching(
                 cost, config.kept_share, student.queries, config.minimum_confidence
             )
-        self.config = config
-        depths = student.decoder_layers, teacher.decoder_layers
-        self.layers = teacher_layers(config.layer_map, *depths)
         self.refinement = TeacherRefinement(self.layers) if config.refine_teacher else None
         points = config.points
         self._points = GeneralPoints.of(teacher, points.count, seed) if points else None
@@ -234,7 +78,6 @@ class TeacherQueryMethod(Method):
         chosen = config.teacher_query_ratio < 1 or teacher.queries_need_images
         self.groups_need_images = chosen or self.draws_in_steps
         self.needs_attention = config.compares_attention
-        self.levels = shared_levels(student, teacher) if config.cross_attention.weight else None
         self.needs_keys = config.cross_attention.detach_queries
         outputs_count = config.distils or self._teacher_assigns or chosen
         self.needs_teacher_outputs = outputs_count and not random
@@ -310,10 +153,10 @@ class TeacherQueryMethod(Method):
     def normalisers(self, teacher: TeacherOutputs, targets: Targets) -> dict[str, Tensor]:
         """[L] what pairs of each kind are divided by: confidence of the teacher, or objects."""
         sums = self.confidences(teacher)
-        if self.config.normaliser == "confidence":
-            return sums
-        objects = targets.num_objects.sum().float()
-        return {name: objects.expand_as(total) for name, total in sums.items()}
+        if self.config.normaliser == "objects":
+            objects = targets.num_objects.sum().float()
+            sums = {name: objects.expand_as(total) for name, total in sums.items()}
+        return sums | self.added_normalisers(teacher, targets)
 
     def confidences(self, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """[L] confidence of the teacher, summed over the pairs of each kind."""
@@ -369,24 +212,3 @@ class TeacherQueryMethod(Method):
         """W L_general: over general points."""
         weight = self.config.points.weight if self.config.points else 0.0
         return self.fixed_losses(weight, student, teacher, normalisers, GENERAL)
-
-    def feature_losses(
-        self,
-        student: StudentOutputs,
-        teacher: TeacherOutputs,
-        targets: Targets,
-        normalisers: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """W L_features: over memory tokens."""
-        config = self.config.compared_features
-        if self.features is None or config is None:
-            return {}
-        assert teacher.memory is not None
-        distance = self.features(
-            student.memory,
-            teacher.main,
-            teacher.memory.tokens,
-            targets,
-            normalisers["labelled_images"],
-        )
-        return {"features": config.weight * distance}
