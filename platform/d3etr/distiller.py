@@ -63,6 +63,8 @@ def _teacher_groups(
     groups = {MAIN: queries} if method.needs_own_queries else {}
     groups |= method.teacher_groups(queries, targets, step)
     decoded = teacher.decode(memory, [*groups.values()], attention=method.needs_attention)
+    if not method.needs_distributions:
+        decoded = [replace(part, distributions=None) for part in decoded]
     outputs = [map_layers(part, method.layers) for part in decoded]
     if not method.needs_features:
         outputs = [replace(part, states=None) for part in outputs]

@@ -119,6 +119,7 @@ class Method(nn.Module, ABC):
         needs_attention: whether decoders return their attention maps.
         needs_keys: whether the student keeps the keys of its attention to the memory, so that they
             can learn apart from the queries.
+        needs_distributions: whether the teacher's distributions over edges are compared.
         needs_features: whether the teacher's memory and last decoder states are compared.
         needs_decoder: whether the teacher's decoder runs; without it, it has no groups.
         needs_own_queries: whether the teacher's own queries are decoded, or ``teacher_groups``
@@ -138,6 +139,7 @@ class Method(nn.Module, ABC):
     needs_teacher_outputs: bool = False
     needs_attention: bool = False
     needs_keys: bool = False
+    needs_distributions: bool = False
     needs_features: bool = False
     needs_decoder: bool = True
     needs_own_queries: bool = True

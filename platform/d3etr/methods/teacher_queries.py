@@ -103,6 +103,13 @@ class TeacherQueryConfig(PredictionMethodConfig):
         return bool(self.self_attention.weight or self.cross_attention.weight)
 
     @property
+    def kinds_of_pair_weights(self) -> frozenset[str]:
+        """How terms that are on weight their pairs."""
+        terms = self.prediction, self.self_attention, self.cross_attention
+        used = [term.kinds_of_pair_weights for term in terms if term.weight]
+        return frozenset().union(*used)
+
+    @property
     def compares_pairs(self) -> bool:
         """Whether any term over pairs is on."""
         return bool(self.prediction.weight) or self.compares_attention
@@ -147,9 +154,7 @@ class TeacherQueryConfig(PredictionMethodConfig):
 
     @model_validator(mode="after")
     def _confidence_counts(self) -> Self:
-        terms = self.prediction, self.self_attention, self.cross_attention
-        used = {kind for term in terms if term.weight for kind in term.kinds_of_pair_weights}
-        if not self.counts_confidence and used <= {"uniform"}:
+        if not self.counts_confidence and self.kinds_of_pair_weights <= {"uniform"}:
             raise ValueError(
                 "minimum_confidence and normaliser have no effect: no term weights its pairs by "
                 "confidence"
@@ -342,8 +347,11 @@ class TeacherQueryMethod(Method):
             return {}
         with matches(matching.name) as assignment:
             pairs = matching.pairs(assignment, student.main, teacher.main, normalisers)
-            terms = pair_losses(matching.name, weight, pairs, self.config, self.levels)
-            return assignment.nan_if_invalid(terms)
+            return assignment.nan_if_invalid(self.pair_terms(matching.name, weight, pairs))
+
+    def pair_terms(self, name: str, weight: float, pairs: MatchedPairs) -> dict[str, Tensor]:
+        """All that is compared over pairs, named ``NAME/..`` and times ``weight``."""
+        return pair_losses(name, weight, pairs, self.config, self.levels)
 
     def fixed_losses(
         self,
@@ -361,7 +369,7 @@ class TeacherQueryMethod(Method):
         if theirs.kept is not None:  # of the student's queries those with the same numbers
             index = Correspondence(student=theirs.kept.expand(ours.layers, -1, -1))
         pairs = MatchedPairs(ours, theirs.outputs, index, normalisers[group], normalisers["images"])
-        return pair_losses(_NAMES.get(group, group), weight, pairs, self.config, self.levels)
+        return self.pair_terms(_NAMES.get(group, group), weight, pairs)
 
     def general_losses(
         self, student: StudentOutputs, teacher: TeacherOutputs, normalisers: Mapping[str, Tensor]
@@ -382,11 +390,6 @@ class TeacherQueryMethod(Method):
         if self.features is None or config is None:
             return {}
         assert teacher.memory is not None
-        distance = self.features(
-            student.memory,
-            teacher.main,
-            teacher.memory.tokens,
-            targets,
-            normalisers["labelled_images"],
-        )
+        tokens, images = teacher.memory.tokens, normalisers["labelled_images"]
+        distance = self.features(student.memory, teacher.main, tokens, targets, images)
         return {"features": config.weight * distance}
