@@ -71,6 +71,8 @@ def _teacher_groups(
         attention=method.needs_attention,
         maps_of_blocks=method.denoising is not None,
     )
+    if not method.needs_distributions:
+        decoded = [replace(part, distributions=None) for part in decoded]
     outputs = [map_layers(part, method.layers) for part in decoded]
     if not method.needs_features:
         outputs = [replace(part, states=None) for part in outputs]

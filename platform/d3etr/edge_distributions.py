@@ -7,6 +7,7 @@ Shapes: L decoder layers · B images · N queries · C classes · K bins.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +34,20 @@ class BoxDistributions:
     distances: Tensor
     curvature: float
 
+    def map(
+        self, of_layers: Callable[[Tensor], Tensor], of_boxes: Callable[[Tensor], Tensor]
+    ) -> BoxDistributions:
+        """A part of them.
+
+        Args:
+            of_layers: takes it of [L, B, N, 4 K].
+            of_boxes: takes it of [B, N, ..].
+        """
+        start, logits, boxes = (of_boxes(x) for x in self._of_boxes())
+        corners = of_layers(self.corners.flatten(3))
+        corners = corners.reshape(*corners.shape[:3], *self.corners.shape[3:])
+        return replace(self, corners=corners, start=start, first_logits=logits, first_boxes=boxes)
+
     def of_queries(self, sizes: list[int]) -> list[BoxDistributions]:
         """Those of groups that lie side by side."""
         parts = (torch.split(x, sizes, 1) for x in self._of_boxes())
@@ -45,9 +60,7 @@ class BoxDistributions:
 
     def of_first(self, images: int) -> BoxDistributions:
         """Those of the first so many images."""
-        start, logits, boxes = (x[:images] for x in self._of_boxes())
-        corners = self.corners[:, :images]
-        return replace(self, corners=corners, start=start, first_logits=logits, first_boxes=boxes)
+        return self.map(lambda corners: corners[:, :images], lambda boxes: boxes[:images])
 
     def _of_boxes(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.start, self.first_logits, self.first_boxes

@@ -115,6 +115,7 @@ METHODS = Registry(
         "qskd": "d3etr.methods.qskd:QSKD",
         "feature_cosine": "d3etr.methods.feature_cosine:FeatureCosine",
         "clockdistill": "d3etr.methods.clockdistill:CLoCKDistill",
+        "distribution": "d3etr.methods.distribution:Distribution",
         "teach_detr": "d3etr.methods.teach_detr:TeachDETR",
     },
 )

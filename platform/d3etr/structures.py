@@ -206,6 +206,8 @@ class ObjectQueries:
         blocks: 0: in self-attention the group's queries see each other and nobody else. K: they
             are K equal blocks side by side, each of which sees itself and the first group that is
             decoded with it (denoising queries).
+        start: [B, N, 4] cxcywh, boxes whose edges a detector that refines distributions moves, in
+            place of those that its first layer proposes; None leaves these.
     """
 
     embedding: Tensor
@@ -214,6 +216,7 @@ class ObjectQueries:
     place: Tensor | None = None
     grids: Grids | None = None
     blocks: int = 0
+    start: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -221,7 +224,7 @@ class ObjectQueries:
         return self.embedding.shape[-2]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ObjectQueries:
-        """All features that there are, changed alike; ``place`` and ``blocks`` are dropped."""
+        """All features that there are, changed alike; the rest is dropped."""
         parts = (self.embedding, self.reference_logits, self.content)
         embedding, reference, content = (None if x is None else change(x) for x in parts)
         assert embedding is not None
@@ -230,7 +233,8 @@ class ObjectQueries:
     def detach(self) -> ObjectQueries:
         """The same queries outside the autograd graph."""
         own = self.map(Tensor.detach)
-        return replace(own, place=self.place, grids=self.grids, blocks=self.blocks)
+        own = replace(own, place=self.place, grids=self.grids, blocks=self.blocks)
+        return replace(own, start=self.start)
 
 
 class Supervision(Enum):

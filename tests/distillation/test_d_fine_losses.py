@@ -228,7 +228,9 @@ def test_one_layer_has_nobody_to_teach_it(
     assert_finite_gradients(module)
 
 
-@pytest.mark.parametrize("method", ["d3etr", "kd_detr", "detrdistill", "clockdistill", "qskd"])
+@pytest.mark.parametrize(
+    "method", ["d3etr", "kd_detr", "detrdistill", "clockdistill", "qskd", "distribution"]
+)
 def test_methods_teach_a_student_that_refines_edges(
     method: str, tiny_detector: MakeDetector, images: ImageBatch, targets: Targets
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from engine.test_workers import train_with_two_workers
 from tiny import FAMILY, changed, save_untrained
-from tiny_runs import DETECTOR, MakeConfig, assert_same_run, losses
+from tiny_runs import DETECTOR, MakeConfig, assert_same_run, losses, values
 
 from d3etr.config.tree import Config
 from d3etr.data import views as data_views
@@ -65,7 +65,7 @@ def taught_by(variant: str, make_config: MakeConfig, folder: Path, **sections: A
     student: dict[str, Any] = {"levels": levels} if levels > 1 else {}
     if isinstance(getattr(detector, "points", None), tuple):  # one number for each level
         student["points"] = detector.points
-    own = {"name": detector.name, "dropout": 0.0} | student
+    own = {"name": detector.name, "dropout": 0.0, **detector.edge_bins} | student
     return make_config(teacher={"weights": weights}, detector=own, **sections)
 
 
@@ -134,6 +134,19 @@ def test_every_kind_of_teacher_can_be_stored(
     config = taught_by(variant, make_config, tmp_path, optimisation={"epochs": 1})
     config = placed(with_views(config, {}), tmp_path)
     train(config, tmp_path / "stored")
+    monkeypatch.setattr(TeacherViews, "record", lambda *_: None)
+    train(config, tmp_path / "running")
+    assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "running"), rel=1e-5)
+
+
+def test_distributions_can_be_stored(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = taught_by("d_fine", make_config, tmp_path, optimisation={"epochs": 1})
+    config = placed(with_views(config, {"method": "distribution"}), tmp_path)
+    assert _store(config).folder != _store(with_views(config)).folder
+    train(config, tmp_path / "stored")
+    assert values(tmp_path / "stored", "train/distribution/kl")[-1] > 0
     monkeypatch.setattr(TeacherViews, "record", lambda *_: None)
     train(config, tmp_path / "running")
     assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "running"), rel=1e-5)

@@ -155,9 +155,17 @@ class DetectorConfig(VariantSection):
         return False
 
     @property
+    def edge_bins(self) -> Mapping[str, float]:
+        """Of distributions that boxes are refined as, keys that say which distances bins stand for.
+
+        They are the ``bins``, ``bound`` and ``curvature`` of D-FINE; none where boxes are numbers.
+        """
+        return {}
+
+    @property
     def refines_distributions(self) -> bool:
         """Whether boxes are refined as distributions, of queries that its encoder proposes."""
-        return False
+        return bool(self.edge_bins)
 
     @property
     def takes_embedding(self) -> bool:

@@ -81,9 +81,9 @@ class DFINEConfig(SelectingConfig):
         return {**super().criterion_defaults, "union_matching": True}
 
     @property
-    def refines_distributions(self) -> bool:
-        """Of every edge."""
-        return True
+    def edge_bins(self) -> Mapping[str, float]:
+        """Of the distributions of every edge."""
+        return {"bins": self.bins, "bound": self.bound, "curvature": self.curvature}
 
     @model_validator(mode="after")
     def _bins_and_points_fit(self) -> Self:
@@ -202,6 +202,20 @@ class DFINEDecoder(SelectingDecoder):
         return self.quality_heads[layer](heights.flatten(-2))  # type: ignore[no-any-return]
 
 
+def boxes_to_move(first: Tensor, groups: Sequence[ObjectQueries]) -> Tensor:
+    """[B, N, 4] cxcywh, whose edges move: ``first``, or what a group brings in its place.
+
+    Args:
+        first: [B, N, 4] of the first layer.
+        groups: side by side, N queries in total.
+    """
+    if all(group.start is None for group in groups):
+        return first
+    own = torch.split(first, [group.count for group in groups], 1)
+    pairs = zip(own, groups, strict=True)
+    return torch.cat([part if group.start is None else group.start for part, group in pairs], 1)
+
+
 class Refinement:
     """What the layers have made of the boxes so far.
 
@@ -209,10 +223,18 @@ class Refinement:
         decoder: heads.
         config: bins, bound and curvature.
         start: [B, N, 4] reference logits.
+        groups: whose queries they are, side by side.
     """
 
-    def __init__(self, decoder: DFINEDecoder, config: DFINEConfig, start: Tensor) -> None:
+    def __init__(
+        self,
+        decoder: DFINEDecoder,
+        config: DFINEConfig,
+        start: Tensor,
+        groups: Sequence[ObjectQueries],
+    ) -> None:
         self.decoder, self.curvature, self.start = decoder, config.curvature, start
+        self.groups = groups
         bins = config.bins + 1
         self.distances = bin_distances(bins, config.bound, config.curvature, start.device)
         self.shape = (*start.shape[:2], 4, bins)
@@ -228,12 +250,13 @@ class Refinement:
             states = states.float()
             if not layer:
                 self.first = box_logits(self.decoder.first_box_head, states, self.start).sigmoid()
+                self.moved = boxes_to_move(self.first.detach(), self.groups)
             joined = states if self.before is None else states + self.before
             corners: Tensor = self.decoder.box_heads[layer](joined).view(self.shape)
             if self.corners:
                 corners = corners + self.corners[-1]
             moves = mean_distances(corners, self.distances)
-            box = moved_edges(self.first.detach(), moves, self.curvature)
+            box = moved_edges(self.moved, moves, self.curvature)
             logits = self.decoder.class_heads[layer](states)
             if not layer:
                 self.first_logits = logits
@@ -287,7 +310,7 @@ class DFINE(SelectingDetector):
         """As of ``DetectionTransformer``; a group without content starts as its own queries do."""
         images = len(memory.tokens)
         start = self.references(groups).expand(images, -1, -1)
-        refinement = Refinement(self.decoder, self.config, start)
+        refinement = Refinement(self.decoder, self.config, start, groups)
         ratios = valid_ratios(memory.padding, memory.levels)
 
         def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,7 +324,7 @@ class DFINE(SelectingDetector):
         refinement.predict(len(states) - 1, states[-1])
         distributions = BoxDistributions(
             torch.stack(refinement.corners),
-            refinement.first.detach(),
+            refinement.moved,
             refinement.first_logits,
             refinement.first,
             refinement.distances,

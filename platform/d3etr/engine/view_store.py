@@ -262,5 +262,6 @@ def store_key(
         "layers": list(parts.layers),
         "queries": config.teacher.views.queries,
         "attention": parts.attention,
+        **({"distributions": True} if parts.distributions else {}),  # no new name for other stores
         "precision": config.teacher.views.precision,
     }

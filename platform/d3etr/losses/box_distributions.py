@@ -3,7 +3,8 @@
 Fine-grained localisation (FGL, section 4.1, equation 6): the two bins around where an object's edge
 is, each the more the nearer it is, weighted by the IoU. Decoupled distillation focal loss (DDF,
 section 4.2, equations 7 and 8): the last layer's distributions teach those of the layers before it,
-matched queries apart from all others. Where paper and official code differ, it is the code's.
+matched queries apart from all others. Method ``distribution`` uses both over a teacher's boxes.
+Where paper and official code differ, it is the code's.
 
 Shapes: L decoder layers · B images · N queries · P slots of pairs · K bins · .. any.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, pad
 
+from d3etr.edge_distributions import BoxDistributions
 from d3etr.matching.assignment import Assignment, gather_queries
 from d3etr.matching.boxes import cxcywh_to_xyxy, iou
 from d3etr.matching.edges import edge_moves
@@ -78,17 +80,42 @@ def localisation_terms(corners: Tensor, moves: Tensor, distances: Tensor) -> Ten
     return -((1 - share) * lower + share * upper)
 
 
-def distillation_terms(corners: Tensor, teacher: Tensor) -> Tensor:
+def distillation_terms(
+    corners: Tensor, teacher: Tensor, temperature: float = TEMPERATURE
+) -> Tensor:
     """[..] T^2 KL(teacher || corners) of each edge at the temperature T.
 
     Args:
         corners: [.., K] logits.
         teacher: [.., K] logits, which may be broadcast; no gradient passes through them.
+        temperature: T.
     """
-    target = (teacher.detach() / TEMPERATURE).log_softmax(-1).expand_as(corners)
-    found = (corners / TEMPERATURE).log_softmax(-1)
+    target = (teacher.detach() / temperature).log_softmax(-1).expand_as(corners)
+    found = (corners / temperature).log_softmax(-1)
     divergence = kl_div(found, target, reduction="none", log_target=True)
-    return TEMPERATURE**2 * divergence.sum(-1)
+    return temperature**2 * divergence.sum(-1)
+
+
+def edge_loss(
+    distributions: BoxDistributions, queries: Tensor | None, boxes: Tensor, weights: Tensor
+) -> Tensor:
+    """Cross entropy with the two bins around where edges should be, summed over all.
+
+    Args:
+        distributions: of L layers and N queries.
+        queries: [L, B, P] whose edges; None: all, in order.
+        boxes: [L, B, P, 4] cxcywh, where their edges should be.
+        weights: [L, B, P] of each query.
+    """
+    corners = distributions.corners.float()
+    start = distributions.start.expand(len(corners), -1, -1, -1)
+    if queries is not None:
+        start = gather_queries(start, queries)
+        found = gather_queries(corners.flatten(3), queries)
+        corners = found.reshape(*found.shape[:3], *corners.shape[3:])
+    moves = edge_moves(start, cxcywh_to_xyxy(boxes), distributions.curvature)
+    terms = localisation_terms(corners, moves, distributions.distances)
+    return (terms.sum(-1) * weights).sum()
 
 
 def pair_overlaps(outputs: DecoderOutputs, targets: Targets, assignment: Assignment) -> Tensor:
@@ -115,14 +142,9 @@ def fine_grained_loss(
     """
     own = outputs.distributions
     assert own is not None
-    corners = gather_queries(own.corners.float().flatten(3), assignment.rows)
-    corners = corners.view(*corners.shape[:3], *own.corners.shape[3:])
-    start = gather_queries(own.start.expand(len(corners), -1, -1, -1), assignment.rows)
-    truth = cxcywh_to_xyxy(_true_boxes(targets, assignment))
-    moves = edge_moves(start, truth, own.curvature)
-    terms = localisation_terms(corners, moves, own.distances).sum(-1)
     weights = pair_overlaps(outputs, targets, assignment) * counted
-    return (terms * weights).sum() / objects.clamp(min=1)
+    loss = edge_loss(own, assignment.rows, _true_boxes(targets, assignment), weights)
+    return loss / objects.clamp(min=1)
 
 
 def self_distillation_loss(
@@ -142,19 +164,40 @@ def self_distillation_loss(
     own = outputs.distributions
     assert own is not None
     taught = slice(0, outputs.layers - 1)
-    rows, used = assignment.rows[taught], assignment.valid_mask
     overlaps = pair_overlaps(outputs, targets, assignment)[taught]
-    queries = outputs.queries
+    rows = assignment.rows[taught]
+    confidence = outputs.logits[-1].detach().float().amax(-1).sigmoid().expand(len(rows), -1, -1)
+    corners = own.corners.float()
+    terms = distillation_terms(corners[taught], corners[-1])
+    return balanced_sum(terms, rows, assignment.valid_mask, overlaps, confidence, counts)
+
+
+def balanced_sum(
+    terms: Tensor,
+    rows: Tensor,
+    used: Tensor,
+    overlaps: Tensor,
+    confidence: Tensor,
+    counts: QueryCounts,
+) -> Tensor:
+    """DDF's sum: means over matched queries and over all others, weighed against each other.
+
+    Args:
+        terms: [L, B, N, 4] of each edge.
+        rows: [L, B, P] queries that are matched with objects.
+        used: [B, P] bool, which of these slots are in use.
+        overlaps: [L, B, P] weights of matched queries.
+        confidence: [L, B, N] weights of the others.
+        counts: of the global batch.
+    """
     # Unused slots go to a column of their own.
-    rows = rows.where(used, queries)
-    confidence = outputs.logits[-1].detach().float().amax(-1).sigmoid()
-    weights = pad(confidence, (0, 1)).expand(len(rows), -1, -1)
+    rows = rows.where(used, terms.shape[2])
+    weights = pad(confidence, (0, 1))
     matched = torch.zeros_like(weights).scatter(2, rows, 1.0)[..., :-1]
     weights = weights.scatter(2, rows, overlaps)[..., :-1]
-    corners = own.corners.float()
-    terms = distillation_terms(corners[taught], corners[-1]).sum(-1) * weights / EDGES
-    of_matched = (terms * matched).sum((0, 2)) / counts.matched.clamp(min=1)
-    of_others = (terms * (1 - matched)).sum((0, 2)) / counts.others.clamp(min=1)
+    weighed = terms.sum(-1) * weights / EDGES
+    of_matched = (weighed * matched).sum((0, 2)) / counts.matched.clamp(min=1)
+    of_others = (weighed * (1 - matched)).sum((0, 2)) / counts.others.clamp(min=1)
     return (counts.share * of_matched + (1 - counts.share) * of_others).sum()
 
 

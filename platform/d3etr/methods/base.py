@@ -138,6 +138,7 @@ class Method(nn.Module, ABC):
         needs_attention: whether decoders return their attention maps.
         needs_keys: whether the student keeps the keys of its attention to the memory, so that they
             can learn apart from the queries.
+        needs_distributions: whether the teacher's distributions over edges are compared.
         needs_features: whether the teacher's memory and last decoder states are compared.
         needs_scores: whether the class scores of encoders' tokens are compared.
         needs_decoder: whether the teacher's decoder runs; without it, it has no groups.
@@ -160,6 +161,7 @@ class Method(nn.Module, ABC):
     needs_teacher_outputs: bool = False
     needs_attention: bool = False
     needs_keys: bool = False
+    needs_distributions: bool = False
     needs_features: bool = False
     needs_scores: bool = False
     needs_decoder: bool = True

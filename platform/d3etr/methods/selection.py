@@ -60,6 +60,7 @@ def map_layers(outputs: DecoderOutputs, layers: list[int]) -> DecoderOutputs:
         lambda values: take_layers(values, layers),
         lambda maps: maps.layers(layers),
         lambda maps: maps.layers(layers),
+        lambda boxes: boxes,
     )
 
 
@@ -71,6 +72,7 @@ def select_queries(outputs: DecoderOutputs, index: Tensor) -> DecoderOutputs:
         lambda values: gather_queries(values, every_layer),
         lambda maps: maps.pairs(every_layer),
         lambda maps: maps.rows(every_layer),
+        lambda boxes: gather_queries(boxes[None], index[None])[0],
     )
 
 
@@ -79,8 +81,10 @@ def _taken(
     values: Callable[[Tensor], Tensor],
     self_maps: Callable[[AttentionMaps], AttentionMaps],
     cross_maps: Callable[[CrossMaps], CrossMaps],
+    boxes: Callable[[Tensor], Tensor],
 ) -> DecoderOutputs:
-    """A part of a teacher's outputs."""
+    """A part of a teacher's outputs; ``boxes`` takes it of what has no layers."""
+    edges = outputs.distributions
     return replace(
         outputs,
         logits=values(outputs.logits),
@@ -88,7 +92,7 @@ def _taken(
         self_maps=None if outputs.self_maps is None else self_maps(outputs.self_maps),
         cross_maps=None if outputs.cross_maps is None else cross_maps(outputs.cross_maps),
         no_object=None,
-        distributions=None,
+        distributions=edges and edges.map(values, boxes),
     )
 
 

@@ -1,7 +1,7 @@
 """A teacher's outputs as tensors that can be stored (``teacher.views``), and back.
 
 Shapes: B images · L stored layers · n stored queries · C classes · H heads · E channels of a head ·
-S tokens of the teacher's memory · V levels · D' width of the teacher.
+S tokens of the teacher's memory · V levels · D' width of the teacher · K bins of an edge.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from d3etr.attention_maps import (
     SampledMaps,
     ScoredMaps,
 )
+from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import DetectionTransformer
+from d3etr.edge_distributions import BoxDistributions
 from d3etr.errors import UserError
+from d3etr.matching.edges import bin_distances
 from d3etr.methods.base import Method, TeacherGroup, TeacherOutputs
 from d3etr.methods.selection import map_layers, pick_queries, select_queries
 from d3etr.structures import (
@@ -46,16 +49,19 @@ class StoredParts:
         layers: of its decoder, ascending.
         queries: the most confident ones of an image (last layer); None: all.
         attention: whether maps are stored.
+        distributions: whether distributions over edges are.
     """
 
     layers: tuple[int, ...]
     queries: int | None
     attention: bool
+    distributions: bool = False
 
     @classmethod
     def of(cls, method: Method, queries: int | None) -> StoredParts:
         """What a method needs."""
-        return cls(tuple(sorted({*method.layers})), queries, method.needs_attention)
+        layers = tuple(sorted({*method.layers}))
+        return cls(layers, queries, method.needs_attention, method.needs_distributions)
 
 
 def outputs_to_store(
@@ -73,7 +79,8 @@ def outputs_to_store(
         these are, where not all; the queries where they are each image's own; with attention its
         scores or their factors [B, L, H, n, ..], of which ``cross_key`` [B, S, L, H, E] and
         ``cross_scores`` [B, S, L, H, n] have a row for each token of the teacher's grids, which
-        are returned too.
+        are returned too. With distributions their ``corners`` [B, L, n, 4, K], ``start`` [B, n, 4]
+        and ``first_logits`` [B, n, C].
 
     Raises:
         UserError: the images are too small for so many queries.
@@ -95,6 +102,9 @@ def outputs_to_store(
     values["logits"] = outputs.logits.transpose(0, 1)
     values["boxes"] = outputs.boxes_cxcywh.transpose(0, 1)
     values |= _factors(outputs) if parts.attention else {}
+    if parts.distributions and (edges := outputs.distributions) is not None:
+        values |= {"start": edges.start, "first_logits": edges.first_logits}
+        values["corners"] = edges.corners.transpose(0, 1)
     if teacher.config.queries_need_images:
         named = (queries.embedding, queries.reference_logits, queries.content, queries.place)
         own = zip(("embedding", "reference", "content", "place"), named, strict=True)
@@ -156,10 +166,22 @@ def restored_outputs(
         stored.levels,
         values.get("hidden"),
         softmax_classes=teacher.config.softmax_classes,
+        distributions=_distributions(values, teacher.config),
     )
     known = sorted({*layers})
     outputs = map_layers(outputs, [known.index(layer) for layer in layers])
     return TeacherOutputs(queries, {MAIN: TeacherGroup(queries, outputs, kept)})
+
+
+def _distributions(values: dict[str, Tensor], teacher: DetectorConfig) -> BoxDistributions | None:
+    """Those that were stored, outside any graph."""
+    if "corners" not in values:
+        return None
+    corners, start = values["corners"].transpose(0, 1), values["start"]
+    bound, curvature = teacher.edge_bins["bound"], teacher.edge_bins["curvature"]
+    distances = bin_distances(corners.shape[-1], bound, curvature, start.device)
+    logits = values["first_logits"]
+    return BoxDistributions(corners, start, logits, start, distances, curvature)
 
 
 def _maps(

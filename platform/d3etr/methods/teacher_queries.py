@@ -185,8 +185,11 @@ class TeacherQueryMethod(AddingMethod):
             return {}
         with matches(matching.name) as assignment:
             pairs = matching.pairs(assignment, student.main, teacher.main, normalisers)
-            terms = pair_losses(matching.name, weight, pairs, self.config, self.levels)
-            return assignment.nan_if_invalid(terms)
+            return assignment.nan_if_invalid(self.pair_terms(matching.name, weight, pairs))
+
+    def pair_terms(self, name: str, weight: float, pairs: MatchedPairs) -> dict[str, Tensor]:
+        """All that is compared over pairs, named ``NAME/..`` and times ``weight``."""
+        return pair_losses(name, weight, pairs, self.config, self.levels)
 
     def fixed_losses(
         self,
@@ -204,7 +207,7 @@ class TeacherQueryMethod(AddingMethod):
         if theirs.kept is not None:  # of the student's queries those with the same numbers
             index = Correspondence(student=theirs.kept.expand(ours.layers, -1, -1))
         pairs = MatchedPairs(ours, theirs.outputs, index, normalisers[group], normalisers["images"])
-        return pair_losses(_NAMES.get(group, group), weight, pairs, self.config, self.levels)
+        return self.pair_terms(_NAMES.get(group, group), weight, pairs)
 
     def general_losses(
         self, student: StudentOutputs, teacher: TeacherOutputs, normalisers: Mapping[str, Tensor]

@@ -90,6 +90,13 @@ class TeacherQueryConfig(PredictionMethodConfig):
         return bool(self.self_attention.weight or self.cross_attention.weight)
 
     @property
+    def kinds_of_pair_weights(self) -> frozenset[str]:
+        """How terms that are on weight their pairs."""
+        terms = self.prediction, self.self_attention, self.cross_attention
+        used = [term.kinds_of_pair_weights for term in terms if term.weight]
+        return frozenset().union(*used)
+
+    @property
     def compares_pairs(self) -> bool:
         """Whether any term over pairs is on."""
         return bool(self.prediction.weight) or self.compares_attention
@@ -140,9 +147,8 @@ class TeacherQueryConfig(PredictionMethodConfig):
 
     @model_validator(mode="after")
     def _confidence_counts(self) -> Self:
-        terms = self.prediction, self.self_attention, self.cross_attention
-        used = {kind for term in terms if term.weight for kind in term.kinds_of_pair_weights}
-        if not self.counts_confidence and used <= {"uniform"} and self.selects is None:
+        uniform = self.kinds_of_pair_weights <= {"uniform"}
+        if not self.counts_confidence and uniform and self.selects is None:
             raise ValueError(
                 "minimum_confidence and normaliser have no effect: no term weights its pairs by "
                 "confidence"
