@@ -32,10 +32,12 @@ class GroupSize(NamedTuple):
     Attributes:
         queries: how many.
         blocks: as of ``ObjectQueries``; each has queries / blocks of them.
+        see_first: likewise.
     """
 
     queries: int
     blocks: int = 0
+    see_first: bool = True
 
 
 def sizes_of(groups: Sequence[ObjectQueries]) -> list[GroupSize]:
@@ -44,8 +46,8 @@ def sizes_of(groups: Sequence[ObjectQueries]) -> list[GroupSize]:
     Raises:
         ValueError: blocks of unequal size, or blocks in the first group, which they would see.
     """
-    sizes = [GroupSize(group.count, group.blocks) for group in groups]
-    for number, (queries, blocks) in enumerate(sizes):
+    sizes = [GroupSize(group.count, group.blocks, group.see_first) for group in groups]
+    for number, (queries, blocks, _) in enumerate(sizes):
         if blocks and (not number or queries % blocks):
             found = f"{queries} queries in {blocks} blocks as group {number} of {len(sizes)}"
             raise ValueError(f"{found}: blocks are equal, and see the group before them")
