@@ -45,6 +45,34 @@ FAMILY: dict[str, dict[str, Any]] = {
         "encoder_blocks": 1,
         "bins": 8,
     },
+    "lw_detr": {
+        "name": "lw_detr",
+        "encoder_layers": 0,
+        "cross_heads": 4,
+        "scales": [2.0, 1.0],
+        "projector_blocks": 1,
+        "groups": 2,
+    },
+    "rf_detr": {
+        "name": "rf_detr",
+        "backbone": {
+            "name": "vit",
+            "vit": {
+                "width": 16,
+                "blocks": 2,
+                "heads": 2,
+                "expansion": 2,
+                "patch": 8,
+                "whole": [1],
+                "outputs": [1, 2],
+                "positions": 3,
+            },
+        },
+        "encoder_layers": 0,
+        "cross_heads": 4,
+        "projector_blocks": 1,
+        "groups": 3,
+    },
 }
 """What tells the detectors of the family apart, by name of the variant."""
 

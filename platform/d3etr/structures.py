@@ -206,8 +206,12 @@ class ObjectQueries:
         blocks: 0: in self-attention the group's queries see each other and nobody else. K: they
             are K equal blocks side by side, each of which sees itself and the first group that is
             decoded with it (denoising queries).
+        see_first: False: blocks see themselves alone (copies of the detector's own queries); such a
+            group has no attention maps.
         start: [B, N, 4] cxcywh, boxes whose edges a detector that refines distributions moves, in
             place of those that its first layer proposes; None leaves these.
+        reference_boxes: [.., N, 4] cxcywh that ``reference_logits`` are of, of detectors whose
+            boxes may reach beyond the picture, where logits are cut off at its edge.
     """
 
     embedding: Tensor
@@ -216,7 +220,9 @@ class ObjectQueries:
     place: Tensor | None = None
     grids: Grids | None = None
     blocks: int = 0
+    see_first: bool = True
     start: Tensor | None = None
+    reference_boxes: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -225,16 +231,16 @@ class ObjectQueries:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ObjectQueries:
         """All features that there are, changed alike; the rest is dropped."""
-        parts = (self.embedding, self.reference_logits, self.content)
-        embedding, reference, content = (None if x is None else change(x) for x in parts)
+        parts = (self.embedding, self.reference_logits, self.content, self.reference_boxes)
+        embedding, reference, content, boxes = (None if x is None else change(x) for x in parts)
         assert embedding is not None
-        return ObjectQueries(embedding, reference, content)
+        return ObjectQueries(embedding, reference, content, reference_boxes=boxes)
 
     def detach(self) -> ObjectQueries:
         """The same queries outside the autograd graph."""
         own = self.map(Tensor.detach)
-        own = replace(own, place=self.place, grids=self.grids, blocks=self.blocks)
-        return replace(own, start=self.start)
+        seen = {"blocks": self.blocks, "see_first": self.see_first}
+        return replace(own, place=self.place, grids=self.grids, start=self.start, **seen)
 
 
 class Supervision(Enum):
@@ -294,10 +300,12 @@ class Memory:
         padding: [B, S] bool, True under padding, or None.
         levels: the grids that S runs over; one for all but multi-scale detectors.
         proposals: what a two-stage detector's encoder says about each token, or about those it
-            selected, one layer [1, B, S, ..]; None for other detectors.
+            selected, one layer [1, B, S, ..]; None for other detectors. K layers of a detector
+            that selects K times in training, for as many groups.
         proposal_logits: [B, S, 4] the proposals' boxes before the sigmoid, infinite where a token
             proposes nothing; None for other detectors.
-        queries: [B, N, ..] that the encoder selected, of detectors that propose by those alone.
+        queries: [B, N, ..] that the encoder selected, of detectors that propose by those alone; of
+            all K groups, as so many blocks.
         scores: of all tokens, of such detectors.
     """
 

@@ -19,6 +19,7 @@ TEACHER = ("teacher.weights=teacher.safetensors",)
 NEEDED = {
     "own": DATA,
     "own/d3etr.yaml": TEACHER,
+    "own/rfdetr-d3etr.yaml": TEACHER,
     "own/rtdetr-d3etr.yaml": TEACHER,
     "own/unlabelled.yaml": TEACHER,
     "own/inherited.yaml": ("student.initialise_from.weights=teacher.safetensors",),

@@ -48,7 +48,7 @@ def tiny_config() -> DetectorConfig:
 @pytest.fixture(params=FAMILY)
 def tiny_detector(request: pytest.FixtureRequest) -> DetectionTransformer:
     """One detector of each kind."""
-    return _detector(tiny_detector_config(**SIZES, **FAMILY[request.param]))
+    return _detector(tiny_detector_config(**(SIZES | FAMILY[request.param])))
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def losses_of(
     return module(images, targets, taught, sums, step=step)
 
 
-@pytest.mark.parametrize("class_loss", ["focal", "varifocal", "mal"])
+@pytest.mark.parametrize("class_loss", ["focal", "varifocal", "mal", "ia_bce"])
 def test_a_few_steps_lower_the_loss_with_finite_gradients(
     class_loss: str, images: ImageBatch, targets: Targets
 ) -> None:

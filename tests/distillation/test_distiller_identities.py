@@ -392,7 +392,8 @@ def test_teacher_and_student_of_other_shapes(
     terms = 3
     if student.config.refines_distributions:  # the last layer's edges teach those before it
         terms += 1 + (student.config.decoder_layers > 1)
-    supervised = 2 + ("denoising/class" in losses)  # and the main and the auxiliary group
+    own = [group for group in ("denoising", "copies") if f"{group}/class" in losses]
+    supervised = 2 + len(own)  # and the main and the auxiliary group
     expected = terms * supervised + 3 * student.config.queries_need_images
     assert len(losses) == expected + (10 if student.config.queries > 1 else 8)
     assert all(torch.isfinite(loss) and loss >= -1e-5 for loss in losses.values()), losses

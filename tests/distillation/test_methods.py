@@ -41,7 +41,7 @@ def _losses(
 
 
 def _groups(losses: dict[str, Tensor]) -> set[str]:
-    return {name.partition("/")[0] for name in losses} - {"proposals", "denoising"}
+    return {name.partition("/")[0] for name in losses} - {"proposals", "denoising", "copies"}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from d3etr.structures import ImageBatch, Targets
 
 Build = Callable[..., DetectionTransformer]
 WITHOUT_MAPS = {"cross_attention": {"weight": 0.0}}
-GROUND_TRUTH = ("detection/", "auxiliary/", "proposals/", "denoising/")
+GROUND_TRUTH = ("detection/", "auxiliary/", "proposals/", "denoising/", "copies/")
 
 
 def _distiller(student: DetectionTransformer, teacher: DetectionTransformer, **settings: object):

@@ -155,7 +155,7 @@ def test_every_detector_learns_by_it(
     module = build(any_detector(seed=1).train(), any_detector(queries=8, width=64))
     taught = module.run_teacher(images)
     losses = module(images, targets, taught, module.normalisers(targets, taught))
-    kinds = {name.partition("/")[0] for name in losses} - {"proposals", "denoising"}
+    kinds = {name.partition("/")[0] for name in losses} - {"proposals", "denoising", "copies"}
     assert kinds == {"detection", "positive", "negative"}
     torch.stack([*losses.values()]).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())

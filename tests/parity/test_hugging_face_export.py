@@ -54,6 +54,24 @@ D_FINE = {
     "encoder_feedforward": 40,
     "bins": 8,
 }
+PLAIN_VIT = {
+    "kind": "lw_detr",
+    "width": 24,
+    "blocks": 3,
+    "heads": 3,
+    "patch": 8,
+    "whole": [1],
+    "outputs": [1, 3],
+    "positions": 5,
+}
+DINOV2 = {**PLAIN_VIT, "kind": "dinov2"}
+LW_DETR = {
+    "name": "lw_detr",
+    "encoder_layers": 0,
+    "cross_heads": 8,
+    "projector_blocks": 2,
+    "groups": 2,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "detr": {"name": "detr", "classification": "softmax", "unused_outputs": 2},
     "detr-without-encoder": {"name": "detr", "classification": "softmax", "encoder_layers": 0},
@@ -102,10 +120,27 @@ KINDS: dict[str, dict[str, Any]] = {
         "bound": 0.3,
         "curvature": 7.5,
     },
+    "lw_detr": {**LW_DETR, "backbone": {"name": "vit", "vit": PLAIN_VIT}},
+    "lw_detr-three-levels": {
+        **LW_DETR,
+        "backbone": {"name": "vit", "vit": {**PLAIN_VIT, "windows": 1, "whole": []}},
+        "scales": [2.0, 1.0, 0.5],
+        "width": 48,
+    },
+    "rf_detr": {**LW_DETR, "name": "rf_detr", "backbone": {"name": "vit", "vit": DINOV2}},
+    "rf_detr-wider": {
+        **LW_DETR,
+        "name": "rf_detr",
+        "backbone": {"name": "vit", "vit": {**DINOV2, "windows": 3, "positions": 12}},
+        "width": 48,
+        "points": 4,
+        "groups": 1,
+    },
     "d_fine-over-resnet": {**D_FINE, "backbone": {"name": "resnet18vd"}, "points": (4, 2, 2)},
 }
-SELECTING = ("rt_detr", "d_fine")
+SELECTING, GROUPED = ("rt_detr", "d_fine"), ("lw_detr", "rf_detr")
 BOUNDED = PreprocessingConfig(shortest_side=96, longest_side=200)
+SQUARE = PreprocessingConfig(exact_size=(96, 96))
 STRETCHED = PreprocessingConfig(exact_size=(96, 160), normalisation="unit")
 
 
@@ -140,7 +175,11 @@ def _weights(folder: Path, **architecture: Any) -> Path:
     info = WeightsInfo(
         detector=config,
         categories=tuple(zip(IDS, NAMES, strict=True)),
-        preprocessing=STRETCHED if config.name in SELECTING else BOUNDED,
+        preprocessing=SQUARE
+        if config.name in GROUPED
+        else STRETCHED
+        if config.name in SELECTING
+        else BOUNDED,
     )
     save_weights(folder / "weights.safetensors", detector, info)
     return folder / "weights.safetensors"
@@ -152,11 +191,11 @@ def _export(weights: Path) -> Path:
     return folder
 
 
-def _batch(padded: bool) -> ImageBatch:
-    pixels = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+def _batch(padded: bool, width: int = 128) -> ImageBatch:
+    pixels = torch.randn(2, 3, 96, width, generator=torch.Generator().manual_seed(0))
     if not padded:
         return ImageBatch(pixels)
-    padding = torch.zeros(2, 96, 128, dtype=torch.bool)
+    padding = torch.zeros(2, 96, width, dtype=torch.bool)
     padding[0, 70:], padding[1, :, 90:] = True, True
     return ImageBatch(pixels.masked_fill(padding[:, None], 0.0), padding)
 
@@ -164,7 +203,8 @@ def _batch(padded: bool) -> ImageBatch:
 @torch.no_grad()
 def _assert_equal_outputs(ours: DetectionTransformer, model: Any, softmax: bool) -> None:
     # Their RT-DETR and D-FINE do not look at the mask.
-    images = _batch(padded=not model.config.model_type.startswith(SELECTING))
+    kind = model.config.model_type
+    images = _batch(not kind.startswith(SELECTING), 96 if kind in GROUPED else 128)
     visible = torch.ones_like(images.pixels[:, 0], dtype=torch.long)
     if images.padding is not None:
         visible[images.padding] = 0

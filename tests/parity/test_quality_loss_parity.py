@@ -18,6 +18,7 @@ from d3etr.structures import DecoderOutputs, Targets
 
 rt_detr = pytest.importorskip("transformers.loss.loss_rt_detr")
 deimv2 = pytest.importorskip("transformers.loss.loss_deimv2")
+lw_detr = pytest.importorskip("transformers.loss.loss_lw_detr")
 CLASSES = 7
 
 
@@ -106,6 +107,22 @@ def test_losses_and_gradients_equal_hugging_faces(
     assert_same_gradients(sum(ours.values()), sum(theirs.values()), outputs)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("counts", [COUNTS, (0, 0, 0, 0), (30, 1, 0, 2)])
+def test_the_iou_aware_cross_entropy_equals_lw_detrs(counts: tuple[int, ...]) -> None:
+    config = SetCriterionConfig(class_loss="ia_bce", class_weight=1.0)
+    outputs, labels = random_outputs(), random_labels(counts)
+    ours = our_losses(outputs, as_targets(labels), config)
+    matcher = lw_detr.LwDetrHungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
+    kinds = ["labels", "boxes"]
+    criterion = lw_detr.LwDetrImageLoss(matcher, CLASSES, 0.25, kinds, group_detr=1)
+    layers = [criterion(of_layer(outputs, layer), labels) for layer in range(LAYERS)]
+    keys = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
+    theirs = {name: sum(part[key] for part in layers) for name, key in keys.items()}
+    for name, loss in ours.items():
+        torch.testing.assert_close(loss, theirs[name], rtol=1e-5, atol=1e-6)
+    assert_same_gradients(sum(ours.values()), sum(theirs.values()), outputs)  # type: ignore[arg-type]
+
+
 def test_matching_costs_equal_hugging_faces() -> None:
     config = SetCriterionConfig(class_loss="varifocal", quality_alpha=0.6, quality_gamma=1.0)
     outputs, labels = random_outputs(), random_labels()
@@ -157,7 +174,7 @@ def slow_iou(first: Tensor, second: Tensor) -> float:
     return across * down / (w * h + a * b - across * down)
 
 
-@pytest.mark.parametrize("class_loss", ["varifocal", "mal"])
+@pytest.mark.parametrize("class_loss", ["varifocal", "mal", "ia_bce"])
 def test_the_order_of_objects_changes_nothing(class_loss: Any) -> None:
     config = SetCriterionConfig(class_loss=class_loss)
     outputs, labels = random_outputs(), random_labels((5, 5, 5, 5))

@@ -1,7 +1,7 @@
 """Names of backbones: ``small``, torchvision's networks that give feature maps, ``timm/NAME``.
 
-And ResNet-vd, which torchvision has not. Names and not the networks: a configuration is checked
-without torch. A test holds the names against torchvision's.
+And ResNet-vd and ``vit``, which torchvision has not. Names and not the networks: a configuration is
+checked without torch. A test holds the names against torchvision's.
 """
 
 import difflib
@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 SMALL = "small"
+VIT = "vit"
+"""The vision transformers of LW-DETR and RF-DETR; what they are, ``backbone.vit`` says."""
 TIMM = "timm/"
 """Beginning of names of timm's networks; which there are, timm says when one is built."""
 
@@ -49,14 +51,14 @@ FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Names by family: all torchvision's but the last."""
 
-WITHOUT_BATCH_NORM = ("ConvNeXt", "Swin", "VGG", "timm without batch norm")
+WITHOUT_BATCH_NORM = ("ConvNeXt", "Swin", "VGG", "timm without batch norm", VIT)
 """Families that ``norm`` has nothing to act on in: LayerNorm, or no normalisation."""
 
 _TIMM_LAYER_NORM = ("convnext", "swin", "hiera", "davit", "pvt_v2", "focalnet", "inception_next")
 """Beginnings of timm's names of networks with LayerNorm."""
 
 TORCHVISION = tuple(n for family, names in FAMILIES.items() if family != _VD for n in names)
-BACKBONES = (SMALL, *TORCHVISION, *RESNET_VD)
+BACKBONES = (SMALL, *TORCHVISION, *RESNET_VD, VIT)
 
 
 def known_backbone(name: str) -> str:
@@ -71,13 +73,15 @@ def known_backbone(name: str) -> str:
     examples = ", ".join(names[0] for names in FAMILIES.values())
     nearest = f"; did you mean {', '.join(close)}?" if close else f", for example {examples}"
     raise ValueError(
-        f"found '{name}', expected '{SMALL}', {TIMM}NAME, a {_VD} or a torchvision network with "
-        f"feature maps{nearest}"
+        f"found '{name}', expected '{SMALL}', '{VIT}', {TIMM}NAME, a {_VD} or a torchvision "
+        f"network with feature maps{nearest}"
     )
 
 
 def family_of(name: str) -> str:
-    """The family of a network; ``small`` for the network of our own."""
+    """The family of a network; ``small`` for the network of our own, ``vit`` for its like."""
+    if name == VIT:
+        return VIT
     if name.startswith(TIMM):
         layer_norm = name.removeprefix(TIMM).startswith(_TIMM_LAYER_NORM)
         return "timm without batch norm" if layer_norm else "timm"

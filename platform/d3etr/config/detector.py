@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, mod
 from d3etr.config.backbones import (
     RESNET_VD,
     SMALL,
+    VIT,
     WITHOUT_BATCH_NORM,
     family_of,
     known_backbone,
@@ -18,6 +19,7 @@ from d3etr.config.location import Location
 from d3etr.config.training import Precision, PretrainingConfig
 from d3etr.config.variants import VariantSection
 from d3etr.config.views import ViewsConfig
+from d3etr.config.vit import ViTConfig
 from d3etr.registry import DETECTORS
 from d3etr.text import bare_url
 
@@ -31,7 +33,8 @@ class BackboneConfig(Section):
     name: Annotated[str, AfterValidator(known_backbone)] = "resnet50"
     """A torchvision network that gives feature maps (ResNets, ConvNeXt, Swin, EfficientNet and
     more, by torchvision's names), ``resnet50vd`` (18, 34, 50, 101: RT-DETR's ResNets),
-    ``timm/NAME`` of one of timm's, or ``small``: a GroupNorm network for small images."""
+    ``timm/NAME`` of one of timm's, ``vit``: the vision transformers of LW-DETR and RF-DETR, or
+    ``small``: a GroupNorm network for small images."""
     dilation: bool = False
     """DC5: the last stage keeps stride 16 and dilates instead (torchvision's ResNets only)."""
     norm: Literal["frozen", "group", "batch"] = "frozen"
@@ -46,10 +49,11 @@ class BackboneConfig(Section):
     stage_blocks: Layers = 1
     """``small`` only: residual blocks per stage."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
-    """All but ``small``: how many of stem and four stages, from the stem on, keep their weights;
-    DETR uses 2 (stem and first stage) with ImageNet weights."""
+    """All but ``small`` and ``vit``: how many of stem and four stages, from the stem on, keep their
+    weights; DETR uses 2 (stem and first stage) with ImageNet weights."""
     trainable: bool = True
     """False freezes the whole backbone."""
+    vit: ViTConfig = ViTConfig()
 
     @property
     def has_batch_norm(self) -> bool:
@@ -78,6 +82,13 @@ class BackboneConfig(Section):
             )
         if self.name == SMALL and any(w % 8 for w in (self.stem_width, *self.stage_widths)):
             raise ValueError("stem_width and stage_widths must be multiples of 8 (GroupNorm)")
+        if self.name == VIT and self.frozen_stages:
+            raise ValueError(
+                f"frozen_stages is for networks of stages, not for backbone '{VIT}': set trainable "
+                "to false"
+            )
+        if self.name != VIT and self.vit != ViTConfig():
+            raise ValueError(f"vit has no effect on backbone '{self.name}', only on '{VIT}'")
         if self.norm == "batch" and self.name == SMALL:
             raise ValueError("norm 'batch' has no effect on backbone 'small': it is GroupNorm")
         if self.norm != "frozen" and self.name != SMALL and not self.has_batch_norm:
@@ -117,12 +128,17 @@ class DetectorConfig(VariantSection):
     box_size_bias: Annotated[float, Field(ge=-100, le=100)] = 0.0
     """Initial bias of the width and height logits of boxes (DAB-DETR: of its anchors);
     negative starts small. Not where an encoder proposes the boxes (two stages, ``rt_detr``,
-    ``d_fine``)."""
+    ``d_fine``, ``lw_detr``, ``rf_detr``)."""
 
     @property
     def feature_levels(self) -> int:
         """Feature levels that cross-attention maps run over."""
         return 1
+
+    @property
+    def cross_attention_heads(self) -> int:
+        """Heads of the decoder's attention to the memory."""
+        return self.heads
 
     @property
     def reference_size(self) -> int:
@@ -178,7 +194,12 @@ class DetectorConfig(VariantSection):
         return False
 
     @property
-    def auxiliary_content(self) -> Literal["own", "adapted"]:
+    def learns_content(self) -> bool:
+        """Whether that is a vector of the query's own, learned and shared by all images."""
+        return False
+
+    @property
+    def auxiliary_content(self) -> Literal["own", "adapted", "learned"]:
         """What ``auxiliary_group.content`` is unless a recipe says."""
         return "adapted"
 

@@ -19,10 +19,11 @@ class SetCriterionConfig(Section):
     ``classification: softmax``.
     """
 
-    class_loss: Literal["focal", "varifocal", "mal"] = "focal"
+    class_loss: Literal["focal", "varifocal", "mal", "ia_bce"] = "focal"
     """focal: an object's class is 1, as in Conditional DETR. varifocal: it is the IoU of the
     matched box, which also weighs the term (RT-DETR). mal: it is a power of the IoU, and every
-    object weighs the same (DEIM). Not for ``classification: softmax``."""
+    object weighs the same (DEIM). ia_bce: it is a mean of the IoU and of the probability itself
+    (LW-DETR, RF-DETR). Not for ``classification: softmax``."""
     class_weight: Weight = 2.0
     """A recipe for a student with ``classification: softmax`` has 1 unless it says otherwise."""
     l1_weight: Weight = 5.0
@@ -42,11 +43,12 @@ class SetCriterionConfig(Section):
     focal_gamma: Annotated[float, Field(ge=0, le=MAXIMUM)] = 2.0
     """Exponent of the focal cost and loss: how little easy queries count."""
     quality_alpha: Weight | None = None
-    """``class_loss: varifocal`` and ``mal`` only: weight of classes that a query should not find;
-    None: 0.75 (varifocal) or 1 (mal), as published."""
+    """``class_loss: varifocal``, ``mal`` and ``ia_bce`` only: weight of classes that a query should
+    not find; None: 0.75 (varifocal) or 1 (mal), as published. With ``ia_bce``, whose weight of
+    those is 1: share of the probability in the mean, at most 1; None: 0.25."""
     quality_gamma: Annotated[float, Field(ge=0, le=MAXIMUM)] | None = None
     """Likewise: exponent of the probability in that weight, and with ``mal`` of the IoU; None: 2
-    (varifocal) or 1.5 (mal), as published."""
+    (varifocal, ia_bce) or 1.5 (mal), as published."""
     fgl_weight: Weight = 0.15
     """Detectors that refine distributions of edges (``d_fine``) only, as the next two: weight of
     the fine-grained localisation loss; 0 leaves it out."""
@@ -65,18 +67,29 @@ class SetCriterionConfig(Section):
     def quality_parameters(self) -> tuple[float, float]:
         """``quality_alpha`` and ``quality_gamma``, or what their ``class_loss`` was published with.
 
-        Zhang et al. 2021, arXiv 2008.13367; Huang et al. 2024, arXiv 2412.04234.
+        Zhang et al. 2021, arXiv 2008.13367; Huang et al. 2024, arXiv 2412.04234; Chen et al. 2024,
+        arXiv 2406.03459.
         """
-        alpha, gamma = (1.0, 1.5) if self.class_loss == "mal" else (0.75, 2.0)
+        published = {"mal": (1.0, 1.5), "ia_bce": (0.25, 2.0)}
+        alpha, gamma = published.get(self.class_loss, (0.75, 2.0))
         own = self.quality_alpha, self.quality_gamma
         return (alpha if own[0] is None else own[0]), (gamma if own[1] is None else own[1])
 
     def idle_quality_key(self) -> str | None:
-        """A key of ``varifocal`` and ``mal`` that is set and has no effect, or None."""
+        """A key of ``varifocal`` and its kin that is set and has no effect, or None."""
         if self.class_loss != "focal":
             return None
         keys = ("quality_alpha", "quality_gamma")
         return next((key for key in keys if getattr(self, key) is not None), None)
+
+    @model_validator(mode="after")
+    def _share_of_a_mean(self) -> Self:
+        if self.class_loss == "ia_bce" and self.quality_parameters[0] > 1:
+            raise ValueError(
+                f"quality_alpha is {self.quality_alpha:g}: with class_loss 'ia_bce' it is a share, "
+                "at most 1"
+            )
+        return self
 
     def idle_edges_key(self) -> str | None:
         """A key that is set and has an effect only where edges are distributions, or None."""
@@ -115,9 +128,9 @@ class OptimisationConfig(Section):
     backbone_rate_factor: Annotated[float, Field(ge=0, le=100)] = 0.1
     """The backbone's learning rate, as a factor on ``learning_rate``; 0 freezes the backbone."""
     sampling_rate_factor: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """Detectors that sample only (``deformable_detr``, ``rt_detr``, ``d_fine``): learning rate of
-    sampling offsets and reference points, as a factor on ``learning_rate``; the official code of
-    Deformable DETR has 0.1."""
+    """Detectors that sample only (``deformable_detr``, ``rt_detr``, ``d_fine``, ``lw_detr``,
+    ``rf_detr``): learning rate of sampling offsets and reference points, as a factor on
+    ``learning_rate``; the official code of Deformable DETR has 0.1."""
     inherited_rate_factor: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Learning rate of what ``student.initialise_from`` took, as a factor on its own, during
     ``inherited_warmup_steps``: a new backbone learns to serve a decoder before that moves. 0

@@ -185,7 +185,7 @@ class Config(Section):
         if idle := criterion.idle_quality_key():
             raise ValueError(
                 f"optimisation.set_criterion.{idle} has no effect with class_loss 'focal', only "
-                "with 'varifocal' and 'mal': remove it"
+                "with 'varifocal', 'mal' and 'ia_bce': remove it"
             )
         student = self.student.detector
         if not student.refines_distributions and (idle := criterion.idle_edges_key()):

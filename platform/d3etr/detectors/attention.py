@@ -136,6 +136,17 @@ def attend_in_blocks_with_scores(
     return mixed.transpose(1, 2).flatten(2), within
 
 
+def attend_apart(query: Tensor, key: Tensor, value: Tensor, blocks: int, dropout: float) -> Tensor:
+    """Attention within equal blocks of one group, which see nobody else.
+
+    Arguments and result as of ``attend_in_blocks``.
+    """
+    parts = [x.unflatten(2, (blocks, -1)).transpose(1, 2) for x in (query, key, value)]  # type: ignore[no-untyped-call]
+    images = len(query)
+    mixed = attend(*(x.flatten(0, 1) for x in parts), None, dropout)  # [B K, N / K, H*E]
+    return mixed.view(images, -1, mixed.shape[-1])
+
+
 class MultiHeadAttention(nn.Module):
     """What kinds of attention share; each projects to queries, keys and values in its own way.
 
@@ -166,7 +177,7 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[Tensor, list[LayerAttention]]:
         """Attention of each group among itself, blocks apart; all [B or 1, N, D].
 
-        Blocks also read the first group, which never reads them.
+        Blocks also read the first group, which never reads them, unless their size says not.
 
         Args:
             query: of all groups side by side.
@@ -183,12 +194,16 @@ class MultiHeadAttention(nn.Module):
         queries = [size.queries for size in sizes]
         parts = [torch.split(x, queries, 2) for x in heads]
         shared, dropout = (parts[1][0], parts[2][0]), self.dropout if self.training else 0.0
-        groups: list[tuple[Tensor, LayerAttention | None]] = [
-            attend_in_blocks_with_scores(q, k, v, shared, size.blocks, dropout)
-            if size.blocks
-            else self._attend(q, k, v, padding, keep)
-            for q, k, v, size in zip(*parts, sizes, strict=True)
-        ]
+        groups: list[tuple[Tensor, LayerAttention | None]] = []
+        for q, k, v, size in zip(*parts, sizes, strict=True):
+            if not size.blocks:
+                groups.append(self._attend(q, k, v, padding, keep))
+            elif size.see_first:
+                groups.append(
+                    attend_in_blocks_with_scores(q, k, v, shared, size.blocks, dropout)
+                )
+            else:
+                groups.append((attend_apart(q, k, v, size.blocks, dropout), None))
         mixed = torch.cat([group for group, _ in groups], 1) if len(groups) > 1 else groups[0][0]
         kept = [found for (_, found), size in zip(groups, sizes, strict=True) if keep and size.maps]
         return self.output(mixed), [found for found in kept if found is not None]

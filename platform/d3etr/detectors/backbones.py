@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from d3etr.config.backbones import SMALL, TIMM
+from d3etr.config.backbones import SMALL, TIMM, VIT
 from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.small_backbone import SmallBackbone
 from d3etr.detectors.torchvision_backbone import TorchvisionBackbone
+from d3etr.detectors.vit import WindowedViT
 
 if TYPE_CHECKING:
     from d3etr.detectors.timm_backbone import TimmBackbone
 
-Backbone: TypeAlias = "SmallBackbone | TorchvisionBackbone | TimmBackbone"
+Backbone: TypeAlias = "SmallBackbone | TorchvisionBackbone | TimmBackbone | WindowedViT"
 
 
 def build_backbone(config: BackboneConfig) -> Backbone:
@@ -35,6 +36,8 @@ def build_backbone(config: BackboneConfig) -> Backbone:
 def _kind_of(name: str) -> type[Backbone]:
     if name == SMALL:
         return SmallBackbone
+    if name == VIT:
+        return WindowedViT
     if name.startswith(TIMM):
         from d3etr.detectors.timm_backbone import TimmBackbone  # importing timm takes two seconds
 

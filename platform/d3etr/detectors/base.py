@@ -64,8 +64,9 @@ class DetectionTransformer(nn.Module, ABC):
     def training_groups(self, memory: Memory, targets: Targets, step: int) -> dict[str, QueryGroup]:
         """Query groups that the detector brings for its own training; none by default.
 
-        Denoising queries (noised ground truth) and copies of the main group are such groups. What
-        they alone train needs a gradient also in a step without them (``denoising.touching``).
+        Denoising queries (noised ground truth) and copies of the main group are such groups; the
+        main one itself is among them where it shares its objects with copies. What they alone train
+        needs a gradient also in a step without them (``denoising.touching``).
 
         Args:
             memory: encoder output.
@@ -103,7 +104,7 @@ class DetectionTransformer(nn.Module, ABC):
     ) -> list[DecoderOutputs]:
         """Decode query groups side by side in one pass.
 
-        Groups never see each other, but for those with ``blocks``, which see the first one.
+        Groups never see each other, but for those with ``blocks``, which may see the first one.
 
         Args:
             memory: encoder output.

@@ -32,11 +32,13 @@ class GroupSize(NamedTuple):
     Attributes:
         queries: how many.
         blocks: as of ``ObjectQueries``; each has queries / blocks of them.
+        see_first: likewise.
         maps: whether its attention is kept where any is.
     """
 
     queries: int
     blocks: int = 0
+    see_first: bool = True
     maps: bool = True
 
 
@@ -50,10 +52,11 @@ def sizes_of(groups: Sequence[ObjectQueries], maps_of_blocks: bool = False) -> l
     Raises:
         ValueError: blocks of unequal size, or blocks in the first group, which they would see.
     """
-    sizes = [
-        GroupSize(group.count, group.blocks, maps_of_blocks or not group.blocks) for group in groups
-    ]
-    for number, (queries, blocks, _) in enumerate(sizes):
+    sizes = []
+    for group in groups:
+        maps = not group.blocks or (maps_of_blocks and group.see_first)
+        sizes.append(GroupSize(group.count, group.blocks, group.see_first, maps))
+    for number, (queries, blocks, *_) in enumerate(sizes):
         if blocks and (not number or queries % blocks):
             found = f"{queries} queries in {blocks} blocks as group {number} of {len(sizes)}"
             raise ValueError(f"{found}: blocks are equal, and see the group before them")

@@ -59,6 +59,19 @@ def predict_boxes(
     return box_logits(head, states, reference, epsilon).sigmoid()
 
 
+def moved_boxes(boxes: Tensor, moves: Tensor) -> Tensor:
+    """Boxes moved by shares of their own sides, which grow by the exponential.
+
+    LW-DETR's parametrisation (arXiv 2406.03459): boxes may reach beyond the picture.
+
+    Args:
+        boxes: [..., 4] cxcywh.
+        moves: [..., 4].
+    """
+    sides = boxes[..., 2:]
+    return torch.cat([boxes[..., :2] + moves[..., :2] * sides, moves[..., 2:].exp() * sides], -1)
+
+
 def sigmoid_logits(logits: Tensor, classes: int) -> Tensor:
     """Logits whose sigmoids are a softmax's probabilities of classes, among other outputs.
 

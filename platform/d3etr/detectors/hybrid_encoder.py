@@ -31,7 +31,7 @@ silu = partial(nn.SiLU, inplace=True)
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, batch norm over all workers and an activation.
+    """A convolution without bias, batch norm over all workers unless told, and an activation.
 
     Args:
         inputs: channels.
@@ -40,6 +40,7 @@ class ConvNorm(nn.Module):
         stride: 1 or 2.
         groups: of channels that the convolution keeps apart.
         activation: after the norm.
+        norm: makes the norm of so many channels.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class ConvNorm(nn.Module):
         *,
         groups: int = 1,
         activation: Activation = nn.Identity,
+        norm: Callable[[int], nn.Module] = BatchNorm2d,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
             inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=False
         )
-        self.norm = BatchNorm2d(outputs)
+        self.norm = norm(outputs)
         self.activation = activation()
 
     def forward(self, x: Tensor) -> Tensor:

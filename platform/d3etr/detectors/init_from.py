@@ -33,6 +33,7 @@ PARTS: Mapping[str, DetectorPart] = MappingProxyType(
         "proposals.box_head.": "heads",
         "query_embedding.": "queries",
         "query_content.": "queries",
+        "reference_moves.": "queries",
         "label_embedding.": "queries",
         "anchors.": "queries",
         "ref_point_head.": "queries",
@@ -41,6 +42,8 @@ PARTS: Mapping[str, DetectorPart] = MappingProxyType(
     }
 )
 """Beginning of a tensor's name -> its part; the longest one that fits counts."""
+_SELECTION = re.compile(r"^proposals\.\d+\.")
+"""Beginning of names of a selection, of detectors with one for each group of queries."""
 _CLASS_HEADS = (
     "class_head.",
     "decoder.class_heads.",
@@ -67,6 +70,7 @@ class LoadedParts:
 
 def part_of(name: str) -> DetectorPart:
     """The part that a tensor of any detector belongs to."""
+    name = _SELECTION.sub("proposals.", name)
     return PARTS[max((prefix for prefix in PARTS if name.startswith(prefix)), key=len)]
 
 
@@ -126,12 +130,20 @@ def load_matching(
 def _ensure_same_heads(
     detector: DetectionTransformer, source: DetectionTransformer, parts: Sequence[DetectorPart]
 ) -> None:
-    heads = detector.config.heads, source.config.heads
-    if heads[0] != heads[1] and not {"encoder", "decoder"}.isdisjoint(parts):
-        raise UserError(
-            f"it has {heads[1]} attention heads, the student {heads[0]}: the same projections "
-            f"would mean something else. Set student.detector.heads to {heads[1]}"
-        )
+    mine, theirs = detector.config, source.config
+    for heads, key, what in (
+        ((mine.heads, theirs.heads), "heads", "attention heads"),
+        (
+            (mine.cross_attention_heads, theirs.cross_attention_heads),
+            "cross_heads",
+            "heads of attention to the memory",
+        ),
+    ):
+        if heads[0] != heads[1] and not {"encoder", "decoder"}.isdisjoint(parts):
+            raise UserError(
+                f"it has {heads[1]} {what}, the student {heads[0]}: the same projections "
+                f"would mean something else. Set student.detector.{key} to {heads[1]}"
+            )
 
 
 def _narrowed(
@@ -172,6 +184,7 @@ def _misfit(
         return "not there"
     if found[name].shape != tensor.shape:
         return f"{list(tensor.shape)}, there {list(found[name].shape)}"
-    if name.startswith(_CLASS_HEADS) and not same_classes:
+    class_head = _SELECTION.sub("proposals.", name).startswith(_CLASS_HEADS)
+    if class_head and not same_classes:
         return "of other classes there"
     return None

@@ -81,7 +81,16 @@ class Proposals(nn.Module):
 
 
 def first_boxes(tokens: Tensor, padding: Tensor | None, levels: Levels) -> tuple[Tensor, Tensor]:
-    """Boxes at the tokens' box_logits_of_tokens before they have learned anything.
+    """Boxes at the tokens' places before they have learned anything, as logits.
+
+    Arguments and result as of ``token_boxes``.
+    """
+    boxes, silent = token_boxes(tokens, padding, levels)
+    return boxes.clamp(MARGIN, 1 - MARGIN).logit(), silent
+
+
+def token_boxes(tokens: Tensor, padding: Tensor | None, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Boxes at the tokens' places before they have learned anything.
 
     Args:
         tokens: [B, S, D].
@@ -89,7 +98,7 @@ def first_boxes(tokens: Tensor, padding: Tensor | None, levels: Levels) -> tuple
         levels: the grids that S runs over.
 
     Returns:
-        [B or 1, S, 4] logits, and [B or 1, S] bool: tokens that propose nothing.
+        [B or 1, S, 4] cxcywh, and [B or 1, S] bool: tokens that propose nothing.
     """
     centres = cell_centres(valid_ratios(padding, levels), levels, tokens)
     sizes = [
@@ -101,4 +110,4 @@ def first_boxes(tokens: Tensor, padding: Tensor | None, levels: Levels) -> tuple
     silent = ~((boxes > MARGIN) & (boxes < 1 - MARGIN)).all(-1)
     if padding is not None:
         silent = silent | padding
-    return boxes.clamp(MARGIN, 1 - MARGIN).logit(), silent
+    return boxes, silent

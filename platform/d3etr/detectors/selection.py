@@ -109,7 +109,12 @@ class SelectingConfig(DetectorConfig):
         return True
 
     @property
-    def auxiliary_content(self) -> Literal["own", "adapted"]:
+    def learns_content(self) -> bool:
+        """With ``learned_content``."""
+        return self.learned_content
+
+    @property
+    def auxiliary_content(self) -> Literal["own", "adapted", "learned"]:
         """A student's own encoder says what is at the teacher's place."""
         return "own"
 
@@ -170,7 +175,7 @@ class Selection(nn.Module):
             best = best.masked_fill(padding, float("-inf"))
         place = best.topk(min(self.queries, best.shape[1]), dim=1).indices
         start = start.masked_fill(silent[..., None], float("inf"))
-        start, states, scores = (_at(x, place) for x in (start, states, scores))
+        start, states, scores = (at_places(x, place) for x in (start, states, scores))
         references = box_logits(self.box_head, states, start)
         references = references.where(start.isfinite(), start)  # what proposes nothing stays so
         proposed = DecoderOutputs(
@@ -180,8 +185,8 @@ class Selection(nn.Module):
         return proposed, queries.detach(), of_all
 
 
-def _at(values: Tensor, place: Tensor) -> Tensor:
-    """[B, N, X] of [B or 1, S, X] at the tokens [B, N]."""
+def at_places(values: Tensor, place: Tensor) -> Tensor:
+    """Values [B, N, X] of [B or 1, S, X] at the tokens [B, N]."""
     values = values.expand(len(place), -1, -1)
     return values.gather(1, place[..., None].expand(-1, -1, values.shape[-1]))
 

@@ -2,9 +2,9 @@
 
 Classification, L1 and generalised IoU over the Hungarian assignment (Carion et al. 2020, section
 3.1). Of classes it is the focal loss of Conditional DETR, the varifocal one of RT-DETR, DEIM's
-matchability-aware one, or DETR's own cross entropy where classes are exclusive. Losses are
-weight-free sums over layers, divided by the number of objects; the cross entropy by the weights of
-all queries instead.
+matchability-aware one, LW-DETR's IoU-aware cross entropy, or DETR's own where classes are
+exclusive. Losses are weight-free sums over layers, divided by the number of objects; DETR's own
+cross entropy by the weights of all queries instead.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from d3etr.matching.boxes import cxcywh_to_xyxy, generalised_iou, iou
 from d3etr.matching.costs import detection_costs, focal_terms
 from d3etr.matching.union import SharedPairs
 from d3etr.structures import DecoderOutputs, Targets
+
+LOWEST_TARGET = 0.01
+"""Of a matched query's class with ``ia_bce``, as in LW-DETR's code."""
 
 
 def detection_problem(
@@ -92,7 +95,9 @@ def _quality_loss(
     varifocal (Zhang et al. 2021, arXiv 2008.13367, equation 2): q BCE(z, q) with the IoU q. mal
     (Huang et al. 2024, arXiv 2412.04234): BCE(z, q^gamma). Both: alpha p^gamma BCE(z, 0) of all
     other classes and queries. As in RT-DETR's and DEIM's code, weights and targets are outside the
-    graph. Built as the focal loss is, without a one-hot target.
+    graph. ia_bce (Chen et al. 2024, arXiv 2406.03459, equation 1): BCE(z, t), t = p^alpha
+    q^(1 - alpha) outside the graph and at least 0.01, and p^gamma BCE(z, 0), whose weight is in the
+    graph, as in LW-DETR's code. Built as the focal loss is, without a one-hot target.
 
     Args:
         outputs: of the groups.
@@ -106,11 +111,17 @@ def _quality_loss(
     matched = _matched_logits(logits, targets, assignment)
 
     def as_negative(z: Tensor) -> Tensor:
+        if config.class_loss == "ia_bce":
+            return z.sigmoid() ** gamma * softplus(z)
         return alpha * z.detach().sigmoid() ** gamma * softplus(z)
 
     if config.class_loss == "varifocal":
         entropy = binary_cross_entropy_with_logits(matched, overlap, reduction="none")
         as_positive = overlap * entropy
+    elif config.class_loss == "ia_bce":
+        target = matched.detach().sigmoid() ** alpha * overlap ** (1 - alpha)
+        target = target.clamp(min=LOWEST_TARGET)
+        as_positive = binary_cross_entropy_with_logits(matched, target, reduction="none")
     else:
         as_positive = binary_cross_entropy_with_logits(matched, overlap**gamma, reduction="none")
     own = as_positive - as_negative(matched)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from d3etr.config.training import SetCriterionConfig
 from d3etr.losses.box_distributions import QueryCounts
+from d3etr.losses.copies import blocks_as_layers
 from d3etr.losses.edge_supervision import (
     edge_losses,
     for_layers,
@@ -158,15 +159,19 @@ class GroundTruthSupervision:
     ) -> dict[str, _Learner]:
         """All that learn, for the images that have labels."""
         known, targets = targets.labelled, targets.of_labelled()
-        learners = {
-            name: _Learner.of(decoded[name].of_first(known), targets, group.copies)
-            for name, group in groups.items()
-            if group.supervision is not Supervision.NONE
-        }
+        learners = {}
+        for name, group in groups.items():
+            outputs = decoded[name].of_first(known)
+            if group.supervision is Supervision.HUNGARIAN and group.queries.blocks:
+                outputs = blocks_as_layers(outputs, group.queries.blocks)
+            if group.supervision is not Supervision.NONE:
+                learners[name] = _Learner.of(outputs, targets, group.copies)
         if proposals is not None:
             if not self.proposals_tell_classes:  # only objects from background, as class 0
                 targets = replace(targets, labels=torch.zeros_like(targets.labels))
-            learners[PROPOSALS] = _Learner.of(proposals.of_first(known), targets)
+            # One for each group that the encoder selects for: each object is learned as often.
+            copies = proposals.layers
+            learners[PROPOSALS] = _Learner.of(proposals.of_first(known), targets, copies)
         return learners
 
     def _losses(

@@ -20,13 +20,12 @@ from d3etr.structures import ObjectQueries, Targets, on_device
 class TeacherQueries(nn.Module):
     """Fixed Matching: the teacher's object queries and references in the student's decoder.
 
-    Contents are the teacher's, or the student's own at the teacher's place
-    (``auxiliary_group.content``). Where the widths differ, a learned linear map bridges them; where
-    the student wants more
-    numbers of a reference than the teacher has (an anchor box of a point, say), another one
-    reads the missing logits from the teacher's embedding. Both are dropped after training.
-    That the queries are the teacher's is D3ETR's; that their references come along and the
-    linear maps are our choices.
+    Contents are the teacher's, the student's own at the teacher's place, or vectors that the
+    student has learned (``auxiliary_group.content``). Where the widths differ, a learned linear map
+    bridges them; where the student wants more numbers of a reference than the teacher has (an
+    anchor box of a point, say), another one reads the missing logits from the teacher's embedding.
+    Both are dropped after training. That the queries are the teacher's is D3ETR's; that their
+    references come along and the linear maps are our choices.
 
     Args:
         teacher: the teacher's architecture.
@@ -38,7 +37,7 @@ class TeacherQueries(nn.Module):
         self,
         teacher: DetectorConfig,
         student: DetectorConfig,
-        content: Literal["own", "adapted"] | None = None,
+        content: Literal["own", "adapted", "learned"] | None = None,
     ) -> None:
         super().__init__()
         self.size = student.reference_size
@@ -65,6 +64,7 @@ class TeacherQueries(nn.Module):
             None if self.content is None or content is None else self.content(content),
             queries.place,
             queries.grids,
+            reference_boxes=queries.reference_boxes if self.size == 4 else None,
         )
 
     def _references(self, queries: ObjectQueries) -> Tensor | None:

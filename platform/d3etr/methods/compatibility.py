@@ -121,7 +121,14 @@ def _check_content(
     if content == "own" and student.auxiliary_content != "own":
         raise UserError(
             "distillation.auxiliary_group.content 'own' is for students whose queries are tokens "
-            f"of their encoder, such as 'rt_detr', not for '{student.name}': set it to 'adapted'"
+            f"of their encoder, such as 'rt_detr', not for '{student.name}': set it to "
+            f"'{student.auxiliary_content}'"
+        )
+    if content == "learned" and not student.learns_content:
+        raise UserError(
+            "distillation.auxiliary_group.content 'learned' is for students whose queries have "
+            f"learned contents, such as 'rf_detr', not for '{student.name}': set it to "
+            f"'{student.auxiliary_content}'"
         )
     if content == "adapted" and not (student.takes_content and teacher.takes_content):
         raise UserError(
@@ -133,18 +140,27 @@ def _check_content(
 def _check_heads(
     student: DetectorConfig, teacher: DetectorConfig, config: TeacherQueryConfig
 ) -> None:
-    if student.heads == teacher.heads:
-        return
-    terms = {"self": config.self_attention, "cross": config.cross_attention}
-    blocked = [
-        f"distillation.{kind}_attention"
-        for kind, term in terms.items()
-        if term.weight and term.heads == "per_head"
-    ]
+    terms = {
+        "self": (config.self_attention, student.heads, teacher.heads),
+        "cross": (
+            config.cross_attention,
+            student.cross_attention_heads,
+            teacher.cross_attention_heads,
+        ),
+    }
+    blocked = {
+        f"distillation.{kind}_attention": (ours, theirs)
+        for kind, (term, ours, theirs) in terms.items()
+        if term.weight and term.heads == "per_head" and ours != theirs
+    }
     if blocked:
+        ours, theirs = (
+            " and ".join(map(str, dict.fromkeys(counts)))
+            for counts in zip(*blocked.values(), strict=True)
+        )
         raise UserError(
             f"{' and '.join(blocked)} compare attention head by head, but the student has "
-            f"{student.heads} heads and the teacher {teacher.heads}: set heads to 'mean' "
+            f"{ours} heads and the teacher {theirs}: set heads to 'mean' "
             "there, set weight to 0, or give the student the teacher's number of heads"
         )
 
@@ -171,7 +187,7 @@ def _check_samples(
         raise UserError(
             f"distillation.cross_attention.distance '{term.distance}' compares sampled points, but "
             f"{' and '.join(dense)} attends to the whole memory: set it to 'kl', or use "
-            "'deformable_detr', 'rt_detr' or 'd_fine'"
+            "'deformable_detr', 'rt_detr', 'd_fine', 'lw_detr' or 'rf_detr'"
         )
     counts = [getattr(detector, "points", None) for detector in (student, teacher)]
     if term.distance == "points" and counts[0] != counts[1]:

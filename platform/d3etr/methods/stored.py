@@ -106,9 +106,14 @@ def outputs_to_store(
         values |= {"start": edges.start, "first_logits": edges.first_logits}
         values["corners"] = edges.corners.transpose(0, 1)
     if teacher.config.queries_need_images:
-        named = (queries.embedding, queries.reference_logits, queries.content, queries.place)
-        own = zip(("embedding", "reference", "content", "place"), named, strict=True)
-        values |= {name: part for name, part in own if part is not None}
+        own = {
+            "embedding": queries.embedding,
+            "reference": queries.reference_logits,
+            "reference_boxes": queries.reference_boxes,
+            "content": queries.content,
+            "place": queries.place,
+        }
+        values |= {name: part for name, part in own.items() if part is not None}
     return values, outputs.levels
 
 
@@ -153,6 +158,7 @@ def restored_outputs(
             values.get("content"),
             values.get("place"),
             Grids(stored.levels, teacher.level_strides),
+            reference_boxes=values.get("reference_boxes"),
         )
     else:
         queries = teacher.object_queries().detach()

@@ -12,12 +12,14 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
+from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.d_fine import DFINEConfig
 from d3etr.detectors.dab_detr import DABDETRConfig
 from d3etr.detectors.deformable_detr import DeformableDETRConfig
 from d3etr.detectors.detr import DETRConfig
+from d3etr.detectors.exports import grouped
 from d3etr.detectors.exports.backbones import describe_backbone, problems_of_backbone
 from d3etr.detectors.exports.preprocessing import (
     describe_preprocessing,
@@ -62,6 +64,9 @@ class Kind:
         problems: what transformers has no setting for, and what to do about it.
         fuses: levels of twice and half the size, for which images have to be multiples of the
             coarsest stride.
+        backbone: their ``backbone_config``, where the kind has a network of its own, whose problems
+            are among ``problems``.
+        sizes: images that theirs cannot take, and what to do about it.
     """
 
     model: Callable[[Any, DetectionTransformer], Settings]
@@ -69,6 +74,8 @@ class Kind:
     stages: Callable[[Any], int] = lambda config: 1
     problems: Callable[[Any], list[str]] = lambda config: []
     fuses: bool = False
+    backbone: Callable[[Any], Settings] | None = None
+    sizes: Callable[[Any, PreprocessingConfig], list[str]] = lambda *_: []
 
 
 def describe(detector: DetectionTransformer, info: WeightsInfo) -> Described:
@@ -87,7 +94,11 @@ def describe(detector: DetectionTransformer, info: WeightsInfo) -> Described:
             f"transformers has no detector '{config.name}': expected one of {', '.join(KINDS)}"
         )
     kind = KINDS[config.name]
-    problems = [*kind.problems(config), *problems_of_backbone(config.backbone)]
+    problems = kind.problems(config)
+    if kind.backbone is None:
+        problems = [*problems, *problems_of_backbone(config.backbone)]
+    elif not problems:
+        problems = kind.sizes(config, info.preprocessing)
     multiple = detector.level_strides[-1] if kind.fuses else 1
     problems += problems_of_preprocessing(info.preprocessing, multiple)
     problems += _of_names(info.categories)
@@ -99,7 +110,9 @@ def describe(detector: DetectionTransformer, info: WeightsInfo) -> Described:
     names |= {slot: name for slot, (_, name) in zip(slots, info.categories, strict=True)}
     model = {
         **kind.model(config, detector),
-        "backbone_config": describe_backbone(config.backbone, kind.stages(config)),
+        "backbone_config": describe_backbone(config.backbone, kind.stages(config))
+        if kind.backbone is None
+        else kind.backbone(config),
         "id2label": names,
         "label2id": {name: slot for slot, name in names.items()},
     }
@@ -264,6 +277,14 @@ def _of_selecting(model: Callable[[Any, DetectionTransformer], Settings]) -> Kin
     )
 
 
+# Of RF-DETR's own processor, which does not smooth what it shrinks, images would be others.
+_GROUPED = Kind(
+    grouped.settings,
+    "DeformableDetrImageProcessor",
+    problems=grouped.problems,
+    backbone=grouped.backbone,
+    sizes=grouped.problems_of_sizes,
+)
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "detr": Kind(_detr, "DetrImageProcessor", problems=_problems_of_detr),
@@ -277,6 +298,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
         "rt_detr": _of_selecting(_rt_detr),
         "d_fine": _of_selecting(_d_fine),  # of which the processor is RT-DETR's, too
+        "lw_detr": _GROUPED,
+        "rf_detr": _GROUPED,
     }
 )
 """By our name of the detector."""

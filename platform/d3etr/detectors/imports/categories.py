@@ -6,6 +6,7 @@ Official detectors are trained with category ids as labels: COCO's 80 categories
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ COCO: Categories = tuple(
     (number, name) for number, name in enumerate(_COCO) if number and name != UNNAMED
 )
 """COCO's 80 categories with the ids of its annotation files."""
+
+_CLASS_HEAD = re.compile(r"(class_head|decoder\.class_heads|proposals\.(\d+\.)?class_head)\.")
 
 
 def slots_of(
@@ -100,7 +103,7 @@ def choose_rows(
     unused = [slot for slot in range(count) if slot not in used]
     rows = [*used, *unused, count] if softmax else [*used]
     for name in tensors:
-        if name.startswith(("class_head.", "decoder.class_heads.", "proposals.class_head.")):
+        if _CLASS_HEAD.match(name):
             # The first stage's slot 0 stands for "some object", whatever category has it.
             first = name.startswith("proposals.") and not proposals_tell_classes
             order = [0, *rows[1:]] if first else rows

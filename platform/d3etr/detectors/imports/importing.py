@@ -51,6 +51,8 @@ _FIRST_NAMES = ("conv1.", "features.", "layers.", "stem.")
 """How the first tensor of torchvision's networks is called."""
 _DEEP_STEM = "conv1.6.weight"
 """A tensor of ResNet-vd alone."""
+_WITHOUT_SMOOTHING = "RfDetrImageProcessor"
+"""Hugging Face's image processor that resizes without antialiasing."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,10 @@ class Imported:
 
 @dataclass(frozen=True)
 class _Theirs:
-    """A detector of others: what it was, for people; our name of it; the rest from its files."""
+    """A detector of others: what it was, for people; our name of it; the rest from its files.
+
+    ``args`` are those of an official checkpoint.
+    """
 
     kind: str
     name: str
@@ -98,6 +103,7 @@ class _Theirs:
     box_refinement: bool | None = None
     names: Mapping[Any, Any] | None = None
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+    args: Mapping[str, Any] | None = None
 
 
 def import_weights(
@@ -196,6 +202,8 @@ def _from_checkpoint(source: Path, found: Found, name: str, given: dict[str, Any
     for key, kind in (("temperature", "dab_detr"), ("activation", "d_fine")):
         if name != kind and key in given:
             _refuse(source, {key: given[key]}, f"{name} has no such setting")
+    if "dilation" in given and LAYOUTS[name].backbone is not None:
+        _refuse(source, {"dilation": given["dilation"]}, f"{name} has no such setting")
     unseen = from_args(found.settings, str(source))
     for key, value in given.items():
         if getattr(unseen, key) not in (None, value):
@@ -219,24 +227,34 @@ def _from_checkpoint(source: Path, found: Found, name: str, given: dict[str, Any
             "(official R50-DC5), which weights do not show: say --temperature 20 or 10"
         )
     kind, pixels = f"an official checkpoint of {name}", LAYOUTS[name].preprocessing
-    return _Theirs(kind, name, found, unseen, preprocessing=pixels)
+    return _Theirs(kind, name, found, unseen, preprocessing=pixels, args=found.settings)
 
 
 def _import_detector(
     source: Path, target: Path, theirs: _Theirs, named: Categories | None
 ) -> Imported:
     """Our detector with their weights, and what to know about it."""
-    softmax = LAYOUTS[theirs.name].softmax
+    layout, pixels, assumed = LAYOUTS[theirs.name], theirs.preprocessing, list[str]()
+    softmax = layout.softmax
     try:
         tensors = rename(theirs.found.tensors, theirs.name, box_refinement=theirs.box_refinement)
-        told = LAYOUTS[theirs.name].told(theirs.found.tensors)
+        own = theirs.unseen.own | layout.told(theirs.found.tensors)
+        if theirs.args is not None and layout.official is not None:
+            said, pixels, assumed = layout.official(theirs.args, tensors)
+            heads = theirs.unseen.heads
+            own |= said | ({} if heads is None else {"heads": heads})
+        unseen = theirs.unseen.model_copy(update={"own": own})
+        config, notes = infer_detector(theirs.name, tensors, unseen)
     except ValueError as error:
         raise UserError(f"{source}: {error}: copy it again") from error
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    notes += assumed + _leave_unread(tensors, config)
+    if theirs.found.preprocessing.get("image_processor_type") == _WITHOUT_SMOOTHING:
+        notes.append("its image processor does not smooth what it shrinks; here it is smoothed")
     try:
-        unseen = theirs.unseen.model_copy(update={"own": theirs.unseen.own | told})
-        config, notes = infer_detector(theirs.name, tensors, unseen)
         outputs = _outputs(tensors) - softmax
-        categories, used = slots_of(outputs, named, theirs.names, LAYOUTS[theirs.name].coco)
+        categories, used = slots_of(outputs, named, theirs.names, layout.coco)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     unused = choose_rows(tensors, used, outputs, softmax, config.proposals_tell_classes)
@@ -252,10 +270,22 @@ def _import_detector(
     info = WeightsInfo(
         detector=config,
         categories=categories,
-        preprocessing=theirs.preprocessing,
+        preprocessing=pixels,
         origin={"imported": {"kind": theirs.kind, "files": digests, "torch": torch.__version__}},
     )
     return _write(source, target, theirs.kind, detector, info, notes)
+
+
+def _leave_unread(tensors: dict[str, Tensor], config: DetectorConfig) -> list[str]:
+    """Take out what nothing of the detector reads, and say so."""
+    names = LAYOUTS[config.name].unread(tensors, config.backbone.vit.blocks)
+    for name in names:
+        del tensors[name]
+    if not names:
+        return []
+    return [
+        f"{len(names)} tensors of the backbone behind the last features that are read were left out"
+    ]
 
 
 def _outputs(tensors: Mapping[str, Tensor]) -> int:

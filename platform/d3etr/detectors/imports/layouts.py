@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 
 from d3etr.config.data import PreprocessingConfig
-from d3etr.detectors.imports import d_fine, hgnet, rt_detr
+from d3etr.detectors.imports import d_fine, grouped, hgnet, rt_detr
 from d3etr.detectors.imports.categories import COCO, COCO_SLOTS
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 """(pattern, replacement), applied in order to every name."""
 Agree = Callable[[Tensor, Tensor], bool]
 """Whether a tensor may be replaced by another that should be a copy of it."""
+Official = Callable[
+    [Mapping[str, Any], Mapping[str, Tensor]], tuple[dict[str, Any], PreprocessingConfig, list[str]]
+]
+"""As of ``grouped.official``."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Layout:
     """How others name and arrange one detector.
 
     Attributes:
-        sign: an official tensor that none of the detectors above it in ``LAYOUTS`` has.
+        sign: an official tensor that none of the detectors above it in ``LAYOUTS`` has; None: its
+            official files are not known.
         model_types: Hugging Face's names.
         rules: of this detector alone, between ``FIRST`` and ``LAST``.
         softmax: classes and "no object" share one; all others were trained with a sigmoid each.
@@ -39,11 +44,17 @@ class Layout:
         architecture: keys of this kind's own configuration, from tensors by our names.
         unseen: keys that tensors do not show, from ``config.json`` (or nothing).
         told: keys that are tensors of theirs and none of ours, from those by their names.
+        only_backbone: likewise of its ``backbone_config``, in place of those of convolutional ones.
+        backbone: configuration of the kind's own network, from tensors by our names and the keys
+            that tensors do not show; None: a ResNet or an HGNetV2.
+        official: of the ``args`` of an official checkpoint and tensors by our names: keys that they
+            say or that are so as published, preprocessing, and what was assumed.
+        unread: names of tensors by our names that nothing of so many backbone blocks reads.
         preprocessing: of official checkpoints, and of folders that say nothing.
         coco: outputs of official detectors of COCO.
     """
 
-    sign: str
+    sign: str | None
     model_types: tuple[str, ...]
     rules: Rules
     softmax: bool = False
@@ -53,6 +64,10 @@ class Layout:
     architecture: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda _: {}
     unseen: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
     told: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda _: {}
+    only_backbone: Mapping[str, tuple[Any, ...]] | None = None
+    backbone: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]] | None = None
+    official: Official | None = None
+    unread: Callable[[Mapping[str, Tensor], int], list[str]] = lambda *_: []
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     coco: int = COCO_SLOTS
 
@@ -120,6 +135,7 @@ UNUSED = (
     ".num_points_scale",
     "decoder.anchors",
     "decoder.valid_mask",
+    ".mask_token",
     *d_fine.BINS,
 )
 """Ends of names of what says nothing, or follows from other settings."""
@@ -147,8 +163,26 @@ SQUARE = PreprocessingConfig(
 )
 """What RT-DETR's and D-FINE's official code does to images."""
 
+
+def _of_grouped(sign: str | None, model_type: str) -> Layout:
+    return Layout(
+        sign=sign,
+        model_types=(model_type,),
+        rules=(*grouped.RULES, *SAMPLING),
+        only=grouped.ONLY,
+        architecture=grouped.architecture,
+        unseen=grouped.unseen,
+        only_backbone=grouped.ONLY_BACKBONE,
+        backbone=grouped.backbone,
+        official=grouped.official,
+        unread=grouped.unread,
+    )
+
+
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
+        "rf_detr": _of_grouped("backbone.0.encoder.encoder.embeddings.cls_token", "rf_detr"),
+        "lw_detr": _of_grouped(None, "lw_detr"),
         "d_fine": Layout(
             preprocessing=SQUARE,
             coco=len(COCO),
@@ -252,7 +286,7 @@ def rename(
         ours = _by(rules, their_name)
         if not ours.endswith(UNUSED):
             _add(tensors, ours, tensor, their_name, agree)
-    tensors = hgnet.with_affine_blocks(tensors)
+    tensors = grouped.settled(hgnet.with_affine_blocks(tensors))
     _fuse(tensors)
     if "projection.weight" in tensors:  # a 1x1 convolution there, a linear layer here
         tensors["projection.weight"] = tensors["projection.weight"].flatten(1)

@@ -38,6 +38,7 @@ RESNETS: Mapping[tuple[str, tuple[int, ...]], str] = {
     ("bottleneck", (3, 8, 36, 3)): "resnet152",
 }
 _DECODER_LAYER = r"decoder\.(layers\.)?0\."
+_LEVEL = r"(?:encoder\.)?levels\.(\d+)\.(?:conv|norm)\."
 _SIZES = (
     ("feedforward", rf"{_DECODER_LAYER}feedforward\.inner\.weight", 0),
     ("width", rf"{_DECODER_LAYER}feedforward\.inner\.weight", 1),
@@ -154,7 +155,12 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
     if "encoder_n_points" in config:
         _equal(config, "encoder_n_points", "decoder_n_points", where)
     backbone = config.get("backbone_config") or {}
-    _require(backbone, _ONLY_BACKBONE, f"{where}: backbone_config")
+    own_network = LAYOUTS[name].only_backbone
+    _require(
+        backbone,
+        _ONLY_BACKBONE if own_network is None else own_network,
+        f"{where}: backbone_config",
+    )
     # Their own networks have no dilation; timm's have, by one of three keys.
     strides = [
         part.get("output_stride") for part in (backbone, config.get("backbone_kwargs") or {})
@@ -228,14 +234,18 @@ def infer_detector(
     Raises:
         UserError: tensors that tell the architecture are missing, or make none that exists.
     """
-    backbone = {"name": _infer_backbone(tensors), "dilation": unseen.dilation or False}
+    layout = LAYOUTS[name]
+    if layout.backbone is None:
+        backbone = {"name": _infer_backbone(tensors), "dilation": unseen.dilation or False}
+    else:
+        backbone = layout.backbone(tensors, unseen.own)
     sizes = {
         key: tensors[found].shape[dimension]
         for key, pattern, dimension in _SIZES
         if (found := next((key for key in tensors if re.fullmatch(pattern, key)), None))
     }
-    own = unseen.own | LAYOUTS[name].architecture(tensors)
-    if "levels" not in sizes and (levels := _count(tensors, r"levels\.(\d+)\.conv\.")):
+    own = unseen.own | layout.architecture(tensors)
+    if "levels" not in sizes and (levels := _count(tensors, _LEVEL)):
         sizes["levels"] = levels
     if "width" not in sizes:
         raise UserError("the decoder's feedforward.inner.weight is missing: it shows the width")
@@ -251,7 +261,9 @@ def infer_detector(
         "encoder_layers": _count(tensors, r"encoder\.layers\.(\d+)\."),
         "decoder_layers": decoder_depth(tensors),
         "dropout": dropout if unseen.dropout is None else unseen.dropout,
-        "points": own["points"] if "points" in own else _points(sizes, heads),
+        "points": own["points"]
+        if "points" in own
+        else _points(sizes, own.get("cross_heads", heads)),
         "box_refinement": "decoder.class_heads.1.weight" in tensors,
         "two_stage": "proposals.norm.weight" in tensors,
         "grid_temperature": float(unseen.temperature or TEMPERATURE),
@@ -261,8 +273,7 @@ def infer_detector(
     if "queries" not in sizes:
         settings["queries"] = unseen.proposals or PROPOSALS
     known = DETECTORS.find(name).config_class.model_fields
-    settings = {k: v for k, v in settings.items() if k in known}
-    settings |= own
+    settings = {k: v for k, v in (settings | own).items() if k in known}
     try:
         config = DetectorConfig.parse(settings)
     except ValidationError as error:
@@ -316,7 +327,9 @@ def _points(sizes: Mapping[str, int], heads: int) -> int:
 def _assumptions(config: DetectorConfig, unseen: Unseen) -> list[str]:
     name, notes = config.name, []
     if unseen.heads is None:
-        notes.append(f"attention heads cannot be seen from weights: assumed {HEADS} (--heads)")
+        notes.append(
+            f"attention heads cannot be seen from weights: assumed {config.heads} (--heads)"
+        )
     if unseen.dilation is None and family_of(config.backbone.name) == "ResNet":
         notes.append(
             "dilation (DC5) cannot be seen from weights: assumed none; if the detector is a DC5 "

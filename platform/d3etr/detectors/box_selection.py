@@ -1,0 +1,58 @@
+"""The tokens of the highest class score as boxes alone: LW-DETR's first stage.
+
+Shapes: B images · S memory tokens of all levels · N queries of a group · C classes · D width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from d3etr.detectors.heads import moved_boxes
+from d3etr.detectors.selection import at_places
+from d3etr.detectors.transformer import MLP
+
+if TYPE_CHECKING:
+    from d3etr.detectors.grouped import GroupedConfig
+
+
+class BoxSelection(nn.Module):
+    """Scores every token by its classes; the best ones propose boxes.
+
+    Args:
+        config: uses width and queries.
+        classes: C.
+    """
+
+    def __init__(self, config: GroupedConfig, classes: int) -> None:
+        super().__init__()
+        width = config.width
+        self.queries = config.queries
+        self.projection = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.class_head = nn.Linear(width, classes)
+        self.box_head = MLP((width, width, width, 4))
+
+    def forward(
+        self, tokens: Tensor, start: Tensor, silent: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the selected tokens say.
+
+        Args:
+            tokens: [B, S, D], zero where they are silent.
+            start: [B or 1, S, 4] boxes cxcywh, zero likewise.
+            silent: [B or 1, S] bool: tokens that are taken last.
+
+        Returns:
+            Logits [B, N, C], boxes [B, N, 4], and places [B, N].
+        """
+        states = self.norm(self.projection(tokens))
+        scores: Tensor = self.class_head(states)
+        best = scores.detach().amax(-1).masked_fill(silent, float("-inf"))
+        place = best.topk(min(self.queries, best.shape[1]), dim=1).indices
+        start, states, scores = (at_places(x, place) for x in (start, states, scores))
+        with torch.autocast(states.device.type, enabled=False):
+            boxes = moved_boxes(start, self.box_head(states.float()))
+        return scores.float(), boxes, place

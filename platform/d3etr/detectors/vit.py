@@ -1,0 +1,166 @@
+"""Vision transformers most of whose blocks attend within windows: below LW-DETR and RF-DETR.
+
+(Chen et al., arXiv 2406.03459, section 3.2; Robinson et al., arXiv 2511.09554.) Tokens stay in the
+order of windows from the first block to the last one, so that a block that attends over the whole
+image costs no reordering.
+
+Shapes: B images · h, w patches of an image · W windows along each side · S tokens of a window · D
+width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from d3etr.config.detector import BackboneConfig
+from d3etr.config.vit import ViTConfig
+from d3etr.detectors.attention import attend, split_heads
+
+SPREAD = 0.02
+"""Standard deviation of weights before training, as published."""
+EPSILON = 1e-6
+"""Of layer norms."""
+
+
+class Block(nn.Module):
+    """Attention and two linear layers, pre-norm, each scaled by channel before it is added.
+
+    Args:
+        config: of the network.
+        whole: its attention is over the whole image.
+    """
+
+    def __init__(self, config: ViTConfig, whole: bool) -> None:
+        super().__init__()
+        width = config.width
+        self.heads, self.windows = config.heads, config.windows**2 if whole else 1
+        self.attention_norm = nn.LayerNorm(width, EPSILON)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=config.kind == "dinov2")
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        self.attention_scale = nn.Parameter(torch.full((width,), _first_scale(config)))
+        self.inner_norm = nn.LayerNorm(width, EPSILON)
+        self.inner = nn.Linear(width, config.expansion * width)
+        self.outer = nn.Linear(config.expansion * width, width)
+        self.inner_scale = nn.Parameter(torch.full((width,), _first_scale(config)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B W^2, S, D] to the same."""
+        tokens = self.attention_norm(x)
+        if self.windows > 1:
+            tokens = tokens.reshape(-1, self.windows * x.shape[1], x.shape[2])
+        parts = (split_heads(part(tokens), self.heads) for part in self._projections())
+        mixed = self.output(attend(*parts, None, 0.0)).reshape(x.shape)
+        x = x + self.attention_scale * mixed
+        inner = functional.gelu(self.inner(self.inner_norm(x)))
+        return x + self.inner_scale * self.outer(inner)  # type: ignore[no-any-return]
+
+    def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        return self.query, self.key, self.value
+
+
+def _first_scale(config: ViTConfig) -> float:
+    return 1.0 if config.kind == "dinov2" else 0.1
+
+
+class WindowedViT(nn.Module):
+    """Patches, position embeddings and blocks; maps of one stride.
+
+    Images are resized to the nearest multiples of a patch times the windows, so that the grid of
+    patches covers the same picture.
+
+    Args:
+        config: uses vit.
+
+    Attributes:
+        config: what it was built from.
+        channels: D.
+        stride: pixels per patch.
+        stage_channels: the one stage's.
+        stage_strides: likewise.
+        map_channels: of each map of ``maps``.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        vit = config.vit
+        self.config, self.channels, self.stride = config, vit.width, vit.patch
+        self.stage_channels, self.stage_strides = (vit.width,), (vit.patch,)
+        self.map_channels = (vit.width,) * len(vit.outputs)
+        self.patches = nn.Conv2d(3, vit.width, vit.patch, vit.patch)
+        self.class_token: nn.Parameter | None = None
+        self.norm: nn.LayerNorm | None = None
+        rows = vit.positions**2
+        if vit.kind == "dinov2":
+            self.class_token = nn.Parameter(torch.randn(vit.width) * SPREAD)
+            self.norm = nn.LayerNorm(vit.width, EPSILON)
+            rows += 1
+        self.positions = nn.Parameter(torch.randn(rows, vit.width) * SPREAD)
+        self.blocks = nn.ModuleList(Block(vit, k in vit.whole) for k in range(vit.blocks))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=SPREAD)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, height, width] -> [B, D, h, w], the last map."""
+        return self.maps(pixels)[-1]
+
+    def pyramid(self, pixels: Tensor, count: int) -> list[Tensor]:
+        """The last map alone: there is one stage, whatever ``count``."""
+        return [self.forward(pixels)]
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """[B, D, h, w] behind the blocks that ``outputs`` names."""
+        patches = self.patches(self._resized(pixels))
+        grid = (patches.shape[-2], patches.shape[-1])
+        x = self._windowed(patches.permute(0, 2, 3, 1) + self._of_grid(grid))
+        if self.class_token is not None:
+            first = (self.class_token + self.positions[0]).to(x.dtype)
+            x = torch.cat([first.expand(len(x), 1, -1), x], 1)
+        found = []
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            if number in self.config.vit.outputs:
+                found.append(self._map(x, grid))
+        return found
+
+    def _resized(self, pixels: Tensor) -> Tensor:
+        cell = self.stride * self.config.vit.windows
+        height, width = pixels.shape[-2:]
+        size = tuple(cell * max(1, math.floor(side / cell + 0.5)) for side in (height, width))
+        if size == (height, width):
+            return pixels
+        return functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+
+    def _of_grid(self, grid: tuple[int, int]) -> Tensor:
+        """Position embeddings [h, w, D] of a grid's patches."""
+        side, dinov2 = self.config.vit.positions, self.class_token is not None
+        own = self.positions[1:] if dinov2 else self.positions
+        if grid == (side, side):
+            return own.view(side, side, -1)
+        plane = own.float().view(side, side, -1).permute(2, 0, 1)[None]
+        # As published, each: RF-DETR's code smooths where it shrinks.
+        resized = functional.interpolate(plane, grid, mode="bicubic", antialias=dinov2)
+        return resized[0].permute(1, 2, 0)
+
+    def _windowed(self, tokens: Tensor) -> Tensor:
+        """[B, h, w, D] to [B W^2, S, D]."""
+        count = self.config.vit.windows
+        parts = tokens.unflatten(2, (count, -1)).unflatten(1, (count, -1))  # type: ignore[no-untyped-call]
+        return parts.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # type: ignore[no-any-return]
+
+    def _map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, D, h, w] of tokens in the order of windows."""
+        if self.norm is not None:
+            x = self.norm(x[:, 1:])
+        count = self.config.vit.windows
+        rows, columns = (side // count for side in grid)
+        parts = x.view(-1, count, count, rows, columns, x.shape[-1])
+        return parts.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
