@@ -45,6 +45,7 @@ FAMILY: dict[str, dict[str, Any]] = {
         "encoder_blocks": 1,
         "bins": 8,
     },
+    "dino": {"name": "dino", "levels": 2, "points": 2},
 }
 """What tells the detectors of the family apart, by name of the variant."""
 

@@ -100,6 +100,7 @@ DETECTORS = Registry(
         "deformable_detr": "d3etr.detectors.deformable_detr:DeformableDETR",
         "rt_detr": "d3etr.detectors.rt_detr:RTDETR",
         "d_fine": "d3etr.detectors.d_fine:DFINE",
+        "dino": "d3etr.detectors.dino:DINO",
     },
 )
 """Classes of ``detectors.base.DetectionTransformer``."""
