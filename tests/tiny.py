@@ -73,6 +73,7 @@ FAMILY: dict[str, dict[str, Any]] = {
         "projector_blocks": 1,
         "groups": 3,
     },
+    "dino": {"name": "dino", "levels": 2, "points": 2},
 }
 """What tells the detectors of the family apart, by name of the variant."""
 

@@ -102,6 +102,7 @@ DETECTORS = Registry(
         "d_fine": "d3etr.detectors.d_fine:DFINE",
         "lw_detr": "d3etr.detectors.lw_detr:LWDETR",
         "rf_detr": "d3etr.detectors.rf_detr:RFDETR",
+        "dino": "d3etr.detectors.dino:DINO",
     },
 )
 """Classes of ``detectors.base.DetectionTransformer``."""

@@ -57,7 +57,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--temperature",
         type=above_zero,
         metavar="T",
-        help="of DAB-DETR's position encoding, where nothing says (20; official R50-DC5: 10)",
+        help="of DAB-DETR's and DINO's position encoding, where nothing says (20; DAB-DETR's "
+        "official R50-DC5: 10)",
     )
     parser.add_argument(
         "--activation",

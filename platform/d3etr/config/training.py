@@ -129,7 +129,7 @@ class OptimisationConfig(Section):
     """The backbone's learning rate, as a factor on ``learning_rate``; 0 freezes the backbone."""
     sampling_rate_factor: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Detectors that sample only (``deformable_detr``, ``rt_detr``, ``d_fine``, ``lw_detr``,
-    ``rf_detr``): learning rate of sampling offsets and reference points, as a factor on
+    ``rf_detr``, ``dino``): learning rate of sampling offsets and reference points, as a factor on
     ``learning_rate``; the official code of Deformable DETR has 0.1."""
     inherited_rate_factor: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Learning rate of what ``student.initialise_from`` took, as a factor on its own, during

@@ -12,7 +12,12 @@ from torch.nn import functional
 
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.backbones import build_backbone
-from d3etr.detectors.denoising import DenoisingConfig, denoising_group
+from d3etr.detectors.denoising import (
+    RT_DETRS,
+    DenoisingConfig,
+    DenoisingDetails,
+    denoising_group,
+)
 from d3etr.detectors.groups import Decoded, GroupSize, side_by_side, sizes_of, split_groups
 from d3etr.detectors.position import TEMPERATURE, SineEncoding
 from d3etr.detectors.transformer import Encoder
@@ -28,6 +33,7 @@ class DetectionTransformer(nn.Module, ABC):
 
     Attributes:
         config_class: section of the configuration that describes detectors of this class.
+        denoising_details: of the official code whose denoising queries it has.
         config: the architecture.
         classes: C.
         backbone: the convolutional network.
@@ -38,6 +44,7 @@ class DetectionTransformer(nn.Module, ABC):
     """
 
     config_class: ClassVar[type[DetectorConfig]]
+    denoising_details: ClassVar[DenoisingDetails] = RT_DETRS
     stride: int
     inherited: frozenset[str] = frozenset()
 
@@ -92,7 +99,8 @@ class DetectionTransformer(nn.Module, ABC):
         """
         if self.label_embedding is None:
             raise ValueError(f"this {self.config.name} has no denoising queries")
-        return denoising_group(targets, self.label_embedding.weight, config, step=step)
+        embedding, details = self.label_embedding.weight, self.denoising_details
+        return denoising_group(targets, embedding, config, step=step, details=details)
 
     def decode(
         self,

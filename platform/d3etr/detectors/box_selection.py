@@ -37,8 +37,8 @@ class BoxSelection(nn.Module):
 
     def forward(
         self, tokens: Tensor, start: Tensor, silent: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the selected tokens say.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the selected tokens say, and the scores of all.
 
         Args:
             tokens: [B, S, D], zero where they are silent.
@@ -46,13 +46,14 @@ class BoxSelection(nn.Module):
             silent: [B or 1, S] bool: tokens that are taken last.
 
         Returns:
-            Logits [B, N, C], boxes [B, N, 4], and places [B, N].
+            Logits [B, N, C], boxes [B, N, 4] and places [B, N]; and the logits [B, S, C] that they
+            were selected by.
         """
         states = self.norm(self.projection(tokens))
         scores: Tensor = self.class_head(states)
         best = scores.detach().amax(-1).masked_fill(silent, float("-inf"))
         place = best.topk(min(self.queries, best.shape[1]), dim=1).indices
-        start, states, scores = (at_places(x, place) for x in (start, states, scores))
+        start, states, selected = (at_places(x, place) for x in (start, states, scores))
         with torch.autocast(states.device.type, enabled=False):
             boxes = moved_boxes(start, self.box_head(states.float()))
-        return scores.float(), boxes, place
+        return selected.float(), boxes, place, scores

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from d3etr.detectors.feature_levels import on_levels, valid_ratios
 from d3etr.detectors.groups import Decoded, GroupSize, LayerAttention
-from d3etr.detectors.heads import box_logits
+from d3etr.detectors.heads import EPSILON, box_logits, moved
 from d3etr.detectors.transformer import MLP, DecoderLayer, run_decoder
 from d3etr.structures import Memory
 
 Refinement = Literal["detached", "twice"] | None
 """What a layer's boxes move from. None: the group's references, in every layer. detached: the boxes
 of the layer before, which learn nothing from that. twice: likewise, but what a layer predicts also
-teaches the layer before (look forward twice; DINO, arXiv 2203.03605, section 3.5)."""
+teaches the move of the layer before, and of no earlier one (look forward twice; DINO, arXiv
+2203.03605, section 3.5)."""
 
 
 class DeformableDecoderLayer(DecoderLayer):
@@ -63,11 +64,13 @@ class References:
         start: [B or 1, N, 2 or 4] reference logits.
         embed: query embeddings [B or 1, N, D] of the reference logits before a layer [B, N, ..].
         refinement: what a layer's boxes move from.
+        epsilon: as of ``heads.movable``.
     """
 
     start: Tensor
     embed: Callable[[Tensor], Tensor]
     refinement: Refinement
+    epsilon: float = EPSILON
 
 
 def decode_around(
@@ -77,6 +80,7 @@ def decode_around(
     memory: Memory,
     sizes: list[GroupSize],
     attention: bool,
+    norm: nn.Module | None = None,
 ) -> Decoded:
     """Decode all groups side by side around their references.
 
@@ -87,24 +91,33 @@ def decode_around(
         memory: encoder output.
         sizes: of each group, N queries in total.
         attention: keep what attention maps are computed from.
+        norm: what every layer's predictions are read through; where queries move to is read from
+            the states as they are (DINO).
     """
     images = len(memory.tokens)
     start = references.start.expand(images, -1, -1)
     ratios = valid_ratios(memory.padding, memory.levels)
     logits: list[Tensor] = []
-    moved: list[Tensor] = []
+    boxes: list[Tensor] = []
+    steps: list[Tensor] = []  # where each layer moved queries, from where they were, detached
 
     def before() -> Tensor:
         # Each layer learns its own move, not to make up for later ones.
-        return moved[-1].detach() if references.refinement and moved else start
+        return steps[-1].detach() if references.refinement and steps else start
 
-    def predict(layer: int, states: Tensor) -> None:
+    def predict(layer: int, states: Tensor) -> Tensor:
         head = layer if len(decoder.box_heads) > 1 else 0
         box_head = decoder.box_heads[head]
         assert isinstance(box_head, MLP)
-        logits.append(decoder.class_heads[head](states).float())
-        twice = references.refinement == "twice" and moved
-        moved.append(box_logits(box_head, states, moved[-1] if twice else before()))
+        shown = states if norm is None else norm(states)
+        logits.append(decoder.class_heads[head](shown).float())
+        offsets, here = box_logits(box_head, shown), before()
+        there = steps[-1] if references.refinement == "twice" and steps else here
+        boxes.append(moved(offsets, there, references.epsilon).sigmoid())
+        if references.refinement and layer + 1 < len(decoder.layers):
+            offsets = offsets if norm is None else box_logits(box_head, states)
+            steps.append(moved(offsets, here, references.epsilon))
+        return shown
 
     def aim(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if index:
@@ -115,6 +128,5 @@ def decode_around(
 
     hidden = hidden.expand(images, -1, -1)
     states, trace = run_decoder(decoder.layers, hidden, aim, memory, sizes, attention)
-    predict(len(states) - 1, states[-1])
-    boxes = torch.stack([box.sigmoid() for box in moved])
-    return Decoded(torch.stack(logits), boxes, states[-1], trace)
+    last = predict(len(states) - 1, states[-1])
+    return Decoded(torch.stack(logits), torch.stack(boxes), last, trace)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig, Positive
 from d3etr.detectors.attention import SelfAttention
-from d3etr.detectors.base import DetectionTransformer, flat_padding, shrink_padding
+from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.deformable_attention import (
     DeformableAttention,
     initialise_deformable,
@@ -31,9 +31,8 @@ from d3etr.detectors.deformable_decoder import (
 from d3etr.detectors.feature_levels import (
     FeatureLevels,
     LevelPositions,
-    cell_centres,
-    on_levels,
-    valid_ratios,
+    encode_levels,
+    refuse_width,
 )
 from d3etr.detectors.groups import Decoded, GroupSize, side_by_side
 from d3etr.detectors.initialisation import (
@@ -94,11 +93,7 @@ class DeformableDETRConfig(DetectorConfig):
     def _fits_the_kind(self) -> Self:
         if self.two_stage and not self.box_refinement:
             raise ValueError("two_stage needs box_refinement: set it to true, as in the paper")
-        if self.width % 32:
-            raise ValueError(
-                f"width {self.width} must be a multiple of 32 for detector 'deformable_detr' "
-                "(GroupNorm of its feature levels)"
-            )
+        refuse_width(self.width, self.name)
         return self
 
 
@@ -184,20 +179,12 @@ class DeformableDETR(DetectionTransformer):
         Args:
             images: B padded images.
         """
-        maps = self.levels(self.backbone.pyramid(images.pixels, self.levels.stages))
-        levels = tuple((part.shape[-2], part.shape[-1]) for part in maps)
-        paddings = [shrink_padding(images.padding, grid) for grid in levels]
-        position = self.position(levels, paddings)
-        tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in maps], 1)
-        padding = flat_padding(paddings)
-        ratios = valid_ratios(padding, levels)
-        centres = cell_centres(ratios, levels, tokens).expand(len(tokens), -1, -1)
-        reference = on_levels(centres, ratios, len(levels))
-        tokens = self.encoder(tokens, position, reference=reference, padding=padding, levels=levels)
+        maps = self.backbone.pyramid(images.pixels, self.levels.stages)
+        memory = encode_levels(maps, images.padding, self.levels, self.position, self.encoder)
         if self.proposals is None:
-            return Memory(tokens, position, padding, levels)
-        proposed = self.proposals(tokens, padding, levels)
-        return Memory(tokens, position, padding, levels, *proposed)
+            return memory
+        proposals, logits = self.proposals(memory.tokens, memory.padding, memory.levels)
+        return replace(memory, proposals=proposals, proposal_logits=logits)
 
     def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
         """The main group: learned, or the best proposals of each image in ``memory``."""

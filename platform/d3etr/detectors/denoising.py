@@ -11,7 +11,7 @@ block, positives first · C classes · D width.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
@@ -24,8 +24,21 @@ from d3etr.structures import ObjectQueries, QueryGroup, Supervision, Targets, on
 
 DENOISING = "denoising"
 """Name of the group and its losses."""
-SMALLEST_SIDE = 1e-5
-"""What a box's logits are computed from is at least this far from 0 and 1, as in RT-DETR's code."""
+
+
+class DenoisingDetails(NamedTuple):
+    """What official codes do differently.
+
+    Attributes:
+        epsilon: what a box's logits are computed from is at least this far from 0 and 1.
+        unused: centre and sides of the box of slots beyond an image's objects.
+    """
+
+    epsilon: float
+    unused: float
+
+
+RT_DETRS, DINOS = DenoisingDetails(1e-5, 0.0), DenoisingDetails(1e-3, 0.5)
 
 
 class DenoisingConfig(Section):
@@ -121,18 +134,23 @@ def existing_objects(targets: Targets, fullest: int) -> Tensor:
 
 
 def noised_objects(
-    targets: Targets, noise: DenoisingNoise, classes: int, config: DenoisingConfig
+    targets: Targets,
+    noise: DenoisingNoise,
+    classes: int,
+    config: DenoisingConfig,
+    details: DenoisingDetails = RT_DETRS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What denoising queries start from.
 
-    Slots beyond an image's objects, and all of images without labels, are class C and a box at the
-    origin without a size; as in RT-DETR's code, queries of them take part and learn nothing.
+    Slots beyond an image's objects, and all of images without labels, are class C and one box; as
+    in the official codes, queries of them take part and learn nothing.
 
     Args:
         targets: ground truth, with an object in at least one labelled image.
         noise: random numbers on the targets' device.
         classes: C.
         config: of the noise.
+        details: of the official code.
 
     Returns:
         Classes [B, N] int64 in [0, C], logits of boxes [B, N, 4] cxcywh, and [B, N] int64 the
@@ -152,11 +170,9 @@ def noised_objects(
     corners = torch.cat([centre - half, centre + half], -1)
     corners = corners + (noise.moves + negative[:, None]) * noise.signs * reach
     low, high = corners.clamp(0, 1).chunk(2, -1)
-    return (
-        noise.classes.where(replaced, labels),
-        _logits(torch.cat([(low + high) / 2, high - low], -1)),
-        objects,
-    )
+    noised = torch.cat([(low + high) / 2, high - low], -1)
+    noised = noised.masked_fill(~used[..., None], details.unused)
+    return noise.classes.where(replaced, labels), _logits(noised, details.epsilon), objects
 
 
 def denoising_group(
@@ -167,6 +183,7 @@ def denoising_group(
     step: int,
     seed: int = 0,
     noise: DenoisingNoise | None = None,
+    details: DenoisingDetails = RT_DETRS,
 ) -> QueryGroup | None:
     """Denoising queries of a batch; None where no labelled image has an object.
 
@@ -181,6 +198,7 @@ def denoising_group(
         step: optimiser step.
         seed: with the step and the images' ids, all that the noise depends on.
         noise: random numbers [B, N], such as a test's; None draws them.
+        details: of the official code.
     """
     blocks, fullest = denoising_blocks(targets, config)
     if not blocks:
@@ -189,7 +207,7 @@ def denoising_group(
     if noise is None:
         count = 2 * blocks * fullest
         noise = draw_noise(targets.image_ids, count, classes, seed=seed, step=step)
-    labels, boxes, objects = noised_objects(targets, noise.to(device), classes, config)
+    labels, boxes, objects = noised_objects(targets, noise.to(device), classes, config, details)
     content = functional.embedding(labels, class_embedding, padding_idx=classes)
     known = targets.of_labelled().counts
     return QueryGroup(
@@ -217,10 +235,10 @@ def touching(queries: ObjectQueries, class_embedding: Tensor) -> ObjectQueries:
     return replace(queries, content=queries.content + nothing)
 
 
-def _logits(boxes: Tensor) -> Tensor:
+def _logits(boxes: Tensor, epsilon: float) -> Tensor:
     """The inverse sigmoid of values clamped to [0, 1], finite at both ends.
 
     Corners that were moved past each other make a negative side, which becomes the smallest.
     """
     boxes = boxes.clamp(0, 1)
-    return (boxes.clamp(min=SMALLEST_SIDE) / (1 - boxes).clamp(min=SMALLEST_SIDE)).log()
+    return (boxes.clamp(min=epsilon) / (1 - boxes).clamp(min=epsilon)).log()

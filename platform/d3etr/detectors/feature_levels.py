@@ -5,18 +5,16 @@ Shapes: B images · V feature levels · S tokens of all levels · D width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
+from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.backbones import Backbone
-from d3etr.detectors.position import SineEncoding
+from d3etr.detectors.base import flat_padding, shrink_padding
+from d3etr.detectors.position import TEMPERATURE, SineEncoding
 from d3etr.detectors.small_backbone import GroupNorm
-from d3etr.structures import Levels
-
-if TYPE_CHECKING:
-    from d3etr.detectors.deformable_detr import DeformableDETRConfig
+from d3etr.detectors.transformer import Encoder
+from d3etr.structures import Levels, Memory
 
 BACKBONE_LEVELS = 3
 """Stages that a backbone gives at most; further levels are strided convolutions of the last."""
@@ -27,27 +25,30 @@ class FeatureLevels(nn.Module):
     """Projects the backbone's last stages to one width and adds coarser levels.
 
     Args:
-        config: uses width and levels.
+        config: uses width and feature_levels.
         backbone: gives the stages.
+        stages: how many of them at most.
 
     Attributes:
         stages: number of the backbone's stages that are used.
         strides: pixels per cell of each level, finest first.
     """
 
-    def __init__(self, config: DeformableDETRConfig, backbone: Backbone) -> None:
+    def __init__(
+        self, config: DetectorConfig, backbone: Backbone, stages: int = BACKBONE_LEVELS
+    ) -> None:
         super().__init__()
-        width = config.width
-        self.stages = min(config.levels, BACKBONE_LEVELS, len(backbone.stage_channels))
+        width, levels = config.width, config.feature_levels
+        self.stages = min(levels, stages, len(backbone.stage_channels))
         channels = backbone.stage_channels[-self.stages :]
         strides = backbone.stage_strides[-self.stages :]
-        further = range(1, config.levels - self.stages + 1)
+        further = range(1, levels - self.stages + 1)
         self.strides = (*strides, *(strides[-1] * 2**level for level in further))
         layers = [nn.Conv2d(count, width, 1) for count in channels]
-        coarser = [channels[-1], *[width] * config.levels]
+        coarser = [channels[-1], *[width] * levels]
         layers += [
             nn.Conv2d(coarser[index], width, 3, stride=2, padding=1)
-            for index in range(config.levels - self.stages)
+            for index in range(levels - self.stages)
         ]
         self.projections = nn.ModuleList(
             nn.Sequential(layer, GroupNorm(GROUPS, width)) for layer in layers
@@ -74,11 +75,15 @@ class LevelPositions(nn.Module):
     Args:
         width: D.
         levels: V.
+        temperature: as of ``SineEncoding``.
+        centred: as of ``SineEncoding``.
     """
 
-    def __init__(self, width: int, levels: int) -> None:
+    def __init__(
+        self, width: int, levels: int, temperature: float = TEMPERATURE, centred: bool = True
+    ) -> None:
         super().__init__()
-        self.encoding = SineEncoding(width, centred=True)
+        self.encoding = SineEncoding(width, temperature, centred)
         self.level = nn.Parameter(torch.empty(levels, width).normal_())
 
     def forward(self, levels: Levels, paddings: list[Tensor | None]) -> Tensor:
@@ -93,6 +98,48 @@ class LevelPositions(nn.Module):
             for grid, padding, embedding in zip(levels, paddings, self.level, strict=True)
         ]
         return torch.cat(parts, 1)
+
+
+def encode_levels(
+    maps: list[Tensor],
+    padding: Tensor | None,
+    levels: FeatureLevels,
+    position: LevelPositions,
+    encoder: Encoder,
+) -> Memory:
+    """Tokens of all levels, encoded by deformable attention around their own cells.
+
+    Args:
+        maps: of the backbone, [B, channels, h, w] each, finest first.
+        padding: [B, height, width] bool of the images, or None.
+        levels: makes V maps of them.
+        position: of their cells.
+        encoder: its attention takes ``reference`` and ``levels``.
+    """
+    maps = levels(maps)
+    grids = tuple((part.shape[-2], part.shape[-1]) for part in maps)
+    paddings = [shrink_padding(padding, grid) for grid in grids]
+    encoding = position(grids, paddings)
+    tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in maps], 1)
+    flat = flat_padding(paddings)
+    ratios = valid_ratios(flat, grids)
+    centres = cell_centres(ratios, grids, tokens).expand(len(tokens), -1, -1)
+    reference = on_levels(centres, ratios, len(grids))
+    tokens = encoder(tokens, encoding, reference=reference, padding=flat, levels=grids)
+    return Memory(tokens, encoding, flat, grids)
+
+
+def refuse_width(width: int, name: str) -> None:
+    """Args: width D, and the detector's name.
+
+    Raises:
+        ValueError: the maps' GroupNorm does not divide it.
+    """
+    if width % GROUPS:
+        raise ValueError(
+            f"width {width} must be a multiple of {GROUPS} for detector '{name}' "
+            "(GroupNorm of its feature levels)"
+        )
 
 
 def valid_ratios(padding: Tensor | None, levels: Levels) -> Tensor | None:

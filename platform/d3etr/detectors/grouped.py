@@ -50,6 +50,7 @@ from d3etr.structures import (
     ObjectQueries,
     QueryGroup,
     Targets,
+    TokenScores,
 )
 
 COPIES = "copies"
@@ -256,8 +257,8 @@ class GroupedDetector(DetectionTransformer):
         padding = flat_padding([shrink_padding(images.padding, grid) for grid in levels])
         # Nothing reads positions of tokens here: sampling goes by place.
         position = tokens.new_zeros(1, 1, 1).expand(1, *tokens.shape[1:])
-        proposals, queries = self._select(tokens, padding, levels)
-        return Memory(tokens, position, padding, levels, proposals, queries=queries)
+        proposals, queries, scores = self._select(tokens, padding, levels)
+        return Memory(tokens, position, padding, levels, proposals, queries=queries, scores=scores)
 
     def _maps(self, pixels: Tensor) -> list[Tensor]:
         """What the backbone gives of one stride."""
@@ -267,14 +268,17 @@ class GroupedDetector(DetectionTransformer):
 
     def _select(
         self, tokens: Tensor, padding: Tensor | None, levels: Levels
-    ) -> tuple[DecoderOutputs, ObjectQueries]:
-        """What selected tokens say [G, B, N, ..], and the queries [B, G N, ..] that start there."""
+    ) -> tuple[DecoderOutputs, ObjectQueries, TokenScores]:
+        """What selected tokens say [G, B, N, ..], and the queries [B, G N, ..] that start there.
+
+        And what the first group, which is used after training, says about all tokens.
+        """
         start, silent = token_boxes(tokens, padding, levels)
         start = start.masked_fill(silent[..., None], 0.0)  # as official: a box without a size
         heard = tokens.masked_fill(silent[..., None], 0.0)
         used = [*self.proposals][: self.config.groups if self.training else 1]
         found = [selection(heard, start, silent) for selection in used]
-        logits, boxes, places = (torch.stack(parts) for parts in zip(*found, strict=True))
+        logits, boxes, places = (torch.stack(parts) for parts in [*zip(*found, strict=True)][:3])
         proposed = DecoderOutputs(logits, boxes, levels=levels, padding=padding)
         content, moves = (
             table.weight.view(self.config.groups, self.config.queries, -1)[
@@ -284,7 +288,7 @@ class GroupedDetector(DetectionTransformer):
         )
         content = content.expand(len(tokens), -1, -1)
         reference = moved_boxes(boxes.detach().transpose(0, 1).flatten(1, 2), moves.float())
-        return proposed, ObjectQueries(
+        queries = ObjectQueries(
             content,
             reference.logit(EDGE),
             content,
@@ -294,6 +298,7 @@ class GroupedDetector(DetectionTransformer):
             see_first=False,
             reference_boxes=reference,
         )
+        return proposed, queries, TokenScores(found[0][3], silent)
 
     def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
         """The main group: of the tokens of each image in ``memory`` that were selected.

@@ -46,8 +46,18 @@ def box_logits(
     """
     with torch.autocast(states.device.type, enabled=False):
         offsets: Tensor = head(states.float())
-        if reference is None:
-            return offsets
+        return offsets if reference is None else moved(offsets, reference, epsilon)
+
+
+def moved(offsets: Tensor, reference: Tensor, epsilon: float = EPSILON) -> Tensor:
+    """Boxes before the sigmoid [..., N, 4]: references, moved by offsets [..., N, 4] in float32.
+
+    Args:
+        offsets: of a head.
+        reference: as of ``box_logits``.
+        epsilon: as of ``movable``.
+    """
+    with torch.autocast(offsets.device.type, enabled=False):
         reference = movable(reference.float(), epsilon)
         return offsets + functional.pad(reference, (0, 4 - reference.shape[-1]))
 

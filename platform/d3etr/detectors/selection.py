@@ -1,13 +1,15 @@
-"""Detectors whose queries are the encoder's tokens of the highest class score, RT-DETR's way.
+"""Detectors whose queries start at the encoder's tokens of the highest class score.
 
-(Zhao et al., arXiv 2304.08069, section 4.3.) Content is the token, the reference is the box that it
-proposes. What differs between kinds is the decoder and the encoder's blocks.
+The reference of a query is the box that its token proposes. Its content is the token (RT-DETR, Zhao
+et al., arXiv 2304.08069, section 4.3) or a learned vector (DINO's mixed query selection, Zhang et
+al., arXiv 2203.03605, section 3.4). What differs between kinds is the encoder and the decoder.
 
 Shapes: B images · N queries · C classes · S memory tokens of all feature levels · D width.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal, Self
@@ -44,44 +46,18 @@ from d3etr.structures import (
 )
 
 
-class SelectingConfig(DetectorConfig):
-    """Detectors of a hybrid encoder whose tokens become the queries: RT-DETR and its kin."""
+class SelectedQueriesConfig(DetectorConfig):
+    """Detectors whose encoder selects the queries by their classes, and that denoise."""
 
-    encoder_layers: Annotated[int, Field(ge=0, le=100)] = 1
-    """Layers of attention within the coarsest level; 0 leaves it out."""
-    decoder_layers: Layers = 6
-    """L, layers of the decoder; official: 3 (R18), 4 (R34) and 6."""
-    feedforward: Positive = 1024
-    """Channels between the two linear maps of each decoder layer."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of activations that training sets to 0."""
-    levels: Annotated[int, Field(ge=1, le=BACKBONE_LEVELS)] = 3
-    """Feature levels: the backbone's last stages."""
-    encoder_width: Positive = 256
-    """Channels of the encoder; the decoder has ``width``. Official: 256, with ResNet-101 384."""
-    encoder_feedforward: Positive = 1024
-    """Channels between the two linear maps of the encoder's attention layers."""
-    expansion: Annotated[float, Field(gt=0, le=8)] = 1.0
-    """Channels within the encoder's fusions, as a factor on its width; 0.5 with ResNet-18, 34."""
     learned_content: bool = False
     """Queries start from learned vectors, not from the encoder's tokens."""
     denoising: DenoisingConfig = DenoisingConfig()
     """Noised ground truth that the decoder learns to restore, in training only."""
 
     @property
-    def feature_levels(self) -> int:
-        """Feature levels that cross-attention maps run over."""
-        return self.levels
-
-    @property
     def reference_size(self) -> int:
         """Queries start from boxes."""
         return 4
-
-    @property
-    def criterion_defaults(self) -> Mapping[str, float | str]:
-        """The varifocal loss, as official."""
-        return {"class_loss": "varifocal", "class_weight": 1.0}
 
     @property
     def decoder_activation(self) -> Activation:
@@ -123,6 +99,37 @@ class SelectingConfig(DetectorConfig):
         """Sampling offsets."""
         return frozenset({"offsets"})
 
+
+class SelectingConfig(SelectedQueriesConfig):
+    """Detectors of a hybrid encoder whose tokens become the queries: RT-DETR and its kin."""
+
+    encoder_layers: Annotated[int, Field(ge=0, le=100)] = 1
+    """Layers of attention within the coarsest level; 0 leaves it out."""
+    decoder_layers: Layers = 6
+    """L, layers of the decoder; official: 3 (R18), 4 (R34) and 6."""
+    feedforward: Positive = 1024
+    """Channels between the two linear maps of each decoder layer."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of activations that training sets to 0."""
+    levels: Annotated[int, Field(ge=1, le=BACKBONE_LEVELS)] = 3
+    """Feature levels: the backbone's last stages."""
+    encoder_width: Positive = 256
+    """Channels of the encoder; the decoder has ``width``. Official: 256, with ResNet-101 384."""
+    encoder_feedforward: Positive = 1024
+    """Channels between the two linear maps of the encoder's attention layers."""
+    expansion: Annotated[float, Field(gt=0, le=8)] = 1.0
+    """Channels within the encoder's fusions, as a factor on its width; 0.5 with ResNet-18, 34."""
+
+    @property
+    def feature_levels(self) -> int:
+        """Feature levels that cross-attention maps run over."""
+        return self.levels
+
+    @property
+    def criterion_defaults(self) -> Mapping[str, float | str]:
+        """The varifocal loss, as official."""
+        return {"class_loss": "varifocal", "class_weight": 1.0}
+
     @model_validator(mode="after")
     def _heads_divide_encoder_width(self) -> Self:
         if self.encoder_width % self.heads or self.encoder_width % 4:
@@ -143,7 +150,7 @@ class Selection(nn.Module):
         classes: C.
     """
 
-    def __init__(self, config: SelectingConfig, classes: int) -> None:
+    def __init__(self, config: SelectedQueriesConfig, classes: int) -> None:
         super().__init__()
         width = config.width
         self.queries = config.queries
@@ -216,7 +223,78 @@ class SelectingDecoder(nn.Module):
         return self.position_head(boxes)  # type: ignore[no-any-return]
 
 
-class SelectingDetector(DetectionTransformer):
+class SelectedQueriesDetector(DetectionTransformer):
+    """Queries selected among an encoder's tokens, and denoising queries in training.
+
+    Subclasses encode, with ``proposals`` and their queries in the memory, and decode.
+
+    Args:
+        config: architecture.
+        classes: C.
+    """
+
+    config: SelectedQueriesConfig
+
+    def __init__(self, config: SelectedQueriesConfig, classes: int) -> None:
+        super().__init__(config, classes)
+        self.proposals = Selection(config, classes)
+        if config.learned_content:
+            self.query_content = nn.Embedding(config.queries, config.width)
+        if config.denoising.queries:
+            self.label_embedding = nn.Embedding(classes + 1, config.width, padding_idx=classes)
+
+    @abstractmethod
+    def embed(self, references: Tensor) -> Tensor:
+        """Query embeddings [.., N, D] of boxes [.., N, 4] before the sigmoid."""
+
+    def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
+        """The main group: the tokens of each image in ``memory`` that were selected.
+
+        Their embedding [B, N, D], which the first layer computes from references, is for other
+        decoders.
+        """
+        if memory is None or memory.queries is None:
+            raise ValueError("this detector's queries are in the memory that 'encode' returned")
+        queries = memory.queries
+        queries = replace(queries, grids=Grids(memory.levels, self.level_strides))
+        content = self._content(memory, queries) if self.config.learned_content else queries.content
+        assert queries.reference_logits is not None
+        embedding = self.embed(queries.reference_logits)
+        queries = replace(queries, embedding=embedding, content=content)
+        if self.label_embedding is None or not self.training:
+            return queries
+        return touching(queries, self.label_embedding.weight)
+
+    def training_groups(self, memory: Memory, targets: Targets, step: int) -> dict[str, QueryGroup]:
+        """Denoising queries; see ``DetectionTransformer``."""
+        if self.label_embedding is None or not self.training:
+            return {}
+        group = self.denoising_queries(targets, self.config.denoising, step)
+        return {} if group is None else {DENOISING: group}
+
+    def contents(self, memory: Memory, groups: Sequence[ObjectQueries]) -> Tensor:
+        """[B, N, D] of all groups; one without starts from what queries of its own start from."""
+        return side_by_side(
+            [
+                self._content(memory, group) if group.content is None else group.content
+                for group in groups
+            ]
+        )
+
+    def _content(self, memory: Memory, group: ObjectQueries) -> Tensor:
+        """[B, N, D] what queries of this detector's own start from, for a group without content."""
+        images = len(memory.tokens)
+        if self.config.learned_content:
+            rows = torch.arange(group.count, device=memory.tokens.device)
+            learned: Tensor = self.query_content(rows % self.config.queries)
+            return learned.expand(images, -1, -1)
+        reference = self.references([group]).expand(images, -1, -1)
+        own = Grids(memory.levels, self.level_strides)
+        tokens = tokens_at_places(memory, own, group, reference)
+        return self.proposals.states(tokens).detach()
+
+
+class SelectingDetector(SelectedQueriesDetector):
     """A hybrid encoder, queries selected among its tokens, and denoising queries in training.
 
     Subclasses set ``encoder``, ``levels`` (what brings its maps to the decoder's width) and
@@ -236,11 +314,6 @@ class SelectingDetector(DetectionTransformer):
         super().__init__(config, classes)
         self._strides = self.backbone.stage_strides[-config.levels :]
         self.stride = self._strides[0]
-        self.proposals = Selection(config, classes)
-        if config.learned_content:
-            self.query_content = nn.Embedding(config.queries, config.width)
-        if config.denoising.queries:
-            self.label_embedding = nn.Embedding(classes + 1, config.width, padding_idx=classes)
 
     def initialise(self) -> None:
         """Draw the weights, once all parts are there."""
@@ -279,48 +352,6 @@ class SelectingDetector(DetectionTransformer):
         position = tokens.new_zeros(1, 1, 1).expand(1, *tokens.shape[1:])
         return Memory(tokens, position, padding, levels, proposals, queries=queries, scores=scores)
 
-    def object_queries(self, memory: Memory | None = None) -> ObjectQueries:
-        """The main group: the tokens of each image in ``memory`` that were selected.
-
-        Their embedding [B, N, D], which the first layer computes from references, is for other
-        decoders.
-        """
-        if memory is None or memory.queries is None:
-            raise ValueError("this detector's queries are in the memory that 'encode' returned")
-        queries = memory.queries
-        queries = replace(queries, grids=Grids(memory.levels, self.level_strides))
-        content = self._content(memory, queries) if self.config.learned_content else queries.content
-        assert queries.reference_logits is not None
-        embedding = self.decoder.embed(queries.reference_logits)
-        queries = replace(queries, embedding=embedding, content=content)
-        if self.label_embedding is None or not self.training:
-            return queries
-        return touching(queries, self.label_embedding.weight)
-
-    def training_groups(self, memory: Memory, targets: Targets, step: int) -> dict[str, QueryGroup]:
-        """Denoising queries; see ``DetectionTransformer``."""
-        if self.label_embedding is None or not self.training:
-            return {}
-        group = self.denoising_queries(targets, self.config.denoising, step)
-        return {} if group is None else {DENOISING: group}
-
-    def contents(self, memory: Memory, groups: Sequence[ObjectQueries]) -> Tensor:
-        """[B, N, D] of all groups; one without starts from what queries of its own start from."""
-        return side_by_side(
-            [
-                self._content(memory, group) if group.content is None else group.content
-                for group in groups
-            ]
-        )
-
-    def _content(self, memory: Memory, group: ObjectQueries) -> Tensor:
-        """[B, N, D] what queries of this detector's own start from, for a group without content."""
-        images = len(memory.tokens)
-        if self.config.learned_content:
-            rows = torch.arange(group.count, device=memory.tokens.device)
-            learned: Tensor = self.query_content(rows % self.config.queries)
-            return learned.expand(images, -1, -1)
-        reference = self.references([group]).expand(images, -1, -1)
-        own = Grids(memory.levels, self.level_strides)
-        tokens = tokens_at_places(memory, own, group, reference)
-        return self.proposals.states(tokens).detach()
+    def embed(self, references: Tensor) -> Tensor:
+        """As of ``SelectedQueriesDetector``."""
+        return self.decoder.embed(references)

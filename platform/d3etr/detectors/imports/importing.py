@@ -199,12 +199,12 @@ def _from_folder(source: Path) -> _Theirs:
 
 def _from_checkpoint(source: Path, found: Found, name: str, given: dict[str, Any]) -> _Theirs:
     """An official checkpoint; asks where a default would be a guess that spoils detections."""
-    for key, kind in (("temperature", "dab_detr"), ("activation", "d_fine")):
-        if name != kind and key in given:
+    for key, kinds in (("temperature", ("dab_detr", "dino")), ("activation", ("d_fine",))):
+        if name not in kinds and key in given:
             _refuse(source, {key: given[key]}, f"{name} has no such setting")
     if "dilation" in given and LAYOUTS[name].backbone is not None:
         _refuse(source, {"dilation": given["dilation"]}, f"{name} has no such setting")
-    unseen = from_args(found.settings, str(source))
+    unseen = from_args(found.settings, name, str(source))
     for key, value in given.items():
         if getattr(unseen, key) not in (None, value):
             raise UserError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d3etr.config.data import PreprocessingConfig
-from d3etr.detectors.imports import d_fine, grouped, hgnet, rt_detr
+from d3etr.detectors.imports import d_fine, dino, grouped, hgnet, rt_detr
 from d3etr.detectors.imports.categories import COCO, COCO_SLOTS
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
@@ -43,6 +43,8 @@ class Layout:
         only: settings of ``config.json`` that this detector has, beside those of all.
         architecture: keys of this kind's own configuration, from tensors by our names.
         unseen: keys that tensors do not show, from ``config.json`` (or nothing).
+        only_args: settings of official ``args`` that this detector has, beside those of all.
+        of_args: keys that tensors do not show, from official ``args`` (or nothing).
         told: keys that are tensors of theirs and none of ours, from those by their names.
         only_backbone: likewise of its ``backbone_config``, in place of those of convolutional ones.
         backbone: configuration of the kind's own network, from tensors by our names and the keys
@@ -63,6 +65,8 @@ class Layout:
     )
     architecture: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda _: {}
     unseen: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
+    only_args: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    of_args: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
     told: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda _: {}
     only_backbone: Mapping[str, tuple[Any, ...]] | None = None
     backbone: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]] | None = None
@@ -204,6 +208,15 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             architecture=rt_detr.architecture,
             unseen=rt_detr.unseen,
         ),
+        "dino": Layout(
+            sign="label_enc.weight",
+            model_types=(),
+            rules=(*dino.RULES, *SAMPLING, *dino.NORMS),
+            only_args=dino.ONLY_ARGS,
+            architecture=dino.architecture,
+            of_args=dino.of_args,
+            told=dino.told,
+        ),
         "deformable_detr": Layout(
             sign="transformer.level_embed",
             model_types=("deformable_detr",),
@@ -227,6 +240,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             sign="refpoint_embed.weight",
             model_types=("dab-detr",),
             only={"activation_function": ("prelu",)},
+            only_args={"transformer_activation": ("prelu",)},
             rules=(
                 *CONDITIONAL_LAYERS,
                 (r"^(refpoint_embed|query_refpoint_embeddings)\.", "anchors."),
@@ -292,6 +306,8 @@ def rename(
         tensors["projection.weight"] = tensors["projection.weight"].flatten(1)
     if name == "deformable_detr":
         return _deformable(tensors, box_refinement, agree)
+    if name == "dino":
+        return dino.settle(tensors, decoder_depth(tensors), agree)
     return tensors
 
 

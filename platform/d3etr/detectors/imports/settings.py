@@ -27,6 +27,8 @@ from d3etr.registry import DETECTORS
 
 HEADS, PROPOSALS, TEMPERATURE = 8, 300, 20.0
 """Of the official detectors; projections of 4 or 16 heads have the same shapes."""
+_TEMPERED = ("dab_detr", "dino")
+"""Detectors whose position encoding has a temperature that differs; official: without dropout."""
 OFFICIAL_EPSILON, HUGGING_FACES_EPSILON = 1e-3, 1e-5
 """Of DAB-DETR's inverse sigmoid, which moves anchors and boxes."""
 
@@ -54,7 +56,6 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "position_embedding": ("sine", "v2"),
     "position_embedding_scale": (2 * math.pi,),
     "num_patterns": (0,),
-    "transformer_activation": ("prelu",),
     "position_embedding_type": ("sine",),
     "query_dim": (4,),
     "keep_query_pos": (False,),
@@ -89,7 +90,7 @@ class Unseen(Section):
     dilation: bool | None = None
     """Whether the backbone's last stage is dilated (DC5)."""
     temperature: float | None = None
-    """Of DAB-DETR's position encoding."""
+    """Of DAB-DETR's and DINO's position encoding."""
     dropout: float | None = None
     """Probability in training."""
     activation: Literal["relu", "silu"] | None = None
@@ -102,17 +103,19 @@ class Unseen(Section):
     """Keys of the kind's own configuration."""
 
 
-def from_args(args: Mapping[str, Any], where: str) -> Unseen:
+def from_args(args: Mapping[str, Any], name: str, where: str) -> Unseen:
     """What the official training code was called with.
 
     Args:
         args: of a checkpoint; may be empty.
+        name: our name of the detector.
         where: for error texts.
 
     Raises:
         UserError: settings of a detector that is not ours.
     """
-    _require(args, _ONLY, f"{where}: args")
+    layout = LAYOUTS[name]
+    _require(args, {**_ONLY, **layout.only_args}, f"{where}: args")
     _equal(args, "enc_n_points", "dec_n_points", where)
     return _unseen(
         where,
@@ -122,6 +125,7 @@ def from_args(args: Mapping[str, Any], where: str) -> Unseen:
         proposals=args.get("num_queries"),
         temperature=_equal(args, "pe_temperatureH", "pe_temperatureW", where),
         epsilon=OFFICIAL_EPSILON,
+        own=layout.of_args(args),
     )
 
 
@@ -252,7 +256,7 @@ def infer_detector(
     if "points" in own and "offsets" in sizes:
         shown = _heads(sizes["offsets"], own["points"], unseen)
         unseen = unseen.model_copy(update={"heads": shown})
-    heads, dropout = unseen.heads or HEADS, 0.0 if name == "dab_detr" else 0.1
+    heads, dropout = unseen.heads or HEADS, 0.0 if name in _TEMPERED else 0.1
     settings: dict[str, Any] = {
         **sizes,
         "name": name,
@@ -340,7 +344,7 @@ def _assumptions(config: DetectorConfig, unseen: Unseen) -> list[str]:
             "the activation cannot be seen from weights: assumed relu, D-FINE's; if it is DEIM's "
             "detector, import it with --activation silu, or its detections will be wrong"
         )
-    if name == "dab_detr" and unseen.temperature is None:
+    if name in _TEMPERED and unseen.temperature is None and "grid_temperature" not in unseen.own:
         notes.append(
             "the position encoding's temperature cannot be seen: assumed 20 (--temperature)"
         )
