@@ -211,8 +211,8 @@ def test_two_workers_store_and_learn_the_same(make_config: MakeConfig, tmp_path:
     assert len(ours) == 3
     for left, right in zip(map(open_shard, ours), map(open_shard, theirs), strict=True):
         assert left.keys() == right.keys()
-        for name, values in left.items():  # workers look at other batches, which round otherwise
-            np.testing.assert_allclose(right[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
+        for name, stored in left.items():  # workers look at other batches, which round otherwise
+            np.testing.assert_allclose(right[name], stored, rtol=1e-4, atol=1e-5, err_msg=name)
     assert losses(tmp_path / "alone") == pytest.approx(losses(tmp_path / "together"), rel=1e-5)
 
 

@@ -199,9 +199,7 @@ class MultiHeadAttention(nn.Module):
             if not size.blocks:
                 groups.append(self._attend(q, k, v, padding, keep))
             elif size.see_first:
-                groups.append(
-                    attend_in_blocks_with_scores(q, k, v, shared, size.blocks, dropout)
-                )
+                groups.append(attend_in_blocks_with_scores(q, k, v, shared, size.blocks, dropout))
             else:
                 groups.append((attend_apart(q, k, v, size.blocks, dropout), None))
         mixed = torch.cat([group for group, _ in groups], 1) if len(groups) > 1 else groups[0][0]
