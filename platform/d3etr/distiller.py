@@ -345,12 +345,8 @@ class Distiller(nn.Module):
         }
         queries = [group.queries for group in groups.values()]
         attention = self.method.needs_attention and teacher is not None
-        outputs = self.student.decode(
-            memory,
-            queries,
-            attention=attention,
-            maps_of_blocks=self.method.denoising is not None,
-        )
+        noised = self.method.denoising is not None
+        outputs = self.student.decode(memory, queries, attention=attention, maps_of_blocks=noised)
         if not waits:
             if teacher is not None:
                 teacher.wait()

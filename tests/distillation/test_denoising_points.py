@@ -334,3 +334,19 @@ def test_images_of_the_dataset_alone_decide_the_noise(
     name = f"{DENOISING_POINTS}/class"
     assert torch.equal(first[name], again[name]) and not torch.equal(first[name], later[name])
     assert DENOISING not in (module.run_teacher(images, 0, targets.of_images([1, 1, 1])).groups)
+
+
+def test_a_few_steps_lower_the_losses_over_the_pairs(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    student = in_training(tiny_detector(seed=1, **FAMILY["d_fine"] | FEW))
+    module = distiller(student, tiny_detector(seed=5, **FAMILY["rt_detr"]), **ALONE)
+    optimiser = torch.optim.Adam(module.parameters(), 1e-2)
+    found = []
+    for _ in range(10):
+        total = torch.stack([*points_of(losses_of(module, images, targets)).values()]).sum()
+        optimiser.zero_grad()
+        total.backward()
+        optimiser.step()
+        found.append(total.item())
+    assert found[-1] < 0.7 * found[0], found

@@ -233,3 +233,20 @@ def test_stored_views_hold_no_scores(tiny_detector: Build) -> None:
         ViewsConfig(count=2),
         6,
     )
+
+
+def test_a_few_steps_teach_the_student_where_to_look(
+    tiny_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    student = tiny_detector(seed=1, **FAMILY["rt_detr"])
+    teacher = tiny_detector(seed=5, **FAMILY["rt_detr"])
+    module = distiller(student, teacher)
+    optimiser = torch.optim.Adam(module.parameters(), 1e-2)
+    found = []
+    for _ in range(15):
+        loss = losses_of(module, images, targets)["selection"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        found.append(loss.item())
+    assert found[-1] < 0.3 * found[0], found
