@@ -181,7 +181,7 @@ class Distribution(D3ETR):
     """
 
     config: DistributionConfig
-    config_class = DistributionConfig
+    config_class = DistributionConfig  # type: ignore[assignment]
 
     def __init__(
         self,
