@@ -20,6 +20,7 @@ NEEDED = {
     "own": DATA,
     "own/d3etr.yaml": TEACHER,
     "own/rtdetr-d3etr.yaml": TEACHER,
+    "own/dfine-d3etr.yaml": TEACHER,
     "own/unlabelled.yaml": TEACHER,
     "own/inherited.yaml": ("student.initialise_from.weights=teacher.safetensors",),
 }
