@@ -28,9 +28,37 @@ def recipes() -> list[str]:
     return sorted(p.relative_to(RECIPES).as_posix() for p in RECIPES.glob("*/*.yaml"))
 
 
+LARGE: dict[str, dict[str, Any]] = {
+    "coco-rtdetr-r101": {
+        "backbone": {"name": "resnet101vd"},
+        "decoder_layers": 6,
+        "encoder_width": 384,
+        "encoder_feedforward": 2048,
+        "expansion": 1.0,
+    },
+    "coco-dfine-x": {
+        "backbone": {"name": "timm/hgnetv2_b5"},
+        "levels": 3,
+        "points": [3, 6, 3],
+        "width": 256,
+        "feedforward": 1024,
+        "decoder_layers": 6,
+        "encoder_width": 384,
+        "encoder_feedforward": 2048,
+        "encoder_blocks": 3,
+        "expansion": 1.0,
+        "curvature": 8.0,
+    },
+}
+"""Official teachers that differ from their students in more than the backbone, by their files' names."""
+
+
 def teacher_detector(config: Config) -> DetectorConfig:
-    """The teacher that a recipe names: its student's detector with the backbone in the name."""
+    """The teacher that a recipe names: of ``LARGE``, or with the backbone in the file's name."""
     assert config.teacher is not None
+    large = LARGE.get(Path(str(config.teacher.weights)).stem)
+    if large is not None:
+        return DetectorConfig.parse(config.student.detector.model_dump(mode="json") | large)
     found = re.search(r"-r(\d+)\.", str(config.teacher.weights))
     assert found is not None, "a teacher's file ends with its backbone"
     student = config.student.detector

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.__main__ import BENCHMARKS, main, parse
+from benchmarks.coco_costs import costs
 from benchmarks.growth import exponent
 from benchmarks.profiled import main as profiled
 from benchmarks.side_by_side import Comparison, alternate, per_second, scaled
@@ -44,6 +45,15 @@ def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         parse(["plain_stepp"])
     assert "no benchmark 'plain_stepp'; there are plain_step, " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["conditional-r18/plain.yaml", "conditional-r18/d3etr.yaml"])
+def test_a_coco_recipe_is_counted(name: str) -> None:
+    row = costs(name)
+    assert row["images_at_once"] == 2
+    assert row["saved_bytes_per_image"] > row["state_bytes"] / 10 > 0
+    assert row["mean_step"]["operations"] > 1000
 
 
 @pytest.mark.slow

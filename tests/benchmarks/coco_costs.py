@@ -4,7 +4,8 @@
 ``coco_costs.json`` and ``coco_costs.md`` there. No GPU is needed, and none is measured.
 
 Counted: one training step of one image (teacher, student, losses, backward), as PyTorch dispatches
-it on the CPU, with tensors that have shapes and no content.
+it on the CPU, with tensors that have shapes and no content; with real ones where queries are
+selected in the image.
 Memory is what autograd keeps for the backward pass plus weights, gradients and AdamW's moments:
 what the allocator, cuDNN and gradients of activations need comes on top.
 """
@@ -14,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +39,9 @@ from d3etr.detectors.build import build_detector
 from d3etr.distiller import Distiller
 from d3etr.matching import assignment as assignment_module
 from d3etr.matching.assignment import Assignment, CostBlock, Solving, assign
+from d3etr.methods.d3etr import D3ETRConfig
 from d3etr.structures import ImageBatch, Targets
 
-LARGEST = (800, 1333)
-"""(height, width) of the largest lying image."""
 USUAL_SIZES = ((640, 480), (640, 427), (480, 640), (500, 375), (427, 640))
 """Widths and heights of COCO's most frequent images."""
 OBJECTS = 7
@@ -130,7 +131,7 @@ def measure(distiller: Distiller, size: tuple[int, int]) -> Step:
     images = ImageBatch(torch.zeros(1, 3, *size))
     labels = torch.zeros(1, OBJECTS, dtype=torch.int64)
     targets = Targets(
-        labels, torch.zeros(1, OBJECTS, 4), (OBJECTS,), (1,), (size,), torch.tensor([OBJECTS])
+        labels, torch.full((1, OBJECTS, 4), 0.5), (OBJECTS,), (1,), (size,), torch.tensor([OBJECTS])
     )
     saved, operations = Saved(distiller), Operations()
     with FlopCounterMode(display=False) as flops, operations:
@@ -149,11 +150,10 @@ def measure(distiller: Distiller, size: tuple[int, int]) -> Step:
 def matching_seconds(config: Config) -> float:
     """Processor time of an image's bipartite problems with random costs, best of five."""
     detector, random = config.student.detector, torch.Generator().manual_seed(0)
-    columns = [OBJECTS]
-    if config.distillation.has_auxiliary_group:
-        columns.append(OBJECTS)
-    if config.distillation.matches_adaptively:
-        columns.append(detector.queries)
+    columns, method = [OBJECTS], config.distillation
+    if isinstance(method, D3ETRConfig):
+        columns += [OBJECTS] * method.has_auxiliary_group
+        columns += [detector.queries] * method.matches_adaptively
     blocks = [
         CostBlock(
             str(n), torch.rand(detector.decoder_layers, 1, detector.queries, n, generator=random)
@@ -177,6 +177,15 @@ def state_bytes(distiller: Distiller) -> int:
     if isinstance(teacher, torch.nn.Module):
         frozen = sum(p.numel() for p in teacher.parameters())
     return 4 * (whole + frozen + 3 * trained)
+
+
+def largest_size(data: DataConfig) -> tuple[int, int]:
+    """(height, width) of the largest lying image of training."""
+    sides = data.augmentation.shortest_sides or ()
+    if data.preprocessing.exact_size is not None:
+        return max(sides), max(sides)
+    assert data.preprocessing.longest_side is not None
+    return max(sides), data.preprocessing.longest_side
 
 
 def mean_size(data: DataConfig, batch_size: int, images: int = 8_000) -> tuple[int, int]:
@@ -218,13 +227,14 @@ def costs(name: str) -> dict[str, Any]:
     config = load_config(RECIPES / name)
     size = mean_size(config.data, config.optimisation.batch_size)
     functional = torch.nn.functional
+    selects = config.student.detector.queries_need_images
     with (
-        FakeTensorMode(),
+        nullcontext() if selects else FakeTensorMode(),
         patch.object(assignment_module, "HostSolving", InOrder),
         patch.object(functional, "scaled_dot_product_attention", fused),
     ):
         distiller = build(config)
-        largest, usual = measure(distiller, LARGEST), measure(distiller, size)
+        largest, usual = measure(distiller, largest_size(config.data)), measure(distiller, size)
     matching = matching_seconds(config)
     per_gpu = config.micro_batches(config.cluster.workers)
     images = config.optimisation.batch_size // per_gpu

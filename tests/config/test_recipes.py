@@ -21,6 +21,7 @@ NEEDED = {
     "own/d3etr.yaml": TEACHER,
     "own/rfdetr-d3etr.yaml": TEACHER,
     "own/rtdetr-d3etr.yaml": TEACHER,
+    "own/dfine-d3etr.yaml": TEACHER,
     "own/unlabelled.yaml": TEACHER,
     "own/inherited.yaml": ("student.initialise_from.weights=teacher.safetensors",),
 }
