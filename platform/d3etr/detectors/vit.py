@@ -54,8 +54,8 @@ class Block(nn.Module):
         tokens = self.attention_norm(x)
         if self.windows > 1:
             tokens = tokens.reshape(-1, self.windows * x.shape[1], x.shape[2])
-        parts = (split_heads(part(tokens), self.heads) for part in self._projections())
-        mixed = self.output(attend(*parts, None, 0.0)).reshape(x.shape)
+        query, key, value = (split_heads(part(tokens), self.heads) for part in self._projections())
+        mixed = self.output(attend(query, key, value, None, 0.0)).reshape(x.shape)
         x = x + self.attention_scale * mixed
         inner = functional.gelu(self.inner(self.inner_norm(x)))
         return x + self.inner_scale * self.outer(inner)  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d3etr.config.data import PreprocessingConfig
-from d3etr.detectors.imports import d_fine, dino, grouped, hgnet, rt_detr
+from d3etr.detectors.imports import d_fine, dino, grouped, hgnet, resnet_vd, rt_detr
 from d3etr.detectors.imports.categories import COCO, COCO_SLOTS
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
@@ -90,21 +90,6 @@ FIRST: Rules = (
     (r"^(encoder\.layers\.\d+)\.(norm1|self_attn_layer_norm)\.", r"\1.norm."),
     (r"^(encoder\.layers\.\d+)\.norm2\.", r"\1.feedforward.norm."),
 )
-RESNET_VD_NAMES: Rules = (
-    (r"\.embedder\.embedder\.(\d)\.convolution\.", lambda match: _stem(int(match[1]), "conv")),
-    (r"\.embedder\.embedder\.(\d)\.normalization\.", lambda match: _stem(int(match[1]), "norm")),
-    (r"\.conv1\.conv1_(\d)\.(conv|norm)\.", lambda match: _stem(int(match[1]) - 1, match[2])),
-    (r"\.shortcut\.(1\.)?convolution\.", ".downsample.1."),  # the 1 is where a pool is 0
-    (r"\.shortcut\.(1\.)?normalization\.", ".downsample.2."),
-    (r"\.short\.(conv\.)?norm\.", ".downsample.2."),
-    (r"\.short\.(conv\.)?conv\.", ".downsample.1."),
-    (r"\.res_layers\.(\d+)\.blocks\.", lambda match: f".layer{int(match[1]) + 1}."),
-    (r"\.branch2([abc])\.conv\.", lambda match: f".conv{'abc'.index(match[1]) + 1}."),
-    (r"\.branch2([abc])\.norm\.", lambda match: f".bn{'abc'.index(match[1]) + 1}."),
-)
-"""Names in a backbone by ``rtdetr_pytorch``'s PResNet and by transformers' RTDetrResNet; before
-``FIRST``, which takes a shortcut for one without a pool."""
-_SIGN_OF_VD = re.compile(r"(^|\.)(embedder\.embedder\.0\.convolution|conv1\.conv1_1\.conv)\.")
 LAST: Rules = (
     (r"^input_proj(ection)?\.", "projection."),
     (r"^(class_embed|class_labels_classifier)\.", "class_head."),
@@ -316,7 +301,7 @@ def rename_backbone(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     What has other names already keeps them.
     """
-    if not any(map(_SIGN_OF_VD.search, theirs)) and not hgnet.is_hgnet(theirs):
+    if not resnet_vd.is_resnet_vd(theirs) and not hgnet.is_hgnet(theirs):
         return dict(theirs)
     rules, ours = _first(theirs), "backbone."
     renamed = {_by(rules, ours + name.removeprefix("hgnetv2.")): x for name, x in theirs.items()}
@@ -330,20 +315,13 @@ def _first(theirs: Mapping[str, Tensor]) -> Rules:
     """The rules that every name goes through first: the backbone's."""
     if hgnet.is_hgnet(theirs):
         return (*FIRST, *hgnet.RULES)
-    return (*RESNET_VD_NAMES, *FIRST) if any(map(_SIGN_OF_VD.search, theirs)) else FIRST
+    return (*resnet_vd.RULES, *FIRST) if resnet_vd.is_resnet_vd(theirs) else FIRST
 
 
 def _by(rules: Rules, name: str) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _stem(layer: int, kind: str) -> str:
-    """Our place of a ResNet-vd's stem layer, 0 to 2: convolution, norm and ReLU are a sequence."""
-    if kind == "norm" and layer == 2:
-        return ".bn1."
-    return f".conv1.{3 * layer + (kind == 'norm')}."
 
 
 def decoder_depth(tensors: Mapping[str, Tensor]) -> int:
