@@ -50,7 +50,7 @@ LARGE: dict[str, dict[str, Any]] = {
         "curvature": 8.0,
     },
 }
-"""Official teachers that differ from their students in more than the backbone, by their files' names."""
+"""Official teachers that differ from students in more than the backbone, by their files' names."""
 
 
 def teacher_detector(config: Config) -> DetectorConfig:
