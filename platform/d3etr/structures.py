@@ -235,8 +235,8 @@ class ObjectQueries:
     def detach(self) -> ObjectQueries:
         """The same queries outside the autograd graph."""
         own = self.map(Tensor.detach)
-        seen = {"blocks": self.blocks, "see_first": self.see_first}
-        return replace(own, place=self.place, grids=self.grids, **seen)
+        own = replace(own, place=self.place, grids=self.grids)
+        return replace(own, blocks=self.blocks, see_first=self.see_first)
 
 
 class Supervision(Enum):

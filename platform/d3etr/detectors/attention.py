@@ -125,9 +125,12 @@ def attend_apart(query: Tensor, key: Tensor, value: Tensor, blocks: int, dropout
 
     Arguments and result as of ``attend_in_blocks``.
     """
-    parts = [x.unflatten(2, (blocks, -1)).transpose(1, 2) for x in (query, key, value)]  # type: ignore[no-untyped-call]
     images = len(query)
-    mixed = attend(*(x.flatten(0, 1) for x in parts), None, dropout)  # [B K, N / K, H*E]
+
+    def apart(x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], blocks, -1, x.shape[-1]).transpose(1, 2).flatten(0, 1)
+
+    mixed = attend(apart(query), apart(key), apart(value), None, dropout)  # [B K, N / K, H*E]
     return mixed.view(images, -1, mixed.shape[-1])
 
 
