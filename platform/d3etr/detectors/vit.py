@@ -95,12 +95,11 @@ class WindowedViT(nn.Module):
         self.patches = nn.Conv2d(3, vit.width, vit.patch, vit.patch)
         self.class_token: nn.Parameter | None = None
         self.norm: nn.LayerNorm | None = None
-        rows = vit.positions**2
         if vit.kind == "dinov2":
             self.class_token = nn.Parameter(torch.randn(vit.width) * SPREAD)
             self.norm = nn.LayerNorm(vit.width, EPSILON)
-            rows += 1
-        self.positions = nn.Parameter(torch.randn(rows, vit.width) * SPREAD)
+        # The first is the class token's; LW-DETR's code has it too, and no class token.
+        self.positions = nn.Parameter(torch.randn(1 + vit.positions**2, vit.width) * SPREAD)
         self.blocks = nn.ModuleList(Block(vit, k in vit.whole) for k in range(vit.blocks))
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -140,7 +139,7 @@ class WindowedViT(nn.Module):
     def _of_grid(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings [h, w, D] of a grid's patches."""
         side, dinov2 = self.config.vit.positions, self.class_token is not None
-        own = self.positions[1:] if dinov2 else self.positions
+        own = self.positions[1:]
         if grid == (side, side):
             return own.view(side, side, -1)
         plane = own.float().view(side, side, -1).permute(2, 0, 1)[None]
