@@ -91,10 +91,15 @@ def test_a_window_sees_nothing_of_others(kind: str) -> None:
 
 
 @torch.no_grad()
-def test_images_become_multiples_of_the_windows() -> None:
+def test_maps_are_as_large_as_strides_say_whatever_the_windows() -> None:
     network = vit(windows=3)
-    for size, grid in {(24, 36): (6, 9), (29, 31): (6, 9), (30, 5): (9, 3)}.items():
-        assert network(torch.randn(1, 3, *size)).shape[-2:] == grid
+    for size, grid in {(24, 36): (6, 9), (29, 31): (8, 8), (30, 5): (8, 2)}.items():
+        pixels = torch.randn(1, 3, *size)
+        padded = torch.zeros(1, 3, *(-(-side // 12) * 12 for side in size))
+        padded[..., : size[0], : size[1]] = pixels
+        found, expected = network(pixels), network(padded)
+        assert found.shape[-2:] == grid
+        assert torch.equal(found, expected[..., : grid[0], : grid[1]])
 
 
 @pytest.mark.parametrize(

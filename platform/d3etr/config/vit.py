@@ -31,7 +31,7 @@ class ViTConfig(Section):
     """Side of a patch in pixels: the stride of the features."""
     windows: Positive = 2
     """Windows along each side of an image; 1: every block attends over the whole image. Images are
-    resized to the nearest multiples of ``patch`` times this."""
+    padded to multiples of ``patch`` times this."""
     whole: tuple[Block, ...] = (3, 6, 9)
     """Blocks, counted from 0, that attend over the whole image all the same."""
     outputs: Annotated[tuple[Block, ...], Field(min_length=1)] = (3, 6, 9, 12)

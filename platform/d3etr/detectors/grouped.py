@@ -12,6 +12,7 @@ classes · S memory tokens of all levels · V levels · D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -251,7 +252,13 @@ class GroupedDetector(DetectionTransformer):
         Args:
             images: B padded images.
         """
-        maps: list[Tensor] = self.encoder(self._maps(images.pixels))
+        height, width = images.pixels.shape[-2:]
+        maps = [  # an enlarged map may have a cell more than its stride asks for
+            part[..., : math.ceil(height / stride), : math.ceil(width / stride)]
+            for part, stride in zip(
+                self.encoder(self._maps(images.pixels)), self._strides, strict=True
+            )
+        ]
         levels = tuple((part.shape[-2], part.shape[-1]) for part in maps)
         tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in maps], 1)
         padding = flat_padding([shrink_padding(images.padding, grid) for grid in levels])

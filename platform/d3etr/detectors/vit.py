@@ -54,14 +54,14 @@ class Block(nn.Module):
         tokens = self.attention_norm(x)
         if self.windows > 1:
             tokens = tokens.reshape(-1, self.windows * x.shape[1], x.shape[2])
-        query, key, value = (split_heads(part(tokens), self.heads) for part in self._projections())
+        query, key, value = (
+            split_heads(project(tokens), self.heads)
+            for project in (self.query, self.key, self.value)
+        )
         mixed = self.output(attend(query, key, value, None, 0.0)).reshape(x.shape)
         x = x + self.attention_scale * mixed
         inner = functional.gelu(self.inner(self.inner_norm(x)))
         return x + self.inner_scale * self.outer(inner)  # type: ignore[no-any-return]
-
-    def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        return self.query, self.key, self.value
 
 
 def _first_scale(config: ViTConfig) -> float:
@@ -71,8 +71,8 @@ def _first_scale(config: ViTConfig) -> float:
 class WindowedViT(nn.Module):
     """Patches, position embeddings and blocks; maps of one stride.
 
-    Images are resized to the nearest multiples of a patch times the windows, so that the grid of
-    patches covers the same picture.
+    Maps are ceil(size / stride) large: images are padded with zeros to multiples of a patch times
+    the windows, as images in a batch are, and what patches lie in the padding alone is cut off.
 
     Args:
         config: uses vit.
@@ -95,12 +95,11 @@ class WindowedViT(nn.Module):
         self.patches = nn.Conv2d(3, vit.width, vit.patch, vit.patch)
         self.class_token: nn.Parameter | None = None
         self.norm: nn.LayerNorm | None = None
-        rows = vit.positions**2
         if vit.kind == "dinov2":
             self.class_token = nn.Parameter(torch.randn(vit.width) * SPREAD)
             self.norm = nn.LayerNorm(vit.width, EPSILON)
-            rows += 1
-        self.positions = nn.Parameter(torch.randn(rows, vit.width) * SPREAD)
+        # The first is the class token's; LW-DETR's code has it too, and no class token.
+        self.positions = nn.Parameter(torch.randn(1 + vit.positions**2, vit.width) * SPREAD)
         self.blocks = nn.ModuleList(Block(vit, k in vit.whole) for k in range(vit.blocks))
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -118,31 +117,29 @@ class WindowedViT(nn.Module):
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """[B, D, h, w] behind the blocks that ``outputs`` names."""
-        patches = self.patches(self._resized(pixels))
+        patches = self.patches(self._padded(pixels))
         grid = (patches.shape[-2], patches.shape[-1])
         x = self._windowed(patches.permute(0, 2, 3, 1) + self._of_grid(grid))
         if self.class_token is not None:
             first = (self.class_token + self.positions[0]).to(x.dtype)
             x = torch.cat([first.expand(len(x), 1, -1), x], 1)
+        height, width = (math.ceil(side / self.stride) for side in pixels.shape[-2:])
         found = []
         for number, block in enumerate(self.blocks, start=1):
             x = block(x)
             if number in self.config.vit.outputs:
-                found.append(self._map(x, grid))
+                found.append(self._map(x, grid)[..., :height, :width])
         return found
 
-    def _resized(self, pixels: Tensor) -> Tensor:
+    def _padded(self, pixels: Tensor) -> Tensor:
         cell = self.stride * self.config.vit.windows
         height, width = pixels.shape[-2:]
-        size = tuple(cell * max(1, math.floor(side / cell + 0.5)) for side in (height, width))
-        if size == (height, width):
-            return pixels
-        return functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+        return functional.pad(pixels, (0, -width % cell, 0, -height % cell))
 
     def _of_grid(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings [h, w, D] of a grid's patches."""
         side, dinov2 = self.config.vit.positions, self.class_token is not None
-        own = self.positions[1:] if dinov2 else self.positions
+        own = self.positions[1:]
         if grid == (side, side):
             return own.view(side, side, -1)
         plane = own.float().view(side, side, -1).permute(2, 0, 1)[None]

@@ -87,19 +87,13 @@ _SCALES = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
 
 
 def settled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by our names, without dimensions of 1 and what nothing reads.
-
-    Position embeddings begin with that of a class token, which LW-DETR has none of.
-    """
+    """Tensors by our names, those of the class token and of positions without dimensions of 1."""
     found = dict(tensors)
-    for name in ("backbone.class_token", "backbone.positions"):
-        if name in found and found[name].dim() == 3:
-            found[name] = found[name].squeeze(0)
-    if "backbone.positions" in found:
-        if "backbone.class_token" in found:
-            found["backbone.class_token"] = found["backbone.class_token"].flatten()
-        else:
-            found["backbone.positions"] = found["backbone.positions"][1:]
+    if "backbone.class_token" in found:
+        found["backbone.class_token"] = found["backbone.class_token"].flatten()
+    positions = found.get("backbone.positions")
+    if positions is not None and positions.dim() == 3:
+        found["backbone.positions"] = positions.flatten(0, 1)
     return found
 
 
@@ -132,6 +126,10 @@ def backbone(tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> dict[str,
         if name not in tensors:
             raise ValueError(f"no tensor '{name}' (by our names) of a vision transformer")
     kernel, positions = tensors["backbone.patches.weight"], tensors["backbone.positions"]
+    if kernel.dim() != 4 or positions.dim() != 2:
+        raise ValueError(
+            f"patches have shape {list(kernel.shape)} and positions {list(positions.shape)}"
+        )
     width, patch, dinov2 = len(kernel), kernel.shape[-1], "backbone.class_token" in tensors
     vit = _assumed(width, patch) | own.get("vit", {})
     return {
@@ -143,7 +141,7 @@ def backbone(tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> dict[str,
             "blocks": vit["outputs"][-1],
             "expansion": len(tensors["backbone.blocks.0.inner.weight"]) // width,
             "patch": patch,
-            "positions": math.isqrt(len(positions) - dinov2),
+            "positions": math.isqrt(len(positions) - 1),
         },
     }
 

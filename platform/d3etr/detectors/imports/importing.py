@@ -243,7 +243,8 @@ def _import_detector(
             said, pixels, assumed = layout.official(theirs.args, tensors)
             heads = theirs.unseen.heads
             own |= said | ({} if heads is None else {"heads": heads})
-        unseen = theirs.unseen.model_copy(update={"own": own})
+        known = {"own": own, "heads": own.get("heads", theirs.unseen.heads)}
+        unseen = theirs.unseen.model_copy(update=known)
         config, notes = infer_detector(theirs.name, tensors, unseen)
     except ValueError as error:
         raise UserError(f"{source}: {error}: copy it again") from error
