@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RULES: tuple[tuple[str, str], ...] = (
+RULES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"^backbone\.stem\.", "backbone."),
     (r"^backbone\.res(\d)\.", lambda match: f"backbone.layer{int(match[1]) - 1}."),
     (r"^(backbone\..*)\.shortcut\.norm\.", r"\1.downsample.1."),
