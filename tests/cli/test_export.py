@@ -74,6 +74,7 @@ def _saved(folder: Path, preprocessing: PreprocessingConfig | None = None, **set
         ({"name": "detr"}, "its classification is 'sigmoid', theirs a softmax"),
         ({"name": "dab_detr", "inverse_sigmoid_epsilon": 1e-3}, "theirs always 1e-05"),
         ({"name": "dab_detr", "grid_temperature": 20.5}, "theirs a whole number"),
+        ({"name": "dino"}, "no such detector as 'dino', and nothing there could read the folder"),
         ({"name": "rt_detr", "learned_content": True}, "its queries have a learned content"),
         ({"name": "d_fine", "learned_content": True}, "its queries have a learned content"),
         (

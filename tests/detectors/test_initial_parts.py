@@ -125,3 +125,46 @@ def test_chosen_layers_start_the_students(kind: str) -> None:
         shared = "heads.0" in name and other not in there
         other = name if first_only or shared else other
         assert torch.equal(tensor, there[other]), name
+
+
+SAME_POSITIONS = {"grid_temperature": 10_000.0, "grid_centred": True}
+"""Deformable DETR's."""
+
+
+@pytest.mark.parametrize("teacher", ["deformable-two-stage", "dino"])
+def test_a_dino_starts_from_encoder_and_decoder_of_relatives(teacher: str) -> None:
+    """As NVIDIA TAO's students do; what a Deformable DETR does not have is named."""
+    own = SAME_POSITIONS if teacher != "dino" else {}
+    source = detector(0, **FAMILY[teacher], decoder_layers=3)
+    target = detector(1, **FAMILY["dino"], **own)
+    taken = load_matching(target, source, ("encoder", "decoder", "heads"), same_classes=True)
+    missing = {"decoder.norm.weight", "decoder.norm.bias"}
+    missing |= {name for name in target.state_dict() if ".position_head." in name}
+    assert {*taken.left} == (missing if teacher != "dino" else set())
+    assert any(name.startswith("encoder.layers.1.") for name in taken.names)
+    assert any(name.startswith("decoder.layers.1.cross_attention.") for name in taken.names)
+    assert {"position.level", "levels.projections.1.0.weight"} <= {*taken.names}
+
+
+def test_a_two_stage_deformable_detr_starts_from_its_like() -> None:
+    kind = FAMILY["deformable-two-stage"]
+    source, target = detector(0, **kind, decoder_layers=3), detector(1, **kind)
+    taken = load_matching(target, source, ("encoder", "decoder", "heads"), same_classes=True)
+    assert not taken.left
+    name = "decoder.box_heads.1.layers.2.weight"
+    assert torch.equal(target.state_dict()[name], source.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "text"),
+    [
+        ("deformable-two-stage", "dino", "set student.detector.grid_temperature to 10000 and"),
+        ("dino", "deformable-two-stage", "20, cells by their far edges, the student's has 10000"),
+    ],
+)
+def test_an_encoder_of_other_positions_is_refused(source: str, target: str, text: str) -> None:
+    student, teacher = detector(1, **FAMILY[target]), detector(0, **FAMILY[source])
+    with pytest.raises(UserError) as caught:
+        load_matching(student, teacher, ("encoder",), same_classes=True)
+    assert text in str(caught.value) and "take 'encoder' out of the parts" in str(caught.value)
+    assert load_matching(student, teacher, ("decoder",), same_classes=True).names

@@ -109,7 +109,7 @@ def decode_around(
         head = layer if len(decoder.box_heads) > 1 else 0
         box_head = decoder.box_heads[head]
         assert isinstance(box_head, MLP)
-        shown = states if norm is None else norm(states)
+        shown: Tensor = states if norm is None else norm(states)
         logits.append(decoder.class_heads[head](shown).float())
         offsets, here = box_logits(box_head, shown), before()
         there = steps[-1] if references.refinement == "twice" and steps else here

@@ -83,6 +83,7 @@ class LevelPositions(nn.Module):
         self, width: int, levels: int, temperature: float = TEMPERATURE, centred: bool = True
     ) -> None:
         super().__init__()
+        self.temperature, self.centred = temperature, centred
         self.encoding = SineEncoding(width, temperature, centred)
         self.level = nn.Parameter(torch.empty(levels, width).normal_())
 
@@ -130,10 +131,14 @@ def encode_levels(
 
 
 def refuse_width(width: int, name: str) -> None:
-    """Args: width D, and the detector's name.
+    """Refuse a width that the GroupNorm of the maps does not divide.
+
+    Args:
+        width: D.
+        name: of the detector.
 
     Raises:
-        ValueError: the maps' GroupNorm does not divide it.
+        ValueError: it does not.
     """
     if width % GROUPS:
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from d3etr.config.detector import DetectorPart
 from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.feature_levels import LevelPositions
 from d3etr.detectors.narrowing import Narrowing
 from d3etr.errors import UserError
 
@@ -53,6 +54,7 @@ _CLASS_HEADS = (
 _LAYER = re.compile(r"^(decoder\.(?:(?:layers|class_heads|box_heads|quality_heads)\.)?)(\d+)\.")
 """Beginning of a name that belongs to a decoder layer, and its number."""
 _SHOWN = 4
+_CELLS = {True: "cells by their centres", False: "cells by their far edges"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def load_matching(
 
     Raises:
         UserError: of a part nothing fits, a backbone is another one, or attention has another
-            number of heads, of which shapes say nothing.
+            number of heads or positions another encoding, of which shapes say nothing.
     """
     offered = _narrowed(detector, source, parts) if narrows else source.state_dict()
     found = _numbered(detector.state_dict(), offered, layers)
@@ -113,6 +115,7 @@ def load_matching(
             more = f" and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
             raise UserError(f"nothing of its {part} fits: {', '.join(misfits[:_SHOWN])}{more}")
     _ensure_same_heads(detector, source, parts)
+    _ensure_same_positions(detector, source, parts)
     others = set(detector.backbone.state_dict()) != set(source.backbone.state_dict())
     if "backbone" in parts and (others or any(part_of(name) == "backbone" for name in left)):
         mine, theirs = detector.config.backbone, source.config.backbone
@@ -144,6 +147,29 @@ def _ensure_same_heads(
                 f"it has {heads[1]} {what}, the student {heads[0]}: the same projections "
                 f"would mean something else. Set student.detector.{key} to {heads[1]}"
             )
+
+
+def _ensure_same_positions(
+    detector: DetectionTransformer, source: DetectionTransformer, parts: Sequence[DetectorPart]
+) -> None:
+    """Tokens of Deformable DETR and of DINO may have another encoding of the same cells."""
+    ours, theirs = (
+        (x.temperature, x.centred) if isinstance(x, LevelPositions) else None
+        for x in (getattr(part, "position", None) for part in (detector, source))
+    )
+    if "encoder" not in parts or None in (ours, theirs) or ours == theirs:
+        return
+    assert ours is not None and theirs is not None
+    keys = (
+        f"set student.detector.grid_temperature to {theirs[0]:g} and grid_centred to "
+        f"{str(theirs[1]).lower()}, or take"
+    )
+    raise UserError(
+        f"its encoder was trained with a position encoding of temperature {theirs[0]:g}, "
+        f"{_CELLS[theirs[1]]}, the student's has {ours[0]:g}, {_CELLS[ours[1]]}: "
+        f"{keys if 'grid_centred' in type(detector.config).model_fields else 'take'} 'encoder' "
+        "out of the parts"
+    )
 
 
 def _narrowed(

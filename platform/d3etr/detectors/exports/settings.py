@@ -91,7 +91,8 @@ def describe(detector: DetectionTransformer, info: WeightsInfo) -> Described:
     config = info.detector
     if config.name not in KINDS:
         raise UserError(
-            f"transformers has no detector '{config.name}': expected one of {', '.join(KINDS)}"
+            f"transformers has no such detector as '{config.name}', and nothing there could read "
+            f"the folder: expected one of {', '.join(KINDS)}. d3etr reads the file as it is"
         )
     kind = KINDS[config.name]
     problems = kind.problems(config)
