@@ -109,6 +109,8 @@ def test_without_a_shared_stride_levels_are_merged_or_refused(
         ("conditional_detr", "rt_detr", "own", "not for 'conditional_detr'"),
         ("rt_detr", "conditional_detr", "adapted", r"teacher \(conditional_detr\) have no content"),
         ("detr", "rt_detr", "adapted", r"student \(detr\)"),
+        ("rf_detr", "rt_detr", "own", "not for 'rf_detr': set it to 'learned'"),
+        ("rt_detr", "rf_detr", "learned", "not for 'rt_detr': set it to 'own'"),
     ],
 )
 def test_contents_without_effect_are_refused(
@@ -124,6 +126,20 @@ def test_contents_without_effect_are_refused(
     )
     with pytest.raises(UserError, match=named):
         Distiller(*pair, config, SetCriterionConfig(), seed=0)
+
+
+def test_heads_of_the_two_attentions_are_compared_apart(tiny_detector: Build) -> None:
+    settings = {"width": 64, **FAMILY["rf_detr"]}
+    student = tiny_detector(seed=1, **settings | {"cross_heads": 8})
+    for term, refused in (("self_attention", False), ("cross_attention", True)):
+        others = {"self_attention", "cross_attention"} - {term}
+        off = {other: {"weight": 0} for other in others}
+        config = MethodConfig.parse({"method": "d3etr", **off})
+        if not refused:
+            Distiller(student, tiny_detector(**settings), config, SetCriterionConfig(), seed=0)
+            continue
+        with pytest.raises(UserError, match="student has 8 heads and the teacher 4: set heads"):
+            Distiller(student, tiny_detector(**settings), config, SetCriterionConfig(), seed=0)
 
 
 @pytest.mark.parametrize("content", ["own", "adapted"])
