@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import FrozenBatchNorm2d
 
-from d3etr.config.backbones import BACKBONES, RESNET_VD, TORCHVISION, family_of
+from d3etr.config.backbones import BACKBONES, RESNET_VD, SMALL, TORCHVISION, VIT, family_of
 from d3etr.config.detector import BackboneConfig
 from d3etr.detectors import timm_weights
 from d3etr.detectors.backbones import Backbone, build_backbone
@@ -91,7 +91,8 @@ def test_names_are_torchvisions() -> None:
     others = {"maxvit_t", "alexnet", "inception_v3", "googlenet", "squeezenet1_0", "squeezenet1_1"}
     vits = {name for name in offered if name.startswith("vit_")}
     assert {*TORCHVISION} == {*offered} - others - vits
-    assert len(BACKBONES) == len(set(BACKBONES)) == 1 + len((*TORCHVISION, *RESNET_VD))
+    assert len(BACKBONES) == len({*BACKBONES})
+    assert {*BACKBONES} == {SMALL, VIT, *TORCHVISION, *RESNET_VD}
 
 
 @pytest.mark.slow
