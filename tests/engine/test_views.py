@@ -63,6 +63,8 @@ def taught_by(variant: str, make_config: MakeConfig, folder: Path, **sections: A
     save_untrained(weights, detector, make_config().data)
     levels = detector.feature_levels
     student: dict[str, Any] = {"levels": levels} if levels > 1 else {}
+    if "encoder_layers" in FAMILY[variant]:  # a kind without the encoder that others have
+        student = FAMILY[variant]
     if isinstance(getattr(detector, "points", None), tuple):  # one number for each level
         student["points"] = detector.points
     own = {"name": detector.name, "dropout": 0.0, **detector.edge_bins} | student
