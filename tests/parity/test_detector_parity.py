@@ -247,7 +247,13 @@ def _assert_equal(ours: DecoderOutputs, theirs: dict[str, Tensor], names: list[s
 
 
 def test_every_detector_is_compared() -> None:
-    own_files = {"rt_detr", "d_fine"}  # test_rt_detr_parity.py and so on
+    own_files = {
+        "rt_detr",
+        "d_fine",
+        "lw_detr",
+        "rf_detr",
+        "dino",
+    }  # test_rt_detr_parity.py and so on
     assert {kind.name for kind in KINDS.values()} | own_files == set(DETECTORS.names)
 
 

@@ -231,7 +231,8 @@ def _detect(model: Any, processor: Any, path: Path) -> dict[str, Any]:
 
 
 def test_every_detector_is_exported() -> None:
-    assert {kind["name"] for kind in KINDS.values()} == {*DETECTORS.built_in}
+    unknown_there = {"dino"}  # tests/cli/test_export.py
+    assert {kind["name"] for kind in KINDS.values()} == {*DETECTORS.built_in} - unknown_there
 
 
 def _assert_comes_back(folder: Path, weights: Path) -> None:
