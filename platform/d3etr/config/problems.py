@@ -182,7 +182,8 @@ def _unknown_key(path: str, root: type[BaseModel]) -> str:
     elsewhere = [place for place in all_paths(root) if place.split(".")[-1] == name]
     close = difflib.get_close_matches(name, fields_of(section), n=1, cutoff=0.6)
     if not close and elsewhere:
-        return f"unknown key; did you mean '{elsewhere[0]}'?"
+        shallowest = min(elsewhere, key=lambda place: place.count("."))
+        return f"unknown key; did you mean '{shallowest}'?"
     return f"unknown key; {nearest(name, fields_of(section))}"
 
 
