@@ -7,7 +7,7 @@ IDEA-Research/DAB-DETR and fundamentalvision/Deformable-DETR, as Hugging Face's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -114,9 +114,8 @@ def dab_detr(outputs: int) -> Shapes:
     yield "refpoint_embed.weight", (N, 4)
 
 
-def deformable_detr(
-    outputs: int, *, levels: int = LEVELS, refined: bool = False, two_stage: bool = False
-) -> Shapes:
+def deformable_parts(stages: Sequence[int], levels: int) -> Shapes:
+    """Layers of encoder and decoder, and what makes levels of the backbone's stages."""
     yield "transformer.level_embed", (levels, D)
     for part, depth in (("encoder", ENCODER_LAYERS), ("decoder", DECODER_LAYERS)):
         for index in range(depth):
@@ -126,14 +125,19 @@ def deformable_detr(
             if part == "decoder":
                 yield from multihead(f"{name}.self_attn")
             yield from layer(name, 2 if part == "encoder" else 3)
-    channels = [128, 256, 512] if levels > 1 else [512]
     for index in range(levels):
-        extra = index >= len(channels)
-        into = 512 if index == len(channels) else D if extra else channels[index]
-        kernel = 3 if extra else 1
+        further = index - len(stages)
+        into = stages[index] if further < 0 else stages[-1] if further == 0 else D
+        kernel = 1 if further < 0 else 3
         yield f"input_proj.{index}.0.weight", (D, into, kernel, kernel)
         yield f"input_proj.{index}.0.bias", (D,)
         yield from norm(f"input_proj.{index}.1")
+
+
+def deformable_detr(
+    outputs: int, *, levels: int = LEVELS, refined: bool = False, two_stage: bool = False
+) -> Shapes:
+    yield from deformable_parts((128, 256, 512) if levels > 1 else (512,), levels)
     for index in range(DECODER_LAYERS + two_stage):
         yield from linear(f"class_embed.{index}", outputs, D)
         yield from mlp(f"bbox_embed.{index}", D, D, D, 4)

@@ -42,7 +42,7 @@ def test_one_softmax_equals_attention_under_a_dense_mask() -> None:
     parts = [torch.randn(2, 3, MAIN + BLOCKS * EACH, 8, requires_grad=True) for _ in range(3)]
     rest = [x[:, :, MAIN:] for x in parts]
     shared = parts[1][:, :, :MAIN], parts[2][:, :, :MAIN]
-    ours = attend_in_blocks(rest[0], rest[1], rest[2], shared, BLOCKS, 0.0)
+    ours, _ = attend_in_blocks(rest[0], rest[1], rest[2], shared, BLOCKS, 0.0)
     visible = ~hidden_from()[: MAIN + BLOCKS * EACH, : MAIN + BLOCKS * EACH]
     dense = functional.scaled_dot_product_attention(*parts, attn_mask=visible)
     theirs = dense.transpose(1, 2).flatten(2)[:, MAIN:]

@@ -110,7 +110,7 @@ def assert_sees_the_same(queries: ObjectQueries, mask: Tensor) -> None:
     query, key, value = (torch.randn(2, 2, count + QUERIES, 4) for _ in range(3))
     own = [x[:, :, :count] for x in (query, key, value)]
     shared = key[:, :, count:], value[:, :, count:]
-    ours = attend_in_blocks(own[0], own[1], own[2], shared, queries.blocks, 0.0)
+    ours, _ = attend_in_blocks(own[0], own[1], own[2], shared, queries.blocks, 0.0)
     dense = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     theirs = dense.transpose(1, 2).flatten(2)
     torch.testing.assert_close(ours, theirs[:, :count], atol=1e-6, rtol=1e-5)

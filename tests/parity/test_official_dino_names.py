@@ -15,17 +15,14 @@ import pytest
 import torch
 from official_checkpoints import (
     DECODER_LAYERS,
-    ENCODER_LAYERS,
     HEADS,
     D,
     F,
     N,
     Shapes,
-    deformable_attention,
-    layer,
+    deformable_parts,
     linear,
     mlp,
-    multihead,
     norm,
     resnet18_state,
 )
@@ -43,15 +40,7 @@ CATEGORIES = tuple((index, f"LABEL_{index}") for index in range(CLASSES))
 
 
 def shapes(stages: tuple[int, ...], levels: int) -> Shapes:
-    yield "transformer.level_embed", (levels, D)
-    for part, depth in (("encoder", ENCODER_LAYERS), ("decoder", DECODER_LAYERS)):
-        for index in range(depth):
-            name = f"transformer.{part}.layers.{index}"
-            deformable = "self_attn" if part == "encoder" else "cross_attn"
-            yield from deformable_attention(f"{name}.{deformable}", levels)
-            if part == "decoder":
-                yield from multihead(f"{name}.self_attn")
-            yield from layer(name, 2 if part == "encoder" else 3)
+    yield from deformable_parts(stages, levels)
     yield from norm("transformer.decoder.norm")
     yield from mlp("transformer.decoder.ref_point_head", 2 * D, D, D)
     yield "transformer.tgt_embed.weight", (N, D)
@@ -60,13 +49,6 @@ def shapes(stages: tuple[int, ...], levels: int) -> Shapes:
     yield from mlp("transformer.enc_out_bbox_embed", D, D, D, 4)
     yield from linear("transformer.enc_out_class_embed", CLASSES, D)
     yield "label_enc.weight", (CLASSES + 1, D)
-    for index in range(levels):
-        further = index - len(stages)
-        into = stages[index] if further < 0 else stages[-1] if further == 0 else D
-        kernel = 1 if further < 0 else 3
-        yield f"input_proj.{index}.0.weight", (D, into, kernel, kernel)
-        yield f"input_proj.{index}.0.bias", (D,)
-        yield from norm(f"input_proj.{index}.1")
     for index in range(DECODER_LAYERS):
         yield from linear(f"class_embed.{index}", CLASSES, D)
         yield from mlp(f"bbox_embed.{index}", D, D, D, 4)

@@ -89,7 +89,7 @@ def attend_in_blocks(
     shared: tuple[Tensor, Tensor],
     blocks: int,
     dropout: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention within equal blocks of one group, each of which also reads keys that all share.
 
     One softmax over both: the same as under a mask [N, M + N], without most of its products, and
@@ -104,23 +104,8 @@ def attend_in_blocks(
         dropout: probability on the attention weights.
 
     Returns:
-        [B, N, H*E].
-    """
-    return attend_in_blocks_with_scores(query, key, value, shared, blocks, dropout)[0]
-
-
-def attend_in_blocks_with_scores(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    shared: tuple[Tensor, Tensor],
-    blocks: int,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """The same as ``attend_in_blocks``, with its scores within blocks.
-
-    Returns:
-        [B, N, H*E] and [B, H, N, N / K] float32, of each query against those of its own block.
+        [B, N, H*E], and scores [B, H, N, N / K] float32 of each query against those of its own
+        block.
     """
 
     def apart(x: Tensor) -> Tensor:
@@ -202,7 +187,7 @@ class MultiHeadAttention(nn.Module):
             if not size.blocks:
                 groups.append(self._attend(q, k, v, padding, keep))
             elif size.see_first:
-                groups.append(attend_in_blocks_with_scores(q, k, v, shared, size.blocks, dropout))
+                groups.append(attend_in_blocks(q, k, v, shared, size.blocks, dropout))
             else:
                 groups.append((attend_apart(q, k, v, size.blocks, dropout), None))
         mixed = torch.cat([group for group, _ in groups], 1) if len(groups) > 1 else groups[0][0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from torch import nn
 
 from d3etr.config.backbones import SMALL, TIMM, VIT
 from d3etr.config.detector import BackboneConfig
@@ -27,10 +28,15 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     backbone = _kind_of(config.name)(config)
     if not config.trainable:
         backbone.requires_grad_(False)
-    for weight in backbone.parameters():
-        if weight.dim() == 4:  # else reordered in every step, there and back
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    store_channels_last(backbone)
     return backbone
+
+
+def store_channels_last(module: nn.Module) -> None:
+    """Order convolutions' weights as maps are stored: else every step does so, there and back."""
+    for weight in module.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _kind_of(name: str) -> type[Backbone]:

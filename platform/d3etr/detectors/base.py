@@ -211,6 +211,20 @@ class SingleScaleDetector(DetectionTransformer):
         return Memory(self.encoder(tokens, position, padding=padding), position, padding, (grid,))
 
 
+def sampled_memory(maps: Sequence[Tensor], padding: Tensor | None) -> Memory:
+    """Feature maps as the memory of a decoder that samples them by place and reads no positions.
+
+    Args:
+        maps: [B, D, h, w] each, finest first.
+        padding: [B, height, width] bool of the images, or None.
+    """
+    levels = tuple((part.shape[-2], part.shape[-1]) for part in maps)
+    tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in maps], 1)
+    position = tokens.new_zeros(1, 1, 1).expand(1, *tokens.shape[1:])
+    flat = flat_padding([shrink_padding(padding, grid) for grid in levels])
+    return Memory(tokens, position, flat, levels)
+
+
 def flat_padding(paddings: Sequence[Tensor | None]) -> Tensor | None:
     """[B, h, w] bool of each level to [B, S] over all of them; None where nothing is padded."""
     found = [padding.flatten(1) for padding in paddings if padding is not None]

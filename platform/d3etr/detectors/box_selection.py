@@ -5,35 +5,21 @@ Shapes: B images · S memory tokens of all levels · N queries of a group · C c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from d3etr.detectors.heads import moved_boxes
+from d3etr.detectors.proposals import TokenHeads
 from d3etr.detectors.selection import at_places
-from d3etr.detectors.transformer import MLP
-
-if TYPE_CHECKING:
-    from d3etr.detectors.grouped import GroupedConfig
 
 
-class BoxSelection(nn.Module):
+class BoxSelection(TokenHeads):
     """Scores every token by its classes; the best ones propose boxes.
 
     Args:
         config: uses width and queries.
         classes: C.
     """
-
-    def __init__(self, config: GroupedConfig, classes: int) -> None:
-        super().__init__()
-        width = config.width
-        self.queries = config.queries
-        self.projection = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
-        self.class_head = nn.Linear(width, classes)
-        self.box_head = MLP((width, width, width, 4))
 
     def forward(
         self, tokens: Tensor, start: Tensor, silent: Tensor
@@ -49,10 +35,9 @@ class BoxSelection(nn.Module):
             Logits [B, N, C], boxes [B, N, 4] and places [B, N]; and the logits [B, S, C] that they
             were selected by.
         """
-        states = self.norm(self.projection(tokens))
+        states = self.states(tokens)
         scores: Tensor = self.class_head(states)
-        best = scores.detach().amax(-1).masked_fill(silent, float("-inf"))
-        place = best.topk(min(self.queries, best.shape[1]), dim=1).indices
+        place = self.best(scores.detach().amax(-1).masked_fill(silent, float("-inf")))
         start, states, selected = (at_places(x, place) for x in (start, states, scores))
         with torch.autocast(states.device.type, enabled=False):
             boxes = moved_boxes(start, self.box_head(states.float()))

@@ -12,6 +12,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from d3etr.config.detector import DetectorConfig
+from d3etr.detectors.attention import SelfAttention
+from d3etr.detectors.deformable_attention import DeformableAttention
 from d3etr.detectors.feature_levels import on_levels, valid_ratios
 from d3etr.detectors.groups import Decoded, GroupSize, LayerAttention
 from d3etr.detectors.heads import EPSILON, box_logits, moved
@@ -46,6 +49,21 @@ class DeformableDecoderLayer(DecoderLayer):
             tokens=memory.tokens,
         )
         return mixed, samples.as_maps(memory.padding, memory.levels) if keep else None
+
+
+def deformable_layers(
+    config: DetectorConfig, attention: Callable[[], DeformableAttention]
+) -> nn.ModuleList:
+    """A detector's decoder layers.
+
+    Args:
+        config: uses decoder_layers and what layers and their self-attention use.
+        attention: makes a layer's attention to the memory.
+    """
+    return nn.ModuleList(
+        DeformableDecoderLayer(config, SelfAttention(config), attention())
+        for _ in range(config.decoder_layers)
+    )
 
 
 class DecoderWithHeads(Protocol):

@@ -16,17 +16,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from d3etr.config.detector import DetectorConfig, Positive
-from d3etr.detectors.attention import SelfAttention
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.deformable_attention import (
     DeformableAttention,
     initialise_deformable,
 )
 from d3etr.detectors.deformable_decoder import (
-    DeformableDecoderLayer,
     References,
     Refinement,
     decode_around,
+    deformable_layers,
 )
 from d3etr.detectors.feature_levels import (
     FeatureLevels,
@@ -112,10 +111,7 @@ class DeformableDecoder(nn.Module):
     def __init__(self, config: DeformableDETRConfig, classes: int) -> None:
         super().__init__()
         width, depth = config.width, config.decoder_layers
-        self.layers = nn.ModuleList(
-            DeformableDecoderLayer(config, SelfAttention(config), _attention(config))
-            for _ in range(depth)
-        )
+        self.layers = deformable_layers(config, lambda: _attention(config))
         heads = depth if config.box_refinement else 1
         self.class_heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
         self.box_heads = nn.ModuleList(MLP((width, width, width, 4)) for _ in range(heads))

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from d3etr.config.base import MAXIMUM
 from d3etr.config.detector import Positive
-from d3etr.detectors.attention import SelfAttention
 from d3etr.detectors.deformable_attention import DeformableAttention, initialise_deformable
 from d3etr.detectors.deformable_decoder import (
-    DeformableDecoderLayer,
     References,
     Refinement,
     decode_around,
+    deformable_layers,
 )
 from d3etr.detectors.denoising import DINOS
 from d3etr.detectors.feature_levels import (
@@ -38,11 +37,7 @@ from d3etr.detectors.feature_levels import (
     valid_ratios,
 )
 from d3etr.detectors.groups import Decoded, GroupSize
-from d3etr.detectors.initialisation import (
-    initialise_class_head,
-    initialise_last,
-    initialise_transformer,
-)
+from d3etr.detectors.initialisation import initialise_refining_heads, initialise_transformer
 from d3etr.detectors.position import SineEncoding
 from d3etr.detectors.selection import SelectedQueriesConfig, SelectedQueriesDetector
 from d3etr.detectors.transformer import MLP, Encoder
@@ -106,10 +101,7 @@ class DINODecoder(nn.Module):
     def __init__(self, config: DINOConfig, classes: int) -> None:
         super().__init__()
         width, depth = config.width, config.decoder_layers
-        self.layers = nn.ModuleList(
-            DeformableDecoderLayer(config, SelfAttention(config), _attention(config))
-            for _ in range(depth)
-        )
+        self.layers = deformable_layers(config, lambda: _attention(config))
         self.norm = nn.LayerNorm(width)
         self.encoding = SineEncoding(width)
         self.position_head = MLP((2 * width, width, width))
@@ -159,12 +151,10 @@ class DINO(SelectedQueriesDetector):
         for module in chain(self.encoder.modules(), self.decoder.modules()):
             if isinstance(module, DeformableAttention):
                 initialise_deformable(module)
-        for class_head in (*self.decoder.class_heads, self.proposals.class_head):
-            assert isinstance(class_head, nn.Linear)
-            initialise_class_head(class_head)
-        for box_head in (*self.decoder.box_heads, self.proposals.box_head):
-            assert isinstance(box_head, MLP)
-            initialise_last(box_head)  # boxes start from proposals
+        decoder, proposals = self.decoder, self.proposals
+        initialise_refining_heads(
+            [*decoder.class_heads, proposals.class_head], [*decoder.box_heads, proposals.box_head]
+        )
         if self.config.learned_content:
             nn.init.xavier_uniform_(self.query_content.weight)
 

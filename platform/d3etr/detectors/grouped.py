@@ -22,12 +22,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from d3etr.config.detector import DetectorConfig, Layers, Positive
-from d3etr.detectors.attention import SelfAttention
-from d3etr.detectors.base import DetectionTransformer, flat_padding, shrink_padding
+from d3etr.config.detector import Layers, Positive
+from d3etr.detectors.backbones import store_channels_last
+from d3etr.detectors.base import DetectionTransformer, sampled_memory
 from d3etr.detectors.box_selection import BoxSelection
 from d3etr.detectors.deformable_attention import DeformableAttention, initialise_deformable
-from d3etr.detectors.deformable_decoder import DeformableDecoderLayer
+from d3etr.detectors.deformable_decoder import deformable_layers
 from d3etr.detectors.feature_levels import BACKBONE_LEVELS, on_levels, valid_ratios
 from d3etr.detectors.groups import Decoded, GroupSize, side_by_side
 from d3etr.detectors.heads import moved_boxes
@@ -39,6 +39,7 @@ from d3etr.detectors.initialisation import (
 from d3etr.detectors.position import SineEncoding
 from d3etr.detectors.projector import Norm, Projector
 from d3etr.detectors.proposals import token_boxes
+from d3etr.detectors.selected_queries import SelectedConfig
 from d3etr.detectors.transformer import MLP, run_decoder
 from d3etr.detectors.vit import WindowedViT
 from d3etr.structures import (
@@ -60,7 +61,7 @@ EDGE = 1e-5
 """How close to 0 and 1 boxes come as logits, for decoders that start from those."""
 
 
-class GroupedConfig(DetectorConfig):
+class GroupedConfig(SelectedConfig):
     """Detectors of learned contents at selected boxes: LW-DETR and its kin."""
 
     encoder_layers: Annotated[int, Field(ge=0, le=0)] = 0
@@ -97,11 +98,6 @@ class GroupedConfig(DetectorConfig):
         return self.cross_heads
 
     @property
-    def reference_size(self) -> int:
-        """Queries start from boxes."""
-        return 4
-
-    @property
     def criterion_defaults(self) -> Mapping[str, float | str]:
         """The IoU-aware cross entropy, as official."""
         return {"class_loss": "ia_bce", "class_weight": 1.0}
@@ -112,26 +108,6 @@ class GroupedConfig(DetectorConfig):
         raise NotImplementedError
 
     @property
-    def proposals_tell_classes(self) -> bool:
-        """The selected tokens learn objects' classes."""
-        return True
-
-    @property
-    def queries_need_images(self) -> bool:
-        """The encoder selects them."""
-        return True
-
-    @property
-    def takes_embedding(self) -> bool:
-        """It is computed from references."""
-        return False
-
-    @property
-    def takes_content(self) -> bool:
-        """Learned vectors."""
-        return True
-
-    @property
     def learns_content(self) -> bool:
         """Of the queries' own."""
         return True
@@ -140,11 +116,6 @@ class GroupedConfig(DetectorConfig):
     def auxiliary_content(self) -> Literal["own", "adapted", "learned"]:
         """A student's decoder knows its own vectors."""
         return "learned"
-
-    @property
-    def sampling_parts(self) -> frozenset[str]:
-        """Sampling offsets."""
-        return frozenset({"offsets"})
 
     @model_validator(mode="after")
     def _scales_and_heads_fit(self) -> Self:
@@ -173,13 +144,8 @@ class GroupedDecoder(nn.Module):
     def __init__(self, config: GroupedConfig, classes: int) -> None:
         super().__init__()
         width, levels = config.width, config.feature_levels
-        self.layers = nn.ModuleList(
-            DeformableDecoderLayer(
-                config,
-                SelfAttention(config),
-                DeformableAttention(width, config.cross_heads, levels, config.points),
-            )
-            for _ in range(config.decoder_layers)
+        self.layers = deformable_layers(
+            config, lambda: DeformableAttention(width, config.cross_heads, levels, config.points)
         )
         self.norm = nn.LayerNorm(width)
         self.encoding = SineEncoding(width)
@@ -237,9 +203,7 @@ class GroupedDetector(DetectionTransformer):
                 elif isinstance(module, nn.Linear) and "class_head" in name:
                     initialise_class_head(module)
         nn.init.zeros_(self.reference_moves.weight)
-        for weight in self.encoder.parameters():
-            if weight.dim() == 4:  # else reordered in every step, there and back
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        store_channels_last(self.encoder)
 
     @property
     def level_strides(self) -> tuple[int, ...]:
@@ -259,13 +223,9 @@ class GroupedDetector(DetectionTransformer):
                 self.encoder(self._maps(images.pixels)), self._strides, strict=True
             )
         ]
-        levels = tuple((part.shape[-2], part.shape[-1]) for part in maps)
-        tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in maps], 1)
-        padding = flat_padding([shrink_padding(images.padding, grid) for grid in levels])
-        # Nothing reads positions of tokens here: sampling goes by place.
-        position = tokens.new_zeros(1, 1, 1).expand(1, *tokens.shape[1:])
-        proposals, queries, scores = self._select(tokens, padding, levels)
-        return Memory(tokens, position, padding, levels, proposals, queries=queries, scores=scores)
+        memory = sampled_memory(maps, images.padding)
+        proposals, queries, scores = self._select(memory.tokens, memory.padding, memory.levels)
+        return replace(memory, proposals=proposals, queries=queries, scores=scores)
 
     def _maps(self, pixels: Tensor) -> list[Tensor]:
         """What the backbone gives of one stride."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,23 @@ def initialise_last(head: MLP) -> None:
     last = _last_layer(head)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
+
+
+def initialise_refining_heads(
+    class_heads: Iterable[nn.Module], box_heads: Iterable[nn.Module]
+) -> None:
+    """Rare objects, and boxes that stay where queries start.
+
+    Args:
+        class_heads: linear layers, changed in place.
+        box_heads: MLPs, likewise.
+    """
+    for class_head in class_heads:
+        assert isinstance(class_head, nn.Linear)
+        initialise_class_head(class_head)
+    for box_head in box_heads:
+        assert isinstance(box_head, MLP)
+        initialise_last(box_head)
 
 
 def initialise_sizes(box_head: MLP, box_size_bias: float) -> None:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.feature_levels import cell_centres, valid_ratios
 from d3etr.detectors.heads import box_logits
 from d3etr.detectors.position import SineEncoding
-from d3etr.detectors.transformer import MLP
+from d3etr.detectors.transformer import MLP, Activation, relu
 from d3etr.structures import DecoderOutputs, Levels, Memory, ObjectQueries
 
 if TYPE_CHECKING:
@@ -28,7 +29,34 @@ MARGIN = 0.01
 """Tokens whose first box has a side or centre this close to 0 or 1 propose nothing."""
 
 
-class Proposals(nn.Module):
+class TokenHeads(nn.Module):
+    """What a first stage says about tokens: their classes, and moves of their boxes.
+
+    Args:
+        config: uses width and queries.
+        classes: C.
+        activation: within the box head.
+    """
+
+    def __init__(self, config: DetectorConfig, classes: int, activation: Activation = relu) -> None:
+        super().__init__()
+        width = config.width
+        self.queries = config.queries
+        self.projection = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.class_head = nn.Linear(width, classes)
+        self.box_head = MLP((width, width, width, 4), activation)
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """What heads read, [.., D] of tokens [.., D]."""
+        return self.norm(self.projection(tokens))  # type: ignore[no-any-return]
+
+    def best(self, scores: Tensor) -> Tensor:
+        """[B, N] places of the best of S tokens, of which each has one score [B, S]."""
+        return scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
+
+
+class Proposals(TokenHeads):
     """Scores every token as "some object" and moves a box of its place and level.
 
     Args:
@@ -37,13 +65,8 @@ class Proposals(nn.Module):
     """
 
     def __init__(self, config: DeformableDETRConfig, classes: int) -> None:
-        super().__init__()
+        super().__init__(config, classes)
         width = config.width
-        self.queries = config.queries
-        self.projection = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
-        self.class_head = nn.Linear(width, classes)
-        self.box_head = MLP((width, width, width, 4))
         self.embed = nn.Linear(2 * width, 2 * width)
         self.embed_norm = nn.LayerNorm(2 * width)
         self.encoding = SineEncoding(width)
@@ -57,7 +80,7 @@ class Proposals(nn.Module):
             Logits [1, B, S, C] and boxes [1, B, S, 4]; the boxes before the sigmoid [B, S, 4].
         """
         start, silent = first_boxes(tokens, padding, levels)
-        states = self.norm(self.projection(tokens.masked_fill(silent[..., None], 0.0)))
+        states = self.states(tokens.masked_fill(silent[..., None], 0.0))
         box_logits_of_tokens = box_logits(self.box_head, states, start)
         # As in the official code: what proposes nothing covers everything.
         box_logits_of_tokens = box_logits_of_tokens.masked_fill(silent[..., None], float("inf"))
@@ -72,8 +95,7 @@ class Proposals(nn.Module):
         if memory is None or memory.proposals is None or memory.proposal_logits is None:
             raise ValueError("two-stage queries are made from the memory that 'encode' returned")
         proposals, box_logits_of_tokens = memory.proposals, memory.proposal_logits
-        scores = proposals.logits[0, ..., 0]
-        best = scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
+        best = self.best(proposals.logits[0, ..., 0])
         anchors = box_logits_of_tokens.gather(1, best[..., None].expand(-1, -1, 4)).detach()
         embedded = self.embed_norm(self.embed(self.encoding.in_order(anchors.sigmoid())))
         embedding, content = embedded.chunk(2, -1)

@@ -11,13 +11,12 @@ from typing import Literal
 from torch import nn
 
 from d3etr.config.detector import Positive
-from d3etr.detectors.attention import SelfAttention
 from d3etr.detectors.deformable_attention import DeformableAttention, initialise_deformable
 from d3etr.detectors.deformable_decoder import (
-    DeformableDecoderLayer,
     References,
     Refinement,
     decode_around,
+    deformable_layers,
 )
 from d3etr.detectors.groups import Decoded, GroupSize
 from d3etr.detectors.hybrid_encoder import ConvNorm, HybridEncoder, repvgg_blocks
@@ -50,15 +49,11 @@ class RTDETRDecoder(SelectingDecoder):
     def __init__(self, config: RTDETRConfig, classes: int) -> None:
         super().__init__(config)
         width, depth = config.width, config.decoder_layers
-        self.layers = nn.ModuleList(
-            DeformableDecoderLayer(
-                config,
-                SelfAttention(config),
-                DeformableAttention(
-                    width, config.heads, config.levels, config.points, config.sampling
-                ),
-            )
-            for _ in range(depth)
+        self.layers = deformable_layers(
+            config,
+            lambda: DeformableAttention(
+                width, config.heads, config.levels, config.points, config.sampling
+            ),
         )
         self.class_heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(depth))
         self.box_heads = nn.ModuleList(MLP((width, width, width, 4)) for _ in range(depth))

@@ -18,20 +18,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from d3etr.config.detector import DetectorConfig, Layers, Positive
-from d3etr.detectors.base import DetectionTransformer, flat_padding, shrink_padding
+from d3etr.config.detector import Layers, Positive
+from d3etr.detectors.backbones import store_channels_last
+from d3etr.detectors.base import DetectionTransformer, sampled_memory
 from d3etr.detectors.denoising import DENOISING, DenoisingConfig, touching
 from d3etr.detectors.feature_levels import BACKBONE_LEVELS
 from d3etr.detectors.groups import side_by_side
 from d3etr.detectors.heads import box_logits
 from d3etr.detectors.hybrid_encoder import HybridEncoder
-from d3etr.detectors.initialisation import (
-    initialise_class_head,
-    initialise_last,
-    initialise_transformer,
-)
+from d3etr.detectors.initialisation import initialise_refining_heads, initialise_transformer
 from d3etr.detectors.places import tokens_at_places
-from d3etr.detectors.proposals import first_boxes
+from d3etr.detectors.proposals import TokenHeads, first_boxes
+from d3etr.detectors.selected_queries import SelectedConfig
 from d3etr.detectors.transformer import MLP, Activation, relu
 from d3etr.structures import (
     DecoderOutputs,
@@ -46,7 +44,7 @@ from d3etr.structures import (
 )
 
 
-class SelectedQueriesConfig(DetectorConfig):
+class SelectedQueriesConfig(SelectedConfig):
     """Detectors whose encoder selects the queries by their classes, and that denoise."""
 
     learned_content: bool = False
@@ -55,34 +53,9 @@ class SelectedQueriesConfig(DetectorConfig):
     """Noised ground truth that the decoder learns to restore, in training only."""
 
     @property
-    def reference_size(self) -> int:
-        """Queries start from boxes."""
-        return 4
-
-    @property
     def decoder_activation(self) -> Activation:
         """What is between linear layers of the decoder and of heads."""
         return relu
-
-    @property
-    def proposals_tell_classes(self) -> bool:
-        """The selected tokens learn objects' classes."""
-        return True
-
-    @property
-    def queries_need_images(self) -> bool:
-        """The encoder selects them."""
-        return True
-
-    @property
-    def takes_embedding(self) -> bool:
-        """It is computed from references in every layer."""
-        return False
-
-    @property
-    def takes_content(self) -> bool:
-        """Tokens of the encoder, or learned vectors."""
-        return True
 
     @property
     def learns_content(self) -> bool:
@@ -93,11 +66,6 @@ class SelectedQueriesConfig(DetectorConfig):
     def auxiliary_content(self) -> Literal["own", "adapted", "learned"]:
         """A student's own encoder says what is at the teacher's place."""
         return "own"
-
-    @property
-    def sampling_parts(self) -> frozenset[str]:
-        """Sampling offsets."""
-        return frozenset({"offsets"})
 
 
 class SelectingConfig(SelectedQueriesConfig):
@@ -142,7 +110,7 @@ class SelectingConfig(SelectedQueriesConfig):
         return self
 
 
-class Selection(nn.Module):
+class Selection(TokenHeads):
     """Scores every token by its classes; the best ones propose boxes.
 
     Args:
@@ -151,17 +119,7 @@ class Selection(nn.Module):
     """
 
     def __init__(self, config: SelectedQueriesConfig, classes: int) -> None:
-        super().__init__()
-        width = config.width
-        self.queries = config.queries
-        self.projection = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
-        self.class_head = nn.Linear(width, classes)
-        self.box_head = MLP((width, width, width, 4), config.decoder_activation)
-
-    def states(self, tokens: Tensor) -> Tensor:
-        """What a query starts from, of tokens [.., D]."""
-        return self.norm(self.projection(tokens))  # type: ignore[no-any-return]
+        super().__init__(config, classes, config.decoder_activation)
 
     def forward(
         self, tokens: Tensor, padding: Tensor | None, levels: Levels
@@ -180,7 +138,7 @@ class Selection(nn.Module):
         best = scores.detach().amax(-1)
         if padding is not None:
             best = best.masked_fill(padding, float("-inf"))
-        place = best.topk(min(self.queries, best.shape[1]), dim=1).indices
+        place = self.best(best)
         start = start.masked_fill(silent[..., None], float("inf"))
         start, states, scores = (at_places(x, place) for x in (start, states, scores))
         references = box_logits(self.box_head, states, start)
@@ -319,16 +277,11 @@ class SelectingDetector(SelectedQueriesDetector):
         """Draw the weights, once all parts are there."""
         for part in (self.encoder, self.decoder, self.proposals):
             initialise_transformer(part)
-        class_heads = [*self.decoder.class_heads, self.proposals.class_head]
-        for class_head in class_heads:
-            assert isinstance(class_head, nn.Linear)
-            initialise_class_head(class_head)
-        for box_head in (*self.decoder.box_heads, self.proposals.box_head):
-            assert isinstance(box_head, MLP)
-            initialise_last(box_head)  # boxes start from proposals
-        for weight in self.parameters():
-            if weight.dim() == 4:  # else reordered in every step, there and back
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        decoder, proposals = self.decoder, self.proposals
+        initialise_refining_heads(
+            [*decoder.class_heads, proposals.class_head], [*decoder.box_heads, proposals.box_head]
+        )
+        store_channels_last(self)
 
     @property
     def level_strides(self) -> tuple[int, ...]:
@@ -344,13 +297,9 @@ class SelectingDetector(SelectedQueriesDetector):
         maps = self.backbone.pyramid(images.pixels, self.config.levels)
         maps = self.encoder(maps, images.padding)
         maps = [project(part) for project, part in zip(self.levels, maps, strict=True)]
-        levels = tuple((part.shape[-2], part.shape[-1]) for part in maps)
-        tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in maps], 1)
-        padding = flat_padding([shrink_padding(images.padding, grid) for grid in levels])
-        proposals, queries, scores = self.proposals(tokens, padding, levels)
-        # Nothing reads positions of tokens here: sampling goes by place.
-        position = tokens.new_zeros(1, 1, 1).expand(1, *tokens.shape[1:])
-        return Memory(tokens, position, padding, levels, proposals, queries=queries, scores=scores)
+        memory = sampled_memory(maps, images.padding)
+        proposals, queries, scores = self.proposals(memory.tokens, memory.padding, memory.levels)
+        return replace(memory, proposals=proposals, queries=queries, scores=scores)
 
     def embed(self, references: Tensor) -> Tensor:
         """As of ``SelectedQueriesDetector``."""
