@@ -18,7 +18,7 @@ from d3etr.config.problems import ConfigError
 from d3etr.config.tree import Config
 from d3etr.data.annotations import Category
 from d3etr.data.splits import open_split
-from d3etr.detectors.init_from import part_of
+from d3etr.detectors.init_from import LoadedParts, part_of
 from d3etr.detectors.weights import load_weights
 from d3etr.engine.distributed import SingleProcess
 from d3etr.engine.init_student import build_student
@@ -73,6 +73,16 @@ def test_one_warning_names_every_tensor_that_was_not_taken(
         "class_head.bias (of other classes there)",
     ):
         assert text in record.getMessage()
+
+
+def test_many_tensors_that_were_not_taken_are_counted_by_module() -> None:
+    left = {f"encoder.layers.{n}.weight": "not there" for n in range(12)}
+    taken = ("encoder.layers.0.bias", "decoder.norm")
+    assert LoadedParts(taken, left).left_in_words().count("(not there)") == 12
+    left["decoder.norm.bias"] = "not there"
+    assert LoadedParts(taken, left).left_in_words() == (
+        "encoder.layers (12 of 13 tensors), decoder.norm (1 of 2 tensors)"
+    )
 
 
 def test_parts_that_cannot_fit_stop_the_run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -54,6 +55,8 @@ _CLASS_HEADS = (
 _LAYER = re.compile(r"^(decoder\.(?:(?:layers|class_heads|box_heads|quality_heads)\.)?)(\d+)\.")
 """Beginning of a name that belongs to a decoder layer, and its number."""
 _SHOWN = 4
+_NAMED = 12
+"""More tensors than these are counted by module: of another expansion, an encoder has hundreds."""
 _CELLS = {True: "cells by their centres", False: "cells by their far edges"}
 
 
@@ -68,6 +71,20 @@ class LoadedParts:
 
     names: tuple[str, ...]
     left: Mapping[str, str]
+
+    def left_in_words(self) -> str:
+        """What was not taken: each tensor with its reason, or of many, how many of each module."""
+        if len(self.left) <= _NAMED:
+            return ", ".join(f"{name} ({why})" for name, why in self.left.items())
+        left, taken = (Counter(map(_module_of, names)) for names in (self.left, self.names))
+        return ", ".join(
+            f"{module} ({count} of {count + taken[module]} tensors)"
+            for module, count in left.items()
+        )
+
+
+def _module_of(name: str) -> str:
+    return ".".join(name.split(".")[:2])
 
 
 def part_of(name: str) -> DetectorPart:

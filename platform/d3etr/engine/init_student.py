@@ -46,9 +46,8 @@ def build_student(
         taken = _initialise(student, config, categories)
         if taken.left and not quiet:
             text = "student.initialise_from: %d tensors taken from %s; %d of the same parts start "
-            names = ", ".join(f"{name} ({why})" for name, why in taken.left.items())
             counts = len(taken.names), config.initial_weights, len(taken.left)
-            logger.warning(f"{text}at random: %s", *counts, names)
+            logger.warning(f"{text}at random: %s", *counts, taken.left_in_words())
     return student.train()
 
 
