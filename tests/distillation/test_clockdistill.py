@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from test_distiller_identities import tolerance
 from tiny import FAMILY
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
@@ -218,12 +219,13 @@ def test_an_images_losses_depend_on_nothing_else_in_its_batch(
         torch.testing.assert_close(sum(part[name] for part in parts), loss, msg=name)
 
 
-@pytest.mark.parametrize("teacher", KINDS)
+@pytest.mark.parametrize("apart", [0, 1, 4])
 @pytest.mark.parametrize("student", KINDS)
-def test_every_detector_with_places_teaches_every_other(
-    tiny_detector: Build, images: ImageBatch, targets: Targets, student: str, teacher: str
+def test_every_detector_with_places_teaches_and_learns(
+    tiny_detector: Build, images: ImageBatch, targets: Targets, student: str, apart: int
 ) -> None:
     """Also of other widths, with and without objects: the same parameters have gradients."""
+    teacher = KINDS[(KINDS.index(student) + apart) % len(KINDS)]
     taught = tiny_detector(queries=8, width=64, **FAMILY[teacher])
     module = build(tiny_detector(seed=1, **FAMILY[student]).train(), taught)
     for batch in (targets, without_objects(targets)):
@@ -244,9 +246,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(
     teacher = tiny_detector()
     with torch.no_grad():
         found = losses(build(tiny_detector(), teacher), images, targets)
-    assert all(
-        abs(loss.item()) < 1e-5 for k, loss in found.items() if k.startswith(("memory", "targets"))
-    )
+    distilled = {k: x for k, x in found.items() if k.startswith(("memory", "targets"))}
+    assert all(abs(loss.item()) < tolerance(name) for name, loss in distilled.items()), distilled
 
 
 def test_what_is_off_costs_nothing(
