@@ -30,6 +30,7 @@ from d3etr.data.allocator import keep_freed_memory
 
 BENCHMARKS = {
     "plain_step": "a plain training step beside Hugging Face's",
+    "kinds_step": "a plain training step of RT-DETR, D-FINE and RF-DETR beside Hugging Face's",
     "distilled_step": "a D3ETR step beside a plain step and the teacher's forward pass",
     "compiled": "torch.compile for student and teacher",
     "growth": "how a D3ETR step grows with its problem",

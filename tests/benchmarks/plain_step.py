@@ -1,4 +1,4 @@
-"""A plain training step beside Hugging Face's, same weights and batch: Conditional DETR, RT-DETR.
+"""A plain training step of Conditional DETR beside Hugging Face's, same weights and batch.
 
 Theirs is used as its documentation does: the model computes the loss from labels; attention and
 memory format are its defaults. Theirs drops no attention weights by default and freezes its own
@@ -7,6 +7,8 @@ and train everything. Both use the same fused AdamW and clip gradients.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import Tensor, nn
@@ -50,31 +52,6 @@ def hugging_face(ours: DetectorConfig) -> nn.Module:
     return transformers.ConditionalDetrForObjectDetection(config)
 
 
-def their_rt_detr(ours: DetectorConfig) -> nn.Module:
-    """Their RT-DETR with random weights, of the official sizes for its backbone."""
-    import transformers
-
-    depths, hidden, kind = DEPTHS[ours.backbone.name.removesuffix("vd")]
-    config = transformers.RTDetrConfig(
-        backbone_config=transformers.RTDetrResNetConfig(
-            depths=depths,
-            hidden_sizes=hidden,
-            layer_type=kind,
-            out_features=["stage2", "stage3", "stage4"],
-        ),
-        encoder_in_channels=hidden[1:],
-        num_queries=ours.queries,
-        num_labels=CLASSES,
-        encoder_layers=ours.encoder_layers,
-        decoder_layers=ours.decoder_layers,
-        encoder_ffn_dim=ours.encoder_feedforward,
-        decoder_ffn_dim=ours.feedforward,
-        hidden_expansion=ours.expansion,
-    )
-    torch.manual_seed(0)
-    return transformers.RTDetrForObjectDetection(config)
-
-
 def twin(theirs: nn.Module, config: DetectorConfig) -> DetectionTransformer:
     """Ours with the same weights."""
     ours = build_detector(config, CLASSES)
@@ -86,7 +63,18 @@ def train_the_same(theirs: nn.Module, ours: DetectionTransformer) -> int:
     """Train every parameter of both; returns how many numbers that are."""
     for model in (theirs, ours):
         model.requires_grad_(True)
-    counts = [sum(p.numel() for p in model.parameters()) for model in (theirs, ours)]
+    return require_as_many(theirs, ours)
+
+
+def require_as_many(theirs: nn.Module, ours: nn.Module) -> int:
+    """How many numbers both train.
+
+    Raises:
+        ValueError: one trains more than the other.
+    """
+    counts = [
+        sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (theirs, ours)
+    ]
     if counts[0] != counts[1]:
         raise ValueError(f"not the same: they train {counts[0]:,} numbers, we {counts[1]:,}")
     return counts[0]
@@ -106,56 +94,65 @@ class TheirStep:
         ]
         self._optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def __call__(self) -> Tensor:
+    def backward(self) -> Tensor:
+        """The loss; gradients are added."""
         with autocast(self._scale):
             found = self._model(self._pixels, pixel_mask=self._mask, labels=self._labels)
         found.loss.backward()
+        return found.loss.detach()  # type: ignore[no-any-return]
+
+    def __call__(self) -> Tensor:
+        loss = self.backward()
         nn.utils.clip_grad_norm_(self._model.parameters(), CLIP_NORM)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
-        return found.loss.detach()  # type: ignore[no-any-return]
+        return loss
 
 
 def compare(scale: Scale) -> list[Comparison]:
     """Images per second of both, with the authors' dropout and without any."""
-    conditional = [_conditional(side, dropout) for side in scale.sides for dropout in (0.1, 0.0)]
-    return [*conditional, *(_rt_detr(side) for side in scale.sides)]
+    return [_conditional(side, dropout) for side in scale.sides for dropout in (0.1, 0.0)]
 
 
 def _conditional(scale: Scale, dropout: float) -> Comparison:
     config = detector_config(scale, scale.backbone, dropout=dropout)
-    title = f"Conditional DETR {scale.backbone}, dropout {dropout}"
-    return _compare(scale, title, config, hugging_face(config), 1.3)
-
-
-def _rt_detr(scale: Scale) -> Comparison:
-    """With denoising; boxes teach one layer only, as theirs do."""
-    small = scale.backbone == "resnet18"
-    layers = {"decoder_layers": 3 if small else 6, "expansion": 0.5 if small else 1.0}
-    rest = {"name": "rt_detr", "dropout": 0.0, "look_forward_twice": False, "feedforward": 1024}
-    sizes = {"encoder_layers": 1, **layers, **rest}
-    config = detector_config(scale, f"{scale.backbone}vd", **sizes)
-    return _compare(scale, f"RT-DETR {scale.backbone}vd", config, their_rt_detr(config), 1.1)
-
-
-def _compare(
-    scale: Scale, title: str, config: DetectorConfig, theirs: nn.Module, aim: float
-) -> Comparison:
+    theirs = hugging_face(config)
     ours = twin(theirs, config)
     trained = train_the_same(theirs, ours)
+    title = f"Conditional DETR {scale.backbone}, dropout {dropout}, {scale.queries} queries"
+    return side_by_side(scale, title, theirs, ours, trained, 1.3)
+
+
+def side_by_side(
+    scale: Scale,
+    title: str,
+    theirs: nn.Module,
+    ours: DetectionTransformer,
+    trained: int,
+    aim: float,
+) -> Comparison:
+    """Steps of both on one batch, in turns.
+
+    Args:
+        scale: images, precision and rounds.
+        title: of the table, in front of what the scale says.
+        theirs: is trained.
+        ours: is trained; of the same weights.
+        trained: numbers that each trains.
+        aim: ratio that is asked for on a CPU.
+    """
     batch = random_batch(scale)
+    again = copy.deepcopy(ours) if scale.device.type == "cuda" else None
     steps: dict[str, Action] = {
         THEIRS: TheirStep(theirs, scale, batch),
         OURS: Step(ours, None, scale, batch),
     }
-    if scale.device.type == "cuda":
-        steps[REPLAYED] = Step(
-            twin(theirs, config).to(scale.device), None, scale, batch, graphs=True
-        )
+    if again is not None:
+        steps[REPLAYED] = Step(again.to(scale.device), None, scale, batch, graphs=True)
     taken = alternate(steps, scale.rounds, scale.device)
     precision = str(scale.precision).removeprefix("torch.")
     title = (
-        f"{title}, {scale.image} px, {scale.batch} images, {scale.queries} queries, {precision}, "
+        f"{title}, {scale.image} px, {scale.batch} images, {precision}, "
         f"{trained / 1e6:.1f} M trained parameters"
     )
     asked = "at least 2" if scale.device.type == "cuda" else f"at least {aim}"
