@@ -22,8 +22,6 @@ NEEDED = {
     "own/rfdetr-d3etr.yaml": TEACHER,
     "own/rtdetr-d3etr.yaml": TEACHER,
     "own/dfine-d3etr.yaml": TEACHER,
-    "digits/rtdetr-d3etr.yaml": TEACHER,
-    "digits/dfine-d3etr.yaml": TEACHER,
     "own/unlabelled.yaml": TEACHER,
     "own/inherited.yaml": ("student.initialise_from.weights=teacher.safetensors",),
 }
