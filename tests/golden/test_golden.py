@@ -12,6 +12,8 @@ from golden.subjects import SUBJECTS
 
 PROCESSORS_DIFFER = 1e-4
 """Relative to numbers above 1."""
+GRADIENTS = 0.01
+"""After AdamW's first steps, which follow the signs of gradients; losses keep to the other."""
 RUNS = {"digits_run", "sweep_table", "tracked_run"}
 """AdamW follows the signs of gradients, which rounding decides near 0."""
 RUNS_ELSEWHERE = 0.1
@@ -30,7 +32,11 @@ def test_numbers_are_what_they_were(tmp_path: Path, name: str) -> None:
     found = recorded(name, tmp_path)
     same = instructions() in HAVE_RECORDED or name not in RUNS
     tolerance = PROCESSORS_DIFFER if same else RUNS_ELSEWHERE
-    changed = list(differences(expected, found, tolerance))
+    changed = [
+        (place, *pair)
+        for place, *pair in differences(expected, found, tolerance)
+        if "/gradients/" not in place or [*differences(*pair, GRADIENTS)]
+    ]
     assert not changed, f"{len(changed)} numbers changed: {changed[:10]}"
 
 
