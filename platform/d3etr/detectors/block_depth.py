@@ -1,4 +1,4 @@
-"""How deep in a vision transformer each of its parameters stands, for what goes block by block."""
+"""A vision transformer's parameters layer by layer, for what goes by depth."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _BLOCK = re.compile(r"(?:network\.)?blocks\.(\d+)\.")
 _LAST_NORM = re.compile(r"(?:network\.)?norm\.")
 
 
-def depths(backbone: nn.Module) -> dict[str, int]:
-    """Depth of each parameter by its name: 0 of embeddings, k of the k-th block, then the norm.
+def layers_of(backbone: nn.Module) -> list[list[nn.Parameter]]:
+    """Parameters of the embeddings, of each block, and of the last norm, which may have none.
 
     Args:
         backbone: whose blocks are called ``blocks`` and whose last norm ``norm``.
@@ -19,9 +19,13 @@ def depths(backbone: nn.Module) -> dict[str, int]:
     Raises:
         ValueError: it has no blocks.
     """
-    names = [name for name, _ in backbone.named_parameters()]
-    found = {name: int(match[1]) + 1 for name in names if (match := _BLOCK.match(name))}
-    if not found:
+    named = list(backbone.named_parameters())
+    depths = [int(match[1]) + 1 for name, _ in named if (match := _BLOCK.match(name))]
+    if not depths:
         raise ValueError("no parameter of a block: nothing tells how deep one stands")
-    last = max(found.values()) + 1
-    return {name: found.get(name, last if _LAST_NORM.match(name) else 0) for name in names}
+    layers: list[list[nn.Parameter]] = [[] for _ in range(max(depths) + 2)]
+    for name, parameter in named:
+        block = _BLOCK.match(name)
+        depth = int(block[1]) + 1 if block else -1 if _LAST_NORM.match(name) else 0
+        layers[depth].append(parameter)
+    return layers

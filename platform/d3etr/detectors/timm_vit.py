@@ -14,7 +14,7 @@ from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
 from d3etr.config.detector import BackboneConfig
-from d3etr.detectors.block_depth import depths
+from d3etr.detectors.block_depth import layers_of
 from d3etr.detectors.timm_backbone import known_to_timm
 from d3etr.errors import UserError
 
@@ -67,9 +67,9 @@ class TimmViT(nn.Module):
         self.channels, self.stride = self.network.embed_dim, self.network.patch_embed.patch_size[0]
         self.stage_channels, self.stage_strides = (self.channels,), (self.stride,)
         self.map_channels = (self.channels,) * len(outputs)
-        for name, depth in depths(self).items():
-            if depth < config.frozen_stages:
-                self.get_parameter(name).requires_grad_(False)
+        for layer in layers_of(self)[: config.frozen_stages]:
+            for parameter in layer:
+                parameter.requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, height, width] -> [B, D, h, w], the last map."""
