@@ -134,6 +134,16 @@ def test_a_rule_between_sections_names_both_keys() -> None:
     assert "sampling_rate_factor has no effect on detector 'conditional_detr'" in text
 
 
+def test_decay_by_layers_is_for_trained_vision_transformers() -> None:
+    text = refusal("optimisation.layer_decay=0.8")
+    assert "optimisation.layer_decay has no effect on backbone 'resnet50'" in text
+    vit = ("optimisation.layer_decay=0.8", "student.detector.backbone={name: vit}")
+    for frozen in ("student.detector.backbone.trainable", "optimisation.backbone_rate_factor"):
+        value = "false" if frozen.endswith("trainable") else "0.0"
+        text = refusal(*vit, f"{frozen}={value}")
+        assert "layer_decay has no effect on a backbone that is frozen" in text
+
+
 def test_settings_of_the_class_loss_belong_to_the_students_classification() -> None:
     softmax = ("student.detector.name=detr", "student.detector.classification=softmax")
     criterion = "optimisation.set_criterion"

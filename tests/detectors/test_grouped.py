@@ -19,7 +19,7 @@ from d3etr.detectors.build import build_detector
 from d3etr.detectors.grouped import COPIES, GroupedDetector
 from d3etr.detectors.heads import moved_boxes
 from d3etr.detectors.init_from import part_of
-from d3etr.detectors.vit import WindowedViT
+from d3etr.detectors.vit import Block, WindowedViT
 from d3etr.losses.copies import blocks_as_layers
 from d3etr.losses.set_criterion import detection_problem, set_losses
 from d3etr.matching.assignment import assign
@@ -100,6 +100,20 @@ def test_maps_are_as_large_as_strides_say_whatever_the_windows() -> None:
         found, expected = network(pixels), network(padded)
         assert found.shape[-2:] == grid
         assert torch.equal(found, expected[..., : grid[0], : grid[1]])
+
+
+def test_drop_path_rises_over_the_blocks_and_leaves_the_mean_as_it_is() -> None:
+    torch.manual_seed(0)
+    config = ViTConfig.model_validate(VIT | {"blocks": 3, "outputs": [3]}, strict=False)
+    network = build_backbone(BackboneConfig(name="vit", vit=config, drop_path=0.5))
+    assert isinstance(network, WindowedViT)
+    blocks = [block for block in network.blocks if isinstance(block, Block)]
+    assert [block.drop_path for block in blocks] == [0.0, 0.25, 0.5]
+    branch = torch.ones(4000, 1, 1)
+    kept = blocks[2].train()._kept(branch)
+    assert set(kept.unique().tolist()) == {0.0, 2.0} and abs(kept.mean().item() - 1) < 0.05
+    assert torch.equal(blocks[2].eval()._kept(branch), branch)
+    assert torch.equal(blocks[0].train()._kept(branch), branch)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from d3etr.config.detector import BackboneConfig
+from d3etr.detectors import timm_weights
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.imports.importing import import_weights
 from d3etr.detectors.timm_backbone import TimmBackbone
 from d3etr.detectors.timm_weights import INNER, from_timm
-from d3etr.detectors.weights import load_backbone_weights, write_tensors
+from d3etr.detectors.weights import load_backbone_weights, load_strictly, write_tensors
 from d3etr.errors import UserError
 
 LITE = "timm/tf_efficientnet_lite0"
@@ -44,15 +45,12 @@ def random_statistics(network: nn.Module) -> None:
         ("timm/hgnetv2_b0", (64, 256, 512, 1024)),
     ],
 )
-def test_maps_are_those_of_timms_own_features(
-    name: str, channels: tuple[int, ...], tmp_path: Path
-) -> None:
+def test_maps_are_those_of_timms_own_features(name: str, channels: tuple[int, ...]) -> None:
     plain = name.removeprefix("timm/")
     theirs = timm.create_model(plain, pretrained=False).eval().double()
     random_statistics(theirs)
-    write_tensors(tmp_path / "timm.safetensors", theirs.state_dict(), {})
     ours = built(name).double()
-    load_backbone_weights(ours, tmp_path / "timm.safetensors")
+    load_strictly(ours, from_timm(ours, theirs.state_dict(), for_our_pixels=True), name)
     assert (ours.stage_channels, ours.stage_strides) == (channels, (4, 8, 16, 32))
     pixels = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     reference = timm.create_model(plain, pretrained=False, features_only=True).eval().double()
@@ -112,7 +110,7 @@ def test_every_parameter_takes_part() -> None:
     ("name", "text"),
     [
         ("timm/efficientnet_lite9", "did you mean timm/efficientnet_lite"),
-        ("timm/vit_tiny_patch16_224", "no maps of several resolutions"),
+        ("timm/mixer_s32_224", "no maps of several resolutions"),
     ],
 )
 def test_unknown_networks_are_refused(name: str, text: str) -> None:
@@ -165,6 +163,21 @@ def test_the_ports_file_gives_what_its_network_gives_for_its_own_pixels(tmp_path
 def test_the_ports_file_is_refused_for_another_network() -> None:
     with pytest.raises(UserError, match="expected timm/tf_efficientnet_lite0 to 4"):
         from_timm(built("timm/resnet10t"), {"_conv_stem.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("name", [LITE, "timm/convnext_atto"])
+def test_downloaded_weights_and_timms_file_are_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = timm.create_model(name.removeprefix("timm/"), pretrained=False)
+    random_statistics(theirs)
+    write_tensors(tmp_path / "timm.safetensors", theirs.state_dict(), {})
+    monkeypatch.setattr(timm_weights, "build_timm", lambda name, pretrained: theirs)
+    downloaded, read = built(name), built(name)
+    load_backbone_weights(downloaded, "imagenet")
+    load_backbone_weights(read, tmp_path / "timm.safetensors")
+    for key, tensor in read.state_dict().items():
+        assert torch.equal(downloaded.state_dict()[key], tensor)
 
 
 def test_our_own_files_are_read_as_they_are(tmp_path: Path) -> None:

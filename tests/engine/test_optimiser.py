@@ -2,12 +2,16 @@ import copy
 import logging
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from tiny import tiny_detector_config
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from d3etr.config.detector import BackboneConfig
 from d3etr.config.training import OptimisationConfig
+from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.build import build_detector
 from d3etr.engine.optimiser import (
     build_optimiser,
@@ -56,6 +60,53 @@ def test_what_says_where_to_sample_may_have_a_third_rate() -> None:
         "reference_head",
     }
     assert len(parameter_groups(detector, detector.backbone, optimisation())) == 2
+
+
+def factors(backbone: nn.Module, **settings: float) -> dict[str, float]:
+    """Learning rate of each parameter over that of the rest, by name."""
+    module = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(2, 1)})
+    groups = parameter_groups(module, backbone, optimisation(**settings))
+    rates = {id(p): group["lr"] / 0.1 for group in groups for p in group["params"]}
+    assert len(rates) == len(list(module.parameters()))
+    return {name: rates[id(p)] for name, p in backbone.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "lw_detr"])
+def test_layers_of_a_vision_transformer_decay_as_in_lw_detrs_code(kind: str) -> None:
+    def official(name: str, blocks: int = 3) -> float:
+        embeds = ("patches", "positions", "class_token")
+        block = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else blocks + 1
+        return float(0.8 ** (blocks + 1 - (0 if name.startswith(embeds) else block)))
+
+    settings = {"kind": kind, "width": 8, "blocks": 3, "heads": 2, "outputs": [3], "whole": []}
+    config = {"name": "vit", "vit": settings}
+    backbone = build_backbone(BackboneConfig.model_validate(config, strict=False))
+    found = factors(backbone, layer_decay=0.8, backbone_rate_factor=0.5)
+    assert found == pytest.approx({name: 0.5 * official(name) for name in found})
+    assert found["blocks.2.query.weight"] == pytest.approx(0.5 * 0.8)
+    assert found["positions"] == pytest.approx(0.5 * 0.8**4)
+    assert set(factors(backbone, backbone_rate_factor=0.5).values()) == {0.05 / 0.1}
+
+
+@pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_dinov3_qkvb"])
+def test_layers_of_timms_vision_transformers_decay_as_timms_own(name: str) -> None:
+    backbone = build_backbone(BackboneConfig(name=f"timm/{name}"))
+    found = factors(backbone, layer_decay=0.7, backbone_rate_factor=1.0)
+    theirs = timm.create_model(name, pretrained=False, num_classes=2)
+    names = {id(p): f"network.{name}" for name, p in theirs.named_parameters()}
+    groups = param_groups_layer_decay(theirs, layer_decay=0.7)
+    expected = {names[id(p)]: g["lr_scale"] for g in groups for p in g["params"]}
+    ends = [name for name in found if name.startswith("network.norm.")]
+    assert [found.pop(name) for name in ends] == [1.0, 1.0]  # theirs counts it with the last block
+    assert found == pytest.approx({name: expected[name] for name in found})
+
+
+def test_a_part_of_the_layers_may_be_frozen() -> None:
+    backbone = build_backbone(BackboneConfig(name="timm/test_vit", frozen_stages=2))
+    module = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(2, 1)})
+    groups = parameter_groups(module, backbone, optimisation(layer_decay=0.5))
+    rates = [0.1, *(0.01 * 0.5**steps for steps in range(6))]  # the rest, the norm, blocks 6 to 2
+    assert [group["lr"] for group in groups] == pytest.approx(rates)
 
 
 def test_a_backbone_rate_of_zero_freezes_the_backbone_and_says_so(

@@ -56,6 +56,8 @@ WITHOUT_BATCH_NORM = ("ConvNeXt", "Swin", "VGG", "timm without batch norm", VIT)
 
 _TIMM_LAYER_NORM = ("convnext", "swin", "hiera", "davit", "pvt_v2", "focalnet", "inception_next")
 """Beginnings of timm's names of networks with LayerNorm."""
+_TIMM_VIT = ("vit_", "deit", "eva", "flexivit", "aimv2", "beit3", "test_vit")
+"""Beginnings of timm's names of plain vision transformers; DINOv2's and v3's begin by ``vit_``."""
 
 TORCHVISION = tuple(n for family, names in FAMILIES.items() if family != _VD for n in names)
 BACKBONES = (SMALL, *TORCHVISION, *RESNET_VD, VIT)
@@ -78,11 +80,16 @@ def known_backbone(name: str) -> str:
     )
 
 
+def is_timm_vit(name: str) -> bool:
+    """Whether it is the name of one of timm's plain vision transformers."""
+    return name.startswith(TIMM) and name.removeprefix(TIMM).startswith(_TIMM_VIT)
+
+
 def family_of(name: str) -> str:
     """The family of a network; ``small`` for the network of our own, ``vit`` for its like."""
     if name == VIT:
         return VIT
     if name.startswith(TIMM):
-        layer_norm = name.removeprefix(TIMM).startswith(_TIMM_LAYER_NORM)
+        layer_norm = name.removeprefix(TIMM).startswith((*_TIMM_LAYER_NORM, *_TIMM_VIT))
         return "timm without batch norm" if layer_norm else "timm"
     return next((family for family, names in FAMILIES.items() if name in names), SMALL)

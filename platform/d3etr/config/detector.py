@@ -12,6 +12,7 @@ from d3etr.config.backbones import (
     VIT,
     WITHOUT_BATCH_NORM,
     family_of,
+    is_timm_vit,
     known_backbone,
 )
 from d3etr.config.base import MAXIMUM, Section
@@ -19,12 +20,14 @@ from d3etr.config.location import Location
 from d3etr.config.training import Precision, PretrainingConfig
 from d3etr.config.variants import VariantSection
 from d3etr.config.views import ViewsConfig
-from d3etr.config.vit import ViTConfig
+from d3etr.config.vit import Outputs, ViTConfig, rising
 from d3etr.registry import DETECTORS
 from d3etr.text import bare_url
 
 Positive = Annotated[int, Field(ge=1, le=65_536)]
 Layers = Annotated[int, Field(ge=1, le=100)]
+STAGES = 5
+"""Stem and stages of a network, at most."""
 
 
 class BackboneConfig(Section):
@@ -41,19 +44,32 @@ class BackboneConfig(Section):
     """What takes the place of batch norm: frozen statistics (needs weights), GroupNorm, or batch
     norm that is trained. The last takes its statistics over one micro-batch of every worker, so
     that ``optimisation.accumulation`` leaves fewer images to each; frozen parts keep theirs.
-    ``small`` is GroupNorm; ConvNeXt and Swin have LayerNorm, which stays."""
+    ``small`` is GroupNorm; ConvNeXt, Swin and vision transformers have LayerNorm, which stays."""
     stem_width: Positive = 16
     """``small`` only: channels of the stem (stride 2 at the first stage)."""
     stage_widths: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)] = (24, 48, 64)
     """``small`` only: channels per stage; each stage halves the resolution."""
     stage_blocks: Layers = 1
     """``small`` only: residual blocks per stage."""
-    frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
+    frozen_stages: Annotated[int, Field(ge=0, le=100)] = 0
     """All but ``small`` and ``vit``: how many of stem and four stages, from the stem on, keep their
-    weights; DETR uses 2 (stem and first stage) with ImageNet weights."""
+    weights; DETR uses 2 (stem and first stage) with ImageNet weights. Timm's vision transformers:
+    how many of embeddings and blocks."""
     trainable: bool = True
     """False freezes the whole backbone."""
     vit: ViTConfig = ViTConfig()
+    outputs: Outputs | None = None
+    """Timm's vision transformers only: after how many blocks features are taken, rising; blocks
+    after the last one are left out. ``lw_detr`` and ``rf_detr`` read all of them, other detectors
+    the last. None: after each quarter of the blocks, as RF-DETR does."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """``vit`` and timm's vision transformers only: how often training leaves out a branch of the
+    last block; earlier blocks' less often, the first one's never. LW-DETR large: 0.1."""
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the network is a plain row of blocks of one resolution: a vision transformer."""
+        return self.name == VIT or is_timm_vit(self.name)
 
     @property
     def has_batch_norm(self) -> bool:
@@ -94,6 +110,28 @@ class BackboneConfig(Section):
         if self.norm != "frozen" and self.name != SMALL and not self.has_batch_norm:
             raise ValueError(
                 f"norm has no effect on backbone '{self.name}': it has no batch norm to replace"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> Self:
+        if self.frozen_stages > STAGES and not is_timm_vit(self.name):
+            raise ValueError(
+                f"frozen_stages is {self.frozen_stages}: backbone '{self.name}' has a stem and at "
+                f"most four stages, {STAGES} in all"
+            )
+        if self.outputs is not None and not is_timm_vit(self.name):
+            own = ": its own are vit.outputs" if self.name == VIT else ""
+            raise ValueError(
+                f"outputs has no effect on backbone '{self.name}', only on timm's vision "
+                f"transformers{own}"
+            )
+        if self.outputs is not None and not rising(self.outputs):
+            raise ValueError(f"outputs {list(self.outputs)} must rise from 1 at least")
+        if self.drop_path and not self.has_blocks:
+            raise ValueError(
+                f"drop_path has no effect on backbone '{self.name}', only on '{VIT}' and timm's "
+                "vision transformers"
             )
         return self
 

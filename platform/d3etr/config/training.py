@@ -127,6 +127,10 @@ class OptimisationConfig(Section):
     """AdamW's, of everything but the parts that have a factor of their own."""
     backbone_rate_factor: Annotated[float, Field(ge=0, le=100)] = 0.1
     """The backbone's learning rate, as a factor on ``learning_rate``; 0 freezes the backbone."""
+    layer_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Vision transformers (``vit``, timm's) only: factor on the backbone's learning rate for each
+    step from its end: the last norm has none, the last block one, the embeddings one more than
+    there are blocks. RF-DETR: 0.8. None: all layers have the same rate."""
     sampling_rate_factor: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Detectors that sample only (``deformable_detr``, ``rt_detr``, ``d_fine``, ``lw_detr``,
     ``rf_detr``, ``dino``): learning rate of sampling offsets and reference points, as a factor on

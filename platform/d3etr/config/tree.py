@@ -98,6 +98,8 @@ class Config(Section):
                 f"optimisation.sampling_rate_factor has no effect on detector '{student.name}', "
                 "only on those that sample locations, such as 'deformable_detr'"
             )
+        if problem := _layer_decay_problem(self):
+            raise ValueError(problem)
         parts = self.micro_batches(self.cluster.workers)
         if self.optimisation.batch_size % parts:
             raise ValueError(
@@ -193,6 +195,21 @@ class Config(Section):
                 f"optimisation.set_criterion.{idle} has no effect on detector '{student.name}', "
                 "only on those that refine distributions of edges, such as 'd_fine': remove it"
             )
+
+
+def _layer_decay_problem(config: Config) -> str | None:
+    """Why ``layer_decay`` has no effect, or None."""
+    rates, backbone = config.optimisation, config.student.detector.backbone
+    if rates.layer_decay is None:
+        return None
+    if not backbone.has_blocks:
+        return (
+            f"optimisation.layer_decay has no effect on backbone '{backbone.name}', only on vision "
+            "transformers ('vit' and timm's, such as 'timm/vit_small_patch16_dinov3')"
+        )
+    if not backbone.trainable or rates.backbone_rate_factor == 0:
+        return "optimisation.layer_decay has no effect on a backbone that is frozen"
+    return None
 
 
 def _teacher_problem(config: Config) -> str | None:

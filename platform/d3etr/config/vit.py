@@ -11,6 +11,13 @@ from d3etr.config.base import Section
 
 Positive = Annotated[int, Field(ge=1, le=65_536)]
 Block = Annotated[int, Field(ge=0, le=100)]
+Outputs = Annotated[tuple[Block, ...], Field(min_length=1)]
+"""After how many blocks features are taken."""
+
+
+def rising(outputs: tuple[int, ...]) -> bool:
+    """Whether numbers of blocks rise, from 1 at least."""
+    return all(one < other for one, other in pairwise((0, *outputs)))
 
 
 class ViTConfig(Section):
@@ -34,7 +41,7 @@ class ViTConfig(Section):
     padded to multiples of ``patch`` times this."""
     whole: tuple[Block, ...] = (3, 6, 9)
     """Blocks, counted from 0, that attend over the whole image all the same."""
-    outputs: Annotated[tuple[Block, ...], Field(min_length=1)] = (3, 6, 9, 12)
+    outputs: Outputs = (3, 6, 9, 12)
     """After how many blocks features are taken, rising; the last one is ``blocks``."""
     positions: Positive = 24
     """Side of the grid of patches that position embeddings are learned for; they are resized to
@@ -44,8 +51,7 @@ class ViTConfig(Section):
     def _is_one(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads ({self.heads})")
-        rising = all(one < other for one, other in pairwise((0, *self.outputs)))
-        if not rising or self.outputs[-1] != self.blocks:
+        if not rising(self.outputs) or self.outputs[-1] != self.blocks:
             raise ValueError(
                 f"outputs {list(self.outputs)} must rise from 1 at least to blocks ({self.blocks}):"
                 " later blocks would have no effect"

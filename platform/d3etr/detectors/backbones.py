@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from d3etr.config.backbones import SMALL, TIMM, VIT
+from d3etr.config.backbones import SMALL, TIMM, VIT, is_timm_vit
 from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.small_backbone import SmallBackbone
 from d3etr.detectors.torchvision_backbone import TorchvisionBackbone
@@ -15,8 +15,23 @@ from d3etr.detectors.vit import WindowedViT
 
 if TYPE_CHECKING:
     from d3etr.detectors.timm_backbone import TimmBackbone
+    from d3etr.detectors.timm_vit import TimmViT
 
-Backbone: TypeAlias = "SmallBackbone | TorchvisionBackbone | TimmBackbone | WindowedViT"
+Backbone: TypeAlias = "SmallBackbone | TorchvisionBackbone | TimmBackbone | TimmViT | WindowedViT"
+
+
+@runtime_checkable
+class BlockMaps(Protocol):
+    """A backbone that gives maps of one stride, of several of its blocks.
+
+    Attributes:
+        map_channels: of each map.
+    """
+
+    map_channels: tuple[int, ...]
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """[B, 3, height, width] to [B, channels, h, w] each, of the earliest block first."""
 
 
 def build_backbone(config: BackboneConfig) -> Backbone:
@@ -44,6 +59,10 @@ def _kind_of(name: str) -> type[Backbone]:
         return SmallBackbone
     if name == VIT:
         return WindowedViT
+    if is_timm_vit(name):
+        from d3etr.detectors.timm_vit import TimmViT  # importing timm takes two seconds
+
+        return TimmViT
     if name.startswith(TIMM):
         from d3etr.detectors.timm_backbone import TimmBackbone  # importing timm takes two seconds
 

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from d3etr.config.detector import Layers, Positive
-from d3etr.detectors.backbones import store_channels_last
+from d3etr.detectors.backbones import BlockMaps, store_channels_last
 from d3etr.detectors.base import DetectionTransformer, sampled_memory
 from d3etr.detectors.box_selection import BoxSelection
 from d3etr.detectors.deformable_attention import DeformableAttention, initialise_deformable
@@ -41,7 +41,6 @@ from d3etr.detectors.projector import Norm, Projector
 from d3etr.detectors.proposals import token_boxes
 from d3etr.detectors.selected_queries import SelectedConfig
 from d3etr.detectors.transformer import MLP, run_decoder
-from d3etr.detectors.vit import WindowedViT
 from d3etr.structures import (
     MAIN,
     DecoderOutputs,
@@ -178,7 +177,7 @@ class GroupedDetector(DetectionTransformer):
         super().__init__(config, classes)
         backbone, scales, width = self.backbone, config.scales, config.width
         channels = backbone.stage_channels[-1:]
-        if isinstance(backbone, WindowedViT):
+        if isinstance(backbone, BlockMaps):
             channels = backbone.map_channels
         norm = config.projector_norm
         self.encoder = Projector(
@@ -229,7 +228,7 @@ class GroupedDetector(DetectionTransformer):
 
     def _maps(self, pixels: Tensor) -> list[Tensor]:
         """What the backbone gives of one stride."""
-        if isinstance(self.backbone, WindowedViT):
+        if isinstance(self.backbone, BlockMaps):
             return self.backbone.maps(pixels)
         return self.backbone.pyramid(pixels, 1)
 

@@ -31,6 +31,7 @@ from d3etr.detectors.places import tokens_at_places
 from d3etr.detectors.proposals import TokenHeads, first_boxes
 from d3etr.detectors.selected_queries import SelectedConfig
 from d3etr.detectors.transformer import MLP, Activation, relu
+from d3etr.errors import UserError
 from d3etr.structures import (
     DecoderOutputs,
     Grids,
@@ -271,6 +272,14 @@ class SelectingDetector(SelectedQueriesDetector):
     def __init__(self, config: SelectingConfig, classes: int) -> None:
         super().__init__(config, classes)
         self._strides = self.backbone.stage_strides[-config.levels :]
+        if len(self._strides) < config.levels:
+            raise UserError(
+                f"detector '{config.name}' reads {config.levels} levels of its backbone, and "
+                f"{config.backbone.name} gives strides {[*self._strides]} only: set levels to "
+                f"{len(self._strides)}, choose a backbone with more stages (such as resnet50vd or "
+                "timm/hgnetv2_b0), or a detector that makes coarser levels of its own (such as "
+                "'dino', 'deformable_detr' or 'rf_detr')"
+            )
         self.stride = self._strides[0]
 
     def initialise(self) -> None:

@@ -99,6 +99,24 @@ class TimmBackbone(nn.Module):
         return [m[..., : -(-height // s), : -(-width // s)] for m, s in kept]
 
 
+def known_to_timm(name: str) -> str:
+    """Timm's own name of a network, with its tag.
+
+    Args:
+        name: with the prefix ``timm/``.
+
+    Raises:
+        UserError: timm has no such network.
+    """
+    plain = name.removeprefix(TIMM)
+    known = timm.list_models()
+    if plain.partition(".")[0] not in known:
+        close = difflib.get_close_matches(plain, known, n=3)
+        nearest = f"; did you mean {', '.join(TIMM + c for c in close)}?" if close else ""
+        raise UserError(f"timm {timm.__version__} has no '{plain}' (backbone {name}){nearest}")
+    return plain
+
+
 def build_timm(name: str, *, pretrained: bool = False) -> Any:
     """Timm's network without a classifier.
 
@@ -109,18 +127,14 @@ def build_timm(name: str, *, pretrained: bool = False) -> Any:
     Raises:
         UserError: timm has no such network, or cannot give maps of its stages.
     """
-    plain = name.removeprefix(TIMM)
-    known = timm.list_models()
-    if plain.partition(".")[0] not in known:
-        close = difflib.get_close_matches(plain, known, n=3)
-        nearest = f"; did you mean {', '.join(TIMM + c for c in close)}?" if close else ""
-        raise UserError(f"timm {timm.__version__} has no '{plain}' (backbone {name}){nearest}")
+    plain = known_to_timm(name)
     network = timm.create_model(plain, pretrained=pretrained, num_classes=0, global_pool="")
     strides = {info["reduction"] for info in getattr(network, "feature_info", [])}
     if not hasattr(network, "forward_intermediates") or len(strides) < 2:
         raise UserError(
             f"backbone {name}: timm gives no maps of several resolutions for it; choose a network "
-            "with stages, for example timm/convnext_atto or timm/hgnetv2_b0"
+            "with stages, for example timm/convnext_atto or timm/hgnetv2_b0, or a vision "
+            "transformer for images of any size, for example timm/vit_small_patch16_dinov3"
         )
     return network
 

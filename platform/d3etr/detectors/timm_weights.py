@@ -6,11 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from d3etr.config.backbones import is_timm_vit
 from d3etr.detectors.backbones import Backbone
 from d3etr.detectors.timm_backbone import build_timm
-from d3etr.detectors.torchvision_weights import MEAN, STD, renormalised
+from d3etr.detectors.timm_vit import build_timm_vit
+from d3etr.detectors.torchvision_weights import MEAN, STD, renormalised, renormalised_kernel
 from d3etr.errors import UserError
 
 INNER = "network."
@@ -31,13 +33,14 @@ _WIDENED = {
 
 
 def imagenet_weights_of_timm(name: str) -> dict[str, Tensor]:
-    """Timm's default weights of a network, by our names, for our normalisation.
+    """Timm's default weights of a network, by timm's names, for our normalisation.
 
     Raises:
         UserError: they cannot be had.
     """
+    build = build_timm_vit if is_timm_vit(name) else build_timm
     try:
-        network = build_timm(name, pretrained=True)
+        network = build(name, pretrained=True)
     except UserError:
         raise
     except Exception as error:  # the hub's client has dozens of its own
@@ -46,41 +49,78 @@ def imagenet_weights_of_timm(name: str) -> dict[str, Tensor]:
             f"backbone_weights 'imagenet': could not get timm's weights of {name} ({first}). "
             "Download their file elsewhere and set backbone_weights to its path"
         ) from error
-    how: Mapping[str, Any] = network.pretrained_cfg
-    return _ours(_for_our_pixels(network.state_dict(), how["mean"], how["std"]))
+    return _for_our_pixels(network.state_dict(), *_pixels(network), network)
 
 
-def from_timm(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_timm(
+    backbone: Backbone, tensors: Mapping[str, Tensor], *, for_our_pixels: bool = False
+) -> dict[str, Tensor]:
     """Tensors of a file by our names; what a backbone has no use for is left out.
 
     Args:
         backbone: that starts from them.
         tensors: by our names, timm's, or those of EfficientNet-Lite's PyTorch port.
+        for_our_pixels: timm's are for our normalisation already, not for that of the network.
 
     Raises:
         UserError: the port's, for another network.
     """
     if all(name.startswith(INNER) for name in tensors):
         return dict(tensors)
+    network: Any = backbone.get_submodule("network")
     if "_conv_stem.weight" in tensors:
-        tensors = _for_our_pixels(_from_lite(backbone, tensors), _LITE_MEAN, _LITE_STD)
+        tensors = _from_lite(backbone, tensors)
+        tensors = _for_our_pixels(tensors, _LITE_MEAN, _LITE_STD, network)
+    elif not for_our_pixels:
+        tensors = _for_our_pixels(tensors, *_pixels(network), network)
     kept = set(backbone.state_dict())
-    return {name: x for name, x in _ours(tensors).items() if name in kept}
+    return {INNER + name: x for name, x in tensors.items() if INNER + name in kept}
 
 
-def _ours(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {INNER + name: tensor for name, tensor in tensors.items()}
+def _pixels(network: Any) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the pixels that timm's weights were trained with."""
+    how: Mapping[str, Any] = network.pretrained_cfg
+    return how["mean"], how["std"]
 
 
 def _for_our_pixels(
-    tensors: Mapping[str, Tensor], mean: Sequence[float], std: Sequence[float]
+    tensors: Mapping[str, Tensor], mean: Sequence[float], std: Sequence[float], network: Any
 ) -> dict[str, Tensor]:
-    """With the first convolution changed for pixels of normalisation ``imagenet``."""
+    """With the first convolution changed for pixels of normalisation ``imagenet``.
+
+    Args:
+        tensors: by timm's names.
+        mean: of the pixels that they were trained with.
+        std: likewise.
+        network: timm's.
+
+    Raises:
+        UserError: nothing behind the convolution takes up the other mean.
+    """
     if (tuple(mean), tuple(std)) == (MEAN, STD):
         return dict(tensors)
-    kernel = next(name for name, x in tensors.items() if x.dim() == 4)
-    average = next(name for name in tensors if name.endswith("running_mean"))
-    return {**tensors, **renormalised(tensors, kernel, average, mean, std)}
+    modules = [name for name, _ in network.named_modules()]  # a file's order may be another
+    kernels = (f"{name}.weight" for name in modules)
+    kernel = next(name for name in kernels if name in tensors and tensors[name].dim() == 4)
+    averages = (f"{name}.running_mean" for name in modules)
+    average = next((name for name in averages if name in tensors), None)
+    bias = kernel.removesuffix("weight") + "bias"
+    if bias not in tensors and average is not None:
+        return {**tensors, **renormalised(tensors, kernel, average, mean, std)}
+    scaled, added = renormalised_kernel(tensors[kernel], mean, std)
+    changed = {**tensors, kernel: scaled}
+    if bias in tensors:
+        changed[bias] = tensors[bias] + added
+    elif "pos_embed" in tensors and isinstance(network.patch_embed.norm, nn.Identity):  # CLIP's
+        positions = tensors["pos_embed"].clone()  # those of patches come last
+        positions[:, -network.patch_embed.num_patches :] += added
+        changed["pos_embed"] = positions
+    else:
+        raise UserError(
+            "backbone_weights: the network was trained with pixels of another normalisation, "
+            f"mean {tuple(mean)} and std {tuple(std)}, and has no bias that could make up for it"
+        )
+    return changed
 
 
 def _from_lite(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

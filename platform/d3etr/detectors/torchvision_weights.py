@@ -56,8 +56,7 @@ def imagenet_weights(config: BackboneConfig) -> dict[str, Tensor]:
         from d3etr.detectors import timm_weights  # importing timm takes two seconds
 
         theirs = timm_weights.imagenet_weights_of_timm(TIMM + config.name.replace("vd", "d"))
-        plain = {key.removeprefix(timm_weights.INNER): tensor for key, tensor in theirs.items()}
-        return from_torchvision(config.name, plain)
+        return from_torchvision(config.name, theirs)
     weights = weights_of(config.name)
     try:
         tensors: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
@@ -121,8 +120,23 @@ def renormalised(
     """
     if not {kernel, average} <= set(tensors):
         return {}
+    weight, added = renormalised_kernel(tensors[kernel], mean, std)
+    return {kernel: weight, average: tensors[average] - added}
+
+
+def renormalised_kernel(
+    kernel: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """A first convolution's kernel for our normalisation, and what is added to its output.
+
+    Args:
+        kernel: [channels, 3, h, w], for pixels of the other normalisation.
+        mean: of that.
+        std: of that.
+
+    Returns:
+        [channels, 3, h, w] and [channels].
+    """
     theirs, spread = torch.tensor(mean), torch.tensor(std)
     scale, shift = torch.tensor(STD) / spread, (torch.tensor(MEAN) - theirs) / spread
-    weight = tensors[kernel]
-    moved = tensors[average] - (weight * shift[:, None, None]).sum((1, 2, 3))
-    return {kernel: weight * scale[:, None, None], average: moved}
+    return kernel * scale[:, None, None], (kernel * shift[:, None, None]).sum((1, 2, 3))

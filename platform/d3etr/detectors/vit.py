@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.ops import stochastic_depth
 
 from d3etr.config.detector import BackboneConfig
 from d3etr.config.vit import ViTConfig
@@ -32,11 +33,12 @@ class Block(nn.Module):
     Args:
         config: of the network.
         whole: its attention is over the whole image.
+        drop_path: how often training leaves out a branch for a window, as LW-DETR's code does.
     """
 
-    def __init__(self, config: ViTConfig, whole: bool) -> None:
+    def __init__(self, config: ViTConfig, whole: bool, drop_path: float) -> None:
         super().__init__()
-        width = config.width
+        width, self.drop_path = config.width, drop_path
         self.heads, self.windows = config.heads, config.windows**2 if whole else 1
         self.attention_norm = nn.LayerNorm(width, EPSILON)
         self.query = nn.Linear(width, width)
@@ -59,9 +61,14 @@ class Block(nn.Module):
             for project in (self.query, self.key, self.value)
         )
         mixed = self.output(attend(query, key, value, None, 0.0)).reshape(x.shape)
-        x = x + self.attention_scale * mixed
+        x = x + self._kept(self.attention_scale * mixed)
         inner = functional.gelu(self.inner(self.inner_norm(x)))
-        return x + self.inner_scale * self.outer(inner)  # type: ignore[no-any-return]
+        return x + self._kept(self.inner_scale * self.outer(inner))
+
+    def _kept(self, branch: Tensor) -> Tensor:
+        """The branch [B W^2, S, D], in training without some windows, the others enlarged."""
+        kept: Tensor = stochastic_depth(branch, self.drop_path, "row", self.training)
+        return kept
 
 
 def _first_scale(config: ViTConfig) -> float:
@@ -75,7 +82,7 @@ class WindowedViT(nn.Module):
     the windows, as images in a batch are, and what patches lie in the padding alone is cut off.
 
     Args:
-        config: uses vit.
+        config: uses vit and drop_path.
 
     Attributes:
         config: what it was built from.
@@ -100,7 +107,8 @@ class WindowedViT(nn.Module):
             self.norm = nn.LayerNorm(vit.width, EPSILON)
         # The first is the class token's; LW-DETR's code has it too, and no class token.
         self.positions = nn.Parameter(torch.randn(1 + vit.positions**2, vit.width) * SPREAD)
-        self.blocks = nn.ModuleList(Block(vit, k in vit.whole) for k in range(vit.blocks))
+        step = config.drop_path / max(1, vit.blocks - 1)
+        self.blocks = nn.ModuleList(Block(vit, k in vit.whole, step * k) for k in range(vit.blocks))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=SPREAD)

@@ -140,8 +140,9 @@ def load_backbone_weights(backbone: Backbone, source: str | Path) -> None:
     if name.startswith(TIMM):
         from d3etr.detectors import timm_weights  # importing timm takes two seconds
 
-        read = timm_weights.imagenet_weights_of_timm(name) if downloads else None
-        tensors = timm_weights.from_timm(backbone, read or read_tensors(Path(source)))
+        found = timm_weights.imagenet_weights_of_timm(name) if downloads else None
+        read = found or read_tensors(Path(source))
+        tensors = timm_weights.from_timm(backbone, read, for_our_pixels=downloads)
     elif downloads:
         tensors = imagenet_weights(backbone.config)
     else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from d3etr.config.training import OptimisationConfig, Precision, ScheduleConfig
+from d3etr.detectors.block_depth import layers_of
 from d3etr.logs import get_logger
 
 logger = get_logger(__name__)
@@ -27,7 +28,8 @@ def parameter_groups(
 ) -> list[dict[str, object]]:
     """Split what is trained into backbone, modules that predict sampling locations, and the rest.
 
-    Each of them in two where a part of it was inherited and is slowed at first.
+    With ``layer_decay`` the backbone is split by layers. Each part is two where some of it was
+    inherited and is slowed at first.
 
     Everything decays alike, biases and norms included, as in DETR's own training code: with
     its small weight decay the choice is not measurable, and results stay comparable.
@@ -59,7 +61,7 @@ def parameter_groups(
     sampling = {id(p) for name, p in named if sampling_parts & {*name.split(".")}}
     parts = [
         ([p for p in trained if id(p) not in inside | sampling], 1.0),
-        ([p for p in trained if id(p) in inside], config.backbone_rate_factor),
+        *_backbone_parts(backbone, config),
         ([p for p in trained if id(p) in sampling], config.sampling_rate_factor),
     ]
     rates = [(parameters, factor * config.learning_rate) for parameters, factor in parts]
@@ -67,6 +69,22 @@ def parameter_groups(
         {"params": found, "lr": rate, "base_rate": rate} for found, rate in rates if found
     ]
     return groups if not config.inherited_warmup_steps else _halved(groups, inherited)
+
+
+def _backbone_parts(
+    backbone: nn.Module, config: OptimisationConfig
+) -> list[tuple[list[nn.Parameter], float]]:
+    """What is trained of the backbone, and its factors: a smaller one the earlier the layer.
+
+    (Bao et al., arXiv 2106.08254, and the code of LW-DETR: the last block has the decay itself,
+    the embeddings its power of blocks + 1.)
+    """
+    factor, decay = config.backbone_rate_factor, config.layer_decay
+    layers = [list(backbone.parameters())] if decay is None else layers_of(backbone)[::-1]
+    return [
+        ([p for p in layer if p.requires_grad], factor * (decay or 1.0) ** steps)
+        for steps, layer in enumerate(layers)
+    ]
 
 
 def _halved(groups: list[dict[str, Any]], inherited: frozenset[int]) -> list[dict[str, object]]:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from d3etr.config.data import PreprocessingConfig
 
+SIGN = "backbone.0.encoder.encoder.embeddings.cls_token"
+"""As of ``layouts.Layout``, of RF-DETR."""
 _BLOCK = r"^(backbone\.blocks\.\d+)\."
 _STAGE = r"^encoder\.(?:stages|scale_layers)\.(\d+)\."
 _LEVEL = r"^(encoder\.levels\.\d+)\."

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d3etr.config.data import PreprocessingConfig
-from d3etr.detectors.imports import d_fine, dino, grouped, hgnet, resnet_vd, rt_detr
+from d3etr.detectors.imports import d_fine, dino, grouped, hgnet, lw_detr, resnet_vd, rt_detr
 from d3etr.detectors.imports.categories import COCO, COCO_SLOTS
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
@@ -153,25 +153,34 @@ SQUARE = PreprocessingConfig(
 """What RT-DETR's and D-FINE's official code does to images."""
 
 
-def _of_grouped(sign: str | None, model_type: str) -> Layout:
+def _of_grouped(
+    sign: str,
+    model_type: str,
+    official: Official,
+    rules: Rules = (),
+    only_args: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
+) -> Layout:
     return Layout(
         sign=sign,
         model_types=(model_type,),
-        rules=(*grouped.RULES, *SAMPLING),
+        rules=(*rules, *grouped.RULES, *SAMPLING),
         only=grouped.ONLY,
         architecture=grouped.architecture,
         unseen=grouped.unseen,
+        only_args=only_args,
         only_backbone=grouped.ONLY_BACKBONE,
         backbone=grouped.backbone,
-        official=grouped.official,
+        official=official,
         unread=grouped.unread,
     )
 
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
-        "rf_detr": _of_grouped("backbone.0.encoder.encoder.embeddings.cls_token", "rf_detr"),
-        "lw_detr": _of_grouped(None, "lw_detr"),
+        "rf_detr": _of_grouped(grouped.SIGN, "rf_detr", grouped.official),
+        "lw_detr": _of_grouped(
+            lw_detr.SIGN, "lw_detr", lw_detr.official, lw_detr.RULES, lw_detr.ONLY_ARGS
+        ),
         "d_fine": Layout(
             preprocessing=SQUARE,
             coco=len(COCO),
@@ -338,10 +347,10 @@ def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor, theirs: str, agr
 
 
 def _split_projections(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cut the [3 D, D] ``in_proj`` of ``nn.MultiheadAttention`` into query, key and value."""
+    """Cut the [3 D, D] of ``nn.MultiheadAttention`` and of ``qkv`` into query, key and value."""
     apart: dict[str, Tensor] = {}
     for name, tensor in theirs.items():
-        block = re.match(r"^(.*\.)in_proj_(weight|bias)$", name)
+        block = re.match(r"^(.*\.)(?:in_proj_|qkv\.)(weight|bias)$", name)
         if block is None or len(tensor) % 3:
             apart[name] = tensor
             continue

@@ -116,7 +116,8 @@ def from_args(args: Mapping[str, Any], name: str, where: str) -> Unseen:
     """
     layout = LAYOUTS[name]
     _require(args, {**_ONLY, **layout.only_args}, f"{where}: args")
-    _equal(args, "enc_n_points", "dec_n_points", where)
+    if "enc_n_points" in args:
+        _equal(args, "enc_n_points", "dec_n_points", where)
     return _unseen(
         where,
         heads=args.get("nheads"),
