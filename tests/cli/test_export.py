@@ -77,6 +77,7 @@ def _saved(folder: Path, preprocessing: PreprocessingConfig | None = None, **set
         ({"name": "dino"}, "no such detector as 'dino', and nothing there could read the folder"),
         ({"name": "rt_detr", "learned_content": True}, "its queries have a learned content"),
         ({"name": "d_fine", "learned_content": True}, "its queries have a learned content"),
+        ({"name": "deimv2"}, "implementation 'transformers'"),
         (
             {"name": "d_fine", "preprocessing": PreprocessingConfig(exact_size=(96, 100))},
             "its exact_size is 96 x 100, and theirs takes multiples of 32 only",

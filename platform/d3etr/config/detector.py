@@ -128,7 +128,7 @@ class DetectorConfig(VariantSection):
     box_size_bias: Annotated[float, Field(ge=-100, le=100)] = 0.0
     """Initial bias of the width and height logits of boxes (DAB-DETR: of its anchors);
     negative starts small. Not where an encoder proposes the boxes (two stages, ``rt_detr``,
-    ``d_fine``, ``lw_detr``, ``rf_detr``, ``dino``)."""
+    ``d_fine``, ``deimv2``, ``lw_detr``, ``rf_detr``, ``dino``)."""
 
     @property
     def feature_levels(self) -> int:

@@ -45,7 +45,8 @@ def _kind_of(name: str) -> type[Backbone]:
     if name == VIT:
         return WindowedViT
     if name.startswith(TIMM):
-        from d3etr.detectors.timm_backbone import TimmBackbone  # importing timm takes two seconds
+        import d3etr.detectors.small_hgnet  # noqa: F401, importing timm takes two seconds
+        from d3etr.detectors.timm_backbone import TimmBackbone
 
         return TimmBackbone
     return TorchvisionBackbone

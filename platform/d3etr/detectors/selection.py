@@ -58,6 +58,11 @@ class SelectedQueriesConfig(SelectedConfig):
         return relu
 
     @property
+    def projects_tokens(self) -> bool:
+        """Whether tokens are projected and normed before the heads that select among them."""
+        return True
+
+    @property
     def learns_content(self) -> bool:
         """With ``learned_content``."""
         return self.learned_content
@@ -94,6 +99,11 @@ class SelectingConfig(SelectedQueriesConfig):
         return self.levels
 
     @property
+    def stages(self) -> int:
+        """How many of the backbone's last stages the encoder reads."""
+        return self.levels
+
+    @property
     def criterion_defaults(self) -> Mapping[str, float | str]:
         """The varifocal loss, as official."""
         return {"class_loss": "varifocal", "class_weight": 1.0}
@@ -114,12 +124,12 @@ class Selection(TokenHeads):
     """Scores every token by its classes; the best ones propose boxes.
 
     Args:
-        config: uses width, queries and decoder_activation.
+        config: uses width, queries, decoder_activation and projects_tokens.
         classes: C.
     """
 
     def __init__(self, config: SelectedQueriesConfig, classes: int) -> None:
-        super().__init__(config, classes, config.decoder_activation)
+        super().__init__(config, classes, config.decoder_activation, config.projects_tokens)
 
     def forward(
         self, tokens: Tensor, padding: Tensor | None, levels: Levels
@@ -270,7 +280,9 @@ class SelectingDetector(SelectedQueriesDetector):
 
     def __init__(self, config: SelectingConfig, classes: int) -> None:
         super().__init__(config, classes)
-        self._strides = self.backbone.stage_strides[-config.levels :]
+        strides = self.backbone.stage_strides[-config.stages :]
+        coarser = range(1, config.levels - config.stages + 1)
+        self._strides = (*strides, *(strides[-1] * 2**level for level in coarser))
         self.stride = self._strides[0]
 
     def initialise(self) -> None:
@@ -294,7 +306,7 @@ class SelectingDetector(SelectedQueriesDetector):
         Args:
             images: B padded images.
         """
-        maps = self.backbone.pyramid(images.pixels, self.config.levels)
+        maps = self.backbone.pyramid(images.pixels, self.config.stages)
         maps = self.encoder(maps, images.padding)
         maps = [project(part) for project, part in zip(self.levels, maps, strict=True)]
         memory = sampled_memory(maps, images.padding)

@@ -21,7 +21,7 @@ _PLAIN = {name: network for network, name in RESNETS.items()}
 _VD = {f"{name}vd": x for name, x in _PLAIN.items() if f"{name}vd" in RESNET_VD}
 """ResNet-vd: (kind of block, blocks per stage) by name. transformers has them as RT-DETR's."""
 _RESNETS = _PLAIN | _VD
-_HGNET = re.compile(rf"{TIMM}hgnetv2_b([0-6])(\..*)?")
+_HGNET = re.compile(rf"{TIMM}hgnetv2_(b[0-6]|atto|femto|pico)(\..*)?")
 """HGNetV2 by our name, maybe with the name of timm's weights; the group is its size."""
 _STAGE_KEYS = (
     *("in_channels", "mid_channels", "out_channels", "num_blocks"),
@@ -48,7 +48,7 @@ def describe_backbone(config: BackboneConfig, stages: int) -> dict[str, Any]:
         }
     maps = {"out_features": [f"stage{stage}" for stage in range(first, _STAGES + 1)]}
     if (match := _HGNET.fullmatch(config.name)) is not None:
-        return {**_hgnet(int(match[1])), **maps}
+        return _hgnet(match[1], stages)
     block, depths = _RESNETS[config.name]
     return {
         "model_type": "rt_detr_resnet" if config.name in _VD else "resnet",
@@ -60,12 +60,15 @@ def describe_backbone(config: BackboneConfig, stages: int) -> dict[str, Any]:
     }
 
 
-def _hgnet(size: int) -> dict[str, Any]:
-    """Sizes of B0 to B6 as timm's network, which the detector is over, has them."""
+def _hgnet(size: str, stages: int) -> dict[str, Any]:
+    """Sizes as timm's network, which the detector is over, has them; maps of the last stages."""
     from timm.models.hgnet import model_cfgs  # importing timm takes two seconds
 
-    sizes: Mapping[str, Any] = model_cfgs[f"hgnetv2_b{size}"]
-    rows = [sizes[f"stage{stage}"] for stage in range(1, _STAGES + 1)]
+    from d3etr.detectors.small_hgnet import SMALL_SIZES
+
+    sizes: Mapping[str, Any] = SMALL_SIZES.get(size) or model_cfgs[f"hgnetv2_{size}"]
+    count = sum(f"stage{stage}" in sizes for stage in range(1, _STAGES + 1))
+    rows = [sizes[f"stage{stage}"] for stage in range(1, count + 1)]
     columns = dict(zip(_STAGE_KEYS, map(list, zip(*rows, strict=True)), strict=True))
     stem = list(sizes["stem_chs"])
     return {
@@ -76,6 +79,7 @@ def _hgnet(size: int) -> dict[str, Any]:
         "depths": columns["num_blocks"],
         **{f"stage_{key}": values for key, values in columns.items()},
         "use_learnable_affine_block": stem[0] in hgnet.AFFINE,
+        "out_features": [f"stage{stage}" for stage in range(count + 1 - stages, count + 1)],
     }
 
 

@@ -237,7 +237,12 @@ def _import_detector(
     layout, pixels, assumed = LAYOUTS[theirs.name], theirs.preprocessing, list[str]()
     softmax = layout.softmax
     try:
-        tensors = rename(theirs.found.tensors, theirs.name, box_refinement=theirs.box_refinement)
+        tensors = rename(
+            theirs.found.tensors,
+            theirs.name,
+            box_refinement=theirs.box_refinement,
+            shared_box_head=theirs.found.settings.get("share_bbox_head"),
+        )
         own = theirs.unseen.own | layout.told(theirs.found.tensors)
         if theirs.args is not None and layout.official is not None:
             said, pixels, assumed = layout.official(theirs.args, tensors)

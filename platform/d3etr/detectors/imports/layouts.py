@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from d3etr.config.data import PreprocessingConfig
-from d3etr.detectors.imports import d_fine, dino, grouped, hgnet, resnet_vd, rt_detr
+from d3etr.detectors.imports import d_fine, deimv2, dino, grouped, hgnet, resnet_vd, rt_detr
 from d3etr.detectors.imports.categories import COCO, COCO_SLOTS
+from d3etr.detectors.imports.projections import fuse_projections, split_projections
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 """(pattern, replacement), applied in order to every name."""
@@ -76,8 +77,9 @@ class Layout:
     coco: int = COCO_SLOTS
 
 
+_NESTED = r"(backbone\.(conv_encoder\.)?|conv_encoder\.)"
 FIRST: Rules = (
-    (r"^(backbone\.0\.body|model\.backbone\.(conv_encoder\.)?model(\._backbone)?)\.", "backbone."),
+    (rf"^(backbone\.0\.body|model\.{_NESTED}model(\._backbone)?)\.", "backbone."),
     (r"^(model|transformer)\.", ""),
     (r"^backbone\.embedder\.embedder\.convolution\.", "backbone.conv1."),
     (r"^backbone\.embedder\.embedder\.normalization\.", "backbone.bn1."),
@@ -128,20 +130,6 @@ UNUSED = (
     *d_fine.BINS,
 )
 """Ends of names of what says nothing, or follows from other settings."""
-FUSED: Sequence[tuple[str, str, tuple[str, ...]]] = (
-    ("attention", "query_key", ("q_proj", "k_proj")),
-    ("attention", "value", ("v_proj",)),
-    ("self_attention", "content", ("q_content_proj", "k_content_proj", "v_proj")),
-    ("self_attention", "position", ("q_pos_proj", "k_pos_proj")),
-    ("self_attention", "query_key", ("q_proj", "k_proj")),
-    ("self_attention", "value", ("v_proj",)),
-    ("cross_attention", "key_value", ("k_content_proj", "v_proj")),
-    ("cross_attention", "query", ("q_proj",)),
-    ("cross_attention", "key", ("k_proj",)),
-    ("cross_attention", "value", ("v_proj",)),
-)
-"""Our module and linear layer, and their layers that it holds, stacked in this order."""
-
 SAMPLING: Rules = (
     (r"\.sampling_offsets\.", ".offsets."),
     (r"\.attention_weights\.", ".weights."),
@@ -172,6 +160,18 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "rf_detr": _of_grouped("backbone.0.encoder.encoder.embeddings.cls_token", "rf_detr"),
         "lw_detr": _of_grouped(None, "lw_detr"),
+        "deimv2": Layout(
+            preprocessing=SQUARE,
+            coco=len(COCO),
+            sign="decoder.decoder.layers.0.swish_ffn.w12.weight",
+            model_types=("deimv2",),
+            rules=(*deimv2.RULES, *SAMPLING),
+            only=deimv2.ONLY,
+            architecture=deimv2.architecture,
+            unseen=d_fine.unseen,
+            told=d_fine.told,
+            official=deimv2.official,
+        ),
         "d_fine": Layout(
             preprocessing=SQUARE,
             coco=len(COCO),
@@ -263,6 +263,7 @@ def rename(
     name: str,
     *,
     box_refinement: bool | None = None,
+    shared_box_head: bool | None = None,
     agree: Agree = torch.equal,
 ) -> dict[str, Tensor]:
     """Every tensor under our names; what no rule knows fails to load.
@@ -272,6 +273,7 @@ def rename(
         name: our name of the detector, a key of ``LAYOUTS``.
         box_refinement: Deformable DETR's: whether layers have heads of their own; None: as
             official checkpoints tell, whose decoder then holds the box heads, too.
+        shared_box_head: DEIMv2's: as of ``deimv2.settled``.
         agree: asked of every two tensors that have one of our names; the second is kept.
 
     Raises:
@@ -281,16 +283,18 @@ def rename(
         box_refinement = any(key.startswith("transformer.decoder.bbox_embed.") for key in theirs)
     rules = (*_first(theirs), *LAYOUTS[name].rules, *LAST)
     tensors: dict[str, Tensor] = {}
-    for their_name, tensor in _split_projections(theirs).items():
+    for their_name, tensor in split_projections(theirs).items():
         ours = _by(rules, their_name)
         if not ours.endswith(UNUSED):
             _add(tensors, ours, tensor, their_name, agree)
     tensors = grouped.settled(hgnet.with_affine_blocks(tensors))
-    _fuse(tensors)
+    fuse_projections(tensors)
     if "projection.weight" in tensors:  # a 1x1 convolution there, a linear layer here
         tensors["projection.weight"] = tensors["projection.weight"].flatten(1)
     if name == "deformable_detr":
         return _deformable(tensors, box_refinement, agree)
+    if name == "deimv2":
+        return deimv2.settled(tensors, shared_box_head, agree)
     if name == "dino":
         return dino.settle(tensors, decoder_depth(tensors), agree)
     return tensors
@@ -335,31 +339,6 @@ def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor, theirs: str, agr
     if name in tensors and not agree(tensors[name], tensor):
         raise ValueError(f"'{theirs}' should hold what '{name}' does, but their values differ")
     tensors[name] = tensor
-
-
-def _split_projections(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cut the [3 D, D] ``in_proj`` of ``nn.MultiheadAttention`` into query, key and value."""
-    apart: dict[str, Tensor] = {}
-    for name, tensor in theirs.items():
-        block = re.match(r"^(.*\.)in_proj_(weight|bias)$", name)
-        if block is None or len(tensor) % 3:
-            apart[name] = tensor
-            continue
-        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-            apart[f"{block[1]}{letter}_proj.{block[2]}"] = part
-    return apart
-
-
-def _fuse(tensors: dict[str, Tensor]) -> None:
-    """Stack what is one linear layer here, in place."""
-    for module, layer, parts in FUSED:
-        first = re.compile(rf"^(.*\.{module})\.{parts[0]}\.(weight|bias)$")
-        for match in [match for match in map(first.match, tensors) if match]:
-            place, kind = match.groups()
-            names = [f"{place}.{part}.{kind}" for part in parts]
-            if all(name in tensors for name in names):
-                blocks = [tensors.pop(name) for name in names]
-                tensors[f"{place}.{layer}.{kind}"] = torch.cat(blocks)
 
 
 def _deformable(

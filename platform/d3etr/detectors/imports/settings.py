@@ -153,7 +153,8 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
             "masks and models without heads cannot be imported"
         )
     _require(config, {**_ONLY, **LAYOUTS[name].only}, where)
-    if {"encode_proj_layers", "encoder_in_channels"} <= config.keys():
+    attends = config.get("encoder_type") != "lite"
+    if attends and {"encode_proj_layers", "encoder_in_channels"} <= config.keys():
         coarsest = len(config["encoder_in_channels"]) - 1  # attention is within it alone
         _require(config, {"encode_proj_layers": ([coarsest],)}, where)
     if "encoder_n_points" in config:
