@@ -118,7 +118,7 @@ def their_model(variant: Variant) -> Any:
 
 def randomise(name: str, tensor: Tensor) -> None:
     """Weights by which every part matters and nothing saturates."""
-    if name.endswith(("num_points_scale", "num_batches_tracked")):
+    if name.endswith(("num_points_scale", "num_batches_tracked")) or not tensor.numel():
         return
     if name.endswith("running_var"):
         tensor.uniform_(0.5, 1.5)

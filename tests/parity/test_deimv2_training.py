@@ -37,6 +37,7 @@ COUNTS = {
     "N": (5, 5),
     "S over HGNet: elan5, a wider encoder": (3, 3),
     "Atto": (3, 0, 6, 1),
+    "X: registers and gated blocks": (4, 4),
 }
 """Objects of each image. Where matches are united, images are twice the same: the union of several
 is theirs only if it grows alike in all (``test_d_fine_loss_parity``)."""

@@ -63,6 +63,9 @@ DEIMV2 = {
     "fusion": "elan4",
     "implementation": "transformers",
 }
+DINOV3 = {
+    **{"width": 32, "blocks": 4, "heads": 2, "inner": 40, "outputs": (1, 3, 4), "detail": 6},
+}
 LITE = {
     **DEIMV2,
     "encoder": "lite",
@@ -147,6 +150,30 @@ KINDS: dict[str, dict[str, Any]] = {
         "encoder_width": 48,
     },
     "deimv2-over-resnet": {**DEIMV2, "backbone": {"name": "resnet18vd"}, "gateway": False},
+    "deimv2-dinov3": {
+        **DEIMV2,
+        "levels": 3,
+        "points": (2, 4, 2),
+        "fusion": "elan5",
+        "backbone": {
+            "name": "dinov3",
+            "dinov3": {**DINOV3, "registers": 3, "feedforward": "silu_gated"},
+        },
+    },
+    "deimv2-dinov3-without-registers": {
+        **DEIMV2,
+        "levels": 3,
+        "points": (2, 2, 2),
+        "encoder_width": 48,
+        "backbone": {
+            "name": "dinov3",
+            "dinov3": {
+                **DINOV3,
+                **{"registers": 0, "key_bias": False, "normed": "last"},
+                **{"epsilon": 1e-6, "first_scale": 1.0},
+            },
+        },
+    },
     "deimv2-atto": {**LITE, "backbone": {"name": "timm/hgnetv2_atto"}},
     "deimv2-femto": {
         **LITE,

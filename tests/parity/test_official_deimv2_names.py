@@ -50,6 +50,25 @@ HEADS = (
     *D_FINE_HEADS,
     (r"^(decoder\.decoder\.layers\..*norm\d?)\.weight$", r"\1.scale"),
 )
+VIT = (
+    (r"^conv_encoder\.fusion_proj\.(\d)\.conv\.", r"convs.\1."),
+    (r"^conv_encoder\.fusion_proj\.(\d)\.norm\.", r"norms.\1."),
+    (r"^conv_encoder\.spatial_tuning_adapter\.", "sta."),
+    (r"^sta\.stem_conv\.", "sta.stem."),
+    (r"^sta\.(stem|conv2)\.conv\.", r"sta.\1.0."),
+    (r"^sta\.(stem|conv2)\.norm\.", r"sta.\1.1."),
+    (r"^sta\.(conv[34])\.conv\.", r"sta.\1.1."),
+    (r"^sta\.(conv[34])\.norm\.", r"sta.\1.2."),
+    (r"^conv_encoder\.backbone\.(embeddings\.)?(model\.)?", "dinov3."),
+    (r"\.register_tokens$", ".storage_tokens"),
+    (r"\.patch_embeddings\.", ".patch_embed.proj."),
+    (r"^dinov3\.layer\.", "dinov3.blocks."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.attention\.", ".attn."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+)
+GATED = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"}
+PLAIN = {"up_proj": "fc1", "down_proj": "fc2"}
 FIRST_STAGE = "model.enc_output."
 """What the official code does not have."""
 
@@ -66,14 +85,52 @@ def official_name(name: str) -> str:
     return begins + name
 
 
+def official_vit(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A DINOv3 with its adapter and projections under official names.
+
+    Without registers it is the plainer network, which neither scales nor norms.
+    """
+    gated = any(".mlp.gate_proj." in name for name in theirs)
+    plain = not theirs["conv_encoder.backbone.embeddings.register_tokens"].numel()
+    state: dict[str, Tensor] = {}
+    for name, tensor in theirs.items():
+        for pattern, replacement in VIT:
+            name = re.sub(pattern, replacement, name)
+        for part, official in (GATED if gated else PLAIN).items():
+            name = name.replace(f".mlp.{part}.", f".mlp.{official}.")
+        if plain and re.search(r"\.ls\d\.|dinov3\.norm\.|_tokens?$", name) and "cls" not in name:
+            continue
+        state[name] = tensor[0] if name.endswith("mask_token") else tensor
+    for name in [name for name in state if ".attn.q_proj." in name]:
+        names = [name.replace(".q_proj.", f".{x}_proj.") for x in "qkv"]
+        query = state[name]
+        parts = [state.pop(x, torch.zeros_like(query)) for x in names]
+        state[name.replace(".q_proj.", ".qkv.")] = torch.cat(parts)
+        if name.endswith(".bias") and not plain:
+            mask = torch.ones(3, len(query))
+            mask[1] = 0.0
+            state[name.replace(".q_proj.bias", ".qkv.bias_mask")] = mask.flatten()
+    if plain:
+        state = {name.replace("dinov3.", "dinov3._model."): x for name, x in state.items()}
+    periods = "dinov3._model.rope_embed.periods" if plain else "dinov3.rope_embed.periods"
+    return {f"backbone.{name}": x for name, x in {**state, periods: torch.ones(16)}.items()}
+
+
 def official_state(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Under official names; the two maps of gated feed-forward blocks in one tensor."""
     own = {name: tensor for name, tensor in theirs.items() if not name.startswith(FIRST_STAGE)}
+    vit = {
+        name.removeprefix("model."): own.pop(name)
+        for name in [*own]
+        if re.match(r"model\.conv_encoder\.(backbone|spatial|fusion)", name)
+    }
     for name in [name for name in own if ".mlp.gate_proj." in name]:
         parts = [own.pop(name.replace("gate_proj", part)) for part in ("gate_proj", "up_proj")]
         own[name.replace("gate_proj", "gate_up")] = torch.cat(parts)
     state = under_official_names(own, official_name)
-    return state | {
+    return {
+        **state,
+        **(official_vit(vit) if vit else {}),
         "decoder.decoder.up": state["decoder.up"],
         "decoder.decoder.reg_scale": state["decoder.reg_scale"],
         "backbone.stem.stem1.bn.num_batches_tracked": torch.tensor(7),
@@ -103,8 +160,14 @@ class Once(nn.Module):
 
 
 def make_official(model: Any) -> None:
-    """Nothing before the first stage's heads, silu in all heads, boxes embedded once."""
+    """Nothing before the first stage's heads, silu in all heads, boxes embedded once.
+
+    The plainer network below S and M has no norm.
+    """
     model.model.enc_output = nn.Identity()
+    network = getattr(model.model.conv_encoder, "backbone", None)
+    if network is not None and not network.config.apply_layernorm:
+        network.norm = nn.Identity()
     for name, module in model.named_modules():
         if isinstance(module, Deimv2MLP) and ".aifi." not in name:
             module.act = nn.SiLU()
@@ -133,6 +196,21 @@ EXPECTED = {
         *("encoder.fpn_block.cv2.0.conv1.conv.weight", "encoder.pan_block.cv3.1.conv.weight"),
         *("decoder.decoder.layers.0.norm2.scale", "decoder.dec_bbox_head.2.layers.0.weight"),
     ),
+    "S: DINOv3 without registers": (
+        *("backbone.dinov3._model.cls_token", "backbone.dinov3._model.patch_embed.proj.bias"),
+        *(f"backbone.dinov3._model.blocks.2.{x}.weight" for x in ("norm1", "mlp.fc1", "mlp.fc2")),
+        *("backbone.dinov3._model.blocks.0.attn.qkv.bias", "backbone.sta.stem.0.weight"),
+        *("backbone.sta.stem.1.running_mean", "backbone.sta.conv2.1.weight"),
+        *("backbone.sta.conv3.1.weight", "backbone.sta.conv4.2.bias", "backbone.convs.2.weight"),
+        *("backbone.norms.1.running_var", "encoder.fpn_blocks.1.cv3.0.conv1.conv.weight"),
+    ),
+    "X: registers and gated blocks": (
+        *("backbone.dinov3.storage_tokens", "backbone.dinov3.mask_token"),
+        *("backbone.dinov3.norm.weight", "backbone.dinov3.blocks.3.ls2.gamma"),
+        *(f"backbone.dinov3.blocks.1.mlp.w{k}.weight" for k in (1, 2, 3)),
+        *("backbone.dinov3.blocks.0.attn.qkv.weight", "backbone.dinov3.blocks.0.attn.proj.bias"),
+        "backbone.dinov3.blocks.0.attn.qkv.bias_mask",
+    ),
 }
 """Some of their names, so that what the rules above make of names is what the code has."""
 
@@ -141,6 +219,11 @@ EXPECTED = {
 @torch.no_grad()
 def test_official_checkpoints_compute_as_the_official_code(variant: str, tmp_path: Path) -> None:
     model = their_model(VARIANTS[variant])
+    for name, tensor in model.state_dict().items():
+        if name.endswith("attention.k_proj.bias"):  # masked there
+            tensor.zero_()
+        if name.endswith("lambda1") and variant.startswith("S:"):  # none there
+            tensor.fill_(1.0)
     expected, _ = imported(model, tmp_path)
     state = official_state(model.state_dict())
     assert official_detector(state) == "deimv2"
@@ -157,10 +240,16 @@ def test_official_checkpoints_compute_as_the_official_code(variant: str, tmp_pat
     unseen = {"queries", "denoising", "dropout", "encoder_feedforward"}
     own = {"implementation": "official", "activation": "silu"}
     found = expected.config.model_copy(update=own).model_dump(exclude=unseen)
+    vit = found["backbone"]["dinov3"]
+    if variant.startswith("S:"):
+        vit |= {"normed": "none", "key_bias": True}
     assert detector.config.model_dump(exclude=unseen) == found
     assert info.preprocessing.exact_size == (640, 640)
+    over_vit = found["backbone"]["name"] == "dinov3"
+    assert info.preprocessing.normalisation == ("imagenet" if over_vit else "unit")
+    tensors = expected.state_dict()
     for name, tensor in detector.state_dict().items():
-        assert torch.equal(tensor, expected.state_dict()[name]), name
+        assert torch.equal(tensor, tensors.get(name, torch.zeros_like(tensor))), name
     make_official(model)
     detector.proposals.queries = 11  # of 300, which no tensor shows
     require_equal(detector.eval(), model, torch.randn(2, 3, *VARIANTS[variant].image))

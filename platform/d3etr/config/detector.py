@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from d3etr.config.backbones import (
+    DINOV3,
     RESNET_VD,
     SMALL,
     VIT,
@@ -15,6 +16,7 @@ from d3etr.config.backbones import (
     known_backbone,
 )
 from d3etr.config.base import MAXIMUM, Section
+from d3etr.config.dinov3 import DINOv3Config
 from d3etr.config.location import Location
 from d3etr.config.training import Precision, PretrainingConfig
 from d3etr.config.variants import VariantSection
@@ -33,8 +35,9 @@ class BackboneConfig(Section):
     name: Annotated[str, AfterValidator(known_backbone)] = "resnet50"
     """A torchvision network that gives feature maps (ResNets, ConvNeXt, Swin, EfficientNet and
     more, by torchvision's names), ``resnet50vd`` (18, 34, 50, 101: RT-DETR's ResNets),
-    ``timm/NAME`` of one of timm's, ``vit``: the vision transformers of LW-DETR and RF-DETR, or
-    ``small``: a GroupNorm network for small images."""
+    ``timm/NAME`` of one of timm's (and ``timm/hgnetv2_atto``, ``_femto``, ``_pico``: DEIMv2's),
+    ``vit``: the vision transformers of LW-DETR and RF-DETR, ``dinov3``: DEIMv2's, or ``small``: a
+    GroupNorm network for small images."""
     dilation: bool = False
     """DC5: the last stage keeps stride 16 and dilates instead (torchvision's ResNets only)."""
     norm: Literal["frozen", "group", "batch"] = "frozen"
@@ -49,11 +52,13 @@ class BackboneConfig(Section):
     stage_blocks: Layers = 1
     """``small`` only: residual blocks per stage."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
-    """All but ``small`` and ``vit``: how many of stem and four stages, from the stem on, keep their
-    weights; DETR uses 2 (stem and first stage) with ImageNet weights."""
+    """Networks of stages only (not ``small``, ``vit``, ``dinov3``): how many of stem and four
+    stages, from the stem on, keep their weights; DETR uses 2 (stem and first stage) with ImageNet
+    weights."""
     trainable: bool = True
     """False freezes the whole backbone."""
     vit: ViTConfig = ViTConfig()
+    dinov3: DINOv3Config = DINOv3Config()
 
     @property
     def has_batch_norm(self) -> bool:
@@ -82,13 +87,15 @@ class BackboneConfig(Section):
             )
         if self.name == SMALL and any(w % 8 for w in (self.stem_width, *self.stage_widths)):
             raise ValueError("stem_width and stage_widths must be multiples of 8 (GroupNorm)")
-        if self.name == VIT and self.frozen_stages:
+        if self.name in (VIT, DINOV3) and self.frozen_stages:
             raise ValueError(
-                f"frozen_stages is for networks of stages, not for backbone '{VIT}': set trainable "
+                f"frozen_stages is for networks of stages, not for '{self.name}': set trainable "
                 "to false"
             )
         if self.name != VIT and self.vit != ViTConfig():
             raise ValueError(f"vit has no effect on backbone '{self.name}', only on '{VIT}'")
+        if self.name != DINOV3 and self.dinov3 != DINOv3Config():
+            raise ValueError(f"dinov3 has no effect on backbone '{self.name}', only on '{DINOV3}'")
         if self.norm == "batch" and self.name == SMALL:
             raise ValueError("norm 'batch' has no effect on backbone 'small': it is GroupNorm")
         if self.norm != "frozen" and self.name != SMALL and not self.has_batch_norm:

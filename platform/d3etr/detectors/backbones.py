@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import nn
 
-from d3etr.config.backbones import SMALL, TIMM, VIT
+from d3etr.config.backbones import DINOV3, SMALL, TIMM, VIT
 from d3etr.config.detector import BackboneConfig
+from d3etr.detectors.dinov3 import DINOv3
 from d3etr.detectors.small_backbone import SmallBackbone
 from d3etr.detectors.torchvision_backbone import TorchvisionBackbone
 from d3etr.detectors.vit import WindowedViT
@@ -16,7 +17,7 @@ from d3etr.detectors.vit import WindowedViT
 if TYPE_CHECKING:
     from d3etr.detectors.timm_backbone import TimmBackbone
 
-Backbone: TypeAlias = "SmallBackbone | TorchvisionBackbone | TimmBackbone | WindowedViT"
+Backbone: TypeAlias = "SmallBackbone | TorchvisionBackbone | TimmBackbone | WindowedViT | DINOv3"
 
 
 def build_backbone(config: BackboneConfig) -> Backbone:
@@ -44,6 +45,8 @@ def _kind_of(name: str) -> type[Backbone]:
         return SmallBackbone
     if name == VIT:
         return WindowedViT
+    if name == DINOV3:
+        return DINOv3
     if name.startswith(TIMM):
         import d3etr.detectors.small_hgnet  # noqa: F401, importing timm takes two seconds
         from d3etr.detectors.timm_backbone import TimmBackbone

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from d3etr.config.base import MAXIMUM
 from d3etr.config.detector import Layers, Positive
 from d3etr.detectors.attention import SelfAttention
+from d3etr.detectors.conv_norm import ConvNorm, silu
 from d3etr.detectors.deformable_attention import (
     UnevenDeformableAttention,
     initialise_deformable,
@@ -26,13 +27,7 @@ from d3etr.detectors.deformable_decoder import DeformableDecoderLayer
 from d3etr.detectors.feature_levels import on_levels, valid_ratios
 from d3etr.detectors.groups import Decoded, GroupSize
 from d3etr.detectors.heads import box_logits
-from d3etr.detectors.hybrid_encoder import (
-    ConvNorm,
-    CSPRepLayer,
-    EncoderBlocks,
-    HybridEncoder,
-    silu,
-)
+from d3etr.detectors.hybrid_encoder import CSPRepLayer, EncoderBlocks, HybridEncoder
 from d3etr.detectors.initialisation import initialise_last
 from d3etr.detectors.selection import SelectingConfig, SelectingDecoder, SelectingDetector
 from d3etr.detectors.transformer import MLP, Activation, relu, run_decoder

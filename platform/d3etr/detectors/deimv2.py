@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from d3etr.detectors.attention import SelfAttention
 from d3etr.detectors.base import shrink_padding
+from d3etr.detectors.conv_norm import ConvNorm, silu
 from d3etr.detectors.d_fine import (
     DFINE,
     DFINEConfig,
@@ -30,7 +31,7 @@ from d3etr.detectors.d_fine import (
 )
 from d3etr.detectors.deformable_attention import UnevenDeformableAttention
 from d3etr.detectors.deformable_decoder import DeformableDecoderLayer
-from d3etr.detectors.hybrid_encoder import ConvNorm, EncoderBlocks, HybridEncoder, silu
+from d3etr.detectors.hybrid_encoder import EncoderBlocks, HybridEncoder
 from d3etr.detectors.transformer import MLP, Activation, relu
 
 EPSILON = 1e-6

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import nn
 
 from d3etr.config.detector import Positive
+from d3etr.detectors.conv_norm import ConvNorm
 from d3etr.detectors.deformable_attention import DeformableAttention, initialise_deformable
 from d3etr.detectors.deformable_decoder import (
     References,
@@ -19,7 +20,7 @@ from d3etr.detectors.deformable_decoder import (
     deformable_layers,
 )
 from d3etr.detectors.groups import Decoded, GroupSize
-from d3etr.detectors.hybrid_encoder import ConvNorm, HybridEncoder, repvgg_blocks
+from d3etr.detectors.hybrid_encoder import HybridEncoder, repvgg_blocks
 from d3etr.detectors.selection import SelectingConfig, SelectingDecoder, SelectingDetector
 from d3etr.detectors.transformer import MLP
 from d3etr.structures import Memory, ObjectQueries

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from d3etr.config.backbones import RESNET_VD, TIMM
+from d3etr.config.backbones import DINOV3, RESNET_VD, TIMM
 from d3etr.config.detector import BackboneConfig
-from d3etr.detectors.imports import hgnet
+from d3etr.config.dinov3 import DINOv3Config
+from d3etr.detectors.imports import dinov3, hgnet
 from d3etr.detectors.imports.settings import RESNETS
 
 WIDTHS: Mapping[str, tuple[int, ...]] = MappingProxyType(
@@ -37,6 +38,8 @@ def describe_backbone(config: BackboneConfig, stages: int) -> dict[str, Any]:
         config: one without ``problems_of_backbone``.
         stages: 1 to 4.
     """
+    if config.name == DINOV3:
+        return _describe_dinov3(config.dinov3)
     first = _STAGES + 1 - stages
     if config.dilation:  # their own ResNet has none
         return {
@@ -103,3 +106,24 @@ def problems_of_backbone(config: BackboneConfig) -> list[str]:
             "student.detector.backbone.dilation false, or over resnet50"
         )
     return problems
+
+
+def _describe_dinov3(config: DINOv3Config) -> dict[str, Any]:
+    """Of a DEIMv2 over it."""
+    gated = config.feedforward.endswith("_gated")
+    return {
+        "model_type": dinov3.MODEL,
+        "hidden_size": config.width,
+        "intermediate_size": config.inner,
+        "num_hidden_layers": config.blocks,
+        "num_attention_heads": config.heads,
+        "hidden_act": config.feedforward.removesuffix("_gated"),
+        "use_gated_mlp": gated,
+        "num_register_tokens": config.registers,
+        "key_bias": config.key_bias,
+        "layerscale_value": config.first_scale,
+        "layer_norm_eps": config.epsilon,
+        "apply_layernorm": config.normed == "all",
+        "pos_embed_rescale": None,
+        "out_indices": list(config.outputs),
+    }

@@ -12,8 +12,10 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
+from d3etr.config.backbones import DINOV3
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import DetectorConfig
+from d3etr.config.dinov3 import MAPS
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.d_fine import DFINEConfig
 from d3etr.detectors.dab_detr import DABDETRConfig
@@ -98,7 +100,7 @@ def describe(detector: DetectionTransformer, info: WeightsInfo) -> Described:
     kind = KINDS[config.name]
     problems = kind.problems(config)
     if kind.backbone is None:
-        problems = [*problems, *problems_of_backbone(config.backbone)]
+        problems = [*problems, *_problems_of_network(config)]
     elif not problems:
         problems = kind.sizes(config, info.preprocessing)
     multiple = detector.level_strides[-1] if kind.fuses else 1
@@ -119,6 +121,13 @@ def describe(detector: DetectionTransformer, info: WeightsInfo) -> Described:
         "label2id": {name: slot for slot, name in names.items()},
     }
     return Described(model, kind.processor, describe_preprocessing(info.preprocessing), slots)
+
+
+def _problems_of_network(config: DetectorConfig) -> list[str]:
+    """Of its backbone; DINOv3 is DEIMv2's, whose problems say what does not go with it."""
+    if isinstance(config, DEIMv2Config) and config.backbone.name == DINOV3:
+        return []
+    return problems_of_backbone(config.backbone)
 
 
 def class_slots(categories: Categories, unused: int) -> list[int]:
@@ -267,6 +276,7 @@ def _deimv2(config: DEIMv2Config, detector: DetectionTransformer) -> Settings:
         "encoder_has_trailing_conv": config.fusion == "elan4",
         "use_gateway": config.gateway,
         "share_bbox_head": config.shared_box_head,
+        "spatial_tuning_adapter_inplanes": config.backbone.dinov3.detail,
         "decoder_activation_function": config.activation,
     }
 
@@ -277,6 +287,18 @@ def _problems_of_deimv2(config: DEIMv2Config) -> list[str]:
         problems.append(
             "it computes as the official code, theirs otherwise: train one with student.detector."
             "implementation 'transformers'"
+        )
+    if config.backbone.name != DINOV3:
+        return problems
+    if config.stages != MAPS:
+        problems.append(
+            f"it reads {config.stages} maps of its backbone, theirs {MAPS}: train one with "
+            f"student.detector.levels {MAPS} and encoder 'hybrid'"
+        )
+    if config.backbone.dinov3.normed == "none":
+        problems.append(
+            "no map of its backbone is normed, theirs always the last one: train one with "
+            "student.detector.backbone.dinov3.normed 'last'"
         )
     return problems
 

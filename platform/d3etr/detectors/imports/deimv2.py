@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from d3etr.config.data import PreprocessingConfig
-from d3etr.detectors.imports import d_fine, rt_detr
+from d3etr.detectors.imports import d_fine, dinov3, rt_detr
 
 _FUSIONS = r"^(encoder\.(?:top_down|bottom_up)\.\d+)\."
 _SPLIT = re.compile(r"^(encoder\.(?:top_down|bottom_up)\.\d+\.stage[12])\.split\.(.*)$")
 _BOX_HEAD = re.compile(r"^decoder\.box_heads\.(\d+)\.(.*)$")
 RULES: tuple[tuple[str, str], ...] = (
+    *dinov3.RULES,
     (r"^conv_encoder\.encoder_input_proj\.", "encoder.projections."),
     (r"^encoder\.input_proj\.", "encoder.projections."),
     (r"^decoder(\.|_)input_proj\.", "levels."),
@@ -74,6 +75,7 @@ def settled(
             continue
         for part, half in zip(("shortcut", "first"), tensor.chunk(2), strict=True):
             ours[f"{match[1]}.{part}.{match[2]}"] = half
+    dinov3.settled(ours)
     heads: dict[str, list[str]] = {}
     for name in sorted(ours):
         if match := _BOX_HEAD.match(name):
@@ -108,6 +110,11 @@ def architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
+def unseen(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``config.json`` says and tensors do not show; empty settings: an official checkpoint."""
+    return d_fine.unseen(settings) | dinov3.unseen(settings)
+
+
 _PUBLISHED: Mapping[int, tuple[str, int, int]] = {
     64: ("Atto", 320, 100),
     96: ("Femto", 416, 150),
@@ -130,8 +137,15 @@ def official(
     """
     width = len(tensors.get("encoder.context.conv.weight", ()))
     sizes, side, queries = _PUBLISHED.get(width, ("sizes from N on", 640, 300))
+    found: dict[str, Any] = {"queries": queries}
+    over_vit = dinov3.is_dinov3(tensors)
+    if over_vit:
+        found["dinov3"] = dinov3.official(tensors)
     pixels = PreprocessingConfig(
-        normalisation="unit", shortest_side=None, longest_side=None, exact_size=(side, side)
+        normalisation="imagenet" if over_vit else "unit",
+        shortest_side=None,
+        longest_side=None,
+        exact_size=(side, side),
     )
     note = f"images of {side} x {side} and {queries} queries are assumed, as published ({sizes})"
-    return {"queries": queries}, pixels, [note]
+    return found, pixels, [note]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d3etr.config.data import PreprocessingConfig
-from d3etr.detectors.imports import d_fine, deimv2, dino, grouped, hgnet, resnet_vd, rt_detr
+from d3etr.detectors.imports import d_fine, deimv2, dino, dinov3, grouped, hgnet, resnet_vd, rt_detr
 from d3etr.detectors.imports.categories import COCO, COCO_SLOTS
 from d3etr.detectors.imports.projections import fuse_projections, split_projections
 
@@ -25,6 +25,8 @@ Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 """(pattern, replacement), applied in order to every name."""
 Agree = Callable[[Tensor, Tensor], bool]
 """Whether a tensor may be replaced by another that should be a copy of it."""
+Network = Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any] | None]
+"""As of ``grouped.backbone`` and ``dinov3.backbone``."""
 Official = Callable[
     [Mapping[str, Any], Mapping[str, Tensor]], tuple[dict[str, Any], PreprocessingConfig, list[str]]
 ]
@@ -48,8 +50,9 @@ class Layout:
         of_args: keys that tensors do not show, from official ``args`` (or nothing).
         told: keys that are tensors of theirs and none of ours, from those by their names.
         only_backbone: likewise of its ``backbone_config``, in place of those of convolutional ones.
+        networks: likewise, of a network of such a ``model_type``.
         backbone: configuration of the kind's own network, from tensors by our names and the keys
-            that tensors do not show; None: a ResNet or an HGNetV2.
+            that tensors do not show; None, or of None: a ResNet or an HGNetV2.
         official: of the ``args`` of an official checkpoint and tensors by our names: keys that they
             say or that are so as published, preprocessing, and what was assumed.
         unread: names of tensors by our names that nothing of so many backbone blocks reads.
@@ -70,7 +73,8 @@ class Layout:
     of_args: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
     told: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda _: {}
     only_backbone: Mapping[str, tuple[Any, ...]] | None = None
-    backbone: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]] | None = None
+    networks: Mapping[str, Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
+    backbone: Network | None = None
     official: Official | None = None
     unread: Callable[[Mapping[str, Tensor], int], list[str]] = lambda *_: []
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
@@ -127,6 +131,7 @@ UNUSED = (
     "decoder.anchors",
     "decoder.valid_mask",
     ".mask_token",
+    ".rope_embed.periods",
     *d_fine.BINS,
 )
 """Ends of names of what says nothing, or follows from other settings."""
@@ -168,8 +173,10 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             rules=(*deimv2.RULES, *SAMPLING),
             only=deimv2.ONLY,
             architecture=deimv2.architecture,
-            unseen=d_fine.unseen,
+            unseen=deimv2.unseen,
             told=d_fine.told,
+            networks={dinov3.MODEL: dinov3.ONLY},
+            backbone=dinov3.backbone,
             official=deimv2.official,
         ),
         "d_fine": Layout(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 FUSED: Sequence[tuple[str, str, tuple[str, ...]]] = (
     ("feedforward", "inner", ("gate_proj", "up_proj")),
+    (r"blocks\.\d+", "inner", ("gate_proj", "up_proj")),
     ("attention", "query_key", ("q_proj", "k_proj")),
     ("attention", "value", ("v_proj",)),
     ("self_attention", "content", ("q_content_proj", "k_content_proj", "v_proj")),
@@ -21,17 +22,24 @@ FUSED: Sequence[tuple[str, str, tuple[str, ...]]] = (
     ("cross_attention", "key", ("k_proj",)),
     ("cross_attention", "value", ("v_proj",)),
 )
-"""Our module and linear layer, and their layers that it holds, stacked in this order."""
+"""Our module (a pattern), its linear layer, and their layers that this holds, in this order."""
 
 
 def split_projections(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cut the [3 D, D] ``in_proj`` of ``nn.MultiheadAttention`` into query, key and value."""
+    """Cut [3 D, D] of ``nn.MultiheadAttention`` or of DINOv3 into query, key and value.
+
+    DINOv3's biases count as far as the official code's mask of them says: not for keys.
+    """
     apart: dict[str, Tensor] = {}
     for name, tensor in theirs.items():
-        block = re.match(r"^(.*\.)in_proj_(weight|bias)$", name)
+        if name.endswith("qkv.bias_mask"):
+            continue
+        block = re.match(r"^(.*\.)(?:in_proj_|qkv\.)(weight|bias)$", name)
         if block is None or len(tensor) % 3:
             apart[name] = tensor
             continue
+        if (mask := theirs.get(f"{name}_mask")) is not None:
+            tensor = tensor.masked_fill(mask == 0, 0.0)
         for letter, part in zip("qkv", tensor.chunk(3), strict=True):
             apart[f"{block[1]}{letter}_proj.{block[2]}"] = part
     return apart
