@@ -55,6 +55,15 @@ def test_a_plain_copy_keeps_the_evaluation(tmp_path: Path) -> None:
     assert read_info(target).evaluation == {"mAP": 0.5}
 
 
+OVER_DINOV3 = {
+    "points": 2,
+    "backbone": {
+        "name": "dinov3",
+        "dinov3": {"width": 16, "heads": 2, "blocks": 3, "outputs": (1, 2, 3), "normed": "none"},
+    },
+}
+
+
 def _saved(folder: Path, preprocessing: PreprocessingConfig | None = None, **settings: Any) -> Path:
     """Untrained weights of a tiny detector of two classes."""
     sizes = {"width": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "queries": 3}
@@ -78,6 +87,12 @@ def _saved(folder: Path, preprocessing: PreprocessingConfig | None = None, **set
         ({"name": "rt_detr", "learned_content": True}, "its queries have a learned content"),
         ({"name": "d_fine", "learned_content": True}, "its queries have a learned content"),
         ({"name": "deimv2"}, "implementation 'transformers'"),
+        ({"name": "deimv2", **OVER_DINOV3}, "no map of its backbone is normed"),
+        (
+            {"name": "deimv2", "levels": 2, **OVER_DINOV3},
+            "it reads 2 maps of its backbone, theirs 3",
+        ),
+        ({"name": "d_fine", **OVER_DINOV3}, "the backbone is 'dinov3', and only"),
         (
             {"name": "d_fine", "preprocessing": PreprocessingConfig(exact_size=(96, 100))},
             "its exact_size is 96 x 100, and theirs takes multiples of 32 only",

@@ -18,6 +18,7 @@ from d3etr.detectors.deimv2 import DEIMv2
 from d3etr.detectors.exports.backbones import describe_backbone
 from d3etr.detectors.imports.importing import import_weights
 from d3etr.detectors.imports.layouts import rename
+from d3etr.detectors.imports.settings import from_config
 from d3etr.errors import UserError
 from d3etr.structures import ImageBatch
 
@@ -278,6 +279,22 @@ def test_other_settings_are_refused(
     (copied / "config.json").write_text(json.dumps(settings | changes))
     with pytest.raises(UserError, match=text):
         import_weights(copied, tmp_path / "ours.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "text"),
+    [
+        ("deimv2", {"patch_size": 14}, "backbone_config: patch_size is 14, expected 16"),
+        ("deimv2", {"rope_theta": 50.0}, "backbone_config: rope_theta is 50.0"),
+        ("deimv2", {"hidden_act": "relu"}, "backbone_config: hidden_act is 'relu'"),
+        ("d_fine", {}, "backbone_config: model_type is 'dinov3_vit', expected 'resnet'"),
+    ],
+)
+def test_other_networks_are_refused(kind: str, changes: dict[str, Any], text: str) -> None:
+    network = {"model_type": "dinov3_vit", "hidden_act": "gelu", "patch_size": 16, **changes}
+    settings = {"model_type": kind, "activation_function": "silu", "backbone_config": network}
+    with pytest.raises(UserError, match=text):
+        from_config(settings, "config.json")
 
 
 @pytest.fixture(scope="module")
