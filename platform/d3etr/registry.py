@@ -100,6 +100,7 @@ DETECTORS = Registry(
         "deformable_detr": "d3etr.detectors.deformable_detr:DeformableDETR",
         "rt_detr": "d3etr.detectors.rt_detr:RTDETR",
         "d_fine": "d3etr.detectors.d_fine:DFINE",
+        "deimv2": "d3etr.detectors.deimv2:DEIMv2",
         "lw_detr": "d3etr.detectors.lw_detr:LWDETR",
         "rf_detr": "d3etr.detectors.rf_detr:RFDETR",
         "dino": "d3etr.detectors.dino:DINO",

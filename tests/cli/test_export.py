@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from d3etr.cli.main import main
+from d3etr.config.backbone import BackboneConfig
 from d3etr.config.data import PreprocessingConfig
-from d3etr.config.detector import BackboneConfig, detector_config
+from d3etr.config.detector import detector_config
 from d3etr.detectors import foundation
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.exports.inversion import invert
@@ -55,6 +56,15 @@ def test_a_plain_copy_keeps_the_evaluation(tmp_path: Path) -> None:
     assert read_info(target).evaluation == {"mAP": 0.5}
 
 
+OVER_DINOV3 = {
+    "points": 2,
+    "backbone": {
+        "name": "dinov3",
+        "dinov3": {"width": 16, "heads": 2, "blocks": 3, "outputs": (1, 2, 3), "normed": "none"},
+    },
+}
+
+
 def _saved(folder: Path, preprocessing: PreprocessingConfig | None = None, **settings: Any) -> Path:
     """Untrained weights of a tiny detector of two classes."""
     sizes = {"width": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "queries": 3}
@@ -77,6 +87,13 @@ def _saved(folder: Path, preprocessing: PreprocessingConfig | None = None, **set
         ({"name": "dino"}, "no such detector as 'dino', and nothing there could read the folder"),
         ({"name": "rt_detr", "learned_content": True}, "its queries have a learned content"),
         ({"name": "d_fine", "learned_content": True}, "its queries have a learned content"),
+        ({"name": "deimv2"}, "implementation 'transformers'"),
+        ({"name": "deimv2", **OVER_DINOV3}, "no map of its backbone is normed"),
+        (
+            {"name": "deimv2", "levels": 2, **OVER_DINOV3},
+            "it reads 2 maps of its backbone, theirs 3",
+        ),
+        ({"name": "d_fine", **OVER_DINOV3}, "the backbone is 'dinov3', and only"),
         (
             {"name": "d_fine", "preprocessing": PreprocessingConfig(exact_size=(96, 100))},
             "its exact_size is 96 x 100, and theirs takes multiples of 32 only",

@@ -14,7 +14,7 @@ import torchvision
 from pydantic import ValidationError
 from torchvision.ops import FrozenBatchNorm2d
 
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.frozen_norms import FrozenNorm, FusedFrozenBatchNorm2d, NormedConv2d
 from d3etr.detectors.small_backbone import StridedShortcut
@@ -63,7 +63,7 @@ def test_a_strided_shortcut_is_a_strided_convolution(inputs: int) -> None:
 def test_gradients_of_a_narrow_backbone_stay_inside_their_memory() -> None:
     """The C library aborts when it meets damaged memory; a few steps are enough."""
     code = (
-        "import torch; from d3etr.config.detector import BackboneConfig; "
+        "import torch; from d3etr.config.backbone import BackboneConfig; "
         "from d3etr.detectors.small_backbone import SmallBackbone; "
         "torch.set_num_threads(1); torch.manual_seed(0); "
         "net = SmallBackbone(BackboneConfig(name='small', stem_width=8, stage_widths=(8, 8, 16))); "

@@ -120,6 +120,22 @@ def test_one_worker_equals_pytorchs() -> None:
     assert torch.equal(mine.eval()(x), theirs.eval()(x))
 
 
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_are_right_in_any_layout(images: int, training: bool) -> None:
+    """Of tokens [B, S, C], whose gradient is stored channel by channel, PyTorch's are not."""
+    norm, x = BatchNorm2d(16).train(training), torch.randn(images, 16, 3, 4)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+    expected = nn.functional.batch_norm(x, torch.zeros(16), torch.ones(16), training=training)
+    x = x.requires_grad_(True)
+    above = torch.randn(images, 12, 16).transpose(1, 2).unflatten(2, (3, 4))
+    norm(x).backward(above)
+    assert norm.bias.grad is not None and norm.weight.grad is not None
+    torch.testing.assert_close(norm.bias.grad, above.sum((0, 2, 3)))
+    torch.testing.assert_close(norm.weight.grad, (above * expected).sum((0, 2, 3)))
+
+
 def test_what_is_frozen_keeps_its_statistics_in_training() -> None:
     x, _ = batch(0.0)
     norm = ours().train().requires_grad_(False)

@@ -11,8 +11,8 @@ import torch
 from tiny import FAMILY, tiny_detector_config
 
 from d3etr import inference
+from d3etr.config.backbone import BackboneConfig
 from d3etr.config.data import PreprocessingConfig
-from d3etr.config.detector import BackboneConfig
 from d3etr.detectors import backbones, base
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import WeightsInfo, load_weights, save_weights
@@ -34,8 +34,8 @@ def test_every_detector_runs_over_it(
     padding[1, 40:], padding[1, :, 36:] = True, True
     memory = detector.encode(ImageBatch(torch.randn(2, 3, 45, 70), padding))
     [outputs] = detector.decode(memory, [detector.object_queries(memory)])
-    grids = ((3, 5), (2, 3)) if detector.config.feature_levels > 1 else ((2, 3),)
-    assert memory.levels == grids
+    grids = {(32,): ((2, 3),), (16, 32): ((3, 5), (2, 3)), (32, 64): ((2, 3), (1, 2))}
+    assert memory.levels == grids[detector.level_strides]
     assert outputs.logits.shape[:3] == (2, 2, 5)
     (outputs.logits.sum() + outputs.boxes_cxcywh.sum()).backward()
     parameters = [p for p in detector.backbone.parameters() if p.requires_grad]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from tiny import FAMILY, tiny_detector_config
 from torch import Tensor
 
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.config.vit import ViTConfig
 from d3etr.detectors.backbones import build_backbone

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d3etr.cli.main import main
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.heads import sigmoid_logits
 from d3etr.detectors.imports import importing

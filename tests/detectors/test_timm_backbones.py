@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
 from d3etr.detectors import timm_weights
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.imports.importing import import_weights

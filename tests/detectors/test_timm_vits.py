@@ -14,9 +14,9 @@ from tiny import FAMILY, tiny_detector_config
 from torch import nn
 from torch.nn import functional
 
+from d3etr.config.backbone import BackboneConfig
 from d3etr.config.backbones import is_timm_vit
 from d3etr.config.data import PreprocessingConfig
-from d3etr.config.detector import BackboneConfig
 from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import OptimisationConfig, SetCriterionConfig
 from d3etr.detectors import timm_weights

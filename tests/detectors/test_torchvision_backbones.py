@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import FrozenBatchNorm2d
 
-from d3etr.config.backbones import BACKBONES, RESNET_VD, SMALL, TORCHVISION, VIT, family_of
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
+from d3etr.config.backbones import (
+    BACKBONES,
+    DINOV3,
+    RESNET_VD,
+    SMALL,
+    TORCHVISION,
+    VIT,
+    family_of,
+)
 from d3etr.detectors import timm_weights
 from d3etr.detectors.backbones import Backbone, build_backbone
 from d3etr.detectors.torchvision_backbone import build_network, group_norm
@@ -92,7 +100,7 @@ def test_names_are_torchvisions() -> None:
     vits = {name for name in offered if name.startswith("vit_")}
     assert {*TORCHVISION} == {*offered} - others - vits
     assert len(BACKBONES) == len({*BACKBONES})
-    assert {*BACKBONES} == {SMALL, VIT, *TORCHVISION, *RESNET_VD}
+    assert {*BACKBONES} == {SMALL, VIT, DINOV3, *TORCHVISION, *RESNET_VD}
 
 
 @pytest.mark.slow

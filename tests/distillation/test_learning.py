@@ -33,7 +33,10 @@ def squares(seed: int) -> tuple[ImageBatch, Targets]:
     return ImageBatch(pixels), Targets(labels, boxes, counts, ids, sizes, torch.ones(IMAGES).long())
 
 
-@pytest.mark.parametrize("kind", ["rt_detr", "d_fine", "lw_detr", "rf_detr", "dino"])
+KINDS = ("rt_detr", "d_fine", "deimv2", "deimv2-lite", "lw_detr", "rf_detr", "dino")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_squares_are_found(kind: str) -> None:
     torch.manual_seed(0)
     config = tiny_detector_config(**{"width": 32, "heads": 4, **FAMILY[kind]})

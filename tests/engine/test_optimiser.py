@@ -9,7 +9,7 @@ from tiny import tiny_detector_config
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
 from d3etr.config.training import OptimisationConfig
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.build import build_detector

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from d3etr.config.backbone import BackboneConfig
 from d3etr.config.data import AugmentationConfig, DataConfig
-from d3etr.config.detector import BackboneConfig
 from d3etr.config.training import PretrainingConfig
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.weights import load_backbone_weights, read_metadata

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
 from d3etr.detectors.backbones import Backbone, build_backbone
 from d3etr.detectors.frozen_norms import FrozenNorm
 

@@ -110,15 +110,15 @@ def their_model(variant: Variant) -> Any:
             module.eval()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            _randomise(name, tensor)
+            randomise(name, tensor)
         for name, value in zip(("up", "reg_scale"), variant.told, strict=True):
             model.get_parameter(f"model.decoder.{name}").fill_(value)
     return model
 
 
-def _randomise(name: str, tensor: Tensor) -> None:
+def randomise(name: str, tensor: Tensor) -> None:
     """Weights by which every part matters and nothing saturates."""
-    if name.endswith(("num_points_scale", "num_batches_tracked")):
+    if name.endswith(("num_points_scale", "num_batches_tracked")) or not tensor.numel():
         return
     if name.endswith("running_var"):
         tensor.uniform_(0.5, 1.5)

@@ -250,6 +250,7 @@ def test_every_detector_is_compared() -> None:
     own_files = {
         "rt_detr",
         "d_fine",
+        "deimv2",
         "lw_detr",
         "rf_detr",
         "dino",

@@ -14,14 +14,15 @@ from test_resnet_vd import require_close, with_statistics
 from timm.models.hgnet import model_cfgs
 from torch import Tensor, nn
 
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.batch_norm import BatchNorm2d
+from d3etr.detectors.exports.backbones import describe_backbone
 from d3etr.detectors.frozen_norms import FrozenNorm
 from d3etr.detectors.imports.importing import import_weights
 from d3etr.detectors.imports.layouts import rename, rename_backbone
 from d3etr.detectors.imports.settings import _infer_backbone
-from d3etr.detectors.timm_backbone import TimmBackbone
+from d3etr.detectors.timm_backbone import TimmBackbone, build_timm
 from d3etr.detectors.timm_weights import INNER, from_timm
 from d3etr.detectors.weights import load_backbone_weights, load_strictly, write_tensors
 from d3etr.errors import UserError
@@ -194,6 +195,25 @@ def test_every_size_is_recognised(size: int) -> None:
         for name, x in ours.items()
         if not name.startswith("head.") and not name.endswith("num_batches_tracked")
     }
+
+
+@pytest.mark.parametrize("size", ["atto", "femto", "pico"])
+@torch.no_grad()
+def test_sizes_of_three_stages_equal_transformers(size: str) -> None:
+    config = BackboneConfig(name=f"timm/hgnetv2_{size}")
+    backbone = build_backbone(config).eval()
+    settings = describe_backbone(config, 3)
+    torch.manual_seed(0)
+    network = with_statistics(transformers.HGNetV2Backbone(transformers.HGNetV2Config(**settings)))
+    assert isinstance(backbone, TimmBackbone)
+    renamed = rename_backbone(network.state_dict())
+    load_strictly(backbone, from_timm(backbone, renamed), "theirs")
+    for height, width in SIZES:
+        pixels = torch.randn(2, 3, height, width)
+        require_close(backbone.pyramid(pixels, 3), [*network(pixels).feature_maps])
+    assert (backbone.stage_strides, backbone.stride) == ((4, 8, 16), 16)
+    with pytest.raises(UserError, match=f"no weights of ImageNet for timm/hgnetv2_{size}"):
+        build_timm(config.name, pretrained=True)
 
 
 def test_other_sizes_are_refused() -> None:

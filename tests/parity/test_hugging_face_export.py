@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from test_imported_detections import PICTURES, assert_same, detect, write_pictures
 
 from d3etr.cli.main import main
+from d3etr.config.backbone import BackboneConfig
 from d3etr.config.data import PreprocessingConfig
-from d3etr.config.detector import BackboneConfig, DetectorConfig
+from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
@@ -53,6 +54,26 @@ D_FINE = {
     "encoder_width": 32,
     "encoder_feedforward": 40,
     "bins": 8,
+}
+DEIMV2 = {
+    **D_FINE,
+    "name": "deimv2",
+    "levels": 2,
+    "points": (4, 2),
+    "encoder_blocks": 2,
+    "fusion": "elan4",
+    "implementation": "transformers",
+}
+DINOV3 = {
+    **{"width": 32, "blocks": 4, "heads": 2, "inner": 40, "outputs": (1, 3, 4), "detail": 6},
+}
+LITE = {
+    **DEIMV2,
+    "encoder": "lite",
+    "encoder_layers": 0,
+    "encoder_feedforward": 1024,
+    "gateway": False,
+    "shared_box_head": True,
 }
 PLAIN_VIT = {
     "kind": "lw_detr",
@@ -120,6 +141,53 @@ KINDS: dict[str, dict[str, Any]] = {
         "bound": 0.3,
         "curvature": 7.5,
     },
+    "deimv2": DEIMV2,
+    "deimv2-elan5": {
+        **DEIMV2,
+        "levels": 3,
+        "points": (3, 6, 3),
+        "fusion": "elan5",
+        "activation": "relu",
+        "encoder_width": 48,
+    },
+    "deimv2-over-resnet": {**DEIMV2, "backbone": {"name": "resnet18vd"}, "gateway": False},
+    "deimv2-dinov3": {
+        **DEIMV2,
+        "levels": 3,
+        "points": (2, 4, 2),
+        "fusion": "elan5",
+        "backbone": {
+            "name": "dinov3",
+            "dinov3": {**DINOV3, "registers": 3, "feedforward": "silu_gated"},
+        },
+    },
+    "deimv2-dinov3-without-registers": {
+        **DEIMV2,
+        "levels": 3,
+        "points": (2, 2, 2),
+        "encoder_width": 48,
+        "backbone": {
+            "name": "dinov3",
+            "dinov3": {
+                **DINOV3,
+                **{"registers": 0, "key_bias": False, "normed": "last"},
+                **{"epsilon": 1e-6, "first_scale": 1.0},
+            },
+        },
+    },
+    "deimv2-atto": {**LITE, "backbone": {"name": "timm/hgnetv2_atto"}},
+    "deimv2-femto": {
+        **LITE,
+        "backbone": {"name": "timm/hgnetv2_femto"},
+        "denoising": {"queries": 0},
+        "bound": 0.3,
+    },
+    "deimv2-pico": {
+        **LITE,
+        "backbone": {"name": "timm/hgnetv2_pico"},
+        "gateway": True,
+        "shared_box_head": False,
+    },
     "lw_detr": {**LW_DETR, "backbone": {"name": "vit", "vit": PLAIN_VIT}},
     "lw_detr-three-levels": {
         **LW_DETR,
@@ -138,7 +206,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "d_fine-over-resnet": {**D_FINE, "backbone": {"name": "resnet18vd"}, "points": (4, 2, 2)},
 }
-SELECTING, GROUPED = ("rt_detr", "d_fine"), ("lw_detr", "rf_detr")
+SELECTING, GROUPED = ("rt_detr", "d_fine", "deimv2"), ("lw_detr", "rf_detr")
 BOUNDED = PreprocessingConfig(shortest_side=96, longest_side=200)
 SQUARE = PreprocessingConfig(exact_size=(96, 96))
 STRETCHED = PreprocessingConfig(exact_size=(96, 160), normalisation="unit")
@@ -202,7 +270,7 @@ def _batch(padded: bool, width: int = 128) -> ImageBatch:
 
 @torch.no_grad()
 def _assert_equal_outputs(ours: DetectionTransformer, model: Any, softmax: bool) -> None:
-    # Their RT-DETR and D-FINE do not look at the mask.
+    # Their RT-DETR and its kin do not look at the mask.
     kind = model.config.model_type
     images = _batch(not kind.startswith(SELECTING), 96 if kind in GROUPED else 128)
     visible = torch.ones_like(images.pixels[:, 0], dtype=torch.long)
@@ -274,14 +342,14 @@ def test_exported_folders_detect_the_same_and_come_back(
     _assert_comes_back(folder, weights)
 
 
-@pytest.mark.parametrize("size", range(7))
-def test_every_hgnet_has_the_right_sizes(size: int) -> None:
-    name = f"timm/hgnetv2_b{size}.some_weights"
-    settings = describe_backbone(BackboneConfig(name=name), 3)
+@pytest.mark.parametrize("size", [*(f"b{k}" for k in range(7)), "atto", "femto", "pico"])
+def test_every_hgnet_has_the_right_sizes(size: str) -> None:
+    name, stages = f"timm/hgnetv2_{size}.some_weights", 3 if size.startswith("b") else 2
+    settings = describe_backbone(BackboneConfig(name=name), stages)
     assert settings.pop("model_type") == "hgnet_v2"
     with torch.device("meta"):
         network = transformers.HGNetV2Backbone(transformers.HGNetV2Config(**settings))
-        ours = build_backbone(BackboneConfig(name=f"timm/hgnetv2_b{size}"))
+        ours = build_backbone(BackboneConfig(name=f"timm/hgnetv2_{size}"))
     found = {n: x.shape for n, x in rename_backbone(network.state_dict()).items()}
     expected = {n.removeprefix(INNER): x.shape for n, x in ours.state_dict().items()}
     counters = {name for name in found if name.endswith("num_batches_tracked")}

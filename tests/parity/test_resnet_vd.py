@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import RTDetrResNetBackbone, RTDetrResNetConfig
 
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.imports.importing import import_weights, recognise
 from d3etr.detectors.imports.layouts import rename, rename_backbone

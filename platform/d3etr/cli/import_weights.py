@@ -19,7 +19,7 @@ from d3etr.errors import UserError
 from d3etr.text import printable
 
 if TYPE_CHECKING:
-    from d3etr.config.detector import BackboneConfig
+    from d3etr.config.backbone import BackboneConfig
     from d3etr.detectors.imports.importing import Imported
 
 _SHOWN = 6
@@ -99,8 +99,8 @@ def _run(options: Namespace) -> int:
 
 
 def _named(name: str) -> BackboneConfig:
+    from d3etr.config.backbone import BackboneConfig
     from d3etr.config.backbones import RESNET_VD, TIMM
-    from d3etr.config.detector import BackboneConfig
 
     if not name.startswith(TIMM) and name not in RESNET_VD:
         raise UserError(

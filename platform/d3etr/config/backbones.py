@@ -11,6 +11,8 @@ from types import MappingProxyType
 SMALL = "small"
 VIT = "vit"
 """The vision transformers of LW-DETR and RF-DETR; what they are, ``backbone.vit`` says."""
+DINOV3 = "dinov3"
+"""DINOv3 with DEIMv2's adapter, likewise ``backbone.dinov3``."""
 TIMM = "timm/"
 """Beginning of names of timm's networks; which there are, timm says when one is built."""
 
@@ -51,7 +53,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Names by family: all torchvision's but the last."""
 
-WITHOUT_BATCH_NORM = ("ConvNeXt", "Swin", "VGG", "timm without batch norm", VIT)
+WITHOUT_BATCH_NORM = ("ConvNeXt", "Swin", "VGG", "timm without batch norm", VIT, DINOV3)
 """Families that ``norm`` has nothing to act on in: LayerNorm, or no normalisation."""
 
 _TIMM_LAYER_NORM = ("convnext", "swin", "hiera", "davit", "pvt_v2", "focalnet", "inception_next")
@@ -60,7 +62,7 @@ _TIMM_VIT = ("vit_", "deit", "eva", "flexivit", "aimv2", "beit3", "test_vit")
 """Beginnings of timm's names of plain vision transformers; DINOv2's and v3's begin by ``vit_``."""
 
 TORCHVISION = tuple(n for family, names in FAMILIES.items() if family != _VD for n in names)
-BACKBONES = (SMALL, *TORCHVISION, *RESNET_VD, VIT)
+BACKBONES = (SMALL, *TORCHVISION, *RESNET_VD, VIT, DINOV3)
 
 
 def known_backbone(name: str) -> str:
@@ -75,8 +77,8 @@ def known_backbone(name: str) -> str:
     examples = ", ".join(names[0] for names in FAMILIES.values())
     nearest = f"; did you mean {', '.join(close)}?" if close else f", for example {examples}"
     raise ValueError(
-        f"found '{name}', expected '{SMALL}', '{VIT}', {TIMM}NAME, a {_VD} or a torchvision "
-        f"network with feature maps{nearest}"
+        f"found '{name}', expected '{SMALL}', '{VIT}', '{DINOV3}', {TIMM}NAME, a {_VD} or a "
+        f"torchvision network with feature maps{nearest}"
     )
 
 
@@ -86,9 +88,9 @@ def is_timm_vit(name: str) -> bool:
 
 
 def family_of(name: str) -> str:
-    """The family of a network; ``small`` for the network of our own, ``vit`` for its like."""
-    if name == VIT:
-        return VIT
+    """The family of a network; ``small`` for the network of our own; ViTs are of their own."""
+    if name in (VIT, DINOV3):
+        return name
     if name.startswith(TIMM):
         layer_norm = name.removeprefix(TIMM).startswith((*_TIMM_LAYER_NORM, *_TIMM_VIT))
         return "timm without batch norm" if layer_norm else "timm"

@@ -1,11 +1,17 @@
 """What every section of the configuration tree shares."""
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from d3etr.config.credentials import refuse_credentials
 
 MAXIMUM = 10**9
 """Of numbers that nothing else bounds: beyond it is a slip, and what computes with it breaks."""
+
+Size = Annotated[int, Field(ge=1, le=65_536)]
+"""Of a network: channels, heads, queries."""
+Layers = Annotated[int, Field(ge=1, le=100)]
 
 
 class Section(BaseModel):

@@ -112,11 +112,11 @@ class CrossAttentionConfig(AttentionConfig):
     distance: Literal["kl", "mse", "energy", "points"] = "kl"  # type: ignore[assignment]
     """Between two attention maps. kl: Kullback-Leibler divergence of each row. mse: mean squared
     difference. The others are for detectors that sample (``deformable_detr``, ``rt_detr``,
-    ``d_fine``, ``lw_detr``, ``rf_detr``, ``dino``). energy: the energy distance of both sets of
-    weighted points, without a grid; it pulls a point to the teacher's from any distance, where maps
-    of points more than a cell apart have nothing in common. points: where the decoder began as the
-    teacher's, point by point: divergence of the weights, and L1 of the places in cells, weighted by
-    the teacher's; not over adaptive pairs."""
+    ``d_fine``, ``deimv2``, ``lw_detr``, ``rf_detr``, ``dino``). energy: the energy distance of
+    both sets of weighted points, without a grid; it pulls a point to the teacher's from any
+    distance, where maps of points more than a cell apart have nothing in common. points: where the
+    decoder began as the teacher's, point by point: divergence of the weights, and L1 of the places
+    in cells, weighted by the teacher's; not over adaptive pairs."""
     levels: Literal["stride", "merged"] = "stride"
     """Which feature levels of maps correspond. stride: those of the same stride; others are left
     out, and what is left is renormalised (one level each: the teacher's map is resized). merged:
@@ -189,8 +189,8 @@ class AuxiliaryGroupConfig(Section):
     """What the group's decoder states start from, in detectors whose queries have a content.
     adapted: the teacher's, through a linear map where widths differ. own: what the student's own
     queries start from, its encoder's token at the teacher's place, or its learned vectors
-    (``rt_detr``, ``d_fine`` and ``dino``, whose default it is). learned: the student's learned
-    vectors, one after the other (``lw_detr`` and ``rf_detr``, whose default it is)."""
+    (``rt_detr``, ``d_fine``, ``deimv2`` and ``dino``, whose default it is). learned: the student's
+    learned vectors, one after the other (``lw_detr`` and ``rf_detr``, whose default it is)."""
 
 
 class GeneralPointsConfig(Section):

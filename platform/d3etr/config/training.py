@@ -50,15 +50,16 @@ class SetCriterionConfig(Section):
     """Likewise: exponent of the probability in that weight, and with ``mal`` of the IoU; None: 2
     (varifocal, ia_bce) or 1.5 (mal), as published."""
     fgl_weight: Weight = 0.15
-    """Detectors that refine distributions of edges (``d_fine``) only, as the next two: weight of
-    the fine-grained localisation loss; 0 leaves it out."""
+    """Detectors that refine distributions of edges (``d_fine``, ``deimv2``) only, as the next two:
+    weight of the fine-grained localisation loss; 0 leaves it out. A recipe for a ``deimv2`` with
+    ``encoder: lite`` has 0 for it and ``ddf_weight`` unless it says otherwise."""
     ddf_weight: Weight = 1.5
     """Weight of the loss by which the last layer's distributions teach those of the layers before
     it; 0 leaves it out."""
     union_matching: bool = False
     """Boxes and edges learn, in all layers, over the union of the matches of all layers and of the
-    encoder, where a query has the object of most of them. A recipe for a student of ``d_fine`` has
-    true unless it says otherwise."""
+    encoder, where a query has the object of most of them. A recipe for a student of ``d_fine`` or
+    ``deimv2`` (but ``encoder: lite``) has true unless it says otherwise."""
     no_object_weight: Annotated[float, Field(gt=0, le=MAXIMUM)] = 0.1
     """``classification: softmax`` only: weight of a query that should find nothing in the cross
     entropy; one that should find an object has 1, and the sum is divided by all weights."""
@@ -132,9 +133,9 @@ class OptimisationConfig(Section):
     step from its end: the last norm has none, the last block one, the embeddings one more than
     there are blocks. RF-DETR: 0.8. None: all layers have the same rate."""
     sampling_rate_factor: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """Detectors that sample only (``deformable_detr``, ``rt_detr``, ``d_fine``, ``lw_detr``,
-    ``rf_detr``, ``dino``): learning rate of sampling offsets and reference points, as a factor on
-    ``learning_rate``; the official code of Deformable DETR has 0.1."""
+    """Detectors that sample only (``deformable_detr``, ``rt_detr``, ``d_fine``, ``deimv2``,
+    ``lw_detr``, ``rf_detr``, ``dino``): learning rate of sampling offsets and reference points, as
+    a factor on ``learning_rate``; the official code of Deformable DETR has 0.1."""
     inherited_rate_factor: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Learning rate of what ``student.initialise_from`` took, as a factor on its own, during
     ``inherited_warmup_steps``: a new backbone learns to serve a decoder before that moves. 0

@@ -193,7 +193,7 @@ class Config(Section):
         if not student.refines_distributions and (idle := criterion.idle_edges_key()):
             raise ValueError(
                 f"optimisation.set_criterion.{idle} has no effect on detector '{student.name}', "
-                "only on those that refine distributions of edges, such as 'd_fine': remove it"
+                "only on those that refine distributions of edges, 'd_fine' or 'deimv2': remove it"
             )
 
 

@@ -7,9 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from d3etr.config.base import Section
+from d3etr.config.base import Section, Size
 
-Positive = Annotated[int, Field(ge=1, le=65_536)]
 Block = Annotated[int, Field(ge=0, le=100)]
 Outputs = Annotated[tuple[Block, ...], Field(min_length=1)]
 """After how many blocks features are taken."""
@@ -26,24 +25,24 @@ class ViTConfig(Section):
     kind: Literal["dinov2", "lw_detr"] = "dinov2"
     """dinov2: RF-DETR's, with a class token in every window and a last norm. lw_detr: LW-DETR's,
     with neither, and keys without a bias."""
-    width: Positive = 384
+    width: Size = 384
     """Channels."""
     blocks: Annotated[int, Field(ge=1, le=100)] = 12
     """Blocks; official RF-DETR of patches of 14 pixels: 11, as nothing reads the twelfth."""
-    heads: Positive = 6
+    heads: Size = 6
     """Attention heads; ``width`` must be a multiple of their number."""
     expansion: Annotated[int, Field(ge=1, le=16)] = 4
     """Channels between the two linear maps of each block, as a factor on ``width``."""
-    patch: Positive = 16
+    patch: Size = 16
     """Side of a patch in pixels: the stride of the features."""
-    windows: Positive = 2
+    windows: Size = 2
     """Windows along each side of an image; 1: every block attends over the whole image. Images are
     padded to multiples of ``patch`` times this."""
     whole: tuple[Block, ...] = (3, 6, 9)
     """Blocks, counted from 0, that attend over the whole image all the same."""
     outputs: Outputs = (3, 6, 9, 12)
     """After how many blocks features are taken, rising; the last one is ``blocks``."""
-    positions: Positive = 24
+    positions: Size = 24
     """Side of the grid of patches that position embeddings are learned for; they are resized to
     that of an image."""
 

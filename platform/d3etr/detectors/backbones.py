@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from d3etr.config.backbones import SMALL, TIMM, VIT, is_timm_vit
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
+from d3etr.config.backbones import DINOV3, SMALL, TIMM, VIT, is_timm_vit
+from d3etr.detectors.dinov3 import DINOv3
 from d3etr.detectors.small_backbone import SmallBackbone
 from d3etr.detectors.torchvision_backbone import TorchvisionBackbone
 from d3etr.detectors.vit import WindowedViT
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from d3etr.detectors.timm_backbone import TimmBackbone
     from d3etr.detectors.timm_vit import TimmViT
 
-Backbone: TypeAlias = "SmallBackbone | TorchvisionBackbone | TimmBackbone | TimmViT | WindowedViT"
+Backbone: TypeAlias = (
+    "SmallBackbone | TorchvisionBackbone | TimmBackbone | TimmViT | WindowedViT | DINOv3"
+)
 
 
 @runtime_checkable
@@ -59,12 +62,15 @@ def _kind_of(name: str) -> type[Backbone]:
         return SmallBackbone
     if name == VIT:
         return WindowedViT
+    if name == DINOV3:
+        return DINOv3
     if is_timm_vit(name):
         from d3etr.detectors.timm_vit import TimmViT  # importing timm takes two seconds
 
         return TimmViT
     if name.startswith(TIMM):
-        from d3etr.detectors.timm_backbone import TimmBackbone  # importing timm takes two seconds
+        import d3etr.detectors.small_hgnet  # noqa: F401, importing timm takes two seconds
+        from d3etr.detectors.timm_backbone import TimmBackbone
 
         return TimmBackbone
     return TorchvisionBackbone

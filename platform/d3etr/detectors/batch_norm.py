@@ -59,6 +59,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         if learns and _workers() > 1:
             joined: Tensor = self._over_workers(x)
             return joined
+        if len(x) == 1 and x.device.type == "cpu" and torch.is_grad_enabled():
+            # PyTorch (2.14) misreads a gradient in another layout than its input's: one image has
+            # strides of both.
+            x = x.contiguous(memory_format=torch.channels_last)
         running = self.running_mean, self.running_var
         return functional.batch_norm(
             x, *running, self.weight, self.bias, learns, self.momentum, self.eps

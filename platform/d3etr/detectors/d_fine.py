@@ -9,15 +9,15 @@ Shapes: B images · L decoder layers · N queries · C classes · K bins · D wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from d3etr.config.base import MAXIMUM
-from d3etr.config.detector import Layers, Positive
+from d3etr.config.base import MAXIMUM, Layers, Size
 from d3etr.detectors.attention import SelfAttention
+from d3etr.detectors.conv_norm import ConvNorm, silu
 from d3etr.detectors.deformable_attention import (
     UnevenDeformableAttention,
     initialise_deformable,
@@ -26,13 +26,7 @@ from d3etr.detectors.deformable_decoder import DeformableDecoderLayer
 from d3etr.detectors.feature_levels import on_levels, valid_ratios
 from d3etr.detectors.groups import Decoded, GroupSize
 from d3etr.detectors.heads import box_logits
-from d3etr.detectors.hybrid_encoder import (
-    ConvNorm,
-    CSPRepLayer,
-    EncoderBlocks,
-    HybridEncoder,
-    silu,
-)
+from d3etr.detectors.hybrid_encoder import CSPRepLayer, EncoderBlocks, HybridEncoder
 from d3etr.detectors.initialisation import initialise_last
 from d3etr.detectors.selection import SelectingConfig, SelectingDecoder, SelectingDetector
 from d3etr.detectors.transformer import MLP, Activation, relu, run_decoder
@@ -51,7 +45,7 @@ class DFINEConfig(SelectingConfig):
     """D-FINE."""
 
     name: Literal["d_fine"] = "d_fine"
-    points: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = (3, 6, 3)
+    points: Size | Annotated[tuple[Size, ...], Field(min_length=1)] = (3, 6, 3)
     """Places that each head samples on each level: one number for each, or one for all."""
     encoder_blocks: Layers = 3
     """RepVGG blocks of each of the encoder's stages; official: 1 (N, S), 2 (M) and 3 (L, X)."""
@@ -76,6 +70,16 @@ class DFINEConfig(SelectingConfig):
         return (self.points,) * self.levels if isinstance(self.points, int) else self.points
 
     @property
+    def box_heads(self) -> int:
+        """One for each layer, or one for all."""
+        return self.decoder_layers
+
+    @property
+    def embeds_refined(self) -> bool:
+        """Whether each layer's query embeddings are those of the boxes that it starts from."""
+        return True
+
+    @property
     def criterion_defaults(self) -> Mapping[str, float | str]:
         """As of RT-DETR's kin; boxes learn over the union of all layers' matches, as official."""
         return {**super().criterion_defaults, "union_matching": True}
@@ -98,25 +102,33 @@ class DFINEConfig(SelectingConfig):
 
 
 class ELANLayer(nn.Module):
-    """Fuses two maps: two CSP stages one after the other, and what comes in between (RepNCSPELAN4).
+    """Fuses maps: two CSP stages one after the other, and what comes in between (RepNCSPELAN4).
 
     Args:
-        width: D', of each map and of the result.
+        inputs: channels of what comes in.
+        width: D', of the result.
         within: channels of the stages.
         blocks: RepVGG blocks of each.
+        mixes: a 3x3 convolution behind each stage; without them it is DEIMv2's RepNCSPELAN5.
     """
 
-    def __init__(self, width: int, within: int, blocks: int) -> None:
+    def __init__(
+        self, inputs: int, width: int, within: int, blocks: int, mixes: bool = True
+    ) -> None:
         super().__init__()
-        self.enter = ConvNorm(2 * width, 2 * width, activation=silu)
+
+        def mix() -> nn.Module:
+            return ConvNorm(within, within, 3, activation=silu) if mixes else nn.Identity()
+
+        self.enter = ConvNorm(inputs, 2 * width, activation=silu)
         self.stage1 = CSPRepLayer(width, within, within, blocks)
-        self.mix1 = ConvNorm(within, within, 3, activation=silu)
+        self.mix1 = mix()
         self.stage2 = CSPRepLayer(within, within, within, blocks)
-        self.mix2 = ConvNorm(within, within, 3, activation=silu)
+        self.mix2 = mix()
         self.leave = ConvNorm(2 * width + 2 * within, width, activation=silu)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 2 D', h, w] to [B, D', h, w]."""
+        """[B, inputs, h, w] to [B, D', h, w]."""
         x = self.enter(x)
         first = self.mix1(self.stage1(x.chunk(2, 1)[1]))
         second = self.mix2(self.stage2(first))
@@ -129,9 +141,14 @@ def elan_blocks(config: DFINEConfig) -> EncoderBlocks:
     within = round(config.expansion * width // 2)
     return EncoderBlocks(
         lambda: ConvNorm(width, width),
-        lambda: ELANLayer(width, within, config.encoder_blocks),
-        lambda: nn.Sequential(ConvNorm(width, width), ConvNorm(width, width, 3, 2, groups=width)),
+        lambda: ELANLayer(2 * width, width, within, config.encoder_blocks),
+        lambda: halving(width),
     )
+
+
+def halving(width: int) -> nn.Module:
+    """[B, D', h, w] to half the resolution, rounded up: channels first, then space (SCDown)."""
+    return nn.Sequential(ConvNorm(width, width), ConvNorm(width, width, 3, 2, groups=width))
 
 
 class Gate(nn.Module):
@@ -139,12 +156,13 @@ class Gate(nn.Module):
 
     Args:
         width: D.
+        norm: of the result; None: a layer norm.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.gate = nn.Linear(2 * width, 2 * width)
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width) if norm is None else norm
 
     def forward(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         """[B, N, D] of the same."""
@@ -181,15 +199,20 @@ class DFINEDecoder(SelectingDecoder):
         super().__init__(config)
         activation = config.decoder_activation
         width, depth, outputs = config.width, config.decoder_layers, 4 * (config.bins + 1)
-        self.layers = nn.ModuleList(DFINELayer(config) for _ in range(depth))
+        self.layers = nn.ModuleList(self.make_layer(config) for _ in range(depth))
         self.first_box_head = MLP((width, width, width, 4), activation)
         self.class_heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(depth))
         self.box_heads = nn.ModuleList(
-            MLP((width, width, width, outputs), activation) for _ in range(depth)
+            MLP((width, width, width, outputs), activation) for _ in range(config.box_heads)
         )
         self.quality_heads = nn.ModuleList(
             MLP((4 * (STEEPEST + 1), QUALITY_WIDTH, 1), activation) for _ in range(depth)
         )
+
+    @staticmethod
+    def make_layer(config: DFINEConfig) -> nn.Module:
+        """A layer, as ``DecoderLayer``."""
+        return DFINELayer(config)
 
     def embed_boxes(self, boxes: Tensor) -> Tensor:
         """Query embeddings [.., N, D] of boxes [.., N, 4] cxcywh."""
@@ -243,6 +266,14 @@ class Refinement:
         self.boxes: list[Tensor] = []
         self.corners: list[Tensor] = []
         self.before: Tensor | None = None
+        self.embedding: Tensor | None = None
+        self.embeds_refined = config.embeds_refined
+
+    def embed(self) -> Tensor:
+        """Query embeddings [B, N, D] of the next layer."""
+        if self.embedding is None or self.embeds_refined:
+            self.embedding = self.decoder.embed_boxes(self.reference)
+        return self.embedding
 
     def predict(self, layer: int, states: Tensor) -> None:
         """Take in the states [B, N, D] of the next layer."""
@@ -252,7 +283,8 @@ class Refinement:
                 self.first = box_logits(self.decoder.first_box_head, states, self.start).sigmoid()
                 self.moved = boxes_to_move(self.first.detach(), self.groups)
             joined = states if self.before is None else states + self.before
-            corners: Tensor = self.decoder.box_heads[layer](joined).view(self.shape)
+            head = min(layer, len(self.decoder.box_heads) - 1)
+            corners: Tensor = self.decoder.box_heads[head](joined).view(self.shape)
             if self.corners:
                 corners = corners + self.corners[-1]
             moves = mean_distances(corners, self.distances)
@@ -275,19 +307,18 @@ class DFINE(SelectingDetector):
     """
 
     config: DFINEConfig
-    config_class = DFINEConfig
+    config_class: ClassVar[type[DFINEConfig]] = DFINEConfig
     decoder: DFINEDecoder
 
     def __init__(self, config: DFINEConfig, classes: int) -> None:
         super().__init__(config, classes)
-        channels = self.backbone.stage_channels[-config.levels :]
-        self.encoder = HybridEncoder(config, channels, elan_blocks(config))
+        self.encoder = self.make_encoder(config, self.backbone.stage_channels[-config.stages :])
         same = config.encoder_width == config.width
         self.levels = nn.ModuleList(
             nn.Identity() if same else ConvNorm(config.encoder_width, config.width)
-            for _ in channels
+            for _ in range(config.levels)
         )
-        self.decoder = DFINEDecoder(config, classes)
+        self.decoder = self.make_decoder(config, classes)
         self.initialise()
         initialise_last(self.decoder.first_box_head)
         for head in self.decoder.quality_heads:
@@ -299,6 +330,16 @@ class DFINE(SelectingDetector):
             elif isinstance(module, Gate):  # both halves alike, whatever the states
                 nn.init.zeros_(module.gate.weight)
                 nn.init.zeros_(module.gate.bias)
+
+    @staticmethod
+    def make_encoder(config: DFINEConfig, channels: Sequence[int]) -> HybridEncoder:
+        """Of a backbone's stages of so many channels, finest first."""
+        return HybridEncoder(config, channels, elan_blocks(config))
+
+    @staticmethod
+    def make_decoder(config: DFINEConfig, classes: int) -> DFINEDecoder:
+        """The layers with their heads."""
+        return DFINEDecoder(config, classes)
 
     def decode_together(
         self,
@@ -317,7 +358,7 @@ class DFINE(SelectingDetector):
             if index:
                 refinement.predict(index - 1, hidden)
             place = on_levels(refinement.reference, ratios, len(memory.levels))
-            return self.decoder.embed_boxes(refinement.reference), place
+            return refinement.embed(), place
 
         hidden = self.contents(memory, groups).expand(images, -1, -1)
         states, trace = run_decoder(self.decoder.layers, hidden, aim, memory, sizes, attention)

@@ -15,7 +15,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from d3etr.config.detector import DetectorConfig, Positive
+from d3etr.config.base import Size
+from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.deformable_attention import (
     DeformableAttention,
@@ -51,7 +52,7 @@ class DeformableDETRConfig(DetectorConfig):
     levels: Annotated[int, Field(ge=1, le=16)] = 4
     """Feature levels; up to three are the backbone's last stages, each further one halves the
     resolution again."""
-    points: Positive = 4
+    points: Size = 4
     """Places that each head samples on each level."""
     box_refinement: bool = False
     """Every decoder layer moves the boxes of the one before."""

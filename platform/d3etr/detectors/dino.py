@@ -17,8 +17,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from d3etr.config.base import MAXIMUM
-from d3etr.config.detector import Positive
+from d3etr.config.base import MAXIMUM, Size
 from d3etr.detectors.deformable_attention import DeformableAttention, initialise_deformable
 from d3etr.detectors.deformable_decoder import (
     References,
@@ -51,7 +50,7 @@ class DINOConfig(SelectedQueriesConfig):
     """DINO."""
 
     name: Literal["dino"] = "dino"
-    queries: Positive = 900
+    queries: Size = 900
     """N, object queries: the most objects that can be found in an image."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of activations that training sets to 0."""
@@ -60,7 +59,7 @@ class DINOConfig(SelectedQueriesConfig):
     the resolution again. Official: 4, or 5 with all stages of the backbone."""
     backbone_levels: Annotated[int, Field(ge=1, le=8)] = BACKBONE_LEVELS
     """How many of the backbone's stages are feature levels, at most."""
-    points: Positive = 4
+    points: Size = 4
     """Places that each head samples on each level."""
     learned_content: bool = True
     """Mixed query selection; false: queries start from the selected tokens (pure selection)."""

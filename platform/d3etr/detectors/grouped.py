@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from d3etr.config.detector import Layers, Positive
+from d3etr.config.base import Layers, Size
 from d3etr.detectors.backbones import BlockMaps, store_channels_last
 from d3etr.detectors.base import DetectionTransformer, sampled_memory
 from d3etr.detectors.box_selection import BoxSelection
@@ -69,9 +69,9 @@ class GroupedConfig(SelectedConfig):
     """L, layers of the decoder; official: 3, RF-DETR's 2 to 4."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of activations that training sets to 0."""
-    cross_heads: Positive = 16
+    cross_heads: Size = 16
     """Heads of the attention to the memory; ``width`` must be a multiple of their number."""
-    points: Positive = 2
+    points: Size = 2
     """Places that each head samples on each level."""
     scales: Annotated[
         tuple[Annotated[float, Field(gt=0, le=2)], ...],

@@ -9,7 +9,6 @@ Shapes: B images · V feature levels, finest first · D' encoder width · h, w c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,8 +17,8 @@ from torch.nn import functional
 
 from d3etr.detectors.attention import SelfAttention
 from d3etr.detectors.base import shrink_padding
-from d3etr.detectors.batch_norm import BatchNorm2d
-from d3etr.detectors.transformer import Activation, EncoderLayer
+from d3etr.detectors.conv_norm import ConvNorm, silu
+from d3etr.detectors.transformer import EncoderLayer
 
 if TYPE_CHECKING:
     from d3etr.detectors.selection import SelectingConfig
@@ -27,43 +26,6 @@ if TYPE_CHECKING:
 BLOCKS = 3
 """RepVGG blocks of each fusion."""
 TEMPERATURE = 10_000.0
-silu = partial(nn.SiLU, inplace=True)
-
-
-class ConvNorm(nn.Module):
-    """A convolution without bias, batch norm over all workers unless told, and an activation.
-
-    Args:
-        inputs: channels.
-        outputs: channels.
-        size: of the kernel; padded so that stride alone changes the resolution.
-        stride: 1 or 2.
-        groups: of channels that the convolution keeps apart.
-        activation: after the norm.
-        norm: makes the norm of so many channels.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        size: int = 1,
-        stride: int = 1,
-        *,
-        groups: int = 1,
-        activation: Activation = nn.Identity,
-        norm: Callable[[int], nn.Module] = BatchNorm2d,
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(
-            inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=False
-        )
-        self.norm = norm(outputs)
-        self.activation = activation()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, h, w] to [B, outputs, ceil(h / stride), ceil(w / stride)]."""
-        return self.activation(self.norm(self.conv(x)))  # type: ignore[no-any-return]
 
 
 class RepVGGBlock(nn.Module):
@@ -108,18 +70,25 @@ class CSPRepLayer(nn.Module):
         return self.last(self.blocks(self.first(x)) + self.shortcut(x))  # type: ignore[no-any-return]
 
 
+def side_by_side(one: Tensor, other: Tensor) -> Tensor:
+    """[B, 2 D', h, w] of two maps [B, D', h, w]."""
+    return torch.cat([one, other], 1)
+
+
 class EncoderBlocks(NamedTuple):
-    """What an encoder fuses levels by; each makes a module.
+    """What an encoder fuses levels by; each but ``join`` makes a module.
 
     Attributes:
         lateral: of [B, D', h, w], before the map goes a level down.
-        fuse: of two maps side by side [B, 2 D', h, w] to [B, D', h, w].
+        fuse: of two maps that were joined to [B, D', h, w].
         halve: of [B, D', h, w] to half the resolution, rounded up.
+        join: two maps [B, D', h, w] for ``fuse``.
     """
 
     lateral: Callable[[], nn.Module]
     fuse: Callable[[], nn.Module]
     halve: Callable[[], nn.Module]
+    join: Callable[[Tensor, Tensor], Tensor] = side_by_side
 
 
 def repvgg_blocks(config: SelectingConfig) -> EncoderBlocks:
@@ -145,8 +114,9 @@ class HybridEncoder(nn.Module):
         self, config: SelectingConfig, channels: Sequence[int], blocks: EncoderBlocks
     ) -> None:
         super().__init__()
-        width, steps = config.encoder_width, len(channels) - 1
+        width, steps = config.encoder_width, config.levels - 1
         own = config.model_copy(update={"width": width, "feedforward": config.encoder_feedforward})
+        self.join = blocks.join
         self.projections = nn.ModuleList(ConvNorm(count, width) for count in channels)
         self.layers = nn.ModuleList(
             EncoderLayer(own, SelfAttention(own), nn.GELU) for _ in range(config.encoder_layers)
@@ -163,21 +133,23 @@ class HybridEncoder(nn.Module):
             maps: [B, channels, h, w] of the backbone's stages, finest first.
             padding: [B, height, width] bool at the images' resolution, or None.
         """
-        *finer, top = (
-            project(features) for project, features in zip(self.projections, maps, strict=True)
-        )
-        tops = [self._attend(top, padding)]
+        *finer, top = self.project(maps)
+        tops = [self.look_around(top, padding)]
         for lateral, fuse, own in zip(self.laterals, self.top_down, finer[::-1], strict=True):
             tops[-1] = lateral(tops[-1])
             # As large as the finer map, which need not have an even number of rows.
             upsampled = functional.interpolate(tops[-1], size=own.shape[-2:])
-            tops.append(fuse(torch.cat([upsampled, own], 1)))
+            tops.append(fuse(self.join(upsampled, own)))
         fused = [tops.pop()]
         for halve, fuse in zip(self.downsamples, self.bottom_up, strict=True):
-            fused.append(fuse(torch.cat([halve(fused[-1]), tops.pop()], 1)))
+            fused.append(fuse(self.join(halve(fused[-1]), tops.pop())))
         return fused
 
-    def _attend(self, top: Tensor, padding: Tensor | None) -> Tensor:
+    def project(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps [B, D', h, w] of all levels, of those of the backbone, finest first."""
+        return [project(part) for project, part in zip(self.projections, maps, strict=True)]
+
+    def look_around(self, top: Tensor, padding: Tensor | None) -> Tensor:
         """The coarsest level [B, D', h, w], whose cells attend to each other."""
         height, width = top.shape[-2:]
         hidden = shrink_padding(padding, (height, width))

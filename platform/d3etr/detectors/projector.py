@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from d3etr.detectors.hybrid_encoder import ConvNorm, silu
+from d3etr.detectors.conv_norm import ConvNorm, silu
 from d3etr.detectors.transformer import relu
 
 WIDEST = 512

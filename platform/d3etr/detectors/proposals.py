@@ -36,14 +36,21 @@ class TokenHeads(nn.Module):
         config: uses width and queries.
         classes: C.
         activation: within the box head.
+        projects: whether tokens are projected and normed first.
     """
 
-    def __init__(self, config: DetectorConfig, classes: int, activation: Activation = relu) -> None:
+    def __init__(
+        self,
+        config: DetectorConfig,
+        classes: int,
+        activation: Activation = relu,
+        projects: bool = True,
+    ) -> None:
         super().__init__()
         width = config.width
         self.queries = config.queries
-        self.projection = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, width) if projects else nn.Identity()
+        self.norm = nn.LayerNorm(width) if projects else nn.Identity()
         self.class_head = nn.Linear(width, classes)
         self.box_head = MLP((width, width, width, 4), activation)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
 from d3etr.detectors.grouped import GroupedConfig, GroupedDetector
 from d3etr.detectors.projector import ChannelNorm, Norm
 

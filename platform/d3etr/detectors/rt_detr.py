@@ -10,7 +10,8 @@ from typing import Literal
 
 from torch import nn
 
-from d3etr.config.detector import Positive
+from d3etr.config.base import Size
+from d3etr.detectors.conv_norm import ConvNorm
 from d3etr.detectors.deformable_attention import DeformableAttention, initialise_deformable
 from d3etr.detectors.deformable_decoder import (
     References,
@@ -19,7 +20,7 @@ from d3etr.detectors.deformable_decoder import (
     deformable_layers,
 )
 from d3etr.detectors.groups import Decoded, GroupSize
-from d3etr.detectors.hybrid_encoder import ConvNorm, HybridEncoder, repvgg_blocks
+from d3etr.detectors.hybrid_encoder import HybridEncoder, repvgg_blocks
 from d3etr.detectors.selection import SelectingConfig, SelectingDecoder, SelectingDetector
 from d3etr.detectors.transformer import MLP
 from d3etr.structures import Memory, ObjectQueries
@@ -29,7 +30,7 @@ class RTDETRConfig(SelectingConfig):
     """RT-DETR."""
 
     name: Literal["rt_detr"] = "rt_detr"
-    points: Positive = 4
+    points: Size = 4
     """Places that each head samples on each level."""
     sampling: Literal["bilinear", "discrete"] = "bilinear"
     """discrete: the nearest cell, without interpolation and with no gradient to the places

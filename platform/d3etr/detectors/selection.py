@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from d3etr.config.detector import Layers, Positive
+from d3etr.config.base import Layers, Size
 from d3etr.detectors.backbones import store_channels_last
 from d3etr.detectors.base import DetectionTransformer, sampled_memory
 from d3etr.detectors.denoising import DENOISING, DenoisingConfig, touching
@@ -59,6 +59,11 @@ class SelectedQueriesConfig(SelectedConfig):
         return relu
 
     @property
+    def projects_tokens(self) -> bool:
+        """Whether tokens are projected and normed before the heads that select among them."""
+        return True
+
+    @property
     def learns_content(self) -> bool:
         """With ``learned_content``."""
         return self.learned_content
@@ -76,15 +81,15 @@ class SelectingConfig(SelectedQueriesConfig):
     """Layers of attention within the coarsest level; 0 leaves it out."""
     decoder_layers: Layers = 6
     """L, layers of the decoder; official: 3 (R18), 4 (R34) and 6."""
-    feedforward: Positive = 1024
+    feedforward: Size = 1024
     """Channels between the two linear maps of each decoder layer."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of activations that training sets to 0."""
     levels: Annotated[int, Field(ge=1, le=BACKBONE_LEVELS)] = 3
     """Feature levels: the backbone's last stages."""
-    encoder_width: Positive = 256
+    encoder_width: Size = 256
     """Channels of the encoder; the decoder has ``width``. Official: 256, with ResNet-101 384."""
-    encoder_feedforward: Positive = 1024
+    encoder_feedforward: Size = 1024
     """Channels between the two linear maps of the encoder's attention layers."""
     expansion: Annotated[float, Field(gt=0, le=8)] = 1.0
     """Channels within the encoder's fusions, as a factor on its width; 0.5 with ResNet-18, 34."""
@@ -92,6 +97,11 @@ class SelectingConfig(SelectedQueriesConfig):
     @property
     def feature_levels(self) -> int:
         """Feature levels that cross-attention maps run over."""
+        return self.levels
+
+    @property
+    def stages(self) -> int:
+        """How many of the backbone's last stages the encoder reads."""
         return self.levels
 
     @property
@@ -115,12 +125,12 @@ class Selection(TokenHeads):
     """Scores every token by its classes; the best ones propose boxes.
 
     Args:
-        config: uses width, queries and decoder_activation.
+        config: uses width, queries, decoder_activation and projects_tokens.
         classes: C.
     """
 
     def __init__(self, config: SelectedQueriesConfig, classes: int) -> None:
-        super().__init__(config, classes, config.decoder_activation)
+        super().__init__(config, classes, config.decoder_activation, config.projects_tokens)
 
     def forward(
         self, tokens: Tensor, padding: Tensor | None, levels: Levels
@@ -271,15 +281,17 @@ class SelectingDetector(SelectedQueriesDetector):
 
     def __init__(self, config: SelectingConfig, classes: int) -> None:
         super().__init__(config, classes)
-        self._strides = self.backbone.stage_strides[-config.levels :]
-        if len(self._strides) < config.levels:
+        strides = self.backbone.stage_strides[-config.stages :]
+        if len(strides) < config.stages:
             raise UserError(
-                f"detector '{config.name}' reads {config.levels} levels of its backbone, and "
-                f"{config.backbone.name} gives strides {[*self._strides]} only: set levels to "
-                f"{len(self._strides)}, choose a backbone with more stages (such as resnet50vd or "
+                f"detector '{config.name}' reads {config.stages} levels of its backbone, and "
+                f"{config.backbone.name} gives strides {[*strides]} only: set levels to "
+                f"{len(strides)}, choose a backbone with more stages (such as resnet50vd or "
                 "timm/hgnetv2_b0), or a detector that makes coarser levels of its own (such as "
                 "'dino', 'deformable_detr' or 'rf_detr')"
             )
+        coarser = range(1, config.levels - config.stages + 1)
+        self._strides = (*strides, *(strides[-1] * 2**level for level in coarser))
         self.stride = self._strides[0]
 
     def initialise(self) -> None:
@@ -303,7 +315,7 @@ class SelectingDetector(SelectedQueriesDetector):
         Args:
             images: B padded images.
         """
-        maps = self.backbone.pyramid(images.pixels, self.config.levels)
+        maps = self.backbone.pyramid(images.pixels, self.config.stages)
         maps = self.encoder(maps, images.padding)
         maps = [project(part) for project, part in zip(self.levels, maps, strict=True)]
         memory = sampled_memory(maps, images.padding)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
 
 GROUPS = 8
 WIDEST_REGISTER = 16

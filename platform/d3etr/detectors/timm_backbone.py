@@ -16,8 +16,8 @@ from timm.models.hgnet import HighPerfGpuNet
 from torch import Tensor, nn
 from torch.nn import functional
 
+from d3etr.config.backbone import BackboneConfig
 from d3etr.config.backbones import TIMM
-from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.batch_norm import BatchNorm2d
 from d3etr.detectors.small_backbone import GroupNorm
 from d3etr.detectors.torchvision_backbone import FIRST_STRIDE, group_norm, replace_batch_norm

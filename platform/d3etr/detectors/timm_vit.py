@@ -13,7 +13,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
 from d3etr.detectors.block_depth import layers_of
 from d3etr.detectors.timm_backbone import known_to_timm
 from d3etr.errors import UserError

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import VGG, ConvNeXt, DenseNet, ResNet, SwinTransformer
 
+from d3etr.config.backbone import BackboneConfig
 from d3etr.config.backbones import RESNET_VD
-from d3etr.config.detector import BackboneConfig
 from d3etr.detectors.batch_norm import BatchNorm2d
 from d3etr.detectors.frozen_norms import (
     FrozenNorm,

@@ -12,8 +12,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from d3etr.config.backbones import RESNET_VD, SMALL, TIMM, VIT
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
+from d3etr.config.backbones import DINOV3, RESNET_VD, SMALL, TIMM, VIT
 from d3etr.detectors.resnet_vd import with_first_shortcut
 from d3etr.errors import UserError
 
@@ -38,11 +38,12 @@ def imagenet_weights(config: BackboneConfig) -> dict[str, Tensor]:
     Raises:
         UserError: there are none for this backbone, or they can't be downloaded.
     """
-    if config.name == VIT:
+    if config.name in (VIT, DINOV3):
+        kind = "RF-DETR" if config.name == VIT else "DEIMv2"
         raise UserError(
-            f"backbone_weights 'imagenet' does not fit backbone '{VIT}', which has none: start "
-            "from a whole detector by student.initialise_from ('d3etr import-weights' of an "
-            "RF-DETR), or give a file that 'd3etr pretrain-backbone' wrote"
+            f"backbone_weights 'imagenet' does not fit backbone '{config.name}', which has none: "
+            "start from a whole detector by student.initialise_from ('d3etr import-weights' of an "
+            f"{kind}), or give a file that 'd3etr pretrain-backbone' wrote"
         )
     if config.name == SMALL or (config.has_batch_norm and config.norm == "group"):
         raise UserError(

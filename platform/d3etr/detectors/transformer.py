@@ -156,10 +156,10 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attention = self_attention
-        self.self_norm = nn.LayerNorm(config.width)
+        self.self_norm: nn.Module = nn.LayerNorm(config.width)
         self.cross_attention = cross_attention
         self.cross_norm: nn.Module = nn.LayerNorm(config.width)
-        self.feedforward = FeedForward(config, activation)
+        self.feedforward: nn.Module = FeedForward(config, activation)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(

@@ -11,13 +11,15 @@ width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import stochastic_depth
 
-from d3etr.config.detector import BackboneConfig
+from d3etr.config.backbone import BackboneConfig
 from d3etr.config.vit import ViTConfig
 from d3etr.detectors.attention import attend, split_heads
 
@@ -27,32 +29,57 @@ EPSILON = 1e-6
 """Of layer norms."""
 
 
+class Sizes(NamedTuple):
+    """Of one block.
+
+    Attributes:
+        width: D.
+        heads: of attention.
+        inner: channels between the two linear layers.
+        key_bias: whether keys have one.
+        first_scale: of what is added, before training.
+        epsilon: of layer norms.
+    """
+
+    width: int
+    heads: int
+    inner: int
+    key_bias: bool
+    first_scale: float
+    epsilon: float
+
+
 class Block(nn.Module):
     """Attention and two linear layers, pre-norm, each scaled by channel before it is added.
 
     Args:
-        config: of the network.
-        whole: its attention is over the whole image.
+        sizes: of its layers.
+        windows: that its attention is over together: W^2 for the whole image.
         drop_path: how often training leaves out a branch for a window, as LW-DETR's code does.
     """
 
-    def __init__(self, config: ViTConfig, whole: bool, drop_path: float) -> None:
+    def __init__(self, sizes: Sizes, windows: int = 1, drop_path: float = 0.0) -> None:
         super().__init__()
-        width, self.drop_path = config.width, drop_path
-        self.heads, self.windows = config.heads, config.windows**2 if whole else 1
-        self.attention_norm = nn.LayerNorm(width, EPSILON)
+        width, self.drop_path = sizes.width, drop_path
+        self.heads, self.windows = sizes.heads, windows
+        self.attention_norm = nn.LayerNorm(width, sizes.epsilon)
         self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width, bias=config.kind == "dinov2")
+        self.key = nn.Linear(width, width, bias=sizes.key_bias)
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
-        self.attention_scale = nn.Parameter(torch.full((width,), _first_scale(config)))
-        self.inner_norm = nn.LayerNorm(width, EPSILON)
-        self.inner = nn.Linear(width, config.expansion * width)
-        self.outer = nn.Linear(config.expansion * width, width)
-        self.inner_scale = nn.Parameter(torch.full((width,), _first_scale(config)))
+        self.attention_scale = nn.Parameter(torch.full((width,), sizes.first_scale))
+        self.inner_norm = nn.LayerNorm(width, sizes.epsilon)
+        self.inner = nn.Linear(width, sizes.inner)
+        self.outer = nn.Linear(sizes.inner, width)
+        self.inner_scale = nn.Parameter(torch.full((width,), sizes.first_scale))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B W^2, S, D] to the same."""
+    def forward(self, x: Tensor, turn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Map [B W^2, S, D] to the same.
+
+        Args:
+            x: tokens.
+            turn: changes queries and keys, each [B W^2, H, S, E], by their places.
+        """
         tokens = self.attention_norm(x)
         if self.windows > 1:
             tokens = tokens.reshape(-1, self.windows * x.shape[1], x.shape[2])
@@ -60,9 +87,11 @@ class Block(nn.Module):
             split_heads(project(tokens), self.heads)
             for project in (self.query, self.key, self.value)
         )
+        if turn is not None:
+            query, key = turn(query), turn(key)
         mixed = self.output(attend(query, key, value, None, 0.0)).reshape(x.shape)
         x = x + self._kept(self.attention_scale * mixed)
-        inner = functional.gelu(self.inner(self.inner_norm(x)))
+        inner = self.activate(self.inner(self.inner_norm(x)))
         return x + self._kept(self.inner_scale * self.outer(inner))
 
     def _kept(self, branch: Tensor) -> Tensor:
@@ -70,9 +99,26 @@ class Block(nn.Module):
         kept: Tensor = stochastic_depth(branch, self.drop_path, "row", self.training)
         return kept
 
+    def activate(self, inner: Tensor) -> Tensor:
+        """What is between the two linear layers."""
+        return functional.gelu(inner)
 
-def _first_scale(config: ViTConfig) -> float:
-    return 1.0 if config.kind == "dinov2" else 0.1
+
+def _windowed_block(config: ViTConfig, whole: bool, drop_path: float) -> Block:
+    """Whose attention is within windows, or over the whole image."""
+    width, dinov2 = config.width, config.kind == "dinov2"
+    inner, scale = config.expansion * width, 1.0 if dinov2 else 0.1
+    sizes = Sizes(width, config.heads, inner, dinov2, scale, EPSILON)
+    return Block(sizes, config.windows**2 if whole else 1, drop_path)
+
+
+def draw_linear(module: nn.Module) -> None:
+    """Draw every linear layer's weights as published."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=SPREAD)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
 
 class WindowedViT(nn.Module):
@@ -108,12 +154,10 @@ class WindowedViT(nn.Module):
         # The first is the class token's; LW-DETR's code has it too, and no class token.
         self.positions = nn.Parameter(torch.randn(1 + vit.positions**2, vit.width) * SPREAD)
         step = config.drop_path / max(1, vit.blocks - 1)
-        self.blocks = nn.ModuleList(Block(vit, k in vit.whole, step * k) for k in range(vit.blocks))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=SPREAD)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.blocks = nn.ModuleList(
+            _windowed_block(vit, k in vit.whole, step * k) for k in range(vit.blocks)
+        )
+        draw_linear(self)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, height, width] -> [B, D, h, w], the last map."""

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from d3etr.config.backbone import BackboneConfig
 from d3etr.config.data import DataConfig
-from d3etr.config.detector import BackboneConfig
 from d3etr.config.training import OptimisationConfig, PretrainingConfig, ScheduleConfig
 from d3etr.data.augmentation import augment_pixels, draw_augmentation
 from d3etr.data.images import load_image, to_pixels

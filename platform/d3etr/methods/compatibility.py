@@ -187,7 +187,7 @@ def _check_samples(
         raise UserError(
             f"distillation.cross_attention.distance '{term.distance}' compares sampled points, but "
             f"{' and '.join(dense)} attends to the whole memory: set it to 'kl', or use "
-            "'deformable_detr', 'rt_detr', 'd_fine', 'lw_detr' or 'rf_detr'"
+            "'deformable_detr', 'rt_detr', 'd_fine', 'deimv2', 'lw_detr' or 'rf_detr'"
         )
     counts = [getattr(detector, "points", None) for detector in (student, teacher)]
     if term.distance == "points" and counts[0] != counts[1]:

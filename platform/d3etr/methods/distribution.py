@@ -163,8 +163,8 @@ class DistributionConfig(D3ETRConfig):
 def _without_bins(whose: str, detector: DetectorConfig) -> str:
     return (
         "distillation.method 'distribution' compares distributions over the edges of boxes, and "
-        f"the {whose} ({detector.name}) has none: use 'd_fine' for both detectors, or method "
-        "'d3etr'"
+        f"the {whose} ({detector.name}) has none: use 'd_fine' or 'deimv2' for both detectors, "
+        "or method 'd3etr'"
     )
 
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from d3etr.config.backbones import RESNET_VD, TIMM
-from d3etr.config.detector import BackboneConfig
-from d3etr.detectors.imports import hgnet
+from d3etr.config.backbone import BackboneConfig
+from d3etr.config.backbones import DINOV3, RESNET_VD, TIMM
+from d3etr.config.dinov3 import DINOv3Config
+from d3etr.detectors.imports import dinov3, hgnet
 from d3etr.detectors.imports.settings import RESNETS
 
 WIDTHS: Mapping[str, tuple[int, ...]] = MappingProxyType(
@@ -21,7 +22,7 @@ _PLAIN = {name: network for network, name in RESNETS.items()}
 _VD = {f"{name}vd": x for name, x in _PLAIN.items() if f"{name}vd" in RESNET_VD}
 """ResNet-vd: (kind of block, blocks per stage) by name. transformers has them as RT-DETR's."""
 _RESNETS = _PLAIN | _VD
-_HGNET = re.compile(rf"{TIMM}hgnetv2_b([0-6])(\..*)?")
+_HGNET = re.compile(rf"{TIMM}hgnetv2_(b[0-6]|atto|femto|pico)(\..*)?")
 """HGNetV2 by our name, maybe with the name of timm's weights; the group is its size."""
 _STAGE_KEYS = (
     *("in_channels", "mid_channels", "out_channels", "num_blocks"),
@@ -37,6 +38,8 @@ def describe_backbone(config: BackboneConfig, stages: int) -> dict[str, Any]:
         config: one without ``problems_of_backbone``.
         stages: 1 to 4.
     """
+    if config.name == DINOV3:
+        return _describe_dinov3(config.dinov3)
     first = _STAGES + 1 - stages
     if config.dilation:  # their own ResNet has none
         return {
@@ -48,7 +51,7 @@ def describe_backbone(config: BackboneConfig, stages: int) -> dict[str, Any]:
         }
     maps = {"out_features": [f"stage{stage}" for stage in range(first, _STAGES + 1)]}
     if (match := _HGNET.fullmatch(config.name)) is not None:
-        return {**_hgnet(int(match[1])), **maps}
+        return _hgnet(match[1], stages)
     block, depths = _RESNETS[config.name]
     return {
         "model_type": "rt_detr_resnet" if config.name in _VD else "resnet",
@@ -60,12 +63,15 @@ def describe_backbone(config: BackboneConfig, stages: int) -> dict[str, Any]:
     }
 
 
-def _hgnet(size: int) -> dict[str, Any]:
-    """Sizes of B0 to B6 as timm's network, which the detector is over, has them."""
+def _hgnet(size: str, stages: int) -> dict[str, Any]:
+    """Sizes as timm's network, which the detector is over, has them; maps of the last stages."""
     from timm.models.hgnet import model_cfgs  # importing timm takes two seconds
 
-    sizes: Mapping[str, Any] = model_cfgs[f"hgnetv2_b{size}"]
-    rows = [sizes[f"stage{stage}"] for stage in range(1, _STAGES + 1)]
+    from d3etr.detectors.small_hgnet import SMALL_SIZES
+
+    sizes: Mapping[str, Any] = SMALL_SIZES.get(size) or model_cfgs[f"hgnetv2_{size}"]
+    count = sum(f"stage{stage}" in sizes for stage in range(1, _STAGES + 1))
+    rows = [sizes[f"stage{stage}"] for stage in range(1, count + 1)]
     columns = dict(zip(_STAGE_KEYS, map(list, zip(*rows, strict=True)), strict=True))
     stem = list(sizes["stem_chs"])
     return {
@@ -76,6 +82,7 @@ def _hgnet(size: int) -> dict[str, Any]:
         "depths": columns["num_blocks"],
         **{f"stage_{key}": values for key, values in columns.items()},
         "use_learnable_affine_block": stem[0] in hgnet.AFFINE,
+        "out_features": [f"stage{stage}" for stage in range(count + 1 - stages, count + 1)],
     }
 
 
@@ -99,3 +106,24 @@ def problems_of_backbone(config: BackboneConfig) -> list[str]:
             "student.detector.backbone.dilation false, or over resnet50"
         )
     return problems
+
+
+def _describe_dinov3(config: DINOv3Config) -> dict[str, Any]:
+    """Of a DEIMv2 over it."""
+    gated = config.feedforward.endswith("_gated")
+    return {
+        "model_type": dinov3.MODEL,
+        "hidden_size": config.width,
+        "intermediate_size": config.inner,
+        "num_hidden_layers": config.blocks,
+        "num_attention_heads": config.heads,
+        "hidden_act": config.feedforward.removesuffix("_gated"),
+        "use_gated_mlp": gated,
+        "num_register_tokens": config.registers,
+        "key_bias": config.key_bias,
+        "layerscale_value": config.first_scale,
+        "layer_norm_eps": config.epsilon,
+        "apply_layernorm": config.normed == "all",
+        "pos_embed_rescale": None,
+        "out_indices": list(config.outputs),
+    }

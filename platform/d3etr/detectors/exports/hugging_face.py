@@ -48,8 +48,13 @@ def export_folder(folder: Path, detector: DetectionTransformer, info: WeightsInf
         theirs = model.state_dict()
 
         def take(tensors: Mapping[str, Tensor], agree: Agree) -> dict[str, Tensor]:
-            refined = bool(settings.get("with_box_refine"))
-            found = rename(tensors, info.detector.name, box_refinement=refined, agree=agree)
+            found = rename(
+                tensors,
+                info.detector.name,
+                box_refinement=bool(settings.get("with_box_refine")),
+                shared_box_head=bool(settings.get("share_bbox_head")),
+                agree=agree,
+            )
             count, config = len(described.model["id2label"]), info.detector
             softmax, classes_first = config.softmax_classes, config.proposals_tell_classes
             choose_rows(found, described.slots, count, softmax, classes_first)

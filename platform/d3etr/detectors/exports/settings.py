@@ -12,12 +12,15 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
+from d3etr.config.backbones import DINOV3
 from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import DetectorConfig
+from d3etr.config.dinov3 import MAPS
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.d_fine import DFINEConfig
 from d3etr.detectors.dab_detr import DABDETRConfig
 from d3etr.detectors.deformable_detr import DeformableDETRConfig
+from d3etr.detectors.deimv2 import DEIMv2Config
 from d3etr.detectors.detr import DETRConfig
 from d3etr.detectors.exports import grouped
 from d3etr.detectors.exports.backbones import describe_backbone, problems_of_backbone
@@ -97,7 +100,7 @@ def describe(detector: DetectionTransformer, info: WeightsInfo) -> Described:
     kind = KINDS[config.name]
     problems = kind.problems(config)
     if kind.backbone is None:
-        problems = [*problems, *problems_of_backbone(config.backbone)]
+        problems = [*problems, *_problems_of_network(config)]
     elif not problems:
         problems = kind.sizes(config, info.preprocessing)
     multiple = detector.level_strides[-1] if kind.fuses else 1
@@ -118,6 +121,13 @@ def describe(detector: DetectionTransformer, info: WeightsInfo) -> Described:
         "label2id": {name: slot for slot, name in names.items()},
     }
     return Described(model, kind.processor, describe_preprocessing(info.preprocessing), slots)
+
+
+def _problems_of_network(config: DetectorConfig) -> list[str]:
+    """Of its backbone; DINOv3 is DEIMv2's, whose problems say what does not go with it."""
+    if isinstance(config, DEIMv2Config) and config.backbone.name == DINOV3:
+        return []
+    return problems_of_backbone(config.backbone)
 
 
 def class_slots(categories: Categories, unused: int) -> list[int]:
@@ -221,7 +231,7 @@ def _selecting(config: SelectingConfig, detector: DetectionTransformer) -> Setti
         **_common(config),
         "encoder_hidden_dim": config.encoder_width,
         "encoder_ffn_dim": config.encoder_feedforward,
-        "encoder_in_channels": list(detector.backbone.stage_channels[-config.levels :]),
+        "encoder_in_channels": list(detector.backbone.stage_channels[-config.stages :]),
         "decoder_in_channels": [config.encoder_width] * config.levels,
         "feat_strides": list(detector.level_strides),
         "encode_proj_layers": [config.levels - 1],
@@ -258,6 +268,41 @@ def _d_fine(config: DFINEConfig, detector: DetectionTransformer) -> Settings:
     }
 
 
+def _deimv2(config: DEIMv2Config, detector: DetectionTransformer) -> Settings:
+    return {
+        **_d_fine(config, detector),
+        "model_type": "deimv2",
+        "encoder_type": config.encoder,
+        "encoder_has_trailing_conv": config.fusion == "elan4",
+        "use_gateway": config.gateway,
+        "share_bbox_head": config.shared_box_head,
+        "spatial_tuning_adapter_inplanes": config.backbone.dinov3.detail,
+        "decoder_activation_function": config.activation,
+    }
+
+
+def _problems_of_deimv2(config: DEIMv2Config) -> list[str]:
+    problems = _problems_of_selecting(config)
+    if config.implementation != "transformers":
+        problems.append(
+            "it computes as the official code, theirs otherwise: train one with student.detector."
+            "implementation 'transformers'"
+        )
+    if config.backbone.name != DINOV3:
+        return problems
+    if config.stages != MAPS:
+        problems.append(
+            f"it reads {config.stages} maps of its backbone, theirs {MAPS}: train one with "
+            f"student.detector.levels {MAPS} and encoder 'hybrid'"
+        )
+    if config.backbone.dinov3.normed == "none":
+        problems.append(
+            "no map of its backbone is normed, theirs always the last one: train one with "
+            "student.detector.backbone.dinov3.normed 'last'"
+        )
+    return problems
+
+
 def _problems_of_selecting(config: SelectingConfig) -> list[str]:
     if not config.learned_content:
         return []
@@ -268,12 +313,15 @@ def _problems_of_selecting(config: SelectingConfig) -> list[str]:
     ]
 
 
-def _of_selecting(model: Callable[[Any, DetectionTransformer], Settings]) -> Kind:
+def _of_selecting(
+    model: Callable[[Any, DetectionTransformer], Settings],
+    problems: Callable[[Any], list[str]] = _problems_of_selecting,
+) -> Kind:
     return Kind(
         model,
         "RTDetrImageProcessor",
-        lambda config: int(config.levels),
-        _problems_of_selecting,
+        lambda config: int(config.stages),
+        problems,
         fuses=True,
     )
 
@@ -299,6 +347,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
         "rt_detr": _of_selecting(_rt_detr),
         "d_fine": _of_selecting(_d_fine),  # of which the processor is RT-DETR's, too
+        "deimv2": _of_selecting(_deimv2, _problems_of_deimv2),
         "lw_detr": _GROUPED,
         "rf_detr": _GROUPED,
     }

@@ -17,6 +17,17 @@ from d3etr.detectors.imports import rt_detr
 
 _STAGES = r"^(encoder\.(?:fpn|pan)_blocks\.\d+)\."
 _FUSIONS = r"^(encoder\.(?:top_down|bottom_up)\.\d+)"
+LAYERS: tuple[tuple[str, str], ...] = (
+    (r"^encoder\.downsample_convs\.(\d+)\.(conv|0\.cv)1\.", r"encoder.downsamples.\1.0."),
+    (r"^encoder\.downsample_convs\.(\d+)\.(conv|0\.cv)2\.", r"encoder.downsamples.\1.1."),
+    (r"\.mlp\.layers\.0\.", ".fc1."),
+    (r"\.mlp\.layers\.1\.", ".fc2."),
+)
+HEADS: tuple[tuple[str, str], ...] = (
+    (r"^decoder\.pre_bbox_head\.", "decoder.first_box_head."),
+    (r"^decoder\.lqe_layers\.(\d+)\.reg_conf\.", r"decoder.quality_heads.\1."),
+    (r"\.gateway\.", ".cross_norm."),
+)
 RULES: tuple[tuple[str, str], ...] = (
     (_STAGES + r"(conv|cv)1\.", r"\1.enter."),
     (_STAGES + r"(csp_rep1|cv2\.0)\.", r"\1.stage1."),
@@ -24,19 +35,14 @@ RULES: tuple[tuple[str, str], ...] = (
     (_STAGES + r"(conv2|cv2\.1)\.", r"\1.mix1."),
     (_STAGES + r"(conv3|cv3\.1)\.", r"\1.mix2."),
     (_STAGES + r"(conv|cv)4\.", r"\1.leave."),
-    (r"^encoder\.downsample_convs\.(\d+)\.(conv|0\.cv)1\.", r"encoder.downsamples.\1.0."),
-    (r"^encoder\.downsample_convs\.(\d+)\.(conv|0\.cv)2\.", r"encoder.downsamples.\1.1."),
-    (r"\.mlp\.layers\.0\.", ".fc1."),
-    (r"\.mlp\.layers\.1\.", ".fc2."),
+    *LAYERS,
     *rt_detr.RULES,
     (_FUSIONS + r"\.stage([12])\.conv1\.", r"\1.stage\2.first."),
     (_FUSIONS + r"\.stage([12])\.conv2\.", r"\1.stage\2.shortcut."),
     (_FUSIONS + r"\.stage([12])\.conv3\.", r"\1.stage\2.last."),
-    (r"^decoder\.pre_bbox_head\.", "decoder.first_box_head."),
-    (r"^decoder\.lqe_layers\.(\d+)\.reg_conf\.", r"decoder.quality_heads.\1."),
-    (r"\.gateway\.", ".cross_norm."),
+    *HEADS,
 )
-"""As of ``layouts.Rules``."""
+"""As of ``layouts.Rules``; ``LAYERS`` and ``HEADS`` are DEIMv2's, too."""
 
 ONLY: Mapping[str, tuple[Any, ...]] = {
     **rt_detr.ONLY,

@@ -36,6 +36,12 @@ _SIZES: Mapping[tuple[int, int, tuple[int, ...]], int] = {
     (48, 6, (2, 3, 6, 3)): 6,
 }
 """Channels of the first convolution, layers of a block and blocks of each stage -> B0 to B6."""
+_SMALL: Mapping[tuple[tuple[int, ...], int], str] = {
+    ((1, 1, 1, 0), 256): "atto",
+    ((1, 1, 1, 0), 512): "femto",
+    ((1, 1, 2, 0), 512): "pico",
+}
+"""Blocks of each stage and channels of the third -> sizes without a fourth, which begin as B0."""
 AFFINE = (16, 24)
 """Channels of the first convolution of sizes whose activations learn a scale and a shift."""
 _WITHOUT_ACTIVATION = re.compile(r"(\.downsample|\.layers\.\d+\.conv1)\.bn\.weight$")
@@ -66,6 +72,8 @@ def name_of(tensors: Mapping[str, Tensor]) -> str | None:
     blocks = tuple(len({b for s, b in places if s == stage}) for stage in range(4))
     layers = len({x for x in tensors if re.search(r"stages\.0\.blocks\.0\.layers\.\d+\.conv\.", x)})
     size = _SIZES.get((len(stem), layers, blocks))
+    if not blocks[3] and (small := _small(tensors, blocks)) is not None:
+        return small
     if size is None or (_affine(tensors) and len(stem) not in AFFINE):
         kind = " and learnable affine blocks" if _affine(tensors) else ""
         raise UserError(
@@ -74,6 +82,13 @@ def name_of(tensors: Mapping[str, Tensor]) -> str | None:
             "of the sizes B0 to B6, of which B0 to B3 have learnable affine blocks"
         )
     return f"timm/hgnetv2_b{size}"
+
+
+def _small(tensors: Mapping[str, Tensor], blocks: tuple[int, ...]) -> str | None:
+    """The name of a network of three stages."""
+    last = tensors.get(f"{OURS}stages.2.blocks.0.aggregation.1.conv.weight", ())
+    size = _SMALL.get((blocks, len(last)))
+    return None if size is None else f"timm/hgnetv2_{size}"
 
 
 def with_affine_blocks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

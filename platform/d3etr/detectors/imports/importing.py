@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d3etr.config.backbone import BackboneConfig
 from d3etr.config.backbones import RESNET_VD, TIMM, TORCHVISION
 from d3etr.config.data import PreprocessingConfig
-from d3etr.config.detector import BackboneConfig, DetectorConfig
+from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector, count_parameters
@@ -237,7 +238,12 @@ def _import_detector(
     layout, pixels, assumed = LAYOUTS[theirs.name], theirs.preprocessing, list[str]()
     softmax = layout.softmax
     try:
-        tensors = rename(theirs.found.tensors, theirs.name, box_refinement=theirs.box_refinement)
+        tensors = rename(
+            theirs.found.tensors,
+            theirs.name,
+            box_refinement=theirs.box_refinement,
+            shared_box_head=theirs.found.settings.get("share_bbox_head"),
+        )
         own = theirs.unseen.own | layout.told(theirs.found.tensors)
         if theirs.args is not None and layout.official is not None:
             said, pixels, assumed = layout.official(theirs.args, tensors)

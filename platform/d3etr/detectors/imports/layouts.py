@@ -17,13 +17,26 @@ import torch
 from torch import Tensor
 
 from d3etr.config.data import PreprocessingConfig
-from d3etr.detectors.imports import d_fine, dino, grouped, hgnet, lw_detr, resnet_vd, rt_detr
+from d3etr.detectors.imports import (
+    d_fine,
+    deimv2,
+    dino,
+    dinov3,
+    grouped,
+    hgnet,
+    lw_detr,
+    resnet_vd,
+    rt_detr,
+)
 from d3etr.detectors.imports.categories import COCO, COCO_SLOTS
+from d3etr.detectors.imports.projections import fuse_projections, split_projections
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 """(pattern, replacement), applied in order to every name."""
 Agree = Callable[[Tensor, Tensor], bool]
 """Whether a tensor may be replaced by another that should be a copy of it."""
+Network = Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any] | None]
+"""As of ``grouped.backbone`` and ``dinov3.backbone``."""
 Official = Callable[
     [Mapping[str, Any], Mapping[str, Tensor]], tuple[dict[str, Any], PreprocessingConfig, list[str]]
 ]
@@ -47,8 +60,9 @@ class Layout:
         of_args: keys that tensors do not show, from official ``args`` (or nothing).
         told: keys that are tensors of theirs and none of ours, from those by their names.
         only_backbone: likewise of its ``backbone_config``, in place of those of convolutional ones.
+        networks: likewise, of a network of such a ``model_type``.
         backbone: configuration of the kind's own network, from tensors by our names and the keys
-            that tensors do not show; None: a ResNet or an HGNetV2.
+            that tensors do not show; None, or of None: a ResNet or an HGNetV2.
         official: of the ``args`` of an official checkpoint and tensors by our names: keys that they
             say or that are so as published, preprocessing, and what was assumed.
         unread: names of tensors by our names that nothing of so many backbone blocks reads.
@@ -69,15 +83,17 @@ class Layout:
     of_args: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
     told: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda _: {}
     only_backbone: Mapping[str, tuple[Any, ...]] | None = None
-    backbone: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]] | None = None
+    networks: Mapping[str, Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
+    backbone: Network | None = None
     official: Official | None = None
     unread: Callable[[Mapping[str, Tensor], int], list[str]] = lambda *_: []
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     coco: int = COCO_SLOTS
 
 
+_NESTED = r"(backbone\.(conv_encoder\.)?|conv_encoder\.)"
 FIRST: Rules = (
-    (r"^(backbone\.0\.body|model\.backbone\.(conv_encoder\.)?model(\._backbone)?)\.", "backbone."),
+    (rf"^(backbone\.0\.body|model\.{_NESTED}model(\._backbone)?)\.", "backbone."),
     (r"^(model|transformer)\.", ""),
     (r"^backbone\.embedder\.embedder\.convolution\.", "backbone.conv1."),
     (r"^backbone\.embedder\.embedder\.normalization\.", "backbone.bn1."),
@@ -125,23 +141,10 @@ UNUSED = (
     "decoder.anchors",
     "decoder.valid_mask",
     ".mask_token",
+    ".rope_embed.periods",
     *d_fine.BINS,
 )
 """Ends of names of what says nothing, or follows from other settings."""
-FUSED: Sequence[tuple[str, str, tuple[str, ...]]] = (
-    ("attention", "query_key", ("q_proj", "k_proj")),
-    ("attention", "value", ("v_proj",)),
-    ("self_attention", "content", ("q_content_proj", "k_content_proj", "v_proj")),
-    ("self_attention", "position", ("q_pos_proj", "k_pos_proj")),
-    ("self_attention", "query_key", ("q_proj", "k_proj")),
-    ("self_attention", "value", ("v_proj",)),
-    ("cross_attention", "key_value", ("k_content_proj", "v_proj")),
-    ("cross_attention", "query", ("q_proj",)),
-    ("cross_attention", "key", ("k_proj",)),
-    ("cross_attention", "value", ("v_proj",)),
-)
-"""Our module and linear layer, and their layers that it holds, stacked in this order."""
-
 SAMPLING: Rules = (
     (r"\.sampling_offsets\.", ".offsets."),
     (r"\.attention_weights\.", ".weights."),
@@ -180,6 +183,20 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "rf_detr": _of_grouped(grouped.SIGN, "rf_detr", grouped.official),
         "lw_detr": _of_grouped(
             lw_detr.SIGN, "lw_detr", lw_detr.official, lw_detr.RULES, lw_detr.ONLY_ARGS
+        ),
+        "deimv2": Layout(
+            preprocessing=SQUARE,
+            coco=len(COCO),
+            sign="decoder.decoder.layers.0.swish_ffn.w12.weight",
+            model_types=("deimv2",),
+            rules=(*deimv2.RULES, *SAMPLING),
+            only=deimv2.ONLY,
+            architecture=deimv2.architecture,
+            unseen=deimv2.unseen,
+            told=d_fine.told,
+            networks={dinov3.MODEL: dinov3.ONLY},
+            backbone=dinov3.backbone,
+            official=deimv2.official,
         ),
         "d_fine": Layout(
             preprocessing=SQUARE,
@@ -272,6 +289,7 @@ def rename(
     name: str,
     *,
     box_refinement: bool | None = None,
+    shared_box_head: bool | None = None,
     agree: Agree = torch.equal,
 ) -> dict[str, Tensor]:
     """Every tensor under our names; what no rule knows fails to load.
@@ -281,6 +299,7 @@ def rename(
         name: our name of the detector, a key of ``LAYOUTS``.
         box_refinement: Deformable DETR's: whether layers have heads of their own; None: as
             official checkpoints tell, whose decoder then holds the box heads, too.
+        shared_box_head: DEIMv2's: as of ``deimv2.settled``.
         agree: asked of every two tensors that have one of our names; the second is kept.
 
     Raises:
@@ -290,16 +309,18 @@ def rename(
         box_refinement = any(key.startswith("transformer.decoder.bbox_embed.") for key in theirs)
     rules = (*_first(theirs), *LAYOUTS[name].rules, *LAST)
     tensors: dict[str, Tensor] = {}
-    for their_name, tensor in _split_projections(theirs).items():
+    for their_name, tensor in split_projections(theirs).items():
         ours = _by(rules, their_name)
         if not ours.endswith(UNUSED):
             _add(tensors, ours, tensor, their_name, agree)
     tensors = grouped.settled(hgnet.with_affine_blocks(tensors))
-    _fuse(tensors)
+    fuse_projections(tensors)
     if "projection.weight" in tensors:  # a 1x1 convolution there, a linear layer here
         tensors["projection.weight"] = tensors["projection.weight"].flatten(1)
     if name == "deformable_detr":
         return _deformable(tensors, box_refinement, agree)
+    if name == "deimv2":
+        return deimv2.settled(tensors, shared_box_head, agree)
     if name == "dino":
         return dino.settle(tensors, decoder_depth(tensors), agree)
     return tensors
@@ -344,31 +365,6 @@ def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor, theirs: str, agr
     if name in tensors and not agree(tensors[name], tensor):
         raise ValueError(f"'{theirs}' should hold what '{name}' does, but their values differ")
     tensors[name] = tensor
-
-
-def _split_projections(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cut the [3 D, D] of ``nn.MultiheadAttention`` and of ``qkv`` into query, key and value."""
-    apart: dict[str, Tensor] = {}
-    for name, tensor in theirs.items():
-        block = re.match(r"^(.*\.)(?:in_proj_|qkv\.)(weight|bias)$", name)
-        if block is None or len(tensor) % 3:
-            apart[name] = tensor
-            continue
-        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-            apart[f"{block[1]}{letter}_proj.{block[2]}"] = part
-    return apart
-
-
-def _fuse(tensors: dict[str, Tensor]) -> None:
-    """Stack what is one linear layer here, in place."""
-    for module, layer, parts in FUSED:
-        first = re.compile(rf"^(.*\.{module})\.{parts[0]}\.(weight|bias)$")
-        for match in [match for match in map(first.match, tensors) if match]:
-            place, kind = match.groups()
-            names = [f"{place}.{part}.{kind}" for part in parts]
-            if all(name in tensors for name in names):
-                blocks = [tensors.pop(name) for name in names]
-                tensors[f"{place}.{layer}.{kind}"] = torch.cat(blocks)
 
 
 def _deformable(

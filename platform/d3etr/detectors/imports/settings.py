@@ -154,13 +154,15 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
             "masks and models without heads cannot be imported"
         )
     _require(config, {**_ONLY, **LAYOUTS[name].only}, where)
-    if {"encode_proj_layers", "encoder_in_channels"} <= config.keys():
+    attends = config.get("encoder_type") != "lite"
+    if attends and {"encode_proj_layers", "encoder_in_channels"} <= config.keys():
         coarsest = len(config["encoder_in_channels"]) - 1  # attention is within it alone
         _require(config, {"encode_proj_layers": ([coarsest],)}, where)
     if "encoder_n_points" in config:
         _equal(config, "encoder_n_points", "decoder_n_points", where)
     backbone = config.get("backbone_config") or {}
-    own_network = LAYOUTS[name].only_backbone
+    kinds, one = LAYOUTS[name].networks, LAYOUTS[name].only_backbone
+    own_network = kinds.get(str(backbone.get("model_type")), one)
     _require(
         backbone,
         _ONLY_BACKBONE if own_network is None else own_network,
@@ -240,10 +242,9 @@ def infer_detector(
         UserError: tensors that tell the architecture are missing, or make none that exists.
     """
     layout = LAYOUTS[name]
-    if layout.backbone is None:
+    backbone = None if layout.backbone is None else layout.backbone(tensors, unseen.own)
+    if backbone is None:
         backbone = {"name": _infer_backbone(tensors), "dilation": unseen.dilation or False}
-    else:
-        backbone = layout.backbone(tensors, unseen.own)
     sizes = {
         key: tensors[found].shape[dimension]
         for key, pattern, dimension in _SIZES
