@@ -73,15 +73,16 @@ def test_every_problem_is_listed_at_once_under_the_recipes_name(tmp_path: Path) 
         (
             "student.detector.backbone.name=resnet51",
             "student.detector.backbone.name: found 'resnet51', expected 'small', 'vit', "
-            "timm/NAME, a ResNet-vd or a torchvision network with feature maps; did you mean "
-            "resnet50, resnet18, resnet152? (from --set)",
+            "'dinov3', timm/NAME, a ResNet-vd or a torchvision network with feature maps; did you "
+            "mean resnet50, resnet18, resnet152? (from --set)",
         ),
         (
             "student.detector.backbone.name=vit_b_16",
             "student.detector.backbone.name: found 'vit_b_16', expected 'small', 'vit', "
-            "timm/NAME, a ResNet-vd or a torchvision network with feature maps, for example "
-            "resnet18, convnext_tiny, swin_t, efficientnet_b0, mobilenet_v2, regnet_x_400mf, "
-            "densenet121, mnasnet0_5, shufflenet_v2_x0_5, vgg11_bn, vgg11, resnet18vd (from --set)",
+            "'dinov3', timm/NAME, a ResNet-vd or a torchvision network with feature maps, for "
+            "example resnet18, convnext_tiny, swin_t, efficientnet_b0, mobilenet_v2, "
+            "regnet_x_400mf, densenet121, mnasnet0_5, shufflenet_v2_x0_5, vgg11_bn, vgg11, "
+            "resnet18vd (from --set)",
         ),
         (
             "student.detector.backbone={name: swin_t, norm: group}",

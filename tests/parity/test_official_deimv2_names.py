@@ -22,6 +22,7 @@ from transformers.models.deimv2.modeling_deimv2 import Deimv2MLP
 from d3etr.detectors.deimv2 import DEIMv2
 from d3etr.detectors.imports.importing import import_weights
 from d3etr.detectors.imports.layouts import official_detector
+from d3etr.detectors.imports.settings import Unseen
 from d3etr.detectors.weights import load_weights
 
 ENCODER = (
@@ -268,3 +269,7 @@ def test_small_sizes_see_the_images_that_they_were_published_with(
     assert result.architecture["queries"] == queries
     assert f"images of {side} x {side} and {queries} queries are assumed" in result.notes[0]
     assert load_weights(target)[1].preprocessing.exact_size == (side, side)
+    result = import_weights(
+        tmp_path / "official.pth", target, Unseen(activation="relu"), categories
+    )
+    assert result.architecture["activation"] == "relu"

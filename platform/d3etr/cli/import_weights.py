@@ -63,7 +63,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--activation",
         choices=("relu", "silu"),
-        help="within D-FINE's decoder, where nothing says (relu; DEIM's: silu)",
+        help="within D-FINE's or DEIMv2's heads, where nothing says (relu; DEIM, DEIMv2: silu)",
     )
     parser.add_argument(
         "--backbone",

@@ -103,10 +103,8 @@ def architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     found["gateway"] = "decoder.layers.0.cross_norm.gate.weight" in tensors
     shared = "decoder.box_heads.1.layers.0.weight" not in tensors
     found["shared_box_head"] = shared and "decoder.layers.1.feedforward.inner.weight" in tensors
-    if "proposals.projection.weight" in tensors:
-        found["implementation"] = "transformers"
-    else:
-        found |= {"implementation": "official", "activation": "silu"}
+    projects = "proposals.projection.weight" in tensors
+    found["implementation"] = "transformers" if projects else "official"
     return found
 
 
@@ -147,5 +145,8 @@ def official(
         longest_side=None,
         exact_size=(side, side),
     )
-    note = f"images of {side} x {side} and {queries} queries are assumed, as published ({sizes})"
-    return found, pixels, [note]
+    notes = [
+        f"images of {side} x {side} and {queries} queries are assumed, as published ({sizes})",
+        "silu in its heads is assumed unless --activation says otherwise, as published",
+    ]
+    return found, pixels, notes

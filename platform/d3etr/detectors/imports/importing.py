@@ -200,7 +200,8 @@ def _from_folder(source: Path) -> _Theirs:
 
 def _from_checkpoint(source: Path, found: Found, name: str, given: dict[str, Any]) -> _Theirs:
     """An official checkpoint; asks where a default would be a guess that spoils detections."""
-    for key, kinds in (("temperature", ("dab_detr", "dino")), ("activation", ("d_fine",))):
+    activated = ("d_fine", "deimv2")
+    for key, kinds in (("temperature", ("dab_detr", "dino")), ("activation", activated)):
         if name not in kinds and key in given:
             _refuse(source, {key: given[key]}, f"{name} has no such setting")
     if "dilation" in given and LAYOUTS[name].backbone is not None:

@@ -66,6 +66,7 @@ class Layout:
         official: of the ``args`` of an official checkpoint and tensors by our names: keys that they
             say or that are so as published, preprocessing, and what was assumed.
         unread: names of tensors by our names that nothing of so many backbone blocks reads.
+        activation: between linear layers of the decoder and of heads, where nothing says it.
         preprocessing: of official checkpoints, and of folders that say nothing.
         coco: outputs of official detectors of COCO.
     """
@@ -87,6 +88,7 @@ class Layout:
     backbone: Network | None = None
     official: Official | None = None
     unread: Callable[[Mapping[str, Tensor], int], list[str]] = lambda *_: []
+    activation: str = "relu"
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     coco: int = COCO_SLOTS
 
@@ -185,6 +187,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             lw_detr.SIGN, "lw_detr", lw_detr.official, lw_detr.RULES, lw_detr.ONLY_ARGS
         ),
         "deimv2": Layout(
+            activation="silu",
             preprocessing=SQUARE,
             coco=len(COCO),
             sign="decoder.decoder.layers.0.swish_ffn.w12.weight",

@@ -94,7 +94,7 @@ class Unseen(Section):
     dropout: float | None = None
     """Probability in training."""
     activation: Literal["relu", "silu"] | None = None
-    """Within D-FINE's decoder and heads."""
+    """Within decoder and heads of D-FINE and DEIMv2."""
     proposals: Annotated[int, Field(ge=1)] | None = None
     """A two-stage detector's queries."""
     epsilon: float = HUGGING_FACES_EPSILON
@@ -274,7 +274,7 @@ def infer_detector(
         "two_stage": "proposals.norm.weight" in tensors,
         "grid_temperature": float(unseen.temperature or TEMPERATURE),
         "inverse_sigmoid_epsilon": unseen.epsilon,
-        "activation": unseen.activation or "relu",
+        "activation": unseen.activation or layout.activation,
     }
     if "queries" not in sizes:
         settings["queries"] = unseen.proposals or PROPOSALS
