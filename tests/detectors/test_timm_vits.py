@@ -219,14 +219,15 @@ def test_weights_are_for_pixels_of_our_normalisation(
         assert torch.equal(downloaded.state_dict()[key], tensor)
 
 
-KINDS = [kind for kind in FAMILY if kind not in ("rt_detr", "d_fine")]
+OF_STRIDES = ("rt_detr", "d_fine", "deimv2")
+"""Kinds that read each level from a stage of the backbone."""
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "rt_detr-1", "d_fine-1"])
+@pytest.mark.parametrize("kind", FAMILY)
 def test_detectors_learn_over_it_and_are_kept(kind: str, tmp_path: Path) -> None:
-    settings = {"width": 32, "heads": 4, **FAMILY[kind.removesuffix("-1")]}
-    if kind.endswith("-1"):
-        settings |= {"levels": 1, "points": 2 if kind == "rt_detr-1" else [2]}
+    settings = {"width": 32, "heads": 4, **FAMILY[kind]}
+    if kind in OF_STRIDES:
+        settings |= {"levels": 1, "points": 2 if kind == "rt_detr" else [2]}
     settings["backbone"] = {"name": "timm/test_vit", "outputs": [1, 2]}
     torch.manual_seed(0)
     detector = build_detector(tiny_detector_config(**settings), 3).train()
@@ -258,7 +259,7 @@ def test_detectors_learn_over_it_and_are_kept(kind: str, tmp_path: Path) -> None
         assert torch.equal(detector.encode(images).tokens, loaded.encode(images).tokens)
 
 
-@pytest.mark.parametrize("kind", ["rt_detr", "d_fine"])
+@pytest.mark.parametrize("kind", OF_STRIDES)
 def test_detectors_of_several_strides_say_what_they_need(kind: str) -> None:
     config = tiny_detector_config(**FAMILY[kind], backbone={"name": "timm/test_vit"})
     with pytest.raises(UserError, match=r"gives strides \[16\] only: set levels to 1, choose"):
