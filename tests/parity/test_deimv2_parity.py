@@ -287,6 +287,7 @@ def test_other_settings_are_refused(
         ("deimv2", {"patch_size": 14}, "backbone_config: patch_size is 14, expected 16"),
         ("deimv2", {"rope_theta": 50.0}, "backbone_config: rope_theta is 50.0"),
         ("deimv2", {"hidden_act": "relu"}, "backbone_config: hidden_act is 'relu'"),
+        ("deimv2", {"num_channels": 1}, "backbone_config: num_channels is 1"),
         ("d_fine", {}, "backbone_config: model_type is 'dinov3_vit', expected 'resnet'"),
     ],
 )

@@ -24,6 +24,7 @@ from d3etr.detectors.imports.importing import import_weights
 from d3etr.detectors.imports.layouts import official_detector
 from d3etr.detectors.imports.settings import Unseen
 from d3etr.detectors.weights import load_weights
+from d3etr.errors import UserError
 
 ENCODER = (
     (r"^model\.encoder\.aifi\.0\.", "encoder.encoder.0."),
@@ -254,6 +255,34 @@ def test_official_checkpoints_compute_as_the_official_code(variant: str, tmp_pat
     make_official(model)
     detector.proposals.queries = 11  # of 300, which no tensor shows
     require_equal(detector.eval(), model, torch.randn(2, 3, *VARIANTS[variant].image))
+
+
+@pytest.mark.parametrize(
+    ("ends", "tensor", "text"),
+    [
+        ("dinov3._model.cls_token", None, "no tensor 'backbone.class_token'"),
+        ("blocks.0.mlp.fc2.weight", torch.zeros(3), "'backbone.blocks.0.outer.weight'"),
+        ("sta.stem.0.weight", None, "'backbone.details.0.conv.weight'"),
+        ("fpn_blocks.0.cv2.0.conv1.conv.weight", torch.zeros(3, 1), "has no halves"),
+        ("fpn_blocks.0.cv2.0.conv1.norm.weight", torch.zeros(()), "has no halves"),
+        ("swish_ffn.w3.bias", torch.zeros(5), "feedforward.outer.bias"),
+    ],
+)
+def test_broken_checkpoints_are_refused(
+    ends: str, tensor: Tensor | None, text: str, tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    changed = {name: x for name, x in state.items() if not name.endswith(ends)}
+    broken = {name: tensor for name in state if name.endswith(ends) and tensor is not None}
+    assert len(changed) < len(state)
+    torch.save(changed | broken, tmp_path / "official.pth")
+    categories = tuple((index, f"LABEL_{index}") for index in range(CLASSES))
+    with pytest.raises(UserError, match=text):
+        import_weights(tmp_path / "official.pth", tmp_path / "ours.safetensors", None, categories)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    return official_state(their_model(VARIANTS["S: DINOv3 without registers"]).state_dict())
 
 
 @pytest.mark.parametrize(("width", "side", "queries"), [(64, 320, 100), (96, 416, 150)])

@@ -67,12 +67,17 @@ def settled(
         tensors: renamed by ``RULES``.
         shared: whether all layers have one box head; None: if all have the same numbers.
         agree: as of ``layouts.rename``.
+
+    Raises:
+        ValueError: a tensor has not the shape that it has in any of them.
     """
     ours: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if (match := _SPLIT.match(name)) is None:
             ours[name] = tensor
             continue
+        if not tensor.dim() or len(tensor) % 2:
+            raise ValueError(f"'{name}' (by our names) of shape {list(tensor.shape)} has no halves")
         for part, half in zip(("shortcut", "first"), tensor.chunk(2), strict=True):
             ours[f"{match[1]}.{part}.{match[2]}"] = half
     dinov3.settled(ours)

@@ -67,20 +67,26 @@ about training alone, where ours does not change coordinates."""
 
 def is_dinov3(tensors: Mapping[str, Tensor]) -> bool:
     """Whether tensors by our names are a detector's over a DINOv3."""
-    return "backbone.registers" in tensors or "backbone.class_token" in tensors
+    return "backbone.patches.weight" in tensors
 
 
 def settled(tensors: dict[str, Tensor]) -> None:
     """Bring tensors by our names into our shapes, in place; the class token has its own already.
 
     The plainer official network scales nothing: ones take the place of its scales.
+
+    Raises:
+        ValueError: there is no class token.
     """
     if not is_dinov3(tensors):
         return
+    if "backbone.class_token" not in tensors:
+        raise ValueError("no tensor 'backbone.class_token' (by our names)")
     registers = tensors.pop("backbone.registers", None)
     if registers is not None and registers.numel():
-        tensors["backbone.registers"] = registers.flatten(0, 1)
-    width = tensors["backbone.class_token"].shape
+        width = registers.shape[-1] if registers.dim() else 1
+        tensors["backbone.registers"] = registers.reshape(-1, width)
+    width = len(tensors["backbone.class_token"])
     for name in [*tensors]:
         if (match := _NUMBERED.match(name)) is None:
             continue
@@ -105,8 +111,8 @@ def backbone(tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> dict[str,
     first = "backbone.blocks.0."
     names = ("backbone.details.0.conv.weight", f"{first}outer.weight", f"{first}inner.weight")
     for name in names:
-        if name not in tensors:
-            raise ValueError(f"no tensor '{name}' (by our names)")
+        if name not in tensors or tensors[name].dim() < 2:
+            raise ValueError(f"no such tensor as '{name}' (by our names) has to be")
     detail, outer, inner = (tensors[name] for name in names)
     told = {"feedforward": "silu_gated" if len(inner) > outer.shape[1] else "gelu"}
     blocks = {int(match[1]) for match in map(_NUMBERED.match, tensors) if match}
@@ -127,13 +133,16 @@ def unseen(settings: Mapping[str, Any]) -> dict[str, Any]:
     if theirs.get("model_type") != MODEL:
         return {}
     gated, act = theirs.get("use_gated_mlp", False), theirs.get("hidden_act", "gelu")
-    names = (name.removeprefix("stage") for name in theirs.get("out_features") or ())
+    outputs, names = theirs.get("out_indices"), theirs.get("out_features")
+    if outputs is None and isinstance(names, list):
+        numbers = (re.fullmatch(r"stage(\d{1,3})", str(name)) for name in names)
+        outputs = [int(number[1]) for number in numbers if number]
     found = {
         "heads": theirs.get("num_attention_heads", 6),
         "feedforward": f"{act}_gated" if gated else act,
         "epsilon": theirs.get("layer_norm_eps", 1e-5),
         "first_scale": theirs.get("layerscale_value", 1.0),
-        "outputs": tuple(theirs.get("out_indices") or map(int, names)),
+        "outputs": tuple(outputs) if isinstance(outputs, list) else outputs,
         "normed": "all" if theirs.get("apply_layernorm", True) else "last",
     }
     return {"dinov3": found}
