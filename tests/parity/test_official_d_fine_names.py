@@ -117,6 +117,7 @@ def test_official_checkpoints_equal_hugging_faces(variant: str, tmp_path: Path) 
     unseen = {"queries", "denoising", "dropout"}
     assert ours.config.model_dump(exclude=unseen) == expected.config.model_dump(exclude=unseen)
     assert (ours.config.queries, ours.config.heads) == (300, 4)  # no tensor shows the former
+    assert ours.config.dropout == 0.0
     for name, tensor in expected.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor), name
 

@@ -140,7 +140,7 @@ def official(
     """
     width = len(tensors.get("encoder.context.conv.weight", ()))
     sizes, side, queries = _PUBLISHED.get(width, ("sizes from N on", 640, 300))
-    found: dict[str, Any] = {"queries": queries, "dropout": 0.0}
+    found: dict[str, Any] = {"queries": queries}
     over_vit = dinov3.is_dinov3(tensors)
     if over_vit:
         found["dinov3"] = dinov3.official(tensors)

@@ -28,7 +28,9 @@ from d3etr.registry import DETECTORS
 HEADS, PROPOSALS, TEMPERATURE = 8, 300, 20.0
 """Of the official detectors; projections of 4 or 16 heads have the same shapes."""
 _TEMPERED = ("dab_detr", "dino")
-"""Detectors whose position encoding has a temperature that differs; official: without dropout."""
+"""Detectors whose position encoding has a temperature that differs."""
+_DROPPING = ("detr", "conditional_detr", "deformable_detr")
+"""Detectors that are trained with a dropout of 0.1 officially, the others without any."""
 OFFICIAL_EPSILON, HUGGING_FACES_EPSILON = 1e-3, 1e-5
 """Of DAB-DETR's inverse sigmoid, which moves anchors and boxes."""
 
@@ -258,7 +260,7 @@ def infer_detector(
     if "points" in own and "offsets" in sizes:
         shown = _heads(sizes["offsets"], own["points"], unseen)
         unseen = unseen.model_copy(update={"heads": shown})
-    heads, dropout = unseen.heads or HEADS, 0.0 if name in _TEMPERED else 0.1
+    heads, dropout = unseen.heads or HEADS, 0.1 if name in _DROPPING else 0.0
     settings: dict[str, Any] = {
         **sizes,
         "name": name,
