@@ -101,6 +101,16 @@ FAMILY: dict[str, dict[str, Any]] = {
     "dino": {"name": "dino", "levels": 2, "points": 2},
 }
 """What tells the detectors of the family apart, by name of the variant."""
+REPRESENTATIVES = (
+    "detr-softmax",
+    "conditional_detr",
+    "deformable-two-stage",
+    "d_fine",
+    "rf_detr",
+    "dino",
+)
+"""One of each way to have classes, queries, levels and groups: for what all kinds share, in as many
+variants as all together would take too long."""
 
 
 def tiny_detector_config(**changes: Any) -> DetectorConfig:

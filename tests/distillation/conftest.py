@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import FAMILY, tiny_detector_config
+from tiny import FAMILY, REPRESENTATIVES, tiny_detector_config
 from torch import nn
 
 from d3etr.detectors.base import DetectionTransformer
@@ -43,6 +43,12 @@ def tiny_detector() -> Callable[..., DetectionTransformer]:
 @pytest.fixture(params=FAMILY)
 def any_detector(request: pytest.FixtureRequest) -> Callable[..., DetectionTransformer]:
     """The same for each detector of the family."""
+    return partial(_tiny, **FAMILY[request.param])
+
+
+@pytest.fixture(params=REPRESENTATIVES)
+def some_detector(request: pytest.FixtureRequest) -> Callable[..., DetectionTransformer]:
+    """The same for a few that stand for the others."""
     return partial(_tiny, **FAMILY[request.param])
 
 

@@ -67,9 +67,23 @@ def tolerance(name: str) -> float:
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
 def test_all_losses_are_zero_when_student_is_teacher(
-    any_detector: Build, images: ImageBatch, targets: Targets, settings: dict[str, object]
+    some_detector: Build, images: ImageBatch, targets: Targets, settings: dict[str, object]
 ) -> None:
-    teacher = any_detector()
+    _ensure_nothing_to_learn(some_detector(), images, targets, settings)
+
+
+def test_so_they_are_for_every_detector(
+    any_detector: Build, images: ImageBatch, targets: Targets
+) -> None:
+    _ensure_nothing_to_learn(any_detector(), images, targets, {})
+
+
+def _ensure_nothing_to_learn(
+    teacher: DetectionTransformer,
+    images: ImageBatch,
+    targets: Targets,
+    settings: dict[str, object],
+) -> None:
     module = distiller(copy.deepcopy(teacher), teacher, **settings)
     losses = distilled(losses_of(module, images, targets))
     assert {name.split("/")[1] for name in losses} == DISTILLATION_TERMS
@@ -260,13 +274,13 @@ def losses_in_pieces(
     ids=["all", "half", "kd_detr", "detrdistill"],
 )
 def test_losses_of_micro_batches_add_up_to_those_of_the_batch(
-    any_detector: Build,
+    some_detector: Build,
     images: ImageBatch,
     targets: Targets,
     settings: dict[str, object],
     queries: int,
 ) -> None:
-    module = distiller(any_detector(seed=1, queries=queries), any_detector(), **settings)
+    module = distiller(some_detector(seed=1, queries=queries), some_detector(), **settings)
     whole = losses_of(module, images, targets)
     parts = losses_in_pieces(module, images, targets)
     for name, loss in whole.items():
@@ -375,14 +389,14 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_teacher_and_student_of_other_shapes(
-    any_detector: Build,
+    some_detector: Build,
     images: ImageBatch,
     targets: Targets,
     shape: str,
 ) -> None:
     ratios = (0.5, 0.7) if list(SHAPES).index(shape) % 2 else (1.0, 1.0)
-    student = any_detector(seed=1, **({"width": 64} | SHAPES[shape])).train()
-    teacher = any_detector(width=64)
+    student = some_detector(seed=1, **({"width": 64} | SHAPES[shape])).train()
+    teacher = some_detector(width=64)
     # A query alone attends to nothing but itself, which is refused.
     alone: dict[str, object] = {"self_attention": {"weight": 0.0}}
     settings = alone if student.config.queries == 1 else {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILY
+from tiny import FAMILY, REPRESENTATIVES
 
 from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
@@ -93,7 +93,7 @@ def test_every_architecture_trains_all_that_it_has(
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("kind", REPRESENTATIVES)
 def test_every_method_trains_all_that_a_shallow_student_has(
     tiny_detector: Build, images: ImageBatch, targets: Targets, kind: str, method: str
 ) -> None:

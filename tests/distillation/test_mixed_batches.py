@@ -57,15 +57,15 @@ def gradients(losses: dict[str, Tensor], module: Distiller) -> dict[str, Tensor]
 
 
 @pytest.fixture(params=METHODS.values(), ids=METHODS.keys())
-def taught(request: pytest.FixtureRequest, any_detector: Build) -> Distiller:
+def taught(request: pytest.FixtureRequest, some_detector: Build) -> Distiller:
     inherited = "inherited_ratio" in request.param
-    teacher = any_detector(seed=1, queries=6 if inherited else 8)
+    teacher = some_detector(seed=1, queries=6 if inherited else 8)
     if "refine_teacher" in request.param and teacher.config.softmax_classes:
         pytest.skip("one class's score by itself is no softmax's")
     needs_own = inherited or "general_points" in request.param or "kd_detr" in str(request.param)
     if needs_own and teacher.config.queries_need_images:
         pytest.skip("a two-stage detector has no queries of its own")
-    return distiller(any_detector(), teacher, **request.param).eval()
+    return distiller(some_detector(), teacher, **request.param).eval()
 
 
 def test_a_mixed_batch_is_detection_on_one_part_and_distillation_on_all(
