@@ -92,7 +92,8 @@ def test_outputs_are_the_wider_ones_where_half_of_its_channels_are_copies(kind: 
     for name in ("logits", "boxes_cxcywh", "self_attention", "cross_attention"):
         found, expected = getattr(ours, name), getattr(theirs, name)
         assert expected.std() > 1e-3
-        assert torch.allclose(found, expected, atol=2e-4), (name, (found - expected).abs().max())
+        # Logits are up to 10: single precision through two detectors.
+        assert torch.allclose(found, expected, atol=1e-3), (name, (found - expected).abs().max())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from engine.test_remote_inputs import over_http
-from engine.test_views import placed, shards, taught_by, train, with_views
+from engine.test_views import (
+    assert_stored_the_same,
+    placed,
+    shards,
+    taught_by,
+    train,
+    with_views,
+)
 from engine.test_workers import train_with_two_workers
 from PIL import Image
 from tiny_runs import MakeConfig, assert_same_run, losses
@@ -146,7 +153,7 @@ def test_two_workers_store_and_learn_the_same(make_config: MakeConfig, tmp_path:
     train_with_two_workers(together, tmp_path / "together")
     ours, theirs = shards(tmp_path / "one"), shards(tmp_path / "two")
     assert len(ours) == 6
-    assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+    assert_stored_the_same(ours, theirs)
     assert losses(tmp_path / "alone") == pytest.approx(losses(tmp_path / "together"), rel=1e-5)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,18 +203,23 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(make_config: MakeConfig, tmp_p
 
 
 @pytest.mark.slow
+def assert_stored_the_same(ours: Sequence[Path], theirs: Sequence[Path]) -> None:
+    """Shards of the same names and views, but for rounding: workers look at other batches."""
+    assert [path.name for path in ours] == [path.name for path in theirs]
+    for left, right in zip(map(open_shard, ours), map(open_shard, theirs), strict=True):
+        assert left.keys() == right.keys()
+        for name, stored in left.items():
+            np.testing.assert_allclose(right[name], stored, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 def test_two_workers_store_and_learn_the_same(make_config: MakeConfig, tmp_path: Path) -> None:
     base = with_views(make_config(detector={"dropout": 0.0}), {}, count=3)
     alone, together = placed(base, tmp_path / "one"), placed(base, tmp_path / "two")
     train(alone, tmp_path / "alone")
     train_with_two_workers(together, tmp_path / "together")
     ours, theirs = shards(tmp_path / "one"), shards(tmp_path / "two")
-    assert [path.name for path in ours] == [path.name for path in theirs]
     assert len(ours) == 3
-    for left, right in zip(map(open_shard, ours), map(open_shard, theirs), strict=True):
-        assert left.keys() == right.keys()
-        for name, stored in left.items():  # workers look at other batches, which round otherwise
-            np.testing.assert_allclose(right[name], stored, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert_stored_the_same(ours, theirs)
     assert losses(tmp_path / "alone") == pytest.approx(losses(tmp_path / "together"), rel=1e-5)
 
 

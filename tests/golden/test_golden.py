@@ -16,8 +16,10 @@ GRADIENTS = 0.01
 """After AdamW's first steps, which follow the signs of gradients; losses keep to the other."""
 RUNS = {"digits_run", "sweep_table", "tracked_run"}
 """AdamW follows the signs of gradients, which rounding decides near 0."""
-RUNS_ELSEWHERE = 0.1
-"""On processors that do not have the recorded kind of vector instructions."""
+RUNS_ELSEWHERE = 0.3
+"""On processors that do not have the recorded kind of vector instructions, and of the longest run,
+which differs between makers of processors too: their libraries of matrix products do."""
+LONGEST = "digits_run"
 HAVE_RECORDED = {"AVX2", "AVX512"}
 """``record.py`` keeps to the narrower ones."""
 
@@ -30,7 +32,7 @@ def test_numbers_are_what_they_were(tmp_path: Path, name: str) -> None:
     expected = json.loads((NUMBERS / f"{name}.json").read_text())
     assert (NUMBERS / "instructions.txt").read_text().strip() == "AVX2"
     found = recorded(name, tmp_path)
-    same = instructions() in HAVE_RECORDED or name not in RUNS
+    same = name not in RUNS or (instructions() in HAVE_RECORDED and name != LONGEST)
     tolerance = PROCESSORS_DIFFER if same else RUNS_ELSEWHERE
     changed = [
         (place, *pair)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import register_model
 from timm.models.hgnet import HighPerfGpuNet
 
@@ -46,6 +47,7 @@ class SmallHGNet(HighPerfGpuNet):
         # Timm's constructor asks for four; the last is not kept.
         last = [stages["stage3"][2], 8, 8, 1, True, True, 3, 1]
         super().__init__({**stages, "stage4": last}, use_lab=True, **settings)
+        self.pretrained_cfg = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
         self.stages = self.stages[:_STAGES]
         self.feature_info = self.feature_info[:_STAGES]
 
