@@ -62,7 +62,8 @@ def compare(scale: Scale) -> list[Comparison]:
     found = [_compare(side, Case(title, student, teacher, {})) for side in scale.sides]
     on_cpu = scale.device.type == "cpu" and not scale.smoke
     side = replace(scale, image=SIDE if on_cpu else scale.image, larger=None)
-    found += [_compare(side, case, recorded=False) for case in KINDS]
+    cases = [replace(case, teacher=case.student) for case in KINDS] if scale.smoke else KINDS
+    found += [_compare(side, case, recorded=False) for case in cases]
     return [table for tables in found for table in tables]
 
 

@@ -86,6 +86,7 @@ def _rt_detr(scale: Scale) -> nn.Module:
         hidden_expansion=0.5,
         num_queries=scale.queries,
         num_labels=CLASSES,
+        **(SMALL if scale.smoke else {}),
     )
     return transformers.RTDetrForObjectDetection(config)
 
@@ -104,10 +105,19 @@ def _d_fine(scale: Scale) -> nn.Module:
         depth_mult=0.34,
         num_queries=scale.queries,
         num_labels=CLASSES,
+        **(SMALL if scale.smoke else {}),
     )
     return transformers.DFineForObjectDetection(config)
 
 
+SMALL: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_hidden_dim": 32,
+    "decoder_in_channels": [32] * 3,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+}
+"""Widths that only show that it works."""
 HGNET_B0: dict[str, Any] = {
     "depths": [1, 1, 2, 1],
     "stem_channels": [3, 16, 16],
@@ -131,7 +141,7 @@ def _rf_detr(scale: Scale) -> nn.Module:
     config = transformers.RfDetrConfig(
         backbone_config={
             "model_type": "rf_detr_dinov2",
-            "hidden_size": 384,
+            "hidden_size": 48 if scale.smoke else 384,
             "num_attention_heads": 6,
             "num_hidden_layers": 12,
             "num_register_tokens": 0,
