@@ -154,6 +154,7 @@ def test_drop_path_rises_over_the_blocks_in_training_only() -> None:
         ({"outputs": [2, 1]}, "must rise"),
         ({"outputs": [0, 1]}, "must rise from 1"),
         ({"name": "vit", "outputs": [1]}, "its own are vit.outputs"),
+        ({"name": "dinov3", "outputs": [1]}, "its own are dinov3.outputs"),
         ({"name": "timm/resnet10t", "outputs": [1]}, "outputs has no effect"),
         ({"name": "timm/resnet10t", "frozen_stages": 6}, "at most four stages, 5 in all"),
         ({"name": "small", "drop_path": 0.1}, "drop_path has no effect on backbone 'small'"),

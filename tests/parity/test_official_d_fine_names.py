@@ -21,6 +21,13 @@ from d3etr.detectors.imports.settings import Unseen
 from d3etr.detectors.weights import load_weights
 from d3etr.errors import UserError
 
+ENCODER_LAYERS = (
+    (r"downsample_convs\.(\d)\.conv(\d)\.", r"downsample_convs.\1.0.cv\2."),
+    (r"\.self_attn_layer_norm\.", ".norm1."),
+    (r"\.mlp\.layers\.0\.", ".linear1."),
+    (r"\.mlp\.layers\.1\.", ".linear2."),
+    (r"final_layer_norm", "norm2"),
+)
 ENCODER = (
     (r"^model\.encoder\.aifi\.0\.", "encoder.encoder.0."),
     (r"^model\.encoder_input_proj\.(\d)\.0\.", r"encoder.input_proj.\1.conv."),
@@ -31,11 +38,7 @@ ENCODER = (
     (r"_blocks\.(\d)\.conv2\.", r"_blocks.\1.cv2.1."),
     (r"_blocks\.(\d)\.csp_rep2\.", r"_blocks.\1.cv3.0."),
     (r"_blocks\.(\d)\.conv3\.", r"_blocks.\1.cv3.1."),
-    (r"downsample_convs\.(\d)\.conv(\d)\.", r"downsample_convs.\1.0.cv\2."),
-    (r"\.self_attn_layer_norm\.", ".norm1."),
-    (r"\.mlp\.layers\.0\.", ".linear1."),
-    (r"\.mlp\.layers\.1\.", ".linear2."),
-    (r"final_layer_norm", "norm2"),
+    *ENCODER_LAYERS,
 )
 HEADS = (
     (r"^model\.enc_output\.0\.", "decoder.enc_output.proj."),

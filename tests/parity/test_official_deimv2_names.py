@@ -14,6 +14,7 @@ import torch
 from test_d_fine_parity import CLASSES, imported, require_equal
 from test_deimv2_parity import VARIANTS, their_model
 from test_hgnet import OFFICIAL as NETWORK
+from test_official_d_fine_names import ENCODER_LAYERS
 from test_official_d_fine_names import HEADS as D_FINE_HEADS
 from test_official_rt_detr_names import under_official_names
 from torch import Tensor, nn
@@ -39,11 +40,7 @@ ENCODER = (
     (r"\.csp_rep2\.conv2\.", ".cv3.1."),
     (r"\.csp_rep1\.", ".cv2.0."),
     (r"\.csp_rep2\.", ".cv3.0."),
-    (r"downsample_convs\.(\d)\.conv(\d)\.", r"downsample_convs.\1.0.cv\2."),
-    (r"\.self_attn_layer_norm\.", ".norm1."),
-    (r"\.mlp\.layers\.0\.", ".linear1."),
-    (r"\.mlp\.layers\.1\.", ".linear2."),
-    (r"final_layer_norm", "norm2"),
+    *ENCODER_LAYERS,
 )
 HEADS = (
     (r"^model\.decoder_input_proj\.", "decoder.input_proj."),

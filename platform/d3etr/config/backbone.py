@@ -117,7 +117,7 @@ class BackboneConfig(Section):
                 f"most four stages, {STAGES} in all"
             )
         if self.outputs is not None and not is_timm_vit(self.name):
-            own = ": its own are vit.outputs" if self.name == VIT else ""
+            own = f": its own are {self.name}.outputs" if self.name in (VIT, DINOV3) else ""
             raise ValueError(
                 f"outputs has no effect on backbone '{self.name}', only on timm's vision "
                 f"transformers{own}"

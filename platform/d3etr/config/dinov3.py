@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from d3etr.config.base import Section, Size
+from d3etr.config.vit import rising
 
 Block = Annotated[int, Field(ge=1, le=100)]
 MAPS = 3
@@ -56,8 +56,7 @@ class DINOv3Config(Section):
             raise ValueError(
                 f"width {self.width} must be a multiple of 4 * heads ({4 * self.heads})"
             )
-        rising = all(one < other for one, other in pairwise(self.outputs))
-        if not rising or self.outputs[-1] != self.blocks:
+        if not rising(self.outputs) or self.outputs[-1] != self.blocks:
             raise ValueError(
                 f"outputs {list(self.outputs)} must rise to blocks ({self.blocks}): later blocks "
                 "would have no effect"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -206,8 +206,7 @@ def official(
     width = len(tensors["decoder.norm.weight"])
     levels = args.get("projector_scale") or ["P4"]
     found: dict[str, Any] = {
-        "heads": args.get("sa_nheads", width // 32),
-        "cross_heads": args.get("ca_nheads", width // 16),
+        **official_heads(args, width),
         "scales": tuple(_SCALES[level] for level in levels if level in _SCALES),
     }
     vit: dict[str, Any] = {}
@@ -221,13 +220,24 @@ def official(
     if side is None:
         side = 560 if patch == 14 else patch * math.isqrt(len(tensors["backbone.positions"]))
     expected = ("sa_nheads", "ca_nheads", "out_feature_indexes", "num_windows", "resolution")
-    missing = [key for key in expected if key not in args]
-    notes = [
-        f"its args say nothing of {', '.join(missing)}: assumed what RF-DETR was published with "
-        f"for patches of {patch} pixels and width {width}"
-    ]
+    published = f"RF-DETR was published with for patches of {patch} pixels and width {width}"
     pixels = PreprocessingConfig(shortest_side=None, longest_side=None, exact_size=(side, side))
-    return found | {"vit": vit}, pixels, notes if missing else []
+    return found | {"vit": vit}, pixels, assumed(args, expected, published)
+
+
+def official_heads(args: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """Attention heads of the decoder by our keys; those of its width where args say nothing."""
+    return {
+        "heads": args.get("sa_nheads", width // 32),
+        "cross_heads": args.get("ca_nheads", width // 16),
+    }
+
+
+def assumed(args: Mapping[str, Any], expected: Sequence[str], published: str) -> list[str]:
+    """A note of what args leave out, if they do, and of what was taken for it."""
+    missing = [key for key in expected if key not in args]
+    note = f"its args say nothing of {', '.join(missing)}: assumed what {published}"
+    return [note] if missing else []
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:

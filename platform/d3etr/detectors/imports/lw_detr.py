@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from d3etr.config.data import PreprocessingConfig
+from d3etr.detectors.imports.grouped import assumed, official_heads
 
 SIGN = "backbone.0.encoder.blocks.0.attn.q_bias"
 """As of ``layouts.Layout``: only their attention has such a tensor."""
@@ -76,19 +77,14 @@ def official(
         "whole": tuple(k for k in range(outputs[-1]) if k not in within),
     }
     found = {
-        "heads": args.get("sa_nheads", width // 32),
-        "cross_heads": args.get("ca_nheads", width // 16),
+        **official_heads(args, width),
         "scales": _scales(args.get("projector_scale"), tensors),
         "vit": vit,
     }
     pixels = PreprocessingConfig(shortest_side=None, longest_side=None, exact_size=(_SIDE, _SIDE))
     expected = ("sa_nheads", "ca_nheads", "out_feature_indexes", "window_block_indexes")
-    missing = [key for key in (*expected, "projector_scale") if key not in args]
-    notes = [
-        f"its args say nothing of {', '.join(missing)}: assumed what the LW-DETR of {blocks} "
-        f"blocks and width {width} was published with"
-    ]
-    return found, pixels, notes if missing else []
+    published = f"the LW-DETR of {blocks} blocks and width {width} was published with"
+    return found, pixels, assumed(args, (*expected, "projector_scale"), published)
 
 
 def _scales(levels: str | list[str] | None, tensors: Mapping[str, Tensor]) -> tuple[float, ...]:
