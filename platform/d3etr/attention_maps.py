@@ -184,6 +184,10 @@ class SampledMaps:
         )
         return replace(self, locations=places, weights=weights)
 
+    def on(self, levels: tuple[tuple[int, int], ...], padding: Tensor | None) -> SampledMaps:
+        """The same points over as many other grids, [B, K] of them hidden."""
+        return replace(self, levels=levels, padding=padding)
+
     def layers(self, chosen: Sequence[int]) -> SampledMaps:
         """The maps of some layers."""
         locations, weights = (take_layers(x, chosen) for x in (self.locations, self.weights))

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
-from d3etr.detectors.attention import keep_keys
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.denoising import DENOISING, DenoisingConfig
 from d3etr.detectors.foundation import FoundationModel
@@ -148,9 +147,7 @@ def _build_method(
     if teacher is not None:
         teacher.eval().requires_grad_(False)
     networks = [part.config for part in (student, teacher) if part is not None]
-    method = kind(config, *networks, seed=seed)
-    keep_keys(student, method.needs_keys)
-    return method
+    return kind(config, *networks, seed=seed)
 
 
 class Distiller(nn.Module):

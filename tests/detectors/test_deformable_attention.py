@@ -12,6 +12,8 @@ from d3etr.attention_maps import MASKED_SCORE, SPREAD
 from d3etr.detectors.deformable_attention import (
     DeformableAttention,
     Samples,
+    _mixed,
+    _weighted_sum,
     initialise_deformable,
     sample_values,
 )
@@ -117,3 +119,16 @@ def test_heads_start_in_directions_of_their_own(size: int) -> None:
     down = (steps * cells)[1]
     torch.testing.assert_close(down, torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]]))
     torch.testing.assert_close(samples.weights, torch.full((1, 1, 4, 2, 3), 1 / 6))
+
+
+def test_samples_are_mixed_with_the_gradients_of_their_sum() -> None:
+    """Exactly: the same products are added up in the same order but over channels."""
+    parts = [torch.randn(4, 5, 3, points, requires_grad=True) for points in (2, 3)]
+    weights = torch.rand(4, 3, 5, requires_grad=True)
+    given = torch.randn(4, 5, 3)
+    leaves = [weights, *parts]
+    found = torch.autograd.grad(_mixed(weights, parts), leaves, given)
+    expected = torch.autograd.grad(_weighted_sum(weights, parts), leaves, given)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(_mixed(weights, parts), _weighted_sum(weights, parts))

@@ -13,7 +13,6 @@ from torch.nn import functional
 from d3etr.attention_maps import ProductMaps
 from d3etr.config.detector import DetectorConfig
 from d3etr.detectors.groups import GroupSize, LayerAttention
-from d3etr.kernels.availability import runs_kernels
 from d3etr.structures import Memory
 
 SMALL_MEMORY = 256
@@ -45,7 +44,7 @@ def attend(
         # Fused kernels want one width (cuDNN's fails with two): widen with zeros, or do without
         # where that costs more.
         if query.device.type == "cpu" and key.shape[-2] <= SMALL_MEMORY:
-            return attend_with_scores(query, key, value, padding, dropout)[0]
+            return attend_by_products(query, key, value, padding, dropout)
         value = functional.pad(value, (0, query.shape[-1] - width))
     visible = None if padding is None else ~padding[:, None, None]
     mixed = functional.scaled_dot_product_attention(
@@ -54,32 +53,14 @@ def attend(
     return mixed[..., :width].transpose(1, 2).flatten(2)
 
 
-def attend_with_scores(
+def attend_by_products(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout: float
-) -> tuple[Tensor, Tensor]:
-    """The same as ``attend``, with its scores.
-
-    Returns:
-        [B, N, H*E'] and [B, H, N, S] float32, also under autocast, as is the softmax: those of
-        ``ProductMaps``, so that losses over either are the same.
-    """
+) -> Tensor:
+    """The same as ``attend``; the softmax is float32, also under autocast."""
     scores = ProductMaps(query, key, padding).scores()
     weights = functional.dropout(scores.softmax(-1), dropout)
     mixed = weights.to(value.dtype) @ value
-    return mixed.transpose(1, 2).flatten(2), scores
-
-
-def attend_and_keep(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout: float
-) -> tuple[Tensor, LayerAttention]:
-    """The same as ``attend``, with what its maps are compared by.
-
-    Where kernels run, these are queries and keys: maps are computed in the loss and stored
-    nowhere. Elsewhere they are the scores, which cost more to compute again than to keep.
-    """
-    if runs_kernels(query.device):
-        return attend(query, key, value, padding, dropout), ProductMaps(query, key)
-    return attend_with_scores(query, key, value, padding, dropout)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def attend_in_blocks(
@@ -93,7 +74,7 @@ def attend_in_blocks(
     """Attention within equal blocks of one group, each of which also reads keys that all share.
 
     One softmax over both: the same as under a mask [N, M + N], without most of its products, and
-    without a copy of the shared keys for each block. float32 scores, as of ``attend_with_scores``.
+    without a copy of the shared keys for each block. float32 scores, as of ``ProductMaps``.
 
     Args:
         query: [B, H, N, E], block by block.
@@ -143,8 +124,6 @@ class MultiHeadAttention(nn.Module):
     """
 
     output: nn.Linear
-    keeps_keys: bool = False
-    """Whether maps to the memory are kept as queries and keys on every device."""
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
@@ -211,24 +190,15 @@ class MultiHeadAttention(nn.Module):
         """
         query = query.expand(len(memory.tokens), -1, -1, -1)
         mixed, kept = self._attend(query, key, value, memory.padding, keep)
-        if keep and self.keeps_keys:
-            kept = ProductMaps(query, key)
         return self.output(mixed), kept
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, keep: bool
     ) -> tuple[Tensor, LayerAttention | None]:
+        """As of ``attend``, and what its maps are computed from, for losses over them."""
         dropout = self.dropout if self.training else 0.0
-        if keep:
-            return attend_and_keep(query, key, value, padding, dropout)
-        return attend(query, key, value, padding, dropout), None
-
-
-def keep_keys(detector: nn.Module, keeps: bool) -> None:
-    """Set ``keeps_keys`` of all attention in ``detector``."""
-    for module in detector.modules():
-        if isinstance(module, MultiHeadAttention):
-            module.keeps_keys = keeps
+        mixed = attend(query, key, value, padding, dropout)
+        return mixed, ProductMaps(query, key) if keep else None
 
 
 class SelfAttention(MultiHeadAttention):

@@ -7,8 +7,9 @@ of all levels · D width · E = D / H.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -197,9 +198,48 @@ def sample_values(value: Tensor, samples: Samples, levels: Levels) -> Tensor:
         grid = 2 * places.transpose(1, 2).flatten(0, 1) - 1  # [B*H, N, p, 2]
         parts.append(functional.grid_sample(planes, grid.to(planes.dtype), align_corners=False))
         shares.append(weights)  # beside [B*H, E, N, p]
-    weights = torch.cat(shares, -1).transpose(1, 2).reshape(images * heads, 1, queries, -1)
-    mixed = (torch.cat(parts, -1) * weights.to(value.dtype)).sum(-1)
+    weights = torch.cat(shares, -1).transpose(1, 2).reshape(images * heads, queries, -1)
+    mixed = _mixed(weights.to(value.dtype), parts)
     return mixed.view(images, -1, queries).transpose(1, 2)
+
+
+def _mixed(weights: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """[R, E, N], samples [R, E, N, p] of all levels weighted by [R, N, sum of p] and added up."""
+    if weights.device.type == "cpu" and torch.is_grad_enabled():
+        mixed: Tensor = _Mixing.apply(weights, *parts)
+        return mixed
+    return _weighted_sum(weights, parts)
+
+
+def _weighted_sum(weights: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    return (torch.cat([*parts], -1) * weights[:, None]).sum(-1)
+
+
+class _Mixing(torch.autograd.Function):
+    """``_weighted_sum`` for a CPU: backward goes channel by channel, in what the cache holds.
+
+    PyTorch's own would store the product of all samples with a gradient three times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, *parts)
+        return _weighted_sum(weights, parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        weights, *parts = ctx.saved_tensors
+        by_weights, by_parts = [], []
+        for part, share in zip(
+            parts, weights.split([part.shape[-1] for part in parts], -1), strict=True
+        ):
+            by_part, by_share = torch.empty_like(part), torch.zeros_like(share)
+            for channel, slope in enumerate(gradient.unbind(1)):
+                torch.mul(slope[..., None], share, out=by_part[:, channel])
+                by_share.addcmul_(slope[..., None], part[:, channel])
+            by_parts.append(by_part)
+            by_weights.append(by_share)
+        return torch.cat(by_weights, -1), *by_parts
 
 
 def gather_values(value: Tensor, samples: Samples, levels: Levels) -> Tensor:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, log_softmax
 
-from d3etr.attention_maps import MASKED_SCORE, CrossMaps, ProductMaps, ScoredMaps
+from d3etr.attention_maps import MASKED_SCORE, CrossMaps, ProductMaps, SampledMaps, ScoredMaps
 from d3etr.config.distillation import AttentionConfig
 from d3etr.kernels.availability import runs_kernels
+from d3etr.losses.product_divergence import product_divergence
+from d3etr.losses.splatted_divergence import splatted_divergence
 from d3etr.structures import Levels
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -205,19 +207,27 @@ def attention_loss(
     Returns:
         Scalar.
     """
-    rows = _distances(student, teacher, config).mean(2)
-    return (rows * weights).sum() / (len(rows) if config.layers == "mean" else 1)
-
-
-def _distances(student: CrossMaps, teacher: CrossMaps, config: AttentionConfig) -> Tensor:
-    """[L, B, H, P], or one head where they are averaged; sums over keys."""
+    weights = weights / (len(weights) if config.layers == "mean" else 1)
     plain = config.distance == "kl" and config.heads == "per_head"
     if plain and isinstance(student, ProductMaps) and isinstance(teacher, ProductMaps):
-        if runs_kernels(student.query.device):
-            from d3etr.kernels.map_divergence import map_divergence
+        return _of_products(student, teacher, weights)
+    if plain and isinstance(student, SampledMaps) and isinstance(teacher, SampledMaps):
+        if student.levels == teacher.levels:
+            return (splatted_divergence(student, teacher).mean(2) * weights).sum()
+    return (_distances(student.scores(), teacher.scores(), config).mean(2) * weights).sum()
 
-            return map_divergence(student, teacher)  # of maps that are stored nowhere
-    scores, target = student.scores(), teacher.scores()
+
+def _of_products(student: ProductMaps, teacher: ProductMaps, weights: Tensor) -> Tensor:
+    """Of maps that are stored nowhere."""
+    if not runs_kernels(student.query.device):
+        return product_divergence(student, teacher, weights)
+    from d3etr.kernels.map_divergence import map_divergence
+
+    return (map_divergence(student, teacher).mean(2) * weights).sum()
+
+
+def _distances(scores: Tensor, target: Tensor, config: AttentionConfig) -> Tensor:
+    """[L, B, H, P], or one head where they are averaged; sums over keys."""
     if config.heads == "mean":
         scores, target = _mean_of(scores, 2), _mean_of(target, 2)
     if config.distance == "mse":

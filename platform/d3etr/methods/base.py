@@ -136,8 +136,6 @@ class Method(nn.Module, ABC):
         config_class: its section of the configuration.
         needs_teacher_outputs: whether the teacher runs; a control may use no more than its queries.
         needs_attention: whether decoders return their attention maps.
-        needs_keys: whether the student keeps the keys of its attention to the memory, so that they
-            can learn apart from the queries.
         needs_distributions: whether the teacher's distributions over edges are compared.
         needs_features: whether the teacher's memory and last decoder states are compared.
         needs_scores: whether the class scores of encoders' tokens are compared.
@@ -160,7 +158,6 @@ class Method(nn.Module, ABC):
     config_class: ClassVar[type[MethodConfig]]
     needs_teacher_outputs: bool = False
     needs_attention: bool = False
-    needs_keys: bool = False
     needs_distributions: bool = False
     needs_features: bool = False
     needs_scores: bool = False

@@ -162,7 +162,7 @@ def _among(maps: AttentionMaps, counted: Tensor) -> ScoredMaps:
 def _cross_attention(
     pairs: MatchedPairs, weights: Tensor, config: CrossAttentionConfig, levels: LevelPairs | None
 ) -> Tensor:
-    """Rows follow the correspondence; a teacher's map on other grids is resized."""
+    """Rows follow the correspondence; a teacher's map comes to the student's grids."""
     index, student, teacher = pairs.index, pairs.student, pairs.teacher
     maps = _known(student.cross_maps)
     if config.detach_queries:
@@ -199,7 +199,9 @@ def _cross_attention(
             "attention is on it. Use larger images or a smaller stride, or set its weight to 0",
             stacklevel=2,
         )
-    if teacher.levels != student.levels:
+    if teacher.levels != student.levels and isinstance(target, SampledMaps):
+        target = target.on(student.levels, student.padding)
+    elif teacher.levels != student.levels:
         target = resize_maps(
             target, teacher.levels, teacher.padding, student.levels, student.padding
         )

@@ -78,7 +78,6 @@ class TeacherQueryMethod(AddingMethod):
         chosen = config.teacher_query_ratio < 1 or teacher.queries_need_images
         self.groups_need_images = chosen or self.draws_in_steps
         self.needs_attention = config.compares_attention
-        self.needs_keys = config.cross_attention.detach_queries
         outputs_count = config.distils or self._teacher_assigns or chosen
         self.needs_teacher_outputs = outputs_count and not random
 
