@@ -57,14 +57,24 @@ KINDS = (
 
 def compare(scale: Scale) -> list[Comparison]:
     """Milliseconds of each; on a GPU also of recorded steps, and the memory of all."""
+    found = [_compare(side, conditional(side)) for side in scale.sides]
+    found += [_compare(*kind, recorded=False) for kind in kinds(scale)]
+    return [table for tables in found for table in tables]
+
+
+def conditional(scale: Scale, **shared: Any) -> Case:
+    """Conditional DETR at the scale's sizes."""
     student, teacher = {"backbone": scale.backbone}, {"backbone": scale.teacher_backbone}
     title = f"Conditional DETR {scale.teacher_backbone} to {scale.backbone}"
-    found = [_compare(side, Case(title, student, teacher, {})) for side in scale.sides]
+    return Case(title, student, teacher, shared)
+
+
+def kinds(scale: Scale) -> list[tuple[Scale, Case]]:
+    """``KINDS``, each with what it is measured at."""
     on_cpu = scale.device.type == "cpu" and not scale.smoke
     side = replace(scale, image=SIDE if on_cpu else scale.image, larger=None)
     cases = [replace(case, teacher=case.student) for case in KINDS] if scale.smoke else KINDS
-    found += [_compare(side, case, recorded=False) for case in cases]
-    return [table for tables in found for table in tables]
+    return [(side, case) for case in cases]
 
 
 def _compare(scale: Scale, case: Case, *, recorded: bool = True) -> list[Comparison]:
@@ -84,7 +94,7 @@ def _compare(scale: Scale, case: Case, *, recorded: bool = True) -> list[Compari
     actions: dict[str, Action] = {PLAIN: step(None), TEACHER: teach, D3ETR: step(teacher)}
     if scale.precision == torch.float32:
         actions[ROUNDED] = step(teacher, teacher_precision=torch.bfloat16)
-    title = _title(scale, case)
+    title = titled(scale, case)
     found = [_parts_and_whole(scale, title, actions)]
     if scale.device.type == "cuda" and recorded:
         plain, distilled = step(None, graphs=True), step(teacher, graphs=True)
@@ -105,5 +115,6 @@ def _parts_and_whole(scale: Scale, title: str, actions: dict[str, Action]) -> Co
     return Comparison(title, "ms per step", values, BOTH, aim)
 
 
-def _title(scale: Scale, case: Case) -> str:
+def titled(scale: Scale, case: Case) -> str:
+    """Kind, sizes and batch."""
     return f"{case.title}, {scale.image} px, {scale.batch} images, {scale.queries} queries"

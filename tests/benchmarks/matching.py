@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from benchmarks.distilled_step import Case, conditional, kinds, titled
 from benchmarks.matching_problems import problems
-from benchmarks.problems import Step, random_batch, random_detector
+from benchmarks.problems import Step, random_batch
 from benchmarks.side_by_side import Action, Comparison, Scale, alternate, scaled
 from d3etr.engine.optimiser import set_learning_rates
 from d3etr.kernels.availability import runs_kernels
@@ -47,8 +48,10 @@ MOST_ROUNDS = 5
 def compare(scale: Scale) -> list[Comparison]:
     """Solvers on costs of untrained and of trained decoders, and the exposed share of a step."""
     tables = [_solvers(scale, name, block) for name, block in problems(scale).items()]
-    recorded = [_exposed_recorded(scale)] if runs_kernels(scale.device) else []
-    return [*tables, _exposed(scale), *recorded]
+    own = conditional(scale, dropout=0.0)
+    pairs = [(scale, own), *kinds(scale)]
+    recorded = [_exposed_recorded(scale, own)] if runs_kernels(scale.device) else []
+    return [*tables, *(_exposed(*pair) for pair in pairs), *recorded]
 
 
 def layer_by_layer(block: CostBlock) -> None:
@@ -114,12 +117,9 @@ def _agreement(block: CostBlock) -> str:
     )
 
 
-def _step(scale: Scale, solver: Solver, graphs: bool = False) -> Step:
+def _step(scale: Scale, case: Case, solver: Solver, graphs: bool = False) -> Step:
     """A D3ETR step of an untrained pair; its learning rate of 0 keeps the costs as they are."""
-    student, teacher = (
-        random_detector(scale, name, seed, dropout=0.0)
-        for seed, name in enumerate((scale.backbone, scale.teacher_backbone))
-    )
+    student, teacher = case.build(scale, 0, case.student), case.build(scale, 1, case.teacher)
     step = Step(student, teacher, scale, random_batch(scale), graphs=graphs)
     set_learning_rates(step.optimiser, 0.0)
     _use(step, solver)
@@ -130,9 +130,9 @@ def _use(step: Step, solver: Solver) -> None:
     step.distiller.supervision = replace(step.distiller.supervision, solver=solver)
 
 
-def _exposed(scale: Scale) -> Comparison:
-    known = Known.of(scale)
-    step = _step(scale, known)
+def _exposed(scale: Scale, case: Case) -> Comparison:
+    known = Known.of(scale, case)
+    step = _step(scale, case, known)
     solvers = {KNOWN: known, BEHIND: Solver(spare_threads(scale.device)), WAITING: Waiting(0)}
     if runs_kernels(scale.device):
         solvers[BESIDE] = Solver()
@@ -152,8 +152,7 @@ def _exposed(scale: Scale) -> Comparison:
     limit = 2 if scale.device.type == "cuda" else 10
     product = BESIDE if BESIDE in solvers else BEHIND
     return Comparison(
-        f"Exposed matching in a D3ETR step, untrained pair: {scale.batch} images of "
-        f"{scale.image} x {scale.image}, {scale.queries} queries",
+        f"Exposed matching in a D3ETR step, untrained: {titled(scale, case)}",
         "ms a step",
         scaled(taken, 1000),
         baseline=KNOWN,
@@ -161,15 +160,14 @@ def _exposed(scale: Scale) -> Comparison:
     )
 
 
-def _exposed_recorded(scale: Scale) -> Comparison:
+def _exposed_recorded(scale: Scale, case: Case) -> Comparison:
     """The same of a step that replays CUDA graphs, where nothing waits for the host."""
     steps = {
-        KNOWN: _step(scale, Known.of(scale), graphs=True),
-        BESIDE: _step(scale, Solver(), graphs=True),
+        KNOWN: _step(scale, case, Known.of(scale, case), graphs=True),
+        BESIDE: _step(scale, case, Solver(), graphs=True),
     }
     return Comparison(
-        f"Exposed matching in a recorded D3ETR step (cuda_graphs): {scale.batch} images of "
-        f"{scale.image} x {scale.image}, {scale.queries} queries",
+        f"Exposed matching in a recorded D3ETR step (cuda_graphs): {titled(scale, case)}",
         "ms a step",
         scaled(alternate(steps, scale.rounds, scale.device), 1000),
         baseline=KNOWN,
@@ -194,11 +192,11 @@ class Known(Solver):
         self._found: dict[tuple[str, ...], list[Assignment]] = {}
 
     @staticmethod
-    def of(scale: Scale) -> Known:
+    def of(scale: Scale, case: Case) -> Known:
         """Has seen the step."""
         known = Known()
         known.learning = True
-        _step(scale, known)()
+        _step(scale, case, known)()
         known.learning = False
         return known
 
