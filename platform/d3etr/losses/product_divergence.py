@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from d3etr.attention_maps import MASKED_SCORE, ProductMaps
 
@@ -61,12 +60,20 @@ def _some_maps(given: Sequence[Tensor], hidden: Tensor | None) -> tuple[Tensor, 
     if hidden is not None:
         scores.masked_fill_(hidden, MASKED_SCORE)
         target.masked_fill_(hidden, MASKED_SCORE)
-    # From log-softmax, never from the logarithm of a probability, which would underflow.
-    student, teacher = log_softmax(scores, -1), log_softmax(target, -1)
-    probability = torch.exp(teacher, out=target)
-    apart = torch.mul(teacher.sub_(student), probability, out=scores).sum(-1)
-    difference = student.exp_().sub_(probability).mul_(weights[..., None])
-    return (apart * weights).sum(), difference @ key, difference.mT @ query
+    # From differences of scores, never from the logarithm of a probability, which would underflow.
+    apart = target - scores
+    logsum, teacher_logsum = _softmax_in_place(scores), _softmax_in_place(target)
+    rows = apart.mul_(target).sum(-1) - teacher_logsum + logsum
+    difference = scores.sub_(target).mul_(weights[..., None])
+    return (rows * weights).sum(), difference @ key, difference.mT @ query
+
+
+def _softmax_in_place(scores: Tensor) -> Tensor:
+    """Scores become probabilities; returns the logarithm of the sum of their exponentials."""
+    highest = scores.amax(-1, keepdim=True)
+    total = scores.sub_(highest).exp_().sum(-1, keepdim=True)
+    scores.div_(total)
+    return (highest + total.log())[..., 0]
 
 
 def product_divergence(student: ProductMaps, teacher: ProductMaps, weights: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 from d3etr.config.distillation import MatchingCostConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.kernels.availability import runs_kernels
-from d3etr.matching.boxes import cxcywh_to_xyxy, pairwise_generalised_iou
+from d3etr.matching.boxes import coordinates, cxcywh_to_xyxy, pairwise_generalised_iou
 from d3etr.structures import DecoderOutputs, Targets
 
 
@@ -45,10 +45,9 @@ def box_costs(first: Tensor, second: Tensor, l1: float, giou: float) -> Tensor:
     Returns:
         [..., N, M].
     """
-    # Coordinate by coordinate on [.., N, M]: contiguous inner loops, no [.., N, M, 4] tensor.
-    distance = sum(
-        (first[..., :, None, k] - second[..., None, :, k]).abs() for k in range(first.shape[-1])
-    )
+    # Coordinate by coordinate on [.., N, M]: no [.., N, M, 4] tensor.
+    pairs = zip(coordinates(first), coordinates(second), strict=True)
+    distance = sum((one[..., :, None] - other[..., None, :]).abs() for one, other in pairs)
     overlap = pairwise_generalised_iou(cxcywh_to_xyxy(first), cxcywh_to_xyxy(second))
     return l1 * distance + giou * (1 - overlap)
 
