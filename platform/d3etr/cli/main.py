@@ -17,6 +17,7 @@ from typing import Any
 import d3etr
 from d3etr.cli import (
     attention,
+    benchmark,
     check_data,
     compare,
     completion,
@@ -54,6 +55,7 @@ COMMANDS: tuple[Command, ...] = (
     predict.COMMAND,
     pseudo_label.COMMAND,
     compare.COMMAND,
+    benchmark.COMMAND,
     verdict.COMMAND,
     attention.COMMAND,
     explain.COMMAND,

@@ -1,0 +1,1 @@
+"""How fast trained detectors are, measured in turns in one process, beside how good they are."""

@@ -1,0 +1,153 @@
+"""What is measured: a weights file as it runs, eager or compiled, in a precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from d3etr.config.location import Location
+from d3etr.data.transforms import normalise, resized
+from d3etr.errors import UserError
+from d3etr.evaluation.postprocess import top_detections
+from d3etr.inference import Predictor, load
+from d3etr.structures import ImageBatch
+
+PRECISIONS: Mapping[str, torch.dtype | None] = {
+    "float32": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+DETECTIONS = 100
+"""Of an image, at most."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a detector is run.
+
+    Attributes:
+        precision: one of ``PRECISIONS``; below float32 by autocast.
+        compiled: by ``torch.compile``.
+        batch: images at once.
+    """
+
+    precision: str
+    compiled: bool
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{'compiled' if self.compiled else 'eager'} {self.precision}"
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A weights file that is measured.
+
+    Attributes:
+        name: in tables.
+        predictor: of its weights.
+        size: (height, width) that it is shown the picture in.
+        parameters: how many numbers it has.
+        operations: floating-point operations of one image, as PyTorch counts them.
+        evaluation: what its file says about its quality: split, data digest, mAP.
+    """
+
+    name: str
+    predictor: Predictor
+    size: tuple[int, int]
+    parameters: int
+    operations: int
+    evaluation: Mapping[str, Any]
+
+    @classmethod
+    def read(
+        cls, name: str, weights: Location, picture: Image.Image, device: str | None
+    ) -> Detector:
+        """From a file.
+
+        Raises:
+            UserError: it cannot be read, or there is no such device.
+        """
+        predictor = load(weights, device)
+        predictor.detector.requires_grad_(False)  # PyTorch's counter hangs on what learns
+        pixels = _pixels(predictor, picture, 1)
+        with FlopCounterMode(display=False) as counted:
+            _detect(predictor.detector, pixels, [(picture.height, picture.width)])
+        return cls(
+            name,
+            predictor,
+            (pixels.shape[-2], pixels.shape[-1]),
+            sum(parameter.numel() for parameter in predictor.detector.parameters()),
+            counted.get_total_flops(),
+            predictor.info.evaluation or {},
+        )
+
+    def action(self, picture: Image.Image, way: Way) -> Callable[[], object]:
+        """From normalised pixels on the device to detections on the host.
+
+        Raises:
+            UserError: the device has no such precision.
+        """
+        device, dtype = self.predictor.device, PRECISIONS[way.precision]
+        if device.type == "cpu" and dtype == torch.float16:
+            raise UserError(
+                "--precisions float16 is for GPUs: a CPU has no fast operations in it; expected "
+                "float32 or bfloat16"
+            )
+        pixels = _pixels(self.predictor, picture, way.batch)
+        sizes = [(picture.height, picture.width)] * way.batch
+        run: Callable[..., object] = torch.compile(_detect) if way.compiled else _detect
+
+        def act() -> object:
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                return run(self.predictor.detector, pixels, sizes)
+
+        return act
+
+
+def _pixels(predictor: Predictor, picture: Image.Image, count: int) -> Tensor:
+    """[count, 3, height, width] of one picture, as the detector is shown it."""
+    preprocessing = predictor.info.preprocessing
+    pixels = normalise(resized(picture, preprocessing), preprocessing)
+    return pixels.expand(count, -1, -1, -1).contiguous().to(predictor.device)
+
+
+@torch.inference_mode()
+def _detect(detector: Any, pixels: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    memory = detector.encode(ImageBatch(pixels))
+    [outputs] = detector.decode(memory, [detector.object_queries(memory)])
+    return [column.cpu() for column in top_detections(outputs, sizes, DETECTIONS)]
+
+
+def made_picture(width: int, height: int) -> Image.Image:
+    """An RGB picture of noise: what is on it costs no time, how large it is does."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def named(files: Sequence[Location]) -> dict[str, Location]:
+    """Names of weights files, as short as tells them apart: of the file, else of its folder too.
+
+    Raises:
+        UserError: one file is named twice.
+    """
+    if len({str(file) for file in files}) < len(files):
+        raise UserError("a weights file is named twice: expected different ones")
+    found = dict[str, Location]()
+    for file in files:
+        parts = Path(str(file)).with_suffix("").parts
+        of_run = parts[-1] == "weights" and len(parts) > 1
+        name, kept = (parts[-2], 2) if of_run else (parts[-1], 1)
+        while name in found and kept < len(parts):
+            kept += 1
+            name = "/".join(parts[-kept:])
+        found[name] = file
+    return found

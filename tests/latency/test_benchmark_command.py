@@ -1,0 +1,100 @@
+"""Latencies taken in turns, and what ``d3etr benchmark`` says of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from d3etr.cli.main import main
+from d3etr.config.backbone import BackboneConfig
+from d3etr.config.data import PreprocessingConfig
+from d3etr.config.detector import detector_config
+from d3etr.detectors.build import build_detector
+from d3etr.detectors.weights import WeightsInfo, save_weights
+from d3etr.errors import UserError
+from d3etr.latency.contenders import named
+from d3etr.latency.measure import WARM_UPS, Timing, measure
+
+
+def test_everyone_runs_in_every_round_which_begin_in_turn() -> None:
+    order: list[str] = []
+    contenders = {name: (lambda name=name: order.append(name), 1) for name in "abc"}
+    timings = measure(contenders, torch.device("cpu"), 3)
+    assert "".join(order[3 * WARM_UPS :]) == "abc" + "bca" + "cab"
+    assert {name: len(timing.milliseconds) for name, timing in timings.items()} == {
+        "a": 3,
+        "b": 3,
+        "c": 3,
+    }
+
+
+def test_percentiles_and_rates() -> None:
+    timing = Timing(tuple(float(n) for n in range(1, 21)), 4, None)
+    assert timing.median == 10.5 and timing.p95 == 19.0
+    assert timing.images_per_second == pytest.approx(4000 / 10.5)
+    assert Timing((7.0,), 1, None).p95 == 7.0
+
+
+def test_names_are_as_short_as_tells_files_apart() -> None:
+    files = [
+        Path("runs/plain-1/weights.safetensors"),
+        Path("runs/plain-2/weights.safetensors"),
+        Path("a/teacher.safetensors"),
+        Path("b/teacher.safetensors"),
+    ]
+    assert [*named(files)] == ["plain-1", "plain-2", "teacher", "b/teacher"]
+    with pytest.raises(UserError, match="named twice"):
+        named([files[0], files[0]])
+
+
+def _weights(folder: Path, width: int, **evaluation: object) -> Path:
+    config = detector_config(
+        backbone=BackboneConfig(name="small"), width=width, encoder_layers=1, decoder_layers=1
+    )
+    info = WeightsInfo(
+        detector=config,
+        categories=((1, "a"), (2, "b")),
+        preprocessing=PreprocessingConfig(shortest_side=64, longest_side=64),
+        evaluation=evaluation or None,
+    )
+    file = folder / f"width-{width}.safetensors"
+    save_weights(file, build_detector(config, 2), info)
+    return file
+
+
+def test_rows_say_size_quality_and_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [
+        _weights(tmp_path, 32, mAP=0.25, data_digest="x"),
+        _weights(tmp_path, 64, mAP=0.5, data_digest="y"),
+    ]
+    picture = tmp_path / "latency.png"
+    arguments = ["--batch-sizes", "1", "3", "--rounds", "2", "--picture", str(picture), "--quiet"]
+    assert main(["benchmark", *map(str, files), *arguments, "--device", "cpu", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["detector"], row["batch"]) for row in rows] == [
+        ("width-32", 1),
+        ("width-32", 3),
+        ("width-64", 1),
+        ("width-64", 3),
+    ]
+    # 640 x 480 within sides of 64.
+    assert {(row["height"], row["width"]) for row in rows} == {(48, 64)}
+    assert rows[0]["mAP"] == 0.25 and rows[0]["operations"] < rows[2]["operations"]
+    assert rows[0]["parameters"] < rows[2]["parameters"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["benchmark", *map(str, files), "--rounds", "1", "--quiet"]) == 0
+    assert "different data sets" in capsys.readouterr().out
+
+
+def test_what_a_cpu_does_not_have_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(_weights(tmp_path, 32))
+    assert main(["benchmark", file, "--device", "cpu", "--precisions", "float16"]) == 2
+    assert "expected float32 or bfloat16" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["benchmark", file, "--picture-size", "640"])
+    assert "WIDTHxHEIGHT" in capsys.readouterr().err
