@@ -39,7 +39,7 @@ TIERS = (
     {"drawing"},
     {"tracking"},
     {"launch"},
-    {"dry_run", "demo", "verdict"},
+    {"dry_run", "demo", "verdict", "project"},
     {"cli"},
     {"__main__"},
 )
