@@ -13,6 +13,7 @@ from d3etr.detectors.weights import WeightsInfo, load_weights, save_weights
 from d3etr.engine.build import Run
 from d3etr.engine.hooks import Hooks
 from d3etr.engine.teacher import qualify_teacher
+from d3etr.engine.watch import LearningWatch
 from d3etr.evaluation.evaluator import Evaluation, Evaluator
 from d3etr.evaluation.stability import MatchingStability
 from d3etr.files import clear_disk_errors
@@ -24,10 +25,12 @@ class Validation:
     Args:
         run: the student, or its average where there is one, is measured.
         hooks: called after every measurement.
+        steps: of the whole run.
     """
 
-    def __init__(self, run: Run, hooks: Hooks) -> None:
-        self._run, self._hooks = run, hooks
+    def __init__(self, run: Run, hooks: Hooks, steps: int) -> None:
+        self._run, self._hooks, self._steps = run, hooks, steps
+        self._watch = LearningWatch(run, steps)
         self._evaluator = self._of(run.splits.validation)
         self.kept: dict[str, Any] | None = None
         """Of the weights in the file: step, epoch, metrics."""
@@ -87,6 +90,8 @@ class Validation:
                 self._keep(epoch, evaluation)
         if not self._warned_of_lead:
             self._warned_of_lead = self._warn_without_lead(evaluation.mAP)
+        if self._run.step < self._steps:
+            self._watch.look()
         return evaluation.mAP
 
     def measure_test(self) -> dict[str, float]:
@@ -103,7 +108,8 @@ class Validation:
         return self._of(split).measure(detector.to(context.device)).as_dict()
 
     def warn_at_the_end(self) -> None:
-        """Warn once more where the teacher does not lead the weights that were kept."""
+        """Warn where the run has not learnt, and where the teacher does not lead what was kept."""
+        self._watch.look(ended=True)
         self._warn_without_lead(None if self.kept is None else self.kept["metrics"].get("mAP"))
 
     def _warn_without_lead(self, mAP: float | None) -> bool:
