@@ -99,7 +99,11 @@ class Design:
 
 
 def project_trees(
-    design: Design, data: Tree, steps: Mapping[str, int], seconds: Mapping[str, float] | None = None
+    design: Design,
+    data: Tree,
+    steps: Mapping[str, int],
+    seconds: Mapping[str, float] | None = None,
+    minutes: Mapping[str, float] | None = None,
 ) -> dict[str, Tree]:
     """Recipe name -> its values; all but ``base`` extend that.
 
@@ -108,6 +112,7 @@ def project_trees(
         data: ``data.train`` and the other splits.
         steps: optimiser steps of each role.
         seconds: of one step of each role, where measured: checkpoints are a minute apart.
+        minutes: of each role's whole run.
     """
     shared, own = (_from_nothing if design.start is None else _fine_tuned)(design)
     base = merge(_base(design, data), shared)
@@ -126,6 +131,8 @@ def project_trees(
         }
         if role == TEACHER:
             tree["run"]["role"] = "teacher"
+        if minutes is not None:
+            tree["run"]["minutes"] = round(minutes[role], 1)
         trees[role] = merge(tree, own[role])
     return trees
 

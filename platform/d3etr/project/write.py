@@ -133,6 +133,7 @@ def recipe_texts(project: Project) -> dict[str, str]:
         project.survey.data_tree(project.folder.absolute() / LISTS),
         plan.steps,
         {role: costs.step for role, costs in plan.costs.items()},
+        {role: plan.seconds(role) / 60 for role in ROLES},
     )
     return {name: f"# {ABOUT[name]}\n{dump_yaml(tree)}" for name, tree in trees.items()}
 
