@@ -9,7 +9,7 @@ import torch
 
 from d3etr.data.dataset import DetectionDataset
 from d3etr.data.splits import DetectionSplit
-from d3etr.detectors.weights import WeightsInfo, load_weights, save_weights
+from d3etr.detectors.weights import THRESHOLD, WeightsInfo, load_weights, save_weights
 from d3etr.engine.build import Run
 from d3etr.engine.hooks import Hooks
 from d3etr.engine.teacher import qualify_teacher
@@ -155,9 +155,10 @@ class Validation:
         self.kept = kept
         if run.context.rank == 0:
             with clear_disk_errors("the student's weights", run.folder.path):
-                save_weights(run.folder.weights, run.models.student, self._info(metrics))
+                info = self._info(metrics, evaluation.threshold)
+                save_weights(run.folder.weights, run.models.student, info)
 
-    def _info(self, metrics: dict[str, float]) -> WeightsInfo:
+    def _info(self, metrics: dict[str, float], threshold: float | None) -> WeightsInfo:
         split, config = self._run.splits.validation, self._run.config
         origin: dict[str, Any] = {
             "run": config.run.name,
@@ -171,6 +172,11 @@ class Validation:
             detector=config.student.detector,
             categories=tuple((c.id, c.name) for c in split.categories),
             preprocessing=config.data.preprocessing,
-            evaluation={"split": split.name, "data_digest": split.digest, **metrics},
+            evaluation={
+                "split": split.name,
+                "data_digest": split.digest,
+                **metrics,
+                **({} if threshold is None else {THRESHOLD: threshold}),
+            },
             origin=origin,
         )
