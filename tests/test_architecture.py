@@ -39,7 +39,7 @@ TIERS = (
     {"drawing"},
     {"tracking"},
     {"launch"},
-    {"dry_run", "demo", "latency", "verdict"},
+    {"dry_run", "demo", "latency", "verdict", "project"},
     {"cli"},
     {"__main__"},
 )

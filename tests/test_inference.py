@@ -96,6 +96,28 @@ def test_the_threshold_drops_what_is_below(predictor: Predictor) -> None:
     assert found.scores.min() >= middle
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "threshold"),
+    [
+        (None, 0.5),
+        ({"mAP": 0.2}, 0.5),
+        ({"threshold": 0.34}, 0.34),
+        ({"threshold": 7}, 0.5),
+        ({"threshold": "high"}, 0.5),
+    ],
+)
+def test_the_threshold_is_that_of_the_weights(
+    predictor: Predictor, evaluation: dict[str, Any] | None, threshold: float
+) -> None:
+    info = predictor.info.model_copy(update={"evaluation": evaluation})
+    own = Predictor(predictor.detector, info, predictor.device)
+    assert info.threshold == threshold
+    [found], [expected] = own.predict(noise(40, 40)), predictor.predict(noise(40, 40), threshold)
+    assert found.scores.tolist() == expected.scores.tolist()
+    [asked] = own.predict(noise(40, 40), threshold=0)
+    assert len(asked) > len(found)
+
+
 def test_nothing_found_is_an_empty_result(predictor: Predictor) -> None:
     [found] = predictor.predict(noise(40, 40), threshold=1)
     assert len(found) == 0
@@ -272,7 +294,6 @@ def test_one_pixel_and_strips_are_images(predictor: Predictor) -> None:
         ({"threshold": 1.01}, "threshold is 1.01; expected a number from 0 to 1"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"threshold": "0.5"}, "threshold is '0.5'"),
-        ({"threshold": None}, "threshold is None"),
         ({"threshold": True}, "threshold is True"),
         ({"threshold": [0.5]}, "threshold is a list"),
         ({"threshold": np.array([0.5])}, r"threshold is an array \[1\] of float64"),

@@ -119,14 +119,15 @@ class Predictor:
     def predict(
         self,
         images: ImageLike | Iterable[ImageLike],
-        threshold: float = 0.5,
+        threshold: float | None = None,
         batch_size: int = 8,
     ) -> list[Detections]:
         """Detect objects.
 
         Args:
             images: one image or several; a generator is read as detection proceeds.
-            threshold: lowest score of a detection, in [0, 1].
+            threshold: lowest score of a detection, in [0, 1]; None: that of the weights, which had
+                the highest F1 on validation, or 0.5 where they carry none.
             batch_size: images that go through the detector together.
 
         Returns:
@@ -135,6 +136,7 @@ class Predictor:
         Raises:
             UserError: something that is no image or cannot be read, or a number out of range.
         """
+        threshold = self.info.threshold if threshold is None else threshold
         threshold = require_number("threshold", threshold, 0, 1)
         batch_size = require_whole("batch_size", batch_size, 1, LARGEST_BATCH)
         samples = self._samples(images)

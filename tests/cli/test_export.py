@@ -30,14 +30,14 @@ def test_half_the_space_same_detector_no_evaluation_of_other_numbers(tmp_path: P
         detector=config,
         categories=((1, "a"), (2, "b")),
         preprocessing=PreprocessingConfig(),
-        evaluation={"mAP": 0.5},
+        evaluation={"mAP": 0.5, "threshold": 0.3},
     )
     source, target = tmp_path / "source.safetensors", tmp_path / "target.safetensors"
     save_weights(source, detector, info)
     assert main(["export", str(source), str(target), "--half"]) == 0
     assert target.stat().st_size < 0.6 * source.stat().st_size
     loaded, found = load_weights(target)
-    assert found.evaluation is None and found.detector == config
+    assert found.evaluation == {"threshold": 0.3} and found.detector == config
     for name, tensor in detector.state_dict().items():
         assert torch.allclose(loaded.state_dict()[name], tensor, rtol=1e-3, atol=1e-6), name
 

@@ -85,3 +85,28 @@ def test_mode_is_restored_and_nothing_is_learned(
     assert first.as_dict() == evaluator.measure(detector).as_dict()
     assert first.images_per_second > 0
     assert all(p.grad is None for p in detector.parameters())
+
+
+def test_the_threshold_is_that_of_the_highest_f1(
+    scenes: DataConfig, detector: ConditionalDETR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = open_split(scenes, "validation")
+    objects = split.objects
+    corners = torch.from_numpy(objects.boxes_xywh).clone()
+    corners[:, 2:] += corners[:, :2]
+    ids = torch.tensor([split.records[index].id for index in objects.images.tolist()])
+    # Every object is found with scores from 0.9 down to 0.5, and as often elsewhere below that.
+    count = len(ids)
+    columns = [torch.linspace(0.9, 0.5, count, dtype=torch.float64)[:, None], corners]
+    right = torch.cat(columns, 1)
+    wrong = torch.cat([columns[0] - 0.45, torch.zeros(count, 2), torch.ones(count, 2)], 1)
+    numbers = torch.cat([right, wrong]).contiguous().view(torch.int64)
+    labels = torch.from_numpy(objects.labels)
+    heads = torch.stack([ids.repeat(2), labels.repeat(2)], 1)
+    rows = torch.cat([heads, numbers], 1)
+    evaluator = Evaluator(split, scenes, EvaluationConfig(batch_size=2), SingleProcess(CPU))
+    monkeypatch.setattr(evaluator, "_detect_all", lambda *arguments: (rows, 1.0))
+    found = evaluator.measure(detector)
+    assert found.threshold == pytest.approx(0.5)
+    monkeypatch.setattr(evaluator, "_detect_all", lambda *arguments: (rows[count:], 1.0))
+    assert evaluator.measure(detector).threshold is None

@@ -10,6 +10,7 @@ from d3etr.config.infrastructure import ClusterConfig
 from d3etr.launch.ray_environment import (
     JOB_CONFIG,
     environment,
+    own_cluster_settings,
     package_environment,
     ray_settings,
     runtime_environment,
@@ -35,6 +36,10 @@ def test_overriding_restores_what_was_there(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_start_timeout_reaches_ray() -> None:
     settings = ray_settings(ClusterConfig(start_timeout_seconds=7.5))
     assert settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "7.5"
+
+
+def test_workers_of_an_own_cluster_have_the_priority_of_other_programs() -> None:
+    assert own_cluster_settings()["RAY_worker_niceness"] == "0"
 
 
 def test_a_checkout_is_on_the_workers_path_wherever_they_start(

@@ -72,6 +72,17 @@ def test_images_without_labels_are_parameters(make_config: MakeConfig, make_run:
     assert params["unlabelled_labels_digest"] == "f" * 16
 
 
+def test_a_run_that_does_not_learn_has_a_tag(make_config: MakeConfig, make_run: MakeRun) -> None:
+    config = make_config()
+    run_dir = make_run(config, finished=False)
+    said = {"kind": "message", "time": 1e9, "level": "warning", "text": "finds nothing"}
+    kinds = ["zero mAP", "no descent", "zero mAP"]
+    found = [said | {"step": 15, "finding": kind} for kind in kinds]
+    write_journal(run_dir, [*journal_records(15), *found])
+    assert open_tracker(config, run_dir).finish("KILLED") is None
+    assert run_of(config, run_dir).data.tags["not_learning"] == "zero mAP, no descent"
+
+
 def test_going_on_and_replaying_makes_no_duplicates(
     make_config: MakeConfig, make_run: MakeRun
 ) -> None:

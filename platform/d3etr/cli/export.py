@@ -95,10 +95,12 @@ def _export_file(
 ) -> int:
     import torch
 
-    from d3etr.detectors.weights import save_weights
+    from d3etr.detectors.weights import THRESHOLD, save_weights
 
     if options.half:
-        info = info.model_copy(update={"evaluation": None})
+        # mAP was that of other numbers; the threshold is no measurement to compare by.
+        kept = {k: v for k, v in (info.evaluation or {}).items() if k == THRESHOLD}
+        info = info.model_copy(update={"evaluation": kept or None})
     save_weights(output, detector, info, torch.float16 if options.half else None)
     size = output.stat().st_size
     answer(options, {"output": str(output), "bytes": size}, f"{output}: {size / 1e6:.1f} MB")

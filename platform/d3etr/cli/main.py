@@ -26,6 +26,7 @@ from d3etr.cli import (
     explain,
     export,
     import_weights,
+    init,
     predict,
     pretrain_backbone,
     pseudo_label,
@@ -44,6 +45,7 @@ from d3etr.text import safe
 
 COMMANDS: tuple[Command, ...] = (
     demo.COMMAND,
+    init.COMMAND,
     check_data.COMMAND,
     pretrain_backbone.COMMAND,
     store_views.COMMAND,

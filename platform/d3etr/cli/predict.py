@@ -43,7 +43,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="write each picture with its boxes there, as PNG",
     )
     parser.add_argument(
-        "--threshold", type=fraction, default=0.5, help="lowest score (default 0.5)"
+        "--threshold",
+        type=fraction,
+        help="lowest score (default: that of the weights, with the highest F1 on validation; else "
+        "0.5)",
     )
     add_device(parser)
     add_json(parser)

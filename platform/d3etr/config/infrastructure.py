@@ -18,6 +18,9 @@ class RunConfig(Section):
     """What tables and figures call it; a teacher is not measured against students."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of every random number: weights, order and augmentation of images, dropout."""
+    minutes: Annotated[float, Field(gt=0, le=MAXIMUM)] | None = None
+    """How long the run is meant to take, wall time. It stops nothing: a run says from its first
+    steps how far it is from that. ``d3etr init`` sets it; null compares with nothing."""
     output: FilePath = Path("runs")
     """Folder that holds runs; on a cluster, storage that all nodes share."""
     keep_checkpoints: Annotated[int, Field(ge=1, le=MAXIMUM)] = 2

@@ -36,6 +36,7 @@ _UNITS = {
     "optimiser steps": ("steps", "every_steps", "checkpoint_every_steps", "warmup_steps"),
     "epochs": ("epochs", "every_epochs", "checkpoint_every_epochs", "off_for_last_epochs"),
     "seconds": ("start_timeout_seconds",),
+    "minutes": ("minutes",),
     "images": ("batch_size", "train_images", "validation_images", "test_images"),
     "channels": ("width", "feedforward", "stem_width", "stage_widths"),
     "processes": ("workers", "minimum_workers"),

@@ -226,6 +226,20 @@ class EvaluationConfig(Section):
         """Unset, ``every_steps`` is no part of a configuration's digest."""
         return frozenset() if self.every_steps else frozenset({"every_steps"})
 
+    def times(self, first: int, steps: int, steps_per_epoch: int) -> int:
+        """How many measurements on the validation split a run makes, the last one included.
+
+        Args:
+            first: optimiser steps that are done.
+            steps: of the whole run.
+            steps_per_epoch: optimiser steps.
+        """
+        every = self.every_epochs * steps_per_epoch
+        at = {steps, *range(every, steps, every)}
+        if self.every_steps is not None:
+            at |= {*range(self.every_steps, steps, self.every_steps)}
+        return sum(step > first for step in at)
+
 
 class PretrainingConfig(Section):
     """Training of a backbone as a classifier of objects, before it ever detects one."""

@@ -37,6 +37,10 @@ from d3etr.files import atomic_write
 FORMAT_KEY = "d3etr_format"
 INFO_KEY = "d3etr_info"
 FORMAT = "1"
+THRESHOLD = "threshold"
+"""Key of ``WeightsInfo.evaluation``: the score above which detections had the highest F1 there."""
+DEFAULT_THRESHOLD = 0.5
+"""Of weights without one."""
 _NAMED = 6
 """Tensors that an error message names before it counts the rest."""
 _COPIES = 4
@@ -58,6 +62,14 @@ class WeightsInfo(Section):
     """Split, data digest, mAP and whatever else its evaluation recorded."""
     origin: Annotated[dict[str, Any], Field(default_factory=dict)]
     """How the weights came about: run, seed, steps, versions."""
+
+    @property
+    def threshold(self) -> float:
+        """Lowest score of a detection where nobody says another."""
+        found = (self.evaluation or {}).get(THRESHOLD)
+        if isinstance(found, int | float) and 0 <= found <= 1:
+            return float(found)
+        return DEFAULT_THRESHOLD
 
 
 def save_weights(

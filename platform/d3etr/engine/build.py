@@ -98,9 +98,9 @@ class Run:
     models: Models
     step: int = 0
 
-    def warn(self, text: str) -> None:
-        """Write a warning into the journal."""
-        self.journal.message(self.step, text, "warning")
+    def warn(self, text: str, **fields: str) -> None:
+        """Write a warning into the journal, with further fields of its record."""
+        self.journal.message(self.step, text, "warning", **fields)
 
 
 def open_splits(

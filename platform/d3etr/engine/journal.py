@@ -82,9 +82,9 @@ class Journal:
         ):
             file.write(line)
 
-    def message(self, step: int, text: str, level: str = "info") -> None:
-        """Append a line for people; ``level`` is ``info`` or ``warning``."""
-        self.write("message", step, text=redacted(text), level=level)
+    def message(self, step: int, text: str, level: str = "info", **fields: str) -> None:
+        """Append a line for people; ``level`` is ``info`` or ``warning``, ``fields`` join it."""
+        self.write("message", step, text=redacted(text), level=level, **fields)
 
     def cut_back(self, step: int) -> int:
         """Drop what comes after ``step``, a torn last line, and lines that are damaged.

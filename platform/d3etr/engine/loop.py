@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from d3etr.data.loading import EpochLoader
 from d3etr.engine.build import Run
 from d3etr.engine.checkpoints import BackgroundSaver
+from d3etr.engine.forecast import Forecast
 from d3etr.engine.metric_logger import LOADING, MetricLogger
 from d3etr.engine.resume import collect_state
 from d3etr.engine.step import MicroBatch, TrainingStep
@@ -40,6 +42,13 @@ class TrainingLoop:
         self._log, self._validation, self._saver = log, validation, saver
         self._per_epoch = loader.steps_per_epoch
         self._steps = run.config.optimisation.total_steps(self._per_epoch)
+        self._forecast = Forecast(
+            run.journal,
+            self._steps,
+            run.step,
+            run.config.evaluation.times(run.step, self._steps, self._per_epoch),
+            run.config.run.minutes,
+        )
 
     def run(self) -> None:
         """Train until ``run.step`` is the last step.
@@ -63,8 +72,10 @@ class TrainingLoop:
         every = max(1, self._per_epoch // RECORDS_PER_EPOCH)
         batches = self._loader.epoch(epoch, offset)
         for _ in range(run.step, last):
+            self._forecast.begin_step()
             self._step(run.step, self._next(batches))
             run.step += 1
+            self._forecast.end_step(run.step)
             self._saver.check()
             pauses = self._saves() or self._evaluates()
             if (run.step - epoch * self._per_epoch) % every == 0 or pauses:
@@ -78,9 +89,15 @@ class TrainingLoop:
     def _pause(self, epoch: int) -> None:
         """Evaluate before saving: a run that resumes there has its measurement."""
         if self._evaluates():
-            self._validation.measure(epoch)
+            self._measure(epoch)
         if self._saves():
             self._save()
+
+    def _measure(self, epoch: int) -> float | None:
+        begun = time.perf_counter()
+        mAP = self._validation.measure(epoch)
+        self._forecast.end_evaluation(self._run.step, time.perf_counter() - begun)
+        return mAP
 
     def _evaluates(self) -> bool:
         """Whether ``evaluation.every_steps`` asks for a measurement now."""
@@ -108,7 +125,7 @@ class TrainingLoop:
             run.journal.message(run.step, f"distillation.gradient_share: {changed}")
         metrics: dict[str, float] = {"step": run.step, "epoch": done, "final": ends}
         if ends or done % config.evaluation.every_epochs == 0 or self._evaluates():
-            mAP = self._validation.measure(done)
+            mAP = self._measure(done)
             metrics |= {} if mAP is None else {"val/mAP": mAP}
         if ends or done % config.run.checkpoint_every_epochs == 0 or self._saves():
             self._save()

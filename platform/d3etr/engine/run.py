@@ -102,7 +102,9 @@ def _train(
         loader.use_views(*views)
     run = Run(config, folder, context, journal, splits, models)
     watching = Hooks(hooks, folder.path, models.student, run.warn)
-    validation = Validation(run, watching)
+    per_epoch, workers = loader.steps_per_epoch, context.world_size
+    steps = config.optimisation.total_steps(per_epoch)
+    validation = Validation(run, watching, steps)
     log = MetricLogger(
         journal,
         context,
@@ -113,8 +115,6 @@ def _train(
     )
     resumed = resume(store, run, validation, log)
     journal.cut_back(run.step if resumed else -1)
-    per_epoch, workers = loader.steps_per_epoch, context.world_size
-    steps = config.optimisation.total_steps(per_epoch)
     journal.write("start", run.step, steps=steps, steps_per_epoch=per_epoch, workers=workers)
     for text in (*splits.warnings, *warnings):
         run.warn(text)

@@ -9,10 +9,11 @@ import torch
 
 from d3etr.data.dataset import DetectionDataset
 from d3etr.data.splits import DetectionSplit
-from d3etr.detectors.weights import WeightsInfo, load_weights, save_weights
+from d3etr.detectors.weights import THRESHOLD, WeightsInfo, load_weights, save_weights
 from d3etr.engine.build import Run
 from d3etr.engine.hooks import Hooks
 from d3etr.engine.teacher import qualify_teacher
+from d3etr.engine.watch import LearningWatch
 from d3etr.evaluation.evaluator import Evaluation, Evaluator
 from d3etr.evaluation.stability import MatchingStability
 from d3etr.files import clear_disk_errors
@@ -24,10 +25,12 @@ class Validation:
     Args:
         run: the student, or its average where there is one, is measured.
         hooks: called after every measurement.
+        steps: of the whole run.
     """
 
-    def __init__(self, run: Run, hooks: Hooks) -> None:
-        self._run, self._hooks = run, hooks
+    def __init__(self, run: Run, hooks: Hooks, steps: int) -> None:
+        self._run, self._hooks, self._steps = run, hooks, steps
+        self._watch = LearningWatch(run, steps)
         self._evaluator = self._of(run.splits.validation)
         self.kept: dict[str, Any] | None = None
         """Of the weights in the file: step, epoch, metrics."""
@@ -87,6 +90,8 @@ class Validation:
                 self._keep(epoch, evaluation)
         if not self._warned_of_lead:
             self._warned_of_lead = self._warn_without_lead(evaluation.mAP)
+        if self._run.step < self._steps:
+            self._watch.look()
         return evaluation.mAP
 
     def measure_test(self) -> dict[str, float]:
@@ -103,7 +108,8 @@ class Validation:
         return self._of(split).measure(detector.to(context.device)).as_dict()
 
     def warn_at_the_end(self) -> None:
-        """Warn once more where the teacher does not lead the weights that were kept."""
+        """Warn where the run has not learnt, and where the teacher does not lead what was kept."""
+        self._watch.look(ended=True)
         self._warn_without_lead(None if self.kept is None else self.kept["metrics"].get("mAP"))
 
     def _warn_without_lead(self, mAP: float | None) -> bool:
@@ -149,9 +155,10 @@ class Validation:
         self.kept = kept
         if run.context.rank == 0:
             with clear_disk_errors("the student's weights", run.folder.path):
-                save_weights(run.folder.weights, run.models.student, self._info(metrics))
+                info = self._info(metrics, evaluation.threshold)
+                save_weights(run.folder.weights, run.models.student, info)
 
-    def _info(self, metrics: dict[str, float]) -> WeightsInfo:
+    def _info(self, metrics: dict[str, float], threshold: float | None) -> WeightsInfo:
         split, config = self._run.splits.validation, self._run.config
         origin: dict[str, Any] = {
             "run": config.run.name,
@@ -165,6 +172,11 @@ class Validation:
             detector=config.student.detector,
             categories=tuple((c.id, c.name) for c in split.categories),
             preprocessing=config.data.preprocessing,
-            evaluation={"split": split.name, "data_digest": split.digest, **metrics},
+            evaluation={
+                "split": split.name,
+                "data_digest": split.digest,
+                **metrics,
+                **({} if threshold is None else {THRESHOLD: threshold}),
+            },
             origin=origin,
         )

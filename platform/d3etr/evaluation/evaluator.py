@@ -50,12 +50,15 @@ class Evaluation:
         images_per_second: of one worker's detector alone: forward pass and choice of
             detections, without loading images.
         seconds: wall time of the whole evaluation.
+        threshold: score above which detections have the highest F1 at IoU 0.5; at rank 0, None
+            where none is right.
     """
 
     mAP: float | None
     metrics: CocoMetrics | None
     images_per_second: float
     seconds: float
+    threshold: float | None = None
 
     def as_dict(self) -> dict[str, float]:
         """Name -> value of COCO's metrics; empty away from rank 0."""
@@ -112,9 +115,14 @@ class Evaluator:
             self._batches.close()
             detector.train(training)
         parts = self._workers.gather(rows)
-        metrics = None if parts is None else self._score(torch.cat([p.cpu() for p in parts]))
+        metrics, threshold = None, None
+        if parts is not None:
+            detections = _as_detections(torch.cat([part.cpu() for part in parts]))
+            metrics = self._known_truth().measure(detections, self._maximum)
+            best = self._known_truth().best_threshold(detections, self._maximum)
+            threshold = None if best is None else best[0]
         mAP = self._share(None if metrics is None else metrics.values["mAP"])
-        return Evaluation(mAP, metrics, speed, time.perf_counter() - begin)
+        return Evaluation(mAP, metrics, speed, time.perf_counter() - begin, threshold)
 
     def detect(self, detector: DetectionTransformer) -> SplitDetections:
         """What a detector finds in the whole split; for a world of one worker."""
@@ -145,10 +153,10 @@ class Evaluator:
                 observe(images, targets, outputs)
         return torch.cat(found), images_seen / max(timer.take().get("forward", 0.0), 1e-9)
 
-    def _score(self, rows: Tensor) -> CocoMetrics:
+    def _known_truth(self) -> GroundTruth:
         if self._truth is None:
             self._truth = GroundTruth(self.split)
-        return self._truth.measure(_as_detections(rows), self._maximum)
+        return self._truth
 
     def _share(self, mAP: float | None) -> float | None:
         """Rank 0's value for all; a negative number stands for None on the way."""

@@ -26,6 +26,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType, Array
 
 import d3etr
+from d3etr.detectors.weights import DEFAULT_THRESHOLD, read_info
 from d3etr.logs import get_logger
 
 logger = get_logger(__name__)
@@ -37,7 +38,6 @@ CODE_ARCHIVE = "d3etr.zip"
 METRICS_PER_REQUEST = 1000
 DIGITS = 4
 """Of a version's mAP: champions are compared by these."""
-DEFAULT_THRESHOLD = 0.5
 REQUIREMENTS = (
     "mlflow",
     "torch",
@@ -52,10 +52,13 @@ REQUIREMENTS = (
 """What the model needs where it is served; neither Ray nor pycocotools."""
 
 
-def signature() -> ModelSignature:
+def signature(threshold: float = DEFAULT_THRESHOLD) -> ModelSignature:
     """Rows of image and threshold in; boxes, scores, labels, names and error out.
 
     Both columns are of any type: MLflow would refuse all rows for one of another type.
+
+    Args:
+        threshold: lowest score of a detection where a request has none.
     """
     inputs = Schema([ColSpec(AnyType(), "image"), ColSpec(AnyType(), "threshold", False)])
     outputs = Schema(
@@ -67,8 +70,8 @@ def signature() -> ModelSignature:
             ColSpec(DataType.string, "error", required=False),
         ]
     )
-    threshold = ParamSpec("threshold", DataType.double, DEFAULT_THRESHOLD)
-    return ModelSignature(inputs=inputs, outputs=outputs, params=ParamSchema([threshold]))
+    default = ParamSpec("threshold", DataType.double, threshold)
+    return ModelSignature(inputs=inputs, outputs=outputs, params=ParamSchema([default]))
 
 
 def log_student(
@@ -146,7 +149,7 @@ def _save(folder: Path, weights: Path, content: Model) -> None:
             mlflow_model=content,
             python_model=str(Path(__file__).with_name("served_student.py")),
             artifacts={"weights": str(weights)},
-            signature=signature(),
+            signature=signature(read_info(weights).threshold),
             code_paths=[str(archive)],
             pip_requirements=_pinned(),
         )

@@ -19,6 +19,7 @@ from d3etr.detectors.weights import file_digest, read_info
 from d3etr.engine.journal import read_journal
 from d3etr.engine.provenance import INPUTS_KEY, data_key
 from d3etr.engine.run_folder import RunFolder
+from d3etr.engine.watch import FINDING
 from d3etr.errors import UserError
 from d3etr.files import read_json
 from d3etr.logs import get_logger
@@ -155,6 +156,7 @@ class Tracker:
         steps: dict[str, Callable[[], None]] = {
             file.name: partial(self._send_file, file) for file in files
         }
+        steps["findings"] = self._tag_findings
         if not folder.summary.is_file():  # the run did not get to its end
             return steps
         once = self._results_of_weights()
@@ -184,6 +186,13 @@ class Tracker:
     def _send_once(self, name: str, step: Callable[[], None]) -> None:
         step()
         self._run.remember(lacking=tuple(left for left in self._run.state.lacking if left != name))
+
+    def _tag_findings(self) -> None:
+        """Tag ``not_learning``: what speaks against the run, of a run that there is such of."""
+        records = read_journal(self._folder.journal)
+        kinds = dict.fromkeys(str(record[FINDING]) for record in records if FINDING in record)
+        if kinds:
+            self._run.client.set_tag(self.run_id, "not_learning", ", ".join(kinds))
 
     def _send_file(self, file: Path, artifact_path: str | None = None) -> None:
         self._run.client.log_artifact(self.run_id, str(file), artifact_path)

@@ -26,7 +26,6 @@ from d3etr.config.arguments import described
 from d3etr.data.images import load_image, require_decodable_size
 from d3etr.errors import UserError
 from d3etr.inference import Predictor, load
-from d3etr.tracking.model import DEFAULT_THRESHOLD
 
 LARGEST_BYTES = 50_000_000
 """Of an image file that a request holds, decoded from base64."""
@@ -62,7 +61,7 @@ class ServedStudent(PythonModel):  # type: ignore[misc]
             For each row boxes_xyxy (pixels), scores, labels, names, and error: null, or why
             there are no detections.
         """
-        default = (params or {}).get("threshold", DEFAULT_THRESHOLD)
+        default = (params or {}).get("threshold", self._predictor.info.threshold)
         return [self._detect(row, default) for row in _rows(model_input)]
 
     def _detect(self, row: Mapping[str, Any], default: Any) -> dict[str, Any]:

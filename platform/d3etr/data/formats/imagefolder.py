@@ -47,6 +47,10 @@ class ImageFolderFormat:
             return (place / _FILE).is_file() or next(place.glob(f"*/{_FILE}"), None) is not None
         return place.suffix.lower() == ".jsonl"
 
+    def subsets(self, place: Path) -> tuple[str, ...]:
+        """The folders below ``place`` that are a split each; none where it is one itself."""
+        return tuple(sorted(file.parent.name for file in place.glob(f"*/{_FILE}")))
+
     def read(self, source: Source) -> Annotations:
         """Read the lines of the split's metadata.jsonl.
 

@@ -40,6 +40,10 @@ class VocFormat:
             (place / _ANNOTATIONS).is_dir() or next(place.glob("*.xml"), None) is not None
         )
 
+    def subsets(self, place: Path) -> tuple[str, ...]:
+        """The lists in ``ImageSets/Main``; none where all images are one set."""
+        return tuple(sorted(file.stem for file in (place / _LISTS).glob("*.txt")))
+
     def read(self, source: Source) -> Annotations:
         """Read the images that ``ImageSets/Main`` lists for the subset; all if there are no lists.
 

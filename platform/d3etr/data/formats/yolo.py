@@ -47,6 +47,20 @@ class YoloFormat:
         """Whether ``place`` is a YAML file, or a folder with a data.yaml."""
         return place.suffix.lower() in (".yaml", ".yml") or (place / _FILE).is_file()
 
+    def subsets(self, place: Path) -> tuple[str, ...]:
+        """The splits that data.yaml names; one that has the images of another is none of its own.
+
+        Raises:
+            UserError: data.yaml cannot be used.
+        """
+        tree = _tree(_yaml_file(place))
+        values = {str(tree[key]): key for key in reversed(_SUBSETS) if tree.get(key)}
+        named = [key for key in _SUBSETS if key in values.values()]
+        return (
+            *named,
+            *(also for key, also in _ALSO.items() if tree.get(also) and key not in named),
+        )
+
     def read(self, source: Source) -> Annotations:
         """Read the split that ``source.subset`` names in data.yaml.
 
@@ -111,14 +125,7 @@ class _Layout:
         Raises:
             UserError: it cannot be used, or lacks the split.
         """
-        try:
-            tree = parse_yaml(read_text(file), str(file))
-        except ConfigError as error:
-            raise UserError(str(error)) from error
-        if not isinstance(tree, dict):
-            raise UserError(
-                f"{file}: found no mapping; expected YOLO's data.yaml with train, val and names"
-            )
+        tree = _tree(file)
         path = _text(file, "path", tree.get("path") or ".")
         # Ultralytics begins at the working directory, exports of other tools at the file.
         root = next((root for root in (file.parent / path, Path(path)) if root.is_dir()), None)
@@ -138,6 +145,23 @@ class _Layout:
         parts = value if isinstance(value, list) else [value]
         entries = [_entry(file, root, subset, _text(file, subset, part)) for part in parts]
         return cls(file, root, _names(file, tree), entries, "kpt_shape" in tree)
+
+
+def _tree(file: Path) -> dict[str, Any]:
+    """What a data.yaml holds.
+
+    Raises:
+        UserError: it cannot be read, or is no mapping.
+    """
+    try:
+        tree = parse_yaml(read_text(file), str(file))
+    except ConfigError as error:
+        raise UserError(str(error)) from error
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{file}: found no mapping; expected YOLO's data.yaml with train, val and names"
+        )
+    return tree
 
 
 def _text(file: Path, key: str, value: object) -> str:

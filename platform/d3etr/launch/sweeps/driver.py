@@ -110,7 +110,7 @@ def _locked_sweep(plan: Plan, command: str, on_progress: OnProgress) -> list[Tri
         with _tracked(plan) as tracking:
             # Nobody else uses a cluster that was started here.
             timeout = ResourceTimeout(cluster, demand, on_progress) if joins else None
-            observer = Observer(plan, ended, on_progress, tracking, timeout)
+            observer = Observer(plan, ended, on_progress, tracking, timeout, at_a_time)
             failure = None
             if source.remaining:
                 failure = _fit(_tuner(plan, source, ended, observer, demand, at_a_time))

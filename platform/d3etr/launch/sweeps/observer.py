@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial as TuneTrial
 
 from d3etr.config.infrastructure import ClusterConfig
+from d3etr.engine.journal import read_journal
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
 from d3etr.launch.driver import Status
@@ -74,6 +75,7 @@ class Observer(Callback):  # type: ignore[misc]
         on_progress: takes lines for a person.
         tracking: of runs; None tracks nothing.
         timeout: None where nobody else uses the cluster.
+        at_a_time: trials that train beside each other.
     """
 
     def __init__(
@@ -83,10 +85,13 @@ class Observer(Callback):  # type: ignore[misc]
         on_progress: OnProgress,
         tracking: SweepTracking | None,
         timeout: ResourceTimeout | None,
+        at_a_time: int = 1,
     ) -> None:
         self._plan, self._ended, self._on_progress = plan, ended, on_progress
-        self._tracking, self._timeout = tracking, timeout
+        self._tracking, self._timeout, self._at_a_time = tracking, timeout, at_a_time
         self._begun, self._before = time.monotonic(), len(ended)
+        self._trials_begun = dict[str, float]()
+        self._foretold = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune saves its callbacks; nobody reads that."""
@@ -96,6 +101,12 @@ class Observer(Callback):  # type: ignore[misc]
         """Tune looks around, several times a second."""
         if self._timeout is not None:
             self._timeout.check(trial.status for trial in trials)
+
+    def on_trial_start(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """A trial begins."""
+        self._trials_begun.setdefault(trial.trial_id, time.monotonic())
 
     def on_trial_result(
         self,
@@ -112,6 +123,7 @@ class Observer(Callback):  # type: ignore[misc]
         if self._tracking is not None:
             self._tracking.follow(Path(result["run_dir"]), title)
         self._on_progress(f"{title} | epoch {result['epoch']} | mAP {100 * result['mAP']:.1f}")
+        self._foretell(trial, result)
 
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
@@ -144,9 +156,33 @@ class Observer(Callback):  # type: ignore[misc]
         if self._tracking is not None and run_dir is not None:
             self._tracking.end(run_dir, status)
 
+    def _foretell(self, trial: TuneTrial, result: Mapping[str, Any]) -> None:
+        """Say once, from the first evaluation of a trial, how long all of them take."""
+        begun = self._trials_begun.get(trial.trial_id)
+        known = len(self._plan.trials) or self._plan.sweep.search.trials
+        share = 0.0 if self._foretold else _share_done(Path(result["run_dir"]), result["epoch"])
+        left = known - self._before
+        if begun is None or not 0 < share < 1 or left < 1:
+            return
+        self._foretold = True
+        each = (time.monotonic() - begun) / share
+        rounds = -(-left // self._at_a_time)
+        self._on_progress(
+            f"about {duration(rounds * each)} for {left} trials, {self._at_a_time} at a time, each "
+            f"{duration(each)} if all are like this one"
+        )
+
     def _time_left(self, known: int) -> str:
         """From how long trials took until now, as if those to come were like them."""
         done, waiting = len(self._ended) - self._before, known - len(self._ended)
         if done < 1 or waiting < 1:
             return ""
         return f", about {duration((time.monotonic() - self._begun) / done * waiting)} left"
+
+
+def _share_done(run_dir: Path, epoch: float) -> float:
+    """What part of a run is over after an epoch, by its journal; 0 where that is not known."""
+    starts = [r for r in read_journal(RunFolder(run_dir).journal) if r["kind"] == "start"]
+    if not starts or not starts[-1]["steps"]:
+        return 0.0
+    return float(epoch * (starts[-1].get("steps_per_epoch") or 0) / starts[-1]["steps"])
