@@ -33,6 +33,7 @@ TIERS = (
     {"methods"},
     {"distiller"},
     {"evaluation"},
+    {"exports"},
     {"engine", "inference"},
     {"pseudo_labels"},
     {"fonts"},

@@ -19,10 +19,10 @@ from d3etr.data.images import to_pixels
 from d3etr.structures import ImageBatch, Targets
 
 # Of torchvision's ImageNet weights, for pixels in [0, 1].
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 # Keeps an even channel finite; as a share of the pixel range.
-_STD_FLOOR = 0.02
+STD_FLOOR = 0.02
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,12 @@ def normalise(pixels: Tensor, config: PreprocessingConfig, out: Tensor | None = 
     if config.normalisation == "unit":
         return values.div_(255)
     if config.normalisation == "imagenet":
-        mean, std = _column(_IMAGENET_MEAN), _column(_IMAGENET_STD)
+        mean, std = _column(IMAGENET_MEAN), _column(IMAGENET_STD)
         return values.sub_(mean * 255).div_(std * 255)
     values.sub_(values.flatten(1).mean(1)[:, None, None])
     # The norm of what is left is the deviation; var_mean takes ten times as long.
     norm = torch.linalg.vector_norm(values.flatten(1), dim=1)[:, None, None]
-    return values.div_(norm / math.sqrt(values[0].numel()) + _STD_FLOOR * 255)
+    return values.div_(norm / math.sqrt(values[0].numel()) + STD_FLOOR * 255)
 
 
 def _column(values: Sequence[float]) -> Tensor:
