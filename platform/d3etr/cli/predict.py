@@ -25,7 +25,7 @@ from d3etr.files import atomic_write
 from d3etr.text import printable
 
 if TYPE_CHECKING:
-    from d3etr.inference import Detections, Predictor
+    from d3etr.predictions import Detections, ImagePredictor
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 """What counts as a picture in a folder; files named by themselves may be called anything."""
@@ -50,7 +50,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(options: Namespace) -> int:
-    from d3etr.inference import load
+    from d3etr.loading import load
 
     predictor = load(options.weights, options.device)
     paths, problems = _pictures(options.images)
@@ -69,7 +69,7 @@ def _run(options: Namespace) -> int:
 
 
 def _answer(
-    predictor: Predictor, path: str, target: Path | None, options: Namespace
+    predictor: ImagePredictor, path: str, target: Path | None, options: Namespace
 ) -> dict[str, Any]:
     """Detect on one picture; one that cannot be read is named and has an error for an answer."""
     try:

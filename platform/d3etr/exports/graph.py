@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from d3etr.config.data import PreprocessingConfig
-from d3etr.data.transforms import IMAGENET_MEAN, IMAGENET_STD, STD_FLOOR
+from d3etr.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, STD_FLOOR
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo
 from d3etr.errors import UserError
