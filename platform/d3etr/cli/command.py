@@ -72,10 +72,13 @@ def add_overrides(parser: ArgumentParser) -> None:
     )
 
 
-def add_weights(parser: ArgumentParser) -> None:
-    """The weights file that a command is about."""
+def add_weights(parser: ArgumentParser, other: str = "") -> None:
+    """The weights file that a command is about; ``other`` names what else it takes."""
     parser.add_argument(
-        "weights", type=location, metavar="WEIGHTS", help="a run's weights.safetensors, or its URL"
+        "weights",
+        type=location,
+        metavar="WEIGHTS",
+        help=f"a run's weights.safetensors{other}, or its URL",
     )
 
 

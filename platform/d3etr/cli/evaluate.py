@@ -36,7 +36,7 @@ WRITTEN = 300
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    add_weights(parser)
+    add_weights(parser, ", an ONNX file of d3etr export")
     parser.add_argument(
         "--annotations",
         type=location,

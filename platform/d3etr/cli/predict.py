@@ -32,7 +32,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    add_weights(parser)
+    add_weights(parser, ", an ONNX file of d3etr export")
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="picture files, or folders of them"
     )
