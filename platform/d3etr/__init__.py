@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from d3etr.drawing import draw
     from d3etr.engine.hooks import Hook, TrainingEvent
-    from d3etr.inference import Detections, Predictor, load
+    from d3etr.inference import Predictor
     from d3etr.launch.api import train
+    from d3etr.loading import load
+    from d3etr.predictions import Detections
 
     __version__: str
 
@@ -23,12 +25,12 @@ __all__ = ["Detections", "Hook", "Predictor", "TrainingEvent", "draw", "load", "
 
 # Looked up when first used: importing the package loads neither torch nor Ray.
 _HOMES = {
-    "Detections": "d3etr.inference",
+    "Detections": "d3etr.predictions",
     "Hook": "d3etr.engine.hooks",
     "Predictor": "d3etr.inference",
     "TrainingEvent": "d3etr.engine.hooks",
     "draw": "d3etr.drawing",
-    "load": "d3etr.inference",
+    "load": "d3etr.loading",
     "train": "d3etr.launch.api",
 }
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from d3etr.config.arguments import described
 from d3etr.errors import UserError
 from d3etr.fonts import font_for, readable_names
-from d3etr.inference import Detections, ImageLike, read_image
+from d3etr.predictions import Detections, ImageLike, read_image
 
 PALETTE = (
     "#e6194b",

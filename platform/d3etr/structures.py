@@ -23,24 +23,26 @@ MAIN = "detection"
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``; the host does not wait for the copy.
-
-    It would where the tensor is in memory that is not pinned.
-    """
+    """The tensor on ``device``; the host does not wait for the copy: memory is pinned for it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
-@cache
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A vector that is taken to its device once, however often it is asked for.
 
     Args:
         values: its numbers.
         dtype: their type.
-        device: where it is; the host does not wait for the copy.
-    """
+        device: where it is.
+    """  # tensors of an export hold nothing: none of those is kept
+    make = _constant.__wrapped__ if torch.compiler.is_exporting() else _constant
+    return make(values, dtype, device)
+
+
+@cache
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return on_device(torch.tensor(values, dtype=dtype), device)
 

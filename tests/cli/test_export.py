@@ -158,12 +158,22 @@ def test_without_transformers_the_extra_is_named(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["x.onnx"], "no other format is written (another format: --format hugging-face)"),
+        (["x.onnx"], "no other format is written (.onnx is what --format onnx writes)"),
+        (["x.xml"], "(.xml is what --format openvino writes)"),
+        (["x.pt2", "--format", "onnx"], "(.pt2 is what --format torch-export writes)"),
+        (["x.safetensors", "--format", "onnx"], "(.safetensors is what --format d3etr writes)"),
+        (["x.engine"], "another format: --format onnx or --format torch-export or --format"),
+        (["s3://b/x.onnx", "--format", "onnx"], "expected a file on this machine"),
+        (["x.onnx", "--format", "onnx", "--half"], "--half goes with --format d3etr, not with"),
+        (["x.safetensors", "--opset", "18"], "--opset goes with --format onnx or torch-export"),
+        (["x.pt2", "--format", "torch-export", "--opset", "18"], "--opset goes with --format onnx"),
+        (["x.onnx", "--format", "onnx", "--opset", "11"], "expected a whole number from 18 to 23"),
+        (["x.onnx", "--format", "onnx", "--size", "0", "4"], "expected a whole number of at least"),
         (["x.onnx", "--format", "hugging-face"], "found the file name 'x.onnx'"),
-        (["x.safetensors", "--format", "hugging-face"], "another format: --format d3etr"),
+        (["x.safetensors", "--format", "hugging-face"], "is what --format d3etr writes"),
         (["s3://b/x", "--format", "hugging-face"], "expected a folder on this machine"),
         (["x", "--format", "hugging-face", "--half"], "from_pretrained(FOLDER, dtype="),
-        (["x", "--format", "onnx"], "invalid choice"),
+        (["x", "--format", "tensorrt"], "invalid choice"),
     ],
 )
 def test_what_is_written_goes_with_the_format(

@@ -10,8 +10,9 @@ from d3etr.config.load import plain_tree
 from d3etr.data.images import to_pixels
 from d3etr.data.judgement import _too_small
 from d3etr.data.loading import EpochLoader, EvaluationBatches
+from d3etr.data.preprocessing import output_size
 from d3etr.data.splits import read_split
-from d3etr.data.transforms import normalise, output_size, resized
+from d3etr.data.transforms import normalise, resized
 
 EXACT = PreprocessingConfig(exact_size=(48, 32), normalisation="unit")
 SIZES = [(40, 30), (30, 50), (64, 20), (33, 33)] * 2

@@ -12,8 +12,8 @@ from d3etr.config.data import AugmentationConfig, DataConfig, PreprocessingConfi
 from d3etr.data.augmentation import augment_pixels
 from d3etr.data.dataset import DetectionDataset
 from d3etr.data.loading import EpochLoader
+from d3etr.data.preprocessing import output_size
 from d3etr.data.splits import read_split
-from d3etr.data.transforms import output_size
 from d3etr.structures import ImageBatch
 
 SIZES = [(40, 30), (30, 40), (36, 36), (48, 30)] * 4

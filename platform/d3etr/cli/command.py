@@ -17,7 +17,7 @@ from d3etr.errors import UserError
 from d3etr.text import printable
 
 if TYPE_CHECKING:
-    from d3etr.config.location import Url
+    from d3etr.config.urls import Url
 
 USER_MISTAKE = 2
 """Exit code of a mistake that the user can fix."""
@@ -72,10 +72,13 @@ def add_overrides(parser: ArgumentParser) -> None:
     )
 
 
-def add_weights(parser: ArgumentParser) -> None:
-    """The weights file that a command is about."""
+def add_weights(parser: ArgumentParser, other: str = "") -> None:
+    """The weights file that a command is about; ``other`` names what else it takes."""
     parser.add_argument(
-        "weights", type=location, metavar="WEIGHTS", help="a run's weights.safetensors, or its URL"
+        "weights",
+        type=location,
+        metavar="WEIGHTS",
+        help=f"a run's weights.safetensors{other}, or its URL",
     )
 
 
@@ -115,7 +118,7 @@ def add_device(parser: ArgumentParser) -> None:
 
 def location(text: str) -> Url | Path:
     """A path or a URL, as an argument's type."""
-    from d3etr.config.location import parse_location
+    from d3etr.config.urls import parse_location
 
     try:
         return parse_location(text)

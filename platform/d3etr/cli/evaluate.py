@@ -26,7 +26,9 @@ from d3etr.text import printable
 
 if TYPE_CHECKING:
     from d3etr.config.data import SplitConfig
+    from d3etr.data.splits import DetectionSplit
     from d3etr.evaluation.evaluator import Observer
+    from d3etr.progress import OnProgress
     from d3etr.structures import DecoderOutputs, ImageBatch, Targets
 
 WRITTEN = 300
@@ -34,7 +36,7 @@ WRITTEN = 300
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    add_weights(parser)
+    add_weights(parser, ", an ONNX file of d3etr export")
     parser.add_argument(
         "--annotations",
         type=location,
@@ -100,9 +102,62 @@ def _print(result: Mapping[str, Any]) -> None:
 
 def _measure(options: Namespace) -> dict[str, Any]:
     """Evaluate in this process; values are fractions."""
+    from d3etr.loading import is_onnx
+
+    return _measure_onnx(options) if is_onnx(options.weights) else _measure_weights(options)
+
+
+def _measure_onnx(options: Namespace) -> dict[str, Any]:
+    """An exported detector's; images of one size go together, loaded in this process."""
+    from d3etr.config.arguments import require_path
+    from d3etr.config.training import EvaluationConfig
+    from d3etr.exports.measuring import measure
+    from d3etr.exports.onnx_predictor import load_onnx
+
+    predictor = load_onnx(require_path("WEIGHTS", options.weights), options.device)
+    most = EvaluationConfig().maximum_detections
+    with progress_bar() as progress:
+        split = _read_split(options, [*predictor.description.names], progress)
+        measured = measure(predictor, split, options.batch_size, most, progress)
+    if options.write_detections is not None:
+        columns = (x.tolist() for x in vars(measured.detections).values())
+        ids = [category.id for category in split.categories]
+        written = [
+            _as_result(number, ids[label], score, box)
+            for number, label, score, box in zip(*columns, strict=True)
+        ]
+        with writing(options.write_detections):
+            write_text(options.write_detections, json.dumps(written))
+    speed, metrics = measured.images_per_second, measured.metrics.as_dict()
+    return _result(options, split, speed, metrics)
+
+
+def _read_split(options: Namespace, learnt: list[str], progress: OnProgress) -> DetectionSplit:
+    """The images to measure on, whose classes are those that the detector learnt."""
+    from d3etr.data.splits import Keys, read_split
+
+    keys = Keys("--images", "--annotations")
+    split = read_split("validation", _place(options), progress, keys=keys)
+    _require_same_names(learnt, [category.name for category in split.categories], options)
+    return split
+
+
+def _result(
+    options: Namespace, split: DetectionSplit, speed: float, metrics: Mapping[str, float]
+) -> dict[str, Any]:
+    return {
+        "weights": str(options.weights),
+        "annotations": str(options.annotations),
+        "data_digest": split.digest,
+        "images": len(split.records),
+        "images_per_second": speed,
+        "metrics": metrics,
+    }
+
+
+def _measure_weights(options: Namespace) -> dict[str, Any]:
     from d3etr.config.data import DataConfig
     from d3etr.config.training import EvaluationConfig
-    from d3etr.data.splits import Keys, read_split
     from d3etr.engine.distributed import SingleProcess
     from d3etr.evaluation.evaluator import Evaluator
     from d3etr.inference import load
@@ -110,10 +165,7 @@ def _measure(options: Namespace) -> dict[str, Any]:
     predictor = load(options.weights, options.device)
     place = _place(options)
     with progress_bar() as progress:
-        keys = Keys("--images", "--annotations")
-        split = read_split("validation", place, progress, keys=keys)
-    theirs = [category.name for category in split.categories]
-    _require_same_names([name for _, name in predictor.info.categories], theirs, options)
+        split = _read_split(options, [name for _, name in predictor.info.categories], progress)
     data = DataConfig(
         train=place,
         validation=place,
@@ -130,14 +182,7 @@ def _measure(options: Namespace) -> dict[str, Any]:
     if options.write_detections is not None:
         with writing(options.write_detections):
             write_text(options.write_detections, json.dumps(written))
-    return {
-        "weights": str(options.weights),
-        "annotations": str(options.annotations),
-        "data_digest": split.digest,
-        "images": len(split.records),
-        "images_per_second": evaluation.images_per_second,
-        "metrics": evaluation.as_dict(),
-    }
+    return _result(options, split, evaluation.images_per_second, evaluation.as_dict())
 
 
 def _collector(written: list[dict[str, Any]], ids: Sequence[int]) -> Observer:
@@ -148,16 +193,22 @@ def _collector(written: list[dict[str, Any]], ids: Sequence[int]) -> Observer:
         found = [x.tolist() for x in top_detections(outputs, targets.original_sizes, WRITTEN)]
         for number, scores, labels, boxes in zip(targets.image_ids, *found, strict=True):
             written.extend(
-                {
-                    "image_id": number,
-                    "category_id": ids[label],
-                    "bbox": [x, y, right - x, bottom - y],
-                    "score": score,
-                }
-                for score, label, (x, y, right, bottom) in zip(scores, labels, boxes, strict=True)
+                _as_result(number, ids[label], score, box)
+                for score, label, box in zip(scores, labels, boxes, strict=True)
             )
 
     return collect
+
+
+def _as_result(number: int, category: int, score: float, box: Sequence[float]) -> dict[str, Any]:
+    """A detection as COCO's results have it."""
+    x, y, right, bottom = box
+    return {
+        "image_id": number,
+        "category_id": category,
+        "bbox": [x, y, right - x, bottom - y],
+        "score": score,
+    }
 
 
 def _place(options: Namespace) -> SplitConfig:

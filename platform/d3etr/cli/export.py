@@ -1,4 +1,4 @@
-"""``d3etr export``: a weights file in half the space, or a folder for transformers."""
+"""``d3etr export``: a weights file in half the space, or a detector for other programs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,28 @@ from d3etr.cli.command import (
     ensure_other_file,
     file_to_write,
     folder_to_write,
+    positive,
+    whole_number,
 )
+from d3etr.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from d3etr.detectors.base import DetectionTransformer
     from d3etr.detectors.weights import WeightsInfo
+    from d3etr.exports.formats import GraphFormat
+    from d3etr.exports.graph import GraphSettings
 
 OURS, HUGGING_FACE = "d3etr", "hugging-face"
-_PLACES: Mapping[str, Any] = MappingProxyType(
-    {OURS: file_to_write(".safetensors"), HUGGING_FACE: folder_to_write}
+ONNX, TORCH_EXPORT, OPENVINO = "onnx", "torch-export", "openvino"
+GRAPHS = (ONNX, TORCH_EXPORT, OPENVINO)
+"""Formats that hold a graph from pixels to boxes."""
+_SUFFIXES: Mapping[str, str] = MappingProxyType(
+    {OURS: ".safetensors", ONNX: ".onnx", TORCH_EXPORT: ".pt2", OPENVINO: ".xml"}
 )
-"""What may be written to, by format."""
+"""Of the file that each format writes; hugging-face writes a folder."""
+_OPSETS = (18, 23)
+_OF_GRAPHS = ("preprocessing", "sampling", "detections", "size", "opset", "pictures")
+"""Arguments that only formats with a graph have."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -34,14 +45,17 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "output",
         metavar="OUTPUT",
-        help="what to write: a file (.safetensors), or with --format hugging-face a new folder",
+        help="what to write: a file that ends as its format does (.safetensors, .onnx, .pt2, "
+        ".xml), or with --format hugging-face a new folder",
     )
     parser.add_argument(
         "--format",
-        choices=[*_PLACES],
+        choices=[*_SUFFIXES, HUGGING_FACE],
         default=OURS,
-        help="d3etr (default): a weights file; hugging-face: config.json, model.safetensors and "
-        "preprocessor_config.json for AutoModelForObjectDetection of transformers",
+        help="d3etr (default): a weights file; onnx, torch-export, openvino: one graph from pixels "
+        "to boxes, scores and labels, compared with the detector before it is kept; hugging-face: "
+        "config.json, model.safetensors and preprocessor_config.json for "
+        "AutoModelForObjectDetection of transformers",
     )
     parser.add_argument(
         "--half",
@@ -49,20 +63,56 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="store matrices and kernels as float16; the recorded evaluation is left out, as "
         "it was of other numbers",
     )
+    _add_graph_arguments(parser)
     add_json(parser)
     # Where OUTPUT may be depends on --format, so that no type of an argument can tell.
     parser.set_defaults(refuse=parser.error)
 
 
+def _add_graph_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("graphs", "for --format " + ", ".join(GRAPHS))
+    group.add_argument(
+        "--preprocessing",
+        choices=("inside", "outside"),
+        help="inside (default): the graph takes uint8 RGB pixels and normalises them; outside: it "
+        "takes normalised float32",
+    )
+    group.add_argument(
+        "--sampling",
+        choices=("grid-sample", "gather"),
+        help="how deformable attention reads values: one operator (default), or gathers, for "
+        "runtimes whose operator is slow or wrong",
+    )
+    group.add_argument(
+        "--detections", type=positive, metavar="K", help="of each image at most (default 300)"
+    )
+    group.add_argument(
+        "--size",
+        type=positive,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="fixed size that images are stretched to; default: exact_size of the weights' "
+        "preprocessing, else any size",
+    )
+    group.add_argument(
+        "--opset",
+        type=whole_number(*_OPSETS),
+        metavar="N",
+        help=f"of ONNX, {_OPSETS[0]} (default) to {_OPSETS[1]}",
+    )
+    group.add_argument(
+        "--pictures",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="pictures to compare by (default: parts of two photographs)",
+    )
+
+
 def _run(options: Namespace) -> int:
     output = _place(options)
     ensure_other_file(options.weights, output)
-    if options.format == HUGGING_FACE:
-        from d3etr.detectors.exports.hugging_face import ensure_new
-        from d3etr.detectors.foundation import require_transformers
-
-        require_transformers(f"--format {HUGGING_FACE}")  # both before anything is fetched
-        ensure_new(output)
+    _ensure_possible(options, output)  # before anything is fetched
 
     from d3etr.detectors.weights import load_weights
     from d3etr.storage.fetch import local_file
@@ -71,23 +121,73 @@ def _run(options: Namespace) -> int:
         detector, info = load_weights(file)
     if options.format == HUGGING_FACE:
         return _export_folder(options, output, detector, info)
+    if options.format in GRAPHS:
+        return _export_graph(options, output, detector, info)
     return _export_file(options, output, detector, info)
 
 
 def _place(options: Namespace) -> Path:
     """OUTPUT as the format takes it; anything else ends the program as a wrong argument does."""
-    if options.format == HUGGING_FACE and options.half:
+    chosen = options.format
+    if chosen == HUGGING_FACE and options.half:
         options.refuse(
             f"--half goes with --format {OURS}: let transformers convert, with "
             "from_pretrained(FOLDER, dtype=torch.float16)"
         )
+    if options.half and chosen in GRAPHS:
+        options.refuse(f"--half goes with --format {OURS}, not with {chosen}")
+    for name in _OF_GRAPHS:
+        if getattr(options, name) is not None and chosen not in GRAPHS:
+            options.refuse(f"--{name} goes with --format {' or '.join(GRAPHS)}, not with {chosen}")
+    if options.opset is not None and chosen == TORCH_EXPORT:
+        options.refuse(f"--opset goes with --format {ONNX} or {OPENVINO}, not with {chosen}")
+    parse = file_to_write(_SUFFIXES[chosen]) if chosen in _SUFFIXES else folder_to_write
     try:
-        place: Path = _PLACES[options.format](options.output)
-        return place
+        return parse(options.output)
     except ArgumentTypeError as error:
-        others = " or ".join(f"--format {name}" for name in _PLACES if name != options.format)
-        options.refuse(f"argument OUTPUT: {error} (another format: {others})")
+        options.refuse(f"argument OUTPUT: {error} ({_hint(options)})")
         raise  # not reached
+
+
+def _hint(options: Namespace) -> str:
+    """The format that OUTPUT's suffix belongs to, or all others."""
+    suffix = Path(str(options.output)).suffix.lower()
+    meant = [name for name, own in _SUFFIXES.items() if own == suffix and name != options.format]
+    if meant:
+        return f"{suffix} is what --format {meant[0]} writes"
+    others = [name for name in (*_SUFFIXES, HUGGING_FACE) if name != options.format]
+    return "another format: " + " or ".join(f"--format {name}" for name in others)
+
+
+def _ensure_possible(options: Namespace, output: Path) -> None:
+    """Refuse what lacks a package or a free place.
+
+    Raises:
+        UserError: it does.
+    """
+    if options.format == HUGGING_FACE:
+        from d3etr.detectors.exports.hugging_face import ensure_new
+        from d3etr.detectors.foundation import require_transformers
+
+        require_transformers(f"--format {HUGGING_FACE}")
+        ensure_new(output)
+    elif options.format in GRAPHS:
+        from d3etr.exports.formats import require_package
+
+        kind = _kind(options)
+        for package in kind.packages:
+            require_package(package, kind.name)
+
+
+def _kind(options: Namespace) -> GraphFormat:
+    from d3etr.exports.onnx_file import OPSET, OnnxFormat
+    from d3etr.exports.openvino_file import OpenVinoFormat
+    from d3etr.exports.torch_export import TorchExportFormat
+
+    if options.format == TORCH_EXPORT:
+        return TorchExportFormat()
+    kind = OnnxFormat if options.format == ONNX else OpenVinoFormat
+    return kind(options.opset or OPSET)
 
 
 def _export_file(
@@ -119,9 +219,48 @@ def _export_folder(
     return 0
 
 
+def _export_graph(
+    options: Namespace, output: Path, detector: DetectionTransformer, info: WeightsInfo
+) -> int:
+    from d3etr.exports.export import export_graph
+
+    kind, pictures = _kind(options), options.pictures or ()
+    with progress_bar() as progress:
+        done = export_graph(output, detector, info, _settings(options), kind, pictures, progress)
+    found, description, size = done.comparison, done.description, output.stat().st_size
+    value: dict[str, Any] = {
+        "output": str(output),
+        "bytes": size,
+        "pictures": found.images,
+        "detections": found.detections,
+        "box_difference": found.box_difference,
+        "score_difference": found.score_difference,
+        "near_ties": found.near_ties,
+    }
+    shape = "any size" if description.size is None else "{} x {} pixels".format(*description.size)
+    text = (
+        f"{output}: {size / 1e6:.1f} MB, for batches of images of {shape}; as in PyTorch on "
+        f"{found.images} pictures: {found}"
+    )
+    answer(options, value, text)
+    return 0
+
+
+def _settings(options: Namespace) -> GraphSettings:
+    from d3etr.exports.graph import GraphSettings
+
+    own = GraphSettings()
+    return GraphSettings(
+        inside=options.preprocessing != "outside",
+        size=None if options.size is None else tuple(options.size),
+        detections=options.detections or own.detections,
+        sampling=options.sampling or own.sampling,
+    )
+
+
 COMMAND = Command(
     "export",
-    "copy a weights file, in half the space if asked to, or as a folder for transformers",
+    "copy a weights file, in half the space if asked to, or write a detector for other programs",
     _add_arguments,
     _run,
 )

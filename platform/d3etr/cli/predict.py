@@ -25,14 +25,14 @@ from d3etr.files import atomic_write
 from d3etr.text import printable
 
 if TYPE_CHECKING:
-    from d3etr.inference import Detections, Predictor
+    from d3etr.predictions import Detections, ImagePredictor
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 """What counts as a picture in a folder; files named by themselves may be called anything."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    add_weights(parser)
+    add_weights(parser, ", an ONNX file of d3etr export")
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="picture files, or folders of them"
     )
@@ -53,7 +53,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(options: Namespace) -> int:
-    from d3etr.inference import load
+    from d3etr.loading import load
 
     predictor = load(options.weights, options.device)
     paths, problems = _pictures(options.images)
@@ -72,7 +72,7 @@ def _run(options: Namespace) -> int:
 
 
 def _answer(
-    predictor: Predictor, path: str, target: Path | None, options: Namespace
+    predictor: ImagePredictor, path: str, target: Path | None, options: Namespace
 ) -> dict[str, Any]:
     """Detect on one picture; one that cannot be read is named and has an error for an answer."""
     try:

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from d3etr.config.location import Url, named_location
+from d3etr.config.urls import Url, named_location
 from d3etr.errors import UserError
 from d3etr.text import bare_url, nearest
 

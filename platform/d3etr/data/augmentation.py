@@ -19,6 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
 from d3etr.config.data import AugmentationConfig, PreprocessingConfig
+from d3etr.data.preprocessing import output_size
 from d3etr.data.records import ImageRecord
 from d3etr.data.strong import (
     CHANNEL_ORDERS,
@@ -29,7 +30,7 @@ from d3etr.data.strong import (
     change_pixels,
     draw_strong,
 )
-from d3etr.data.transforms import output_size, resize
+from d3etr.data.transforms import resize
 
 _SMALLEST_CROP = 0.5
 # A cropped or zoomed out object is kept if at least this much of each side is left, pixels.

@@ -20,14 +20,15 @@ from d3etr.data.augmentation import (
     draw_augmentation,
     sample_generator,
 )
-from d3etr.data.images import load_image, to_pixels
+from d3etr.data.images import to_pixels
 from d3etr.data.mosaic import boxes_on, compose
+from d3etr.data.preprocessing import output_size
+from d3etr.data.record_images import record_image
 from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit
 from d3etr.data.teacher_boxes import FoundBoxes
-from d3etr.data.transforms import RelativeBoxes, Sample, output_size, relative_cxcywh
+from d3etr.data.transforms import RelativeBoxes, Sample, relative_cxcywh
 from d3etr.data.views import TeacherViews
-from d3etr.errors import UserError
 
 CACHE_BYTES = 256 * 2**20
 """Splits whose decoded images take less are decoded once and kept in memory."""
@@ -204,20 +205,7 @@ class DetectionDataset(Dataset[Sample]):
         return any(cut) or augmentation.shortest_sides is not None
 
     def _decode(self, record: ImageRecord) -> Tensor:
-        path, shown = self.split.path(record), self.split.images.shown(record.file_name)
-        expected = (record.width, record.height)
-        try:
-            image = load_image(path, expected)
-        except UserError as error:
-            text = str(error).replace(str(path), shown)
-            raise UserError(f"image id {record.id}: {text}") from error
-        if image.size != expected:
-            raise UserError(
-                f"image id {record.id}: {shown} is {image.size[0]} x {image.size[1]} pixels, but "
-                f"{self.split.annotations} says {record.width} x {record.height}, so its boxes "
-                "cannot be trusted: correct width and height, or use the image that was annotated"
-            )
-        return to_pixels(image)
+        return to_pixels(record_image(self.split, record))
 
 
 class MixedDataset(DetectionDataset):

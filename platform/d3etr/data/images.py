@@ -7,13 +7,15 @@ import os
 import threading
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from d3etr.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LIMIT_VARIABLE = "D3ETR_MAXIMUM_MEGAPIXELS"
 """Environment variable: the largest image that is decoded, millions of pixels."""
@@ -159,6 +161,8 @@ def applies_rotation(image: Image.Image, expected_size: tuple[int, int] | None) 
 
 def to_pixels(image: Image.Image) -> Tensor:
     """[3, height, width] uint8 of an RGB image; in memory a pixel's channels are adjacent."""
+    import torch  # exported detectors run without it
+
     # Left in that order: resizing takes half the time on it.
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
 

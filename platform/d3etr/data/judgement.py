@@ -15,9 +15,9 @@ from d3etr.config.data import PreprocessingConfig
 from d3etr.config.training import EvaluationConfig, warmup_problem
 from d3etr.config.tree import Config
 from d3etr.data.annotations import Category
+from d3etr.data.preprocessing import output_size
 from d3etr.data.records import shown_ids, to_xyxy
 from d3etr.data.splits import DetectionSplit
-from d3etr.data.transforms import output_size
 from d3etr.errors import UserError
 
 _LEAST_SIDE = 4.0

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from d3etr.config.data import DataConfig
 from d3etr.data.augmentation import Augmentation, Shown
 from d3etr.data.dataset import CACHE_BYTES, DetectionDataset, MixedDataset
+from d3etr.data.preprocessing import output_size
 from d3etr.data.processes import prepare_process, safe_context
 from d3etr.data.sampling import (
     BatchKey,
@@ -29,7 +30,7 @@ from d3etr.data.sampling import (
 )
 from d3etr.data.splits import DetectionSplit
 from d3etr.data.teacher_boxes import FoundBoxes
-from d3etr.data.transforms import collate, output_size
+from d3etr.data.transforms import collate
 from d3etr.data.views import TeacherViews, batch_records
 from d3etr.errors import UserError
 from d3etr.logs import get_logger

@@ -16,13 +16,8 @@ from torchvision.transforms.v2 import functional
 
 from d3etr.config.data import PreprocessingConfig
 from d3etr.data.images import to_pixels
+from d3etr.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, STD_FLOOR, output_size
 from d3etr.structures import ImageBatch, Targets
-
-# Of torchvision's ImageNet weights, for pixels in [0, 1].
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
-# Keeps an even channel finite; as a share of the pixel range.
-_STD_FLOOR = 0.02
 
 
 @dataclass(frozen=True)
@@ -67,37 +62,6 @@ class Sample:
     stored: Mapping[str, NDArray[np.generic]] | None = None
 
 
-def output_size(
-    width: int,
-    height: int,
-    config: PreprocessingConfig,
-    shortest: int | None = None,
-    scale: float = 1.0,
-) -> tuple[int, int]:
-    """(height, width) after resizing: ``config.exact_size``, or by DETR's rule.
-
-    An exact size keeps its aspect where ``shortest`` is its shorter side in place of its own. By
-    DETR's rule, the shorter side becomes ``shortest`` pixels (the configuration's where it is
-    None); where the longer one would then pass ``config.longest_side``, that decides instead. Both
-    sides are multiplied by ``scale`` first.
-    """
-    if config.exact_size is not None:
-        factor = scale if shortest is None else scale * shortest / min(config.exact_size)
-        rows, columns = (max(1, round(factor * exact)) for exact in config.exact_size)
-        return rows, columns
-    low, high = min(width, height), max(width, height)
-    side, longest = shortest or config.shortest_side or low, config.longest_side
-    if scale != 1:
-        side, longest = max(1, round(scale * side)), longest and round(scale * longest)
-    if longest is not None and high / low * side > longest:
-        side = max(1, round(longest * low / high))
-    if side == low:
-        return height, width
-    if width < height:
-        return int(side * height / width), side
-    return side, int(side * width / height)
-
-
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """[3, *size] of uint8 ``pixels`` [3, h, w]: bilinear, antialiased; ``size`` (height, width)."""
     if pixels.shape[-2:] == size:
@@ -119,12 +83,12 @@ def normalise(pixels: Tensor, config: PreprocessingConfig, out: Tensor | None = 
     if config.normalisation == "unit":
         return values.div_(255)
     if config.normalisation == "imagenet":
-        mean, std = _column(_IMAGENET_MEAN), _column(_IMAGENET_STD)
+        mean, std = _column(IMAGENET_MEAN), _column(IMAGENET_STD)
         return values.sub_(mean * 255).div_(std * 255)
     values.sub_(values.flatten(1).mean(1)[:, None, None])
     # The norm of what is left is the deviation; var_mean takes ten times as long.
     norm = torch.linalg.vector_norm(values.flatten(1), dim=1)[:, None, None]
-    return values.div_(norm / math.sqrt(values[0].numel()) + _STD_FLOOR * 255)
+    return values.div_(norm / math.sqrt(values[0].numel()) + STD_FLOOR * 255)
 
 
 def _column(values: Sequence[float]) -> Tensor:

@@ -43,7 +43,8 @@ def attend(
     if width != query.shape[-1]:
         # Fused kernels want one width (cuDNN's fails with two): widen with zeros, or do without
         # where that costs more.
-        if query.device.type == "cpu" and key.shape[-2] <= SMALL_MEMORY:
+        exporting = torch.compiler.is_exporting()  # for any size, and runtimes have no fused kernel
+        if exporting or (query.device.type == "cpu" and key.shape[-2] <= SMALL_MEMORY):
             return attend_by_products(query, key, value, padding, dropout)
         value = functional.pad(value, (0, query.shape[-1] - width))
     visible = None if padding is None else ~padding[:, None, None]
@@ -113,7 +114,7 @@ def attend_apart(query: Tensor, key: Tensor, value: Tensor, blocks: int, dropout
         return x.view(*x.shape[:2], blocks, -1, x.shape[-1]).transpose(1, 2).flatten(0, 1)
 
     mixed = attend(apart(query), apart(key), apart(value), None, dropout)  # [B K, N / K, H*E]
-    return mixed.view(len(query), -1, mixed.shape[-1])
+    return mixed.view(query.shape[0], -1, mixed.shape[-1])
 
 
 class MultiHeadAttention(nn.Module):
@@ -188,7 +189,7 @@ class MultiHeadAttention(nn.Module):
         Returns:
             [B, N, D], and that or None.
         """
-        query = query.expand(len(memory.tokens), -1, -1, -1)
+        query = query.expand(memory.tokens.shape[0], -1, -1, -1)
         mixed, kept = self._attend(query, key, value, memory.padding, keep)
         return self.output(mixed), kept
 
@@ -326,6 +327,6 @@ class ConditionalCrossAttention(MultiHeadAttention):
 
     def _join(self, content: Tensor, spatial: Tensor) -> Tensor:
         """[B or 1, N, D] twice -> [B or 1, H, N, 2E], whichever of them is shared."""
-        images = max(len(content), len(spatial))
+        images = max(content.shape[0], spatial.shape[0])
         parts = [self.split(x) for x in (content, spatial)]
         return torch.cat([part.expand(images, -1, -1, -1) for part in parts], -1)

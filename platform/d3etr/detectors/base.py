@@ -145,7 +145,7 @@ class DetectionTransformer(nn.Module, ABC):
         """
         states = like.new_zeros(*like.shape[:2], self.config.width)
         per_image = self.training and self.config.dropout > 0
-        return states.expand(len(memory.tokens), -1, -1) if per_image else states
+        return states.expand(memory.tokens.shape[0], -1, -1) if per_image else states
 
     def references(self, groups: Sequence[ObjectQueries]) -> Tensor:
         """[B or 1, N, 2 or 4] reference logits of all groups side by side, float32.

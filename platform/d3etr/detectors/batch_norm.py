@@ -59,7 +59,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         if learns and _workers() > 1:
             joined: Tensor = self._over_workers(x)
             return joined
-        if len(x) == 1 and x.device.type == "cpu" and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and x.device.type == "cpu" and len(x) == 1:
             # PyTorch (2.14) misreads a gradient in another layout than its input's: one image has
             # strides of both.
             x = x.contiguous(memory_format=torch.channels_last)

@@ -349,7 +349,7 @@ class DFINE(SelectingDetector):
         attention: bool,
     ) -> Decoded:
         """As of ``DetectionTransformer``; a group without content starts as its own queries do."""
-        images = len(memory.tokens)
+        images = memory.tokens.shape[0]
         start = self.references(groups).expand(images, -1, -1)
         refinement = Refinement(self.decoder, self.config, start, groups)
         ratios = valid_ratios(memory.padding, memory.levels)

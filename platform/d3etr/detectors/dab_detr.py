@@ -133,7 +133,7 @@ class DABDETR(SingleScaleDetector):
         attention: bool,
     ) -> Decoded:
         """As of ``DetectionTransformer``; groups' embeddings are not used."""
-        images, epsilon = len(memory.tokens), self.config.inverse_sigmoid_epsilon
+        images, epsilon = memory.tokens.shape[0], self.config.inverse_sigmoid_epsilon
         anchors = self.references(groups)
         moved = [anchors]
         starts: list[Tensor] = []

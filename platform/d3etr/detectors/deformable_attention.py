@@ -128,6 +128,7 @@ class UnevenDeformableAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, points: tuple[int, ...]) -> None:
         super().__init__()
+        self.sample = sample_values
         self.heads, self.levels, self.points = heads, len(points), points
         self.offsets = nn.Linear(width, heads * sum(points) * 2)
         self.weights = nn.Linear(width, heads * sum(points))
@@ -152,7 +153,7 @@ class UnevenDeformableAttention(nn.Module):
         samples = Samples(places, weights.squeeze(-1), self.points)
         if padding is not None:
             tokens = tokens.masked_fill(padding[..., None], 0.0)
-        return sample_values(tokens, samples, levels), samples
+        return self.sample(tokens, samples, levels), samples
 
     def _by_level(self, values: Tensor) -> Tensor:
         """[B, N, H, sum of points, X] to [B, N, H, V, P, X], zeros behind a level's own."""
@@ -174,8 +175,16 @@ def _locations(reference: Tensor, offsets: Tensor, count: int | Tensor, levels: 
     anchor = reference[:, :, None, :, None].float()
     if reference.shape[-1] == 4:
         return anchor[..., :2] + offsets / count * anchor[..., 2:] * 0.5
-    sizes = tuple(float(side) for h, w in levels for side in (w, h))
-    return anchor + offsets / constant(sizes, torch.float32, offsets.device).view(-1, 1, 2)
+    return anchor + offsets / _sides(levels, offsets.device)
+
+
+def _sides(levels: Levels, device: torch.device) -> Tensor:
+    """[V, 1, 2] float32 (width, height) of each level in cells."""
+    sides = [side for h, w in levels for side in (w, h)]
+    if torch.compiler.is_exporting():  # a constant would be that of the example's size for ever
+        parts = [torch.full((), side, dtype=torch.float32, device=device) for side in sides]
+        return torch.stack(parts).view(-1, 1, 2)
+    return constant(tuple(map(float, sides)), torch.float32, device).view(-1, 1, 2)
 
 
 def sample_values(value: Tensor, samples: Samples, levels: Levels) -> Tensor:

@@ -112,7 +112,7 @@ def decode_around(
         norm: what every layer's predictions are read through; where queries move to is read from
             the states as they are (DINO).
     """
-    images = len(memory.tokens)
+    images = memory.tokens.shape[0]
     start = references.start.expand(images, -1, -1)
     ratios = valid_ratios(memory.padding, memory.levels)
     logits: list[Tensor] = []

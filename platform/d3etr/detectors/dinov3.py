@@ -151,7 +151,7 @@ class DINOv3(nn.Module):
         patches: Tensor = self.patches(pixels)
         grid = (patches.shape[-2], patches.shape[-1])
         others = [self.class_token[None], *([] if self.registers is None else [self.registers])]
-        first = torch.cat(others).to(patches.dtype).expand(len(patches), -1, -1)
+        first = torch.cat(others).to(patches.dtype).expand(patches.shape[0], -1, -1)
         x = torch.cat([first, patches.flatten(2).transpose(1, 2)], 1)
         turn = Rotation(grid, own.width // own.heads, patches)
         found: list[Tensor] = []

@@ -124,7 +124,7 @@ def encode_levels(
     tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in maps], 1)
     flat = flat_padding(paddings)
     ratios = valid_ratios(flat, grids)
-    centres = cell_centres(ratios, grids, tokens).expand(len(tokens), -1, -1)
+    centres = cell_centres(ratios, grids, tokens).expand(tokens.shape[0], -1, -1)
     reference = on_levels(centres, ratios, len(grids))
     tokens = encoder(tokens, encoding, reference=reference, padding=flat, levels=grids)
     return Memory(tokens, encoding, flat, grids)

@@ -252,7 +252,7 @@ class GroupedDetector(DetectionTransformer):
             ].flatten(0, 1)
             for table in (self.query_content, self.reference_moves)
         )
-        content = content.expand(len(tokens), -1, -1)
+        content = content.expand(tokens.shape[0], -1, -1)
         reference = moved_boxes(boxes.detach().transpose(0, 1).flatten(1, 2), moves.float())
         queries = ObjectQueries(
             content,
@@ -297,7 +297,7 @@ class GroupedDetector(DetectionTransformer):
         attention: bool,
     ) -> Decoded:
         """As of ``DetectionTransformer``; a group without content starts from learned vectors."""
-        images, decoder = len(memory.tokens), self.decoder
+        images, decoder = memory.tokens.shape[0], self.decoder
         boxes = self._boxes(groups).expand(images, -1, -1)
         ratios = valid_ratios(memory.padding, memory.levels)
         place = on_levels(boxes, ratios, len(memory.levels))

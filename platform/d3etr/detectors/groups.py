@@ -131,7 +131,7 @@ def _or_none(maps: Sequence[_Maps], sizes: list[GroupSize]) -> list[_Maps | None
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate [N, X] or [B, N, X] along N to [B or 1, N, X]."""
     parts = [part if part.dim() == 3 else part[None] for part in parts]
-    images = max(len(part) for part in parts)
+    images = max(part.shape[0] for part in parts)
     return torch.cat([part.expand(images, -1, -1) for part in parts], 1)
 
 
@@ -169,7 +169,7 @@ def split_groups(memory: Memory, sizes: list[GroupSize], decoded: Decoded) -> li
     parts = zip(
         torch.split(logits, queries, 2),
         torch.split(boxes, queries, 2),
-        none if trace is None else _or_none(trace.self_maps(len(memory.tokens)), sizes),
+        none if trace is None else _or_none(trace.self_maps(memory.tokens.shape[0]), sizes),
         none if trace is None else _or_none(trace.cross_maps(sizes, memory), sizes),
         torch.split(states, queries, 1),
         none if no_object is None else torch.split(no_object, queries, 2),

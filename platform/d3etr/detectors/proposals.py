@@ -134,7 +134,7 @@ def token_boxes(tokens: Tensor, padding: Tensor | None, levels: Levels) -> tuple
         tokens.new_full((h * w,), FINEST_SIZE * 2.0**level, dtype=torch.float32)
         for level, (h, w) in enumerate(levels)
     ]
-    sides = torch.cat(sizes)[None, :, None].expand(len(centres), -1, 2)
+    sides = torch.cat(sizes)[None, :, None].expand(centres.shape[0], -1, 2)
     boxes = torch.cat([centres, sides], -1)
     silent = ~((boxes > MARGIN) & (boxes < 1 - MARGIN)).all(-1)
     if padding is not None:

@@ -163,7 +163,7 @@ class Selection(TokenHeads):
 
 def at_places(values: Tensor, place: Tensor) -> Tensor:
     """Values [B, N, X] of [B or 1, S, X] at the tokens [B, N]."""
-    values = values.expand(len(place), -1, -1)
+    values = values.expand(place.shape[0], -1, -1)
     return values.gather(1, place[..., None].expand(-1, -1, values.shape[-1]))
 
 
@@ -252,7 +252,7 @@ class SelectedQueriesDetector(DetectionTransformer):
 
     def _content(self, memory: Memory, group: ObjectQueries) -> Tensor:
         """[B, N, D] what queries of this detector's own start from, for a group without content."""
-        images = len(memory.tokens)
+        images = memory.tokens.shape[0]
         if self.config.learned_content:
             rows = torch.arange(group.count, device=memory.tokens.device)
             learned: Tensor = self.query_content(rows % self.config.queries)

@@ -174,7 +174,7 @@ class WindowedViT(nn.Module):
         x = self._windowed(patches.permute(0, 2, 3, 1) + self._of_grid(grid))
         if self.class_token is not None:
             first = (self.class_token + self.positions[0]).to(x.dtype)
-            x = torch.cat([first.expand(len(x), 1, -1), x], 1)
+            x = torch.cat([first.expand(x.shape[0], 1, -1), x], 1)
         height, width = (math.ceil(side / self.stride) for side in pixels.shape[-2:])
         found = []
         for number, block in enumerate(self.blocks, start=1):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from d3etr.config.tree import Config
+from d3etr.data.preprocessing import output_size
 from d3etr.data.splits import DetectionSplit
-from d3etr.data.transforms import output_size
 
 MOST = 4
 """Suspects that are named."""

@@ -27,11 +27,16 @@ def top_detections(
         Scores [B, K] in descending order, labels [B, K], and boxes [B, K, 4] as x1, y1, x2, y2
         in pixels, which may reach over the image's edge.
     """
+    scores, labels, corners = relative_detections(outputs, maximum)
+    return scores, labels, corners * _pixels(original_sizes, corners)
+
+
+def relative_detections(outputs: DecoderOutputs, maximum: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``top_detections``, of boxes relative to their image."""
     logits, queries, labels = _ranked(outputs, maximum)
     boxes = outputs.boxes_cxcywh[-1].gather(1, queries[..., None].expand(-1, -1, 4))
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    corners = torch.cat([centre - half, centre + half], -1)
-    return logits.sigmoid(), labels, corners * _pixels(original_sizes, corners)
+    return logits.sigmoid(), labels, torch.cat([centre - half, centre + half], -1)
 
 
 def _ranked(outputs: DecoderOutputs, maximum: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,114 @@
+"""A traced detector as an ONNX file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d3etr.errors import UserError
+from d3etr.exports.comparison import Detected
+from d3etr.exports.description import INPUTS, OUTPUTS, Description
+from d3etr.exports.formats import Runner, require_package
+from d3etr.exports.graph import Traced
+
+OPSET = 18
+"""Runtimes of 2023 and later read it."""
+
+
+class OnnxFormat:
+    """ONNX, compared in ONNX Runtime on the CPU.
+
+    Args:
+        opset: of the file.
+    """
+
+    name = "onnx"
+    packages: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
+
+    def __init__(self, opset: int = OPSET) -> None:
+        self.opset: int | None = opset
+
+    def write(self, traced: Traced, description: Description, path: Path) -> None:
+        """As of ``GraphFormat``."""
+        onnx = require_package("onnx", self.name)
+        model = to_onnx(traced, self.opset or OPSET)
+        metadata = description.as_metadata()
+        onnx.helper.set_model_props(model, metadata)
+        onnx.checker.check_model(model)
+        onnx.save(model, str(path))
+
+    def open(self, path: Path) -> Runner:
+        """As of ``GraphFormat``."""
+        runtime = require_package("onnxruntime", self.name)
+        session = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+
+        def run(images: Any, sizes: Any) -> Detected:
+            return Detected(*session.run(list(OUTPUTS), {"images": images, "sizes": sizes}))
+
+        return run
+
+
+def to_onnx(traced: Traced, opset: int) -> Any:
+    """The model as ``onnx.ModelProto``, with names for inputs, outputs and free dimensions.
+
+    Raises:
+        UserError: an operator that ONNX has no counterpart of.
+    """
+    require_package("onnxscript", "onnx")
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                traced.program,
+                traced.example,
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(INPUTS),
+                output_names=list(OUTPUTS),
+                verbose=False,
+            )
+        assert program is not None
+        model: Any = program.model_proto
+    except Exception as error:  # the exporter has errors of many types
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"PyTorch cannot write this detector as ONNX: {first}") from error
+    _name_dimensions(model)
+    return model
+
+
+def _name_dimensions(model: Any) -> None:
+    """Free dimensions by the names that people know; those within are for runtimes to infer."""
+    graph = model.graph
+    del graph.value_info[:]
+    names: dict[str, str] = {}
+    for place, name in ((0, "batch"), (2, "height"), (3, "width")):
+        symbol = graph.input[0].type.tensor_type.shape.dim[place].dim_param
+        if symbol:
+            names[symbol] = name
+    for value in (*graph.input, *graph.output):
+        for place, dimension in enumerate(value.type.tensor_type.shape.dim):
+            if not dimension.dim_param:
+                continue
+            # The number of detections may be an expression in the images' sides.
+            other = "detections" if place else "batch"
+            dimension.dim_param = names.get(dimension.dim_param, other)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter prints about its own steps."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

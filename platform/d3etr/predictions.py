@@ -1,0 +1,220 @@
+"""What detecting has in common wherever a detector runs: images in, detections out.
+
+Nothing here needs PyTorch, so that exported detectors run without it.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from d3etr.config.arguments import described, require_number, require_path, require_whole
+from d3etr.data.images import load_image, upright_rgb
+from d3etr.errors import UserError
+
+ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+"""A file, a PIL image, or RGB pixels [height, width, 3] of 0 to 255."""
+LARGEST_BATCH = 4096
+
+Sample = tuple[Any, tuple[int, int]]
+"""An image as the detector is shown it, uint8 [3, h, w], and its (height, width) as given."""
+Found = tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]], NDArray[np.int64]]
+"""Boxes [B, K, 4] as x1, y1, x2, y2 in pixels, scores [B, K] and class indices [B, K]."""
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found on one image: K objects, most certain first.
+
+    Raises UserError if the four do not have K entries each.
+
+    Attributes:
+        boxes_xyxy: [K, 4] float32, pixels of the image as given, within its borders.
+        scores: [K] float32 in [0, 1].
+        labels: [K] int64, category ids of the annotation file that the detector learnt from.
+        names: K category names.
+    """
+
+    boxes_xyxy: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        count = len(self.names)
+        expected = {"boxes_xyxy": (count, 4), "scores": (count,), "labels": (count,)}
+        for name, shape in expected.items():
+            if np.shape(getattr(self, name)) != shape:
+                found = described(getattr(self, name))
+                raise UserError(f"{name} is {found}; {count} names need an array {list(shape)}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """One plain mapping an object: name, label, score, box_xyxy."""
+        columns = zip(self.names, self.labels, self.scores, self.boxes_xyxy, strict=True)
+        return [
+            {
+                "name": name,
+                "label": int(label),
+                "score": round(float(score), 4),
+                "box_xyxy": [round(float(side), 1) for side in box],
+            }
+            for name, label, score, box in columns
+        ]
+
+
+class ImagePredictor(ABC):
+    """A detector of a runtime, with its classes.
+
+    Args:
+        categories: (id of the annotation file, name) of each class.
+        maximum: detections per image at most.
+        threshold: lowest score of a detection where nobody says another.
+
+    Raises:
+        UserError: a maximum out of range.
+    """
+
+    def __init__(
+        self, categories: Sequence[tuple[int, str]], maximum: int, threshold: float
+    ) -> None:
+        self._maximum = require_whole("maximum", maximum, 1, 10_000)
+        self._threshold = threshold
+        self._ids = np.array([number for number, _ in categories], dtype=np.int64)
+        self._names = tuple(name for _, name in categories)
+
+    @abstractmethod
+    def prepared(self, image: Image.Image) -> Any:
+        """Uint8 [3, h, w] of an RGB image in the size that the detector is shown."""
+
+    @abstractmethod
+    def detect(self, images: Sequence[Any], sizes: Sequence[tuple[int, int]]) -> Found:
+        """Detections in B prepared images of one size; boxes may reach over an image's edge.
+
+        Args:
+            images: B of what ``prepared`` returned.
+            sizes: (height, width) of each image as given.
+        """
+
+    def predict(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        threshold: float | None = None,
+        batch_size: int = 8,
+    ) -> list[Detections]:
+        """Detect objects.
+
+        Args:
+            images: one image or several; a generator is read as detection proceeds.
+            threshold: lowest score of a detection, in [0, 1]; None: that of the weights, which had
+                the highest F1 on validation, or 0.5 where they carry none.
+            batch_size: images that go through the detector together.
+
+        Returns:
+            Detections of each image, in the order given.
+
+        Raises:
+            UserError: something that is no image or cannot be read, or a number out of range.
+        """
+        threshold = self._threshold if threshold is None else threshold
+        threshold = require_number("threshold", threshold, 0, 1)
+        batch_size = require_whole("batch_size", batch_size, 1, LARGEST_BATCH)
+        samples = self._samples(images)
+        found: list[Detections] = []
+        while some := list(islice(samples, batch_size)):
+            found += self._predict_some(some, threshold)
+        return found
+
+    def _samples(self, images: ImageLike | Iterable[ImageLike]) -> Iterator[Sample]:
+        if _is_single(images):
+            yield self._sample(cast("ImageLike", images))
+            return
+        for index, image in enumerate(cast("Iterable[ImageLike]", images)):
+            try:
+                yield self._sample(image)
+            except UserError as error:
+                raise UserError(f"image {index} of those given (from 0): {error}") from error
+
+    def _sample(self, image: ImageLike) -> Sample:
+        rgb = read_image(image)
+        return self.prepared(rgb), (rgb.height, rgb.width)
+
+    def _predict_some(self, samples: Sequence[Sample], threshold: float) -> list[Detections]:
+        found: dict[int, Detections] = {}
+        for indices in of_one_size([image.shape for image, _ in samples]):
+            images, sizes = zip(*(samples[index] for index in indices), strict=True)
+            columns = self.detect(images, sizes)
+            for index, size, *column in zip(indices, sizes, *columns, strict=True):
+                found[index] = self._kept(column, size, threshold)
+        return [found[index] for index in range(len(samples))]
+
+    def _kept(
+        self, column: Sequence[NDArray[Any]], size: tuple[int, int], threshold: float
+    ) -> Detections:
+        boxes, scores, labels = column
+        kept = scores >= threshold
+        (height, width), indices = size, labels[kept]
+        limits = np.array([width, height, width, height], dtype=boxes.dtype)
+        return Detections(
+            boxes_xyxy=np.minimum(boxes[kept].clip(min=0), limits).astype(np.float32),
+            scores=scores[kept].astype(np.float32),
+            labels=self._ids[indices],
+            names=tuple(self._names[index] for index in indices),
+        )
+
+
+def of_one_size(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Indices of images of each shape: those go through a detector together.
+
+    Padding is avoided because it reaches group normalisation's statistics: an image's detections
+    would depend on its neighbours.
+    """
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for index, shape in enumerate(shapes):
+        by_shape.setdefault(tuple(shape), []).append(index)
+    return [*by_shape.values()]
+
+
+def read_image(image: ImageLike) -> Image.Image:
+    """An image as upright 8-bit RGB.
+
+    Raises:
+        UserError: a file that cannot be read, or something that is no RGB image.
+    """
+    if isinstance(image, str | os.PathLike):
+        return load_image(require_path("image", image))
+    if isinstance(image, Image.Image):
+        return _from_pil(image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
+        if image.ndim == 3 and image.shape[2] == 3:
+            return Image.fromarray(np.asarray(image))
+    raise UserError(
+        f"{described(image)} is no image; expected [height, width, 3] of uint8, in the order red, "
+        "green, blue, a PIL image, or a file's path"
+    )
+
+
+def _is_single(images: object) -> bool:
+    """Whether this is one image, or nothing that several could be taken from."""
+    single = (str, os.PathLike, Image.Image, bytes, bytearray, memoryview, Mapping)
+    array_or_file = hasattr(images, "shape") or hasattr(images, "read")
+    return array_or_file or isinstance(images, single) or not isinstance(images, Iterable)
+
+
+def _from_pil(image: Image.Image) -> Image.Image:
+    try:
+        return upright_rgb(image)
+    except UserError as error:
+        raise UserError(f"a PIL image of mode {image.mode}: {error}") from error
+    except Exception as error:  # it is decoded here, if it was opened only
+        raise UserError(f"a PIL image of mode {image.mode} cannot be decoded ({error})") from error

@@ -1,0 +1,136 @@
+"""ONNX files detect what their detectors do, at sizes and batches that were never traced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILY
+from tiny_exports import CATEGORIES, as_array, eager, noise, sizes_of, untrained
+
+from d3etr.errors import UserError
+from d3etr.exports.comparison import compare
+from d3etr.exports.description import Description
+from d3etr.exports.export import export_graph
+from d3etr.exports.graph import GraphSettings
+from d3etr.exports.onnx_file import OnnxFormat
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+FIXED = {"lw_detr": (96, 64), "rf_detr": (64, 96)}
+"""Kinds over vision transformers take images of one size."""
+QUICK = ("conditional_detr", "deformable_detr", "rt_detr")
+
+
+def exported(
+    kind: str, path: Path, **settings: Any
+) -> tuple[Any, Any, Any]:  # detector, info, model
+    size = FIXED.get(kind)
+    detector, info = untrained(kind, **({"exact_size": size} if size else {}))
+    export_graph(path, detector, info, GraphSettings(**settings), OnnxFormat())
+    return detector, info, onnx.load(path)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in FAMILY],
+)
+def test_detections_are_those_of_pytorch(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    detector, info, model = exported(kind, path)
+    run = OnnxFormat().open(path)
+    shapes = [FIXED[kind]] if kind in FIXED else [(48, 112), (95, 61), (128, 128)]
+    for height, width in shapes:
+        for images in (1, 3):
+            pixels = noise(images, height, width)
+            found = run(pixels.numpy(), as_array(sizes_of(pixels)))
+            wanted = eager(detector, info, pixels, found.scores.shape[1])
+            difference = compare(wanted, found, sizes_of(pixels))
+            assert difference.equal and difference.detections, difference
+    own = {name.split(".")[0] for name, _ in detector.named_children()} - {"label_embedding"}
+    named = {tensor.name.removeprefix("detector.") for tensor in model.graph.initializer}
+    kept = {name.split(".")[0] for name in named if "." in name and "val_" not in name}
+    assert kept <= own | {"detector"}, kept - own
+    assert not any("label_embedding" in tensor.name for tensor in model.graph.initializer)
+    assert _dimensions(model.graph.input[0])[:2] == ["batch", 3]
+    assert [value.name for value in model.graph.output] == ["boxes", "scores", "labels"]
+
+
+def test_what_only_training_has_is_left_out(tmp_path: Path) -> None:
+    detector, _, model = exported("rt_detr", tmp_path / "model.onnx")
+    stored = sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
+    held = sum(p.numel() for p in detector.parameters())
+    assert stored < 1.1 * held
+
+
+def _dimensions(value: Any) -> list[Any]:
+    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+
+def test_metadata_say_what_it_is_and_takes(tmp_path: Path) -> None:
+    _, info, model = exported("conditional_detr", tmp_path / "model.onnx", detections=7)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    found = Description.from_metadata(metadata, "model.onnx")
+    assert [*zip(found.category_ids, found.names, strict=True)] == [*CATEGORIES]
+    assert (found.detector, found.size, found.detections) == ("conditional_detr", None, 7)
+    assert found.opset == 18 == model.opset_import[0].version
+    assert found.preprocessing.normalisation == info.preprocessing.normalisation
+    assert found.inside and found.sampling == "none"
+    assert {"d3etr", "torch", "onnx", "onnxscript", "onnxruntime"} == {*found.exporter}
+    assert _dimensions(model.graph.input[0]) == ["batch", 3, "height", "width"]
+    assert _dimensions(model.graph.output[0]) == ["batch", 7, 4]
+
+
+def test_gathers_in_place_of_grid_samples(tmp_path: Path) -> None:
+    kinds = {}
+    for sampling in ("grid-sample", "gather"):
+        _, _, model = exported("deformable_detr", tmp_path / f"{sampling}.onnx", sampling=sampling)
+        kinds[sampling] = {node.op_type for node in model.graph.node}
+    assert "GridSample" in kinds["grid-sample"] and "GridSample" not in kinds["gather"]
+
+
+def test_a_size_that_the_graph_would_be_wrong_at_is_refused(tmp_path: Path) -> None:
+    detector, info = untrained("lw_detr")
+    with pytest.raises(UserError, match=r"cannot be exported for images of any size.*--size"):
+        export_graph(tmp_path / "x.onnx", detector, info, GraphSettings(), OnnxFormat())
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_detects_something_else_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector, info = untrained("conditional_detr")
+    opened = OnnxFormat.open
+
+    def wrong(self: OnnxFormat, path: Path) -> Any:
+        run = opened(self, path)
+
+        def shifted(images: Any, sizes: Any) -> Any:
+            found = run(images, sizes)
+            return found._replace(boxes=found.boxes + 0.0005 * float(sizes.max()))
+
+        return shifted
+
+    monkeypatch.setattr(OnnxFormat, "open", wrong)
+    path = tmp_path / "model.onnx"
+    path.write_text("what was there")
+    with pytest.raises(UserError, match=r"the onnx file is not kept, because it detects something"):
+        export_graph(path, detector, info, GraphSettings(), OnnxFormat())
+    assert path.read_text() == "what was there" and len([*tmp_path.iterdir()]) == 1
+
+
+def test_the_detector_stays_as_it_was(tmp_path: Path) -> None:
+    detector, info = untrained("deformable_detr")
+    before = eager(detector, info, noise(1, 64, 80), 15)
+    export_graph(
+        tmp_path / "x.onnx", detector, info, GraphSettings(sampling="gather"), OnnxFormat()
+    )
+    after = eager(detector, info, noise(1, 64, 80), 15)
+    assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
+    assert all(parameter.requires_grad for parameter in detector.encoder.parameters())
+    assert torch.is_grad_enabled()
