@@ -39,7 +39,10 @@ def test_equal_seeds_give_equal_weights(scenes: DataConfig, tmp_path: Path) -> N
     assert not all(torch.equal(a[name], c[name]) for name in a)
 
 
-def test_training_learns_what_it_sees(scenes: DataConfig, tmp_path: Path) -> None:
+def test_training_learns_what_it_sees_and_says_how_long_it_takes(
+    scenes: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     # Validation is the training split itself: the question is whether anything is learnt.
     data = scenes.model_copy(deep=True)
     config = PretrainingConfig(crop_size=16, steps=60, batch_size=16, backgrounds=1.0)
@@ -48,6 +51,8 @@ def test_training_learns_what_it_sees(scenes: DataConfig, tmp_path: Path) -> Non
     )
     trained = pretrain_backbone(data, SMALL, tmp_path / "b", config)
     assert trained.accuracy > untrained.accuracy + 0.1
+    (said,) = [text for text in caplog.messages if "takes about" in text]
+    assert said.endswith("60 steps")
 
 
 @pytest.mark.slow

@@ -36,13 +36,18 @@ from d3etr.detectors.weights import write_tensors
 from d3etr.engine.optimiser import build_optimiser, learning_rate_factor, set_learning_rates
 from d3etr.engine.seeding import derive_seed, seed_generators
 from d3etr.errors import UserError
-from d3etr.progress import OnProgress, no_progress
+from d3etr.logs import get_logger
+from d3etr.progress import OnProgress, duration, no_progress
+
+logger = get_logger(__name__)
 
 MARGIN = 1.4
 """Crops are cut this much larger than they are used, so that they can be shifted and scaled."""
 _SHIFT, _SCALE = 0.06, 0.15
 """Largest shift (in crop sides) and change of scale of a crop in training."""
 _TRIES = 20
+_MEASURED = 20
+"""First steps that tell how long all take."""
 _FREE = 0.1
 """A background crop covers at most this share of an object."""
 
@@ -91,20 +96,7 @@ def pretrain_backbone(
     if not bool((labels < len(train.categories)).any()):
         raise UserError(f"{train.annotations}: no objects to crop; {train.name} needs labels")
     classifier = _classifier(network, len(train.categories) + 1, config).to(device)
-    optimisation = _optimisation(config)
-    optimiser = build_optimiser(classifier, network, optimisation)
-    random = Random(f"pretraining/{seed}")
-    for step in range(config.steps):
-        chosen = random.choices(range(len(crops)), k=config.batch_size)
-        shown = [augmented(crops[index], config, data, random) for index in chosen]
-        logits = classifier(_normalised(shown, data).to(device))
-        loss = functional.cross_entropy(logits, labels[chosen].to(device))
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        rate = learning_rate_factor(step, config.steps, optimisation.schedule)
-        set_learning_rates(optimiser, rate)
-        optimiser.step()
-        on_progress("pre-training steps", step + 1, config.steps)
+    _train(classifier, crops, labels, data, config, seed, on_progress)
     accuracy = _accuracy(classifier, *cut_crops(validation, config, seed, on_progress), data)
     result = PretrainedBackbone(accuracy, len(crops), time.perf_counter() - begin)
     metadata = {
@@ -116,6 +108,35 @@ def pretrain_backbone(
     }
     write_tensors(output, network.state_dict(), metadata)
     return result
+
+
+def _train(
+    classifier: nn.Sequential,
+    crops: Tensor,
+    labels: Tensor,
+    data: DataConfig,
+    config: PretrainingConfig,
+    seed: int,
+    on_progress: OnProgress,
+) -> None:
+    """Train on crops [n, 3, side, side] and labels [n]; says from its first steps how long."""
+    device, optimisation = next(classifier.parameters()).device, _optimisation(config)
+    optimiser = build_optimiser(classifier, classifier[0], optimisation)
+    random, started = Random(f"pretraining/{seed}"), time.perf_counter()
+    for step in range(config.steps):
+        if step == _MEASURED:
+            whole = config.steps * (time.perf_counter() - started) / step
+            logger.info("pre-training takes about %s: %d steps", duration(whole), config.steps)
+        chosen = random.choices(range(len(crops)), k=config.batch_size)
+        shown = [augmented(crops[index], config, data, random) for index in chosen]
+        logits = classifier(_normalised(shown, data).to(device))
+        loss = functional.cross_entropy(logits, labels[chosen].to(device))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        rate = learning_rate_factor(step, config.steps, optimisation.schedule)
+        set_learning_rates(optimiser, rate)
+        optimiser.step()
+        on_progress("pre-training steps", step + 1, config.steps)
 
 
 def _classifier(network: Backbone, classes: int, config: PretrainingConfig) -> nn.Sequential:

@@ -24,6 +24,8 @@ from d3etr.evaluation.evaluator import Evaluator
 from d3etr.project.recipes import DISTILLED, TEACHER, resolved
 
 WARM_UP_STEPS, STEPS, ROUNDS = 2, 5, 3
+LONGEST_SECONDS = 15.0
+"""No further round begins once rounds took so long."""
 _EVALUATED = 2
 """Batches of validation images that an evaluation is timed on."""
 _BUSY = 1.7
@@ -103,8 +105,11 @@ def _measured(config: Config, context: TrainContext, validation: DetectionSplit)
     maker = StepMaker(config, context)
     try:
         maker.cost(WARM_UP_STEPS, 0)
-        taken, working = [], []
+        taken: list[float] = []
+        working: list[float] = []
         for turn in range(ROUNDS):
+            if sum(taken) * STEPS > LONGEST_SECONDS:  # slow steps are known well enough
+                break
             begun = time.perf_counter()
             working.append(maker.cost(STEPS, WARM_UP_STEPS + turn * STEPS))
             taken.append((time.perf_counter() - begun) / STEPS)
