@@ -89,6 +89,24 @@ def test_rows_say_size_quality_and_batch(
     assert "different data sets" in capsys.readouterr().out
 
 
+def test_an_exported_file_stands_beside_its_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    weights, exported = _weights(tmp_path, 32, mAP=0.25, data_digest="x"), tmp_path / "own.onnx"
+    assert main(["export", str(weights), str(exported), "--format", "onnx"]) == 0
+    capsys.readouterr()
+    arguments = ["--rounds", "2", "--threads", "1", "--quiet", "--device", "cpu", "--json"]
+    assert main(["benchmark", str(weights), str(exported), *arguments]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["run_as"] for row in rows] == ["eager float32", "ONNX Runtime float32"]
+    assert [row["mAP"] for row in rows] == [0.25, 0.25]
+    assert rows[0]["width"] == rows[1]["width"] and rows[1]["parameters"] is None
+    assert main(["benchmark", str(exported), "--precisions", "bfloat16", "--quiet"]) == 2
+    assert "exported .onnx files are float32" in capsys.readouterr().err
+
+
 def test_what_a_cpu_does_not_have_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

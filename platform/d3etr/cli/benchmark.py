@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d3etr.cli.command import (
@@ -18,6 +19,7 @@ from d3etr.cli.command import (
     writing,
 )
 from d3etr.cli.progress import print_progress
+from d3etr.errors import UserError
 from d3etr.progress import no_progress
 from d3etr.text import printable, styled
 
@@ -45,7 +47,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         type=location,
         metavar="WEIGHTS",
-        help="weights files of teacher and students, or their URLs",
+        help="weights files of teacher and students, or their URLs; exported .onnx files",
     )
     parser.add_argument(
         "--picture-size",
@@ -105,16 +107,20 @@ def _measured(options: Namespace) -> tuple[Sequence[Row], str]:
     import torch
 
     from d3etr.data.allocator import keep_freed_memory
-    from d3etr.latency.contenders import Detector, Way, made_picture, named
+    from d3etr.inference import usable_device
+    from d3etr.latency.contenders import OnnxContender, TorchContender, Way, made_picture, named
     from d3etr.latency.measure import measure
     from d3etr.latency.report import Row
 
     keep_freed_memory()
+    device = usable_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     picture = made_picture(*options.picture_size)
     detectors = [
-        Detector.read(name, file, picture, options.device)
+        OnnxContender.read(name, file, picture, str(device), torch.get_num_threads())
+        if isinstance(file, Path) and file.suffix.lower() == ".onnx"
+        else TorchContender.read(name, file, picture, str(device))
         for name, file in named(options.weights).items()
     ]
     ways = [
@@ -123,15 +129,24 @@ def _measured(options: Namespace) -> tuple[Sequence[Row], str]:
         for compiled in ((False, True) if options.compile else (False,))
         for batch in dict.fromkeys(options.batch_sizes)
     ]
-    pairs = {f"{d.name}, {way}, {way.batch} at once": (d, way) for d in detectors for way in ways}
-    device = detectors[0].predictor.device
+    pairs = {
+        f"{d.name}, {d.run_as(way)}, {way.batch} at once": (d, way, action)
+        for d in detectors
+        for way in ways
+        if (action := d.action(picture, way)) is not None
+    }
+    if not pairs:
+        raise UserError(
+            "none of these files runs in these precisions: exported .onnx files are float32; "
+            "expected --precisions float32, or weights files too"
+        )
     timings = measure(
-        {name: (d.action(picture, way), way.batch) for name, (d, way) in pairs.items()},
+        {name: (action, way.batch) for name, (_, way, action) in pairs.items()},
         device,
         options.rounds,
         no_progress if options.quiet else print_progress,
     )
-    rows = [Row(*pairs[name], timing) for name, timing in timings.items()]
+    rows = [Row(*pairs[name][:2], timing) for name, timing in timings.items()]
     if device.type == "cuda":
         return rows, torch.cuda.get_device_name(device)
     return rows, f"CPU, {torch.get_num_threads()} threads"

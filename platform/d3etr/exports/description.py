@@ -50,6 +50,8 @@ class Description:
         sampling: how values at sampled places are read: grid-sample, gather, or none.
         opset: of ONNX; None for other formats.
         exporter: versions that the file was written with, by package.
+        evaluation: of the weights that the graph was compared with: split, data digest, mAP, as far
+            as they are known.
     """
 
     detector: str
@@ -64,10 +66,11 @@ class Description:
     sampling: str
     opset: int | None
     exporter: Mapping[str, str]
+    evaluation: Mapping[str, Any]
 
     def as_metadata(self) -> dict[str, str]:
         """JSON by name, as files of other formats store it."""
-        values = {"version": VERSION, **asdict(self), "exporter": dict(self.exporter)}
+        values = {"version": VERSION, **asdict(self)}
         return {f"{PREFIX}{key}": json.dumps(value) for key, value in values.items()}
 
     @classmethod

@@ -29,6 +29,8 @@ from d3etr.files import sync_folder, temporary_beside
 from d3etr.progress import OnProgress, no_progress
 from d3etr.structures import ImageBatch
 
+_EVALUATION = ("split", "data_digest", "mAP")
+"""Of what a weights file says about its quality, what an export repeats."""
 SPARE = 50
 """Further detections of the detector's, which rounding may put among those of the file."""
 
@@ -163,6 +165,7 @@ def _describe(
         preprocessing = PreprocessingConfig(
             normalisation=preprocessing.normalisation, exact_size=settings.size
         )
+    evaluation = info.evaluation or {}
     versions: dict[str, Any] = {"d3etr": d3etr.__version__, "torch": torch.__version__}
     versions |= {name: require_package(name, kind.name).__version__ for name in kind.packages}
     return Description(
@@ -183,4 +186,5 @@ def _describe(
         sampling=traced.sampling,
         opset=kind.opset,
         exporter=versions,
+        evaluation={name: evaluation[name] for name in _EVALUATION if name in evaluation},
     )

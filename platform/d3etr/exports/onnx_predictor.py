@@ -82,13 +82,14 @@ class OnnxPredictor(ImagePredictor):
         return found[0], found[1], found[2]
 
 
-def load_onnx(path: Path, device: str | None = None) -> OnnxPredictor:
+def load_onnx(path: Path, device: str | None = None, threads: int | None = None) -> OnnxPredictor:
     """Open an ONNX file that ``d3etr export`` wrote.
 
     Args:
         path: of the file.
         device: cpu or cuda, maybe with a number; None: the first GPU that ONNX Runtime can use,
             else the CPU.
+        threads: of the CPU within one operation; None: ONNX Runtime's own choice.
 
     Raises:
         UserError: ONNX Runtime is missing, the file is missing, damaged or not d3etr's, or there is
@@ -101,6 +102,7 @@ def load_onnx(path: Path, device: str | None = None) -> OnnxPredictor:
     providers = _providers(runtime.get_available_providers(), device)
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = threads or 0
     try:
         session = runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # the runtime has errors of many types

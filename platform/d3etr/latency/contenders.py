@@ -1,9 +1,10 @@
-"""What is measured: a weights file as it runs, eager or compiled, in a precision."""
+"""What is measured: a weights file, eager or compiled, in a precision, or an exported file."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from d3etr.config.location import Location
 from d3etr.data.transforms import normalise, resized
 from d3etr.errors import UserError
 from d3etr.evaluation.postprocess import top_detections
+from d3etr.exports.onnx_predictor import OnnxPredictor, load_onnx
 from d3etr.inference import Predictor, load
 from d3etr.structures import ImageBatch
 
@@ -43,34 +45,54 @@ class Way:
     compiled: bool
     batch: int
 
-    def __str__(self) -> str:
-        return f"{'compiled' if self.compiled else 'eager'} {self.precision}"
+
+Action = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Detector:
-    """A weights file that is measured.
+class Contender(ABC):
+    """A file that is measured.
 
     Attributes:
         name: in tables.
-        predictor: of its weights.
-        size: (height, width) that it is shown the picture in.
-        parameters: how many numbers it has.
-        operations: floating-point operations of one image, as PyTorch counts them.
-        evaluation: what its file says about its quality: split, data digest, mAP.
+        size: (height, width) that the detector is shown the picture in.
+        evaluation: what the file says about its quality: split, data digest, mAP.
+        parameters: how many numbers it has; None where nobody counts.
+        operations: floating-point operations of one image, as PyTorch counts them, or None.
     """
 
     name: str
-    predictor: Predictor
     size: tuple[int, int]
-    parameters: int
-    operations: int
     evaluation: Mapping[str, Any]
+    parameters: int | None = None
+    operations: int | None = None
+
+    @abstractmethod
+    def action(self, picture: Image.Image, way: Way) -> Action | None:
+        """Detects in a batch of one picture, from pixels to detections on the host.
+
+        None: this file does not run that way.
+        """
+
+    @abstractmethod
+    def run_as(self, way: Way) -> str:
+        """By what, in which precision."""
+
+
+@dataclass(frozen=True)
+class TorchContender(Contender):
+    """A weights file in PyTorch.
+
+    Attributes:
+        predictor: of its weights.
+    """
+
+    predictor: Predictor = field(kw_only=True)
 
     @classmethod
     def read(
         cls, name: str, weights: Location, picture: Image.Image, device: str | None
-    ) -> Detector:
+    ) -> TorchContender:
         """From a file.
 
         Raises:
@@ -83,14 +105,14 @@ class Detector:
             _detect(predictor.detector, pixels, [(picture.height, picture.width)])
         return cls(
             name,
-            predictor,
             (pixels.shape[-2], pixels.shape[-1]),
+            predictor.info.evaluation or {},
             sum(parameter.numel() for parameter in predictor.detector.parameters()),
             counted.get_total_flops(),
-            predictor.info.evaluation or {},
+            predictor=predictor,
         )
 
-    def action(self, picture: Image.Image, way: Way) -> Callable[[], object]:
+    def action(self, picture: Image.Image, way: Way) -> Action:
         """From normalised pixels on the device to detections on the host.
 
         Raises:
@@ -111,6 +133,46 @@ class Detector:
                 return run(self.predictor.detector, pixels, sizes)
 
         return act
+
+    def run_as(self, way: Way) -> str:
+        """Eager or compiled."""
+        return f"{'compiled' if way.compiled else 'eager'} {way.precision}"
+
+
+@dataclass(frozen=True)
+class OnnxContender(Contender):
+    """An exported file in ONNX Runtime; pixels are normalised as the file wants them, in the time.
+
+    Attributes:
+        predictor: of its graph.
+    """
+
+    predictor: OnnxPredictor = field(kw_only=True)
+
+    @classmethod
+    def read(
+        cls, name: str, file: Path, picture: Image.Image, device: str | None, threads: int
+    ) -> OnnxContender:
+        """From a file.
+
+        Raises:
+            UserError: it cannot be read, or there is no such device.
+        """
+        predictor = load_onnx(file, device, threads)
+        height, width = predictor.prepared(picture).shape[1:]
+        return cls(name, (height, width), predictor.description.evaluation, predictor=predictor)
+
+    def action(self, picture: Image.Image, way: Way) -> Action | None:
+        """In the precision that the file has, which is float32."""
+        if way.compiled or way.precision != "float32":
+            return None
+        images = [self.predictor.prepared(picture)] * way.batch
+        sizes = [(picture.height, picture.width)] * way.batch
+        return lambda: self.predictor.detect(images, sizes)
+
+    def run_as(self, way: Way) -> str:
+        """The runtime."""
+        return f"ONNX Runtime {way.precision}"
 
 
 def _pixels(predictor: Predictor, picture: Image.Image, count: int) -> Tensor:

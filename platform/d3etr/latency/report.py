@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d3etr.latency.contenders import Detector, Way
+from d3etr.latency.contenders import Contender, Way
 from d3etr.latency.measure import Timing
 from d3etr.tracking.compare.tables import Table
 from d3etr.tracking.figures.style import legend, new_figure, plain_axes, save, series_styles
@@ -30,7 +30,7 @@ HEADINGS = (
 class Row:
     """One detector as it ran one way."""
 
-    detector: Detector
+    detector: Contender
     way: Way
     timing: Timing
 
@@ -44,8 +44,7 @@ class Row:
         """Plain values; milliseconds are of a batch."""
         return {
             "detector": self.detector.name,
-            "compiled": self.way.compiled,
-            "precision": self.way.precision,
+            "run_as": self.detector.run_as(self.way),
             "batch": self.way.batch,
             "p50_ms": self.timing.median,
             "p95_ms": self.timing.p95,
@@ -71,23 +70,27 @@ def _cells(row: Row, memory: bool) -> tuple[str, ...]:
     height, width = row.detector.size
     cells = (
         row.detector.name,
-        str(row.way),
+        row.detector.run_as(row.way),
         f"{row.way.batch}",
         f"{row.timing.median:,.1f}",
         f"{row.timing.p95:,.1f}",
         f"{row.timing.images_per_second:,.1f}",
         "-" if row.quality is None else f"{100 * row.quality:.1f}",
-        f"{row.detector.parameters / 1e6:.2f}",
-        f"{row.detector.operations / 1e9:.2f}",
+        _scaled(row.detector.parameters, 1e6),
+        _scaled(row.detector.operations, 1e9),
         f"{width} x {height}",
     )
     return cells + ((f"{(row.timing.memory or 0) / 2**20:,.0f}",) if memory else ())
 
 
+def _scaled(value: int | None, unit: float) -> str:
+    return "-" if value is None else f"{value / unit:.2f}"
+
+
 def notes(rows: Sequence[Row]) -> list[str]:
     """What a reader of the table has to know."""
     found = [
-        "Milliseconds are of a batch: normalised pixels in, detections out; decoding and resizing "
+        "Milliseconds are of a batch: resized pixels in, detections out; decoding and resizing "
         "pictures is not in them. All took turns in one process."
     ]
     lacking = {row.detector.name for row in rows if row.quality is None}
@@ -114,7 +117,7 @@ def draw(rows: Sequence[Row], path: Path, device: str) -> Path:
     shown = [row for row in rows if row.quality is not None]
     for row, (colour, _) in zip(shown, series_styles(len(shown)), strict=True):
         height = 100 * (row.quality or 0.0)
-        label = f"{row.detector.name}, {row.way}, {row.way.batch} at once"
+        label = f"{row.detector.name}, {row.detector.run_as(row.way)}, {row.way.batch} at once"
         axes.plot(row.timing.median, height, "o", color=colour, label=label)
         axes.hlines(height, row.timing.median, row.timing.p95, color=colour)
     axes.set_xlim(left=0)
