@@ -14,7 +14,7 @@ from d3etr.config.load import load_config
 from d3etr.data.digit_scenes import write_digit_scenes
 from d3etr.errors import UserError
 from d3etr.progress import no_progress
-from d3etr.project.fit import SHARES, run_seconds
+from d3etr.project.fit import SHARES, VIEWS, run_seconds, steps_within, with_views
 from d3etr.project.make import Machine, Request, make_project
 from d3etr.project.measure import Costs, DoesNotFit
 from d3etr.project.recipes import DISTILLED, INHERITED, PLAIN, ROLES, TEACHER, resolved
@@ -93,6 +93,21 @@ def test_runs_fit_into_the_time_and_students_have_the_same(scenes: Path, tmp_pat
         assert plan.seconds(role) <= SHARES[role] * 30 * 60
     assert plan.seconds(PLAIN) == pytest.approx(plan.seconds(DISTILLED), rel=0.05)
     assert plan.steps[PLAIN] == plan.steps[INHERITED] > plan.steps[DISTILLED]
+
+
+def test_passes_of_the_teacher_are_stored_where_that_leaves_more_steps(
+    scenes: Path, tmp_path: Path
+) -> None:
+    plan = make(tmp_path / "p", scenes, minutes=30).plan
+    assert plan.design.views == VIEWS
+    assert load_config(tmp_path / "p" / "distilled.yaml").teacher.views is not None
+    # 24 images of a batch of 4: the teacher's share of a step, for each of their views.
+    costs, plain = plan.costs[DISTILLED], plan.costs[PLAIN]
+    assert costs.preparation == pytest.approx(plain.step / 4 * VIEWS * 24, rel=1e-6)
+    few = with_views(Costs(1.0, 0.0), Costs(2.0, 0.0), images=100, batch=4)
+    many = with_views(Costs(1.0, 0.0), Costs(2.0, 0.0), images=10_000, batch=4)
+    live = steps_within(1020.0, Costs(2.0, 0.0), test=False)
+    assert steps_within(1020.0, few, test=False) > live > steps_within(1020.0, many, test=False)
 
 
 def test_a_slow_machine_gets_smaller_images_and_a_doubt(scenes: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from d3etr.config.overrides import Tree
 from d3etr.errors import UserError
@@ -27,6 +27,9 @@ SHARES = {TEACHER: 0.55, PLAIN: 0.15, INHERITED: 0.15, DISTILLED: 0.15}
 START_SECONDS = 20.0
 """From a command to its first step, and from the last step to its end, together."""
 FEWEST_STEPS = 50
+VIEWS, STEP_WITH_VIEWS = 4, 1.15
+"""Augmentations of an image whose passes are stored, and what a step costs then in plain ones (our
+choice and measurement: docs/results.md)."""
 MEASURED = (PLAIN, TEACHER, DISTILLED)
 PLACEHOLDER = dict.fromkeys(ROLES, 1000)
 """Lengths of recipes of which only single steps are made."""
@@ -65,7 +68,8 @@ def run_seconds(steps: int, costs: Costs, test: bool) -> float:
         costs: of one.
         test: whether the test split is measured too, as long as an evaluation takes.
     """
-    return START_SECONDS + steps * costs.step + (EVALUATIONS + 1 + test) * costs.evaluation
+    around = START_SECONDS + costs.preparation + (EVALUATIONS + 1 + test) * costs.evaluation
+    return around + steps * costs.step
 
 
 def steps_within(seconds: float, costs: Costs, test: bool) -> int:
@@ -122,12 +126,34 @@ def fit(
             )
         on_progress(f"{role}: {1000 * measured.step:.0f} ms a step")
         taken[role] = measured
+    seconds = 60 * minutes * SHARES[DISTILLED]
+    stored = with_views(taken[PLAIN], taken[DISTILLED], found.statistics.images, rung.batch)
+    if design.start is None and steps_within(seconds, stored, design.test) > steps_within(
+        seconds, taken[DISTILLED], design.test
+    ):
+        design, taken[DISTILLED] = replace(design, views=VIEWS), stored
+        on_progress(f"the teacher's passes over {VIEWS} views of each image are stored")
     lengths = {
         role: max(1, steps_within(60 * minutes * SHARES[role], taken[role], design.test))
         for role in ROLES
     }
     plan = Plan(minutes, rung, design, taken, lengths)
     return Plan(minutes, rung, design, taken, lengths, tuple(_doubts(plan)))
+
+
+def with_views(plain: Costs, distilled: Costs, images: int, batch: int) -> Costs:
+    """What a distilled student costs whose teacher's passes are stored before it trains.
+
+    Args:
+        plain: of a student without a teacher.
+        distilled: with the teacher in every step, which is what such a step costs more.
+        images: of the training split.
+        batch: images in a step.
+    """
+    of_an_image = max(0.0, distilled.step - plain.step) / batch
+    return replace(
+        distilled, step=STEP_WITH_VIEWS * plain.step, preparation=VIEWS * images * of_an_image
+    )
 
 
 def _costs(found: Survey, design: Design, data: Tree, role: str, measure: Measure) -> Costs | None:

@@ -40,11 +40,13 @@ class Costs:
         step: of an optimiser step, loading included.
         evaluation: of a whole evaluation on validation.
         busy: whether steps waited for other programs of this machine most of the time.
+        preparation: before the first step, as where a teacher's passes are stored.
     """
 
     step: float
     evaluation: float
     busy: bool = False
+    preparation: float = 0.0
 
 
 class DoesNotFit(Exception):  # noqa: N818 - it says what happened

@@ -90,12 +90,15 @@ class Design:
         start: weights to fine-tune; None learns from nothing.
         workers: processes that load images.
         test: whether there is a test split.
+        views: augmentations of each image that the teacher sees once, before a distilled student
+            trains (``teacher.views``); 0: it sees every image of every step.
     """
 
     sizes: Sizes
     start: Start | None
     workers: int
     test: bool
+    views: int = 0
 
 
 def project_trees(
@@ -210,6 +213,8 @@ def _from_nothing(design: Design) -> tuple[Tree, dict[str, Tree]]:
     }
     if sizes.scale != 1:
         taught["teacher"]["image_scale"] = sizes.scale
+    if design.views:
+        taught["teacher"]["views"] = {"count": design.views}
     return shared, {
         TEACHER: teacher,
         PLAIN: {},
