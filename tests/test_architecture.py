@@ -63,6 +63,8 @@ THIRD_PARTY = {
     "methods": ARRAYS | {"pydantic"},
     "distiller": ARRAYS,
     "detectors": ARRAYS | {"safetensors", "pydantic", "timm", "transformers"},
+    "predictions": {"numpy", "PIL"},
+    "loading": {"torch"},
 }
 CORE = ("engine", "inference", "methods", "losses", "distiller", "evaluation", "data")
 ONLY_IN = {
@@ -71,6 +73,7 @@ ONLY_IN = {
     "fsspec": "storage",
     "triton": "kernels",
     "transformers": ("detectors/foundation.py", "detectors/exports/hugging_face.py"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "openvino"), "exports"),
 }
 
 

@@ -80,8 +80,8 @@ def _add_graph_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--sampling",
         choices=("grid-sample", "gather"),
-        help="how deformable attention reads values: one operator (default), or gathers, for "
-        "runtimes whose operator is slow or wrong",
+        help="how deformable attention reads values: by one operator, or by gathers, for runtimes "
+        "whose operator is slow or wrong (default: what is faster)",
     )
     group.add_argument(
         "--detections", type=positive, metavar="K", help="of each image at most (default 300)"
@@ -254,7 +254,7 @@ def _settings(options: Namespace) -> GraphSettings:
         inside=options.preprocessing != "outside",
         size=None if options.size is None else tuple(options.size),
         detections=options.detections or own.detections,
-        sampling=options.sampling or own.sampling,
+        sampling=options.sampling,
     )
 
 

@@ -75,7 +75,7 @@ def export_graph(
     for package in kind.packages:
         require_package(package, kind.name)
     on_progress("tracing")
-    traced = trace(detector, info, settings)
+    traced = trace(detector, info, settings, kind.few_by_gathers)
     description = _describe(info, settings, kind, traced)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def _require_equal(found: Comparison, kind: GraphFormat, info: WeightsInfo, trac
         raise UserError(
             f"the {kind.name} file is not kept, because it detects something else than the "
             f"{info.detector.name} does in PyTorch: in {found.images} pictures, {found}. Try "
-            "--sampling, another --opset or another version of the packages, and report it"
+            "--sampling, another --opset or other --pictures, and report it"
         )
 
 

@@ -25,11 +25,14 @@ class GraphFormat(Protocol):
     Attributes:
         name: as ``d3etr export --format`` has it.
         packages: that must be installed.
+        few_by_gathers: whether its runtime reads the few values of a decoder's queries faster by
+            gathers; the many of an encoder's tokens none does (docs/deploy.md).
         opset: of ONNX, or None.
     """
 
     name: str
     packages: tuple[str, ...]
+    few_by_gathers: bool
     opset: int | None
 
     def write(self, traced: Traced, description: Description, path: Path) -> None:

@@ -35,13 +35,13 @@ class GraphSettings:
         size: (height, width) in pixels of all images; None: that of the weights' preprocessing if
             it is exact, else any.
         detections: K.
-        sampling: how values at sampled places are read.
+        sampling: how values at sampled places are read; None: what is faster in the runtime.
     """
 
     inside: bool = True
     size: tuple[int, int] | None = None
     detections: int = 300
-    sampling: Sampling = "grid-sample"
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,10 @@ class DetectionGraph(nn.Module):
 
 
 def trace(
-    detector: DetectionTransformer, info: WeightsInfo, settings: GraphSettings, batch: str = "batch"
+    detector: DetectionTransformer,
+    info: WeightsInfo,
+    settings: GraphSettings,
+    few_by_gathers: bool = False,
 ) -> Traced:
     """A detector's graph, of what detecting takes: parts for training alone are left out.
 
@@ -126,13 +129,13 @@ def trace(
         detector: in evaluation mode on the CPU; it stays as it is.
         info: describes it.
         settings: of the graph.
-        batch: name of the first dimension.
+        few_by_gathers: as of ``formats.GraphFormat``, where the settings leave it open.
 
     Raises:
         UserError: the graph would hold for images of one size only, and none is given.
     """
     detector = copy.deepcopy(detector).eval().requires_grad_(False)
-    sampling = _set_sampling(detector, settings.sampling)
+    sampling = _set_sampling(detector, settings.sampling, few_by_gathers)
     graph = DetectionGraph(
         detector, info.preprocessing if settings.inside else None, _most(info, settings.detections)
     )
@@ -144,7 +147,7 @@ def trace(
         images if settings.inside else images / 255,
         torch.tensor([[480, 640], [300, 500]]),
     )
-    images_shape: dict[int, Dim] = {0: Dim(batch, min=1)}
+    images_shape: dict[int, Dim] = {0: Dim("batch", min=1)}
     if size is None:
         images_shape[2] = Dim("height", min=2 * stride, max=LARGEST_SIDE)
         images_shape[3] = Dim("width", min=2 * stride, max=LARGEST_SIDE)
@@ -182,8 +185,13 @@ def _most(info: WeightsInfo, wanted: int) -> int:
     return min(wanted, info.detector.queries * each)
 
 
-def _set_sampling(detector: DetectionTransformer, sampling: Sampling) -> str:
+def _set_sampling(
+    detector: DetectionTransformer, sampling: Sampling | None, few_by_gathers: bool
+) -> str:
     modules = sampling_modules(detector)
+    if sampling is None:
+        few = not sampling_modules(getattr(detector, "encoder", nn.Identity()))
+        sampling = "gather" if few and few_by_gathers else "grid-sample"
     if sampling == "gather":
         for module in modules:
             module.sample = gather_bilinear

@@ -31,6 +31,7 @@ class OnnxFormat:
 
     name = "onnx"
     packages: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
+    few_by_gathers = False
 
     def __init__(self, opset: int = OPSET) -> None:
         self.opset: int | None = opset
@@ -103,12 +104,14 @@ def _name_dimensions(model: Any) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the exporter prints about its own steps."""
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

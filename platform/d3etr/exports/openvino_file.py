@@ -21,6 +21,7 @@ class OpenVinoFormat:
 
     name = "openvino"
     packages: tuple[str, ...] = ("openvino", "onnx", "onnxscript")
+    few_by_gathers = True
 
     def __init__(self, opset: int = OPSET) -> None:
         self.opset: int | None = opset

@@ -24,6 +24,7 @@ class TorchExportFormat:
 
     name = "torch-export"
     packages: tuple[str, ...] = ()
+    few_by_gathers = False
     opset: int | None = None
 
     def write(self, traced: Traced, description: Description, path: Path) -> None:
