@@ -101,9 +101,9 @@ def test_passes_of_the_teacher_are_stored_where_that_leaves_more_steps(
     plan = make(tmp_path / "p", scenes, minutes=30).plan
     assert plan.design.views == VIEWS
     assert load_config(tmp_path / "p" / "distilled.yaml").teacher.views is not None
-    # 24 images of a batch of 4: the teacher's share of a step, for each of their views.
+    # 24 images: the teacher's share of a step, for each of their views.
     costs, plain = plan.costs[DISTILLED], plan.costs[PLAIN]
-    assert costs.preparation == pytest.approx(plain.step / 4 * VIEWS * 24, rel=1e-6)
+    assert costs.preparation == pytest.approx(plain.step / plan.rung.batch * VIEWS * 24, rel=1e-6)
     few = with_views(Costs(1.0, 0.0), Costs(2.0, 0.0), images=100, batch=4)
     many = with_views(Costs(1.0, 0.0), Costs(2.0, 0.0), images=10_000, batch=4)
     live = steps_within(1020.0, Costs(2.0, 0.0), test=False)

@@ -114,8 +114,21 @@ def fit(
             break
     if best is None or best[0] < FEWEST_STEPS:
         raise UserError(_too_short(minutes, best))
-    steps, rung, plain = best
-    design = rungs[rung]
+    _, rung, plain = best
+    return _planned(found, minutes, (rung, rungs[rung]), plain, data, measure, on_progress)
+
+
+def _planned(
+    found: Survey,
+    minutes: float,
+    chosen: tuple[Rung, Design],
+    plain: Costs,
+    data: Tree,
+    measure: Measure,
+    on_progress: OnProgress,
+) -> Plan:
+    """The lengths of all four runs at chosen sizes; ``plain`` is what a plain student costs."""
+    rung, design = chosen
     taken = {PLAIN: plain, INHERITED: plain}
     for role in (TEACHER, DISTILLED):
         measured = _costs(found, design, data, role, measure)

@@ -23,6 +23,7 @@ EVALUATIONS = 6
 _WARM_UP, _WARM_UP_SHARE = 100, 10
 _ALL_PARTS = ["backbone", "encoder", "decoder", "heads", "queries"]
 _START = ["decoder", "heads", "queries"]
+_PARTS_FROM_NOTHING = ["encoder", *_START]
 
 
 @dataclass(frozen=True)
@@ -204,23 +205,28 @@ def _from_nothing(design: Design) -> tuple[Tree, dict[str, Tree]]:
     teacher: Tree = {"student": {"detector": {"backbone": {"stage_widths": [32, 64, 96, 128]}}}}
     if sizes.scale != 1:
         teacher["data"] = {"preprocessing": sizes.sides(sizes.scale)}
-    parts = ["encoder", *_START]
-    taught: Tree = {
-        "teacher": {"weights": TEACHER_WEIGHTS},
-        "student": {"initialise_from": {"parts": parts}},
-        "distillation": {"method": "d3etr", "inherited_ratio": 1.0},
-        "optimisation": {"learning_rate": 2e-3},
-    }
-    if sizes.scale != 1:
-        taught["teacher"]["image_scale"] = sizes.scale
-    if design.views:
-        taught["teacher"]["views"] = {"count": design.views}
+    inherited = {"weights": TEACHER_WEIGHTS, "parts": _PARTS_FROM_NOTHING}
     return shared, {
         TEACHER: teacher,
         PLAIN: {},
-        INHERITED: {"student": {"initialise_from": {"weights": TEACHER_WEIGHTS, "parts": parts}}},
-        DISTILLED: taught,
+        INHERITED: {"student": {"initialise_from": inherited}},
+        DISTILLED: _taught(design),
     }
+
+
+def _taught(design: Design) -> Tree:
+    """The distilled student's own values."""
+    taught: Tree = {
+        "teacher": {"weights": TEACHER_WEIGHTS},
+        "student": {"initialise_from": {"parts": _PARTS_FROM_NOTHING}},
+        "distillation": {"method": "d3etr", "inherited_ratio": 1.0},
+        "optimisation": {"learning_rate": 2e-3},
+    }
+    if design.sizes.scale != 1:
+        taught["teacher"]["image_scale"] = design.sizes.scale
+    if design.views:
+        taught["teacher"]["views"] = {"count": design.views}
+    return taught
 
 
 def _fine_tuned(design: Design) -> tuple[Tree, dict[str, Tree]]:
