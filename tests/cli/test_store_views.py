@@ -59,7 +59,7 @@ def test_images_without_labels_have_a_store_of_their_own(
     folders = [Path(store["folder"]) for store in found]
     assert [len([*folder.glob("*.safetensors")]) for folder in folders] == [2, 1]
     assert main(command) == 0
-    assert f"views: 1 of 18 images, 0.0 MB, in {folders[1]}" in capsys.readouterr().out
+    assert f"views: 1 of 18 images, 0.1 MB, in {folders[1]}" in capsys.readouterr().out
 
 
 def test_a_recipe_without_views_is_one_sentence(
