@@ -58,7 +58,7 @@ def test_small_splits_are_decoded_once_and_large_ones_each_time(split, monkeypat
         decoded.append(path.name)
         return load_image(path, size)
 
-    monkeypatch.setattr("d3etr.data.dataset.load_image", load)
+    monkeypatch.setattr("d3etr.data.record_images.load_image", load)
     cached = DetectionDataset(split, RESIZED)
     uncached = DetectionDataset(split, RESIZED, cache_bytes=100)
     for _ in range(3):

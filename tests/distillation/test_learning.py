@@ -33,6 +33,8 @@ def squares(seed: int) -> tuple[ImageBatch, Targets]:
     return ImageBatch(pixels), Targets(labels, boxes, counts, ids, sizes, torch.ones(IMAGES).long())
 
 
+LONGER = {"dino": 300}
+"""Steps of kinds whose scores rise later: DINO's boxes fit after 150, its scores at 0.24 to 0.31."""
 KINDS = ("rt_detr", "d_fine", "deimv2", "deimv2-lite", "lw_detr", "rf_detr", "dino")
 
 
@@ -45,7 +47,8 @@ def test_squares_are_found(kind: str) -> None:
     criterion = SetCriterionConfig.model_validate({**defaults})
     module = Distiller(student, None, MethodConfig.parse({}), criterion, seed=0)
     optimiser = torch.optim.AdamW(student.parameters(), lr=2e-3)
-    for step in range(STEPS):
+    steps = LONGER.get(kind, STEPS)
+    for step in range(steps):
         images, targets = squares(step)
         losses = module(images, targets, None, module.normalisers(targets, None), step=step)
         torch.stack([*losses.values()]).sum().backward()
@@ -53,7 +56,7 @@ def test_squares_are_found(kind: str) -> None:
         optimiser.step()
         optimiser.zero_grad()
     student.eval()
-    images, targets = squares(STEPS)  # never seen
+    images, targets = squares(steps)  # never seen
     with torch.no_grad():
         memory = student.encode(images)
         [outputs] = student.decode(memory, [student.object_queries(memory)])

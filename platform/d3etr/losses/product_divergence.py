@@ -63,7 +63,8 @@ def _some_maps(given: Sequence[Tensor], hidden: Tensor | None) -> tuple[Tensor, 
     # From differences of scores, never from the logarithm of a probability, which would underflow.
     apart = target - scores
     logsum, teacher_logsum = _softmax_in_place(scores), _softmax_in_place(target)
-    rows = apart.mul_(target).sum(-1) - teacher_logsum + logsum
+    apart.sub_((teacher_logsum - logsum)[..., None])  # before sums, so that equal maps give 0
+    rows = apart.mul_(target).sum(-1)
     difference = scores.sub_(target).mul_(weights[..., None])
     return (rows * weights).sum(), difference @ key, difference.mT @ query
 
