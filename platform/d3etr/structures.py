@@ -36,9 +36,9 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
         values: its numbers.
         dtype: their type.
         device: where it is.
-    """  # tensors of an export hold nothing: none of those is kept
-    make = _constant.__wrapped__ if torch.compiler.is_exporting() else _constant
-    return make(values, dtype, device)
+    """
+    kept = not torch.compiler.is_exporting()  # tensors of an export hold nothing
+    return (_constant if kept else _constant.__wrapped__)(values, dtype, device)
 
 
 @cache

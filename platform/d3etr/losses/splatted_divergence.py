@@ -201,8 +201,3 @@ def splatted_divergence(student: SampledMaps, teacher: SampledMaps) -> Tensor:
     grid = _Grid.of(student.levels, student.padding, device)
     found: Tensor = _SplattedDivergence.apply(*parts, image, grid)
     return found.view(shape)
-
-
-def same_cells(student: SampledMaps, teacher: SampledMaps) -> bool:
-    """Whether both are on the same levels with as many heads."""
-    return student.levels == teacher.levels and student.weights.shape[2] == teacher.weights.shape[2]
