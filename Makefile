@@ -23,7 +23,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@.ci/chromium
-	@$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
+	@$(RUN) -m pytest --numprocesses 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25
 
 fuzz: $(STAMP)
 	@D3ETR_FUZZ=5000 D3ETR_FUZZ_SEED=$(SEED) $(RUN) -m pytest tests/cli/test_fuzz.py
