@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from d3etr.exports.comparison import Detected
-from d3etr.exports.description import OUTPUTS, Description
+from d3etr.exports.description import Description
 from d3etr.exports.formats import Runner, require_package
 from d3etr.exports.graph import Traced
 from d3etr.exports.onnx_file import OPSET, to_onnx
+from d3etr.exports.openvino_process import OpenVinoProcess
 
 
 class OpenVinoFormat:
@@ -41,12 +41,6 @@ class OpenVinoFormat:
 
     def open(self, path: Path) -> Runner:
         """As of ``GraphFormat``."""
-        openvino = require_package("openvino", self.name)
-        precise = {"INFERENCE_PRECISION_HINT": "f32"}  # some processors would take bfloat16
-        model = openvino.Core().compile_model(str(path), "CPU", precise)
-
-        def run(images: Any, sizes: Any) -> Detected:
-            found = model({"images": images, "sizes": sizes})
-            return Detected(*(found[name] for name in OUTPUTS))
-
-        return run
+        require_package("openvino", self.name)
+        model = OpenVinoProcess(path)
+        return lambda images, sizes: Detected(*model(images, sizes))
