@@ -172,8 +172,8 @@ class InitialiseFromConfig(Section):
     names one for each, such as [1, 3, 5]. What only the first layer has is the first's."""
     widths: Literal["refuse", "principal"] = "refuse"
     """Of a wider detector. refuse: nothing fits. principal: decoder, heads and queries along the
-    principal directions of its decoder (``detr``, ``conditional_detr``, and ``deformable_detr`` of
-    one stage)."""
+    principal directions of its decoder (``detr``, ``conditional_detr``, ``dab_detr``, and
+    ``deformable_detr`` of one stage)."""
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:

@@ -42,9 +42,13 @@ _ATTENTION: Mapping[str, tuple[Axis, str]] = {
 """Linear map of an attention module -> what its rows are, one block after the other, and its
 columns."""
 _PERCEPTRON = re.compile(
-    r"^(.*(?:query_scale|ref_point_head|box_heads?(?:\.\d+)?))\.layers\.(\d+)$"
+    r"^(.*(?:query_scale|(?:ref_point|size|anchor)_head|box_heads?(?:\.\d+)?))\.layers\.(\d+)$"
 )
 _ATTENTION_MODULE = re.compile(r"^(.*(?:self|cross)_attention)\.(\w+)$")
+_EMBEDS_ANCHORS = "decoder.anchor_head"
+"""DAB-DETR's network from encoded anchors to the queries' embeddings."""
+_COORDINATES = re.compile(r"(anchors|feedforward\.activation)$")
+"""Modules without a channel of the stream."""
 _TABLES = ("query_embedding.weight", "query_content.weight")
 """Tables whose columns are channels of the stream."""
 _NORM = re.compile(r"(^|[._])norm$")
@@ -109,6 +113,8 @@ class Narrowing:
             hidden = self._neurons(f"{base}.inner", f"{base}.outer", self._feedforward)
             inner = module.endswith("inner")
             return (hidden, self.stream) if inner else (self.stream, hidden)
+        if _COORDINATES.search(module):
+            return None, None
         if _READS_STREAM.search(module) or f"{module}.weight" in _TABLES:
             return None, self.stream
         raise UserError(
@@ -147,13 +153,17 @@ class Narrowing:
 
     def _of_perceptron(self, base: str, layer: int) -> tuple[Tensor | None, Tensor | None]:
         depth = sum(f"{base}.layers.{k}.weight" in self._state for k in range(9))
-        last = self.place if base.endswith("query_scale") else None
+        first, last = self.stream, None
+        if base.endswith("query_scale"):
+            last = self.place
+        elif base == _EMBEDS_ANCHORS:  # it reads a point's encoding and behind it the sides'
+            first, last = _diagonal([self.place, self.place]), self.stream
 
         def hidden(k: int) -> Tensor:
             return self._neurons(f"{base}.layers.{k}", f"{base}.layers.{k + 1}", self._width)
 
         rows = last if layer == depth - 1 else hidden(layer)
-        return rows, self.stream if layer == 0 else hidden(layer - 1)
+        return rows, first if layer == 0 else hidden(layer - 1)
 
     def _neurons(self, before: str, behind: str, count: int) -> Tensor:
         """[count, hidden] selection of those that weigh most, by what enters and what leaves."""
@@ -199,6 +209,7 @@ def nearest_frequencies(wide: int, narrow: int) -> Tensor:
 def _writes_stream(name: str) -> bool:
     """Whether the rows of a matrix are channels of the stream."""
     ends = ("attention.output.weight", "feedforward.outer.weight", "norm.bias")
+    ends += (f"{_EMBEDS_ANCHORS}.layers.1.weight",)
     return name.startswith("decoder") and name.endswith(ends)
 
 
