@@ -15,6 +15,7 @@ from d3etr.tracking.address import how_to_open
 from d3etr.tracking.charts import charted_page
 from d3etr.tracking.model import register
 from d3etr.tracking.open_run import OpenRun, Status, settled
+from d3etr.tracking.sender import ONCE, readable
 from d3etr.tracking.server import UPLOAD_TIMEOUT_SECONDS, patience
 from d3etr.tracking.state import read_state
 
@@ -127,7 +128,7 @@ class SweepRun:
         if trials:
             metrics["val/mAP"] = max(trial.mAP for trial in trials)
         now = self._client.get_run(self.run_id).info.start_time
-        logged = [Metric(key, value, now, 0) for key, value in metrics.items()]
+        logged = [Metric(key, readable(value), now, ONCE) for key, value in metrics.items()]
         self._client.log_batch(self.run_id, metrics=logged)
 
     def _note_best(self, trials: Sequence[Swept]) -> None:
