@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 
 SECONDS = 10.0

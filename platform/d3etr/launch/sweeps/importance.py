@@ -50,7 +50,7 @@ def importances(sweep: SweepConfig, results: Sequence[TrialResult]) -> dict[str,
     except RuntimeError:  # no variance at all
         return {}
     names = short_names(list(sweep.space))
-    return {names[key]: round(share, 4) for key, share in found.items()}
+    return {names[key]: round(float(share), 4) for key, share in found.items()}
 
 
 def importance_line(sweep: SweepConfig, results: Sequence[TrialResult]) -> str:
