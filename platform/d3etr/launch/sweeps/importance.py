@@ -1,7 +1,8 @@
 """How much each key of a sweep's space matters for validation mAP.
 
-The share of the variance of mAP that a key alone explains in a random forest over the trials
-(fANOVA, Hutter et al. 2014), computed by Optuna for any method of searching.
+The variance of mAP that a key alone explains in a random forest over the trials (fANOVA, Hutter
+et al. 2014), as a share of what all keys explain each by themselves. Optuna computes it, for any
+method of searching.
 """
 
 from __future__ import annotations
