@@ -37,7 +37,7 @@ def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
             "metrics": {
                 name: value
                 for name, value in record["metrics"].items()
-                if not name.startswith("time/")
+                if not name.startswith(("time/", "system/"))
             },
         }
         for record in read_journal(run_dir / "journal.jsonl")

@@ -24,6 +24,11 @@ def counted(text: str, done: int, total: int) -> str:
     return f"{text}: {done:,} of {total:,}" if total else text
 
 
+def stamped(line: str) -> str:
+    """``line`` with the time of day before it, for logs."""
+    return f"{time.strftime('%H:%M:%S')} {line}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from d3etr.engine import system_load
 from d3etr.engine.distributed import SingleProcess
 from d3etr.engine.journal import Journal, read_journal
 from d3etr.engine.metric_logger import MetricLogger, TrainingDiverged
@@ -26,6 +27,25 @@ def filled(log: MetricLogger, *rows: tuple[float, float]) -> MetricLogger:
         log.add(100 + number, losses(*row), (number * 10, number * 10 + 1))
         log.add_norm(torch.tensor(1.0))
     return log
+
+
+def test_the_load_of_the_machine_is_recorded_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(system_load.time, "monotonic", lambda: now[0])
+    optimiser, journal = AdamW([torch.ones(1)], lr=0.5), Journal(tmp_path / "journal")
+    load = system_load.SystemLoad(CPU)
+    log = MetricLogger(journal, SingleProcess(CPU), optimiser, load=load)
+    for now[0] in (1.0, 10.0, 11.0):
+        filled(log, (1.0, 2.0)).write(101)
+    found = [
+        {name for name in record["metrics"] if name.startswith("system/")}
+        for record in read_journal(tmp_path / "journal")
+    ]
+    names = ("cpu_utilization_percentage", "system_memory_usage_megabytes")
+    assert found[0] == found[2] == set() and {f"system/{name}" for name in names} <= found[1]
+    assert not any(name.startswith("system/") for name in log.last), "summaries have none"
 
 
 def test_micro_batches_of_a_step_add_up_and_steps_are_averaged(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_clock_that_is_set_back_hides_nothing(
     time.sleep(0.1)
     journal.write("evaluation", 11, metrics={"val/mAP": 0.25})
     follower.stop()
-    going_on, evaluated = stream.getvalue().splitlines()
+    going_on, evaluated = (line[9:] for line in stream.getvalue().splitlines())  # behind the time
     assert going_on == "going on from the checkpoint at step 1 of 40"
     assert "step 11/40" in evaluated and evaluated.endswith(" left")
     assert re.search(r"\| 0:0\d left$", evaluated), "29 steps at 10 in a tenth of a second"

@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -29,7 +30,9 @@ def lines_of(*records: Record) -> list[str]:
     display = Lines(stream)
     for record in records:
         display.consume(record)
-    return stream.getvalue().splitlines()
+    lines = stream.getvalue().splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d \S", line) for line in lines), "each has its time"
+    return [line[9:] for line in lines]
 
 
 def test_an_evaluation_is_a_readable_line_in_percent() -> None:

@@ -1,6 +1,7 @@
 """Signals at any moment end a command with one code and one sentence, and leave nothing behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -203,7 +204,7 @@ def test_a_signal_under_ray_ends_all_that_was_started(
 ) -> None:
     errors = tmp_path / "errors.txt"
     with training(make_config, tmp_path) as process:
-        wait_until(lambda: f"\n{said}" in f"\n{errors.read_text()}")
+        wait_until(lambda: has_line(errors, said))
         time.sleep(delay)
         if said == "training ":
             assert open_to_others(family(tmp_path)) == []
@@ -225,12 +226,17 @@ def test_a_signal_under_ray_ends_all_that_was_started(
 def test_a_driver_that_is_killed_leaves_no_worker(make_config: MakeConfig, tmp_path: Path) -> None:
     """Two agents of Ray's, which hold nothing, end by themselves within a minute or so."""
     with training(make_config, tmp_path) as process:
-        wait_until(lambda: "\ntraining " in (tmp_path / "errors.txt").read_text())
+        wait_until(lambda: has_line(tmp_path / "errors.txt", "training "))
         started = [one for one in descendants(process.pid) if "Agent" not in one.cmdline()[0]]
         assert len(started) > 5 and any("RayTrainWorker" in one.cmdline()[0] for one in started)
         process.kill()
         process.wait()
         wait_until(lambda: not alive(started), 10)
+
+
+def has_line(file: Path, start: str) -> bool:
+    """Whether a line begins with ``start``, behind the time of day."""
+    return re.search(rf"^\d\d:\d\d:\d\d {start}", file.read_text(), re.MULTILINE) is not None
 
 
 def open_to_others(processes: list[int]) -> list[str]:

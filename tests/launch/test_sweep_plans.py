@@ -11,7 +11,7 @@ from d3etr.config.problems import ConfigError
 from d3etr.config.sweep import SweepConfig, load_sweep
 from d3etr.engine.find_run import folder_of
 from d3etr.launch.sweeps.plan import Plan, make_plan
-from d3etr.launch.sweeps.results import TrialResult, best, table
+from d3etr.launch.sweeps.results import TrialResult, best, best_line, table
 from d3etr.launch.sweeps.trials import (
     NUMBER,
     POINT,
@@ -247,9 +247,9 @@ def test_the_table_groups_seeds_and_names_what_failed(make_sweep: MakeSweep) -> 
         TrialResult(trials[3], "failed", reason="out of memory"),
     ]
     text = table(sweep, results)
-    assert "| configuration | steps | mAP by seed | mean | spread | gain |" in text
+    assert "| configuration | steps | validation mAP by seed | mean | spread | gain |" in text
     assert "| plain | 18 | 20.0 / 22.0 | 21.0 | 1.4 |  |" in text
-    assert "| taught | 18 | 30.0 / failed | 30.0 | 0.0 | +9.0 |" in text
+    assert "| **taught** | 18 | 30.0 / failed | 30.0 | 0.0 | +9.0 |" in text
 
 
 def test_a_case_may_be_measured_against_another_than_the_rest(make_sweep: MakeSweep) -> None:
@@ -270,8 +270,31 @@ def test_the_test_split_is_published_where_every_trial_has_it(make_sweep: MakeSw
     sweep = make_sweep(space={RATES: {"grid": [0.1, 0.2]}})
     one, two = planned_trials(sweep)
     both = [finished(one, 0.2, **{"test/mAP": 0.1}), finished(two, 0.3, **{"test/mAP": 0.4})]
-    assert "test/mAP by seed" in table(sweep, both)
+    text = table(sweep, both)
+    assert "| steps | validation mAP | test/mAP by seed |" in text
+    assert "| **learning_rate=0.2** | 18 | 30.0 | 40.0 | 40.0 | 0.0 |" in text
+    by = "30.0 mAP on validation, by which it was chosen, 40.0 on test"
+    assert best_line(sweep, both) == f"best: learning_rate=0.2: {by}"
     assert "test/mAP" not in table(sweep, [both[0], finished(two, 0.3)])
+
+
+def test_a_trial_that_was_stopped_early_shows_where_it_was(make_sweep: MakeSweep) -> None:
+    sweep = make_sweep(space={RATES: {"grid": [0.1, 0.2]}})
+    one, two = planned_trials(sweep)
+    results = [finished(one, 0.2), TrialResult(two, "pruned", Path("run"), None, 0.05, 2)]
+    assert "| learning_rate=0.2 | | stopped at epoch 2 with 5.0 | | |" in table(sweep, results)
+    assert best_line(sweep, results[1:]) == ""
+
+
+def test_trials_that_look_alike_are_told_apart(make_sweep: MakeSweep) -> None:
+    grid = make_sweep(space={RATES: {"grid": [0.00012341, 0.00012342, 0.1]}})
+    assert titles(grid) == [f"learning_rate=0.000123{n}" for n in (41, 42)] + ["learning_rate=0.1"]
+    search = {"method": "random", "trials": 2}
+    drawn = make_sweep(space={RATES: {"uniform": [0.1, 0.1001]}}, search=search)
+    labels = [trial.label(drawn) for trial in planned_trials(drawn)]
+    assert labels == ["0: learning_rate=0.1", "1: learning_rate=0.1"]
+    results = [finished(trial, 0.2) for trial in planned_trials(drawn)]
+    assert len(table(drawn, results).splitlines()) == 4, "a row for each"
 
 
 def test_the_best_is_chosen_on_validation_among_finished_trials(make_sweep: MakeSweep) -> None:

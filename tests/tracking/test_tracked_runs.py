@@ -49,7 +49,9 @@ def test_a_finished_run_has_metrics_params_tags_files_and_a_model(
     assert run.data.tags["backbone"] == "small-8-8-16"
     assert run.data.tags["data_digest"] == "d" * 16
     assert [used.dataset.name for used in run.inputs.dataset_inputs] == ["digit-scenes"]
-    assert "plain student" in run.data.tags["mlflow.note.content"]
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("**plain student**, detector conditional_detr")
+    assert "**25.0 mAP** on validation (AP50 50.0)" in note and str(run_dir) in note
     names = {file.path for file in client_of(config).list_artifacts(run.info.run_id)}
     assert {"config.yaml", "summary.json", "journal.jsonl", "weights"} <= names
     state = read_state(run_dir)
@@ -57,6 +59,8 @@ def test_a_finished_run_has_metrics_params_tags_files_and_a_model(
     assert state.model_uri == "models:/tiny-student/1"
     champion = client_of(config).get_model_version_by_alias("tiny-student", "champion")
     assert str(champion.version) == "1" and champion.tags["mAP"] == "0.2500"
+    (model,) = client_of(config).search_logged_models([run.info.experiment_id])
+    assert model.name == "plain student · seed 3 · conditional_detr"
 
 
 def test_images_without_labels_are_parameters(make_config: MakeConfig, make_run: MakeRun) -> None:
@@ -219,6 +223,10 @@ def test_the_last_record_adds_the_test_split_and_the_kept_weights_results(
     assert metrics["final/mAP"] == 0.3 and metrics["test/mAP"] == 0.28
     assert metrics["model/parameters"] == 1000
     assert metrics["train/loss"] == 0.5 and "final/seed" not in metrics
+    once = ("final/mAP", "test/mAP", "model/parameters")
+    steps = [steps_of(config, run_dir, name) for name in once]
+    assert steps == [[0]] * 3, "at any other step MLflow draws lines of one dot instead of bars"
+    assert steps_of(config, run_dir, "train/loss")[-1] == 20
 
 
 def test_a_run_that_is_gone_from_mlflow_is_sent_anew(

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from d3etr.progress import OnProgress, PacedProgress, counted
+from d3etr.progress import OnProgress, PacedProgress, counted, stamped
 from d3etr.text import printable, styled
 
 QUIET_SECONDS = 2.0
@@ -17,6 +17,11 @@ LINE_SECONDS = 10.0
 def print_progress(text: str, done: int = 0, total: int = 0, /) -> None:
     """Write a line to standard error."""
     print(counted(text, done, total), file=sys.stderr, flush=True)
+
+
+def log_progress(text: str, done: int = 0, total: int = 0, /) -> None:
+    """Write a line with the time of day to standard error, for work of hours."""
+    print(stamped(counted(text, done, total)), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d3etr.cli.command import USER_MISTAKE, Command, add_json, add_overrides, print_json
-from d3etr.cli.progress import print_progress
+from d3etr.cli.progress import log_progress
 from d3etr.cli.train import write_data
 from d3etr.errors import UserError
 from d3etr.progress import no_progress
@@ -49,11 +49,11 @@ def _run(options: Namespace) -> int:
     if options.dry_run:
         return _dry_run(plan, options.json)
     from d3etr.launch.sweeps.driver import run_sweep
-    from d3etr.launch.sweeps.results import as_json, table, write_table
+    from d3etr.launch.sweeps.results import as_json, closing_lines, table, write_table
 
     write_data(plan.config(trial) for trial in plan.examples())
     command = _command(options)
-    on_progress = no_progress if options.quiet else print_progress
+    on_progress = no_progress if options.quiet else log_progress
     result = run_sweep(plan, command=command, on_progress=on_progress)
     if options.table is not None:
         place = options.table / plan.sweep.name
@@ -68,6 +68,8 @@ def _run(options: Namespace) -> int:
         print_json(as_json(plan.sweep, result.trials, command))
     else:
         print(table(plan.sweep, result.trials))
+        for line in closing_lines(plan.sweep, result.trials):
+            print(line)
         for failed in (trial for trial in result.trials if trial.state == "failed"):
             print(f"failed: {failed.trial.title(plan.sweep)}: {failed.reason}", file=sys.stderr)
         print(f"folder  {result.folder}")
@@ -77,7 +79,7 @@ def _run(options: Namespace) -> int:
 def _plan(options: Namespace) -> Plan:
     from d3etr.config.infrastructure import RunConfig
     from d3etr.config.overrides import last_override
-    from d3etr.config.sweep import load_sweep
+    from d3etr.config.sweep import load_sweep, split_overrides
     from d3etr.launch.sweeps.plan import SWEEP_FILE, make_plan
     from d3etr.launch.sweeps.results import find_sweep
 
@@ -87,11 +89,19 @@ def _plan(options: Namespace) -> Plan:
         return make_plan(load_sweep(options.sweep, options.overrides))
     output = last_override(options.overrides, "run.output") or str(RunConfig().output)
     folder = find_sweep(options.resume, Path(output))
-    plan = make_plan(load_sweep(folder / SWEEP_FILE))
-    if plan.folder != folder:
+    own, others = split_overrides(options.overrides)
+    lost = [text for text in others if text.partition("=")[0].strip() != "run.output"]
+    if lost:
         raise UserError(
-            f"the sweep {folder.name} cannot be resumed: its recipe has changed since, or this is "
-            f"another working directory. As it is now it would be {plan.folder}"
+            f"--set {lost[0]}: the sweep {folder.name} keeps the recipe that it began with. Give "
+            "the sweep's file in place of --resume to begin another with this setting"
+        )
+    plan = make_plan(load_sweep(folder / SWEEP_FILE, own))
+    if plan.folder != folder:
+        changed = f"--set {' '.join(own)} makes it another, or its" if own else "its"
+        raise UserError(
+            f"the sweep {folder.name} cannot be resumed: {changed} recipe has changed since, or "
+            f"this is another working directory. As it is now it would be {plan.folder}"
         )
     return plan
 

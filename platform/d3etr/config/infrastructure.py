@@ -79,6 +79,9 @@ class TrackingConfig(Section):
     """MLflow's experiment that the run belongs to."""
     figures: bool = True
     """Draw figures and example images at the end of a run and record them."""
+    system_metrics: bool = True
+    """Record every 10 seconds how busy processors, memory and GPU of the first worker's machine
+    are."""
     register_as: Annotated[str, Field(pattern=r"^[^/:]*[^/:\s][^/:]*$", max_length=256)] | None = (
         None
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from d3etr.config.base import MAXIMUM, Section
 from d3etr.config.data import FilePath
+from d3etr.config.overrides import apply_overrides
 from d3etr.config.problems import ConfigError, problems_of
 from d3etr.config.shipped import find_recipe, find_sweep_file, place_overrides
 from d3etr.config.yaml_text import parse_yaml, read_text
@@ -170,6 +172,15 @@ class SweepConfig(Section):
             raise ValueError("search.method 'optuna' searches one case with one seed")
 
 
+OWN_KEYS = frozenset(SweepConfig.model_fields)
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those that change the sweep itself, and those that change the recipe of its trials."""
+    own = [text for text in overrides if re.split(r"[.=]", text)[0].strip() in OWN_KEYS]
+    return own, [text for text in overrides if text not in own]
+
+
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     """Read a sweep file.
 
@@ -178,13 +189,20 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
     Args:
         path: YAML, or the name of a shipped sweep, such as ``ablation``.
-        overrides: ``a.b=c`` texts for the recipe of every trial, on top of the file's ``set``.
+        overrides: ``a.b=c`` texts: of the sweep where they begin with one of its keys
+            (``search.trials=40``), else for the recipe of every trial, on top of the file's
+            ``set``.
 
     Raises:
         ConfigError: listing every problem with its dotted path, or the file cannot be read.
     """
     path = find_sweep_file(path)
     tree = parse_yaml(read_text(path), str(path))
+    own, overrides = split_overrides(overrides)
+    if own and isinstance(tree, dict):  # else it is refused below
+        tree, problems = apply_overrides(tree, own)
+        if problems:
+            raise ConfigError("--set", problems)
     try:
         sweep = SweepConfig.model_validate_json(json.dumps(tree))
     except ValidationError as error:

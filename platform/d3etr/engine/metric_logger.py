@@ -12,6 +12,7 @@ from torch.optim import AdamW
 
 from d3etr.engine.distributed import TrainContext
 from d3etr.engine.journal import Journal
+from d3etr.engine.system_load import SystemLoad
 from d3etr.errors import UserError
 from d3etr.timing import PhaseTimer
 
@@ -96,6 +97,7 @@ class MetricLogger:
         batch_size: images per optimiser step over all workers.
         steps_per_epoch: optimiser steps.
         on_step: called with the step and the metrics of each record, at rank 0.
+        load: of the machine, at rank 0; None records none.
     """
 
     def __init__(
@@ -106,10 +108,11 @@ class MetricLogger:
         batch_size: int = 1,
         steps_per_epoch: int = 1,
         on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+        load: SystemLoad | None = None,
     ) -> None:
         self._journal, self._context, self._optimiser = journal, context, optimiser
         self._batch_size, self._steps_per_epoch = batch_size, steps_per_epoch
-        self._on_step = on_step
+        self._on_step, self._load = on_step, load
         self._names: tuple[str, ...] = ()
         self._steps: list[_Step] = []
         self._started: tuple[float, float] | None = None
@@ -190,9 +193,10 @@ class MetricLogger:
         metrics["optimiser/learning_rate"] = self._optimiser.param_groups[0]["lr"]
         metrics["optimiser/gradient_norm"] = float(norms.double().mean())
         self.last = metrics | self._times(len(self._steps))
+        recorded = self.last | ({} if self._load is None else self._load.look())
         self._steps.clear()
         epoch = (step - 1) // self._steps_per_epoch
-        self._journal.write("step", step, epoch=epoch, metrics=self.last)
+        self._journal.write("step", step, epoch=epoch, metrics=recorded)
         if self._on_step is not None and self._context.rank == 0:
             self._on_step(step, self.last)
             self.resume_clock()  # a hook's time is not training's

@@ -24,6 +24,7 @@ from d3etr.engine.provenance import INPUTS_KEY
 from d3etr.engine.resume import resume
 from d3etr.engine.run_folder import RunFolder, numbers
 from d3etr.engine.step import TrainingStep
+from d3etr.engine.system_load import SystemLoad
 from d3etr.engine.teacher import foundation_folder, licence_of
 from d3etr.engine.validation import Validation
 from d3etr.engine.views import prepare_views
@@ -105,6 +106,7 @@ def _train(
     per_epoch, workers = loader.steps_per_epoch, context.world_size
     steps = config.optimisation.total_steps(per_epoch)
     validation = Validation(run, watching, steps)
+    watched = context.rank == 0 and config.tracking.system_metrics
     log = MetricLogger(
         journal,
         context,
@@ -112,6 +114,7 @@ def _train(
         config.optimisation.batch_size,
         loader.steps_per_epoch,
         lambda step, metrics: watching.call("on_step", step, metrics),
+        SystemLoad(context.device) if watched else None,
     )
     resumed = resume(store, run, validation, log)
     journal.cut_back(run.step if resumed else -1)

@@ -27,7 +27,7 @@ from rich.progress import (
 
 from d3etr.engine.journal import JournalReader, Record
 from d3etr.logs import get_logger
-from d3etr.progress import counted, duration
+from d3etr.progress import counted, duration, stamped
 from d3etr.text import LINES, printable, styled
 
 logger = get_logger(__name__)
@@ -86,7 +86,7 @@ class Lines(Display):
     def write(self, line: str) -> None:
         """Write one line."""
         self._written = time.monotonic()
-        self._stream.write(f"{line}\n")
+        self._stream.write(f"{stamped(line)}\n")
         self._stream.flush()
 
     def steps_are_due(self, step: int) -> bool:
@@ -162,7 +162,7 @@ class Bar(Lines):
 
     def write(self, line: str) -> None:
         """Write a line above the bar."""
-        self._progress.console.print(escape(line), highlight=False)
+        self._progress.console.print(escape(stamped(line)), highlight=False)
 
     def steps_are_due(self, step: int) -> bool:
         """Never: the bar shows them."""

@@ -24,7 +24,7 @@ TAG = "mlflow.sharedViewState."
 LONGEST_TAG = 5000
 """Characters of an experiment's tag that MLflow accepts."""
 LINES, BARS = ("val/mAP", "train/loss"), ("test/mAP", "model/parameters", "final/images_per_second")
-OTHERS = ("val", "val/AP", "test", "train", "matching", "time", "Model metrics")
+OTHERS = ("figures", "val", "val/AP", "test", "train", "matching", "time", "Model metrics")
 """Sections of further charts below the results, folded."""
 
 

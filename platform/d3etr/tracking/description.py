@@ -69,7 +69,6 @@ def tags(config: Config, run_dir: Path) -> dict[str, str]:
         "backbone": backbone_title(detector),
         "seed": str(config.run.seed),
         "run_folder": run_dir.name,
-        "mlflow.note.content": f"**{title(config)}**, run folder `{run_dir.resolve()}`",
         "mlflow.user": _user(),
         "mlflow.source.name": _program(),
         "mlflow.source.type": "LOCAL",

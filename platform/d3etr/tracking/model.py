@@ -6,6 +6,7 @@ serve`` serves it. Loading executes the code stored with the model: trust the re
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 import warnings
@@ -28,6 +29,7 @@ from mlflow.types.schema import AnyType, Array
 import d3etr
 from d3etr.detectors.weights import DEFAULT_THRESHOLD, read_info
 from d3etr.logs import get_logger
+from d3etr.tracking.sender import ONCE
 
 logger = get_logger(__name__)
 _uri_lock = threading.Lock()
@@ -36,6 +38,7 @@ NEWEST_ALIAS = "newest"
 CHAMPION_ALIAS = "champion"
 CODE_ARCHIVE = "d3etr.zip"
 METRICS_PER_REQUEST = 1000
+_FORBIDDEN = re.compile(r"""[/:.%"']""")
 DIGITS = 4
 """Of a version's mAP: champions are compared by these."""
 REQUIREMENTS = (
@@ -83,20 +86,22 @@ def log_student(
         client: of MLflow.
         weights: a d3etr weights file.
         run_id: the MLflow run that made it.
-        name: what the run's page calls it.
-        step: optimiser step of the weights; the run's metrics of this step become the model's.
+        name: what pages call it; what MLflow does not take of it becomes ``_``.
+        step: optimiser step of the weights; the run's metrics of this step become the model's,
+            and those that a run has once.
 
     Returns:
         Address of the model for ``mlflow.pyfunc.load_model``.
     """
     run = client.get_run(run_id)
     # By hand: MLflow's own way asks for every metric of the run alone.
+    name = _FORBIDDEN.sub("_", name)
     model = client.create_logged_model(run.info.experiment_id, name, source_run_id=run_id)
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
     metrics = [
         Metric(each.key, each.value, each.timestamp, each.step, model_id=model.model_id)
         for each in run.data.to_proto().metrics
-        if each.step == step
+        if each.step in (ONCE, step) and not each.key.startswith("teacher/")
     ]
     for start in range(0, len(metrics), METRICS_PER_REQUEST):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])

@@ -170,7 +170,8 @@ class OpenRun:
         if not ended:
             self.client.update_run(state.run_id, status="RUNNING")
         status = state.status if ended else "RUNNING"
-        return state.model_copy(update={"status": status, "complete": False})
+        stopped = {"stopped_early": ended and state.stopped_early}
+        return state.model_copy(update={"status": status, "complete": False} | stopped)
 
     def _made(
         self, experiment: str, name: str, tags: dict[str, str], begun: int | None

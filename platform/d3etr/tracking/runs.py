@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag
+from PIL import Image
 
 from d3etr.config.load import load_config
 from d3etr.config.location import Url
@@ -26,6 +27,7 @@ from d3etr.logs import get_logger
 from d3etr.progress import OnProgress, no_progress
 from d3etr.tracking.description import params, run_name, tags
 from d3etr.tracking.model import log_student, register
+from d3etr.tracking.note import KEY, opening_note, place_of, tell_result
 from d3etr.tracking.open_run import OpenRun, Status, Steps
 from d3etr.tracking.sender import Sender
 from d3etr.tracking.server import first_line
@@ -61,7 +63,7 @@ def open_tracker(
         config,
         run_dir,
         name or run_name(config),
-        lambda: tags(config, run_dir) | ({"mlflow.parentRunId": parent_run} if parent_run else {}),
+        lambda: _first_tags(config, run_dir, parent_run),
         params(config),
         begun=_begun_and_ended(run_dir)[0],
         ended=ended or all(file.is_file() for file in (folder.summary, folder.weights)),
@@ -114,6 +116,10 @@ class Tracker:
         """Id of the MLflow run."""
         return self._run.run_id
 
+    def mark_as_stopped_early(self) -> None:
+        """Before ``finish``: a sweep ended the run on purpose, which is no failure."""
+        self._run.remember(stopped_early=True)
+
     def finish(self, status: Status, on_progress: OnProgress = no_progress) -> str | None:
         """Send the rest of the journal, close the run, then send the results.
 
@@ -157,6 +163,7 @@ class Tracker:
             file.name: partial(self._send_file, file) for file in files
         }
         steps["findings"] = self._tag_findings
+        steps["description"] = self._describe
         if not folder.summary.is_file():  # the run did not get to its end
             return steps
         once = self._results_of_weights()
@@ -188,11 +195,24 @@ class Tracker:
         self._run.remember(lacking=tuple(left for left in self._run.state.lacking if left != name))
 
     def _tag_findings(self) -> None:
-        """Tag ``not_learning``: what speaks against the run, of a run that there is such of."""
+        """Tags ``not_learning``: what speaks against the run, and ``stopped_early``: where."""
         records = read_journal(self._folder.journal)
         kinds = dict.fromkeys(str(record[FINDING]) for record in records if FINDING in record)
         if kinds:
             self._run.client.set_tag(self.run_id, "not_learning", ", ".join(kinds))
+        if self._run.state.stopped_early:
+            self._run.client.set_tag(self.run_id, "stopped_early", place_of(records))
+
+    def _describe(self) -> None:
+        run = self._run
+        tell_result(
+            run.client,
+            run.run_id,
+            self._config,
+            run.folder,
+            run.state.status,
+            pruned=run.state.stopped_early,
+        )
 
     def _send_file(self, file: Path, artifact_path: str | None = None) -> None:
         self._run.client.log_artifact(self.run_id, str(file), artifact_path)
@@ -216,12 +236,15 @@ class Tracker:
         # matplotlib and the detectors take seconds to import: only who draws pays.
         from d3etr.tracking.figures.collect import draw_figures
 
-        for path in draw_figures(self._config, self._run.folder, self._folder.figures):
+        run, step = self._run, max(0, self._run.state.sent_step)
+        for path in draw_figures(self._config, run.folder, self._folder.figures):
             self._send_file(path, "figures")
+            with Image.open(path) as image:  # for MLflow's grid of images, beside the charts
+                run.client.log_image(run.run_id, image, key=f"figures/{path.stem}", step=step)
 
     def _log_model(self) -> None:
         run, step = self._run, max(0, self._run.state.sent_step)
-        name = self._config.run.role
+        name = f"{run_name(self._config)} · {self._config.student.detector.name}"
         uri = log_student(run.client, self._folder.weights, run.run_id, name=name, step=step)
         run.remember(model_uri=uri)
 
@@ -232,6 +255,11 @@ class Tracker:
         quality, digest = self._evaluation().get("mAP"), self._data_digest()
         version = register(run.uri, name, run.state.model_uri, run.run_id, quality, digest)
         run.remember(model_uri=version)
+
+
+def _first_tags(config: Config, run_dir: Path, parent_run: str | None) -> dict[str, str]:
+    parent = {"mlflow.parentRunId": parent_run} if parent_run else {}
+    return tags(config, run_dir) | {KEY: opening_note(config, run_dir)} | parent
 
 
 def _begun_and_ended(run_dir: Path) -> tuple[int | None, int | None]:

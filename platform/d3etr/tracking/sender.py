@@ -38,6 +38,8 @@ RESULTS = {"parameters": "model/parameters"} | {
     )
 }
 """Results of the weights that were kept, in a run's last record -> name in MLflow."""
+ONCE = 0
+"""Step of what a run has once: MLflow draws bars of it, at any other step lines of one dot."""
 DIGITS = 4
 """Significant digits of a metric; whole numbers keep all of theirs."""
 _LONGEST_NAME = 250
@@ -144,12 +146,13 @@ def metrics_of(record: Mapping[str, Any]) -> list[Metric]:
     """Metrics of one record of the journal; values that are not finite are left out.
 
     Of a run's last record only what no other record has: the test split's metrics, and
-    ``RESULTS``, those of the weights that were kept. The journal keeps every digit, MLflow gets
-    those that a person reads.
+    ``RESULTS``, those of the weights that were kept; their step is ``ONCE``. The journal keeps
+    every digit, MLflow gets those that a person reads.
     """
     step, time = int(record["step"]), int(1000 * record.get("time", 0.0))
     metrics: Mapping[str, Any] = record.get("metrics", {})
     if record["kind"] == "end":
+        step = ONCE
         metrics = {
             RESULTS.get(key, key): value
             for key, value in metrics.items()

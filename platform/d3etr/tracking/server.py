@@ -25,7 +25,7 @@ from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.files import atomic_write, clear_disk_errors
 from d3etr.text import bare_url, redacted
-from d3etr.tracking.address import embedded_uri
+from d3etr.tracking.address import embedded_uri, runs_page
 
 PROBE_SECONDS = 8.0
 """How long a server may take to accept a connection: one that is just starting gets a chance."""
@@ -132,11 +132,14 @@ def open_experiment(client: MlflowClient, config: Config, uri: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=artifacts, tags=KIND))
+            made = str(client.create_experiment(name, artifact_location=artifacts, tags=KIND))
         except MlflowException:  # another run made it in the meantime
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
+        else:
+            client.set_experiment_tag(made, "mlflow.note.content", _best_first(made))
+            return made
     if found.lifecycle_stage == "deleted":
         raise UserError(
             f"MLflow experiment '{name}' was deleted. Restore it with "
@@ -144,6 +147,15 @@ def open_experiment(client: MlflowClient, config: Config, uri: str) -> str:
             "or set tracking.experiment to another name."
         )
     return str(found.experiment_id)
+
+
+def _best_first(experiment: str) -> str:
+    """The experiment's description: a link to its runs in another order than MLflow's.
+
+    MLflow keeps the order of its table in the browser and in addresses, and nowhere on its server.
+    """
+    page = runs_page(experiment, "", "metrics.`val/mAP`")
+    return f"[All runs, best validation mAP first]({page})"
 
 
 def _await_listener(uri: str) -> None:

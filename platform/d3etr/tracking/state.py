@@ -25,6 +25,8 @@ class RunState(BaseModel):
     """Last optimiser step whose metrics MLflow has confirmed; -1 before any."""
     status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] = "RUNNING"
     """How the run ended, also when MLflow does not know it."""
+    stopped_early: bool = False
+    """A sweep ended the run before its last step, on purpose."""
     complete: bool = False
     """MLflow has every metric and artifact of a run that ended."""
     results_digest: str | None = None

@@ -15,6 +15,7 @@ from d3etr.tracking.address import how_to_open
 from d3etr.tracking.charts import charted_page
 from d3etr.tracking.model import register
 from d3etr.tracking.open_run import OpenRun, Status, settled
+from d3etr.tracking.sender import ONCE, metric_name, readable
 from d3etr.tracking.server import UPLOAD_TIMEOUT_SECONDS, patience
 from d3etr.tracking.state import read_state
 
@@ -72,18 +73,29 @@ class SweepRun:
         """What a person types and opens to see the trials, best first."""
         return how_to_open(self._run.uri, self._page)
 
-    def finish(self, status: Status, trials: Sequence[Swept], files: Sequence[Path]) -> str | None:
+    def finish(
+        self,
+        status: Status,
+        trials: Sequence[Swept],
+        files: Sequence[Path],
+        importance: Mapping[str, float] | None = None,
+    ) -> str | None:
         """Close the sweep's run and log what it found; a failure is returned, not raised.
 
         Args:
             status: how it ended.
             trials: the finished ones.
             files: table, results, best recipe.
+            importance: name of a key -> its share of the differences in mAP.
 
         Returns:
             None when MLflow has everything, else a sentence about what is missing.
         """
-        steps: dict[str, Callable[[], None]] = {"metrics": partial(self._log_metrics, trials)}
+        metrics = {f"importance/{metric_name(key)}": x for key, x in (importance or {}).items()}
+        metrics |= {"trials/finished": float(len(trials))}
+        if trials:
+            metrics["val/mAP"] = max(trial.mAP for trial in trials)
+        steps: dict[str, Callable[[], None]] = {"metrics": partial(self._log_metrics, metrics)}
         if trials:
             steps["note"] = partial(self._note_best, trials)
         steps |= {file.name: partial(self._send, file) for file in files if file.exists()}
@@ -122,12 +134,9 @@ class SweepRun:
         text = "\n\n".join(filter(None, [f"**{self._title}**", found, link]))
         self._client.set_tag(self.run_id, "mlflow.note.content", text)
 
-    def _log_metrics(self, trials: Sequence[Swept]) -> None:
-        metrics = {"trials/finished": float(len(trials))}
-        if trials:
-            metrics["val/mAP"] = max(trial.mAP for trial in trials)
+    def _log_metrics(self, metrics: Mapping[str, float]) -> None:
         now = self._client.get_run(self.run_id).info.start_time
-        logged = [Metric(key, value, now, 0) for key, value in metrics.items()]
+        logged = [Metric(key, readable(value), now, ONCE) for key, value in metrics.items()]
         self._client.log_batch(self.run_id, metrics=logged)
 
     def _note_best(self, trials: Sequence[Swept]) -> None:

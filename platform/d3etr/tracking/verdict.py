@@ -11,7 +11,7 @@ from mlflow.entities import Metric
 from d3etr.config.tree import Config
 from d3etr.tracking.address import how_to_open, run_page
 from d3etr.tracking.open_run import OpenRun
-from d3etr.tracking.sender import metric_name
+from d3etr.tracking.sender import ONCE, metric_name, readable
 
 TAGS = {
     "role": "verdict",
@@ -48,7 +48,9 @@ def track_verdict(
     with run.refusals():
         run.client.set_tag(run.run_id, "mlflow.note.content", sentence)
         now = run.client.get_run(run.run_id).info.start_time
-        logged = [Metric(metric_name(key), value, now, 0) for key, value in metrics.items()]
+        logged = [
+            Metric(metric_name(key), readable(value), now, ONCE) for key, value in metrics.items()
+        ]
         run.client.log_batch(run.run_id, metrics=logged)
     steps = {file.name: partial(run.client.log_artifact, run.run_id, str(file)) for file in files}
     lacks = run.close("FINISHED", lambda: steps)

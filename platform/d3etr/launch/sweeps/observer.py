@@ -18,7 +18,7 @@ from d3etr.launch.driver import Status
 from d3etr.launch.ray_cluster import cluster_nodes, free_resources
 from d3etr.launch.resources import Demand, describe
 from d3etr.launch.sweeps.plan import Plan
-from d3etr.launch.sweeps.results import TrialResult, finished, keep_as_pruned
+from d3etr.launch.sweeps.results import TrialResult, best, finished, keep_as_pruned
 from d3etr.launch.sweeps.trial_tracking import SweepTracking
 from d3etr.progress import OnProgress, duration
 
@@ -119,10 +119,11 @@ class Observer(Callback):  # type: ignore[misc]
         """An evaluation of a trial, or why it failed."""
         if "reason" in result:
             return
-        title = self._plan.trial(trial.config).title(self._plan.sweep)
+        title = self._plan.trial(trial.config).label(self._plan.sweep)
         if self._tracking is not None:
             self._tracking.follow(Path(result["run_dir"]), title)
-        self._on_progress(f"{title} | epoch {result['epoch']} | mAP {100 * result['mAP']:.1f}")
+        parts = [title, f"epoch {result['epoch']}", f"mAP {100 * result['mAP']:.1f}"]
+        self._on_progress(" | ".join(parts + _rate(Path(result["run_dir"]))))
         self._foretell(trial, result)
 
     def on_trial_complete(
@@ -142,19 +143,30 @@ class Observer(Callback):  # type: ignore[misc]
         run_dir = Path(report["run_dir"]) if "run_dir" in report else None
         status: Status = "FINISHED"
         if run_dir is not None and "reason" not in report and RunFolder(run_dir).summary.exists():
-            result, text = finished(trial, run_dir), "finished"
+            result = finished(trial, run_dir)
+            text = f"finished, mAP {_percent(result.mAP)}"
         elif reason is not None or run_dir is None:
             result = TrialResult(trial, "failed", run_dir, reason=reason)
             status, text = "FAILED", f"failed: {(reason or '').partition(chr(10))[0]}"
         else:
             result = keep_as_pruned(self._plan, trial, run_dir)
-            status, text = "KILLED", "stopped early"
+            text = f"stopped early at epoch {result.epoch}, mAP {_percent(result.mAP)}"
         self._ended[trial.number] = result
-        known = len(self._plan.trials) or self._plan.sweep.search.trials
-        title = trial.title(self._plan.sweep)
-        self._on_progress(f"[{len(self._ended)}/{known}] {title} {text}{self._time_left(known)}")
+        self._on_progress(self._line_of(result, text))
         if self._tracking is not None and run_dir is not None:
-            self._tracking.end(run_dir, status)
+            self._tracking.end(run_dir, status, stopped_early=result.state == "pruned")
+
+    def _line_of(self, result: TrialResult, text: str) -> str:
+        """A trial that ended, with the best until now and the time that is left."""
+        sweep = self._plan.sweep
+        known = len(self._plan.trials) or sweep.search.trials
+        line = f"[{len(self._ended)}/{known}] {result.trial.label(sweep)} {text}"
+        leader = best(list(self._ended.values()))
+        if leader is result:
+            line += " | the best so far"
+        elif leader is not None:
+            line += f" | best so far {_percent(leader.mAP)}: {leader.trial.label(sweep)}"
+        return line + self._time_left(known)
 
     def _foretell(self, trial: TuneTrial, result: Mapping[str, Any]) -> None:
         """Say once, from the first evaluation of a trial, how long all of them take."""
@@ -177,7 +189,21 @@ class Observer(Callback):  # type: ignore[misc]
         done, waiting = len(self._ended) - self._before, known - len(self._ended)
         if done < 1 or waiting < 1:
             return ""
-        return f", about {duration((time.monotonic() - self._begun) / done * waiting)} left"
+        return f" | about {duration((time.monotonic() - self._begun) / done * waiting)} left"
+
+
+def _percent(mAP: float | None) -> str:
+    return "unknown" if mAP is None else f"{100 * mAP:.1f}"
+
+
+def _rate(run_dir: Path) -> list[str]:
+    """The newest speed of training that a run's journal has."""
+    rates = [
+        record["metrics"]["time/images_per_second"]
+        for record in read_journal(RunFolder(run_dir).journal)
+        if "time/images_per_second" in record.get("metrics", {})
+    ]
+    return [f"{rates[-1]:.3g} images/s"] if rates else []
 
 
 def _share_done(run_dir: Path, epoch: float) -> float:

@@ -27,6 +27,8 @@ logger = get_logger(__name__)
 
 CHECKED_POINTS = 50
 """So many random points of a space that is searched are validated before anything starts."""
+MOST_COUNTED = 1000
+"""An earlier version's search of at most so many trials is found: its number was in the name."""
 NOT_SWEPT = ("run", "cluster", "tracking")
 SWEEP_FILE = "sweep.yaml"
 """In a sweep's folder, the sweep itself."""
@@ -148,17 +150,36 @@ def make_plan(sweep: SweepConfig) -> Plan:
     trials = tuple(planned_trials(sweep)) if planned else ()
     draft = Plan(sweep, trees, Path.cwd(), Path.cwd(), trials)
     configs = [draft.config(trial) for trial in draft.examples()]
-    digest = _digest(sweep, sorted({config_digest(config) for config in configs}))
     base = draft.base
-    folder = base.run.output / f"{sweep.name}-{digest}"
+    digests = sorted({config_digest(config) for config in configs})
+    folder = _folder(base.run.output, sweep, digests)
     named = base.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     embedded = base.tracking.enabled and not named
     uri = embedded_uri(base.run.output) if embedded else None
     return replace(draft, folder=folder, tracking_uri=uri)
 
 
-def _digest(sweep: SweepConfig, configs: list[str]) -> str:
-    content = json.dumps([_influential(sweep), configs], sort_keys=True)
+def _folder(output: Path, sweep: SweepConfig, configs: list[str]) -> Path:
+    """The folder of a sweep: named after its digest, or as an earlier version named it."""
+    tree = _influential(sweep)
+    if sweep.search.method != "optuna":
+        return output / f"{sweep.name}-{_digest(tree, configs)}"
+    counted = tree["search"]
+    uncounted = {key: value for key, value in counted.items() if key != "trials"}
+    # With more trials it is the same search, which goes on.
+    folder = output / f"{sweep.name}-{_digest(tree | {'search': uncounted}, configs)}"
+    if folder.exists() or not any(output.glob(f"{sweep.name}-*")):
+        return folder
+    for trials in range(min(sweep.search.trials, MOST_COUNTED), 0, -1):
+        digest = _digest(tree | {"search": counted | {"trials": trials}}, configs)
+        before = output / f"{sweep.name}-{digest}"
+        if before.exists():
+            return before
+    return folder
+
+
+def _digest(tree: Tree, configs: list[str]) -> str:
+    content = json.dumps([tree, configs], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 

@@ -128,26 +128,56 @@ def table_metric(results: Sequence[TrialResult]) -> str:
 
 
 def table(sweep: SweepConfig, results: Sequence[TrialResult]) -> str:
-    """The sweep as a Markdown table, in percent: a row for each configuration over its seeds."""
+    """The sweep as a Markdown table, in percent: a row for each configuration over its seeds.
+
+    Where the test split is published, validation mAP has a column of its own: it is what the best
+    was chosen by, whose row is bold.
+    """
     metric, gains = table_metric(results), any(sweep.baseline_of(case) for case in sweep.cases)
     rows: dict[str, list[TrialResult]] = {}
     for result in results:
-        rows.setdefault(_title(sweep, result.trial), []).append(result)
-    values = {
-        title: [value for result in row if (value := result.metric(metric)) is not None]
-        for title, row in rows.items()
-    }
-    means = {title: statistics.fmean(found) for title, found in values.items() if found}
-    of_case = {rows[title][0].trial.case: mean for title, mean in reversed(means.items())}
+        trial = result.trial
+        proposal = trial.number if sweep.search.method == "optuna" else None
+        rows.setdefault(repr((proposal, trial.case, trial.point)), []).append(result)
+    values = {key: _values(row, metric) for key, row in rows.items()}
+    means = {key: statistics.fmean(found) for key, found in values.items() if found}
+    of_case = {rows[key][0].trial.case: mean for key, mean in reversed(means.items())}
+    winner, chosen = best(results), metric != "mAP"
     lines = [
-        f"| configuration | steps | {metric} by seed | mean | spread |" + " gain |" * gains,
-        "| --- | ---: | --- | ---: | ---: |" + " ---: |" * gains,
+        f"| configuration | steps |{' validation mAP |' * chosen} "
+        f"{metric if chosen else 'validation mAP'} by seed | mean | spread |" + " gain |" * gains,
+        f"| --- | ---: |{' ---: |' * chosen} --- | ---: | ---: |" + " ---: |" * gains,
     ]
-    for title, row in rows.items():
+    for key, row in rows.items():
         base = of_case.get(sweep.baseline_of(row[0].trial.case) or "")
-        gain = "" if base is None or title not in means else f"{100 * (means[title] - base):+.1f}"
-        lines.append(_line(title, row, metric, values[title]) + f" {gain} |" * gains)
+        gain = "" if base is None or key not in means else f"{100 * (means[key] - base):+.1f}"
+        title = _title(sweep, row[0].trial)
+        title = f"**{title}**" if any(result is winner for result in row) else title
+        line = _line(title, row, metric, _values(row, "mAP") if chosen else None)
+        lines.append(line + f" {gain} |" * gains)
     return "\n".join(lines)
+
+
+def best_line(sweep: SweepConfig, results: Sequence[TrialResult]) -> str:
+    """The best trial in a sentence; "" where none finished."""
+    winner = best(results)
+    if winner is None or winner.mAP is None:
+        return ""
+    tested = winner.metric("test/mAP")
+    test = "" if tested is None else f", {100 * tested:.1f} on test"
+    mAP = f"{100 * winner.mAP:.1f} mAP on validation, by which it was chosen{test}"
+    return f"best: {winner.trial.label(sweep) or sweep.name}: {mAP}"
+
+
+def closing_lines(sweep: SweepConfig, results: Sequence[TrialResult]) -> list[str]:
+    """What stands below the table: the best trial, and which keys matter."""
+    from d3etr.launch.sweeps.importance import importance_line  # imports Optuna and scikit-learn
+
+    return [*filter(None, [best_line(sweep, results), importance_line(sweep, results)])]
+
+
+def _values(row: Sequence[TrialResult], metric: str) -> list[float]:
+    return [value for result in row if (value := result.metric(metric)) is not None]
 
 
 def _title(sweep: SweepConfig, trial: Trial) -> str:
@@ -155,17 +185,32 @@ def _title(sweep: SweepConfig, trial: Trial) -> str:
     return title if sweep.search.method != "optuna" else f"{trial.number}: {title}"
 
 
-def _line(title: str, row: Sequence[TrialResult], metric: str, values: Sequence[float]) -> str:
-    cells = []
-    for result in sorted(row, key=lambda result: result.trial.seed):
-        value = result.metric(metric)
-        cells.append(result.state if value is None else f"{100 * value:.1f}")
+def _line(
+    title: str, row: Sequence[TrialResult], metric: str, chosen_by: Sequence[float] | None
+) -> str:
+    """A row; ``chosen_by`` is what stands before the published numbers, None where they do."""
+    values = _values(row, metric)
+    by_seed = sorted(row, key=lambda result: result.trial.seed)
+    cells = " / ".join(_cell(result, metric) for result in by_seed)
+    if chosen_by is not None:
+        mean = f"{100 * statistics.fmean(chosen_by):.1f}" if chosen_by else ""
+        cells = f"{mean} | {cells}"
     if not values:
-        return f"| {title} | | {' / '.join(cells)} | | |"
+        return f"| {title} | | {cells} | | |"
     steps = int(max(result.metric("steps") or 0 for result in row))
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     numbers = f"{100 * statistics.fmean(values):.1f} | {100 * spread:.1f}"
-    return f"| {title} | {steps:,} | {' / '.join(cells)} | {numbers} |"
+    return f"| {title} | {steps:,} | {cells} | {numbers} |"
+
+
+def _cell(result: TrialResult, metric: str) -> str:
+    """A trial's number; of one that was stopped early, validation mAP at that epoch."""
+    value = result.metric(metric)
+    if value is not None:
+        return f"{100 * value:.1f}"
+    if result.state == "pruned" and result.mAP is not None:
+        return f"stopped at epoch {result.epoch} with {100 * result.mAP:.1f}"
+    return result.state
 
 
 def failures(sweep: SweepConfig, results: Sequence[TrialResult]) -> list[str]:
@@ -179,10 +224,13 @@ def failures(sweep: SweepConfig, results: Sequence[TrialResult]) -> list[str]:
 
 def as_json(sweep: SweepConfig, results: Sequence[TrialResult], command: str) -> dict[str, Any]:
     """The sweep as plain values, with the command that repeats it."""
+    from d3etr.launch.sweeps.importance import importances  # imports Optuna and scikit-learn
+
     return {
         "name": sweep.name,
         "title": sweep.title,
         "command": command,
+        "importance": importances(sweep, results),
         "trials": [_trial_json(result) for result in results],
     }
 
@@ -223,9 +271,10 @@ def write_table(
 ) -> None:
     """Write the table under its title with the command that makes it, and every trial as JSON.
 
-    Below the table stands why trials failed.
+    Below the table stand the best trial, which keys matter, and why trials failed.
     """
     text = f"# {sweep.title or sweep.name}\n\n`{command}`\n\n{table(sweep, results)}\n"
+    text += "".join(f"\n{line[0].upper()}{line[1:]}\n" for line in closing_lines(sweep, results))
     failed = "".join(f"- failed: {line}\n" for line in failures(sweep, results))
     write_text(markdown, f"{text}\n{failed}" if failed else text)
     write_text(data, json.dumps(as_json(sweep, results, command), indent=1) + "\n")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from d3etr.config.load import load_config
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
-from d3etr.launch.driver import Status, Tracker
+from d3etr.launch.driver import Status
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.results import TrialResult, best
 from d3etr.logs import get_logger
 from d3etr.tracking.state import read_state
+
+if TYPE_CHECKING:
+    from d3etr.tracking.runs import Tracker
 
 logger = get_logger(__name__)
 
@@ -56,11 +60,11 @@ class SweepTracking:
         except Exception as error:
             logger.warning("%s is not tracked: %s", run_dir.name, error)
 
-    def end(self, run_dir: Path, status: Status) -> None:
+    def end(self, run_dir: Path, status: Status, *, stopped_early: bool = False) -> None:
         """Send the rest in the background."""
         tracker = self._followed.pop(run_dir, None)
         if tracker is not None:
-            self._pool.submit(_end, tracker, status)
+            self._pool.submit(_end, tracker, status, stopped_early)
 
     def close(self) -> None:
         """End what is left and wait until everything was sent."""
@@ -79,6 +83,7 @@ class SweepTracking:
 
     def finish(self, results: list[TrialResult], files: list[Path]) -> None:
         """Send what the sweep found, and what MLflow lacks of trials; register the best student."""
+        from d3etr.launch.sweeps.importance import importances
         from d3etr.tracking.sweeps import Swept
 
         for result in results:
@@ -86,12 +91,13 @@ class SweepTracking:
         self.close()
         swept = {
             result.trial.number: Swept(
-                result.trial.title(self._plan.sweep), result.mAP, result.run_dir
+                result.trial.label(self._plan.sweep), result.mAP, result.run_dir
             )
             for result in results
             if result.state == "finished" and result.mAP is not None and result.run_dir is not None
         }
-        missing = self._run.finish("FINISHED", list(swept.values()), files)
+        found = importances(self._plan.sweep, results)
+        missing = self._run.finish("FINISHED", list(swept.values()), files, found)
         if missing is not None:
             logger.warning("%s", missing)
         winner = best(results)
@@ -107,13 +113,15 @@ class SweepTracking:
             return
         finished = result.state == "finished"
         if finished or _was_broken_off(result.run_dir):
-            self.follow(result.run_dir, result.trial.title(self._plan.sweep))
-            failed: Status = "FAILED" if result.state == "failed" else "KILLED"
-            self.end(result.run_dir, "FINISHED" if finished else failed)
+            self.follow(result.run_dir, result.trial.label(self._plan.sweep))
+            status: Status = "FAILED" if result.state == "failed" else "FINISHED"
+            self.end(result.run_dir, status, stopped_early=result.state == "pruned")
 
 
-def _end(tracker: Tracker, status: Status) -> None:
+def _end(tracker: Tracker, status: Status, stopped_early: bool) -> None:
     try:
+        if stopped_early:
+            tracker.mark_as_stopped_early()
         missing = tracker.finish(status)
     except Exception as error:
         missing = f"tracking failed at the end of a run: {error!r}"

@@ -42,9 +42,20 @@ class Trial:
         """What differs from the others, for people: ``adaptive_ratio=0.5, prediction.weight=2``."""
         short = short_names(list(sweep.space))
         parts = [self.case] if self.case is not None else []
-        parts += [f"{short[key]}={shown(value)}" for key, value in self.point.items()]
+        for key, value in self.point.items():
+            domain = sweep.space.get(key)
+            others = () if domain is None else domain.grid or domain.choice or ()
+            parts.append(f"{short[key]}={shown(value, others)}")
         parts += [f"seed={self.seed}"] if len(sweep.seeds) > 1 else []
         return ", ".join(parts)
+
+    def label(self, sweep: SweepConfig) -> str:
+        """The title, with the number before it where values are drawn, which look alike.
+
+        ``7: learning_rate=0.00123``, as its folder begins with ``007``.
+        """
+        title = self.title(sweep)
+        return title if sweep.search.method == "grid" else f"{self.number}: {title}"
 
     def name(self, sweep: SweepConfig) -> str:
         """The same as a run's name: ``003_adaptive_ratio-0.5_prediction.weight-2``."""
@@ -125,6 +136,12 @@ def _ending(key: str, others: Sequence[str]) -> str:
     return key
 
 
-def shown(value: Any) -> str:
-    """A value in a few characters."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def shown(value: Any, others: Sequence[Any] = ()) -> str:
+    """A value in a few characters, but enough of them that those of ``others`` differ."""
+    if not isinstance(value, float):
+        return str(value)
+    numbers = {other for other in others if isinstance(other, float)}
+    digits = 3
+    while digits < 17 and len({f"{number:.{digits}g}" for number in numbers}) < len(numbers):
+        digits += 1
+    return f"{value:.{digits}g}"
