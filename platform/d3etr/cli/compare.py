@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from d3etr.cli.command import (
     Command,
@@ -41,13 +42,20 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="N",
         help="on the page: detect on N images with every run (default 6)",
     )
+    parser.add_argument(
+        "--latency",
+        type=Path,
+        metavar="FILE",
+        help="what 'd3etr benchmark RUN/weights.safetensors ... --json' printed: a column of "
+        "milliseconds, one value for each network",
+    )
     add_json(parser)
 
 
 def _run(options: Namespace) -> int:
     from d3etr.tracking.compare import compare
 
-    comparison = compare(options.runs, options.output_root)
+    comparison = compare(options.runs, options.output_root, options.latency)
     if options.html is not None:
         # The detectors take seconds to import and to run: only who wants images pays.
         from d3etr.tracking.compare.page import write_page
