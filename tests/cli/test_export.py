@@ -20,6 +20,8 @@ from d3etr.detectors.imports.layouts import Agree
 from d3etr.detectors.weights import WeightsInfo, load_weights, read_info, save_weights
 from d3etr.errors import UserError
 
+OF_ONNX = ("x.onnx", "--format", "onnx")
+
 
 def test_half_the_space_same_detector_no_evaluation_of_other_numbers(tmp_path: Path) -> None:
     config = detector_config(
@@ -170,6 +172,11 @@ def test_without_transformers_the_extra_is_named(
         (["x.onnx", "--format", "onnx", "--opset", "11"], "expected a whole number from 18 to 23"),
         (["x.onnx", "--format", "onnx", "--size", "0", "4"], "expected a whole number of at least"),
         (["x.onnx", "--format", "hugging-face"], "found the file name 'x.onnx'"),
+        ([*OF_ONNX, "--quantise", "int8-static"], "int8-static needs --calibration"),
+        ([*OF_ONNX, "--quantise", "float16", "--calibration", "x"], "with --quantise int8-static"),
+        ([*OF_ONNX, "--annotations", "a.json"], "--annotations goes with --quantise"),
+        ([*OF_ONNX, "--quantise", "float16", "--images", "."], "--images goes with --annotations"),
+        (["x.pt2", "--format", "torch-export", "--quantise", "float16"], "with --format onnx, not"),
         (["x.safetensors", "--format", "hugging-face"], "is what --format d3etr writes"),
         (["s3://b/x", "--format", "hugging-face"], "expected a folder on this machine"),
         (["x", "--format", "hugging-face", "--half"], "from_pretrained(FOLDER, dtype="),

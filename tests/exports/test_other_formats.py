@@ -19,7 +19,7 @@ from d3etr.exports.export import export_graph
 from d3etr.exports.formats import GraphFormat
 from d3etr.exports.graph import GraphSettings
 from d3etr.exports.openvino_file import OpenVinoFormat
-from d3etr.exports.openvino_process import OpenVinoProcess
+from d3etr.exports.openvino_runtime import OpenVinoProcess
 from d3etr.exports.torch_export import METADATA, TorchExportFormat
 
 SLOW = pytest.mark.slow

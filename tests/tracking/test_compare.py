@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tiny import tiny_detector_config
 from tracked_folders import journal_records, write_journal
 
+from d3etr.config.data import PreprocessingConfig
 from d3etr.config.load import to_yaml
 from d3etr.config.tree import Config
+from d3etr.detectors.build import build_detector
+from d3etr.detectors.weights import WeightsInfo, save_weights
 from d3etr.errors import UserError
 from d3etr.tracking.compare import Comparison, compare
 from d3etr.tracking.compare.comparison import distinct_labels
@@ -71,11 +75,59 @@ def test_seeds_of_one_recipe_are_one_group_with_mean_and_spread(folders: Path) -
 
 def test_the_table_says_quality_cost_and_gain(folders: Path) -> None:
     text = shown(compare(["digits-plain", "digits-d3etr"], folders))
-    for expected in ("37.0 ± 2.8", "+16.0 ± 1.4", "57.0", "0.48 M", "120", "80 s", "0, 1"):
+    for expected in ("37.0 ± 2.8", "+16.0 ± 1.4", "57.0", "0.48 M", "80 s", "0, 1"):
         assert expected in text
+    assert "images/s" not in text and "p50 ms" not in text  # 120 was of one moment of one run
     assert "D3ETR student · digits" in text and "validation split" in text
     assert "distillation.method" in text and "run.seed" not in text
     assert "cat" in text and "18.5 ± 1.4" in text
+
+
+def _benchmark(path: Path, **networks: float) -> Path:
+    rows = [
+        {"run_as": way, "batch": batch, "p50_ms": scale * ms, "network": name or None}
+        for name, ms in networks.items()
+        for way, batch, scale in (("eager float32", 8, 5), ("eager float32", 1, 1), ("other", 1, 9))
+    ]
+    value = {"device": "CPU, 2 threads", "machine": "Abacus 3", "rows": rows}
+    path.write_text(json.dumps(value))
+    return path
+
+
+def _weights(folder: Path, width: int) -> str:
+    """Weights of some detector in a run's folder; the digest of its network."""
+    config = tiny_detector_config(name="conditional_detr", width=width)
+    preprocessing = PreprocessingConfig(shortest_side=64, longest_side=64)
+    info = WeightsInfo(detector=config, categories=((1, "a"),), preprocessing=preprocessing)
+    save_weights(folder / "weights.safetensors", build_detector(config, 1), info)
+    return info.network
+
+
+def test_one_network_has_one_latency_from_a_benchmark(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    teacher = {"teacher": {"weights": "t"}, "distillation": {"method": "d3etr"}}
+    folders = [
+        write_run(make_config("plain"), 0.3, images_per_second=585.0),
+        write_run(make_config("same", **teacher), 0.4, images_per_second=628.0),
+        write_run(make_config("larger", optimisation={"steps": 30}), 0.5),
+    ]
+    student, again, _ = (_weights(f, w) for f, w in zip(folders, (16, 16, 32), strict=True))
+    assert student == again
+    file = _benchmark(tmp_path / "latency.json", **{student: 4.25})
+    comparison = compare(folders, tmp_path, file)
+    assert [comparison.latency(group) for group in comparison.groups] == [4.25, 4.25, None]
+    text = " ".join(shown(comparison).split())
+    assert text.count(" 4.2 ") == 2 and "p50 ms: 1 at once, eager float32, Abacus 3" in text
+    assert "The benchmark has no such network" in text and "585" not in text
+    found = comparison.to_json()
+    assert [group["latency_ms"] for group in found["groups"]] == [4.25, 4.25, None]
+    assert found["latency"]["machine"] == "Abacus 3, CPU, 2 threads"
+    with pytest.raises(UserError, match="has none of these runs' networks: write one with"):
+        compare(folders, tmp_path, _benchmark(tmp_path / "other.json", other=1.0))
+    (tmp_path / "x.json").write_text('{"rows": [{}]}')
+    with pytest.raises(UserError, match="not what d3etr benchmark --json prints"):
+        compare(folders, tmp_path, tmp_path / "x.json")
 
 
 def test_a_teacher_is_what_its_recipe_or_its_student_says_whatever_its_name(

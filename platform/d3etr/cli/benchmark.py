@@ -47,7 +47,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         type=location,
         metavar="WEIGHTS",
-        help="weights files of teacher and students, or their URLs; exported .onnx files",
+        help="weights files of teacher and students, or their URLs; exported .onnx, .xml and .pt2 "
+        "files",
     )
     parser.add_argument(
         "--picture-size",
@@ -81,6 +82,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(options: Namespace) -> int:
+    from d3etr.latency.measure import processor
     from d3etr.latency.report import draw, notes, table
 
     rows, device = _measured(options)
@@ -88,7 +90,9 @@ def _run(options: Namespace) -> int:
         with writing(options.picture):
             draw(rows, options.picture, device)
     if options.json:
-        print_json({"device": device, "rows": [row.as_json() for row in rows]})
+        print_json(
+            {"device": device, "machine": processor(), "rows": [row.as_json() for row in rows]}
+        )
         return 0
     from rich.console import Console
 
@@ -108,7 +112,8 @@ def _measured(options: Namespace) -> tuple[Sequence[Row], str]:
 
     from d3etr.data.allocator import keep_freed_memory
     from d3etr.inference import usable_device
-    from d3etr.latency.contenders import OnnxContender, TorchContender, Way, made_picture, named
+    from d3etr.latency.contenders import TorchContender, Way, made_picture, named
+    from d3etr.latency.exported import RUNTIMES, ExportContender
     from d3etr.latency.measure import measure
     from d3etr.latency.report import Row
 
@@ -118,8 +123,8 @@ def _measured(options: Namespace) -> tuple[Sequence[Row], str]:
         torch.set_num_threads(options.threads)
     picture = made_picture(*options.picture_size)
     detectors = [
-        OnnxContender.read(name, file, picture, str(device), torch.get_num_threads())
-        if isinstance(file, Path) and file.suffix.lower() == ".onnx"
+        ExportContender.read(name, file, picture, device, torch.get_num_threads())
+        if isinstance(file, Path) and file.suffix.lower() in RUNTIMES
         else TorchContender.read(name, file, picture, str(device))
         for name, file in named(options.weights).items()
     ]
@@ -137,8 +142,8 @@ def _measured(options: Namespace) -> tuple[Sequence[Row], str]:
     }
     if not pairs:
         raise UserError(
-            "none of these files runs in these precisions: exported .onnx files are float32; "
-            "expected --precisions float32, or weights files too"
+            "none of these files runs in these precisions: exported files run in the numbers "
+            "that they hold; expected --precisions float32, or weights files too"
         )
     timings = measure(
         {name: (action, way.batch) for name, (_, way, action) in pairs.items()},

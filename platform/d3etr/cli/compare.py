@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from d3etr.cli.command import (
     Command,
     add_json,
     add_output_root,
+    complain,
     file_to_write,
     positive,
     print_json,
@@ -41,13 +43,30 @@ def _add_arguments(parser: ArgumentParser) -> None:
         metavar="N",
         help="on the page: detect on N images with every run (default 6)",
     )
+    parser.add_argument(
+        "--latency",
+        type=Path,
+        metavar="FILE",
+        help="what 'd3etr benchmark RUN/weights.safetensors ... --json' printed: a column of "
+        "milliseconds, one value for each network",
+    )
+    parser.add_argument(
+        "--track",
+        action="store_true",
+        help="also send the latencies of --latency to the runs in MLflow, as model/latency_ms",
+    )
     add_json(parser)
 
 
 def _run(options: Namespace) -> int:
     from d3etr.tracking.compare import compare
 
-    comparison = compare(options.runs, options.output_root)
+    comparison = compare(options.runs, options.output_root, options.latency)
+    if options.track:
+        from d3etr.tracking.latency import track_latencies
+
+        for sentence in track_latencies(comparison):
+            complain(f"warning: {sentence}")
     if options.html is not None:
         # The detectors take seconds to import and to run: only who wants images pays.
         from d3etr.tracking.compare.page import write_page

@@ -20,19 +20,19 @@ from d3etr.cli.command import (
     writing,
 )
 from d3etr.cli.progress import progress_bar
-from d3etr.errors import UserError
+from d3etr.cli.splits import evaluated_split, split_config
 from d3etr.files import write_text
 from d3etr.text import printable
 
 if TYPE_CHECKING:
-    from d3etr.config.data import SplitConfig
     from d3etr.data.splits import DetectionSplit
     from d3etr.evaluation.evaluator import Observer
-    from d3etr.progress import OnProgress
     from d3etr.structures import DecoderOutputs, ImageBatch, Targets
 
 WRITTEN = 300
 """Detections of an image that ``--write-detections`` writes."""
+_SPLIT = ("images", "annotations", "format", "subset", "follow_links")
+"""Arguments that say where the images are."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -117,7 +117,7 @@ def _measure_onnx(options: Namespace) -> dict[str, Any]:
     predictor = load_onnx(require_path("WEIGHTS", options.weights), options.device)
     most = EvaluationConfig().maximum_detections
     with progress_bar() as progress:
-        split = _read_split(options, [*predictor.description.names], progress)
+        split = evaluated_split(options, _SPLIT, predictor.description.names, progress)
         measured = measure(predictor, split, options.batch_size, most, progress)
     if options.write_detections is not None:
         columns = (x.tolist() for x in vars(measured.detections).values())
@@ -130,16 +130,6 @@ def _measure_onnx(options: Namespace) -> dict[str, Any]:
             write_text(options.write_detections, json.dumps(written))
     speed, metrics = measured.images_per_second, measured.metrics.as_dict()
     return _result(options, split, speed, metrics)
-
-
-def _read_split(options: Namespace, learnt: list[str], progress: OnProgress) -> DetectionSplit:
-    """The images to measure on, whose classes are those that the detector learnt."""
-    from d3etr.data.splits import Keys, read_split
-
-    keys = Keys("--images", "--annotations")
-    split = read_split("validation", _place(options), progress, keys=keys)
-    _require_same_names(learnt, [category.name for category in split.categories], options)
-    return split
 
 
 def _result(
@@ -163,9 +153,10 @@ def _measure_weights(options: Namespace) -> dict[str, Any]:
     from d3etr.inference import load
 
     predictor = load(options.weights, options.device)
-    place = _place(options)
+    place = split_config(options, _SPLIT)
+    names = [name for _, name in predictor.info.categories]
     with progress_bar() as progress:
-        split = _read_split(options, [name for _, name in predictor.info.categories], progress)
+        split = evaluated_split(options, _SPLIT, names, progress)
     data = DataConfig(
         train=place,
         validation=place,
@@ -209,28 +200,6 @@ def _as_result(number: int, category: int, score: float, box: Sequence[float]) -
         "bbox": [x, y, right - x, bottom - y],
         "score": score,
     }
-
-
-def _place(options: Namespace) -> SplitConfig:
-    from d3etr.config.data import SplitConfig
-    from d3etr.config.load import validate_section
-    from d3etr.config.problems import ConfigError
-
-    given = ("images", "annotations", "format", "subset", "follow_links")
-    texts = {name: getattr(options, name) for name in given}
-    tree = {k: v if v is None or isinstance(v, bool) else str(v) for k, v in texts.items()}
-    try:
-        return validate_section(SplitConfig, tree, "the arguments")
-    except ConfigError as error:
-        raise UserError("; ".join(f"--{problem}" for problem in error.problems)) from error
-
-
-def _require_same_names(learnt: list[str], annotated: list[str], options: Namespace) -> None:
-    if learnt != annotated:
-        raise UserError(
-            f"{options.weights} detects {', '.join(learnt)}; {options.annotations} annotates "
-            f"{', '.join(annotated)}. Expected the same categories in the same order"
-        )
 
 
 COMMAND = Command(

@@ -20,6 +20,12 @@ from d3etr.cli.command import (
     whole_number,
 )
 from d3etr.cli.progress import progress_bar
+from d3etr.cli.quantise import (
+    add_quantise_arguments,
+    in_words,
+    quantised_settings,
+    refuse_without_effect,
+)
 
 if TYPE_CHECKING:
     from d3etr.detectors.base import DetectionTransformer
@@ -64,6 +70,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "it was of other numbers",
     )
     _add_graph_arguments(parser)
+    add_quantise_arguments(parser)
     add_json(parser)
     # Where OUTPUT may be depends on --format, so that no type of an argument can tell.
     parser.set_defaults(refuse=parser.error)
@@ -121,6 +128,8 @@ def _run(options: Namespace) -> int:
         detector, info = load_weights(file)
     if options.format == HUGGING_FACE:
         return _export_folder(options, output, detector, info)
+    if options.quantise is not None:
+        return _export_quantised(options, output, detector, info)
     if options.format in GRAPHS:
         return _export_graph(options, output, detector, info)
     return _export_file(options, output, detector, info)
@@ -139,6 +148,7 @@ def _place(options: Namespace) -> Path:
     for name in _OF_GRAPHS:
         if getattr(options, name) is not None and chosen not in GRAPHS:
             options.refuse(f"--{name} goes with --format {' or '.join(GRAPHS)}, not with {chosen}")
+    refuse_without_effect(options, chosen == ONNX)
     if options.opset is not None and chosen == TORCH_EXPORT:
         options.refuse(f"--opset goes with --format {ONNX} or {OPENVINO}, not with {chosen}")
     parse = file_to_write(_SUFFIXES[chosen]) if chosen in _SUFFIXES else folder_to_write
@@ -243,6 +253,24 @@ def _export_graph(
         f"{found.images} pictures: {found}"
     )
     answer(options, value, text)
+    return 0
+
+
+def _export_quantised(
+    options: Namespace, output: Path, detector: DetectionTransformer, info: WeightsInfo
+) -> int:
+    from d3etr.exports.onnx_file import OPSET, OnnxFormat
+    from d3etr.exports.quantised_export import as_json, export_quantised
+
+    kind, pictures = OnnxFormat(options.opset or OPSET), options.pictures or ()
+    with progress_bar() as progress:
+        wanted = quantised_settings(options, info, progress)
+        done = export_quantised(
+            output, detector, info, _settings(options), kind, wanted, pictures, progress
+        )
+    size = output.stat().st_size
+    value = {"output": str(output), "bytes": size, **as_json(done)}
+    answer(options, value, f"{output}: {in_words(done, size)}")
     return 0
 
 

@@ -32,7 +32,7 @@ The same on data of your own (COCO format; put your paths into the first two lin
     --set "$VALIDATION" --set student.initialise_from.weights="$TEACHER"
   {d3etr} train own/d3etr --set "$TRAIN" --set "$VALIDATION" \\
     --set teacher.weights="$TEACHER\""""
-HEADINGS = ("mAP", "gain", "AP50", "parameters", "images/s", "training")
+HEADINGS = ("mAP", "gain", "AP50", "parameters", "training")
 """What of a comparison fits on any terminal."""
 
 

@@ -64,6 +64,13 @@ class WeightsInfo(Section):
     """How the weights came about: run, seed, steps, versions."""
 
     @property
+    def network(self) -> str:
+        """Digest of architecture, number of classes and image size: equal where time has to be."""
+        shown = self.preprocessing.model_dump_json()
+        text = f"{self.detector.model_dump_json()} {len(self.categories)} {shown}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
     def threshold(self) -> float:
         """Lowest score of a detection where nobody says another."""
         found = (self.evaluation or {}).get(THRESHOLD)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 from d3etr.errors import UserError
 
@@ -14,6 +14,8 @@ VERSION = "1"
 PREFIX = "d3etr."
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "labels")
+Quantisation = Literal["int8-dynamic", "int8-static", "float16"]
+"""Smaller numbers that an ONNX file can be in."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Description:
         opset: of ONNX; None for other formats.
         exporter: versions that the file was written with, by package.
         evaluation: of the weights that the graph was compared with: split, data digest, mAP, as far
-            as they are known.
+            as they are known. Of a quantised file the mAP is its own, where it was measured.
+        quantisation: None, or ``kind`` and what it cost (docs/deploy.md).
     """
 
     detector: str
@@ -67,6 +70,7 @@ class Description:
     opset: int | None
     exporter: Mapping[str, str]
     evaluation: Mapping[str, Any]
+    quantisation: Mapping[str, Any] | None = None
 
     def as_metadata(self) -> dict[str, str]:
         """JSON by name, as files of other formats store it."""
@@ -103,6 +107,12 @@ class Description:
             f"{source}: an export of version {version}, but this d3etr reads version {VERSION}: "
             "export it again, or use the d3etr that wrote it"
         )
+
+
+METADATA_KEYS = tuple(
+    f"{PREFIX}{name}" for name in ("version", *(x.name for x in fields(Description)))
+)
+"""Of the metadata that a file may have."""
 
 
 def _from_values(values: dict[str, Any]) -> Description:

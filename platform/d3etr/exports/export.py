@@ -79,7 +79,7 @@ def export_graph(
     description = _describe(info, settings, kind, traced)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _whole_files(path) as temporary:
+        with whole_files(path) as temporary:
             on_progress(f"writing {kind.name}")
             kind.write(traced, description, temporary)
             on_progress("comparing with the detector")
@@ -94,7 +94,7 @@ def export_graph(
 
 
 @contextmanager
-def _whole_files(path: Path) -> Iterator[Path]:
+def whole_files(path: Path) -> Iterator[Path]:
     """A place to write ``path`` to, and files beside it; all replace what is there at the end."""
     folder = temporary_beside(path)
     folder.mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,10 @@ from d3etr.exports.graph import Traced
 
 OPSET = 18
 """Runtimes of 2023 and later read it."""
+WEIGHT = "d3etr.weight"
+"""Metadata of a node: the parameter that it multiplies by, as PyTorch's graph names it."""
+_TRACED_NODE = "pkg.torch.onnx.fx_node"
+_PARAMETER = re.compile(r"%p_(\w+_weight)\b")
 
 
 class OnnxFormat:
@@ -40,9 +45,15 @@ class OnnxFormat:
         """As of ``GraphFormat``."""
         onnx = require_package("onnx", self.name)
         model = to_onnx(traced, self.opset or OPSET)
-        metadata = description.as_metadata()
-        onnx.helper.set_model_props(model, metadata)
         onnx.checker.check_model(model)
+        onnx.save(model, str(path))
+        self.describe(path, description)
+
+    def describe(self, path: Path, description: Description) -> None:
+        """Replace the metadata of an ONNX file."""
+        onnx = require_package("onnx", self.name)
+        model = onnx.load(str(path))
+        onnx.helper.set_model_props(model, description.as_metadata())
         onnx.save(model, str(path))
 
     def open(self, path: Path) -> Runner:
@@ -80,7 +91,21 @@ def to_onnx(traced: Traced, opset: int) -> Any:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"PyTorch cannot write this detector as ONNX: {first}") from error
     _name_dimensions(model)
+    _shorten_metadata(model)
     return model
+
+
+def _shorten_metadata(model: Any) -> None:
+    """Keep of each node's metadata the name of its weight.
+
+    The exporter's are stack traces, with the paths of this machine, and a tenth of a small file.
+    """
+    del model.graph.metadata_props[:]
+    for node in model.graph.node:
+        traced = next((x.value for x in node.metadata_props if x.key == _TRACED_NODE), "")
+        del node.metadata_props[:]
+        if found := _PARAMETER.search(traced):
+            node.metadata_props.add(key=WEIGHT, value=found[1])
 
 
 def _name_dimensions(model: Any) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from d3etr.data.preprocessing import normalise_pixels, output_size, resize_pixels
 from d3etr.errors import UserError
 from d3etr.exports.description import INPUTS, OUTPUTS, Description
 from d3etr.exports.formats import require_package
+from d3etr.exports.inputs import graph_inputs, prepared
 from d3etr.predictions import Found, ImagePredictor
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -42,15 +42,7 @@ class OnnxPredictor(ImagePredictor):
         Raises:
             UserError: the image would be smaller than the graph takes.
         """
-        about = self.description
-        size = output_size(image.width, image.height, about.preprocessing)
-        if min(size) < about.smallest:
-            raise UserError(
-                f"the image is shown to the detector as {size[1]} x {size[0]} pixels, and this "
-                f"ONNX file takes sides from {about.smallest} pixels on: enlarge it"
-            )
-        pixels = resize_pixels(np.asarray(image, dtype=np.uint8), size)
-        return pixels.transpose(2, 0, 1)
+        return prepared(self.description, image)
 
     def detect(
         self, images: Sequence[NDArray[np.uint8]], sizes: Sequence[tuple[int, int]]
@@ -64,17 +56,11 @@ class OnnxPredictor(ImagePredictor):
         self, images: Sequence[NDArray[np.uint8]], sizes: Sequence[tuple[int, int]]
     ) -> Found:
         """As of ``detect``, all K detections that the file gives."""
-        about = self.description
-        if about.inside:
-            pixels: NDArray[Any] = np.stack(images)
-        else:
-            how = about.preprocessing.normalisation
-            pixels = np.stack([normalise_pixels(image, how) for image in images])
-        given = np.array(sizes, dtype=np.int64)
+        given = graph_inputs(self.description, images, sizes)
         try:
-            found = self.session.run([*OUTPUTS], dict(zip(INPUTS, (pixels, given), strict=True)))
+            found = self.session.run([*OUTPUTS], given)
         except Exception as error:  # the runtime has errors of many types
-            count, _, height, width = pixels.shape
+            count, _, height, width = given[INPUTS[0]].shape
             raise UserError(
                 f"ONNX Runtime failed on {count} images of {width} x {height} pixels: "
                 f"{_first_line(error)}"

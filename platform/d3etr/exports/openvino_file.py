@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from d3etr.exports.comparison import Detected
 from d3etr.exports.description import Description
 from d3etr.exports.formats import Runner, require_package
 from d3etr.exports.graph import Traced
 from d3etr.exports.onnx_file import OPSET, to_onnx
-from d3etr.exports.openvino_process import OpenVinoProcess
+from d3etr.exports.openvino_runtime import OpenVinoProcess
 
 
 class OpenVinoFormat:
@@ -42,5 +41,4 @@ class OpenVinoFormat:
     def open(self, path: Path) -> Runner:
         """As of ``GraphFormat``."""
         require_package("openvino", self.name)
-        model = OpenVinoProcess(path)
-        return lambda images, sizes: Detected(*model(images, sizes))
+        return OpenVinoProcess(path)

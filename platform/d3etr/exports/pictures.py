@@ -46,7 +46,7 @@ def picture_batches(
     Raises:
         UserError: a file is no picture.
     """
-    pictures = [load_image(file) for file in files] or _photographs(preprocessing, size)
+    pictures = raw_pictures(files, bool(size or preprocessing.shortest_side))
     shown = [
         resize(resized(picture, _KEPT), size) if size else resized(picture, preprocessing)
         for picture in pictures
@@ -62,15 +62,26 @@ def picture_batches(
 _KEPT = PreprocessingConfig(shortest_side=None, longest_side=None)
 
 
-def _photographs(
-    preprocessing: PreprocessingConfig, size: tuple[int, int] | None
-) -> list[Image.Image]:
+def raw_pictures(files: Sequence[Path], sized: bool) -> list[Image.Image]:
+    """Pictures before they are resized: those of files, or crops of two photographs.
+
+    Args:
+        files: pictures; none: the photographs.
+        sized: whether the detector resizes them; else they are made small.
+
+    Raises:
+        UserError: a file is no picture.
+    """
+    return [load_image(file) for file in files] or _photographs(sized)
+
+
+def _photographs(sized: bool) -> list[Image.Image]:
     from sklearn.datasets import load_sample_images
 
     found = []
     for number, pixels in enumerate(load_sample_images().images):
         photograph = Image.fromarray(pixels)
-        if size is None and preprocessing.shortest_side is None:
+        if not sized:
             photograph.thumbnail((_UNSIZED + 32 * number, _UNSIZED + 32 * number))
         width, height = photograph.size
         crops = _CROPS if number == 0 else _CROPS[1:]

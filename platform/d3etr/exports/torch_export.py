@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from d3etr.errors import UserError
 from d3etr.exports.comparison import Detected
 from d3etr.exports.description import Description
 from d3etr.exports.formats import Runner
@@ -39,11 +40,29 @@ class TorchExportFormat:
 
     def open(self, path: Path) -> Runner:
         """As of ``GraphFormat``."""
-        module = torch.export.load(io.BytesIO(path.read_bytes())).module()
+        return load_torch_export(path)[1]
 
-        @torch.no_grad()
-        def run(images: Any, sizes: Any) -> Detected:
-            found = module(torch.from_numpy(images), torch.from_numpy(sizes))
-            return Detected(*(part.numpy() for part in found))
 
-        return run
+def load_torch_export(path: Path) -> tuple[Description, Runner]:
+    """Open a ``.pt2`` file of ``d3etr export`` on the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged or not d3etr's.
+    """
+    extra = {METADATA: ""}
+    try:
+        module = torch.export.load(io.BytesIO(path.read_bytes()), extra_files=extra).module()
+    except Exception as error:  # PyTorch has errors of many types
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path}: PyTorch cannot read it ({first}). Expected a .pt2 file of d3etr export: copy "
+            "it again, or export it again"
+        ) from error
+
+    @torch.no_grad()
+    def run(images: Any, sizes: Any) -> Detected:
+        found = module(torch.from_numpy(images), torch.from_numpy(sizes))
+        return Detected(*(part.numpy() for part in found))
+
+    metadata = json.loads(extra[METADATA] or "{}")
+    return Description.from_metadata(metadata, str(path)), run

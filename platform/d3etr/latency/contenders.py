@@ -1,4 +1,4 @@
-"""What is measured: a weights file, eager or compiled, in a precision, or an exported file."""
+"""What is measured: a weights file, eager or compiled, in a precision; others in ``exported``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from d3etr.config.location import Location
 from d3etr.data.transforms import normalise, resized
 from d3etr.errors import UserError
 from d3etr.evaluation.postprocess import top_detections
-from d3etr.exports.onnx_predictor import OnnxPredictor, load_onnx
 from d3etr.inference import Predictor, load
 from d3etr.structures import ImageBatch
 
@@ -59,6 +58,8 @@ class Contender(ABC):
         evaluation: what the file says about its quality: split, data digest, mAP.
         parameters: how many numbers it has; None where nobody counts.
         operations: floating-point operations of one image, as PyTorch counts them, or None.
+        file_bytes: size of what is shipped; None of a URL.
+        network: digest of its architecture (``WeightsInfo.network``), or None.
     """
 
     name: str
@@ -66,6 +67,8 @@ class Contender(ABC):
     evaluation: Mapping[str, Any]
     parameters: int | None = None
     operations: int | None = None
+    file_bytes: int | None = None
+    network: str | None = None
 
     @abstractmethod
     def action(self, picture: Image.Image, way: Way) -> Action | None:
@@ -109,6 +112,8 @@ class TorchContender(Contender):
             predictor.info.evaluation or {},
             sum(parameter.numel() for parameter in predictor.detector.parameters()),
             counted.get_total_flops(),
+            weights.stat().st_size if isinstance(weights, Path) else None,
+            predictor.info.network,
             predictor=predictor,
         )
 
@@ -139,42 +144,6 @@ class TorchContender(Contender):
         return f"{'compiled' if way.compiled else 'eager'} {way.precision}"
 
 
-@dataclass(frozen=True)
-class OnnxContender(Contender):
-    """An exported file in ONNX Runtime; pixels are normalised as the file wants them, in the time.
-
-    Attributes:
-        predictor: of its graph.
-    """
-
-    predictor: OnnxPredictor = field(kw_only=True)
-
-    @classmethod
-    def read(
-        cls, name: str, file: Path, picture: Image.Image, device: str | None, threads: int
-    ) -> OnnxContender:
-        """From a file.
-
-        Raises:
-            UserError: it cannot be read, or there is no such device.
-        """
-        predictor = load_onnx(file, device, threads)
-        height, width = predictor.prepared(picture).shape[1:]
-        return cls(name, (height, width), predictor.description.evaluation, predictor=predictor)
-
-    def action(self, picture: Image.Image, way: Way) -> Action | None:
-        """In the precision that the file has, which is float32."""
-        if way.compiled or way.precision != "float32":
-            return None
-        images = [self.predictor.prepared(picture)] * way.batch
-        sizes = [(picture.height, picture.width)] * way.batch
-        return lambda: self.predictor.detect(images, sizes)
-
-    def run_as(self, way: Way) -> str:
-        """The runtime."""
-        return f"ONNX Runtime {way.precision}"
-
-
 def _pixels(predictor: Predictor, picture: Image.Image, count: int) -> Tensor:
     """[count, 3, height, width] of one picture, as the detector is shown it."""
     preprocessing = predictor.info.preprocessing
@@ -196,18 +165,21 @@ def made_picture(width: int, height: int) -> Image.Image:
 
 
 def named(files: Sequence[Location]) -> dict[str, Location]:
-    """Names of weights files, as short as tells them apart: of the file, else of its folder too.
+    """Names of files, as short as tells them apart: of the file, with its suffix, of its folder.
 
     Raises:
         UserError: one file is named twice.
     """
     if len({str(file) for file in files}) < len(files):
-        raise UserError("a weights file is named twice: expected different ones")
+        raise UserError("a file is named twice: expected different ones")
     found = dict[str, Location]()
     for file in files:
         parts = Path(str(file)).with_suffix("").parts
         of_run = parts[-1] == "weights" and len(parts) > 1
         name, kept = (parts[-2], 2) if of_run else (parts[-1], 1)
+        suffix = Path(str(file)).suffix
+        if name in found and Path(str(found[name])).suffix != suffix:
+            name += suffix
         while name in found and kept < len(parts):
             kept += 1
             name = "/".join(parts[-kept:])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -76,6 +78,16 @@ def measure(
         name: Timing(tuple(values), contenders[name][1], memory[name])
         for name, values in taken.items()
     }
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _milliseconds(action: Callable[[], object], device: torch.device) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d3etr.latency.contenders import Contender, Way
+from d3etr.latency.contenders import Contender, TorchContender, Way
 from d3etr.latency.measure import Timing
 from d3etr.tracking.compare.tables import Table
 from d3etr.tracking.figures.style import legend, new_figure, plain_axes, save, series_styles
@@ -23,6 +23,7 @@ HEADINGS = (
     "M parameters",
     "G operations",
     "pixels",
+    "file MB",
 )
 
 
@@ -40,6 +41,11 @@ class Row:
         value = self.detector.evaluation.get("mAP")
         return None if value is None else float(value)
 
+    @property
+    def peak_bytes(self) -> int | None:
+        """On a GPU at the peak, beside the weights; None where PyTorch does not count it."""
+        return self.timing.memory if isinstance(self.detector, TorchContender) else None
+
     def as_json(self) -> dict[str, Any]:
         """Plain values; milliseconds are of a batch."""
         return {
@@ -49,7 +55,9 @@ class Row:
             "p50_ms": self.timing.median,
             "p95_ms": self.timing.p95,
             "images_per_second": self.timing.images_per_second,
-            "peak_bytes": self.timing.memory,
+            "peak_bytes": self.peak_bytes,
+            "file_bytes": self.detector.file_bytes,
+            "network": self.detector.network,
             "mAP": self.quality,
             "data_digest": self.detector.evaluation.get("data_digest"),
             "parameters": self.detector.parameters,
@@ -61,7 +69,7 @@ class Row:
 
 def table(rows: Sequence[Row], device: str) -> Table:
     """One line for each, memory only where it was measured."""
-    memory = any(row.timing.memory is not None for row in rows)
+    memory = any(row.peak_bytes is not None for row in rows)
     headings = HEADINGS + (("peak MiB",) if memory else ())
     return Table(f"Latency, {device}", headings, tuple(_cells(row, memory) for row in rows))
 
@@ -79,25 +87,27 @@ def _cells(row: Row, memory: bool) -> tuple[str, ...]:
         _scaled(row.detector.parameters, 1e6),
         _scaled(row.detector.operations, 1e9),
         f"{width} x {height}",
+        _scaled(row.detector.file_bytes, 1e6),
     )
-    return cells + ((f"{(row.timing.memory or 0) / 2**20:,.0f}",) if memory else ())
+    return cells + ((_scaled(row.peak_bytes, 2**20, 0),) if memory else ())
 
 
-def _scaled(value: int | None, unit: float) -> str:
-    return "-" if value is None else f"{value / unit:.2f}"
+def _scaled(value: int | None, unit: float, digits: int = 2) -> str:
+    return "-" if value is None else f"{value / unit:,.{digits}f}"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """What a reader of the table has to know."""
     found = [
         "Milliseconds are of a batch: resized pixels in, detections out; decoding and resizing "
-        "pictures is not in them. All took turns in one process."
+        "pictures is not in them. All took turns in one process, so memory of the CPU is no one's "
+        "own; the size of the file is."
     ]
     lacking = {row.detector.name for row in rows if row.quality is None}
     if lacking:
         found.append(
-            f"{', '.join(sorted(lacking))}: the weights file says no mAP; measure it with 'd3etr "
-            "evaluate'."
+            f"{', '.join(sorted(lacking))}: the file says no mAP; measure it with 'd3etr "
+            "evaluate', or give --annotations to 'd3etr export --quantise'."
         )
     digests: Mapping[str, object] = {
         row.detector.name: row.detector.evaluation.get("data_digest")

@@ -23,7 +23,7 @@ logger = get_logger(__name__)
 TAG = "mlflow.sharedViewState."
 LONGEST_TAG = 5000
 """Characters of an experiment's tag that MLflow accepts."""
-LINES, BARS = ("val/mAP", "train/loss"), ("test/mAP", "model/parameters", "final/images_per_second")
+LINES, BARS = ("val/mAP", "train/loss"), ("test/mAP", "model/parameters")
 OTHERS = ("figures", "val", "val/AP", "test", "train", "matching", "time", "Model metrics")
 """Sections of further charts below the results, folded."""
 
@@ -31,7 +31,7 @@ OTHERS = ("figures", "val", "val/AP", "test", "train", "matching", "time", "Mode
 def charted_page(
     client: MlflowClient, experiment: str, search: str, order_by: str, *, ascending: bool = False
 ) -> str:
-    """``runs_page`` whose charts are the results: mAP over steps and at the end, size, speed.
+    """``runs_page`` whose charts are the results: mAP over steps and at the end, size.
 
     Args:
         client: of the server that keeps the view.

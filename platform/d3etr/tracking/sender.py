@@ -31,7 +31,6 @@ RESULTS = {"parameters": "model/parameters"} | {
     for name in (
         "mAP",
         "AP50",
-        "images_per_second",
         "training_seconds",
         "training_cpu_seconds",
         "training_device_seconds",

@@ -13,6 +13,7 @@ import numpy as np
 
 from d3etr.engine.run_folder import WEIGHTS_FILE
 from d3etr.errors import UserError
+from d3etr.tracking.compare.latency import Latencies, read_latencies
 from d3etr.tracking.compare.runs import FinishedRun, find_folders, read_run
 from d3etr.tracking.description import recipe_name
 
@@ -24,7 +25,7 @@ CLOCKS: Mapping[str, str] = {
 }
 """Where a summary has what training cost, the most reliable first: wall time is no measure on a
 machine that others use too."""
-COSTS = ("parameters", "images_per_second", *CLOCKS, "steps")
+COSTS = ("parameters", *CLOCKS, "steps")
 EQUAL_TIME = 0.1
 """Costs that differ by less than this share count as equal."""
 LONGEST_VALUE = 24
@@ -139,11 +140,13 @@ class Comparison:
         groups: in the order asked for.
         baseline: what gains are measured against: the plain student, else the first group.
         split: "test" where every run was measured on it, else "validation".
+        latencies: of networks, from one benchmark; None where none was given.
     """
 
     groups: tuple[RunGroup, ...]
     baseline: RunGroup
     split: str
+    latencies: Latencies | None = None
 
     @property
     def students(self) -> list[RunGroup]:
@@ -155,6 +158,10 @@ class Comparison:
         if group is self.baseline or group.title == "teacher":
             return None
         return group.gain_over(self.baseline)
+
+    def latency(self, group: RunGroup) -> float | None:
+        """Milliseconds of a batch of the group's network, None where nobody measured them."""
+        return None if self.latencies is None else self.latencies.of(group.runs[0])
 
     def clock(self) -> str | None:
         """The first of ``CLOCKS`` that every student's summaries have, above 0."""
@@ -208,6 +215,9 @@ class Comparison:
             found.append("The students were not trained for the same number of steps.")
         if len({group.seeds for group in self.students}) > 1:
             found.append("The groups do not have the same seeds: gains are differences of means.")
+        unmeasured = [group.label for group in self.groups if self.latency(group) is None]
+        if self.latencies is not None and unmeasured:
+            found.append(f"The benchmark has no such network: {', '.join(unmeasured)}.")
         return found
 
     def _changed_contents(self) -> list[str]:
@@ -224,6 +234,7 @@ class Comparison:
         return {
             "split": self.split,
             "baseline": self.baseline.label,
+            "latency": None if self.latencies is None else self.latencies.as_json(),
             "groups": [self._group_json(group) for group in self.groups],
             "equal_time": [
                 {
@@ -250,6 +261,7 @@ class Comparison:
             "folders": [str(run.folder) for run in group.runs],
             "metrics": _as_dicts({name: group.metric(name) for name in METRICS}),
             "costs": _as_dicts({name: group.cost(name) for name in COSTS}),
+            "latency_ms": self.latency(group),
             "classes": _as_dicts(group.classes()),
             "curves": [
                 {
@@ -263,21 +275,26 @@ class Comparison:
         }
 
 
-def compare(runs: Sequence[str | Path], output_root: Path) -> Comparison:
+def compare(
+    runs: Sequence[str | Path], output_root: Path, latency: Path | None = None
+) -> Comparison:
     """Read runs and put them side by side; those that differ in their seed only are one group.
 
     Args:
         runs: run folders, names or beginnings of names of folders in ``output_root``; at least
             one.
         output_root: the folder that holds runs.
+        latency: what ``d3etr benchmark --json`` printed.
 
     Raises:
-        UserError: a run is missing or has not finished.
+        UserError: a run is missing or has not finished, or none is of a network whose latency was
+            measured.
     """
     folders = dict.fromkeys(folder for run in runs for folder in find_folders(run, output_root))
     found = _with_teachers([read_run(folder) for folder in folders])
     if not found:
         raise UserError("nothing to compare: name at least one run folder")
+    latencies = None if latency is None else read_latencies(latency, found)
     tested = all(run.number("test/mAP") is not None for run in found)
     by_recipe: dict[str, list[FinishedRun]] = {}
     for run in found:
@@ -296,7 +313,8 @@ def compare(runs: Sequence[str | Path], output_root: Path) -> Comparison:
     # Of several variants of a plain student the one that is named without an addition.
     plain = [group for group in groups if group.title == "plain student"]
     usual = [group for group in plain if group.label in names]
-    return Comparison(groups, [*usual, *plain, *groups][0], "test" if tested else "validation")
+    baseline, split = [*usual, *plain, *groups][0], "test" if tested else "validation"
+    return Comparison(groups, baseline, split, latencies)
 
 
 def distinct_labels(

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from d3etr.text import printable
 from d3etr.tracking.compare.comparison import CLOCKS, Comparison, RunGroup, Spread, shortened
+from d3etr.tracking.compare.latency import RUN_AS
 
 MISSING = "-"
 MANY_CLASSES = 20
@@ -68,6 +69,8 @@ def results_table(comparison: Comparison, headings: Sequence[str] = ()) -> Table
     rows = [_result_cells(comparison, group) for group in comparison.groups]
     chosen = tuple(headings) or tuple(rows[0])
     title = f"{comparison.split} split, %; after ± the deviation over seeds"
+    if (measured := comparison.latencies) is not None:
+        title += f"; p50 ms: {measured.batch} at once, {RUN_AS}, {measured.machine}"
     cells = tuple(
         (group.label, *(row[heading] for heading in chosen))
         for group, row in zip(comparison.groups, rows, strict=True)
@@ -76,19 +79,22 @@ def results_table(comparison: Comparison, headings: Sequence[str] = ()) -> Table
 
 
 def _result_cells(comparison: Comparison, group: RunGroup) -> dict[str, str]:
-    steps, speed = group.cost("steps"), group.cost("images_per_second")
+    steps, latency = group.cost("steps"), comparison.latency(group)
     parameters, seconds = group.cost("parameters"), group.cost("training_seconds")
-    return {
+    cells = {
         "mAP": percent(group.metric("mAP")),
         "gain": percent(comparison.gain(group), signed=True),
         "AP50": percent(group.metric("AP50")),
         "AP75": percent(group.metric("AP75")),
         "parameters": MISSING if parameters is None else millions(parameters.mean),
-        "images/s": MISSING if speed is None else f"{speed.mean:.0f}",
+        "p50 ms": MISSING if latency is None else f"{latency:,.1f}",
         "steps": MISSING if steps is None else f"{steps.mean:.0f}",
         "training": MISSING if seconds is None else duration(seconds.mean),
         "seeds": ", ".join(map(str, group.seeds)),
     }
+    if comparison.latencies is None:
+        del cells["p50 ms"]
+    return cells
 
 
 def equal_time_table(comparison: Comparison) -> Table:
