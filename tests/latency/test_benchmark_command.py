@@ -108,7 +108,9 @@ def _run_or_skip(*arguments: str) -> str:
     return done.stdout
 
 
-def test_exported_files_stand_beside_their_weights(tmp_path: Path) -> None:
+def test_exported_files_stand_beside_their_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for package in ("onnxruntime", "onnxscript", "openvino"):
         pytest.importorskip(package)
     weights = _weights(tmp_path, 32, mAP=0.25, data_digest="x")
