@@ -77,7 +77,7 @@ def test_everything_that_the_image_installs_is_pinned() -> None:
     assert len(installs) == 2
     assert all("-c constraints.txt" in install for install in installs)
     extras = PROJECT["optional-dependencies"]
-    wanted = [*PROJECT["dependencies"], *extras["server"], *extras["s3"]]
+    wanted = [*PROJECT["dependencies"], *extras["server"], *extras["s3"], *extras["serve"]]
     names = {re.split(r"[\[><=]", requirement)[0].lower() for requirement in wanted}
     assert names <= set(CONSTRAINTS)
 

@@ -17,6 +17,8 @@ from d3etr.cli.main import main
 from d3etr.config.tree import Config
 from d3etr.engine.provenance import INPUTS_KEY, data_key
 from d3etr.errors import UserError
+from d3etr.serving.replica import load_model
+from d3etr.serving.settings import ServeSettings
 from d3etr.tracking.state import read_state
 
 MakeConfig = Callable[..., Config]
@@ -71,6 +73,8 @@ def test_the_best_on_test_is_champion_and_loads_by_that_name_everywhere(
     [expected] = d3etr.load(better / "weights.safetensors").predict(picture, 0)
     [found] = d3etr.load("models:/tiny@champion").predict(picture, 0)
     assert np.array_equal(found.scores, expected.scores) and len(found) == 10
+    replica = load_model(ServeSettings("models:/tiny/1"))
+    assert np.array_equal(replica.predict(picture, 0)[0].scores, expected.scores)
     capsys.readouterr()
     predict = ["predict", "models:/tiny/1", str(picture), "--threshold", "0", "--json"]
     assert main(predict) == 0
