@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import click
+import kubernetes_validate
 import pytest
 import yaml
 from docker_files import DOCKER, ROOT, compose, dockerfile, gpu_job, health_check, manifests
@@ -33,6 +34,8 @@ CONSTRAINTS = dict(
 )
 FILES = sorted(path for path in DOCKER.rglob("*") if path.is_file() and "secrets" not in path.parts)
 GUIDE = ROOT / "docs" / "cluster.md"
+KUBERNETES = "1.31"
+"""Version whose schemas the pods and the claim are compared with."""
 SECRET_NAME = re.compile(r"PASSWORD|TOKEN|SECRET|KEY")
 
 
@@ -265,6 +268,18 @@ def test_the_ray_job_has_only_fields_that_kuberay_knows() -> None:
     for group in CLUSTER["workerGroupSpecs"]:
         required = {"groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"}
         assert required <= set(group) <= required | {"replicas", "numOfHosts"}
+
+
+@pytest.mark.parametrize("job", [manifests()["RayJob"], gpu_job()], ids=["CPUs", "GPUs"])
+def test_pods_and_claim_are_what_kubernetes_takes(job: dict[str, Any]) -> None:
+    cluster, metadata = job["spec"]["rayClusterSpec"], {"name": "any"}
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    pods = [
+        {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": group["template"]["spec"]}
+        for group in groups
+    ]
+    for document in [manifests()["PersistentVolumeClaim"], *pods]:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
 def test_pods_use_the_claim_that_is_made() -> None:
