@@ -36,12 +36,13 @@ TIERS = (
     {"predictions"},
     {"exports"},
     {"engine", "inference"},
-    {"loading"},
     {"pseudo_labels"},
     {"fonts"},
     {"drawing"},
     {"tracking"},
+    {"loading"},
     {"launch"},
+    {"serving"},
     {"dry_run", "demo", "latency", "verdict", "project"},
     {"cli"},
     {"__main__"},
@@ -68,7 +69,7 @@ THIRD_PARTY = {
 }
 CORE = ("engine", "inference", "methods", "losses", "distiller", "evaluation", "data")
 ONLY_IN = {
-    "ray": "launch",
+    "ray": ("launch", "serving"),
     "mlflow": "tracking",
     "fsspec": "storage",
     "triton": "kernels",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from d3etr.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from d3etr.inference import Predictor
     from d3etr.predictions import ImagePredictor
 
 _OTHER_RUNTIMES = {
@@ -22,6 +25,9 @@ _OTHER_RUNTIMES = {
 }
 """What runs exported files that are not loaded here."""
 
+REGISTERED = "models:/"
+"""Begins the address of a registered model."""
+
 
 def load(weights: str | Path | Url, device: str | torch.device | None = None) -> ImagePredictor:
     """Read a weights file, or an ONNX file of ``d3etr export``, for detecting.
@@ -29,7 +35,8 @@ def load(weights: str | Path | Url, device: str | torch.device | None = None) ->
     An ONNX file takes neither PyTorch nor pydantic, only ONNX Runtime, NumPy and Pillow.
 
     Args:
-        weights: a file that a run, or ``d3etr`` itself, wrote, or its URL; of ONNX a file.
+        weights: a file that a run, or ``d3etr`` itself, wrote, or its URL; of ONNX a file; or a
+            model of MLflow's registry, ``models:/NAME@champion`` or ``models:/NAME/VERSION``.
         device: where to run; None: the first GPU, else the CPU.
 
     Raises:
@@ -47,13 +54,44 @@ def load(weights: str | Path | Url, device: str | torch.device | None = None) ->
         if device is not None and not isinstance(device, str):
             device = str(device)
         return load_onnx(require_path("weights", weights), device)
+    return load_weights_file(weights, device)
+
+
+def load_weights_file(
+    weights: str | Path | Url, device: str | torch.device | None = None
+) -> Predictor:
+    """As ``load``, of weights alone: a detector in PyTorch."""
     from d3etr import inference
 
-    return inference.load(weights, device)
+    with weights_place(weights) as place:
+        return inference.load(place, device)
+
+
+@contextmanager
+def weights_place(weights: str | Path | Url) -> Iterator[str | Path | Url]:
+    """Where weights are read: a registered model's are fetched for the block.
+
+    Raises:
+        UserError: MLflow does not have them.
+    """
+    if not is_registered(weights):
+        yield weights
+        return
+    from d3etr.tracking.registry import registered_weights
+
+    with registered_weights(str(weights)) as file:
+        yield file
+
+
+def is_registered(weights: object) -> bool:
+    """Whether it names a model of MLflow's registry."""
+    return isinstance(weights, str | Path) and str(weights).startswith(REGISTERED)
 
 
 def suffix_of(weights: object) -> str:
     """Of a path or URL; empty for anything else."""
+    if is_registered(weights):  # its name may have a dot
+        return ""
     if isinstance(weights, Url):
         return weights.path.suffix.lower()
     if isinstance(weights, str | os.PathLike):

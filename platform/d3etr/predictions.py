@@ -93,6 +93,16 @@ class ImagePredictor(ABC):
         self._ids = np.array([number for number, _ in categories], dtype=np.int64)
         self._names = tuple(name for _, name in categories)
 
+    @property
+    def threshold(self) -> float:
+        """Lowest score of a detection where nobody says another."""
+        return self._threshold
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes, in the order of class indices."""
+        return self._names
+
     @abstractmethod
     def prepared(self, image: Image.Image) -> Any:
         """Uint8 [3, h, w] of an RGB image in the size that the detector is shown."""
@@ -132,31 +142,59 @@ class ImagePredictor(ABC):
         samples = self._samples(images)
         found: list[Detections] = []
         while some := list(islice(samples, batch_size)):
-            found += self._predict_some(some, threshold)
+            found += self.predict_samples(some, [threshold] * len(some))
         return found
 
-    def _samples(self, images: ImageLike | Iterable[ImageLike]) -> Iterator[Sample]:
-        if _is_single(images):
-            yield self._sample(cast("ImageLike", images))
-            return
-        for index, image in enumerate(cast("Iterable[ImageLike]", images)):
-            try:
-                yield self._sample(image)
-            except UserError as error:
-                raise UserError(f"image {index} of those given (from 0): {error}") from error
+    def sample(self, image: ImageLike) -> Sample:
+        """An image as the detector is shown it, with its (height, width) as given.
 
-    def _sample(self, image: ImageLike) -> Sample:
+        Raises:
+            UserError: it is no image, or cannot be read or shown.
+        """
         rgb = read_image(image)
         return self.prepared(rgb), (rgb.height, rgb.width)
 
-    def _predict_some(self, samples: Sequence[Sample], threshold: float) -> list[Detections]:
+    def predict_samples(
+        self, samples: Sequence[Sample], thresholds: Sequence[float]
+    ) -> list[Detections]:
+        """Detect objects in one pass for each size that prepared images have.
+
+        Args:
+            samples: of ``sample``.
+            thresholds: lowest score of a detection, for each of them.
+        """
         found: dict[int, Detections] = {}
         for indices in of_one_size([image.shape for image, _ in samples]):
             images, sizes = zip(*(samples[index] for index in indices), strict=True)
             columns = self.detect(images, sizes)
             for index, size, *column in zip(indices, sizes, *columns, strict=True):
-                found[index] = self._kept(column, size, threshold)
+                found[index] = self._kept(column, size, thresholds[index])
         return [found[index] for index in range(len(samples))]
+
+    def predict_each(
+        self, samples: Sequence[Sample], thresholds: Sequence[float]
+    ) -> list[Detections | UserError]:
+        """As ``predict_samples``; where that fails, each alone, with what is wrong as its answer.
+
+        So one image that takes too much memory leaves the others their detections.
+        """
+        try:
+            return [*self.predict_samples(samples, thresholds)]
+        except UserError as error:
+            if len(samples) == 1:
+                return [error]
+        alone = zip(samples, thresholds, strict=True)
+        return [self.predict_each([sample], [threshold])[0] for sample, threshold in alone]
+
+    def _samples(self, images: ImageLike | Iterable[ImageLike]) -> Iterator[Sample]:
+        if _is_single(images):
+            yield self.sample(cast("ImageLike", images))
+            return
+        for index, image in enumerate(cast("Iterable[ImageLike]", images)):
+            try:
+                yield self.sample(image)
+            except UserError as error:
+                raise UserError(f"image {index} of those given (from 0): {error}") from error
 
     def _kept(
         self, column: Sequence[NDArray[Any]], size: tuple[int, int], threshold: float

@@ -48,9 +48,10 @@ _SECRET_VARIABLES = re.compile(
 _IDENTIFIER = re.compile(r"KEY_?ID$|PUBLIC")
 _SHORTEST = {"variable": 8, "address": 4}
 """Shorter values would hide ordinary words."""
-# A password may hold slashes and "@"; what looks like a port is none.
+# A password may hold slashes and "@"; what looks like a port is none. models:/NAME@ALIAS is a model
+# of MLflow's registry.
 _USER = re.compile(
-    r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*):(?P<slashes>/+)"
+    r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)(?!(?<=\bmodels):/[^/:@\s]+@):(?P<slashes>/+)"
     r"(?P<user>[^\s/?#@:'\"<>]*:(?!\d+[/?#])[^\s'\"<>]*|[^\s/?#@'\"<>]*)@"
 )
 _BARE_USER = re.compile(r"[^\s/:@]+:[^\s@]+@[^\s@]+")

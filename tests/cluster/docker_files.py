@@ -1,5 +1,6 @@
 """The files in docker/, read."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -37,3 +38,19 @@ def manifests() -> dict[str, dict[str, Any]]:
     """What docker/kubernetes/rayjob.yaml holds, by kind."""
     text = (DOCKER / "kubernetes" / "rayjob.yaml").read_text(encoding="utf-8")
     return {document["kind"]: document for document in yaml.safe_load_all(text)}
+
+
+def gpu_job() -> dict[str, Any]:
+    """The RayJob that docker/kubernetes-gpu makes of the one in docker/kubernetes."""
+    job = manifests()["RayJob"]
+    overlay = yaml.safe_load((DOCKER / "kubernetes-gpu" / "kustomization.yaml").read_text())
+    (patch,) = overlay["patches"]
+    for change in yaml.safe_load(patch["patch"]):
+        *parents, last = change["path"].removeprefix("/").split("/")
+        place: Any = job
+        for key in parents:
+            place = place[int(key) if isinstance(place, list) else key]
+        assert change["op"] == "add" or last in place, f"{change['path']} is not there to replace"
+        # Anchors make equal parts one object in Python, and a patch must not change both.
+        place[last] = copy.deepcopy(change["value"])
+    return job

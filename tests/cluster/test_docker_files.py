@@ -11,9 +11,10 @@ from types import ModuleType
 from typing import Any
 
 import click
+import kubernetes_validate
 import pytest
 import yaml
-from docker_files import DOCKER, ROOT, compose, dockerfile, health_check, manifests
+from docker_files import DOCKER, ROOT, compose, dockerfile, gpu_job, health_check, manifests
 
 from d3etr.config.data import DigitScenesConfig
 from d3etr.config.infrastructure import RunConfig
@@ -33,6 +34,8 @@ CONSTRAINTS = dict(
 )
 FILES = sorted(path for path in DOCKER.rglob("*") if path.is_file() and "secrets" not in path.parts)
 GUIDE = ROOT / "docs" / "cluster.md"
+KUBERNETES = "1.31"
+"""Version whose schemas the pods and the claim are compared with."""
 SECRET_NAME = re.compile(r"PASSWORD|TOKEN|SECRET|KEY")
 
 
@@ -77,7 +80,7 @@ def test_everything_that_the_image_installs_is_pinned() -> None:
     assert len(installs) == 2
     assert all("-c constraints.txt" in install for install in installs)
     extras = PROJECT["optional-dependencies"]
-    wanted = [*PROJECT["dependencies"], *extras["server"], *extras["s3"]]
+    wanted = [*PROJECT["dependencies"], *extras["server"], *extras["s3"], *extras["serve"]]
     names = {re.split(r"[\[><=]", requirement)[0].lower() for requirement in wanted}
     assert names <= set(CONSTRAINTS)
 
@@ -216,7 +219,8 @@ def test_volumes_are_where_recipes_look() -> None:
     for name in ("head", "worker"):
         assert {volume.partition(":")[2] for volume in SERVICES[name]["volumes"]} == places
     for container in CONTAINERS:
-        assert {mount["mountPath"] for mount in container["volumeMounts"]} == places
+        mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert mounted == places | {"/dev/shm"}
     named = {
         volume.partition(":")[0]
         for service in SERVICES.values()
@@ -266,14 +270,58 @@ def test_the_ray_job_has_only_fields_that_kuberay_knows() -> None:
         assert required <= set(group) <= required | {"replicas", "numOfHosts"}
 
 
+@pytest.mark.parametrize("job", [manifests()["RayJob"], gpu_job()], ids=["CPUs", "GPUs"])
+def test_pods_and_claim_are_what_kubernetes_takes(job: dict[str, Any]) -> None:
+    cluster, metadata = job["spec"]["rayClusterSpec"], {"name": "any"}
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    pods = [
+        {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": group["template"]["spec"]}
+        for group in groups
+    ]
+    for document in [manifests()["PersistentVolumeClaim"], *pods]:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
 def test_pods_use_the_claim_that_is_made() -> None:
     claim = manifests()["PersistentVolumeClaim"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     for pod in PODS:
-        (volume,) = pod["volumes"]
-        assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        shared, memory = pod["volumes"]
+        assert shared["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        assert memory["emptyDir"]["medium"] == "Memory"
         for container in pod["containers"]:
-            assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"]}
+            mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+            assert set(mounts) == {shared["name"], memory["name"]}
+            assert mounts[memory["name"]] == "/dev/shm"
+
+
+def test_memory_volumes_hold_what_ray_puts_there_and_fit_into_the_containers() -> None:
+    sizes = {"Gi": 2**30, "Mi": 2**20}
+
+    def size(text: str) -> int:
+        return int(text[:-2]) * sizes[text[-2:]]
+
+    for group, pod in zip(GROUPS, PODS, strict=True):
+        memory = size(pod["volumes"][1]["emptyDir"]["sizeLimit"])
+        assert int(group["rayStartParams"]["object-store-memory"]) <= memory
+        for container in pod["containers"]:
+            assert memory <= size(container["resources"]["limits"]["memory"]) // 2
+
+
+def test_the_job_with_gpus_is_the_same_but_for_image_gpus_and_room() -> None:
+    job = gpu_job()["spec"]["rayClusterSpec"]
+    head, (worker,) = job["headGroupSpec"], job["workerGroupSpecs"]
+    containers = [group["template"]["spec"]["containers"][0] for group in (head, worker)]
+    assert {each["image"] for each in containers} == {f"d3etr:{PROJECT['version']}-cuda"}
+    needs = containers[1]["resources"]
+    assert needs["requests"]["nvidia.com/gpu"] == needs["limits"]["nvidia.com/gpu"] == "1"
+    assert "nvidia.com/gpu" not in containers[0]["resources"]["requests"]
+    assert needs["limits"]["cpu"] == worker["rayStartParams"]["num-cpus"]
+    for container, plain in zip(containers, CONTAINERS, strict=True):
+        changed = {key for key in container if container[key] != plain[key]}
+        assert changed <= {"image", "resources"} and set(container) == set(plain)
+    base = yaml.safe_load((DOCKER / "kubernetes" / "kustomization.yaml").read_text())
+    assert base["resources"] == ["rayjob.yaml"]
 
 
 def test_the_build_sees_what_it_needs_and_nothing_else() -> None:

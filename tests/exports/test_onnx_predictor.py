@@ -137,6 +137,14 @@ def test_commands_run_where_pytorch_cannot_be_imported(files: Files, tmp_path: P
     assert len(json.loads(written.read_text())) == 15 * len(SIZES)
 
 
+def test_a_replica_of_a_service_needs_no_pytorch(files: Files) -> None:
+    code = f"""
+from d3etr.serving.replica import Replica
+from d3etr.serving.settings import ServeSettings
+print(Replica(ServeSettings({str(files["model"])!r})).about())"""  # it has detected once
+    assert "'classes': ['tree', 'cat', 'dog']" in _without(("torch", "torchvision"), code)
+
+
 def test_mistakes_are_one_clear_line(files: Files, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.onnx does not exist: give the path of"):
         d3etr.load(tmp_path / "nowhere.onnx")

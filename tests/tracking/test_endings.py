@@ -127,7 +127,7 @@ def test_a_slow_server_gets_few_files_and_a_person_sees_which(
     seen: list[str] = []
     assert tracker.finish("FINISHED", seen.append) is None
     names = ["config.yaml", "summary.json", "journal.jsonl", "findings", "description"]
-    names += ["weights", "data set", "model"]
+    names += ["weights", "data set", "model card", "model"]
     expected = [f"sending results to MLflow: {name}" for name in [*names, "registered model"]]
     assert seen == expected
     [model] = client_of(config).search_logged_models(["1"])

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from d3etr.config.tree import Config
+from d3etr.structures import ImageBatch
 from d3etr.tracking.runs import replay
 from d3etr.tracking.served_student import ServedStudent
 
@@ -101,6 +102,30 @@ def served(tiny_weights: Path) -> Iterator[ServedStudent]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("d3etr.tracking.served_student.LARGEST_BYTES", 100_000)
         yield student
+
+
+def test_a_batch_is_one_pass_for_each_size_with_the_detections_of_single_images(
+    served: ServedStudent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    encode = served._predictor.detector.encode
+
+    def counted(images: ImageBatch) -> object:
+        passes.append(len(images.pixels))
+        return encode(images)
+
+    monkeypatch.setattr(served._predictor.detector, "encode", counted)
+    noise = np.random.default_rng(0).integers(0, 255, (8, 40, 48, 3), np.uint8)
+    rows = [{"image": pixels, "threshold": 0.0} for pixels in noise]
+    rows[2]["image"], rows[5]["image"] = noise[2, :, :30], "neither?"
+    together = served.predict(None, rows)
+    assert sorted(passes) == [1, 6]
+    assert "not base64" in together[5]["error"]
+    for row, answer in zip(rows[:5] + rows[6:], together[:5] + together[6:], strict=True):
+        [alone] = served.predict(None, [row])
+        assert answer["names"] == alone["names"] and len(answer["names"]) > 5
+        np.testing.assert_allclose(answer["scores"], alone["scores"], atol=1e-6)
+        np.testing.assert_allclose(answer["boxes_xyxy"], alone["boxes_xyxy"], atol=1e-4)
 
 
 def one_pixel(*values: object) -> list[object]:

@@ -76,9 +76,10 @@ def add_weights(parser: ArgumentParser, other: str = "") -> None:
     """The weights file that a command is about; ``other`` names what else it takes."""
     parser.add_argument(
         "weights",
-        type=location,
+        type=_weights,
         metavar="WEIGHTS",
-        help=f"a run's weights.safetensors{other}, or its URL",
+        help=f"a run's weights.safetensors{other}, or its URL; or a model of MLflow's registry "
+        "(models:/NAME@champion)",
     )
 
 
@@ -124,6 +125,13 @@ def location(text: str) -> Url | Path:
         return parse_location(text)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from error
+
+
+def _weights(text: str) -> Url | Path:
+    """``location``, or the address of a registered model, as a path that is spelt like it."""
+    from d3etr.loading import is_registered
+
+    return Path(text) if is_registered(text) else location(text)
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:

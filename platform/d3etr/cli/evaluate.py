@@ -150,9 +150,9 @@ def _measure_weights(options: Namespace) -> dict[str, Any]:
     from d3etr.config.training import EvaluationConfig
     from d3etr.engine.distributed import SingleProcess
     from d3etr.evaluation.evaluator import Evaluator
-    from d3etr.inference import load
+    from d3etr.loading import load_weights_file
 
-    predictor = load(options.weights, options.device)
+    predictor = load_weights_file(options.weights, options.device)
     place = split_config(options, _SPLIT)
     names = [name for _, name in predictor.info.categories]
     with progress_bar() as progress:

@@ -121,10 +121,15 @@ def _run(options: Namespace) -> int:
     ensure_other_file(options.weights, output)
     _ensure_possible(options, output)  # before anything is fetched
 
+    from d3etr.config.arguments import require_location
     from d3etr.detectors.weights import load_weights
+    from d3etr.loading import weights_place
     from d3etr.storage.fetch import local_file
 
-    with local_file(options.weights) as file:
+    with (
+        weights_place(options.weights) as place,
+        local_file(require_location("WEIGHTS", place)) as file,
+    ):
         detector, info = load_weights(file)
     if options.format == HUGGING_FACE:
         return _export_folder(options, output, detector, info)

@@ -76,11 +76,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(options: Namespace) -> int:
-    from d3etr.inference import load
+    from d3etr.loading import load_weights_file
     from d3etr.pseudo_labels import best_threshold, pseudo_labels
 
     _require_consistent(options)
-    predictor = load(options.weights, options.device)
+    predictor = load_weights_file(options.weights, options.device)
     threshold, f1 = options.threshold, None
     with progress_bar() as progress:
         if options.recipe is None:

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +30,7 @@ from mlflow.types.schema import AnyType, Array
 import d3etr
 from d3etr.detectors.weights import DEFAULT_THRESHOLD, read_info
 from d3etr.logs import get_logger
+from d3etr.tracking.model_card import ModelFacts
 from d3etr.tracking.sender import ONCE
 
 logger = get_logger(__name__)
@@ -118,30 +120,53 @@ def log_student(
     return str(model.model_uri)
 
 
-def register(
-    uri: str, name: str, model_uri: str, run_id: str, quality: float | None, data_digest: str
-) -> str:
+@dataclass(frozen=True)
+class Registered:
+    """A version in the registry.
+
+    Attributes:
+        address: ``models:/NAME/VERSION``.
+        standing: a sentence: whether it is the champion, and why not.
+    """
+
+    address: str
+    standing: str
+
+
+def register(uri: str, name: str, model_uri: str, run_id: str, facts: ModelFacts) -> Registered:
     """Register a logged model, once.
 
     Alias ``newest`` then points at it, and alias ``champion`` if it beats the registered student
-    of the same data that has it.
+    of the same data that has it. Its description and tags say what ``facts`` do.
 
     Args:
         uri: MLflow's address.
         name: of the registered model.
         model_uri: the logged model, ``models:/m-...``.
         run_id: the run that made it.
-        quality: mAP in [0, 1].
-        data_digest: what it was measured on.
-
-    Returns:
-        Address of the registered version.
+        facts: about it.
     """
     client = MlflowClient(tracking_uri=uri)
-    with _default_uri(uri):
+    with default_uri(uri):
         version = _register(client, name, model_uri, run_id)
-    _set_aliases(client, name, version, quality, data_digest)
-    return f"models:/{name}/{version}"
+    client.update_model_version(name, version, facts.card())
+    for key, value in facts.tags().items():
+        client.set_model_version_tag(name, version, key, value)
+    standing = _set_aliases(client, name, version, facts.mAP, facts.data_digest)
+    return Registered(f"models:/{name}/{version}", standing)
+
+
+def logged_model(client: MlflowClient, address: str) -> str:
+    """The logged model, ``models:/m-...``, that a version in the registry was made of.
+
+    Args:
+        client: of MLflow.
+        address: of the version, or of the logged model itself.
+    """
+    parts = address.removeprefix("models:/").rsplit("/", 1)
+    if len(parts) == 1:
+        return address
+    return str(client.get_model_version(*parts).source)
 
 
 def _save(folder: Path, weights: Path, content: Model) -> None:
@@ -191,10 +216,11 @@ def _register(client: MlflowClient, name: str, model_uri: str, run_id: str) -> s
 
 def _set_aliases(
     client: MlflowClient, name: str, version: str, quality: float | None, data_digest: str
-) -> None:
+) -> str:
+    """Move the aliases where they belong; a sentence about the version's place."""
     client.set_registered_model_alias(name, NEWEST_ALIAS, version)
     if quality is None:
-        return
+        return f"version {version} was not measured: alias '{CHAMPION_ALIAS}' is left where it is"
     client.set_model_version_tag(name, version, "data_digest", data_digest)
     client.set_model_version_tag(name, version, "mAP", f"{quality:.{DIGITS}f}")
     try:
@@ -203,14 +229,12 @@ def _set_aliases(
     except MlflowException:  # the first one
         reigning, compared = 0, data_digest
     if compared != data_digest:
-        logger.warning(
-            "model %s: version %s was measured on other data than the version with alias '%s', "
-            "which is left where it is",
-            name,
-            version,
-            CHAMPION_ALIAS,
+        text = (
+            f"version {version} was measured on other data than version {reigning} with alias "
+            f"'{CHAMPION_ALIAS}', which is left where it is"
         )
-        return
+        logger.warning("model %s: %s", name, text)
+        return text
     # All that came after the champion: another run may end at the same moment.
     rivals = [
         found
@@ -226,10 +250,16 @@ def _set_aliases(
 
     best = max(rivals, key=rank)
     client.set_registered_model_alias(name, CHAMPION_ALIAS, str(best.version))
+    if str(best.version) == version:
+        return f"version {version} is the {CHAMPION_ALIAS}, with mAP {quality:.{DIGITS}f}"
+    return (
+        f"the {CHAMPION_ALIAS} is version {best.version}, with mAP {best.tags.get('mAP')}; version "
+        f"{version} has {quality:.{DIGITS}f} on the same data"
+    )
 
 
 @contextmanager
-def _default_uri(uri: str) -> Iterator[None]:
+def default_uri(uri: str) -> Iterator[None]:
     """Models are logged to MLflow's process-wide address only: lend it, then put it back."""
     with _uri_lock:
         before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None

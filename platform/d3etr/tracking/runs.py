@@ -21,21 +21,26 @@ from d3etr.engine.journal import read_journal
 from d3etr.engine.provenance import INPUTS_KEY, data_key
 from d3etr.engine.run_folder import RunFolder
 from d3etr.engine.watch import FINDING
-from d3etr.errors import UserError
+from d3etr.errors import RunFailedError, UserError
 from d3etr.files import read_json
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress, no_progress
 from d3etr.tracking.description import params, run_name, tags
-from d3etr.tracking.model import log_student, register
+from d3etr.tracking.model import Registered, log_student, logged_model, register
+from d3etr.tracking.model_card import CARD_FILE, DIGEST_LENGTH, data_name, model_facts
 from d3etr.tracking.note import KEY, opening_note, place_of, tell_result
 from d3etr.tracking.open_run import OpenRun, Status, Steps
 from d3etr.tracking.sender import Sender
-from d3etr.tracking.server import first_line
+from d3etr.tracking.server import (
+    UPLOAD_TIMEOUT_SECONDS,
+    connect,
+    first_line,
+    patience,
+    tracking_uri,
+)
 from d3etr.tracking.state import read_state
 
 logger = get_logger(__name__)
-
-DIGEST_LENGTH = 16
 
 
 def open_tracker(
@@ -97,6 +102,30 @@ def replay(run_dir: Path, report: Callable[[str], None] = logger.info) -> str | 
     if missing is None:
         report(f"MLflow run {tracker.run_id} has everything of {run_dir}")
     return missing
+
+
+def register_run(run_dir: Path, name: str) -> Registered:
+    """Register a finished run's student; what MLflow lacks of the run is sent first.
+
+    Args:
+        run_dir: its folder.
+        name: of the registered model, which is made where there is none.
+
+    Raises:
+        UserError: the run is not finished, the name is none, or MLflow does not answer.
+        RunFailedError: MLflow did not take everything.
+    """
+    if RunFolder(run_dir).result() is None:
+        raise UserError(f"{run_dir} is not finished: only a trained student can be registered")
+    config = load_config(RunFolder(run_dir).config, (f"tracking.register_as={json.dumps(name)}",))
+    missing = replay(run_dir)
+    state = read_state(run_dir)
+    if missing is not None or state is None or state.model_uri is None:
+        raise RunFailedError(missing or f"MLflow has no model of {run_dir}")
+    uri = tracking_uri(config)
+    with patience(UPLOAD_TIMEOUT_SECONDS, retries=1):
+        source = logged_model(connect(uri), state.model_uri)
+        return register(uri, name, source, state.run_id, model_facts(run_dir))
 
 
 class Tracker:
@@ -185,6 +214,7 @@ class Tracker:
         }
         if self._config.tracking.figures:
             steps["figures"] = self._draw
+        steps["model card"] = self._send_card
         steps["model"] = self._log_model
         if self._config.tracking.register_as is not None:
             steps["registered model"] = partial(self._register, self._config.tracking.register_as)
@@ -242,6 +272,10 @@ class Tracker:
             with Image.open(path) as image:  # for MLflow's grid of images, beside the charts
                 run.client.log_image(run.run_id, image, key=f"figures/{path.stem}", step=step)
 
+    def _send_card(self) -> None:
+        card = model_facts(self._run.folder).card()
+        self._run.client.log_text(self.run_id, card, CARD_FILE)
+
     def _log_model(self) -> None:
         run, step = self._run, max(0, self._run.state.sent_step)
         name = f"{run_name(self._config)} · {self._config.student.detector.name}"
@@ -252,9 +286,9 @@ class Tracker:
         run = self._run
         if run.state.model_uri is None:
             raise UserError("the model itself is missing")
-        quality, digest = self._evaluation().get("mAP"), self._data_digest()
-        version = register(run.uri, name, run.state.model_uri, run.run_id, quality, digest)
-        run.remember(model_uri=version)
+        facts = model_facts(run.folder)
+        found = register(run.uri, name, run.state.model_uri, run.run_id, facts)
+        run.remember(model_uri=found.address)
 
 
 def _first_tags(config: Config, run_dir: Path, parent_run: str | None) -> dict[str, str]:
@@ -286,11 +320,12 @@ def _unlabelled(summary: Mapping[str, Any]) -> dict[str, str]:
 
 def _dataset(config: Config, digest: str) -> DatasetInput:
     """What the run was measured on, as MLflow's tables show it."""
-    name, kind, source = "digit-scenes", "local", "made by d3etr"
+    kind, source = "local", "made by d3etr"
     if config.data.validation is not None:
         place = config.data.validation.annotations
-        file, source = (place.path, place.shown) if isinstance(place, Url) else (place, str(place))
-        name = f"{file.parent.name}/{file.stem}"
+        source = place.shown if isinstance(place, Url) else str(place)
         kind = place.protocol if isinstance(place, Url) else kind
-    dataset = Dataset(name, digest, source_type=kind, source=json.dumps({"uri": source}))
+    dataset = Dataset(
+        data_name(config), digest, source_type=kind, source=json.dumps({"uri": source})
+    )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "validation")])

@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import binascii
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ from d3etr.config.arguments import described
 from d3etr.data.images import load_image, require_decodable_size
 from d3etr.errors import UserError
 from d3etr.inference import Predictor, load
+from d3etr.predictions import Detections, Sample
 
 LARGEST_BYTES = 50_000_000
 """Of an image file that a request holds, decoded from base64."""
+LARGEST_BATCH = 16
+"""Images that go through the detector together at most."""
 
 
 def _unannotated(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,7 +52,9 @@ class ServedStudent(PythonModel):  # type: ignore[misc]
     def predict(
         self, context: Any, model_input: Any, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """One row of detections for each row of the input; each is judged alone.
+        """One row of detections for each row of the input; a bad one fails alone.
+
+        Images that have one size once they are resized go through the detector together.
 
         Args:
             context: unused.
@@ -61,19 +67,37 @@ class ServedStudent(PythonModel):  # type: ignore[misc]
             For each row boxes_xyxy (pixels), scores, labels, names, and error: null, or why
             there are no detections.
         """
-        default = (params or {}).get("threshold", self._predictor.info.threshold)
-        return [self._detect(row, default) for row in _rows(model_input)]
+        default = (params or {}).get("threshold", self._predictor.threshold)
+        rows, answers = iter(_rows(model_input)), list[dict[str, Any]]()
+        while some := list(islice(rows, LARGEST_BATCH)):
+            answers += self._detect(some, default)
+        return answers
 
-    def _detect(self, row: Mapping[str, Any], default: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = {"boxes_xyxy": [], "scores": [], "labels": [], "names": []}
-        try:
-            threshold = _threshold(row.get("threshold"), default)
-            [found] = self._predictor.predict([_image(row.get("image"))], threshold)
-        except UserError as error:
-            return answer | {"error": str(error)}
-        for name, kind in (("boxes_xyxy", float), ("scores", float), ("labels", int)):
-            answer[name] = np.asarray(getattr(found, name), dtype=kind).tolist()
-        return answer | {"names": list(found.names), "error": None}
+    def _detect(self, rows: Sequence[Mapping[str, Any]], default: Any) -> list[dict[str, Any]]:
+        answers: dict[int, Detections | UserError] = {}
+        samples, thresholds = dict[int, Sample](), list[float]()
+        for index, row in enumerate(rows):
+            try:
+                threshold = _threshold(row.get("threshold"), default)
+                samples[index] = self._predictor.sample(_image(row.get("image")))
+                thresholds.append(threshold)
+            except UserError as error:
+                answers[index] = error
+        found = self._predictor.predict_each([*samples.values()], thresholds)
+        answers |= dict(zip(samples, found, strict=True))
+        return [_as_row(answers[index]) for index in range(len(rows))]
+
+
+def _as_row(found: Detections | UserError) -> dict[str, Any]:
+    if isinstance(found, UserError):
+        return {"boxes_xyxy": [], "scores": [], "labels": [], "names": [], "error": str(found)}
+    return {
+        "boxes_xyxy": found.boxes_xyxy.astype(float).tolist(),
+        "scores": found.scores.astype(float).tolist(),
+        "labels": found.labels.tolist(),
+        "names": [*found.names],
+        "error": None,
+    }
 
 
 def _image(value: Any) -> Image.Image:

@@ -14,6 +14,7 @@ from d3etr.logs import get_logger
 from d3etr.tracking.address import how_to_open
 from d3etr.tracking.charts import charted_page
 from d3etr.tracking.model import register
+from d3etr.tracking.model_card import model_facts
 from d3etr.tracking.open_run import OpenRun, Status, settled
 from d3etr.tracking.sender import ONCE, metric_name, readable
 from d3etr.tracking.server import UPLOAD_TIMEOUT_SECONDS, patience
@@ -124,8 +125,7 @@ class SweepRun:
         if self._config.tracking.register_as is not None:
             return  # each trial was, when it ended
         with patience(UPLOAD_TIMEOUT_SECONDS, retries=1):
-            digest = self._client.get_run(state.run_id).data.tags.get("data_digest", "")
-            chosen = (state.model_uri, state.run_id, best.mAP, digest)
+            chosen = (state.model_uri, state.run_id, model_facts(best.run_dir))
             settled(partial(register, self._run.uri, DEFAULT_MODEL, *chosen))
 
     def _describe(self, found: str = "") -> None:
