@@ -172,6 +172,7 @@ def test_without_transformers_the_extra_is_named(
         (["x.onnx", "--format", "onnx", "--opset", "11"], "expected a whole number from 18 to 23"),
         (["x.onnx", "--format", "onnx", "--size", "0", "4"], "expected a whole number of at least"),
         (["x.onnx", "--format", "hugging-face"], "found the file name 'x.onnx'"),
+        ([*OF_ONNX, "--quantise", "float16", "--opset", "21"], "goes with --opset up to 20"),
         ([*OF_ONNX, "--quantise", "int8-static"], "int8-static needs --calibration"),
         ([*OF_ONNX, "--quantise", "float16", "--calibration", "x"], "with --quantise int8-static"),
         ([*OF_ONNX, "--annotations", "a.json"], "--annotations goes with --quantise"),

@@ -26,6 +26,7 @@ from d3etr.exports.export import Export, export_graph
 from d3etr.exports.graph import GraphSettings
 from d3etr.exports.onnx_file import WEIGHT, OnnxFormat
 from d3etr.exports.onnx_predictor import load_onnx
+from d3etr.exports.quantisation import quantise
 from d3etr.exports.quantised_export import QuantisedSettings, export_quantised
 
 onnx = pytest.importorskip("onnx")
@@ -135,7 +136,7 @@ def test_without_annotations_unmatched_detections_are_counted(tmp_path: Path) ->
 
 
 def test_half_numbers_keep_places_and_outputs_in_float32(tmp_path: Path, scenes: Path) -> None:
-    detector, info = untrained("deformable_detr")
+    detector, info = untrained("rt_detr")
     path = tmp_path / "h.onnx"
     settings = QuantisedSettings("float16")
     pictures = sorted((scenes / "pictures").iterdir())
@@ -184,6 +185,23 @@ def test_a_calibration_image_that_is_too_small_leaves_what_was_there(
     assert path.read_text() == "what was there"
     assert {each.name for each in tmp_path.iterdir()} == {"small", "q.onnx"}
     assert chosen(split) == chosen(split) and len(chosen(split)) == len(SIZES) <= IMAGES
+
+
+def test_products_with_a_vector_have_no_columns_and_stay(tmp_path: Path) -> None:
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    constants = {"matrix": np.ones((4, 4), np.float32), "vector": np.ones(4, np.float32)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "matrix"], ["y"], "first"),
+        helper.make_node("MatMul", ["y", "vector"], ["z"], "second"),
+    ]
+    ends = [helper.make_tensor_value_info(*x) for x in (("x", kind, [2, 4]), ("z", kind, [2]))]
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    onnx.save(model, tmp_path / "x.onnx")
+    quantise(tmp_path / "x.onnx", "int8-dynamic", tmp_path / "q.onnx")
+    done = [node.op_type for node in onnx.load(tmp_path / "q.onnx").graph.node]
+    assert done.count("MatMulInteger") == 1 and done.count("MatMul") == 1
 
 
 def _folder(place: Path) -> DetectionSplit:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from d3etr.progress import OnProgress
 
 CALIBRATED = "int8-static"
+LAST_OPSET = 20
+"""Later ones have GroupNormalization, whose outputs ONNX infers no type of."""
 ARGUMENTS = ("calibration", "annotations", "images")
 """Those that go with ``--quantise`` alone."""
 
@@ -53,6 +55,11 @@ def refuse_without_effect(options: Namespace, onnx: bool) -> None:
     """End the program, as a wrong argument does, for what has no effect or lacks something."""
     if options.quantise is not None and not onnx:
         options.refuse(f"--quantise goes with --format onnx, not with {options.format}")
+    if options.quantise is not None and (options.opset or 0) > LAST_OPSET:
+        options.refuse(
+            f"--quantise goes with --opset up to {LAST_OPSET}: ONNX Runtime's tools cannot infer "
+            "types of later operators"
+        )
     for name in ARGUMENTS:
         if getattr(options, name) is not None and options.quantise is None:
             options.refuse(f"--{name} goes with --quantise")

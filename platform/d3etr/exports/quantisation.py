@@ -26,7 +26,7 @@ are in pixels."""
 _DELICATE = (
     *("GridSample", "Log", "Exp", "Sin", "Cos", "Pow", "Sqrt", "ReduceMean", "ReduceSum"),
     *("InstanceNormalization", "LayerNormalization", "Sigmoid", "Softmax", "Floor", "Mod"),
-    *("Div", "Sub", "GatherElements"),
+    *("Div", "Sub", "GatherElements", "IsInf", "IsNaN"),
 )
 """Operators that stay in float32 beside those that ONNX Runtime's converter leaves: places in
 pixels or cells, logarithms of references, sums of many squares."""
@@ -76,7 +76,7 @@ def _to_integers(
     shared: dict[str, Any] = {
         "per_channel": True,
         "weight_type": tools.QuantType.QInt8,
-        "nodes_to_exclude": _heads(model),
+        "nodes_to_exclude": [*_heads(model), *_by_vectors(model)],
         # Products of two activations, as in attention, stay in float32.
         "extra_options": {"MatMulConstBOnly": True},
     }
@@ -115,6 +115,13 @@ def _heads(model: Any) -> list[str]:
         for node in model.graph.node
         if any(x.key == WEIGHT and any(h in x.value for h in _HEADS) for x in node.metadata_props)
     ]
+
+
+def _by_vectors(model: Any) -> list[str]:
+    """Names of products with a constant that is no matrix, which have no columns."""
+    dimensions = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type == "MatMul"]
+    return [n.name for n in products if any(dimensions.get(x, 2) != 2 for x in n.input)]
 
 
 def _halved(model: Any) -> Any:
