@@ -44,7 +44,7 @@ def test_a_trial_that_fails_stops_no_other_and_says_why(
     best = load_config(plan.folder / "best.yaml")
     assert best.run.seed == 1 and best.run.name == "tried-best"
     written = (plan.folder / "table.md").read_text()
-    assert "| as it is | 18 |" in written
+    assert "| **as it is** | 18 |" in written, "the best"
     assert "\n- failed: broken: " in written and "missing.safetensors" in written
     content = json.loads((plan.folder / "results.json").read_text())
     assert [trial["state"] for trial in content["trials"]] == ["finished", "failed"]
