@@ -35,6 +35,7 @@ from d3etr.cli import (
     sweep,
     train,
     verdict,
+    weights,
 )
 from d3etr.cli.command import USER_MISTAKE, Command
 from d3etr.errors import RunFailedError, UserError
@@ -54,6 +55,7 @@ COMMANDS: tuple[Command, ...] = (
     evaluate.COMMAND,
     export.COMMAND,
     import_weights.COMMAND,
+    weights.COMMAND,
     predict.COMMAND,
     pseudo_label.COMMAND,
     compare.COMMAND,
