@@ -33,6 +33,7 @@ TIERS = (
     {"methods"},
     {"distiller"},
     {"evaluation"},
+    {"tiles"},
     {"predictions"},
     {"exports"},
     {"engine", "inference"},
@@ -64,6 +65,7 @@ THIRD_PARTY = {
     "methods": ARRAYS | {"pydantic"},
     "distiller": ARRAYS,
     "detectors": ARRAYS | {"safetensors", "pydantic", "timm", "transformers"},
+    "tiles": {"numpy"},
     "predictions": {"numpy", "PIL"},
     "loading": {"torch"},
 }

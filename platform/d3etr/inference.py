@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from d3etr.config.arguments import described, require_location
+from d3etr.config.data import PreprocessingConfig
 from d3etr.config.location import Url
 from d3etr.data.transforms import normalise, resized
 from d3etr.detectors.base import DetectionTransformer
@@ -53,6 +54,11 @@ class Predictor(ImagePredictor):
         self.detector = detector
         self.info = info
         self.device = device
+
+    @property
+    def size_rule(self) -> PreprocessingConfig:
+        """As of ``ImagePredictor``."""
+        return self.info.preprocessing
 
     def prepared(self, image: Image.Image) -> Tensor:
         """As of ``ImagePredictor``."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,16 @@ from PIL import Image
 
 from d3etr.config.arguments import described, require_number, require_path, require_whole
 from d3etr.data.images import load_image, upright_rgb
+from d3etr.data.preprocessing import SizeRule
 from d3etr.errors import UserError
+from d3etr.tiles import Window, cut_off, merge, windows_of
 
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 """A file, a PIL image, or RGB pixels [height, width, 3] of 0 to 255."""
+Answer = TypeVar("Answer")
 LARGEST_BATCH = 4096
+SMALLEST_TILE, LARGEST_TILE = 16, 100_000
+TILE_OVERLAP, MOST_OVERLAP = 0.2, 0.9
 
 Sample = tuple[Any, tuple[int, int]]
 """An image as the detector is shown it, uint8 [3, h, w], and its (height, width) as given."""
@@ -103,6 +108,11 @@ class ImagePredictor(ABC):
         """Of the classes, in the order of class indices."""
         return self._names
 
+    @property
+    @abstractmethod
+    def size_rule(self) -> SizeRule:
+        """The size that images are shown to the detector in."""
+
     @abstractmethod
     def prepared(self, image: Image.Image) -> Any:
         """Uint8 [3, h, w] of an RGB image in the size that the detector is shown."""
@@ -121,6 +131,8 @@ class ImagePredictor(ABC):
         images: ImageLike | Iterable[ImageLike],
         threshold: float | None = None,
         batch_size: int = 8,
+        tiles: int | bool = False,
+        tile_overlap: float | None = None,
     ) -> list[Detections]:
         """Detect objects.
 
@@ -128,7 +140,11 @@ class ImagePredictor(ABC):
             images: one image or several; a generator is read as detection proceeds.
             threshold: lowest score of a detection, in [0, 1]; None: that of the weights, which had
                 the highest F1 on validation, or 0.5 where they carry none.
-            batch_size: images that go through the detector together.
+            batch_size: images, or tiles of one, that go through the detector together.
+            tiles: also look at overlapping tiles of images that are larger than one, of so many
+                pixels a side, and merge what is found; True: of the size that the detector sees.
+            tile_overlap: share of a tile's side that neighbours have in common at least, in
+                [0, 0.9]; None: 0.2.
 
         Returns:
             Detections of each image, in the order given.
@@ -136,13 +152,23 @@ class ImagePredictor(ABC):
         Raises:
             UserError: something that is no image or cannot be read, or a number out of range.
         """
-        threshold = self._threshold if threshold is None else threshold
-        threshold = require_number("threshold", threshold, 0, 1)
+        wanted = self._threshold if threshold is None else threshold
+        least = require_number("threshold", wanted, 0, 1)
         batch_size = require_whole("batch_size", batch_size, 1, LARGEST_BATCH)
+        if tiles is not False:
+            tile, overlap = self._tile(tiles), _overlap(tile_overlap)
+            return [
+                *_of_each(
+                    images,
+                    lambda rgb: self._predict_tiled(rgb, tile, overlap, least, batch_size),
+                )
+            ]
+        if tile_overlap is not None:
+            raise UserError("tile_overlap has no effect without tiles: leave it out, or give tiles")
         samples = self._samples(images)
         found: list[Detections] = []
         while some := list(islice(samples, batch_size)):
-            found += self.predict_samples(some, [threshold] * len(some))
+            found += self.predict_samples(some, [least] * len(some))
         return found
 
     def sample(self, image: ImageLike) -> Sample:
@@ -151,8 +177,7 @@ class ImagePredictor(ABC):
         Raises:
             UserError: it is no image, or cannot be read or shown.
         """
-        rgb = read_image(image)
-        return self.prepared(rgb), (rgb.height, rgb.width)
+        return self._sample(read_image(image))
 
     def predict_samples(
         self, samples: Sequence[Sample], thresholds: Sequence[float]
@@ -187,14 +212,38 @@ class ImagePredictor(ABC):
         return [self.predict_each([sample], [threshold])[0] for sample, threshold in alone]
 
     def _samples(self, images: ImageLike | Iterable[ImageLike]) -> Iterator[Sample]:
-        if _is_single(images):
-            yield self.sample(cast("ImageLike", images))
-            return
-        for index, image in enumerate(cast("Iterable[ImageLike]", images)):
-            try:
-                yield self.sample(image)
-            except UserError as error:
-                raise UserError(f"image {index} of those given (from 0): {error}") from error
+        return _of_each(images, self._sample)
+
+    def _sample(self, rgb: Image.Image) -> Sample:
+        return self.prepared(rgb), (rgb.height, rgb.width)
+
+    def _tile(self, tiles: int | bool) -> tuple[int, int]:
+        """(height, width) of tiles."""
+        if tiles is not True:
+            side = require_whole("tiles", tiles, SMALLEST_TILE, LARGEST_TILE)
+            return side, side
+        rule = self.size_rule
+        side = rule.shortest_side or rule.longest_side or 0
+        if rule.exact_size is None and not side:
+            raise UserError(
+                "tiles: this detector sees images in the size that they have, so that tiles have "
+                "none of their own: give it in pixels, for example 640"
+            )
+        return rule.exact_size or (side, side)
+
+    def _predict_tiled(
+        self, rgb: Image.Image, tile: tuple[int, int], overlap: float, least: float, batch: int
+    ) -> Detections:
+        """Of one image, from the whole and its tiles."""
+        windows = windows_of(rgb.width, rgb.height, tile, overlap)
+        parts = (rgb.crop(window) if index else rgb for index, window in enumerate(windows))
+        samples = map(self._sample, parts)
+        found: list[Detections] = []
+        while some := list(islice(samples, batch)):
+            found += self.predict_samples(some, [least] * len(some))
+        if len(windows) == 1:
+            return found[0]
+        return _merged(found, windows, (rgb.width, rgb.height), self._maximum)
 
     def _kept(
         self, column: Sequence[NDArray[Any]], size: tuple[int, int], threshold: float
@@ -209,6 +258,50 @@ class ImagePredictor(ABC):
             labels=self._ids[indices],
             names=tuple(self._names[index] for index in indices),
         )
+
+
+def _of_each(
+    images: ImageLike | Iterable[ImageLike], do: Callable[[Image.Image], Answer]
+) -> Iterator[Answer]:
+    """What ``do`` makes of each image; errors say which image it was."""
+    if _is_single(images):
+        yield do(read_image(cast("ImageLike", images)))
+        return
+    for index, image in enumerate(cast("Iterable[ImageLike]", images)):
+        try:
+            yield do(read_image(image))
+        except UserError as error:
+            raise UserError(f"image {index} of those given (from 0): {error}") from error
+
+
+def _overlap(given: float | None) -> float:
+    given = TILE_OVERLAP if given is None else given
+    return require_number("tile_overlap", given, 0, MOST_OVERLAP)
+
+
+def _merged(
+    found: Sequence[Detections], windows: Sequence[Window], size: tuple[int, int], maximum: int
+) -> Detections:
+    """One set from those of a picture's windows.
+
+    Args:
+        found: of each window, in its pixels.
+        windows: of the picture.
+        size: (width, height) of the picture.
+        maximum: detections at most.
+    """
+    moved = [
+        part.boxes_xyxy + np.array([*window[:2], *window[:2]], dtype=np.float32)
+        for part, window in zip(found, windows, strict=True)
+    ]
+    cut = [cut_off(boxes, window, *size) for boxes, window in zip(moved, windows, strict=True)]
+    boxes = np.concatenate(moved)
+    scores = np.concatenate([part.scores for part in found])
+    labels = np.concatenate([part.labels for part in found])
+    names = [name for part in found for name in part.names]
+    origins = np.repeat(np.arange(len(found)), [len(part) for part in found])
+    stay = merge(boxes, scores, labels, origins, np.concatenate(cut))[:maximum]
+    return Detections(boxes[stay], scores[stay], labels[stay], tuple(names[i] for i in stay))
 
 
 def of_one_size(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:

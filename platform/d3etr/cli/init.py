@@ -20,6 +20,11 @@ from d3etr.errors import UserError
 from d3etr.progress import duration, no_progress
 
 LONGEST_MINUTES = 1e6
+_REPEATED = (
+    *("output", "images", "teacher_weights", "student_weights"),
+    *("backbone_weights", "teacher_backbone_weights"),
+)
+"""Options that the project's README repeats where they were given."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -55,6 +60,13 @@ def _add_arguments(parser: ArgumentParser) -> None:
             metavar="FILE",
             help=f"{what} pre-trained detector (d3etr import-weights) to fine-tune; both or none",
         )
+    for name, what in (("", "all detectors'"), ("teacher-", "the teacher's, where it is another:")):
+        parser.add_argument(
+            f"--{name}backbone-weights",
+            type=location,
+            metavar="FILE",
+            help=f"{what} backbone with ImageNet weights (d3etr weights get, import-weights)",
+        )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_json(parser)
 
@@ -74,6 +86,8 @@ def _run(options: Namespace) -> int:
         options.images,
         options.teacher_weights,
         options.student_weights,
+        options.backbone_weights,
+        options.teacher_backbone_weights,
     )
     project = make_project(request, no_progress if options.quiet else print_progress)
     plan = project.plan
@@ -99,7 +113,7 @@ def _run(options: Namespace) -> int:
 
 def _command(options: Namespace) -> str:
     parts = ["d3etr", "init", str(options.data), "--minutes", f"{options.minutes:g}"]
-    for name in ("output", "images", "teacher_weights", "student_weights"):
+    for name in _REPEATED:
         if getattr(options, name) is not None:
             parts += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     return shlex.join(parts)

@@ -37,6 +37,7 @@ from d3etr.cli import (
     sweep,
     train,
     verdict,
+    weights,
 )
 from d3etr.cli.command import USER_MISTAKE, Command
 from d3etr.errors import RunFailedError, UserError
@@ -56,6 +57,7 @@ COMMANDS: tuple[Command, ...] = (
     evaluate.COMMAND,
     export.COMMAND,
     import_weights.COMMAND,
+    weights.COMMAND,
     predict.COMMAND,
     serve.COMMAND,
     pseudo_label.COMMAND,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +17,7 @@ from d3etr.cli.command import (
     complain,
     fraction,
     print_json,
+    whole_number,
     writing,
 )
 from d3etr.cli.progress import progress_bar
@@ -27,6 +28,8 @@ from d3etr.text import printable
 if TYPE_CHECKING:
     from d3etr.predictions import Detections, ImagePredictor
 
+SMALLEST_TILE, LARGEST_TILE, MOST_OVERLAP = 16, 100_000, 0.9
+"""As in ``predictions``, which is slow to import."""
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 """What counts as a picture in a folder; files named by themselves may be called anything."""
 
@@ -48,13 +51,39 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="lowest score (default: that of the weights, with the highest F1 on validation; else "
         "0.5)",
     )
+    parser.add_argument(
+        "--tiles",
+        nargs="?",
+        const=True,
+        default=False,
+        type=whole_number(SMALLEST_TILE, LARGEST_TILE),
+        metavar="SIZE",
+        help="also look at overlapping tiles of large pictures, of SIZE pixels (default: as large "
+        "as the detector sees); after the pictures",
+    )
+    parser.add_argument(
+        "--tile-overlap",
+        type=_overlap,
+        metavar="SHARE",
+        help="of a tile's side that neighbours have in common at least (default 0.2)",
+    )
     add_device(parser)
     add_json(parser)
+
+
+def _overlap(text: str) -> float:
+    """Type of an argument."""
+    share = fraction(text)
+    if share > MOST_OVERLAP:
+        raise ArgumentTypeError(f"found '{text}', expected at most {MOST_OVERLAP}")
+    return share
 
 
 def _run(options: Namespace) -> int:
     from d3etr.loading import load
 
+    if options.tile_overlap is not None and options.tiles is False:
+        raise UserError("--tile-overlap has no effect without --tiles: add it, or leave this out")
     predictor = load(options.weights, options.device)
     paths, problems = _pictures(options.images)
     targets = _targets(paths, options.output)
@@ -76,7 +105,9 @@ def _answer(
 ) -> dict[str, Any]:
     """Detect on one picture; one that cannot be read is named and has an error for an answer."""
     try:
-        [found] = predictor.predict(path, options.threshold)
+        [found] = predictor.predict(
+            path, options.threshold, tiles=options.tiles, tile_overlap=options.tile_overlap
+        )
     except UserError as error:
         complain(f"error: {error}")
         return {"image": path, "detections": [], "picture": None, "error": str(error)}

@@ -208,8 +208,12 @@ def nearest_frequencies(wide: int, narrow: int) -> Tensor:
 
 def _writes_stream(name: str) -> bool:
     """Whether the rows of a matrix are channels of the stream."""
-    ends = ("attention.output.weight", "feedforward.outer.weight", "norm.bias")
-    ends += (f"{_EMBEDS_ANCHORS}.layers.1.weight",)
+    ends = (
+        "attention.output.weight",
+        "feedforward.outer.weight",
+        "norm.bias",
+        f"{_EMBEDS_ANCHORS}.layers.1.weight",
+    )
     return name.startswith("decoder") and name.endswith(ends)
 
 

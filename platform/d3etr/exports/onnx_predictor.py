@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from d3etr.data.preprocessing import SizeRule
 from d3etr.errors import UserError
 from d3etr.exports.description import INPUTS, OUTPUTS, Description
 from d3etr.exports.formats import require_package
@@ -35,6 +36,11 @@ class OnnxPredictor(ImagePredictor):
         categories = [*zip(description.category_ids, description.names, strict=True)]
         super().__init__(categories, maximum, description.threshold)
         self.session, self.description = session, description
+
+    @property
+    def size_rule(self) -> SizeRule:
+        """As of ``ImagePredictor``."""
+        return self.description.preprocessing
 
     def prepared(self, image: Image.Image) -> NDArray[np.uint8]:
         """As of ``ImagePredictor``.

@@ -201,7 +201,7 @@ def _doubts(plan: Plan) -> list[str]:
         needed = run_seconds(plan.rung.steps, plan.costs[PLAIN], plan.design.test)
         doubts.append(
             f"{plan.minutes:g} minutes are {plan.steps[PLAIN]:,} steps of a student; about "
-            f"{plan.rung.steps:,} are needed to learn from nothing: --minutes "
+            f"{plan.rung.steps:,} are needed to learn something: --minutes "
             f"{needed / SHARES[PLAIN] / 60:.0f} would do"
             if plan.design.start is None
             else f"{plan.steps[PLAIN]:,} steps are few: better {plan.rung.steps:,}"

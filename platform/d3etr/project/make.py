@@ -13,6 +13,7 @@ from d3etr.config.location import Location
 from d3etr.detectors.weights import WeightsInfo, read_info
 from d3etr.errors import UserError
 from d3etr.progress import OnProgress
+from d3etr.project.backbones import Backbones, read_backbones
 from d3etr.project.fit import Plan, fit
 from d3etr.project.measure import Measure, measure
 from d3etr.project.recipes import RT_DETR, Design, Start, start_from
@@ -36,6 +37,8 @@ class Request:
         images: of a COCO file.
         teacher_weights: weights to fine-tune the teacher from; both or none.
         student_weights: weights to fine-tune students from.
+        backbone_weights: ImageNet weights of the backbone that detectors start from.
+        teacher_backbone_weights: the teacher's, where it has another backbone.
     """
 
     data: Path
@@ -45,6 +48,8 @@ class Request:
     images: Path | None = None
     teacher_weights: Location | None = None
     student_weights: Location | None = None
+    backbone_weights: Location | None = None
+    teacher_backbone_weights: Location | None = None
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,10 @@ def make_project(
     """
     require_new(request.output)
     machine = machine or this_machine()
-    start = _start(request, machine)
+    backbones = _backbones(request)
+    start = None if backbones is not None else _start(request, machine)
     found = survey(request.data, request.images, on_progress)
-    design = _designs(found, start, machine)
+    design = _designs(found, start, backbones, machine)
     with tempfile.TemporaryDirectory() as folder:
         write_lists(found, Path(folder))
         data = found.data_tree(Path(folder))
@@ -107,6 +113,27 @@ def make_project(
     project = Project(request.output, request.data, request.command, str(machine), found, plan)
     write_project(project)
     return project
+
+
+def _backbones(request: Request) -> Backbones | None:
+    """The backbones that the person names.
+
+    Raises:
+        UserError: they would have no effect, or are none.
+    """
+    if request.backbone_weights is None:
+        if request.teacher_backbone_weights is not None:
+            raise UserError(
+                "--teacher-backbone-weights needs --backbone-weights, the students': give both, or "
+                "--backbone-weights alone for all"
+            )
+        return None
+    if (request.teacher_weights, request.student_weights) != (None, None):
+        raise UserError(
+            "--backbone-weights has no effect beside --teacher-weights and --student-weights, "
+            "whose files have backbones of their own: leave it out"
+        )
+    return read_backbones(request.backbone_weights, request.teacher_backbone_weights)
 
 
 def _start(request: Request, machine: Machine) -> Start | None:
@@ -145,7 +172,9 @@ def _read(place: Location) -> WeightsInfo:
         return read_info(file)
 
 
-def _designs(found: Survey, start: Start | None, machine: Machine) -> dict[Rung, Design]:
+def _designs(
+    found: Survey, start: Start | None, backbones: Backbones | None, machine: Machine
+) -> dict[Rung, Design]:
     """Sizes to try, the largest first, and what they make."""
     statistics = found.statistics
     ways: dict[Rung, Sizes] = {
@@ -154,7 +183,8 @@ def _designs(found: Survey, start: Start | None, machine: Machine) -> dict[Rung,
     }
     test = "test" in found.splits and len(found.splits["test"].objects.labels) > 0
     return {
-        rung: Design(sizes, start, machine.loading_processes, test) for rung, sizes in ways.items()
+        rung: Design(sizes, start, machine.loading_processes, test, backbones=backbones)
+        for rung, sizes in ways.items()
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 import time
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import torch
 
+from d3etr.config.backbone import BackboneConfig
 from d3etr.config.load import validate
 from d3etr.config.overrides import Tree, merge
 from d3etr.config.tree import Config
 from d3etr.data.allocator import keep_freed_memory
 from d3etr.data.splits import DetectionSplit
+from d3etr.detectors.backbones import build_backbone
 from d3etr.detectors.build import build_detector
-from d3etr.detectors.weights import WeightsInfo, save_weights
+from d3etr.detectors.weights import WeightsInfo, save_weights, write_tensors
 from d3etr.engine.distributed import SingleProcess, TrainContext
 from d3etr.engine.step_costs import StepMaker
 from d3etr.evaluation.evaluator import Evaluator
@@ -86,6 +89,12 @@ def _untaught(trees: Mapping[str, Tree], role: str, folder: Path, train: Detecti
     alone: Tree = {"student": {"initialise_from": None, "backbone_weights": None}}
     tree = merge(resolved(trees, role), alone)
     tree = merge(tree, {"tracking": {"enabled": False}})
+    text = json.dumps(tree["student"]["detector"]["backbone"])
+    backbone = BackboneConfig.model_validate_json(text)
+    if backbone.keeps_statistics:  # training refuses those of nothing
+        network = folder / "backbone.safetensors"
+        write_tensors(network, build_backbone(backbone).state_dict(), {})
+        tree = merge(tree, {"student": {"backbone_weights": str(network)}})
     if role == DISTILLED:
         teacher = validate(merge(resolved(trees, TEACHER), alone), "the teacher")
         file = folder / "teacher.safetensors"

@@ -10,6 +10,7 @@ from d3etr.config.load import plain_tree
 from d3etr.config.location import Location
 from d3etr.config.overrides import Tree, merge
 from d3etr.detectors.weights import WeightsInfo
+from d3etr.project.backbones import Backbones
 from d3etr.project.sizes import Sizes
 
 TEACHER, PLAIN, INHERITED, DISTILLED = "teacher", "plain", "inherited", "distilled"
@@ -93,6 +94,7 @@ class Design:
         test: whether there is a test split.
         views: augmentations of each image that the teacher sees once, before a distilled student
             trains (``teacher.views``); 0: it sees every image of every step.
+        backbones: pre-trained ones of detectors that otherwise learn from nothing.
     """
 
     sizes: Sizes
@@ -100,6 +102,7 @@ class Design:
     workers: int
     test: bool
     views: int = 0
+    backbones: Backbones | None = None
 
 
 def project_trees(
@@ -119,6 +122,8 @@ def project_trees(
         minutes: of each role's whole run.
     """
     shared, own = (_from_nothing if design.start is None else _fine_tuned)(design)
+    if design.backbones is not None:
+        shared, own = _over_backbones(design.backbones, shared, own)
     base = merge(_base(design, data), shared)
     trees = {BASE: base}
     for role in ROLES:
@@ -212,6 +217,24 @@ def _from_nothing(design: Design) -> tuple[Tree, dict[str, Tree]]:
         INHERITED: {"student": {"initialise_from": inherited}},
         DISTILLED: _taught(design),
     }
+
+
+def _over_backbones(
+    backbones: Backbones, shared: Tree, own: dict[str, Tree]
+) -> tuple[Tree, dict[str, Tree]]:
+    """The detectors that learn from nothing, over pre-trained backbones that learn slowly."""
+    detector = shared["student"]["detector"]
+    levels = len(backbones.student.strides)
+    over = {key: value for key, value in detector.items() if key != "backbone"}
+    student = merge({"detector": {**over, "levels": levels}}, backbones.student.tree)
+    changed = {**shared, "student": student}
+    changed["optimisation"] = {**shared["optimisation"], "backbone_rate_factor": 0.1}
+    roles = {**own, TEACHER: {**own[TEACHER], "student": backbones.teacher.tree}}
+    if backbones.same:  # then the teacher's, which has learnt these objects
+        parts = ["backbone", *_PARTS_FROM_NOTHING]
+        taken: Tree = {"student": {"backbone_weights": None, "initialise_from": {"parts": parts}}}
+        roles |= {role: merge(own[role], taken) for role in (INHERITED, DISTILLED)}
+    return changed, roles
 
 
 def _taught(design: Design) -> Tree:

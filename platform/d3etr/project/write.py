@@ -11,6 +11,7 @@ from d3etr.config.yaml_text import dump_yaml
 from d3etr.errors import UserError
 from d3etr.files import atomic_write, clear_disk_errors
 from d3etr.progress import duration
+from d3etr.project.backbones import Backbones
 from d3etr.project.fit import Plan
 from d3etr.project.recipes import (
     BASE,
@@ -30,7 +31,7 @@ LISTS = "data"
 """Folder of the project that holds lists of images."""
 ABOUT = {
     BASE: "What the four recipes share. README.md says what was assumed, and how to run them.",
-    TEACHER: "1. The teacher: more channels, trained longer; it is what students learn from.",
+    TEACHER: "1. The teacher: larger, trained longer; it is what students learn from.",
     PLAIN: "2. The student without a teacher.",
     INHERITED: "3. The same student, started from the teacher's parts: what costs nothing, and\n"
     "# what distilling has to beat within the same time.",
@@ -217,13 +218,11 @@ def assumptions(project: Project) -> list[str]:
     ]
     if plan.design.start is None:
         texts += [
-            "no pre-trained weights: all detectors are Deformable DETRs of two levels over a small "
-            "backbone that learn from nothing; with weights of COCO, name them with "
-            "--teacher-weights and --student-weights",
+            _from_where(plan.design.backbones),
             f"{sizes.queries} queries: three for each object of the fullest image",
             f"boxes begin at the size of a typical object (box_size_bias {sizes.size_bias:g})",
-            f"the teacher has twice the channels in its backbone and sees images {sizes.scale:g} "
-            "times as large; it has more than half of the time, so that it leads",
+            f"the teacher {_larger(plan.design.backbones)}sees images {sizes.scale:g} times as "
+            "large; it has more than half of the time, so that it leads",
             "the distilled student's learning rate is twice the plain one's, which it bears",
         ]
     else:
@@ -242,6 +241,29 @@ def assumptions(project: Project) -> list[str]:
             "base.yaml where that changes a class, as it does for letters"
         )
     return texts
+
+
+def _from_where(backbones: Backbones | None) -> str:
+    if backbones is None:
+        return (
+            "no pre-trained weights: all detectors are Deformable DETRs of two levels over a small "
+            "backbone that learn from nothing; name ImageNet weights of a backbone with "
+            "--backbone-weights ('d3etr weights get'), or detectors of COCO with --teacher-weights "
+            "and --student-weights"
+        )
+    ours, theirs = backbones.student, backbones.teacher
+    taken = "; inherited and distilled take over the teacher's backbone" if backbones.same else ""
+    return (
+        f"all detectors are Deformable DETRs over backbones with ImageNet weights: students have "
+        f"{ours.name} ({ours.weights}), the teacher {theirs.name} ({theirs.weights}){taken}; the "
+        "rest learns from nothing, and backbones learn at a tenth of its rate"
+    )
+
+
+def _larger(backbones: Backbones | None) -> str:
+    if backbones is None:
+        return "has twice the channels in its backbone and "
+    return "" if backbones.same else f"has {backbones.teacher.name} and "
 
 
 def _of_data(found: Survey) -> list[str]:
