@@ -7,7 +7,7 @@ SEED ?= $(shell date +%s)
 RUN = .venv/bin/python
 STAMP = .venv/.installed
 
-.PHONY: help demo test fuzz bench lint environment force
+.PHONY: help demo test fuzz bench docs lint environment force
 .DEFAULT_GOAL = help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test    every test"
 	@echo "make fuzz    5,000 changed files and arguments, others at each call (SEED=N: the same again)"
 	@echo "make bench   every benchmark, side by side, as ratios (18 minutes on two cores)"
+	@echo "make docs    the documentation and the Python API as a site, in build/site"
 	@echo "make lint    ruff, ruff format and mypy"
 
 demo: $(STAMP)
@@ -30,6 +31,12 @@ fuzz: $(STAMP)
 
 bench: $(STAMP)
 	@PYTHONPATH=tests $(RUN) -m benchmarks $(BENCHMARKS)
+
+docs: $(STAMP)
+	@$(RUN) -c 'import material, mkdocstrings' 2>/dev/null || \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	@echo "build/site/index.html; with search: $(RUN) -m http.server --directory build/site"
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -138,4 +138,4 @@ FORMATS = Registry(
 """Classes of ``data.annotations.DataFormat``."""
 
 HOOKS = Registry("hook", "d3etr.hooks", {})
-"""Classes of ``training.hooks.Hook``, without arguments."""
+"""Classes of ``engine.hooks.Hook``, without arguments."""

@@ -125,12 +125,8 @@ class Method(nn.Module, ABC):
     """What a student learns from a teacher; the default answers are those of no method.
 
     It is a module, as it may hold parameters that only training has (linear maps between widths).
-
-    Args:
-        config: of this method.
-        student: the student's architecture.
-        teacher: the teacher's.
-        seed: of whatever it draws.
+    It is made as ``Class(config, student, teacher, seed=seed)``: of its section of the
+    configuration, both detectors' architectures, and the seed of whatever it draws.
 
     Attributes:
         config_class: its section of the configuration.
