@@ -20,6 +20,9 @@ RUNS_ELSEWHERE = 0.3
 """On processors that do not have the recorded kind of vector instructions, and of the longest run,
 which differs between makers of processors too: their libraries of matrix products do."""
 LONGEST = "digits_run"
+NEAR_TIES = 1e-3
+"""Share of the numbers of training steps that may differ: rounding decides nearly equal costs of a
+matching, and another pair has another loss."""
 HAVE_RECORDED = {"AVX2", "AVX512"}
 """``record.py`` keeps to the narrower ones."""
 
@@ -39,7 +42,15 @@ def test_numbers_are_what_they_were(tmp_path: Path, name: str) -> None:
         for place, *pair in differences(expected, found, tolerance)
         if "/gradients/" not in place or [*differences(*pair, GRADIENTS)]
     ]
-    assert not changed, f"{len(changed)} numbers changed: {changed[:10]}"
+    allowed = int(NEAR_TIES * count(expected)) if name == "training_steps" else 0
+    assert len(changed) <= allowed, f"{len(changed)} numbers changed: {changed[:10]}"
+
+
+def count(tree: Any) -> int:
+    """Numbers and texts of a tree."""
+    if isinstance(tree, dict):
+        tree = [*tree.values()]
+    return sum(map(count, tree)) if isinstance(tree, list) else 1
 
 
 def recorded(name: str, folder: Path) -> Any:
