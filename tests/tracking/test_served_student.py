@@ -188,8 +188,12 @@ def test_whole_numbers_are_pixels_whatever_their_type(served: ServedStudent) -> 
     pixels = np.asarray(picture())
     kinds = [pixels, pixels.astype(float), pixels.astype(np.int64).tolist()]
     kinds.append("\n".join(re.findall(".{1,76}", as_base64(picture()))))
-    answers = served.predict(None, [{"image": kind, "threshold": 0.0} for kind in kinds])
-    assert all(answer == answers[0] and answer["error"] is None for answer in answers)
+    first, *others = served.predict(None, [{"image": kind, "threshold": 0.0} for kind in kinds])
+    assert first["error"] is None and first["scores"]
+    for answer in others:  # they share a pass, where the last digit depends on the place
+        assert answer["error"] is None and answer["names"] == first["names"]
+        np.testing.assert_allclose(answer["scores"], first["scores"], atol=1e-6)
+        np.testing.assert_allclose(answer["boxes_xyxy"], first["boxes_xyxy"], atol=1e-4)
 
 
 @pytest.mark.slow
