@@ -34,7 +34,7 @@ def squares(seed: int) -> tuple[ImageBatch, Targets]:
 
 
 LONGER = {"dino": 300, "lw_detr": 300}
-"""Slower kinds: after 150 steps DINO's boxes fit, but its scores are 0.24 to 0.31, and LW-DETR's boxes
+"""Slower kinds: after 150 steps DINO's boxes fit, but its scores are 0.24 to 0.31; LW-DETR's boxes
 overlap by 0.59 on some processors."""
 KINDS = ("rt_detr", "d_fine", "deimv2", "deimv2-lite", "lw_detr", "rf_detr", "dino")
 
