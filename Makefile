@@ -15,7 +15,7 @@ help:
 	@echo "             TEACHER=train trains the teacher too instead of using the shipped one"
 	@echo "make test    every test"
 	@echo "make fuzz    5,000 changed files and arguments, others at each call (SEED=N: the same again)"
-	@echo "make bench   every benchmark, side by side, as ratios (18 minutes on two cores)"
+	@echo "make bench   every benchmark, side by side, as ratios (half an hour or more on two cores)"
 	@echo "make docs    the documentation and the Python API as a site, in build/site"
 	@echo "make lint    ruff, ruff format and mypy"
 

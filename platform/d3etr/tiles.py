@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from d3etr.data.box_areas import areas, common_areas
+
 SAME = 0.5
 """Boxes of one class from two windows with at least this IoU are one object's; a box that a tile
 cuts off is a part of another one that has at least this share of its area."""
@@ -102,21 +104,14 @@ def merge(
         windows: [K] index of the window of each.
         cut: [K] from ``cut_off``.
     """
-    areas = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
+    sizes = areas(boxes)
     stay: list[int] = []
     for index in np.lexsort((-scores, cut)):
         others = np.array(stay, dtype=np.int64)
         rivals = others[(labels[others] == labels[index]) & (windows[others] != windows[index])]
-        common = _common_area(boxes[index], boxes[rivals])
-        iou = common / np.maximum(areas[rivals] + areas[index] - common, 1e-9)
-        within = common / max(float(areas[index]), 1e-9)
+        [common] = common_areas(boxes[index][None], boxes[rivals])
+        iou = common / np.maximum(sizes[rivals] + sizes[index] - common, 1e-9)
+        within = common / max(float(sizes[index]), 1e-9)
         if not np.any((iou >= SAME) | (cut[index] & (within >= SAME))):
             stay.append(int(index))
     return np.array(sorted(stay, key=lambda index: -scores[index]), dtype=np.int64)
-
-
-def _common_area(box: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of one box [4] with each of [K, 4]: [K]."""
-    low, high = np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])
-    area: NDArray[np.float32] = np.prod(np.maximum(high - low, 0), axis=1)
-    return area

@@ -19,6 +19,7 @@ from d3etr.engine.provenance import INPUTS_KEY, data_key
 from d3etr.errors import UserError
 from d3etr.serving.replica import load_model
 from d3etr.serving.settings import ServeSettings
+from d3etr.tracking.model_card import LATENCY, MACHINE
 from d3etr.tracking.state import read_state
 
 MakeConfig = Callable[..., Config]
@@ -28,7 +29,7 @@ MakeRun = Callable[..., Path]
 def on_test(folder: Path, mAP: float, digest: str = "t" * 64) -> Path:
     """A run's folder whose student was measured on test images, too."""
     path = folder / "summary.json"
-    found: dict[str, Any] = {"test/mAP": mAP, "parameters": 12345, "images_per_second": 50.0}
+    found: dict[str, Any] = {"test/mAP": mAP, "parameters": 12345}
     found[INPUTS_KEY] = {data_key("test"): digest}
     path.write_text(json.dumps(json.loads(path.read_text()) | found))
     return folder
@@ -55,15 +56,18 @@ def test_the_best_on_test_is_champion_and_loads_by_that_name_everywhere(
     assert main(["register", str(other), "tiny"]) == 0
     assert "version 3 was measured on other data than version 1" in capsys.readouterr().out
     assert client.get_model_version_by_alias("both", "champion").version == 1
+    state = read_state(better)
+    assert state is not None
+    client.log_metric(state.run_id, LATENCY, 3.25)
+    client.set_tag(state.run_id, MACHINE, "a CPU, 1 at once")
     assert main(["register", str(better), "tiny"]) == 0, "again"
     assert len(client.search_model_versions("name = 'tiny'")) == 3
 
     version = client.get_model_version_by_alias("tiny", "champion")
-    for text in ("| teacher | none |", "| data | digit-scenes |", "40.0 on test", "12,345"):
+    facts = ("| teacher | none |", "| data | digit-scenes |", "40.0 on test", "12,345")
+    for text in (*facts, "| latency | 3.25 ms (a CPU, 1 at once) |"):
         assert text in version.description
     assert version.tags["split"] == "test" and version.tags["parameters"] == "12345"
-    state = read_state(better)
-    assert state is not None
     assert "model_card.md" in {each.path for each in client.list_artifacts(state.run_id)}
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{configs[0].run.output / 'mlflow.db'}")

@@ -23,9 +23,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     from d3etr.serving.settings import ServeSettings
 
     own = ServeSettings(model="")
-    add_weights(
-        parser, ", an ONNX file of d3etr export, a registered model (models:/NAME@champion)"
-    )
+    add_weights(parser, ", an ONNX file of d3etr export")
     for name, kind, text in (
         ("host", str, "address to listen on"),
         ("port", whole_number(0, _HIGHEST_PORT), "to listen on; 0: any that is free"),

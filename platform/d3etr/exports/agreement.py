@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from d3etr.data.box_areas import areas, common_areas
+
 IOU = 0.5
 """Two boxes of one class that overlap by this much are the same detection."""
 
@@ -53,8 +55,6 @@ def agreement(one: Confident, other: Confident) -> Agreement:
 
 def _overlaps(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:
     """IoU [n, m] of boxes [n, 4] and [m, 4]."""
-    corners = np.maximum(one[:, None, :2], other[:, :2]), np.minimum(one[:, None, 2:], other[:, 2:])
-    shared = (corners[1] - corners[0]).clip(min=0).prod(-1)
-    areas = [(x[:, 2:] - x[:, :2]).clip(min=0).prod(-1) for x in (one, other)]
-    union = areas[0][:, None] + areas[1] - shared
-    return np.asarray(shared / np.maximum(union, np.finfo(np.float32).tiny), dtype=np.float32)
+    common = common_areas(one, other)
+    union = areas(one)[:, None] + areas(other) - common
+    return np.asarray(common / np.maximum(union, np.finfo(np.float32).tiny), dtype=np.float32)

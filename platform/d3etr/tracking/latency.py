@@ -8,11 +8,9 @@ from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.text import bare_url
 from d3etr.tracking.compare import Comparison
+from d3etr.tracking.model_card import LATENCY, MACHINE
 from d3etr.tracking.server import connect, first_line, patience, tracking_uri
 from d3etr.tracking.state import read_state
-
-METRIC, MACHINE = "model/latency_ms", "latency_machine"
-"""A run's metric, p50 of a batch, and the tag that says on what it was measured."""
 
 
 def track_latencies(comparison: Comparison) -> list[str]:
@@ -48,7 +46,7 @@ def _send(config: Config, folder: Path, milliseconds: float, machine: str) -> bo
     client = connect(uri)
     try:
         with patience():
-            client.log_metric(state.run_id, METRIC, milliseconds)
+            client.log_metric(state.run_id, LATENCY, milliseconds)
             client.set_tag(state.run_id, MACHINE, machine)
     except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
         raise UserError(

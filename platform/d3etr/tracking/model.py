@@ -30,7 +30,7 @@ from mlflow.types.schema import AnyType, Array
 import d3etr
 from d3etr.detectors.weights import DEFAULT_THRESHOLD, read_info
 from d3etr.logs import get_logger
-from d3etr.tracking.model_card import ModelFacts
+from d3etr.tracking.model_card import LATENCY, MACHINE, ModelFacts
 from d3etr.tracking.sender import ONCE
 
 logger = get_logger(__name__)
@@ -149,11 +149,19 @@ def register(uri: str, name: str, model_uri: str, run_id: str, facts: ModelFacts
     client = MlflowClient(tracking_uri=uri)
     with default_uri(uri):
         version = _register(client, name, model_uri, run_id)
-    client.update_model_version(name, version, facts.card())
+    client.update_model_version(name, version, facts.card(_latency(client, run_id)))
     for key, value in facts.tags().items():
         client.set_model_version_tag(name, version, key, value)
     standing = _set_aliases(client, name, version, facts.mAP, facts.data_digest)
     return Registered(f"models:/{name}/{version}", standing)
+
+
+def _latency(client: MlflowClient, run_id: str) -> str | None:
+    """What ``d3etr compare --latency FILE --track`` has sent to a run."""
+    data = client.get_run(run_id).data
+    if LATENCY not in data.metrics:
+        return None
+    return f"{data.metrics[LATENCY]:.4g} ms ({data.tags.get(MACHINE, 'machine not known')})"
 
 
 def logged_model(client: MlflowClient, address: str) -> str:

@@ -18,6 +18,8 @@ from d3etr.tracking.description import backbone_title, recipe_name, teacher_tags
 
 DIGEST_LENGTH = 16
 CARD_FILE = "model_card.md"
+LATENCY, MACHINE = "model/latency_ms", "latency_machine"
+"""A run's metric, p50 of a batch in a benchmark, and the tag that says on what it was measured."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,6 @@ class ModelFacts:
         mAP: on that, in [0, 1].
         data_digest: of that split's annotations: models are compared on the same data only.
         parameters: how many.
-        images_per_second: in its evaluation, with loading; None where that is not known.
         run_folder: its name.
     """
 
@@ -45,7 +46,6 @@ class ModelFacts:
     mAP: float | None
     data_digest: str
     parameters: int | None
-    images_per_second: float | None
     run_folder: str
 
     def tags(self) -> dict[str, str]:
@@ -60,8 +60,8 @@ class ModelFacts:
         }
         return {name: str(value) for name, value in values.items() if value is not None}
 
-    def card(self) -> str:
-        """Markdown for people."""
+    def card(self, latency: str | None = None) -> str:
+        """Markdown for people, with the latency of a benchmark where there is one."""
         rows = [
             ("detector", self.detector),
             ("teacher", self.teacher or "none"),
@@ -69,8 +69,8 @@ class ModelFacts:
             ("mAP", _measured(self)),
             ("parameters", "not known" if self.parameters is None else f"{self.parameters:,}"),
         ]
-        if self.images_per_second:
-            rows.append(("speed", f"{self.images_per_second:.1f} images/s in its evaluation"))
+        if latency is not None:
+            rows.append(("latency", latency))
         rows.append(("run", self.run_folder))
         table = "\n".join(f"| {name} | {value} |" for name, value in rows)
         return f"# {self.name}\n\n| | |\n| --- | --- |\n{table}\n"
@@ -81,7 +81,7 @@ def model_facts(run_dir: Path) -> ModelFacts:
     folder = RunFolder(run_dir)
     config, summary = load_config(folder.config, ()), read_json(folder.summary)
     split, mAP, digest = _quality(summary, read_info(folder.weights).evaluation or {})
-    count, speed = summary.get("parameters"), summary.get("images_per_second")
+    count = summary.get("parameters")
     detector = config.student.detector
     taught_by = teacher_tags(config)
     return ModelFacts(
@@ -93,7 +93,6 @@ def model_facts(run_dir: Path) -> ModelFacts:
         mAP=mAP,
         data_digest=digest[:DIGEST_LENGTH],
         parameters=None if count is None else int(count),
-        images_per_second=None if speed is None else float(speed),
         run_folder=run_dir.name,
     )
 
