@@ -471,3 +471,23 @@ def test_errors_of_the_program_itself_keep_their_traceback(
     monkeypatch.setattr("d3etr.data.checks.check_data", fail)
     with pytest.raises(ZeroDivisionError):
         main(["check-data", "--set", "data.digit_scenes={}"])
+
+
+WAITS = """
+import os, sys
+from d3etr.cli import program
+try:
+    program(["--version"])
+except SystemExit:
+    sys.exit(f"{os.environ['GOMP_SPINCOUNT']} {'torch' in sys.modules}")
+"""
+
+
+@pytest.mark.parametrize("own", [None, "0"])
+def test_waiting_threads_leave_their_core_to_other_programs(own: str | None) -> None:
+    """OpenMP reads this when PyTorch is imported; the user's own value stays."""
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    environment |= {} if own is None else {"GOMP_SPINCOUNT": own}
+    line = [sys.executable, "-c", WAITS]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == f"{own or '20000'} False"

@@ -66,6 +66,7 @@ def test_an_installed_package_needs_no_path(
 
 
 def test_a_jobs_own_path_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     job = {"runtime_env": {"env_vars": {"PYTHONPATH": "platform"}}}
     monkeypatch.setenv(JOB_CONFIG, json.dumps(job))
     assert runtime_environment() == {}
@@ -73,13 +74,16 @@ def test_a_jobs_own_path_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "PYTHONPATH" in runtime_environment()["env_vars"]
 
 
-def test_workers_of_a_running_cluster_have_the_drivers_limit_of_pixels(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("name", "value"), [("D3ETR_MAXIMUM_MEGAPIXELS", "200"), ("GOMP_SPINCOUNT", "20000")]
+)
+def test_workers_of_a_running_cluster_have_the_drivers_limit_of_pixels_and_way_to_wait(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    monkeypatch.delenv("D3ETR_MAXIMUM_MEGAPIXELS", raising=False)
-    assert "D3ETR_MAXIMUM_MEGAPIXELS" not in runtime_environment().get("env_vars", {})
-    monkeypatch.setenv("D3ETR_MAXIMUM_MEGAPIXELS", "200")
-    assert runtime_environment()["env_vars"]["D3ETR_MAXIMUM_MEGAPIXELS"] == "200"
+    monkeypatch.delenv(name, raising=False)
+    assert name not in runtime_environment().get("env_vars", {})
+    monkeypatch.setenv(name, value)
+    assert runtime_environment()["env_vars"][name] == value
 
 
 def test_the_script_runs_from_a_checkout_that_is_not_installed(

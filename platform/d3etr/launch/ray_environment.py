@@ -109,8 +109,9 @@ def runtime_environment() -> dict[str, dict[str, str]]:
     A submitted job that brings its own PYTHONPATH keeps it: Ray refuses two.
     """
     variables = package_environment()
-    if LIMIT_VARIABLE in os.environ:  # every worker decodes what the driver would
-        variables[LIMIT_VARIABLE] = os.environ[LIMIT_VARIABLE]
+    for name in (LIMIT_VARIABLE, "GOMP_SPINCOUNT"):  # workers decode and wait as the driver would
+        if name in os.environ:
+            variables[name] = os.environ[name]
     job = json.loads(os.environ.get(JOB_CONFIG) or "{}")
     theirs = (job.get("runtime_env") or {}).get("env_vars") or {}
     kept = {name: value for name, value in variables.items() if name not in theirs}
