@@ -153,7 +153,7 @@ class Resampled:
 
 
 def over_seeds(ours: Array, theirs: Array | None = None) -> Interval:
-    """Student's t interval of a mean over seeds, or (Welch's) of the difference of two.
+    """Student's t interval of a mean over seeds, or of the difference of two.
 
     Seeds of two contenders are not paired: what a seed draws first, another method uses otherwise.
 
@@ -182,8 +182,8 @@ def over_both(ours: Resampled, theirs: Resampled | None = None) -> Interval:
     """The interval for another set of images *and* other training runs.
 
     The variances of seeds and of images add up, less what both contain (two-way clustering;
-    Cameron, Gelbach and Miller, 2011). Degrees of freedom are Welch's; the variance over draws of
-    images counts as known.
+    Cameron, Gelbach and Miller, 2011). The variance over draws of images counts as known, which
+    the degrees of freedom of the seeds grow with (Satterthwaite).
     """
     groups = [each for each in (ours, theirs) if each is not None]
     mean, drawn = float(ours.maps.mean()), ours.drawn.mean(0)
@@ -201,9 +201,18 @@ def over_both(ours: Resampled, theirs: Resampled | None = None) -> Interval:
 
 
 def _freedom(parts: Sequence[tuple[float, int]]) -> float:
-    """Welch's degrees of freedom of a sum of variances, each with its own."""
+    """Degrees of freedom of a sum of variances, each with its own.
+
+    Student's where both have as many seeds: there his interval hardly depends on whether both
+    spread alike (of three seeds each, spreads of 1 to 2 make 95 % to 93.4 %), and it is narrower
+    than Welch's, which holds for other numbers.
+    """
     total = sum(variance for variance, _ in parts)
-    return total**2 / sum(v**2 / freedom for v, freedom in parts) if total else np.inf
+    if not total:
+        return np.inf
+    if len({freedom for _, freedom in parts}) == 1:
+        return sum(freedom for _, freedom in parts)
+    return total**2 / sum(v**2 / freedom for v, freedom in parts)
 
 
 def _around(mean: float, variance: float, freedom: float) -> Interval:
