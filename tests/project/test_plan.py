@@ -53,7 +53,7 @@ class Clock:
             raise DoesNotFit(role)
         sizes = tree["data"]["preprocessing"]
         height, width = sizes.get("exact_size") or (sizes["shortest_side"], sizes["longest_side"])
-        factor = {TEACHER: 3.0, DISTILLED: 2.0}.get(role, 1.0)
+        factor = {TEACHER: 2.0, DISTILLED: 2.0}.get(role, 1.0)
         return Costs(self.per_megapixel * factor * images * height * width / 1e6, 1.0)
 
 
@@ -112,13 +112,13 @@ def test_passes_of_the_teacher_are_stored_where_that_leaves_more_steps(
 
 def test_a_slow_machine_gets_smaller_images_and_a_doubt(scenes: Path, tmp_path: Path) -> None:
     quick = make(tmp_path / "quick", scenes, clock=Clock(1.0)).plan
-    slow = make(tmp_path / "slow", scenes, clock=Clock(20.0)).plan
+    slow = make(tmp_path / "slow", scenes, clock=Clock(30.0)).plan
     assert slow.rung.batch < quick.rung.batch
     assert not quick.doubts
     assert any("--minutes" in text for text in slow.doubts)
     minutes = next(int(t.split("--minutes ")[1].split()[0]) for t in slow.doubts if "would" in t)
     assert (
-        make(tmp_path / "longer", scenes, minutes + 1, clock=Clock(20.0)).plan.steps[PLAIN]
+        make(tmp_path / "longer", scenes, minutes + 1, clock=Clock(30.0)).plan.steps[PLAIN]
         >= 0.9 * slow.rung.steps
     )
 

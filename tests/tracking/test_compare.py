@@ -197,6 +197,25 @@ def test_runs_are_found_by_folder_or_beginning(folders: Path) -> None:
     assert len(again.groups[0].runs) == 1
 
 
+def test_a_runs_name_does_not_mean_runs_whose_names_go_on(
+    folders: Path, make_config: MakeConfig
+) -> None:
+    """``digits-inherited`` and ``digits-inherited-matching`` lie side by side."""
+    write_run(make_config("digits-plain-longer"), 0.4)
+    names = [run.folder.name for run in compare(["digits-plain"], folders).groups[0].runs]
+    assert names == ["digits-plain-00000000", "digits-plain-00000001"]
+    assert sum(len(group.runs) for group in compare(["digits-pl"], folders).groups) == 3
+
+
+def test_of_the_teachers_settings_only_chosen_ones_are_listed(folders: Path) -> None:
+    """Plain runs have no such section: its defaults are no difference that anybody made."""
+    found = compare(["digits-plain", "digits-d3etr"], folders).differences()
+    assert found == {
+        "teacher.weights": ["-", "teacher.safetensors"],
+        "distillation.method": ["none", "d3etr"],
+    }
+
+
 def test_what_was_refused_at_its_start_is_no_run(
     folders: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

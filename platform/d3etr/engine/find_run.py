@@ -147,9 +147,10 @@ def find_folder(name: str, output: Path, marker: str, kind: str) -> Path:
 
 
 def with_prefix(name: str, folders: Sequence[Path]) -> list[Path]:
-    """The folder of that name, else all whose names begin with it."""
+    """The folder of that name, else those of runs of that name, else all that begin with it."""
     exact = [folder for folder in folders if folder.name == name]
-    return exact or [folder for folder in folders if folder.name.startswith(name)]
+    of_runs = [folder for folder in folders if folder.name.rpartition("-")[0] == name]
+    return exact or of_runs or [folder for folder in folders if folder.name.startswith(name)]
 
 
 def _listed(folders: Sequence[Path]) -> str:

@@ -222,7 +222,7 @@ def assumptions(project: Project) -> list[str]:
             f"{sizes.queries} queries: three for each object of the fullest image",
             f"boxes begin at the size of a typical object (box_size_bias {sizes.size_bias:g})",
             f"the teacher {_larger(plan.design.backbones)}sees images {sizes.scale:g} times as "
-            "large; it has more than half of the time, so that it leads",
+            "large; it has two and a half times a student's time, so that it leads",
             "the distilled student's learning rate is twice the plain one's, which it bears",
         ]
     else:

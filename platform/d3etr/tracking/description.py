@@ -58,6 +58,11 @@ def params(config: Config) -> dict[str, str]:
     return dict(_flatten("", config.model_dump(mode="json")))
 
 
+def chosen_keys(config: Config) -> set[str]:
+    """Dotted keys whose values are not their defaults."""
+    return set(dict(_flatten("", config.model_dump(mode="json", exclude_defaults=True))))
+
+
 def tags(config: Config, run_dir: Path) -> dict[str, str]:
     """What runs are filtered and grouped by."""
     detector = config.student.detector

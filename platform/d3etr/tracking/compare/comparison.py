@@ -182,17 +182,23 @@ class Comparison:
         return found
 
     def differences(self) -> dict[str, list[str]]:
-        """Settings that are not the same everywhere: dotted key -> value of each group."""
+        """Settings that are not the same everywhere: dotted key -> value of each group.
+
+        Of a section that some runs do not have, such as the teacher's, only what others chose.
+        """
         settings = [group.runs[0].settings() for group in self.groups]
         longest_first = sorted(settings, key=len, reverse=True)
         keys = dict.fromkeys(key for each in longest_first for key in each)
         sections = {key.rpartition(".")[0] for key in keys}
         rows = {key: [each.get(key, "-") for each in settings] for key in keys}
+        chosen = set[str]().union(*(group.runs[0].chosen() for group in self.groups))
         # A section that is null in one run only repeats its keys in the others.
         return {
             key: values
             for key, values in rows.items()
-            if len(set(values)) > 1 and key not in sections
+            if len(set(values)) > 1
+            and key not in sections
+            and (key in chosen or all(key in each for each in settings))
         }
 
     def classes(self) -> dict[str, list[Spread | None]]:

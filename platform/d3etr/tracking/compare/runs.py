@@ -15,7 +15,7 @@ from d3etr.engine.run_folder import CONFIG_FILE, RunFolder
 from d3etr.errors import UserError
 from d3etr.files import read_json
 from d3etr.logs import get_logger
-from d3etr.tracking.description import params, title
+from d3etr.tracking.description import chosen_keys, params, title
 
 logger = get_logger(__name__)
 
@@ -64,6 +64,10 @@ class FinishedRun:
         """Everything that makes the run what it is, with dotted keys."""
         flat = params(self.config)
         return {key: flat[key] for key in flat if not key.startswith(UNCOMPARED)}
+
+    def chosen(self) -> set[str]:
+        """Keys of ``settings`` that are not at their defaults."""
+        return chosen_keys(self.config)
 
 
 def read_run(path: Path) -> FinishedRun:
