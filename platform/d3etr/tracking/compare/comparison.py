@@ -13,6 +13,7 @@ import numpy as np
 
 from d3etr.engine.run_folder import WEIGHTS_FILE
 from d3etr.errors import UserError
+from d3etr.tracking.compare.differences import differences
 from d3etr.tracking.compare.latency import Latencies, read_latencies
 from d3etr.tracking.compare.runs import FinishedRun, find_folders, read_run
 from d3etr.tracking.description import recipe_name
@@ -182,24 +183,8 @@ class Comparison:
         return found
 
     def differences(self) -> dict[str, list[str]]:
-        """Settings that are not the same everywhere: dotted key -> value of each group.
-
-        Of a section that some runs do not have, such as the teacher's, only what others chose.
-        """
-        settings = [group.runs[0].settings() for group in self.groups]
-        longest_first = sorted(settings, key=len, reverse=True)
-        keys = dict.fromkeys(key for each in longest_first for key in each)
-        sections = {key.rpartition(".")[0] for key in keys}
-        rows = {key: [each.get(key, "-") for each in settings] for key in keys}
-        chosen = set[str]().union(*(group.runs[0].chosen() for group in self.groups))
-        # A section that is null in one run only repeats its keys in the others.
-        return {
-            key: values
-            for key, values in rows.items()
-            if len(set(values)) > 1
-            and key not in sections
-            and (key in chosen or all(key in each for each in settings))
-        }
+        """Settings that are not the same everywhere: dotted key -> value of each group."""
+        return differences([group.runs[0] for group in self.groups])
 
     def classes(self) -> dict[str, list[Spread | None]]:
         """Class name -> average precision of each group."""
