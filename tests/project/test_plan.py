@@ -41,8 +41,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Clock:
     """Costs of steps that grow with their pixels."""
 
-    def __init__(self, per_megapixel: float = 2.0, most_images: int = 10**6) -> None:
+    def __init__(
+        self, per_megapixel: float = 2.0, most_images: int = 10**6, teacher: float = 2.0
+    ) -> None:
         self.per_megapixel, self.most_images = per_megapixel, most_images
+        self.teacher = teacher
         self.asked: list[str] = []
 
     def __call__(self, trees: Mapping[str, Any], role: str, splits: Any) -> Costs:
@@ -53,7 +56,7 @@ class Clock:
             raise DoesNotFit(role)
         sizes = tree["data"]["preprocessing"]
         height, width = sizes.get("exact_size") or (sizes["shortest_side"], sizes["longest_side"])
-        factor = {TEACHER: 2.0, DISTILLED: 2.0}.get(role, 1.0)
+        factor = {TEACHER: self.teacher, DISTILLED: 2.0}.get(role, 1.0)
         return Costs(self.per_megapixel * factor * images * height * width / 1e6, 1.0)
 
 
@@ -115,6 +118,8 @@ def test_a_slow_machine_gets_smaller_images_and_a_doubt(scenes: Path, tmp_path: 
     slow = make(tmp_path / "slow", scenes, clock=Clock(30.0)).plan
     assert slow.rung.batch < quick.rung.batch
     assert not quick.doubts
+    [doubt] = make(tmp_path / "dear", scenes, clock=Clock(1.0, teacher=3.0)).plan.doubts
+    assert "the teacher has fewer steps" in doubt
     assert any("--minutes" in text for text in slow.doubts)
     minutes = next(int(t.split("--minutes ")[1].split()[0]) for t in slow.doubts if "would" in t)
     assert (

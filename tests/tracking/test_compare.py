@@ -202,9 +202,11 @@ def test_a_runs_name_does_not_mean_runs_whose_names_go_on(
 ) -> None:
     """``digits-inherited`` and ``digits-inherited-matching`` lie side by side."""
     write_run(make_config("digits-plain-longer"), 0.4)
-    names = [run.folder.name for run in compare(["digits-plain"], folders).groups[0].runs]
-    assert names == ["digits-plain-00000000", "digits-plain-00000001"]
-    assert sum(len(group.runs) for group in compare(["digits-pl"], folders).groups) == 3
+    second = write_run(make_config("digits-plain", 2), 0.3)
+    second.rename(second.with_name("digits-plain-00000000-2"))
+    names = {run.folder.name for run in compare(["digits-plain"], folders).groups[0].runs}
+    assert names == {f"digits-plain-{end}" for end in ("00000000", "00000001", "00000000-2")}
+    assert sum(len(group.runs) for group in compare(["digits-pl"], folders).groups) == 4
 
 
 def test_of_the_teachers_settings_only_chosen_ones_are_listed(folders: Path) -> None:

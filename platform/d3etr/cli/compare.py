@@ -26,7 +26,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="a run's folder, or the beginning of its name; runs that differ in their seed only "
+        help="a run's folder, its name or the beginning of it; runs that differ in their seed only "
         "are averaged",
     )
     add_output_root(parser)

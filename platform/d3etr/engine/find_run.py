@@ -44,7 +44,7 @@ def folder_of(config: Config) -> RunFolder:
     # Other places with the same content are the same run, and other content is noticed.
     if kept is not None and config_digest(_placeless(kept)) == config_digest(_placeless(config)):
         return first
-    called = re.compile(re.escape(config.run.name) + "-[0-9a-f]{8,}(-[0-9]+)?")
+    called = folders_called(config.run.name)
     for file in sorted(output.glob(f"{glob.escape(config.run.name)}-*/{CONFIG_FILE}")):
         run = RunFolder(file.parent)
         if called.fullmatch(run.path.name) and run != first:
@@ -148,9 +148,15 @@ def find_folder(name: str, output: Path, marker: str, kind: str) -> Path:
 
 def with_prefix(name: str, folders: Sequence[Path]) -> list[Path]:
     """The folder of that name, else those of runs of that name, else all that begin with it."""
+    called = folders_called(name)
     exact = [folder for folder in folders if folder.name == name]
-    of_runs = [folder for folder in folders if folder.name.rpartition("-")[0] == name]
+    of_runs = [folder for folder in folders if called.fullmatch(folder.name)]
     return exact or of_runs or [folder for folder in folders if folder.name.startswith(name)]
+
+
+def folders_called(name: str) -> re.Pattern[str]:
+    """Matches the names of folders of runs of a name: a digest follows, and perhaps a number."""
+    return re.compile(re.escape(name) + "-[0-9a-f]{8,}(-[0-9]+)?")
 
 
 def _listed(folders: Sequence[Path]) -> str:

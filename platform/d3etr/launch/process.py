@@ -33,6 +33,10 @@ ECHO_SECONDS = 5.0
 EXIT_SECONDS = 30.0
 """Time limit of Python's exit hooks after a signal."""
 POLL_SECONDS = 0.2
+WAITING = ("GOMP_SPINCOUNT", "20000")
+"""OpenMP's threads spin while they wait for each other: beside other programs each holds the core
+that the other one needs. This is long enough for a machine of one's own, and 15 times shorter than
+the default. Read when PyTorch is imported."""
 INTERRUPTED = 130
 """The exit code of a command that a signal ended: 128 + SIGINT, as shells have it."""
 

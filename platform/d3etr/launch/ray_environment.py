@@ -14,6 +14,7 @@ from d3etr.config.infrastructure import ClusterConfig
 from d3etr.config.tree import Config
 from d3etr.data.images import LIMIT_VARIABLE
 from d3etr.errors import UserError
+from d3etr.launch.process import WAITING
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job; holds the job's runtime environment."""
@@ -53,6 +54,7 @@ def own_cluster_settings() -> dict[str, str]:
         SEVERAL_MACHINES: "0",
         # Ray's own 15 lets every other program of this machine go first.
         "RAY_worker_niceness": "0",
+        WAITING[0]: WAITING[1],
     }
 
 
@@ -109,7 +111,7 @@ def runtime_environment() -> dict[str, dict[str, str]]:
     A submitted job that brings its own PYTHONPATH keeps it: Ray refuses two.
     """
     variables = package_environment()
-    for name in (LIMIT_VARIABLE, "GOMP_SPINCOUNT"):  # workers decode and wait as the driver would
+    for name in (LIMIT_VARIABLE, WAITING[0]):  # workers decode and wait as the driver would
         if name in os.environ:
             variables[name] = os.environ[name]
     job = json.loads(os.environ.get(JOB_CONFIG) or "{}")

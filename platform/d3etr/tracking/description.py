@@ -60,7 +60,7 @@ def params(config: Config) -> dict[str, str]:
 
 def chosen_keys(config: Config) -> set[str]:
     """Dotted keys whose values are not their defaults."""
-    return set(dict(_flatten("", config.model_dump(mode="json", exclude_defaults=True))))
+    return {key for key, _ in _flatten("", config.model_dump(mode="json", exclude_defaults=True))}
 
 
 def tags(config: Config, run_dir: Path) -> dict[str, str]:

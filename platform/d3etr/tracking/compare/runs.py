@@ -98,8 +98,8 @@ def find_folders(run: str | Path, output_root: Path) -> list[Path]:
     """Folders of the runs that are meant.
 
     Args:
-        run: a folder, the name of one in ``output_root`` or the beginning of it (all that fit
-            and did a step are meant).
+        run: a folder, the name of one in ``output_root``, a run's name or the beginning of one (all
+            that fit and did a step are meant).
         output_root: the folder that holds runs.
 
     Raises:
