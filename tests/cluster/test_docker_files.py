@@ -1,6 +1,7 @@
 """What must hold in docker/ and can be read from the files: no Docker is needed."""
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import click
+import compose_spec
 import kubernetes_validate
 import pytest
 import yaml
@@ -280,6 +282,16 @@ def test_pods_and_claim_are_what_kubernetes_takes(job: dict[str, Any]) -> None:
     ]
     for document in [manifests()["PersistentVolumeClaim"], *pods]:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
+def test_compose_files_are_what_the_specification_allows(name: str) -> None:
+    document = compose(name)
+    read = compose_spec.PyCompose.from_json(json.dumps(document))
+    assert set(read.to_dict()["services"]) == set(document["services"])
+    document["services"]["worker"]["stop_grace_periods"] = "45s"
+    with pytest.raises(ValueError, match="stop_grace_periods"):
+        compose_spec.PyCompose.from_json(json.dumps(document))
 
 
 def test_pods_use_the_claim_that_is_made() -> None:
