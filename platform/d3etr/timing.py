@@ -10,6 +10,11 @@ from contextlib import contextmanager
 import torch
 
 
+def seconds_on(device: torch.device) -> float:
+    """Of the clock that is like that of steps: CPU time, with a GPU wall time."""
+    return time.perf_counter() if device.type == "cuda" else time.process_time()
+
+
 class PhaseTimer:
     """Adds up the seconds spent in named phases.
 

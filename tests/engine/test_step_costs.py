@@ -1,15 +1,20 @@
 """Steps that are measured, not kept."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from engine.test_views import placed, with_views
 from tiny_runs import MakeConfig
 
 from d3etr.config.distillation import MethodConfig
 from d3etr.config.tree import Config
-from d3etr.engine import step_costs
+from d3etr.data.views import Arrays
+from d3etr.engine import step_costs, view_store
+from d3etr.engine.build import open_splits
 from d3etr.engine.distributed import SingleProcess
 from d3etr.engine.step_costs import StepMaker, measure_step_costs
+from d3etr.engine.view_records import ViewTeacher
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +35,27 @@ def test_contenders_are_measured_in_turns_and_a_teacher_costs(make_config: MakeC
     assert set(costs.seconds) == {"plain", "taught"} == set(costs.prepared)
     assert "gone.safetensors" in costs.refused["broken"]
     assert costs.prepared == {"plain": 0.0, "taught": 0.0}
+
+
+def test_stored_views_cost_the_same_whoever_made_them(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = 0
+    look = ViewTeacher.records
+
+    def counted(self: ViewTeacher, images: Sequence[int], view: int) -> list[Arrays]:
+        nonlocal shown
+        shown += len(images)
+        return look(self, images, view)
+
+    monkeypatch.setattr(ViewTeacher, "records", counted)
+    monkeypatch.setattr(view_store, "seconds_on", lambda device: float(shown))
+    monkeypatch.setattr(view_store, "TIMED_IMAGES", 8)
+    configs = {f"{k} views": placed(with_views(make_config(), count=k), tmp_path) for k in (1, 3)}
+    images = len(open_splits(configs["1 views"], SingleProcess()).train.records)
+    for _ in "making", "there already":
+        prepared = measure_step_costs(configs, SingleProcess()).prepared
+        assert prepared == pytest.approx({"1 views": images, "3 views": 3 * images}, rel=0.01)
 
 
 def numbers_of(config: Config, steps: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -270,6 +270,10 @@ class ViewBatches:
         """A batch for each key, whose epoch is the view."""
         return self._source.batches(keys)
 
+    def take_cpu_seconds(self) -> float:
+        """CPU seconds of loading processes behind the batches that came since the last call."""
+        return self._source.take_cpu_seconds()
+
     def close(self) -> None:
         """End the loading processes."""
         self._source.close()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-
-import torch
 
 from d3etr.config.tree import Config
 from d3etr.data.allocator import keep_freed_memory
@@ -18,7 +15,7 @@ from d3etr.engine.distributed import TrainContext
 from d3etr.engine.journal import Journal
 from d3etr.engine.metric_logger import LOADING, MetricLogger
 from d3etr.engine.step import MicroBatch, TrainingStep
-from d3etr.engine.views import prepare_views
+from d3etr.engine.views import prepare_views, storing_seconds
 from d3etr.errors import UserError
 
 WARM_UP_STEPS = 3
@@ -27,11 +24,6 @@ PLACES = (0.125, 0.375, 0.625, 0.875)
 """Shares of a run at which steps are measured: a method may be another one later in a run."""
 STEPS = 12
 """In a row at each place: a method may do something in every second or third step only."""
-
-
-def seconds_on(device: torch.device) -> float:
-    """Of the clock that is like that of steps: CPU time, with a GPU wall time."""
-    return time.perf_counter() if device.type == "cuda" else time.process_time()
 
 
 class StepMaker:
@@ -46,7 +38,7 @@ class StepMaker:
         device: where it runs.
         distiller: student and teacher.
         steps: of the whole run.
-        prepared: seconds that storing the teacher's views took, where that was not done before.
+        prepared: seconds that storing the teacher's views takes where nothing is stored yet.
     """
 
     def __init__(self, config: Config, context: TrainContext, steps: int | None = None) -> None:
@@ -54,9 +46,8 @@ class StepMaker:
         models = build_models(config, splits, context)
         self.device, self.distiller = context.device, models.distiller
         self._loader = open_loader(config, splits.train, context, steps)
-        begun = seconds_on(self.device)
+        self.prepared = storing_seconds(config, splits.train, models, context)
         views = prepare_views(config, splits.train, models, context)
-        self.prepared = seconds_on(self.device) - begun if views else 0.0
         if views:
             self._loader.use_views(*views)
         self._batches = self._from(0)

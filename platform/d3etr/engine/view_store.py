@@ -42,12 +42,15 @@ from d3etr.files import clear_disk_errors, read_json, write_text
 from d3etr.methods.base import Method
 from d3etr.methods.stored import StoredParts
 from d3etr.progress import OnProgress
+from d3etr.timing import seconds_on
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 SHARD_BYTES = 64 * 2**20
 MOST_IMAGES = 512
 """Of a shard: what an interruption costs, and what workers share, is no more than these."""
+TIMED_IMAGES = 64
+"""By which the time of a whole store is told."""
 _OVERHEAD = 1200
 """Bytes of a shard beside its tensors: names, shapes, digest."""
 _PROGRESS = "storing teacher views, shards"
@@ -147,6 +150,23 @@ class ViewStore:
                     missing += size
                 shards.append((view, number))
         return Forecast(total, missing, tuple(shards), each)
+
+    def seconds(self) -> float:
+        """What decoding all images in all views and the teacher's passes over them take.
+
+        By the clock of steps, from some images spread over the split; nothing is written.
+        """
+        every = max(1, len(self.split.records) // TIMED_IMAGES)
+        images = range(0, len(self.split.records), every)[:TIMED_IMAGES]
+        device = self._context.device
+        self.teacher.records(images[: self.teacher.batch_size], 0)  # starts the loading processes
+        self._batches.take_cpu_seconds()
+        begun = seconds_on(device)
+        self.teacher.records(images, 0)
+        taken = seconds_on(device) - begun
+        if device.type != "cuda":
+            taken += self._batches.take_cpu_seconds()
+        return taken / len(images) * len(self.split.records) * self.count
 
     def _record_bytes(self) -> NDArray[np.float64]:
         """[K, images]: bytes of each image's record in each view."""

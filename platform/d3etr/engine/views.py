@@ -103,11 +103,7 @@ def prepare_views(
     """
     if config.teacher is None or config.teacher.views is None:
         return ()
-    assert models.teacher is not None
-    method = models.distiller.method
-    require_storable(method, config.teacher.views, models.teacher.config.queries)
-    given = models.teacher, method, models.digests, context
-    stores = [ViewStore(config, part, *given) for part in _parts(split)]
+    stores = _stores(config, split, models, context)
 
     def complete() -> tuple[TeacherViews, ...]:
         forecasts = [store.forecast() for store in stores]
@@ -120,6 +116,46 @@ def prepare_views(
     finally:
         for store in stores:
             store.close()
+
+
+def storing_seconds(
+    config: Config, split: DetectionSplit, models: Models, context: TrainContext
+) -> float:
+    """What making all stores of a run takes where nothing is stored yet; 0 where it asks for none.
+
+    It is measured on some images, so that whoever shares a store with others, or finds it made,
+    has the same seconds as if it were alone.
+
+    Args:
+        config: of the run.
+        split: the training split, with its images without labels.
+        models: the teacher, the method and the digests of what they were read from.
+        context: one worker.
+    """
+    if config.teacher is None or config.teacher.views is None:
+        return 0.0
+    stores = _stores(config, split, models, context)
+    try:
+        return sum(store.seconds() for store in stores)
+    finally:
+        for store in stores:
+            store.close()
+
+
+def _stores(
+    config: Config, split: DetectionSplit, models: Models, context: TrainContext
+) -> list[ViewStore]:
+    """A run's stores, not made yet.
+
+    Raises:
+        UserError: the method compares what cannot be stored.
+    """
+    assert models.teacher is not None
+    assert config.teacher is not None and config.teacher.views is not None
+    method = models.distiller.method
+    require_storable(method, config.teacher.views, models.teacher.config.queries)
+    given = models.teacher, method, models.digests, context
+    return [ViewStore(config, part, *given) for part in _parts(split)]
 
 
 def _parts(split: DetectionSplit) -> list[DetectionSplit]:

@@ -13,7 +13,6 @@ from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.engine.distributed import SingleProcess
 from d3etr.engine.init_student import build_student
 from d3etr.engine.provenance import data_digests, ensure_same_inputs, file_content
-from d3etr.engine.step_costs import seconds_on
 from d3etr.errors import UserError
 from d3etr.files import clear_disk_errors, read_json, write_text
 from d3etr.inference import load
@@ -25,6 +24,7 @@ from d3etr.pseudo_labels import (
     require_same_names,
     with_unlabelled_images,
 )
+from d3etr.timing import seconds_on
 
 
 @dataclass(frozen=True)
