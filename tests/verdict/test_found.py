@@ -101,6 +101,13 @@ def test_what_labelling_took_is_said() -> None:
     assert "in the same 1 minutes of CPU time a run" in labelled.sentence
 
 
+def test_times_that_differ_are_in_the_sentence() -> None:
+    early = found(around(0.04, 0.02), around(0.1, 0.05), seconds=15.0)
+    assert early.final is not None
+    stage = replace(early.final, ran=(*early.final.ran, ran("pseudo-labels", 15.0, 9.0)))
+    assert "over 'inherited plain' in 0.25 to 0.4 minutes of CPU time a run" in stage.sentence
+
+
 def test_a_curve_begins_after_what_the_teacher_did_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

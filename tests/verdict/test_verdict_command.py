@@ -71,7 +71,7 @@ def test_a_verdict_compares_at_equal_time_and_goes_on_where_it_ended(
     assert "teacher" in first and "2 seeds" in first
     for name in NAMES:
         assert f"{name}: a step takes" in log
-    assert "forecast: " in log and "early, after 0.25 of the time: " in log
+    assert "forecast: " in log and "early, after 0.25 of the steps: " in log
 
     (file,) = tmp_path.glob("taught-verdict-*/verdict.json")
     found = json.loads(file.read_text())

@@ -113,13 +113,20 @@ class Stage:
         """The answer with its numbers, in one sentence."""
         judgement, best = self.judgement, self.judgement.best_distilled
         assert best is not None
-        minutes = fmean(each.entry.prepared + each.seconds for each in self.ran) / 60
         said = (
             f"{OPENINGS[self.answer]}: '{best.name}' reaches {_percent(best.mAP.both.mean)} mAP, "
-            f"{shown(self.gain.both)} over '{judgement.rival}' in the same {minutes:.3g} minutes "
+            f"{shown(self.gain.both)} over '{judgement.rival}' in {self._minutes()} minutes "
             f"of {self.ran[0].clock} a run ({self.split} split, {len(best.maps)} seeds)"
         )
         return f"{said}{_of_teacher(judgement)}."
+
+    def _minutes(self) -> str:
+        """Of a run, what a teacher did before its first step included."""
+        each = [(ran.entry.prepared + ran.seconds) / 60 for ran in self.ran]
+        mean = fmean(each)
+        if max(each) - min(each) <= 2 * UNEQUAL * mean:
+            return f"the same {mean:.3g}"
+        return f"{min(each):.3g} to {max(each):.3g}"
 
     def cautions(self, costs: StepCosts) -> list[str]:
         """What limits the answer, a sentence each."""
@@ -144,8 +151,8 @@ class Stage:
             teacher = each.entry.way.config.teacher
             if teacher is not None and teacher.views is not None:
                 found.append(
-                    f"{each.entry.prepared:.0f} s of '{name}' went into storing the teacher's "
-                    "views; what was stored before is not counted."
+                    f"{each.entry.prepared:.0f} s of '{name}' are what storing the teacher's "
+                    "views takes where nothing is stored yet."
                 )
         return found
 

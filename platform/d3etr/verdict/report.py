@@ -78,7 +78,7 @@ def notes(found: Found) -> list[str]:
         rates = ", ".join(f"{name} x {rate:g}" for name, rate in found.rates.items())
         said.append(f"Learning rates, chosen on validation by short runs: {rates}.")
     if found.early is not None and found.final is not None:
-        said.append(f"Early, by runs of a quarter of the time: {found.early.sentence}")
+        said.append(f"Early, by runs of a quarter of the steps: {found.early.sentence}")
         said += [f"'{name}' was stopped early." for name in found.early.stopped]
     return said
 

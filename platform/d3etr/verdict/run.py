@@ -40,7 +40,7 @@ from d3etr.verdict.labelling import Labelled, label
 from d3etr.verdict.stages import Entry, entry, sweep_of
 
 EARLY = 0.25
-"""Share of the time that early runs have."""
+"""Share of a run's steps that early runs have."""
 COSTS_FILE = "costs.json"
 
 
@@ -54,7 +54,7 @@ class Question:
         minutes: of training steps in each run, by the clock that ``d3etr compare`` uses.
         seeds: how many; the first is the recipe's.
         rates: factors on the recipe's learning rate that each contender may try.
-        early: whether all run at a quarter of the time first.
+        early: whether all run for a quarter of their steps first.
         checkpoint: the student's own weights, to be fine-tuned.
         variants: name -> overrides of the recipe; further distilled students.
         command: what repeats it.
@@ -151,18 +151,28 @@ class _Verdict:
     def _costs(self, labelling: float) -> StepCosts:
         """Measured once: the steps of a verdict that goes on are those that it began with.
 
+        Who was refused then is measured again, as the reason may be gone.
+
         Args:
             labelling: seconds that the teacher took for its labels.
         """
         file = self._folder / COSTS_FILE
-        if file.exists():
-            return StepCosts(**read_json(file))
-        self._say("measuring what a step of each contender costs")
-        configs = {way.name: absolute_paths(way.config) for way in self._contest.ways}
+        known = StepCosts(**read_json(file)) if file.exists() else StepCosts({}, {}, {})
+        configs = {
+            way.name: absolute_paths(way.config)
+            for way in self._contest.ways
+            if way.name not in known.seconds
+        }
+        if not configs:
+            return known
+        whose = ", ".join(configs) if known.seconds else "each contender"
+        self._say(f"measuring what a step of {whose} costs")
         costs = on_a_worker(self._base.cluster, _measure, configs)
         for name in ON_LABELS:
             if name in costs.prepared:
                 costs.prepared[name] += labelling
+        seconds, prepared = known.seconds | costs.seconds, known.prepared | costs.prepared
+        costs = StepCosts(seconds, prepared, costs.refused)
         self._folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(vars(costs), indent=1) + "\n")
         return costs
@@ -199,7 +209,7 @@ class _Verdict:
 
     def _early(self, entries: Sequence[Entry], found: Found) -> tuple[list[Entry], Found]:
         """Choose rates by short runs, and stop what cannot win any more."""
-        short = {
+        short = {  # of steps: what a teacher did before them serves the whole run
             each.title: replace(each, steps=max(1, round(EARLY * each.steps))) for each in entries
         }
         ran = self._train("early", short, self._seeds[: self._early_seeds])
@@ -216,7 +226,7 @@ class _Verdict:
         stage = None
         if self._question.early:
             stage = self._judged(chosen, "validation")
-            self._say(f"early, after {EARLY:g} of the time: {stage.sentence}")
+            self._say(f"early, after {EARLY:g} of the steps: {stage.sentence}")
             for name in stage.stopped:
                 self._say(f"{name} is stopped: it cannot win any more")
         kept = [
