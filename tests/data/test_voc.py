@@ -139,6 +139,15 @@ def test_voc_lists_choose_images(voc: Write) -> None:
     assert "b.xml is not there, but train.txt lists it" in problem(root)
 
 
+@pytest.mark.parametrize("line", ["photo 1", "photo 1  1", "photo 1 -1"])
+def test_a_name_in_a_voc_list_may_have_spaces_and_a_flag(voc: Write, line: str) -> None:
+    root = voc(name="photo 1.jpg")
+    (root / "Annotations/a.xml").rename(root / "Annotations/photo 1.xml")
+    (root / "JPEGImages/a.jpg").rename(root / "JPEGImages/photo 1.jpg")
+    (root / "ImageSets/Main/train.txt").write_text(f"{line}\n")
+    assert [record.file_name for record in read(root).records] == ["photo 1.jpg"]
+
+
 def test_voc_images_that_are_not_there_are_named(voc: Write) -> None:
     root = voc()
     (root / "JPEGImages/a.jpg").unlink()

@@ -8,6 +8,7 @@ not learnt and ignored in evaluation. Classes are all names in all XML files, by
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -25,6 +26,7 @@ from d3etr.data.formats.files import (
 from d3etr.errors import UserError
 
 _ANNOTATIONS, _IMAGES, _LISTS = "Annotations", "JPEGImages", "ImageSets/Main"
+_FLAGS = ("-1", "0", "1")
 _FARTHEST = 1e9
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -118,8 +120,17 @@ class _Layout:
                 f"{file} is not there: expected a list of images, one a line. Found "
                 f"{', '.join(there[:12]) or 'no list'}; 'subset' chooses one by its name"
             )
-        # A second number tells whether the class that a list is named after is in the image.
-        return sorted({line.split()[0] for line in lines_of(file) if line.strip()})
+        known = {*everything}
+        return sorted({_stem(line.strip(), known) for line in lines_of(file) if line.strip()})
+
+
+def _stem(line: str, known: Set[str]) -> str:
+    """The image that a line of a list names, among the ``known`` ones or without its flag.
+
+    A flag (-1, 0 or 1) tells whether the class that a list is named after is in the image.
+    """
+    parts = line.rsplit(maxsplit=1)
+    return line if line in known or parts[-1] not in _FLAGS else parts[0]
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
