@@ -126,15 +126,7 @@ class _Layout:
             UserError: it cannot be used, or lacks the split.
         """
         tree = _tree(file)
-        path = _text(file, "path", tree.get("path") or ".")
-        # Ultralytics begins at the working directory, exports of other tools at the file.
-        root = next((root for root in (file.parent / path, Path(path)) if root.is_dir()), None)
-        if root is None:
-            raise UserError(
-                f"{file}: path {path!r:.200} is no folder (looked for {file.parent / path}); "
-                "expected the folder of the data set, relative to this file, or no 'path' if that "
-                "is this file's own"
-            )
+        root = _root(file, tree)
         value = tree.get(subset, tree.get(_ALSO.get(subset, subset)))
         if not value:
             there = [key for key in _SUBSETS if tree.get(key)]
@@ -145,6 +137,26 @@ class _Layout:
         parts = value if isinstance(value, list) else [value]
         entries = [_entry(file, root, subset, _text(file, subset, part)) for part in parts]
         return cls(file, root, _names(file, tree), entries, "kpt_shape" in tree)
+
+
+def _root(file: Path, tree: Mapping[str, Any]) -> Path:
+    """The folder that paths of a data.yaml are relative to.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = _text(file, "path", tree.get("path") or ".")
+    # Exports begin at the file, Ultralytics at where it is called, which is often above the file.
+    # The working directory itself would be another one in the next command.
+    above = (file.parent, *file.absolute().parents[1:])
+    root = next((folder / path for folder in above if (folder / path).is_dir()), None)
+    if root is None:
+        raise UserError(
+            f"{file}: path {path!r:.200} is no folder (looked for {file.parent / path}, and from "
+            "the folders above); expected the folder of the data set, relative to this file or to "
+            "a folder above it, or no 'path' if that is this file's own"
+        )
+    return root
 
 
 def _tree(file: Path) -> dict[str, Any]:
