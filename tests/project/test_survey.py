@@ -83,13 +83,15 @@ def test_one_coco_file_is_divided_by_lists(
         assert again.categories == found.splits[name].categories
 
 
+@pytest.mark.parametrize("spelling", ["{}", "./{}", "{root}/{}", ["{}"]])
 def test_yolo_whose_validation_is_its_training_is_divided(
-    scenes: Mapping[str, SplitConfig], tmp_path: Path
+    spelling: str | list[str], scenes: Mapping[str, SplitConfig], tmp_path: Path
 ) -> None:
     WRITERS["yolo"](scenes, tmp_path / "data")
     file = tmp_path / "data" / "data.yaml"
     tree = yaml.safe_load(file.read_text())
-    file.write_text(yaml.safe_dump(tree | {"val": tree["train"], "test": None}))
+    text = json.dumps(spelling).format(tree["train"], root=tmp_path / "data")
+    file.write_text(yaml.safe_dump(tree | {"val": json.loads(text), "test": None}))
     found = look(tmp_path / "data")
     assert sum(counts(found).values()) == 30 and set(found.made) == {*counts(found)}
 

@@ -53,13 +53,14 @@ class YoloFormat:
         Raises:
             UserError: data.yaml cannot be used.
         """
-        tree = _tree(_yaml_file(place))
-        values = {str(tree[key]): key for key in reversed(_SUBSETS) if tree.get(key)}
-        named = [key for key in _SUBSETS if key in values.values()]
-        return (
-            *named,
-            *(also for key, also in _ALSO.items() if tree.get(also) and key not in named),
-        )
+        file = _yaml_file(place)
+        tree = _tree(file)
+        root, found = _root(file, tree), dict[frozenset[str], str]()
+        for key in ("train", "val", "validation", "test"):
+            if tree.get(key) and not any(_ALSO.get(name) == key for name in found.values()):
+                entries = _entries(file, root, key, tree[key])
+                found.setdefault(frozenset(map(os.path.realpath, entries)), key)
+        return (*found.values(),)
 
     def read(self, source: Source) -> Annotations:
         """Read the split that ``source.subset`` names in data.yaml.
@@ -134,8 +135,7 @@ class _Layout:
                 f"{file}: has no '{subset}' (found {', '.join(there) or 'no split at all'}); "
                 "expected a folder of images, a file that lists them, or several of these"
             )
-        parts = value if isinstance(value, list) else [value]
-        entries = [_entry(file, root, subset, _text(file, subset, part)) for part in parts]
+        entries = _entries(file, root, subset, value)
         return cls(file, root, _names(file, tree), entries, "kpt_shape" in tree)
 
 
@@ -180,6 +180,12 @@ def _text(file: Path, key: str, value: object) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise UserError(f"{file}: '{key}' is {value!r:.60}; expected a path, or a list of paths")
     return value
+
+
+def _entries(file: Path, root: Path, subset: str, value: object) -> list[Path]:
+    """Folders of images, and files that list them, by what data.yaml says of a split."""
+    parts = value if isinstance(value, list) else [value]
+    return [_entry(file, root, subset, _text(file, subset, part)) for part in parts]
 
 
 def _entry(file: Path, root: Path, subset: str, part: str) -> Path:
