@@ -161,6 +161,37 @@ def test_xml_files_next_to_their_pictures_are_a_split(voc: Write, tmp_path: Path
     assert [record.file_name for record in read(flat).records] == ["a.jpg"]
 
 
+@pytest.mark.parametrize(
+    ("annotations", "images", "named"),
+    [
+        ("annotations", "images", ""),  # as on Kaggle
+        ("annotations", "images", "annotations"),
+        ("Annotations", "images", ""),
+        ("annotations", "JPEGImages", ""),
+        ("labels", "images", "labels"),
+        ("annotations", "annotations", ""),
+        ("annotations", ".", ""),
+    ],
+)
+def test_voc_images_are_found_beside_the_folder_of_xml_files(
+    voc: Write, annotations: str, images: str, named: str
+) -> None:
+    root = voc()
+    (root / "Annotations").rename(root / annotations)
+    (root / "ImageSets/Main/train.txt").unlink()
+    (root / images).mkdir(exist_ok=True)
+    (root / "JPEGImages/a.jpg").rename(root / images / "a.jpg")
+    if images != "JPEGImages":
+        (root / "JPEGImages").rmdir()
+    [record] = read(root / named).records
+    assert record.file_name == "a.jpg" and len(record.labels) == 1
+
+
+def test_a_folder_called_annotations_without_xml_is_no_voc_data_set(tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    assert "in no format that is known" in problem(tmp_path)
+
+
 def test_classes_txt_fixes_the_order_of_voc_classes(voc: Write) -> None:
     root = voc()
     (root / "classes.txt").write_text("dog\ncat\n")

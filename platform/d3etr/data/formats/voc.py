@@ -1,5 +1,6 @@
 """Pascal VOC: an XML file per image in Annotations, images in JPEGImages, lists in ImageSets/Main.
 
+The folders ``annotations`` and ``images`` are taken for those of the same meaning.
 Boxes are corners in pixels that count from 1 and include both ends. Objects marked difficult are
 not learnt and ignored in evaluation. Classes are all names in all XML files, by spelling, unless a
 ``classes.txt`` in the folder gives them and their order.
@@ -26,6 +27,7 @@ from d3etr.data.formats.files import (
 from d3etr.errors import UserError
 
 _ANNOTATIONS, _IMAGES, _LISTS = "Annotations", "JPEGImages", "ImageSets/Main"
+_PICTURES = (_IMAGES, "images")
 _FLAGS = ("-1", "0", "1")
 _FARTHEST = 1e9
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -38,9 +40,7 @@ class VocFormat:
 
     def recognises(self, place: Path) -> bool:
         """Whether ``place`` is a folder of XML files, or has one called Annotations."""
-        return place.is_dir() and (
-            (place / _ANNOTATIONS).is_dir() or next(place.glob("*.xml"), None) is not None
-        )
+        return place.is_dir() and (_annotations(place) is not None or _has_xml(place))
 
     def subsets(self, place: Path) -> tuple[str, ...]:
         """The lists in ``ImageSets/Main``; none where all images are one set."""
@@ -96,13 +96,14 @@ class _Layout:
     @classmethod
     def of(cls, source: Source) -> _Layout:
         place = source.annotations
-        whole = (place / _ANNOTATIONS).is_dir()
-        root = place if whole else place.parent if place.name == _ANNOTATIONS else place
+        inside = _annotations(place)
+        annotations = inside or place
+        whole = annotations.name.lower() == _ANNOTATIONS.lower()
+        root = annotations.parent if whole else place
         images = source.images if isinstance(source.images, Path) else None
         if source.images is None:
-            beside = root / _IMAGES
-            images = beside if beside.is_dir() or whole else place
-        return cls(root, place / _ANNOTATIONS if whole else place, images)
+            images = _pictures(root, annotations)
+        return cls(root, annotations, images)
 
     def chosen(self, source: Source, everything: list[str]) -> list[str]:
         """The images of the subset, without suffix, sorted.
@@ -111,11 +112,11 @@ class _Layout:
             UserError: no list is called so.
         """
         lists = self.root / _LISTS
-        if not lists.is_dir() and not source.chosen:
+        there = sorted(path.stem for path in lists.glob("*.txt"))
+        if not there and not source.chosen:
             return everything
         file = lists / f"{source.subset}.txt"
         if not file.is_file():
-            there = sorted(path.stem for path in lists.glob("*.txt"))
             raise UserError(
                 f"{file} is not there: expected a list of images, one a line. Found "
                 f"{', '.join(there[:12]) or 'no list'}; 'subset' chooses one by its name"
@@ -131,6 +132,32 @@ def _stem(line: str, known: Set[str]) -> str:
     """
     parts = line.rsplit(maxsplit=1)
     return line if line in known or parts[-1] not in _FLAGS else parts[0]
+
+
+def _annotations(place: Path) -> Path | None:
+    """The folder of XML files in a data set; data sets of other formats have one in lower case."""
+    if (place / _ANNOTATIONS).is_dir():
+        return place / _ANNOTATIONS
+    lower = place / _ANNOTATIONS.lower()
+    return lower if _has_xml(lower) else None
+
+
+def _has_xml(folder: Path) -> bool:
+    return next(folder.glob("*.xml"), None) is not None
+
+
+def _pictures(root: Path, annotations: Path) -> Path:
+    """The folder of images: one that is called so, or that of the XML files or the one above."""
+    named, beside = (
+        [above / name for name in _PICTURES if (above / name).is_dir()]
+        for above in (root, annotations.parent)
+    )
+    mixed, above = (
+        [folder] if any(is_image(path.name) for path in folder.iterdir()) else []
+        for folder in (annotations, root)
+    )
+    usual = root if annotations == root else root / _IMAGES
+    return [*named, *mixed, *beside, *above, usual][0]
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
