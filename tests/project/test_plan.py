@@ -1,5 +1,6 @@
 """Sizes that suit a data set, and lengths that suit the time, by a clock of the test's own."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -206,3 +207,19 @@ def test_the_command_refuses_in_one_line(
     assert main(["init", str(tmp_path / "nowhere"), "--minutes", "5"]) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert line.startswith("error: ") and "is not there" in line
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("train",)])
+def test_the_readme_says_which_part_was_divided(
+    names: tuple[str, ...], scenes: Path, tmp_path: Path
+) -> None:
+    for name in names:
+        shutil.copytree(scenes.parent / "images" / name, tmp_path / "data" / name)
+        shutil.copy(scenes / f"{name}.json", tmp_path / "data" / f"{name}.json")
+    text = make(tmp_path / "p", tmp_path / "data").folder.joinpath("README.md").read_text()
+    assert "the data set has no validation of its own: images of 'train.json' were divided" in text
+    assert ("(82 % / 18 % train, validation)" in text) is ("test" in names)
+    assert ("- test is that of the data set\n" in text) is ("test" in names)
+    assert "no splits" not in text
+    data = load_config(tmp_path / "p" / "plain.yaml").data
+    assert data.test is not None and data.test.annotations.name == "test.json"

@@ -9,7 +9,7 @@ not learnt and ignored in evaluation. Classes are all names in all XML files, by
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -43,8 +43,14 @@ class VocFormat:
         return place.is_dir() and (_annotations(place) is not None or _has_xml(place))
 
     def subsets(self, place: Path) -> tuple[str, ...]:
-        """The lists in ``ImageSets/Main``; none where all images are one set."""
-        return tuple(sorted(file.stem for file in (place / _LISTS).glob("*.txt")))
+        """The lists in ``ImageSets/Main``, but for those of one class such as ``cat_train``.
+
+        Raises:
+            UserError: a list cannot be read.
+        """
+        lists = _Layout.of(Source(place)).root / _LISTS
+        files = {file.stem: file for file in sorted(lists.glob("*.txt"))}
+        return tuple(name for name in files if not _of_a_class(name, files))
 
     def read(self, source: Source) -> Annotations:
         """Read the images that ``ImageSets/Main`` lists for the subset; all if there are no lists.
@@ -132,6 +138,15 @@ def _stem(line: str, known: Set[str]) -> str:
     """
     parts = line.rsplit(maxsplit=1)
     return line if line in known or parts[-1] not in _FLAGS else parts[0]
+
+
+def _of_a_class(name: str, files: Mapping[str, Path]) -> bool:
+    """Whether a list has another's images, each with a flag."""
+    which, _, whole = name.rpartition("_")
+    if not which or whole not in files:
+        return False
+    first = next((line.split() for line in lines_of(files[name]) if line.strip()), [])
+    return len(first) > 1 and first[-1] in _FLAGS
 
 
 def _annotations(place: Path) -> Path | None:
