@@ -1,5 +1,6 @@
 """Sizes that suit a data set, and lengths that suit the time, by a clock of the test's own."""
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -223,3 +224,19 @@ def test_the_readme_says_which_part_was_divided(
     assert "no splits" not in text
     data = load_config(tmp_path / "p" / "plain.yaml").data
     assert data.test is not None and data.test.annotations.name == "test.json"
+
+
+def test_the_command_is_repeated_as_it_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Request] = []
+
+    def refuse(request: Request, *_: object) -> Project:
+        asked.append(request)
+        raise UserError("nothing is made here")
+
+    monkeypatch.setattr("d3etr.project.make.make_project", refuse)
+    words = ["init", "photos", "--minutes", "5", "--follow-links", "--images", "a folder"]
+    assert main(words) == 2
+    assert asked[0].follow_links and asked[0].images == Path("a folder")
+    assert asked[0].command == f"d3etr {shlex.join(words)}"

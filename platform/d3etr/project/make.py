@@ -34,11 +34,12 @@ class Request:
         minutes: for teacher and students together.
         output: the project's folder.
         command: as typed.
-        images: of a COCO file.
+        images: of COCO files or Pascal VOC.
         teacher_weights: weights to fine-tune the teacher from; both or none.
         student_weights: weights to fine-tune students from.
         backbone_weights: ImageNet weights of the backbone that detectors start from.
         teacher_backbone_weights: the teacher's, where it has another backbone.
+        follow_links: whether links may lead out of the folder of images.
     """
 
     data: Path
@@ -50,6 +51,7 @@ class Request:
     student_weights: Location | None = None
     backbone_weights: Location | None = None
     teacher_backbone_weights: Location | None = None
+    follow_links: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def make_project(
     machine = machine or this_machine()
     backbones = _backbones(request)
     start = None if backbones is not None else _start(request, machine)
-    found = survey(request.data, request.images, on_progress)
+    found = survey(request.data, request.images, on_progress, follow_links=request.follow_links)
     design = _designs(found, start, backbones, machine)
     with tempfile.TemporaryDirectory() as folder:
         write_lists(found, Path(folder))
