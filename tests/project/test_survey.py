@@ -269,6 +269,50 @@ def test_links_out_of_the_folder_are_followed_where_that_is_asked_for(
     assert all(place["follow_links"] is True for place in found.data_tree(tmp_path).values())
 
 
+def without_objects(file: Path, but: int = 0) -> None:
+    """Take all objects from a COCO file, but for those of so many images."""
+    content = json.loads(file.read_text())
+    kept = {image["id"] for image in content["images"][:but]}
+    objects = [entry for entry in content["annotations"] if entry["image_id"] in kept]
+    file.write_text(json.dumps(content | {"annotations": objects}))
+
+
+def test_a_validation_split_without_objects_is_refused(
+    scenes: Mapping[str, SplitConfig], tmp_path: Path
+) -> None:
+    coco_files(scenes, tmp_path, train="train.json", validation="val.json")
+    without_objects(tmp_path / "val.json")
+    with pytest.raises(UserError, match=r"val\.json: no image of validation .* divides the train"):
+        look(tmp_path)
+    (tmp_path / "val.json").unlink()
+    without_objects(tmp_path / "train.json", but=1)
+    with pytest.raises(UserError, match=r"train\.json: found one image .* annotate more"):
+        look(tmp_path)
+    without_objects(tmp_path / "train.json")
+    with pytest.raises(UserError, match="nothing to learn from"):
+        look(tmp_path)
+
+
+def test_a_few_images_with_objects_are_learnt_from_and_measured_on(
+    scenes: Mapping[str, SplitConfig], tmp_path: Path
+) -> None:
+    coco_files(scenes, tmp_path, train="train.json")
+    without_objects(tmp_path / "train.json", but=3)
+    found = look(tmp_path)
+    assert all(len(split.objects.labels) for split in found.splits.values()) and not found.warnings
+
+
+def test_a_test_split_without_objects_is_a_warning_that_is_shown(
+    scenes: Mapping[str, SplitConfig], tmp_path: Path
+) -> None:
+    coco_files(scenes, tmp_path, train="train.json", validation="val.json", test="test.json")
+    without_objects(tmp_path / "test.json")
+    lines: list[str] = []
+    found = survey(tmp_path, None, lambda text, *_: lines.append(text))
+    assert found.warnings == ("no image of test has an object: there is nothing to measure",)
+    assert f"warning: {found.warnings[0]}" in lines
+
+
 @pytest.mark.parametrize(
     ("layout", "text"),
     [

@@ -101,6 +101,7 @@ def _run(options: Namespace) -> int:
         "side": plan.design.sizes.side,
         "batch_size": plan.design.sizes.batch,
         "doubts": list(plan.doubts),
+        "warnings": list(project.survey.warnings),
         "runs": {
             role: {"steps": steps, "seconds": plan.seconds(role)}
             for role, steps, _ in overview(plan)

@@ -157,7 +157,12 @@ def survey(
     found = Survey(located.format, read, trees)
     if "validation" not in read:
         found = _divided(found, located)
-    return replace(found, warnings=(*located.warnings, *_warnings(found.splits)))
+    _require_measurable(found.splits["validation"], divided="validation" in found.made)
+    warnings = (*located.warnings, *_empty_test(found.splits))
+    for text in warnings:
+        on_progress(f"warning: {text}")
+    logged = (text for split in read.values() for text in split.warnings)
+    return replace(found, warnings=(*dict.fromkeys(logged), *warnings))
 
 
 def _divided(found: Survey, located: Located) -> Survey:
@@ -185,9 +190,24 @@ def _divided(found: Survey, located: Located) -> Survey:
     )
 
 
-def _warnings(splits: Mapping[str, DetectionSplit]) -> list[str]:
-    texts = list(dict.fromkeys(text for split in splits.values() for text in split.warnings))
-    for name in ("validation", "test"):
-        if name in splits and not len(splits[name].objects.labels):
-            texts.append(f"no image of {name} has an object: there is nothing to measure")
-    return texts
+def _require_measurable(validation: DetectionSplit, divided: bool) -> None:
+    """Refuse a validation split by which no weights can be chosen.
+
+    Raises:
+        UserError: no image has an object.
+    """
+    if len(validation.objects.labels):
+        return
+    text = "no image of validation has an object, so that nothing would tell which weights are best"
+    remedy = "annotate some, or take this split away: init then divides the training images"
+    if divided:
+        text = "found one image with an object; expected two at least, the second to validate on"
+        remedy = "annotate more"
+    raise UserError(f"{validation.annotations}: {text}; {remedy}")
+
+
+def _empty_test(splits: Mapping[str, DetectionSplit]) -> list[str]:
+    """A warning where there is a test split and nothing to measure on it."""
+    if "test" not in splits or len(splits["test"].objects.labels):
+        return []
+    return ["no image of test has an object: there is nothing to measure"]
