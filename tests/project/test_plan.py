@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from d3etr.cli.main import main
 from d3etr.config.data import DataConfig, DigitScenesConfig
 from d3etr.config.load import load_config
 from d3etr.data.digit_scenes import write_digit_scenes
+from d3etr.engine.view_store import Forecast
 from d3etr.errors import UserError
 from d3etr.progress import no_progress
 from d3etr.project.fit import SHARES, VIEWS, run_seconds, steps_within, with_views
@@ -113,6 +115,27 @@ def test_passes_of_the_teacher_are_stored_where_that_leaves_more_steps(
     many = with_views(Costs(1.0, 0.0), Costs(2.0, 0.0), images=10_000, batch=4)
     live = steps_within(1020.0, Costs(2.0, 0.0), test=False)
     assert steps_within(1020.0, few, test=False) > live > steps_within(1020.0, many, test=False)
+
+
+@pytest.mark.parametrize("why", ["free", "maximum_gigabytes"])
+def test_passes_of_the_teacher_are_not_stored_where_they_have_no_room(
+    why: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why == "free":
+        full = SimpleNamespace(free=1000)
+        monkeypatch.setattr("d3etr.engine.views.shutil.disk_usage", lambda folder: full)
+    else:
+        large = Forecast(total=21 * 10**9, missing=0, shards=(), shard_images=1)
+        monkeypatch.setattr("d3etr.engine.views.ViewStore.forecast", lambda store: large)
+    lines: list[str] = []
+    request = Request(scenes, 30, tmp_path / "p", "d3etr init")
+    plan = make_project(
+        request, lambda text, *_: lines.append(text), machine=TWO_CORES, measure=Clock()
+    ).plan
+    assert plan.design.views == 0 and plan.costs[DISTILLED].preparation == 0
+    assert load_config(tmp_path / "p" / "distilled.yaml").teacher.views is None
+    [line] = [line for line in lines if "cannot be stored" in line]
+    assert why in line and str(tmp_path / "p" / "runs") in line
 
 
 def test_a_slow_machine_gets_smaller_images_and_a_doubt(scenes: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from d3etr.progress import OnProgress
 from d3etr.project.backbones import Backbones, read_backbones
 from d3etr.project.fit import Plan, fit
 from d3etr.project.measure import Measure, measure
-from d3etr.project.recipes import RT_DETR, Design, Start, start_from
+from d3etr.project.recipes import RT_DETR, RUNS, Design, Start, start_from
 from d3etr.project.sizes import Rung, Sizes, exact_rungs, rungs, sizes_for
 from d3etr.project.survey import Statistics, Survey, survey
 from d3etr.project.write import Project, require_new, write_lists, write_project
@@ -111,7 +111,8 @@ def make_project(
     with tempfile.TemporaryDirectory() as folder:
         write_lists(found, Path(folder))
         data = found.data_tree(Path(folder))
-        plan: Plan = fit(found, request.minutes, design, data, measure, on_progress)
+        runs = request.output / RUNS
+        plan: Plan = fit(found, request.minutes, design, data, measure, runs, on_progress)
     project = Project(request.output, request.data, request.command, str(machine), found, plan)
     write_project(project)
     return project
