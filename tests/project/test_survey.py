@@ -317,7 +317,7 @@ def test_a_test_split_without_objects_is_a_warning_that_is_shown(
     ("layout", "text"),
     [
         ((), "is not there; expected a COCO file"),
-        (("notes.txt",), "in no format that is known"),
+        (("notes.txt",), "in no format that is known: .* name the file or folder that has them"),
         (("images/a.jpg", "labels/a.txt"), "no data.yaml, which names the classes"),
     ],
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from d3etr.config.data import SplitConfig
+from d3etr.data.annotations import DataFormat
 from d3etr.data.formats import AUTO, find_format
 from d3etr.data.formats.coco import read_images
 from d3etr.data.splits import Keys
@@ -73,12 +75,7 @@ def _located(data: Path, images: Path | None) -> Located:
         return _of_coco_files(data, files, images)
     if data.is_dir() and (data / "labels").is_dir():
         _require_data_yaml(data)
-    name, found = find_format(AUTO, data)
-    if name == "coco":
-        raise UserError(
-            f"{data} is in no format that is known: expected a .json file (COCO), data.yaml "
-            "(YOLO), or a folder of a data set"
-        )
+    name, found = _known_format(data)
     if images is not None and name != "voc":
         raise UserError(
             f"--images {images}: only COCO files and Pascal VOC need it, and {data} is another "
@@ -92,6 +89,19 @@ def _located(data: Path, images: Path | None) -> Located:
     chosen = splits_among(data, parts, _PARTS.get(name, "parts"))
     splits = {split: _split(data, images, subset) for split, subset in chosen.items()}
     return _of_parts(Located(splits, found.title, keys), parts, chosen)
+
+
+def _known_format(data: Path) -> tuple[str, DataFormat]:
+    """The format of what is no COCO file, and no folder with such files."""
+    with suppress(UserError):  # which would advise a key of recipes
+        name, found = find_format(AUTO, data)
+        if name != "coco":
+            return name, found
+    raise UserError(
+        f"{data} is in no format that is known: expected a .json file with images, annotations and "
+        "categories (COCO), data.yaml (YOLO), XML files or Annotations with such (Pascal "
+        "VOC), or metadata.jsonl (image folder); name the file or folder that has them"
+    )
 
 
 def _split(data: Path, images: Path | None, subset: str | None = None) -> SplitConfig:
