@@ -235,11 +235,10 @@ def test_image_numbers_are_the_same_whatever_the_order_of_the_folder(
 
 
 @pytest.mark.parametrize("path", ["{folder}/..", "sets"])
-def test_yolos_path_begins_at_the_file_or_at_the_working_directory(
-    path: str, coco: dict[str, SplitConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_yolos_path_begins_at_the_file_or_at_a_folder_above_it(
+    path: str, coco: dict[str, SplitConfig], tmp_path: Path
 ) -> None:
     split = WRITERS["yolo"](coco, tmp_path / "sets")["train"]
-    monkeypatch.chdir(tmp_path)
     content = yaml.safe_load(split.annotations.read_text())
     own = tmp_path / "lists" / "data.yaml"
     own.parent.mkdir()
@@ -249,3 +248,15 @@ def test_yolos_path_begins_at_the_file_or_at_the_working_directory(
     moved = split.model_copy(update={"annotations": own})
     expected = [record.file_name for record in read_split("train", split).records]
     assert [record.file_name for record in read_split("train", moved).records] == expected
+
+
+def test_yolos_path_does_not_begin_at_the_working_directory(
+    coco: dict[str, SplitConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = WRITERS["yolo"](coco, tmp_path / "here" / "sets")["train"]
+    own = tmp_path / "elsewhere" / "data.yaml"
+    own.parent.mkdir()
+    own.write_text(yaml.safe_dump(yaml.safe_load(split.annotations.read_text()) | {"path": "sets"}))
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"path 'sets' is no folder .* a folder above it"):
+        read_split("train", split.model_copy(update={"annotations": own}))

@@ -1,8 +1,11 @@
 """Sizes that suit a data set, and lengths that suit the time, by a clock of the test's own."""
 
+import shlex
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from d3etr.cli.main import main
 from d3etr.config.data import DataConfig, DigitScenesConfig
 from d3etr.config.load import load_config
 from d3etr.data.digit_scenes import write_digit_scenes
+from d3etr.engine.view_store import Forecast
 from d3etr.errors import UserError
 from d3etr.progress import no_progress
 from d3etr.project.fit import SHARES, VIEWS, run_seconds, steps_within, with_views
@@ -113,6 +117,27 @@ def test_passes_of_the_teacher_are_stored_where_that_leaves_more_steps(
     assert steps_within(1020.0, few, test=False) > live > steps_within(1020.0, many, test=False)
 
 
+@pytest.mark.parametrize("why", ["free", "maximum_gigabytes"])
+def test_passes_of_the_teacher_are_not_stored_where_they_have_no_room(
+    why: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why == "free":
+        full = SimpleNamespace(free=1000)
+        monkeypatch.setattr("d3etr.engine.views.shutil.disk_usage", lambda folder: full)
+    else:
+        large = Forecast(total=21 * 10**9, missing=0, shards=(), shard_images=1)
+        monkeypatch.setattr("d3etr.engine.views.ViewStore.forecast", lambda store: large)
+    lines: list[str] = []
+    request = Request(scenes, 30, tmp_path / "p", "d3etr init")
+    plan = make_project(
+        request, lambda text, *_: lines.append(text), machine=TWO_CORES, measure=Clock()
+    ).plan
+    assert plan.design.views == 0 and plan.costs[DISTILLED].preparation == 0
+    assert load_config(tmp_path / "p" / "distilled.yaml").teacher.views is None
+    [line] = [line for line in lines if "cannot be stored" in line]
+    assert why in line and str(tmp_path / "p" / "runs") in line
+
+
 def test_a_slow_machine_gets_smaller_images_and_a_doubt(scenes: Path, tmp_path: Path) -> None:
     quick = make(tmp_path / "quick", scenes, clock=Clock(1.0)).plan
     slow = make(tmp_path / "slow", scenes, clock=Clock(30.0)).plan
@@ -206,3 +231,35 @@ def test_the_command_refuses_in_one_line(
     assert main(["init", str(tmp_path / "nowhere"), "--minutes", "5"]) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert line.startswith("error: ") and "is not there" in line
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("train",)])
+def test_the_readme_says_which_part_was_divided(
+    names: tuple[str, ...], scenes: Path, tmp_path: Path
+) -> None:
+    for name in names:
+        shutil.copytree(scenes.parent / "images" / name, tmp_path / "data" / name)
+        shutil.copy(scenes / f"{name}.json", tmp_path / "data" / f"{name}.json")
+    text = make(tmp_path / "p", tmp_path / "data").folder.joinpath("README.md").read_text()
+    assert "the data set has no validation of its own: images of 'train.json' were divided" in text
+    assert ("(82 % / 18 % train, validation)" in text) is ("test" in names)
+    assert ("- test is that of the data set\n" in text) is ("test" in names)
+    assert "no splits" not in text
+    data = load_config(tmp_path / "p" / "plain.yaml").data
+    assert data.test is not None and data.test.annotations.name == "test.json"
+
+
+def test_the_command_is_repeated_as_it_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Request] = []
+
+    def refuse(request: Request, *_: object) -> Project:
+        asked.append(request)
+        raise UserError("nothing is made here")
+
+    monkeypatch.setattr("d3etr.project.make.make_project", refuse)
+    words = ["init", "photos", "--minutes", "5", "--follow-links", "--images", "a folder"]
+    assert main(words) == 2
+    assert asked[0].follow_links and asked[0].images == Path("a folder")
+    assert asked[0].command == f"d3etr {shlex.join(words)}"

@@ -53,7 +53,7 @@ def test_the_commands_of_a_project_work_in_their_order(
         assert checked.data.train is not None
         assert Path(str(checked.data.train.annotations)).is_file()
     text = (project / "README.md").read_text()
-    assert "no splits" in text and "measured on this machine" in text
+    assert "images of 'train' were divided" in text and "measured on this machine" in text
     with pytest.raises(FileExistsError):
         project.mkdir()
     monkeypatch.chdir(project)

@@ -51,7 +51,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--images",
         type=Path,
         metavar="FOLDER",
-        help="of a COCO file's images, where they are not found around it",
+        help="of the images of COCO files or Pascal VOC, where they are not found around them",
+    )
+    parser.add_argument(
+        "--follow-links", action="store_true", help="links may lead out of the image folder"
     )
     for role, what in (("teacher", "the larger"), ("student", "the smaller")):
         parser.add_argument(
@@ -88,6 +91,7 @@ def _run(options: Namespace) -> int:
         options.student_weights,
         options.backbone_weights,
         options.teacher_backbone_weights,
+        options.follow_links,
     )
     project = make_project(request, no_progress if options.quiet else print_progress)
     plan = project.plan
@@ -97,6 +101,7 @@ def _run(options: Namespace) -> int:
         "side": plan.design.sizes.side,
         "batch_size": plan.design.sizes.batch,
         "doubts": list(plan.doubts),
+        "warnings": list(project.survey.warnings),
         "runs": {
             role: {"steps": steps, "seconds": plan.seconds(role)}
             for role, steps, _ in overview(plan)
@@ -113,6 +118,8 @@ def _run(options: Namespace) -> int:
 
 def _command(options: Namespace) -> str:
     parts = ["d3etr", "init", str(options.data), "--minutes", f"{options.minutes:g}"]
+    if options.follow_links:
+        parts.append("--follow-links")
     for name in _REPEATED:
         if getattr(options, name) is not None:
             parts += [f"--{name.replace('_', '-')}", str(getattr(options, name))]

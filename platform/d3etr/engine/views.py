@@ -34,6 +34,10 @@ STORING_SECONDS = 10.0
 """How often storing writes a line into the journal."""
 
 
+class NoRoomError(UserError):
+    """Stores would be larger than allowed, or than what is free on the disk."""
+
+
 def require_storable(method: Method, views: ViewsConfig, queries: int) -> None:
     """Refuse what has no stored counterpart.
 
@@ -169,7 +173,11 @@ def _is_here(split: DetectionSplit) -> bool:
 
 
 def _require_room(stores: Sequence[ViewStore], forecasts: Sequence[Forecast]) -> None:
-    """Refuse stores that are larger than allowed, or than what is free on the disk."""
+    """Refuse stores that are larger than allowed, or than what is free on the disk.
+
+    Raises:
+        NoRoomError: naming what would make them smaller.
+    """
     teacher, views, folder = stores[0].teacher, stores[0].views, stores[0].folder.parent
     total, missing = (sum(getattr(f, key) for f in forecasts) for key in ("total", "missing"))
     there = folder
@@ -195,7 +203,7 @@ def _require_room(stores: Sequence[ViewStore], forecasts: Sequence[Forecast]) ->
         )
     if views.precision == "float32":
         smaller.append("teacher.views.precision float16")
-    raise UserError(
+    raise NoRoomError(
         f"the teacher's outputs for {' and '.join(map(str, stores))} take {total / 1e9:.3g} GB in "
         f"{folder}, {problem}. Smaller stores have {', '.join(smaller)}"
     )
@@ -258,7 +266,8 @@ def forecast_views(config: Config) -> tuple[StoreForecast, ...] | None:
         where that is not known as digit scenes are not written yet.
 
     Raises:
-        UserError: the stores would be too large, or images or weights cannot be read.
+        NoRoomError: the stores would be too large.
+        UserError: images or weights cannot be read.
     """
     if config.teacher is None or config.teacher.views is None or config.teacher.weights is None:
         return ()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from d3etr.config.overrides import Tree
 from d3etr.errors import UserError
 from d3etr.progress import OnProgress, duration
-from d3etr.project.measure import Costs, DoesNotFit, Measure
+from d3etr.project.measure import Costs, DoesNotFit, Measure, storing_problem
 from d3etr.project.recipes import (
     DISTILLED,
     EVALUATIONS,
@@ -84,6 +85,7 @@ def fit(
     rungs: Mapping[Rung, Design],
     data: Tree,
     measure: Measure,
+    runs: Path,
     on_progress: OnProgress,
 ) -> Plan:
     """Choose the largest sizes that leave a student enough steps, by steps made here.
@@ -94,6 +96,7 @@ def fit(
         rungs: sizes, the largest first, and what they make.
         data: ``data.train`` and the other splits, as they can be read now.
         measure: makes steps.
+        runs: the folder that will hold the project's runs.
         on_progress: called with what is measured.
 
     Raises:
@@ -116,7 +119,8 @@ def fit(
     if best is None or best[0] < FEWEST_STEPS:
         raise UserError(_too_short(minutes, best))
     _, rung, plain = best
-    return _planned(found, minutes, (rung, rungs[rung]), plain, data, measure, on_progress)
+    chosen = rung, rungs[rung]
+    return _planned(found, minutes, chosen, plain, data, measure, runs, on_progress)
 
 
 def _planned(
@@ -126,6 +130,7 @@ def _planned(
     plain: Costs,
     data: Tree,
     measure: Measure,
+    runs: Path,
     on_progress: OnProgress,
 ) -> Plan:
     """The lengths of all four runs at chosen sizes; ``plain`` is what a plain student costs."""
@@ -145,8 +150,13 @@ def _planned(
     if design.start is None and steps_within(seconds, stored, design.test) > steps_within(
         seconds, taken[DISTILLED], design.test
     ):
-        design, taken[DISTILLED] = replace(design, views=VIEWS), stored
-        on_progress(f"the teacher's passes over {VIEWS} views of each image are stored")
+        wanted, train = replace(design, views=VIEWS), found.splits["train"]
+        problem = storing_problem(project_trees(wanted, data, PLACEHOLDER), train, runs)
+        if problem is None:
+            design, taken[DISTILLED] = wanted, stored
+            on_progress(f"the teacher's passes over {VIEWS} views of each image are stored")
+        else:
+            on_progress(f"the teacher is in every step, as its passes cannot be stored: {problem}")
     lengths = {
         role: max(1, steps_within(60 * minutes * SHARES[role], taken[role], design.test))
         for role in ROLES

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from d3etr.config.data import SplitConfig
+from d3etr.data.annotations import DataFormat
 from d3etr.data.formats import AUTO, find_format
 from d3etr.data.formats.coco import read_images
+from d3etr.data.splits import Keys
 from d3etr.errors import UserError
+from d3etr.project.names import NAMES, split_of, splits_among, unused
 
-NAMES = {
-    "train": ("train", "training"),
-    "validation": ("val", "validation", "valid", "dev"),
-    "test": ("test", "testing"),
-}
-"""Split -> what data sets call it."""
-WHOLE = "all"
-"""The split of a data set that has no splits."""
+_PARTS = {"yolo": "keys", "voc": "lists in ImageSets/Main", "imagefolder": "folders"}
+"""Format -> what its parts are."""
+_TAKES_IMAGES = Keys("--images", "DATA")
+_KNOWS_IMAGES = Keys("DATA", "DATA")
 _LOOKED_AT = 400
 """JSON files of a folder that are looked at."""
 
@@ -28,50 +28,93 @@ class Located:
     """Where a data set is.
 
     Attributes:
-        splits: train, validation and maybe test; or ``WHOLE`` alone, which is still to be split.
+        splits: train, and maybe validation and test; without validation, the images of train are
+            still to be divided.
         format: as people call it.
+        keys: what error texts call what the person named.
+        part: what the data set calls the part that is to be divided; None where it has no parts.
+        warnings: what may be wrong, a sentence each.
     """
 
     splits: dict[str, SplitConfig]
     format: str
+    keys: Keys
+    part: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
-def locate(data: Path, images: Path | None = None) -> Located:
+def locate(data: Path, images: Path | None = None, *, follow_links: bool = False) -> Located:
     """Find the splits of a data set.
 
     Args:
         data: a COCO file or a folder with such files, YOLO's data.yaml or its folder, a Pascal VOC
             folder, or an image folder.
-        images: the folder of a COCO file's images; None: looked for around the file.
+        images: the folder of the images of COCO files or Pascal VOC; None: looked for around them.
+        follow_links: whether links may lead out of the folder of images.
 
     Raises:
-        UserError: nothing is there, or it is in no format that is known.
+        UserError: nothing is there, it is in no format that is known, or its parts have names that
+            do not tell which split they are.
     """
-    data = data.absolute()
+    found = _located(data.absolute(), images and images.absolute())
+    links = {"follow_links": follow_links}
+    splits = {name: split.model_copy(update=links) for name, split in found.splits.items()}
+    return replace(found, splits=splits)
+
+
+def _located(data: Path, images: Path | None) -> Located:
     if not data.exists():
         raise UserError(
             f"{data} is not there; expected a COCO file or a folder with such files, a YOLO "
             "data.yaml or its folder, a Pascal VOC folder, or an image folder with metadata.jsonl"
         )
     if data.suffix.lower() == ".json":
-        return Located({WHOLE: _coco_split(data, images)}, "COCO")
+        return Located({"train": _coco_split(data, images)}, "COCO", _TAKES_IMAGES)
     files = _coco_files(data) if data.is_dir() else []
     if files:
         return _of_coco_files(data, files, images)
-    if images is not None:
-        raise UserError(
-            f"--images {images}: only COCO files need it, and {data} is none: remove it"
-        )
     if data.is_dir() and (data / "labels").is_dir():
         _require_data_yaml(data)
-    name, found = find_format(AUTO, data)
-    if name == "coco":
+    name, found = _known_format(data)
+    if images is not None and name != "voc":
         raise UserError(
-            f"{data} is in no format that is known: expected a .json file (COCO), data.yaml "
-            "(YOLO), or a folder of a data set"
+            f"--images {images}: only COCO files and Pascal VOC need it, and {data} is another "
+            f"format ({found.title}): remove it"
         )
+    keys = _TAKES_IMAGES if name == "voc" else _KNOWS_IMAGES
     subsets: Sequence[str] = getattr(found, "subsets", lambda place: ())(data)
-    return Located(_of_subsets(data, subsets), found.title)
+    if not subsets:
+        return Located({"train": _split(data, images)}, found.title, keys)
+    parts = {subset: split_of(subset) for subset in subsets}
+    chosen = splits_among(data, parts, _PARTS.get(name, "parts"))
+    splits = {split: _split(data, images, subset) for split, subset in chosen.items()}
+    return _of_parts(Located(splits, found.title, keys), parts, chosen)
+
+
+def _known_format(data: Path) -> tuple[str, DataFormat]:
+    """The format of what is no COCO file, and no folder with such files."""
+    with suppress(UserError):  # which would advise a key of recipes
+        name, found = find_format(AUTO, data)
+        if name != "coco":
+            return name, found
+    raise UserError(
+        f"{data} is in no format that is known: expected a .json file with images, annotations and "
+        "categories (COCO), data.yaml (YOLO), XML files or Annotations with such (Pascal "
+        "VOC), or metadata.jsonl (image folder); name the file or folder that has them"
+    )
+
+
+def _split(data: Path, images: Path | None, subset: str | None = None) -> SplitConfig:
+    return SplitConfig(annotations=data, images=images, subset=subset)
+
+
+def _of_parts(
+    found: Located, parts: Mapping[str, str | None], chosen: Mapping[str, str]
+) -> Located:
+    """With what is to be said of a data set's parts; ``chosen`` are those that are splits."""
+    divided = "validation" not in chosen and parts[chosen["train"]] is not None
+    part = chosen["train"] if divided else None
+    return replace(found, part=part, warnings=(*unused(parts, chosen),))
 
 
 def _require_data_yaml(data: Path) -> None:
@@ -82,21 +125,6 @@ def _require_data_yaml(data: Path) -> None:
         )
 
 
-def _of_subsets(data: Path, subsets: Sequence[str]) -> dict[str, SplitConfig]:
-    """Splits by the names that a data set has for them."""
-    found = dict[str, str]()
-    for split, names in NAMES.items():
-        named = next((name for name in names if name in subsets), None)
-        if named is not None:
-            found[split] = named
-    if {"train", "validation"} <= {*found}:
-        return {
-            split: SplitConfig(annotations=data, subset=subset) for split, subset in found.items()
-        }
-    subset = found.get("train") or next(iter(subsets), None)
-    return {WHOLE: SplitConfig(annotations=data, subset=subset)}
-
-
 def _coco_files(folder: Path) -> list[Path]:
     """COCO detection files in a folder, its ``annotations``, and the folders of its splits."""
     candidates = [*sorted(folder.glob("*.json")), *sorted(folder.glob("*/*.json"))]
@@ -104,51 +132,35 @@ def _coco_files(folder: Path) -> list[Path]:
 
 
 def _is_coco(path: Path) -> bool:
-    """Whether a file begins as a COCO file does; results files are lists, not objects."""
+    """Whether a file begins as a COCO file does, and has boxes of classes.
+
+    Results are lists, not objects, and captions have no classes.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(1)
             rest = start + file.read()
     except OSError:
         return False
-    return start == b"{" and all(key in rest for key in (b'"images"', b'"annotations"'))
+    keys = (b'"images"', b'"annotations"', b'"categories"')
+    return start == b"{" and all(key in rest for key in keys)
 
 
 def _of_coco_files(data: Path, files: list[Path], images: Path | None) -> Located:
-    """COCO files by what their names, or those of their folders, say."""
-    found = dict[str, Path]()
-    for split, names in NAMES.items():
-        of_split = [path for path in files if _is_called(path, names)]
-        if len(of_split) > 1:
-            raise UserError(
-                f"{data}: found several COCO files of the {split} split "
-                f"({', '.join(str(path.relative_to(data)) for path in of_split[:5])}); expected "
-                "one: name the file itself, or move the others away"
-            )
-        if of_split:
-            found[split] = of_split[0]
-    if {"train", "validation"} <= {*found}:
-        splits = {split: _coco_split(path, images) for split, path in found.items()}
-        return Located(splits, "COCO")
-    if len(files) > 1:
-        raise UserError(
-            f"{data}: found the COCO files "
-            f"{', '.join(str(path.relative_to(data)) for path in files[:5])}; expected one, or "
-            "names that say which is 'train' and which 'val'"
-        )
-    return Located({WHOLE: _coco_split(files[0], images)}, "COCO")
+    """COCO files by what their names, or else those of their folders, say."""
+    parts = {path.relative_to(data).as_posix(): _called(path, data) for path in files}
+    chosen = splits_among(data, parts, "COCO files")
+    splits = {split: _coco_split(data / name, images) for split, name in chosen.items()}
+    return _of_parts(Located(splits, "COCO", _TAKES_IMAGES), parts, chosen)
 
 
-def _is_called(path: Path, names: Sequence[str]) -> bool:
-    """Whether a part of a file's name, or of its folder's, is among ``names``."""
-    text = f"{path.parent.name} {path.stem}".lower()
-    for mark in "-_.0123456789":
-        text = text.replace(mark, " ")
-    return not {*text.split()}.isdisjoint(names)
+def _called(path: Path, data: Path) -> str | None:
+    """The split that a file's name says, or its folder's where that is below ``data``."""
+    return split_of(path.stem) or (None if path.parent == data else split_of(path.parent.name))
 
 
 def _coco_split(path: Path, images: Path | None) -> SplitConfig:
-    folder = _image_folder(path) if images is None else images.absolute()
+    folder = _image_folder(path) if images is None else images
     return SplitConfig(images=folder, annotations=path)
 
 
@@ -173,8 +185,7 @@ def _likely_folders(path: Path) -> Iterator[Path]:
     """Folders around a COCO file where its images may be, likely ones first."""
     here, above = path.parent, path.parent.parent
     words = [path.stem, path.stem.removeprefix("instances_")]
-    called = [names for names in NAMES.values() if _is_called(path, names)]
-    words += [name for names in called for name in names]
+    words += NAMES.get(split_of(path.stem) or split_of(here.name) or "", ())
     for root in (here, above):
         yield from (root / word for word in words)
         yield from (root / "images" / word for word in words)

@@ -16,7 +16,7 @@ from d3etr.progress import OnProgress
 from d3etr.project.backbones import Backbones, read_backbones
 from d3etr.project.fit import Plan, fit
 from d3etr.project.measure import Measure, measure
-from d3etr.project.recipes import RT_DETR, Design, Start, start_from
+from d3etr.project.recipes import RT_DETR, RUNS, Design, Start, start_from
 from d3etr.project.sizes import Rung, Sizes, exact_rungs, rungs, sizes_for
 from d3etr.project.survey import Statistics, Survey, survey
 from d3etr.project.write import Project, require_new, write_lists, write_project
@@ -34,11 +34,12 @@ class Request:
         minutes: for teacher and students together.
         output: the project's folder.
         command: as typed.
-        images: of a COCO file.
+        images: of COCO files or Pascal VOC.
         teacher_weights: weights to fine-tune the teacher from; both or none.
         student_weights: weights to fine-tune students from.
         backbone_weights: ImageNet weights of the backbone that detectors start from.
         teacher_backbone_weights: the teacher's, where it has another backbone.
+        follow_links: whether links may lead out of the folder of images.
     """
 
     data: Path
@@ -50,6 +51,7 @@ class Request:
     student_weights: Location | None = None
     backbone_weights: Location | None = None
     teacher_backbone_weights: Location | None = None
+    follow_links: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,13 @@ def make_project(
     machine = machine or this_machine()
     backbones = _backbones(request)
     start = None if backbones is not None else _start(request, machine)
-    found = survey(request.data, request.images, on_progress)
+    found = survey(request.data, request.images, on_progress, follow_links=request.follow_links)
     design = _designs(found, start, backbones, machine)
     with tempfile.TemporaryDirectory() as folder:
         write_lists(found, Path(folder))
         data = found.data_tree(Path(folder))
-        plan: Plan = fit(found, request.minutes, design, data, measure, on_progress)
+        runs = request.output / RUNS
+        plan: Plan = fit(found, request.minutes, design, data, measure, runs, on_progress)
     project = Project(request.output, request.data, request.command, str(machine), found, plan)
     write_project(project)
     return project

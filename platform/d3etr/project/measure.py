@@ -23,8 +23,9 @@ from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import WeightsInfo, save_weights, write_tensors
 from d3etr.engine.distributed import SingleProcess, TrainContext
 from d3etr.engine.step_costs import StepMaker
+from d3etr.engine.views import NoRoomError, forecast_views
 from d3etr.evaluation.evaluator import Evaluator
-from d3etr.project.recipes import DISTILLED, TEACHER, resolved
+from d3etr.project.recipes import BASE, DISTILLED, TEACHER, resolved
 
 WARM_UP_STEPS, STEPS, ROUNDS = 2, 5, 3
 LONGEST_SECONDS = 15.0
@@ -82,6 +83,28 @@ def measure(trees: Mapping[str, Tree], role: str, splits: Mapping[str, Detection
             return _measured(config, context, splits["validation"])
         except torch.OutOfMemoryError:
             raise DoesNotFit(role) from None
+
+
+def storing_problem(trees: Mapping[str, Tree], train: DetectionSplit, runs: Path) -> str | None:
+    """Why the passes of a distilled student's teacher cannot be stored; None where they can.
+
+    Args:
+        trees: of a project whose distilled student has ``teacher.views``.
+        train: the training split.
+        runs: the folder that will hold runs and what is stored for them.
+
+    Raises:
+        UserError: data cannot be used.
+    """
+    here: Tree = {"run": {"output": str(runs)}}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            forecast_views(
+                _untaught({**trees, BASE: merge(trees[BASE], here)}, DISTILLED, Path(folder), train)
+            )
+        except NoRoomError as error:
+            return str(error)
+    return None
 
 
 def _untaught(trees: Mapping[str, Tree], role: str, folder: Path, train: DetectionSplit) -> Config:

@@ -16,6 +16,8 @@ from d3etr.project.sizes import Sizes
 TEACHER, PLAIN, INHERITED, DISTILLED = "teacher", "plain", "inherited", "distilled"
 ROLES = (TEACHER, PLAIN, INHERITED, DISTILLED)
 BASE = "base"
+RUNS = "runs"
+"""Folder of the project that its runs are in."""
 TEACHER_WEIGHTS = "weights/teacher.safetensors"
 """Where the project keeps its trained teacher, relative to its folder."""
 NEVER = 1_000_000
@@ -154,7 +156,7 @@ def resolved(trees: Mapping[str, Tree], role: str) -> Tree:
 
 def _base(design: Design, data: Tree) -> Tree:
     return {
-        "run": {"output": "runs", "checkpoint_every_epochs": NEVER},
+        "run": {"output": RUNS, "checkpoint_every_epochs": NEVER},
         "data": {**data, "workers": design.workers},
         "optimisation": {"batch_size": design.sizes.batch},
         "evaluation": {

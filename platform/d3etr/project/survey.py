@@ -15,8 +15,8 @@ from d3etr.data.judgement import judge_categories
 from d3etr.data.splits import DetectionSplit, read_split
 from d3etr.errors import UserError
 from d3etr.progress import OnProgress
-from d3etr.project.locate import WHOLE, Located, locate
-from d3etr.project.splitting import coco_tree, divide
+from d3etr.project.locate import Located, locate
+from d3etr.project.splitting import SHARES, coco_tree, divide
 
 _SMALL = 0.1
 """Share of the objects that are smaller than what counts as the smallest."""
@@ -100,7 +100,8 @@ class Survey:
         splits: train, validation and maybe test, as read.
         places: ``data.train`` and its like, as plain values; of splits that were made here, the
             images alone.
-        made: split -> the COCO file that lists its images, where the data set had no splits.
+        made: split -> the COCO file that lists its images, where these were divided here.
+        part: what the data set calls the part that was divided; None where it has no parts.
         statistics: of the training split.
         warnings: what may be wrong, a sentence each.
     """
@@ -109,6 +110,7 @@ class Survey:
     splits: dict[str, DetectionSplit]
     places: dict[str, dict[str, Any]]
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
+    part: str | None = None
     statistics: Statistics = field(init=False)
     warnings: tuple[str, ...] = ()
 
@@ -128,50 +130,84 @@ class Survey:
         }
 
 
-def survey(data: Path, images: Path | None, on_progress: OnProgress) -> Survey:
+def survey(
+    data: Path, images: Path | None, on_progress: OnProgress, *, follow_links: bool = False
+) -> Survey:
     """Read a data set, and divide its images where nobody has.
 
     Args:
         data: see ``locate``.
-        images: of a COCO file.
+        images: of COCO files or Pascal VOC.
         on_progress: called while files are read.
+        follow_links: whether links may lead out of the folder of images.
 
     Raises:
         UserError: the data set cannot be used; what is wrong, and where.
     """
     on_progress(f"reading {data}")
-    located = locate(data, images)
-    read = {name: read_split(name, split) for name, split in located.splits.items()}
-    found = _divided(located, read[WHOLE]) if WHOLE in read else _given(located, read)
-    return replace(found, warnings=tuple(_warnings(found.splits)))
-
-
-def _given(located: Located, read: Mapping[str, DetectionSplit]) -> Survey:
+    located = locate(data, images, follow_links=follow_links)
+    read = {
+        name: read_split(name, split, keys=located.keys) for name, split in located.splits.items()
+    }
     judge_categories(read).raise_errors()
     trees = {
         name: split.model_dump(mode="json", exclude_defaults=True)
         for name, split in located.splits.items()
     }
-    return Survey(located.format, dict(read), trees)
+    found = Survey(located.format, read, trees)
+    if "validation" not in read:
+        found = _divided(found, located)
+    _require_measurable(found.splits["validation"], divided="validation" in found.made)
+    warnings = (*located.warnings, *_empty_test(found.splits))
+    for text in warnings:
+        on_progress(f"warning: {text}")
+    logged = (text for split in read.values() for text in split.warnings)
+    return replace(found, warnings=(*dict.fromkeys(logged), *warnings))
 
 
-def _divided(located: Located, whole: DetectionSplit) -> Survey:
+def _divided(found: Survey, located: Located) -> Survey:
+    """With the training images divided into the splits that the data set lacks."""
+    whole = found.splits["train"]
     folder = whole.images.location
     if isinstance(folder, Url):
         raise UserError(f"{folder.shown}: images to be divided must be on this machine")
-    parts = divide(whole.records)
-    splits = {
+    lacking = {name: share for name, share in SHARES.items() if name not in found.splits}
+    parts = divide(whole.records, {"train": SHARES["train"], **lacking})
+    made = {name: coco_tree(whole, records) for name, records in parts.items()}
+    place: dict[str, Any] = {"images": str(folder.absolute())}
+    if located.splits["train"].follow_links:
+        place["follow_links"] = True
+    splits = found.splits | {
         name: replace(whole, name=name, records=tuple(records)) for name, records in parts.items()
     }
-    made = {name: coco_tree(whole, records) for name, records in parts.items()}
-    return Survey(
-        located.format, splits, {n: {"images": str(folder.absolute())} for n in made}, made
+    places = found.places | dict.fromkeys(made, place)
+    return replace(
+        found,
+        splits={name: splits[name] for name in SHARES},
+        places={name: places[name] for name in SHARES},
+        made=made,
+        part=located.part,
     )
 
 
-def _warnings(splits: Mapping[str, DetectionSplit]) -> list[str]:
-    texts = list(dict.fromkeys(text for split in splits.values() for text in split.warnings))
-    for name in ("validation", "test"):
-        if name in splits and not len(splits[name].objects.labels):
-            texts.append(f"no image of {name} has an object: there is nothing to measure")
-    return texts
+def _require_measurable(validation: DetectionSplit, divided: bool) -> None:
+    """Refuse a validation split by which no weights can be chosen.
+
+    Raises:
+        UserError: no image has an object.
+    """
+    if len(validation.objects.labels):
+        return
+    text = "no image of validation has an object, so that nothing would tell which weights are best"
+    remedy = "annotate some, or take this split away: init then divides the training images"
+    if divided:
+        text = "found one image with an object; expected two at least, the second to validate on"
+        remedy = "annotate more"
+    raise UserError(f"{validation.annotations}: {text}; {remedy}")
+
+
+def _empty_test(splits: Mapping[str, DetectionSplit]) -> list[str]:
+    """A warning where there is a test split and nothing to measure on it."""
+    if "test" not in splits or len(splits["test"].objects.labels):
+        return []
+    return ["no image of test has an object: there is nothing to measure"]

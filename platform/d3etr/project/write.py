@@ -267,13 +267,22 @@ def _larger(backbones: Backbones | None) -> str:
 
 
 def _of_data(found: Survey) -> list[str]:
+    """Which splits are the data set's own, and which were made."""
+    *first, last = [name for name in found.splits if name not in found.made] or [""]
+    own = f"{', '.join(first)} and {last} are those of" if first else f"{last} is that of"
+    texts = [f"{own} the data set"] if last else []
     if not found.made:
-        return ["train and validation are those of the data set"]
-    shares = " / ".join(f"{100 * share:.0f} %" for share in SPLIT_SHARES.values())
+        return texts
+    whole = sum(SPLIT_SHARES[name] for name in found.made)
+    shares = " / ".join(f"{100 * SPLIT_SHARES[name] / whole:.0f} %" for name in found.made)
+    divided = "the data set has no splits: images were"
+    if found.part is not None:
+        divided = f"the data set has no validation of its own: images of '{found.part}' were"
     return [
-        f"the data set has no splits: images were divided at random ({shares} train, validation, "
-        f"test) into lists in {LISTS}/; where images of one scene or video are alike, divide "
-        "them by scene yourself, or validation will promise too much"
+        *texts,
+        f"{divided} divided at random ({shares} {', '.join(found.made)}) into lists in {LISTS}/; "
+        "where images of one scene or video are alike, divide them by scene yourself, or "
+        "validation will promise too much",
     ]
 
 

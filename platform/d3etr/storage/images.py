@@ -115,5 +115,5 @@ def _ensure_inside(folder: Path, names: Sequence[str]) -> None:
         raise UserError(
             f"{folder}: links lead out of this folder for {len(leaving)} images, for example "
             f"{name!r} to {place!r}. Copy the files, or allow it: follow_links next to the split's "
-            "images and annotations (d3etr evaluate: --follow-links)"
+            "images and annotations (d3etr evaluate and init: --follow-links)"
         )

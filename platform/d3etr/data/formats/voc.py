@@ -1,5 +1,6 @@
 """Pascal VOC: an XML file per image in Annotations, images in JPEGImages, lists in ImageSets/Main.
 
+The folders ``annotations`` and ``images`` are taken for those of the same meaning.
 Boxes are corners in pixels that count from 1 and include both ends. Objects marked difficult are
 not learnt and ignored in evaluation. Classes are all names in all XML files, by spelling, unless a
 ``classes.txt`` in the folder gives them and their order.
@@ -8,6 +9,7 @@ not learnt and ignored in evaluation. Classes are all names in all XML files, by
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -25,6 +27,8 @@ from d3etr.data.formats.files import (
 from d3etr.errors import UserError
 
 _ANNOTATIONS, _IMAGES, _LISTS = "Annotations", "JPEGImages", "ImageSets/Main"
+_PICTURES = (_IMAGES, "images")
+_FLAGS = ("-1", "0", "1")
 _FARTHEST = 1e9
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -36,13 +40,17 @@ class VocFormat:
 
     def recognises(self, place: Path) -> bool:
         """Whether ``place`` is a folder of XML files, or has one called Annotations."""
-        return place.is_dir() and (
-            (place / _ANNOTATIONS).is_dir() or next(place.glob("*.xml"), None) is not None
-        )
+        return place.is_dir() and (_annotations(place) is not None or _has_xml(place))
 
     def subsets(self, place: Path) -> tuple[str, ...]:
-        """The lists in ``ImageSets/Main``; none where all images are one set."""
-        return tuple(sorted(file.stem for file in (place / _LISTS).glob("*.txt")))
+        """The lists in ``ImageSets/Main``, but for those of one class such as ``cat_train``.
+
+        Raises:
+            UserError: a list cannot be read.
+        """
+        lists = _Layout.of(Source(place)).root / _LISTS
+        files = {file.stem: file for file in sorted(lists.glob("*.txt"))}
+        return tuple(name for name in files if not _of_a_class(name, files))
 
     def read(self, source: Source) -> Annotations:
         """Read the images that ``ImageSets/Main`` lists for the subset; all if there are no lists.
@@ -94,13 +102,14 @@ class _Layout:
     @classmethod
     def of(cls, source: Source) -> _Layout:
         place = source.annotations
-        whole = (place / _ANNOTATIONS).is_dir()
-        root = place if whole else place.parent if place.name == _ANNOTATIONS else place
+        inside = _annotations(place)
+        annotations = inside or place
+        whole = annotations.name.lower() == _ANNOTATIONS.lower()
+        root = annotations.parent if whole else place
         images = source.images if isinstance(source.images, Path) else None
         if source.images is None:
-            beside = root / _IMAGES
-            images = beside if beside.is_dir() or whole else place
-        return cls(root, place / _ANNOTATIONS if whole else place, images)
+            images = _pictures(root, annotations)
+        return cls(root, annotations, images)
 
     def chosen(self, source: Source, everything: list[str]) -> list[str]:
         """The images of the subset, without suffix, sorted.
@@ -109,17 +118,61 @@ class _Layout:
             UserError: no list is called so.
         """
         lists = self.root / _LISTS
-        if not lists.is_dir() and not source.chosen:
+        there = sorted(path.stem for path in lists.glob("*.txt"))
+        if not there and not source.chosen:
             return everything
         file = lists / f"{source.subset}.txt"
         if not file.is_file():
-            there = sorted(path.stem for path in lists.glob("*.txt"))
             raise UserError(
                 f"{file} is not there: expected a list of images, one a line. Found "
                 f"{', '.join(there[:12]) or 'no list'}; 'subset' chooses one by its name"
             )
-        # A second number tells whether the class that a list is named after is in the image.
-        return sorted({line.split()[0] for line in lines_of(file) if line.strip()})
+        known = {*everything}
+        return sorted({_stem(line.strip(), known) for line in lines_of(file) if line.strip()})
+
+
+def _stem(line: str, known: Set[str]) -> str:
+    """The image that a line of a list names, among the ``known`` ones or without its flag.
+
+    A flag (-1, 0 or 1) tells whether the class that a list is named after is in the image.
+    """
+    parts = line.rsplit(maxsplit=1)
+    return line if line in known or parts[-1] not in _FLAGS else parts[0]
+
+
+def _of_a_class(name: str, files: Mapping[str, Path]) -> bool:
+    """Whether a list has another's images, each with a flag."""
+    which, _, whole = name.rpartition("_")
+    if not which or whole not in files:
+        return False
+    first = next((line.split() for line in lines_of(files[name]) if line.strip()), [])
+    return len(first) > 1 and first[-1] in _FLAGS
+
+
+def _annotations(place: Path) -> Path | None:
+    """The folder of XML files in a data set; data sets of other formats have one in lower case."""
+    if (place / _ANNOTATIONS).is_dir():
+        return place / _ANNOTATIONS
+    lower = place / _ANNOTATIONS.lower()
+    return lower if _has_xml(lower) else None
+
+
+def _has_xml(folder: Path) -> bool:
+    return next(folder.glob("*.xml"), None) is not None
+
+
+def _pictures(root: Path, annotations: Path) -> Path:
+    """The folder of images: one that is called so, or that of the XML files or the one above."""
+    named, beside = (
+        [above / name for name in _PICTURES if (above / name).is_dir()]
+        for above in (root, annotations.parent)
+    )
+    mixed, above = (
+        [folder] if any(is_image(path.name) for path in folder.iterdir()) else []
+        for folder in (annotations, root)
+    )
+    usual = root if annotations == root else root / _IMAGES
+    return [*named, *mixed, *beside, *above, usual][0]
 
 
 class _NoDoctype(ElementTree.TreeBuilder):

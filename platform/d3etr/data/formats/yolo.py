@@ -53,13 +53,14 @@ class YoloFormat:
         Raises:
             UserError: data.yaml cannot be used.
         """
-        tree = _tree(_yaml_file(place))
-        values = {str(tree[key]): key for key in reversed(_SUBSETS) if tree.get(key)}
-        named = [key for key in _SUBSETS if key in values.values()]
-        return (
-            *named,
-            *(also for key, also in _ALSO.items() if tree.get(also) and key not in named),
-        )
+        file = _yaml_file(place)
+        tree = _tree(file)
+        root, found = _root(file, tree), dict[frozenset[str], str]()
+        for key in ("train", "val", "validation", "test"):
+            if tree.get(key) and not any(_ALSO.get(name) == key for name in found.values()):
+                entries = _entries(file, root, key, tree[key])
+                found.setdefault(frozenset(map(os.path.realpath, entries)), key)
+        return (*found.values(),)
 
     def read(self, source: Source) -> Annotations:
         """Read the split that ``source.subset`` names in data.yaml.
@@ -126,15 +127,7 @@ class _Layout:
             UserError: it cannot be used, or lacks the split.
         """
         tree = _tree(file)
-        path = _text(file, "path", tree.get("path") or ".")
-        # Ultralytics begins at the working directory, exports of other tools at the file.
-        root = next((root for root in (file.parent / path, Path(path)) if root.is_dir()), None)
-        if root is None:
-            raise UserError(
-                f"{file}: path {path!r:.200} is no folder (looked for {file.parent / path}); "
-                "expected the folder of the data set, relative to this file, or no 'path' if that "
-                "is this file's own"
-            )
+        root = _root(file, tree)
         value = tree.get(subset, tree.get(_ALSO.get(subset, subset)))
         if not value:
             there = [key for key in _SUBSETS if tree.get(key)]
@@ -142,9 +135,28 @@ class _Layout:
                 f"{file}: has no '{subset}' (found {', '.join(there) or 'no split at all'}); "
                 "expected a folder of images, a file that lists them, or several of these"
             )
-        parts = value if isinstance(value, list) else [value]
-        entries = [_entry(file, root, subset, _text(file, subset, part)) for part in parts]
+        entries = _entries(file, root, subset, value)
         return cls(file, root, _names(file, tree), entries, "kpt_shape" in tree)
+
+
+def _root(file: Path, tree: Mapping[str, Any]) -> Path:
+    """The folder that paths of a data.yaml are relative to.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = _text(file, "path", tree.get("path") or ".")
+    # Exports begin at the file, Ultralytics at where it is called, which is often above the file.
+    # The working directory itself would be another one in the next command.
+    above = (file.parent, *file.absolute().parents[1:])
+    root = next((folder / path for folder in above if (folder / path).is_dir()), None)
+    if root is None:
+        raise UserError(
+            f"{file}: path {path!r:.200} is no folder (looked for {file.parent / path}, and from "
+            "the folders above); expected the folder of the data set, relative to this file or to "
+            "a folder above it, or no 'path' if that is this file's own"
+        )
+    return root
 
 
 def _tree(file: Path) -> dict[str, Any]:
@@ -168,6 +180,12 @@ def _text(file: Path, key: str, value: object) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise UserError(f"{file}: '{key}' is {value!r:.60}; expected a path, or a list of paths")
     return value
+
+
+def _entries(file: Path, root: Path, subset: str, value: object) -> list[Path]:
+    """Folders of images, and files that list them, by what data.yaml says of a split."""
+    parts = value if isinstance(value, list) else [value]
+    return [_entry(file, root, subset, _text(file, subset, part)) for part in parts]
 
 
 def _entry(file: Path, root: Path, subset: str, part: str) -> Path:
