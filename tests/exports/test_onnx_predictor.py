@@ -145,6 +145,26 @@ print(Replica(ServeSettings({str(files["model"])!r})).about())"""  # it has dete
     assert "'classes': ['tree', 'cat', 'dog']" in _without(("torch", "torchvision"), code)
 
 
+def test_a_gpu_that_was_asked_for_and_cannot_be_used_is_an_error(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    cuda, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [cuda, cpu])
+    opened = onnxruntime.InferenceSession
+
+    def without_gpu(*arguments: Any, providers: Any) -> Any:  # as where CUDA's libraries are not
+        assert [providers[0][0], providers[1]] == [cuda, cpu]
+        return opened(*arguments, providers=[cpu])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without_gpu)
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(UserError, match=rf"device '{device}': ONNX Runtime cannot load"):
+            d3etr.load(files["model"], device)
+    assert d3etr.load(files["model"]).predict(files["pictures"] / "1.png", 0)
+
+
 def test_mistakes_are_one_clear_line(files: Files, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.onnx does not exist: give the path of"):
         d3etr.load(tmp_path / "nowhere.onnx")

@@ -85,7 +85,7 @@ def load_onnx(path: Path, device: str | None = None, threads: int | None = None)
 
     Raises:
         UserError: ONNX Runtime is missing, the file is missing, damaged or not d3etr's, or there is
-            no such device.
+            no such device or it cannot be used.
     """
     if not path.is_file():
         kind = "is a folder, not a file" if path.is_dir() else "does not exist"
@@ -102,6 +102,8 @@ def load_onnx(path: Path, device: str | None = None, threads: int | None = None)
             f"{path}: ONNX Runtime cannot read it ({_first_line(error)}). It may be truncated, or "
             "need a newer ONNX Runtime: copy it again, or export it again"
         ) from error
+    if device is not None and device.startswith("cuda"):
+        _require_gpu(session, device)
     metadata = session.get_modelmeta().custom_metadata_map
     return OnnxPredictor(session, Description.from_metadata(metadata, str(path)))
 
@@ -119,6 +121,17 @@ def _providers(available: Sequence[str], device: str | None) -> list[Any]:
     if kind == "cpu":
         return [provider]
     return [(provider, {"device_id": int(number or 0)}), _PROVIDERS["cpu"]]
+
+
+def _require_gpu(session: Any, device: str) -> None:
+    """Refuse the CPU where a GPU was asked for: ONNX Runtime takes it without an error."""
+    if _PROVIDERS["cuda"] not in session.get_providers():
+        raise UserError(
+            f"device '{device}': ONNX Runtime cannot load what it runs on GPUs by, and took the "
+            "CPU; its lines above may say what is missing. Expected the GPU's driver, CUDA and "
+            "cuDNN of the versions that onnxruntime-gpu is for: install them, or give the device "
+            "'cpu'"
+        )
 
 
 def _first_line(error: Exception) -> str:
