@@ -75,6 +75,8 @@ def test_predictions_are_those_of_the_weights(files: Files) -> None:
     pictures = sorted(files["pictures"].iterdir())
     model = d3etr.load(files["model"], "cpu")
     assert isinstance(model, OnnxPredictor)
+    options = model.session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
     expected = d3etr.load(files["weights"], "cpu").predict(pictures, 0.0)
     for one, other in zip(expected, model.predict(pictures, 0.0), strict=True):
         assert one.names == other.names and len(one) == 15

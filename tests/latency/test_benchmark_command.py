@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,16 +25,19 @@ from d3etr.latency.contenders import named
 from d3etr.latency.measure import WARM_UPS, Timing, measure
 
 
-def test_everyone_runs_in_every_round_which_begin_in_turn() -> None:
-    order: list[str] = []
-    contenders = {name: (lambda name=name: order.append(name), 1) for name in "abc"}
-    timings = measure(contenders, torch.device("cpu"), 3)
-    assert "".join(order[3 * WARM_UPS :]) == "abc" + "bca" + "cab"
-    assert {name: len(timing.milliseconds) for name, timing in timings.items()} == {
-        "a": 3,
-        "b": 3,
-        "c": 3,
-    }
+def test_everyone_runs_in_every_round_after_others_each_time() -> None:
+    def ran() -> tuple[list[str], dict[str, Timing]]:
+        order: list[str] = []
+        contenders = {name: (lambda name=name: order.append(name), 1) for name in "abcd"}
+        timings = measure(contenders, torch.device("cpu"), 30)
+        return order[4 * WARM_UPS :], timings
+
+    order, timings = ran()
+    assert all(sorted(order[begin : begin + 4]) == [*"abcd"] for begin in range(0, 120, 4))
+    before = {name: {x for x, y in pairwise(order) if y == name} for name in "abcd"}
+    assert all(before[name] >= {*"abcd"} - {name} for name in "abcd"), "each after every other"
+    assert {len(timing.milliseconds) for timing in timings.values()} == {30}
+    assert ran()[0] == order, "the same one each time"
 
 
 def test_percentiles_and_rates() -> None:

@@ -95,6 +95,8 @@ def load_onnx(path: Path, device: str | None = None, threads: int | None = None)
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = threads or 0
+    # Else its threads go on spinning for a while and slow down what runs after it.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # the runtime has errors of many types
