@@ -166,17 +166,25 @@ def _latency(client: MlflowClient, run_id: str) -> str | None:
     return f"{data.metrics[LATENCY]:.4g} ms ({data.tags.get(MACHINE, 'machine not known')})"
 
 
-def logged_model(client: MlflowClient, address: str) -> str:
+def logged_model(client: MlflowClient, address: str, run_id: str) -> str:
     """The logged model, ``models:/m-...``, that a version in the registry was made of.
 
     Args:
         client: of MLflow.
-        address: of the version, or of the logged model itself.
+        address: of the logged model itself; in folders of earlier versions, of the version, which
+            may have been deleted since or renamed.
+        run_id: the run that made it.
     """
     parts = address.removeprefix("models:/").rsplit("/", 1)
     if len(parts) == 1:
         return address
-    return str(client.get_model_version(*parts).source)
+    try:
+        return str(client.get_model_version(*parts).source)
+    except MlflowException as error:
+        made = client.get_run(run_id).outputs.model_outputs
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST" or not made:
+            raise
+        return f"models:/{max(made, key=lambda model: model.step).model_id}"
 
 
 def _save(folder: Path, weights: Path, content: Model) -> None:
