@@ -83,7 +83,7 @@ class ImagePredictor(ABC):
 
     Args:
         categories: (id of the annotation file, name) of each class.
-        maximum: detections per image at most.
+        maximum: detections per image at most; of each tile, and of the whole, of tiled ones.
         threshold: lowest score of a detection where nobody says another.
 
     Raises:
@@ -243,7 +243,7 @@ class ImagePredictor(ABC):
             found += self.predict_samples(some, [least] * len(some))
         if len(windows) == 1:
             return found[0]
-        return _merged(found, windows, (rgb.width, rgb.height), self._maximum)
+        return _merged(found, windows, (rgb.width, rgb.height))
 
     def _kept(
         self, column: Sequence[NDArray[Any]], size: tuple[int, int], threshold: float
@@ -280,7 +280,7 @@ def _overlap(given: float | None) -> float:
 
 
 def _merged(
-    found: Sequence[Detections], windows: Sequence[Window], size: tuple[int, int], maximum: int
+    found: Sequence[Detections], windows: Sequence[Window], size: tuple[int, int]
 ) -> Detections:
     """One set from those of a picture's windows.
 
@@ -288,7 +288,6 @@ def _merged(
         found: of each window, in its pixels.
         windows: of the picture.
         size: (width, height) of the picture.
-        maximum: detections at most.
     """
     moved = [
         part.boxes_xyxy + np.array([*window[:2], *window[:2]], dtype=np.float32)
@@ -300,7 +299,7 @@ def _merged(
     labels = np.concatenate([part.labels for part in found])
     names = [name for part in found for name in part.names]
     origins = np.repeat(np.arange(len(found)), [len(part) for part in found])
-    stay = merge(boxes, scores, labels, origins, np.concatenate(cut))[:maximum]
+    stay = merge(boxes, scores, labels, origins, np.concatenate(cut))
     return Detections(boxes[stay], scores[stay], labels[stay], tuple(names[i] for i in stay))
 
 

@@ -26,7 +26,7 @@ class OnnxPredictor(ImagePredictor):
     Args:
         session: of ONNX Runtime.
         description: of the file.
-        maximum: detections per image at most.
+        maximum: as of ``ImagePredictor``.
 
     Raises:
         UserError: the maximum is above what the file gives.
