@@ -40,9 +40,19 @@ def graph_inputs(
         images: B of what ``prepared`` returned, of one size.
         sizes: (height, width) in pixels of each image as given.
     """
+    given = as_taken(about, np.stack(images)), np.array(sizes, dtype=np.int64)
+    return dict(zip(INPUTS, given, strict=True))
+
+
+def as_taken(about: Description, images: NDArray[np.uint8]) -> NDArray[Any]:
+    """Pixels as the graph takes them: normalised, where it does not do that itself.
+
+    Args:
+        about: the file.
+        images: [B, 3, h, w].
+    """
     if about.inside:
-        pixels: NDArray[Any] = np.stack(images)
-    else:
-        how = about.preprocessing.normalisation
-        pixels = np.stack([normalise_pixels(image, how) for image in images])
-    return dict(zip(INPUTS, (pixels, np.array(sizes, dtype=np.int64)), strict=True))
+        return images
+    return np.stack(
+        [normalise_pixels(image, about.preprocessing.normalisation) for image in images]
+    )

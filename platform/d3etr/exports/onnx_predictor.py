@@ -62,11 +62,14 @@ class OnnxPredictor(ImagePredictor):
         self, images: Sequence[NDArray[np.uint8]], sizes: Sequence[tuple[int, int]]
     ) -> Found:
         """As of ``detect``, all K detections that the file gives."""
-        given = graph_inputs(self.description, images, sizes)
+        return self.run(*graph_inputs(self.description, images, sizes).values())
+
+    def run(self, images: NDArray[Any], sizes: NDArray[np.int64]) -> Found:
+        """As of ``detect_all``, of the graph's own inputs: [B, 3, h, w] and [B, 2]."""
         try:
-            found = self.session.run([*OUTPUTS], given)
+            found = self.session.run([*OUTPUTS], dict(zip(INPUTS, (images, sizes), strict=True)))
         except Exception as error:  # the runtime has errors of many types
-            count, _, height, width = given[INPUTS[0]].shape
+            count, _, height, width = images.shape
             raise UserError(
                 f"ONNX Runtime failed on {count} images of {width} x {height} pixels: "
                 f"{_first_line(error)}"
