@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,17 @@ def test_everyone_is_timed_from_resized_pixels_on(
     assert given[1].flags.c_contiguous and given[1].shape == (2, 3, 48, 64)
     wanted = normalised(contender.graph, torch.from_numpy(given[1])).numpy()
     np.testing.assert_allclose(given[2], wanted, atol=1e-5)
+
+
+def test_what_is_compiled_detects_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    picture = made_picture(640, 480)
+    contender = TorchContender.read("x", _weights(tmp_path, 32), picture, "cpu")
+    eager, compiled = (
+        contender.action(picture, Way("float32", compiled=compiled, batch=1))()
+        for compiled in (False, True)
+    )
+    np.testing.assert_allclose(compiled[1].numpy(), eager[1].numpy(), atol=1e-5)
 
 
 def test_rows_say_size_quality_and_batch(

@@ -155,7 +155,7 @@ def _inputs(predictor: Predictor, picture: Image.Image, count: int) -> tuple[Ten
     return pixels, torch.tensor([[picture.height, picture.width]] * count)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode PyTorch's compiler fails on views of weights
 def _detect(
     graph: DetectionGraph, images: Tensor, sizes: Tensor, device: torch.device
 ) -> list[Tensor]:
