@@ -177,7 +177,7 @@ class ImagePredictor(ABC):
         Raises:
             UserError: it is no image, or cannot be read or shown.
         """
-        return self._sample(read_image(image))
+        return _of_one(image, self._sample)
 
     def predict_samples(
         self, samples: Sequence[Sample], thresholds: Sequence[float]
@@ -265,13 +265,23 @@ def _of_each(
 ) -> Iterator[Answer]:
     """What ``do`` makes of each image; errors say which image it was."""
     if _is_single(images):
-        yield do(read_image(cast("ImageLike", images)))
+        yield _of_one(cast("ImageLike", images), do)
         return
     for index, image in enumerate(cast("Iterable[ImageLike]", images)):
         try:
-            yield do(read_image(image))
+            yield _of_one(image, do)
         except UserError as error:
             raise UserError(f"image {index} of those given (from 0): {error}") from error
+
+
+def _of_one(image: ImageLike, do: Callable[[Image.Image], Answer]) -> Answer:
+    rgb = read_image(image)
+    try:
+        return do(rgb)
+    except UserError as error:
+        if not isinstance(image, str | os.PathLike):
+            raise
+        raise UserError(f"{os.fspath(image)}: {error}") from error
 
 
 def _overlap(given: float | None) -> float:
