@@ -100,6 +100,14 @@ def test_each_object_is_found_once_whatever_tiles_cut(batch_size: int) -> None:
     assert max(finder.batches) == batch_size
 
 
+def test_a_tiled_picture_has_more_objects_than_one_pass_gives() -> None:
+    objects = grid(12)
+    assert len(objects) == 144  # a pass gives 100
+    [found] = Finder(least=6).predict(scene(objects), tiles=True)
+    boxes = sorted(found.boxes_xyxy.astype(int).tolist())
+    assert boxes == sorted(box for _, *box in objects)
+
+
 def test_what_is_larger_than_a_tile_comes_from_the_whole_picture() -> None:
     large, small = (0, 20, 30, 130, 120), (1, 140, 140, 146, 146)
     picture = scene([large, small])

@@ -32,7 +32,7 @@ class Predictor(ImagePredictor):
         detector: in evaluation mode, on ``device``.
         info: the metadata of its weights file.
         device: where it runs.
-        maximum: detections per image at most.
+        maximum: as of ``ImagePredictor``.
 
     Raises:
         UserError: an argument of another type.

@@ -83,7 +83,7 @@ class ImagePredictor(ABC):
 
     Args:
         categories: (id of the annotation file, name) of each class.
-        maximum: detections per image at most.
+        maximum: detections per image at most; of each tile, and of the whole, of tiled ones.
         threshold: lowest score of a detection where nobody says another.
 
     Raises:
@@ -177,7 +177,7 @@ class ImagePredictor(ABC):
         Raises:
             UserError: it is no image, or cannot be read or shown.
         """
-        return self._sample(read_image(image))
+        return _of_one(image, self._sample)
 
     def predict_samples(
         self, samples: Sequence[Sample], thresholds: Sequence[float]
@@ -243,7 +243,7 @@ class ImagePredictor(ABC):
             found += self.predict_samples(some, [least] * len(some))
         if len(windows) == 1:
             return found[0]
-        return _merged(found, windows, (rgb.width, rgb.height), self._maximum)
+        return _merged(found, windows, (rgb.width, rgb.height))
 
     def _kept(
         self, column: Sequence[NDArray[Any]], size: tuple[int, int], threshold: float
@@ -265,13 +265,23 @@ def _of_each(
 ) -> Iterator[Answer]:
     """What ``do`` makes of each image; errors say which image it was."""
     if _is_single(images):
-        yield do(read_image(cast("ImageLike", images)))
+        yield _of_one(cast("ImageLike", images), do)
         return
     for index, image in enumerate(cast("Iterable[ImageLike]", images)):
         try:
-            yield do(read_image(image))
+            yield _of_one(image, do)
         except UserError as error:
             raise UserError(f"image {index} of those given (from 0): {error}") from error
+
+
+def _of_one(image: ImageLike, do: Callable[[Image.Image], Answer]) -> Answer:
+    rgb = read_image(image)
+    try:
+        return do(rgb)
+    except UserError as error:
+        if not isinstance(image, str | os.PathLike):
+            raise
+        raise UserError(f"{os.fspath(image)}: {error}") from error
 
 
 def _overlap(given: float | None) -> float:
@@ -280,7 +290,7 @@ def _overlap(given: float | None) -> float:
 
 
 def _merged(
-    found: Sequence[Detections], windows: Sequence[Window], size: tuple[int, int], maximum: int
+    found: Sequence[Detections], windows: Sequence[Window], size: tuple[int, int]
 ) -> Detections:
     """One set from those of a picture's windows.
 
@@ -288,7 +298,6 @@ def _merged(
         found: of each window, in its pixels.
         windows: of the picture.
         size: (width, height) of the picture.
-        maximum: detections at most.
     """
     moved = [
         part.boxes_xyxy + np.array([*window[:2], *window[:2]], dtype=np.float32)
@@ -300,7 +309,7 @@ def _merged(
     labels = np.concatenate([part.labels for part in found])
     names = [name for part in found for name in part.names]
     origins = np.repeat(np.arange(len(found)), [len(part) for part in found])
-    stay = merge(boxes, scores, labels, origins, np.concatenate(cut))[:maximum]
+    stay = merge(boxes, scores, labels, origins, np.concatenate(cut))
     return Detections(boxes[stay], scores[stay], labels[stay], tuple(names[i] for i in stay))
 
 

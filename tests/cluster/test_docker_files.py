@@ -119,6 +119,15 @@ def test_every_service_has_a_health_check() -> None:
         assert of_image or "test" in service["healthcheck"], name
 
 
+def test_the_operator_asks_pods_over_http_as_the_image_has_no_wget() -> None:
+    assert not any("wget" in text for _, text in dockerfile())
+    files = (DOCKER / "kubernetes" / "rayjob.yaml", GUIDE)
+    needed = [re.findall(r"(\d+\.\d+\.\d+) or newer", file.read_text()) for file in files]
+    assert needed == [["1.6.0"]] * 2
+    # From that operator on, of clusters of Ray 2.53 on; others are asked by wget.
+    assert tuple(int(part) for part in CLUSTER["rayVersion"].split(".")) >= (2, 53)
+
+
 def test_ports_are_published_on_loopback_unless_told_otherwise() -> None:
     published = [port for service in SERVICES.values() for port in service.get("ports", [])]
     assert sorted(published) == ["127.0.0.1:5000:5000", "127.0.0.1:8265:8265"]

@@ -3,9 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from coco_files import picture
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from d3etr.data.images import load_image, to_pixels, upright_rgb
+from d3etr.data.formats.files import IMAGE_SUFFIXES
+from d3etr.data.images import FORMATS, load_image, open_image, to_pixels, upright_rgb
 from d3etr.errors import UserError
 
 
@@ -148,6 +149,26 @@ def test_what_cannot_be_decoded_is_one_sentence_that_names_it(tmp_path, content)
     (tmp_path / "image.png").write_bytes(content)
     with pytest.raises(UserError, match=r"^[^\n]*image\.png: cannot be decoded: it is [^\n]*$"):
         load_image(tmp_path / "image.png")
+
+
+def test_every_suffix_of_images_is_of_a_format_that_is_read(tmp_path):
+    Image.init()
+    formats = {Image.registered_extensions()[suffix] for suffix in IMAGE_SUFFIXES}
+    assert formats == {*FORMATS, "MPO"}
+    picture(40, 30).save(tmp_path / "a.mpo", save_all=True, append_images=[picture(40, 30)])
+    assert load_image(tmp_path / "a.mpo").size == (40, 30)
+
+
+@pytest.mark.parametrize("kind", ["ICO", "EPS"])
+def test_formats_whose_headers_cost_more_than_reading_are_not_opened(tmp_path, kind, monkeypatch):
+    picture(40, 30).save(tmp_path / "image.png", kind)
+    with Image.open(tmp_path / "image.png") as opened:
+        assert opened.format == kind
+    monkeypatch.setitem(Image.OPEN, kind, (lambda *_: pytest.fail("opened"), None))
+    with pytest.raises(UserError, match=r"no picture of a format that is read.*expected a whole"):
+        load_image(tmp_path / "image.png")
+    with pytest.raises(UnidentifiedImageError):
+        open_image((tmp_path / "image.png").read_bytes())
 
 
 def test_truncation_and_damage_are_told_apart(tmp_path):

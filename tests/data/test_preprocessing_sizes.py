@@ -7,12 +7,14 @@ from pydantic import ValidationError
 
 from d3etr.config.data import AugmentationConfig, DataConfig, PreprocessingConfig
 from d3etr.config.load import plain_tree
+from d3etr.data.dataset import DetectionDataset
 from d3etr.data.images import to_pixels
 from d3etr.data.judgement import _too_small
 from d3etr.data.loading import EpochLoader, EvaluationBatches
 from d3etr.data.preprocessing import output_size
 from d3etr.data.splits import read_split
 from d3etr.data.transforms import normalise, resized
+from d3etr.errors import UserError
 
 EXACT = PreprocessingConfig(exact_size=(48, 32), normalisation="unit")
 SIZES = [(40, 30), (30, 50), (64, 20), (33, 33)] * 2
@@ -109,3 +111,13 @@ def test_objects_that_stretching_makes_small_are_judged_by_their_longer_side(wri
     assert "1 of 2 objects" in warned and "raise data.preprocessing.exact_size" in warned
     assert "12.0 become 3.0" in warned
     assert _too_small(split, PreprocessingConfig(exact_size=(400, 100))) is None
+
+
+def test_an_image_that_resizing_would_make_too_large_is_named(write_split):
+    split = read_split("train", write_split([(40, 30), (1, 6000)], []))
+    unbounded = PreprocessingConfig(shortest_side=800, longest_side=None)
+    wanted = r"2\.png: the image has 1 x 6000 pixels.*3,840 megapixels"
+    with pytest.raises(UserError, match=wanted):
+        _too_small(split, unbounded)
+    with pytest.raises(UserError, match=wanted):
+        DetectionDataset(split, unbounded).sizes(0)

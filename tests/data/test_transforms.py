@@ -7,14 +7,9 @@ from hypothesis import strategies as st
 
 from d3etr.config.data import PreprocessingConfig
 from d3etr.data.images import to_pixels
-from d3etr.data.transforms import (
-    Sample,
-    collate,
-    normalise,
-    output_size,
-    relative_cxcywh,
-    resize,
-)
+from d3etr.data.preprocessing import VERY_LONG, output_size
+from d3etr.data.transforms import Sample, collate, normalise, relative_cxcywh, resize, resized
+from d3etr.errors import UserError
 
 KEPT = PreprocessingConfig(shortest_side=None, longest_side=None)
 
@@ -28,7 +23,11 @@ KEPT = PreprocessingConfig(shortest_side=None, longest_side=None)
         ((640, 480), (480, 1333), (480, 640)),
         ((640, 480), (None, None), (480, 640)),
         ((640, 480), (None, 320), (240, 320)),
-        ((5000, 2), (16, 100), (1, 2500)),
+        ((5000, 2), (16, 100), (1, 100)),
+        ((5000, 1), (800, 1333), (1, 1333)),
+        ((1, 50_000_000), (800, 1333), (1333, 1)),
+        ((1600, 2), (800, 1333), (2, 1333)),
+        ((1, 20_000), (None, None), (20_000, 1)),
     ],
 )
 def test_sizes_follow_detrs_rule(size, sides, expected):
@@ -36,15 +35,44 @@ def test_sizes_follow_detrs_rule(size, sides, expected):
     assert output_size(*size, config) == expected
 
 
-@given(st.integers(16, 3000), st.integers(16, 3000))
+@given(st.integers(1, 3000), st.integers(1, 3000))
 def test_sizes_keep_to_their_bounds(width, height):
     config = PreprocessingConfig(shortest_side=800, longest_side=1333)
     result = output_size(width, height, config)
     # DETR rounds the short side to whole pixels first, so the long one may pass a little.
-    slack = max(width, height) / min(width, height)
-    assert min(result) <= 800
+    ratio = max(width, height) / min(width, height)
+    slack = ratio if ratio <= VERY_LONG else 0
+    assert 1 <= min(result) <= 800
     assert max(result) <= 1333 + slack
     assert min(result) == 800 or max(result) >= 1333 - slack - 1
+
+
+@given(st.integers(100, 3000), st.integers(100, 3000))
+def test_sizes_of_usual_images_are_detrs_to_the_pixel(width, height):
+    config = PreprocessingConfig(shortest_side=800, longest_side=1333)
+    low, high, side = min(width, height), max(width, height), 800
+    if high / low * side > 1333:
+        side = round(1333 * low / high)
+    if side == low:
+        expected = height, width
+    elif width < height:
+        expected = int(side * height / width), side
+    else:
+        expected = side, int(side * width / height)
+    assert output_size(width, height, config) == expected
+
+
+def test_enlarging_that_no_memory_holds_is_refused():
+    unbounded = PreprocessingConfig(shortest_side=800, longest_side=None)
+    assert resized(picture(1, 20), unbounded).shape[1:] == (16_000, 800)
+    with pytest.raises(
+        UserError, match=r"1 x 20000 pixels.*12,800 megapixels; expected at most 90"
+    ):
+        resized(picture(1, 20_000), unbounded)
+    # Made smaller, it takes less than it does already.
+    assert output_size(20_000, 10_000, unbounded) == (800, 1600)
+    with pytest.raises(UserError, match="longest_side"):
+        output_size(20_000, 1, unbounded, scale=2.0)
 
 
 def test_imagenet_normalisation_is_torchvisions():

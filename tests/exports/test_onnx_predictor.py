@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,15 @@ from tiny_exports import untrained
 
 import d3etr
 from d3etr.cli.main import main
+from d3etr.config.data import SplitConfig
+from d3etr.data.splits import read_split
 from d3etr.detectors.weights import save_weights
 from d3etr.errors import UserError
+from d3etr.exports.description import ImageSettings
+from d3etr.exports.inputs import prepared
+from d3etr.exports.measuring import measure
 from d3etr.exports.onnx_predictor import OnnxPredictor
+from d3etr.progress import no_progress
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -75,6 +82,8 @@ def test_predictions_are_those_of_the_weights(files: Files) -> None:
     pictures = sorted(files["pictures"].iterdir())
     model = d3etr.load(files["model"], "cpu")
     assert isinstance(model, OnnxPredictor)
+    options = model.session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
     expected = d3etr.load(files["weights"], "cpu").predict(pictures, 0.0)
     for one, other in zip(expected, model.predict(pictures, 0.0), strict=True):
         assert one.names == other.names and len(one) == 15
@@ -145,6 +154,26 @@ print(Replica(ServeSettings({str(files["model"])!r})).about())"""  # it has dete
     assert "'classes': ['tree', 'cat', 'dog']" in _without(("torch", "torchvision"), code)
 
 
+def test_a_gpu_that_was_asked_for_and_cannot_be_used_is_an_error(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    cuda, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [cuda, cpu])
+    opened = onnxruntime.InferenceSession
+
+    def without_gpu(*arguments: Any, providers: Any) -> Any:  # as where CUDA's libraries are not
+        assert [providers[0][0], providers[1]] == [cuda, cpu]
+        return opened(*arguments, providers=[cpu])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without_gpu)
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(UserError, match=rf"device '{device}': ONNX Runtime cannot load"):
+            d3etr.load(files["model"], device)
+    assert d3etr.load(files["model"]).predict(files["pictures"] / "1.png", 0)
+
+
 def test_mistakes_are_one_clear_line(files: Files, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.onnx does not exist: give the path of"):
         d3etr.load(tmp_path / "nowhere.onnx")
@@ -163,6 +192,27 @@ def test_mistakes_are_one_clear_line(files: Files, tmp_path: Path) -> None:
         d3etr.load("x.pt2")
     with pytest.raises(UserError, match="weights is the URL s3://b/x"):
         d3etr.load("s3://b/x.onnx")
-    tiny = np.zeros((4, 90, 3), dtype=np.uint8)
-    with pytest.raises(UserError, match="takes sides from 16 pixels on: enlarge it"):
-        d3etr.load(files["model"]).predict(tiny)
+
+
+def test_an_image_that_the_graph_does_not_take_is_named_with_what_to_do(
+    files: Files, tmp_path: Path
+) -> None:
+    model = d3etr.load(files["model"])
+    assert isinstance(model, OnnxPredictor)
+    narrow = "takes sides from 16 pixels on: it is too narrow for its length, cut it into pieces"
+    with pytest.raises(UserError, match=f"^the image is shown .* as 90 x 4 pixels, .*{narrow}"):
+        model.predict(np.zeros((4, 90, 3), dtype=np.uint8))
+    Image.new("RGB", (90, 4)).save(tmp_path / "flat.png")
+    with pytest.raises(UserError, match=rf"flat\.png: the image is shown .*{narrow}"):
+        model.predict(tmp_path / "flat.png")
+    record = {"id": 1, "file_name": "flat.png", "width": 90, "height": 4}
+    categories = json.loads(files["annotations"].read_text())["categories"]
+    content = {"images": [record], "annotations": [], "categories": categories}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    config = SplitConfig(images=tmp_path, annotations=tmp_path / "a.json", format="coco")
+    split = read_split("validation", config)
+    with pytest.raises(UserError, match=rf"flat\.png: the image is shown .*{narrow}"):
+        measure(model, split, 1, 100, no_progress)
+    unsized = replace(model.description, preprocessing=ImageSettings("imagenet", None, None, None))
+    with pytest.raises(UserError, match=r"as 90 x 4 pixels, .* from 16 pixels on: enlarge it"):
+        prepared(unsized, Image.new("RGB", (90, 4)))

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from tiny_exports import as_array, eager, noise, sizes_of, untrained
 from d3etr.errors import UserError
 from d3etr.exports.comparison import compare
 from d3etr.exports.description import Description
-from d3etr.exports.export import export_graph
+from d3etr.exports.export import _describe, export_graph
 from d3etr.exports.formats import GraphFormat
-from d3etr.exports.graph import GraphSettings
+from d3etr.exports.graph import GraphSettings, Traced
 from d3etr.exports.openvino_file import OpenVinoFormat
 from d3etr.exports.openvino_runtime import OpenVinoProcess
 from d3etr.exports.torch_export import METADATA, TorchExportFormat
@@ -71,3 +72,25 @@ def test_a_file_of_torch_export_says_what_it_is(tmp_path: Path) -> None:
     assert not found.inside and found.opset is None and found.names == ("tree", "cat", "dog")
     boxes, scores, labels = program.module()(torch.rand(4, 3, 48, 64), torch.full((4, 2), 100))
     assert boxes.shape == (4, 15, 4) and scores.shape == labels.shape == (4, 15)
+
+
+@pytest.mark.parametrize(
+    ("size", "given", "answers", "kept"),
+    [
+        (None, None, 15, True),
+        ((48, 64), None, 15, True),
+        ((48, 64), (48, 64), 15, True),
+        ((48, 64), (32, 64), 15, False),
+        (None, (48, 64), 15, False),
+        (None, None, 14, False),
+    ],
+)
+def test_the_recorded_quality_is_of_that_size_and_as_many_detections(
+    size: tuple[int, int] | None, given: tuple[int, int] | None, answers: int, kept: bool
+) -> None:
+    _, info = untrained("conditional_detr", **({"exact_size": size} if size else {}))
+    recorded = {"split": "test", "data_digest": "x", "mAP": 0.5}
+    info = info.model_copy(update={"evaluation": recorded | {"AR": 0.6}})
+    traced = Traced(Mock(), Mock(), given or size, 32, answers, "none")
+    about = _describe(info, GraphSettings(size=given), TorchExportFormat(), traced)
+    assert about.evaluation == (recorded if kept else {})

@@ -5,8 +5,13 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,23 +22,29 @@ from d3etr.config.detector import detector_config
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import WeightsInfo, save_weights
 from d3etr.errors import UserError
+from d3etr.exports.description import ImageSettings
+from d3etr.exports.graph import DetectionGraph
 from d3etr.exports.onnx_file import OnnxFormat
 from d3etr.exports.onnx_predictor import load_onnx
 from d3etr.exports.quantisation import quantise
-from d3etr.latency.contenders import named
+from d3etr.latency.contenders import TorchContender, Way, made_picture, named
+from d3etr.latency.exported import ExportContender
 from d3etr.latency.measure import WARM_UPS, Timing, measure
 
 
-def test_everyone_runs_in_every_round_which_begin_in_turn() -> None:
-    order: list[str] = []
-    contenders = {name: (lambda name=name: order.append(name), 1) for name in "abc"}
-    timings = measure(contenders, torch.device("cpu"), 3)
-    assert "".join(order[3 * WARM_UPS :]) == "abc" + "bca" + "cab"
-    assert {name: len(timing.milliseconds) for name, timing in timings.items()} == {
-        "a": 3,
-        "b": 3,
-        "c": 3,
-    }
+def test_everyone_runs_in_every_round_after_others_each_time() -> None:
+    def ran() -> tuple[list[str], dict[str, Timing]]:
+        order: list[str] = []
+        contenders = {name: (lambda name=name: order.append(name), 1) for name in "abcd"}
+        timings = measure(contenders, torch.device("cpu"), 30)
+        return order[4 * WARM_UPS :], timings
+
+    order, timings = ran()
+    assert all(sorted(order[begin : begin + 4]) == [*"abcd"] for begin in range(0, 120, 4))
+    before = {name: {x for x, y in pairwise(order) if y == name} for name in "abcd"}
+    assert all(before[name] >= {*"abcd"} - {name} for name in "abcd"), "each after every other"
+    assert {len(timing.milliseconds) for timing in timings.values()} == {30}
+    assert ran()[0] == order, "the same one each time"
 
 
 def test_percentiles_and_rates() -> None:
@@ -70,6 +81,47 @@ def _weights(folder: Path, width: int, **evaluation: object) -> Path:
     file = folder / f"width-{width}.safetensors"
     save_weights(file, build_detector(config, 2), info)
     return file
+
+
+def test_everyone_is_timed_from_resized_pixels_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, way = made_picture(640, 480), Way("float32", compiled=False, batch=2)
+    contender = TorchContender.read("x", _weights(tmp_path, 32), picture, "cpu")
+    [expected] = contender.predictor.predict(picture, threshold=0)
+    given: list[Any] = []
+    normalised = DetectionGraph._normalised
+
+    def noted(self: DetectionGraph, images: torch.Tensor) -> torch.Tensor:
+        given.append(images.numpy())
+        return normalised(self, images)
+
+    monkeypatch.setattr(DetectionGraph, "_normalised", noted)
+    boxes, scores, _ = contender.action(picture, way)()
+    np.testing.assert_allclose(scores.numpy(), [expected.scores] * 2, atol=1e-5)
+    assert boxes.shape == (2, len(expected), 4) and boxes.max() > 64
+
+    images = ImageSettings("imagenet", 64, 64, None)
+    for inside in (True, False):
+        about = SimpleNamespace(preprocessing=images, inside=inside, smallest=1)
+        run = lambda pixels, sizes: given.append(pixels)  # noqa: E731
+        one = ExportContender("x", (48, 64), {}, description=about, runtime="any", run=run)
+        one.action(picture, way)()
+    assert np.array_equal(given[0], given[1]) and given[1].dtype == np.uint8
+    assert given[1].flags.c_contiguous and given[1].shape == (2, 3, 48, 64)
+    wanted = normalised(contender.graph, torch.from_numpy(given[1])).numpy()
+    np.testing.assert_allclose(given[2], wanted, atol=1e-5)
+
+
+def test_what_is_compiled_detects_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    picture = made_picture(640, 480)
+    contender = TorchContender.read("x", _weights(tmp_path, 32), picture, "cpu")
+    eager, compiled = (
+        contender.action(picture, Way("float32", compiled=compiled, batch=1))()
+        for compiled in (False, True)
+    )
+    np.testing.assert_allclose(compiled[1].numpy(), eager[1].numpy(), atol=1e-5)
 
 
 def test_rows_say_size_quality_and_batch(

@@ -100,6 +100,24 @@ def test_a_body_without_a_length_is_cut_off_at_the_limit(front: Fake) -> None:
     assert connection.getresponse().status == 413
 
 
+def test_a_client_that_breaks_off_is_no_fault_of_the_service() -> None:
+    async def detect(picture: bytes, threshold: float | None) -> Answer:
+        raise AssertionError("there is no picture")
+
+    front, sent = Front(SETTINGS, detect, lambda: 1), list[Any]()
+    arriving = iter([{"type": "http.request", "body": b"half", "more_body": True}])
+
+    async def receive() -> Any:
+        return next(arriving, {"type": "http.disconnect"})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/detect", "query_string": b""}
+    asyncio.run(front.app(scope | {"headers": []}, receive, send))  # raises nothing
+    assert sent[0]["status"] == 400 and front._held == 0
+
+
 def test_more_requests_than_may_wait_are_refused_and_health_says_how_many_do(front: Fake) -> None:
     front.free.clear()
     before = len(front.seen)

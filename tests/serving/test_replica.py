@@ -19,7 +19,8 @@ from d3etr.errors import UserError
 from d3etr.inference import Predictor, load
 from d3etr.predictions import Found
 from d3etr.serving.answers import Answer
-from d3etr.serving.replica import PROBLEM, Replica
+from d3etr.serving.replica import PROBLEM, Replica, _require_few_pixels
+from d3etr.serving.service import a_picture
 from d3etr.serving.settings import ServeSettings
 
 
@@ -93,6 +94,14 @@ def test_a_bad_picture_fails_alone(
     ):
         assert expected in text
     assert passes[0] == 4, "they were in one batch"
+
+
+@pytest.mark.parametrize("most", [50, 0.3072, 0.3, 1e-3, 1e-6])
+def test_the_first_picture_of_a_service_is_within_its_limit(most: float) -> None:
+    picture = a_picture(most)
+    _require_few_pixels(picture, most)
+    width, height = Image.open(io.BytesIO(picture)).size
+    assert width * height > 0.9 * min(most * 1e6, 640 * 480)
 
 
 def of_one_size(image: Image.Image) -> Any:

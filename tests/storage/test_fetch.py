@@ -17,6 +17,7 @@ from d3etr.files import sha256
 from d3etr.storage import remote
 from d3etr.storage.fetch import fetch_file, fetch_folder, local_file
 from d3etr.storage.problems import MissingFileError, UnreachableError
+from d3etr.storage.remote import Version
 
 
 def write(folder: Path, count: int, size: int = 100) -> list[str]:
@@ -35,6 +36,24 @@ def copies(cache: Path) -> list[Path]:
 def content(url: str) -> bytes:
     with local_file(Url(url)) as file:
         return file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("said", "asked_again", "changed"),
+    [
+        ({"ETag": "1", "url": "https://h/a?signed=x"}, {"url": "https://h/a?signed=y"}, "ETag"),
+        ({"mtime": 1, "time": 5, "uid": 0}, {"time": 6}, "mtime"),
+        ({"modificationTime": 1, "accessTime": 5}, {"accessTime": 6}, "modificationTime"),
+        ({"etag": "1", "last_accessed_on": 5}, {"last_accessed_on": 6}, "etag"),
+    ],
+)
+def test_a_version_is_of_the_file_not_of_the_question(
+    said: dict[str, object], asked_again: dict[str, object], changed: str
+) -> None:
+    said = {"name": "a", "size": 7, "type": "file"} | said
+    assert Version.of(said) == Version.of(said | asked_again)
+    assert Version.of(said) != Version.of(said | {changed: "other"})
+    assert Version.of(said) != Version.of(said | {"size": 8})
 
 
 def test_a_path_is_given_back_and_makes_no_cache(tmp_path: Path, cache: Path) -> None:

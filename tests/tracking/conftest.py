@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from tracked_folders import TINY, journal_records, write_journal, write_weights
 
@@ -29,6 +30,7 @@ START_SECONDS = 180
 
 @pytest.fixture(autouse=True)
 def _no_server_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow.set_tracking_uri(None)  # another test may have left its own
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 

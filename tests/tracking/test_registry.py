@@ -20,7 +20,7 @@ from d3etr.errors import UserError
 from d3etr.serving.replica import load_model
 from d3etr.serving.settings import ServeSettings
 from d3etr.tracking.model_card import LATENCY, MACHINE
-from d3etr.tracking.state import read_state
+from d3etr.tracking.state import read_state, write_state
 
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[..., Path]
@@ -93,6 +93,28 @@ def test_the_best_on_test_is_champion_and_loads_by_that_name_everywhere(
     ):
         with pytest.raises(UserError, match=text):
             d3etr.load(address)
+
+
+def test_what_was_deleted_or_renamed_in_mlflow_is_registered_again(
+    make_config: MakeConfig, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(tracking={"register_as": "tiny"})
+    client, folder = client_of(config), make_run(config)
+    assert main(["register", str(folder), "tiny"]) == 0
+    state = read_state(folder)
+    assert state is not None and state.registered_as == "models:/tiny/1"
+    # Earlier versions remembered the address in the registry alone.
+    earlier = state.model_copy(update={"model_uri": state.registered_as, "registered_as": None})
+    for remembered in (state, earlier):
+        write_state(folder, remembered)
+        client.rename_registered_model("tiny", "other")
+        client.delete_registered_model("other")
+        assert main(["register", str(folder), "tiny"]) == 0
+        assert client.get_model_version("tiny", "1").source == state.model_uri
+    capsys.readouterr()
+    client.delete_logged_model(state.model_uri.removeprefix("models:/"))
+    assert main(["register", str(folder), "another"]) == 2
+    assert "refuses model 'another': " in capsys.readouterr().err
 
 
 def test_what_is_needed_to_find_a_model_is_said(

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,15 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+from mlflow.models import Model
 from PIL import Image
+from tracked_folders import write_weights
 
+from d3etr.config.backbone import BackboneConfig
 from d3etr.config.tree import Config
+from d3etr.detectors.weights import read_info
 from d3etr.structures import ImageBatch
+from d3etr.tracking import model
 from d3etr.tracking.runs import replay
 from d3etr.tracking.served_student import ServedStudent
 
@@ -194,6 +200,23 @@ def test_whole_numbers_are_pixels_whatever_their_type(served: ServedStudent) -> 
         assert answer["error"] is None and answer["names"] == first["names"]
         np.testing.assert_allclose(answer["scores"], first["scores"], atol=1e-6)
         np.testing.assert_allclose(answer["boxes_xyxy"], first["boxes_xyxy"], atol=1e-4)
+
+
+@pytest.mark.parametrize(("backbone", "needed"), [("small", False), ("timm/resnet18", True)])
+def test_its_environment_has_timm_where_its_backbone_is_timms(
+    backbone: str, needed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_weights(tmp_path / "weights.safetensors")
+    info = read_info(tmp_path / "weights.safetensors")
+    detector = info.detector.model_copy(update={"backbone": BackboneConfig(name=backbone)})
+    monkeypatch.setattr(
+        model, "read_info", lambda _: info.model_copy(update={"detector": detector})
+    )
+    monkeypatch.setattr(model, "_pack", lambda package, archive: archive.touch())
+    model._save(tmp_path, tmp_path / "weights.safetensors", Model())
+    needs = (tmp_path / "model" / "requirements.txt").read_text().split()
+    assert f"torch=={version('torch').partition('+')[0]}" in needs
+    assert (f"timm=={version('timm')}" in needs) is needed
 
 
 @pytest.mark.slow

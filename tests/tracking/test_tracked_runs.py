@@ -56,11 +56,12 @@ def test_a_finished_run_has_metrics_params_tags_files_and_a_model(
     assert {"config.yaml", "summary.json", "journal.jsonl", "weights"} <= names
     state = read_state(run_dir)
     assert state is not None and state.complete and state.sent_step == 20
-    assert state.model_uri == "models:/tiny-student/1"
+    assert state.registered_as == "models:/tiny-student/1"
     champion = client_of(config).get_model_version_by_alias("tiny-student", "champion")
     assert str(champion.version) == "1" and champion.tags["mAP"] == "0.2500"
     (model,) = client_of(config).search_logged_models([run.info.experiment_id])
     assert model.name == "plain student · seed 3 · conditional_detr"
+    assert state.model_uri == model.model_uri
 
 
 def test_images_without_labels_are_parameters(make_config: MakeConfig, make_run: MakeRun) -> None:

@@ -23,7 +23,7 @@ from d3etr.data.augmentation import (
 from d3etr.data.images import to_pixels
 from d3etr.data.mosaic import boxes_on, compose
 from d3etr.data.preprocessing import output_size
-from d3etr.data.record_images import record_image
+from d3etr.data.record_images import naming, record_image
 from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit
 from d3etr.data.teacher_boxes import FoundBoxes
@@ -193,7 +193,8 @@ class DetectionDataset(Dataset[Sample]):
         return np.array(sizes, dtype=np.int64)
 
     def _size(self, record: ImageRecord, scale: float) -> tuple[int, int]:
-        return output_size(record.width, record.height, self.preprocessing, scale=scale)
+        with naming(self.split, record):
+            return output_size(record.width, record.height, self.preprocessing, scale=scale)
 
     @property
     def has_random_sizes(self) -> bool:

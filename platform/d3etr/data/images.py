@@ -28,6 +28,12 @@ os.register_at_fork(
     after_in_parent=_OPENING.release,
     after_in_child=_OPENING.release,
 )
+FORMATS = (
+    *("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF"),
+    *("AVIF", "JPEG2000", "PPM", "DIB", "DDS", "TGA"),
+)
+"""That are read, by Pillow's names; JPEG is MPO too. Not even headers are read of others: an icon's
+pixels would be decoded before their number is known, and PostScript be run as the program it is."""
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _FIRST_SWAPPING_ORIENTATION = 5
 """Orientations 5 to 8 swap width and height."""
@@ -58,7 +64,7 @@ def load_image(source: Path | bytes, expected_size: tuple[int, int] | None = Non
 
 
 def open_image(source: Path | bytes) -> Image.Image:
-    """Read an image file's header, without Pillow's warning about its size.
+    """Read the header of an image file of ``FORMATS``, without Pillow's warning about its size.
 
     Args:
         source: a file, or its bytes.
@@ -69,7 +75,9 @@ def open_image(source: Path | bytes) -> Image.Image:
     with _OPENING:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(source if isinstance(source, Path) else BytesIO(source))
+            Image.init()  # earlier versions of Pillow know no AVIF
+            known = [name for name in FORMATS if name in Image.OPEN]
+            return Image.open(source if isinstance(source, Path) else BytesIO(source), "r", known)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 
@@ -204,9 +212,9 @@ def decoding_problem(error: Exception) -> str:
         return "cannot be decoded: its pixels need more memory than there is; make it smaller"
     if isinstance(error, UnidentifiedImageError):
         return (
-            "cannot be decoded: it is empty, damaged at its beginning, or no picture of a known "
-            "format, as a Git LFS pointer, a web page, a HEIC picture or a video is none; expected "
-            "a whole JPEG, PNG, TIFF, BMP or WebP image"
+            "cannot be decoded: it is empty, damaged at its beginning, or no picture of a format "
+            "that is read, as a Git LFS pointer, a web page, an icon, PostScript, a HEIC picture "
+            "or a video is none; expected a whole JPEG, PNG, TIFF, BMP, WebP or GIF image"
         )
     if isinstance(error, EOFError) or "truncated" in str(error).lower():
         return "cannot be decoded: it is truncated; copy it again"

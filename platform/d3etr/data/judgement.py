@@ -16,6 +16,7 @@ from d3etr.config.training import EvaluationConfig, warmup_problem
 from d3etr.config.tree import Config
 from d3etr.data.annotations import Category
 from d3etr.data.preprocessing import output_size
+from d3etr.data.record_images import naming
 from d3etr.data.records import shown_ids, to_xyxy
 from d3etr.data.splits import DetectionSplit
 from d3etr.errors import UserError
@@ -236,7 +237,10 @@ def _beyond(split: DetectionSplit, key: str, limit: int, meaning: str) -> str | 
 
 def _too_small(split: DetectionSplit, preprocessing: PreprocessingConfig) -> str | None:
     """Objects that only resizing makes too small."""
-    after_size = [output_size(r.width, r.height, preprocessing)[::-1] for r in split.records]
+    after_size = []
+    for record in split.records:
+        with naming(split, record):
+            after_size.append(output_size(record.width, record.height, preprocessing)[::-1])
     scales = np.array(after_size) / np.array([(r.width, r.height) for r in split.records])
     objects = split.objects
     corners = np.clip(to_xyxy(objects.boxes_xywh), 0.0, np.tile(objects.sizes, 2))

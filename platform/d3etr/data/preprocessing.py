@@ -11,11 +11,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from d3etr.errors import UserError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Of torchvision's ImageNet weights, for pixels in [0, 1]."""
 STD_FLOOR = 0.02
 """Keeps an even channel finite; as a share of the pixel range."""
+VERY_LONG = 32
+"""Sides of images in a ratio above this: a pixel of the short one is many of the long one."""
+MOST_ENLARGED = 90_000_000
+"""Pixels of an image that is enlarged, at most."""
 _MOST_BITS = 22
 _WEIGHT_LIMIT = 2**15
 """Weights of a pixel are whole numbers of 16 bits, as PyTorch and Pillow have them."""
@@ -51,8 +57,12 @@ def output_size(
 
     An exact size keeps its aspect where ``shortest`` is its shorter side in place of its own. By
     DETR's rule, the shorter side becomes ``shortest`` pixels (the configuration's where it is
-    None); where the longer one would then pass ``config.longest_side``, that decides instead. Both
-    sides are multiplied by ``scale`` first.
+    None); where the longer one would then pass ``config.longest_side``, that decides instead: of
+    ``VERY_LONG`` images to the pixel, of others as far as DETR's rounding of the shorter side to
+    whole pixels has it. Both sides are multiplied by ``scale`` first.
+
+    Raises:
+        UserError: it would have more than ``MOST_ENLARGED`` pixels, and more than it has.
     """
     if config.exact_size is not None:
         factor = scale if shortest is None else scale * shortest / min(config.exact_size)
@@ -64,8 +74,17 @@ def output_size(
         side, longest = max(1, round(scale * side)), longest and round(scale * longest)
     if longest is not None and high / low * side > longest:
         side = max(1, round(longest * low / high))
+        if high > VERY_LONG * low:
+            return (longest, side) if width < height else (side, longest)
     if side == low:
         return height, width
+    if side * int(side * high / low) > max(low * high, MOST_ENLARGED):
+        raise UserError(
+            f"the image has {width} x {height} pixels, and with a shorter side of {side} it would "
+            f"have {side * side * high / low / 1e6:,.0f} megapixels; expected at most "
+            f"{MOST_ENLARGED / 1e6:g}: cut it into less narrow pieces, or train with "
+            "data.preprocessing.longest_side"
+        )
     if width < height:
         return int(side * height / width), side
     return side, int(side * width / height)

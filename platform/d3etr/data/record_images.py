@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from PIL import Image
 
 from d3etr.data.images import load_image
@@ -30,3 +33,12 @@ def record_image(split: DetectionSplit, record: ImageRecord) -> Image.Image:
             "cannot be trusted: correct width and height, or use the image that was annotated"
         )
     return image
+
+
+@contextmanager
+def naming(split: DetectionSplit, record: ImageRecord) -> Iterator[None]:
+    """Errors of the user's in what is done with an image say which image it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{split.images.shown(record.file_name)}: {error}") from error

@@ -8,10 +8,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from d3etr.data.record_images import record_image
+from d3etr.data.record_images import naming, record_image
 from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit
-from d3etr.errors import UserError
 from d3etr.exports.inputs import graph_inputs
 from d3etr.exports.onnx_predictor import OnnxPredictor
 from d3etr.progress import OnProgress, no_progress
@@ -47,9 +46,7 @@ def calibration_inputs(
     """
     for number, record in enumerate(records, start=1):
         image = record_image(split, record)
-        try:
+        with naming(split, record):
             pixels = predictor.prepared(image)
-        except UserError as error:
-            raise UserError(f"{split.images.shown(record.file_name)}: {error}") from error
         yield graph_inputs(predictor.description, [pixels], [(record.height, record.width)])
         on_progress("calibration images", number, len(records))

@@ -53,7 +53,8 @@ class Description:
         opset: of ONNX; None for other formats.
         exporter: versions that the file was written with, by package.
         evaluation: of the weights that the graph was compared with: split, data digest, mAP, as far
-            as they are known. Of a quantised file the mAP is its own, where it was measured.
+            as they are known and hold for the file. Of a quantised file the mAP is its own, where
+            it was measured.
         quantisation: None, or ``kind`` and what it cost (docs/deploy.md).
     """
 

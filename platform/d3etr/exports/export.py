@@ -15,6 +15,7 @@ import torch
 
 import d3etr
 from d3etr.config.data import PreprocessingConfig
+from d3etr.config.training import EvaluationConfig
 from d3etr.data.transforms import normalise
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.weights import WeightsInfo
@@ -23,7 +24,7 @@ from d3etr.evaluation.postprocess import top_detections
 from d3etr.exports.comparison import Comparison, Detected, compare
 from d3etr.exports.description import Description, ImageSettings
 from d3etr.exports.formats import GraphFormat, Runner, require_package
-from d3etr.exports.graph import GraphSettings, Traced, trace
+from d3etr.exports.graph import GraphSettings, Traced, most_detections, trace
 from d3etr.exports.pictures import PictureBatch, picture_batches
 from d3etr.files import sync_folder, temporary_beside
 from d3etr.progress import OnProgress, no_progress
@@ -165,7 +166,6 @@ def _describe(
         preprocessing = PreprocessingConfig(
             normalisation=preprocessing.normalisation, exact_size=settings.size
         )
-    evaluation = info.evaluation or {}
     versions: dict[str, Any] = {"d3etr": d3etr.__version__, "torch": torch.__version__}
     versions |= {name: require_package(name, kind.name).__version__ for name in kind.packages}
     return Description(
@@ -186,5 +186,15 @@ def _describe(
         sampling=traced.sampling,
         opset=kind.opset,
         exporter=versions,
-        evaluation={name: evaluation[name] for name in _EVALUATION if name in evaluation},
+        evaluation=_evaluation(info, settings, traced),
     )
+
+
+def _evaluation(info: WeightsInfo, settings: GraphSettings, traced: Traced) -> dict[str, Any]:
+    """That of the weights, where the file is shown images as they were and may answer as much."""
+    other_size = settings.size not in (None, info.preprocessing.exact_size)
+    measured = most_detections(info, EvaluationConfig().maximum_detections)
+    if other_size or traced.detections < measured:
+        return {}
+    found = info.evaluation or {}
+    return {name: found[name] for name in _EVALUATION if name in found}

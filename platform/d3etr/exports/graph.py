@@ -137,7 +137,9 @@ def trace(
     detector = copy.deepcopy(detector).eval().requires_grad_(False)
     sampling = _set_sampling(detector, settings.sampling, few_by_gathers)
     graph = DetectionGraph(
-        detector, info.preprocessing if settings.inside else None, _most(info, settings.detections)
+        detector,
+        info.preprocessing if settings.inside else None,
+        most_detections(info, settings.detections),
     )
     size = settings.size or info.preprocessing.exact_size
     stride = detector.level_strides[-1]
@@ -179,8 +181,8 @@ def _ensure_free(program: ExportedProgram, smallest: int, inside: bool) -> None:
                 check(images, torch.ones(count, 2, dtype=torch.int64))
 
 
-def _most(info: WeightsInfo, wanted: int) -> int:
-    """K at most: DETR's softmax gives each query one class."""
+def most_detections(info: WeightsInfo, wanted: int) -> int:
+    """K at most of those wanted: DETR's softmax gives each query one class."""
     each = 1 if info.detector.softmax_classes else len(info.categories)
     return min(wanted, info.detector.queries * each)
 

@@ -20,11 +20,15 @@ def prepared(about: Description, image: Image.Image) -> NDArray[np.uint8]:
     Raises:
         UserError: it would be smaller than the graph takes.
     """
-    size = output_size(image.width, image.height, about.preprocessing)
+    rule = about.preprocessing
+    size = output_size(image.width, image.height, rule)
     if min(size) < about.smallest:
+        # The longest side decided where the shortest one is not what it was to be.
+        narrow = rule.longest_side and min(size) < (rule.shortest_side or min(image.size))
+        remedy = "it is too narrow for its length, cut it into pieces" if narrow else "enlarge it"
         raise UserError(
             f"the image is shown to the detector as {size[1]} x {size[0]} pixels, and this "
-            f"exported file takes sides from {about.smallest} pixels on: enlarge it"
+            f"exported file takes sides from {about.smallest} pixels on: {remedy}"
         )
     pixels = resize_pixels(np.asarray(image, dtype=np.uint8), size)
     return pixels.transpose(2, 0, 1)
@@ -40,9 +44,19 @@ def graph_inputs(
         images: B of what ``prepared`` returned, of one size.
         sizes: (height, width) in pixels of each image as given.
     """
+    given = as_taken(about, np.stack(images)), np.array(sizes, dtype=np.int64)
+    return dict(zip(INPUTS, given, strict=True))
+
+
+def as_taken(about: Description, images: NDArray[np.uint8]) -> NDArray[Any]:
+    """Pixels as the graph takes them: normalised, where it does not do that itself.
+
+    Args:
+        about: the file.
+        images: [B, 3, h, w].
+    """
     if about.inside:
-        pixels: NDArray[Any] = np.stack(images)
-    else:
-        how = about.preprocessing.normalisation
-        pixels = np.stack([normalise_pixels(image, how) for image in images])
-    return dict(zip(INPUTS, (pixels, np.array(sizes, dtype=np.int64)), strict=True))
+        return images
+    return np.stack(
+        [normalise_pixels(image, about.preprocessing.normalisation) for image in images]
+    )

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from d3etr.data.preprocessing import output_size
-from d3etr.data.record_images import record_image
+from d3etr.data.record_images import naming, record_image
 from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit
 from d3etr.evaluation.coco_metrics import CocoMetrics, GroundTruth, SplitDetections
@@ -57,7 +58,7 @@ def measure(
     """
     numbers, parts, counting, seconds, seen = [], [], [], 0.0, 0
     for number, records in enumerate(_batches(predictor, split, batch_size)):
-        images = [predictor.prepared(record_image(split, record)) for record in records]
+        images = [_prepared(predictor, split, record) for record in records]
         sizes = [(record.height, record.width) for record in records]
         begin = time.perf_counter()
         parts.append(predictor.detect_all(images, sizes))
@@ -80,11 +81,22 @@ def measure(
     return Measured(metrics, seen / max(seconds, 1e-9), found)
 
 
+def _prepared(
+    predictor: OnnxPredictor, split: DetectionSplit, record: ImageRecord
+) -> NDArray[np.uint8]:
+    image = record_image(split, record)
+    with naming(split, record):
+        return predictor.prepared(image)
+
+
 def _batches(
     predictor: OnnxPredictor, split: DetectionSplit, batch_size: int
 ) -> Iterator[list[ImageRecord]]:
     rule = predictor.description.preprocessing
-    shapes = [output_size(record.width, record.height, rule) for record in split.records]
+    shapes = []
+    for record in split.records:
+        with naming(split, record):
+            shapes.append(output_size(record.width, record.height, rule))
     for indices in of_one_size(shapes):
         for begin in range(0, len(indices), batch_size):
             yield [split.records[index] for index in indices[begin : begin + batch_size]]

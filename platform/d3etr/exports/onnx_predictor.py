@@ -26,7 +26,7 @@ class OnnxPredictor(ImagePredictor):
     Args:
         session: of ONNX Runtime.
         description: of the file.
-        maximum: detections per image at most.
+        maximum: as of ``ImagePredictor``.
 
     Raises:
         UserError: the maximum is above what the file gives.
@@ -62,11 +62,14 @@ class OnnxPredictor(ImagePredictor):
         self, images: Sequence[NDArray[np.uint8]], sizes: Sequence[tuple[int, int]]
     ) -> Found:
         """As of ``detect``, all K detections that the file gives."""
-        given = graph_inputs(self.description, images, sizes)
+        return self.run(*graph_inputs(self.description, images, sizes).values())
+
+    def run(self, images: NDArray[Any], sizes: NDArray[np.int64]) -> Found:
+        """As of ``detect_all``, of the graph's own inputs: [B, 3, h, w] and [B, 2]."""
         try:
-            found = self.session.run([*OUTPUTS], given)
+            found = self.session.run([*OUTPUTS], dict(zip(INPUTS, (images, sizes), strict=True)))
         except Exception as error:  # the runtime has errors of many types
-            count, _, height, width = given[INPUTS[0]].shape
+            count, _, height, width = images.shape
             raise UserError(
                 f"ONNX Runtime failed on {count} images of {width} x {height} pixels: "
                 f"{_first_line(error)}"
@@ -85,7 +88,7 @@ def load_onnx(path: Path, device: str | None = None, threads: int | None = None)
 
     Raises:
         UserError: ONNX Runtime is missing, the file is missing, damaged or not d3etr's, or there is
-            no such device.
+            no such device or it cannot be used.
     """
     if not path.is_file():
         kind = "is a folder, not a file" if path.is_dir() else "does not exist"
@@ -95,6 +98,8 @@ def load_onnx(path: Path, device: str | None = None, threads: int | None = None)
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = threads or 0
+    # Else its threads go on spinning for a while and slow down what runs after it.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # the runtime has errors of many types
@@ -102,6 +107,8 @@ def load_onnx(path: Path, device: str | None = None, threads: int | None = None)
             f"{path}: ONNX Runtime cannot read it ({_first_line(error)}). It may be truncated, or "
             "need a newer ONNX Runtime: copy it again, or export it again"
         ) from error
+    if device is not None and device.startswith("cuda"):
+        _require_gpu(session, device)
     metadata = session.get_modelmeta().custom_metadata_map
     return OnnxPredictor(session, Description.from_metadata(metadata, str(path)))
 
@@ -119,6 +126,17 @@ def _providers(available: Sequence[str], device: str | None) -> list[Any]:
     if kind == "cpu":
         return [provider]
     return [(provider, {"device_id": int(number or 0)}), _PROVIDERS["cpu"]]
+
+
+def _require_gpu(session: Any, device: str) -> None:
+    """Refuse the CPU where a GPU was asked for: ONNX Runtime takes it without an error."""
+    if _PROVIDERS["cuda"] not in session.get_providers():
+        raise UserError(
+            f"device '{device}': ONNX Runtime cannot load what it runs on GPUs by, and took the "
+            "CPU; its lines above may say what is missing. Expected the GPU's driver, CUDA and "
+            "cuDNN of the versions that onnxruntime-gpu is for: install them, or give the device "
+            "'cpu'"
+        )
 
 
 def _first_line(error: Exception) -> str:

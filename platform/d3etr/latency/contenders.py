@@ -15,11 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from d3etr.config.location import Location
-from d3etr.data.transforms import normalise, resized
 from d3etr.errors import UserError
-from d3etr.evaluation.postprocess import top_detections
+from d3etr.exports.graph import DetectionGraph
 from d3etr.inference import Predictor, load
-from d3etr.structures import ImageBatch
 
 PRECISIONS: Mapping[str, torch.dtype | None] = {
     "float32": None,
@@ -72,7 +70,10 @@ class Contender(ABC):
 
     @abstractmethod
     def action(self, picture: Image.Image, way: Way) -> Action | None:
-        """Detects in a batch of one picture, from pixels to detections on the host.
+        """Detects in a batch of one picture.
+
+        From resized uint8 pixels in the host's memory to detections there, whoever normalises and
+        wherever that is done.
 
         None: this file does not run that way.
         """
@@ -88,9 +89,11 @@ class TorchContender(Contender):
 
     Attributes:
         predictor: of its weights.
+        graph: the work of an exported file's graph.
     """
 
     predictor: Predictor = field(kw_only=True)
+    graph: DetectionGraph = field(kw_only=True)
 
     @classmethod
     def read(
@@ -103,22 +106,25 @@ class TorchContender(Contender):
         """
         predictor = load(weights, device)
         predictor.detector.requires_grad_(False)  # PyTorch's counter hangs on what learns
-        pixels = _pixels(predictor, picture, 1)
+        graph = DetectionGraph(predictor.detector, predictor.info.preprocessing, DETECTIONS)
+        graph.to(predictor.device)
+        images, sizes = _inputs(predictor, picture, 1)
         with FlopCounterMode(display=False) as counted:
-            _detect(predictor.detector, pixels, [(picture.height, picture.width)])
+            _detect(graph, images, sizes, predictor.device)
         return cls(
             name,
-            (pixels.shape[-2], pixels.shape[-1]),
+            (images.shape[-2], images.shape[-1]),
             predictor.info.evaluation or {},
             sum(parameter.numel() for parameter in predictor.detector.parameters()),
             counted.get_total_flops(),
             weights.stat().st_size if isinstance(weights, Path) else None,
             predictor.info.network,
             predictor=predictor,
+            graph=graph,
         )
 
     def action(self, picture: Image.Image, way: Way) -> Action:
-        """From normalised pixels on the device to detections on the host.
+        """As of ``Contender``.
 
         Raises:
             UserError: the device has no such precision.
@@ -129,13 +135,12 @@ class TorchContender(Contender):
                 "--precisions float16 is for GPUs: a CPU has no fast operations in it; expected "
                 "float32 or bfloat16"
             )
-        pixels = _pixels(self.predictor, picture, way.batch)
-        sizes = [(picture.height, picture.width)] * way.batch
+        images, sizes = _inputs(self.predictor, picture, way.batch)
         run: Callable[..., object] = torch.compile(_detect) if way.compiled else _detect
 
         def act() -> object:
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                return run(self.predictor.detector, pixels, sizes)
+                return run(self.graph, images, sizes, device)
 
         return act
 
@@ -144,18 +149,17 @@ class TorchContender(Contender):
         return f"{'compiled' if way.compiled else 'eager'} {way.precision}"
 
 
-def _pixels(predictor: Predictor, picture: Image.Image, count: int) -> Tensor:
-    """[count, 3, height, width] of one picture, as the detector is shown it."""
-    preprocessing = predictor.info.preprocessing
-    pixels = normalise(resized(picture, preprocessing), preprocessing)
-    return pixels.expand(count, -1, -1, -1).contiguous().to(predictor.device)
+def _inputs(predictor: Predictor, picture: Image.Image, count: int) -> tuple[Tensor, Tensor]:
+    """Uint8 [count, 3, height, width] of one picture, as the detector is shown it, and sizes."""
+    pixels = predictor.prepared(picture).expand(count, -1, -1, -1).contiguous()
+    return pixels, torch.tensor([[picture.height, picture.width]] * count)
 
 
-@torch.inference_mode()
-def _detect(detector: Any, pixels: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    memory = detector.encode(ImageBatch(pixels))
-    [outputs] = detector.decode(memory, [detector.object_queries(memory)])
-    return [column.cpu() for column in top_detections(outputs, sizes, DETECTIONS)]
+@torch.no_grad()  # in inference mode PyTorch's compiler fails on views of weights
+def _detect(
+    graph: DetectionGraph, images: Tensor, sizes: Tensor, device: torch.device
+) -> list[Tensor]:
+    return [column.cpu() for column in graph(images.to(device), sizes.to(device))]
 
 
 def made_picture(width: int, height: int) -> Image.Image:

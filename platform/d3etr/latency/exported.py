@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from d3etr.errors import UserError
 from d3etr.exports.description import Description
-from d3etr.exports.formats import Runner
-from d3etr.exports.inputs import graph_inputs, prepared
+from d3etr.exports.inputs import as_taken, prepared
 from d3etr.exports.onnx_predictor import load_onnx
 from d3etr.exports.openvino_runtime import load_openvino
 from d3etr.exports.torch_export import load_torch_export
@@ -25,17 +25,17 @@ RUNTIMES = {".onnx": "ONNX Runtime", ".xml": "OpenVINO", ".pt2": "torch.export"}
 
 @dataclass(frozen=True)
 class ExportContender(Contender):
-    """An exported file; pixels are normalised as the file wants them, in the time.
+    """An exported file.
 
     Attributes:
         description: of the file.
         runtime: its name.
-        detect: in prepared images, given with their sizes.
+        run: detects in the arrays that the file's graph takes.
     """
 
     description: Description = field(kw_only=True)
     runtime: str = field(kw_only=True)
-    detect: Callable[[list[Any], list[tuple[int, int]]], object] = field(kw_only=True)
+    run: Callable[[Any, Any], object] = field(kw_only=True)
 
     @classmethod
     def read(
@@ -47,18 +47,19 @@ class ExportContender(Contender):
             UserError: it cannot be read, or does not run on the device.
         """
         suffix = file.suffix.lower()
-        detect: Callable[[list[Any], list[tuple[int, int]]], object]
+        run: Callable[[Any, Any], object]
         if suffix == ".onnx":
             predictor = load_onnx(file, str(device), threads)
-            about, detect = predictor.description, predictor.detect_all
+            about, run = predictor.description, predictor.run
         else:
             if device.type != "cpu":
                 raise UserError(
                     f"{file}: {RUNTIMES[suffix]} files are run on the CPU only, and this is "
                     f"{device}: give --device cpu, or leave the file out"
                 )
-            opened = load_openvino(file, threads) if suffix == ".xml" else load_torch_export(file)
-            about, detect = opened[0], _by_arrays(*opened)
+            about, run = (
+                load_openvino(file, threads) if suffix == ".xml" else load_torch_export(file)
+            )
         height, width = prepared(about, picture).shape[1:]
         return cls(
             name,
@@ -67,26 +68,22 @@ class ExportContender(Contender):
             file_bytes=_bytes(file),
             description=about,
             runtime=RUNTIMES[suffix],
-            detect=detect,
+            run=run,
         )
 
     def action(self, picture: Image.Image, way: Way) -> Action | None:
         """In the numbers that the file has."""
         if way.compiled or way.precision != "float32":
             return None
-        images = [prepared(self.description, picture)] * way.batch
-        sizes = [(picture.height, picture.width)] * way.batch
-        return lambda: self.detect(images, sizes)
+        pixels = [prepared(self.description, picture)] * way.batch
+        # Stacked, they lie in memory as they were decoded, and each run would reorder them.
+        images = np.ascontiguousarray(np.stack(pixels))
+        sizes = np.array([(picture.height, picture.width)] * way.batch, dtype=np.int64)
+        return lambda: self.run(as_taken(self.description, images), sizes)
 
     def run_as(self, way: Way) -> str:
         """The runtime, and the file's numbers."""
         return f"{self.runtime} {(self.description.quantisation or {}).get('kind', way.precision)}"
-
-
-def _by_arrays(
-    about: Description, run: Runner
-) -> Callable[[list[Any], list[tuple[int, int]]], object]:
-    return lambda images, sizes: run(*graph_inputs(about, images, sizes).values())
 
 
 def _bytes(file: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ import torch
 
 from d3etr.progress import OnProgress, no_progress
 
+SEED = 0
+"""Of the order of contenders in each round."""
 WARM_UPS = 3
 """Runs that do not count: kernels are chosen, memory is fetched, graphs are compiled."""
 
@@ -54,7 +57,7 @@ def measure(
     rounds: int,
     on_progress: OnProgress = no_progress,
 ) -> dict[str, Timing]:
-    """Time contenders; each round begins with another one.
+    """Time contenders, each round in another order: none always runs after the same one.
 
     Args:
         contenders: name to what is timed and its images.
@@ -69,10 +72,10 @@ def measure(
             action()
         memory[name] = _peak(action, device)
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    order = [*contenders]
+    draw = random.Random(SEED)
     for turn in range(rounds):
         on_progress(f"round {turn + 1} of {rounds}")
-        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+        for name in draw.sample([*contenders], len(contenders)):
             taken[name].append(_milliseconds(contenders[name][0], device))
     return {
         name: Timing(tuple(values), contenders[name][1], memory[name])

@@ -99,9 +99,10 @@ def _scaled(value: int | None, unit: float, digits: int = 2) -> str:
 def notes(rows: Sequence[Row]) -> list[str]:
     """What a reader of the table has to know."""
     found = [
-        "Milliseconds are of a batch: resized pixels in, detections out; decoding and resizing "
-        "pictures is not in them. All took turns in one process, so memory of the CPU is no one's "
-        "own; the size of the file is."
+        "Milliseconds are of a batch, from resized pixels in memory to detections there: "
+        "normalising and, with a GPU, the way there and back are in them, decoding and resizing "
+        "pictures is not. All took turns in one process, so memory of the CPU is no one's own; "
+        "the size of the file is."
     ]
     lacking = {row.detector.name for row in rows if row.quality is None}
     if lacking:

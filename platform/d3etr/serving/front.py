@@ -111,6 +111,9 @@ class Front:
         except TimeoutError:
             text = f"the body did not arrive within {BODY_SECONDS:g} seconds"
             raise RefusedError(TOO_SLOW, text, body_was_read=True) from None
+        except ClientDisconnect:  # nobody reads the answer
+            text = "the connection ended before the body had arrived"
+            raise RefusedError(BAD_REQUEST, text, body_was_read=True) from None
         if not body:
             text = "the body is empty; expected the bytes of an image file"
             raise RefusedError(BAD_REQUEST, text, body_was_read=True)

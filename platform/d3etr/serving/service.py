@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import re
 import socket
 import uuid
@@ -156,7 +157,7 @@ def _deploy(settings: ServeSettings, name: str) -> Any:
         with held():  # an interruption within Ray leaves half of a service
             serve.start(proxy_location="Disabled")
             handle = serve.run(application, name=name, route_prefix=None)
-        answer = asyncio.run(_asking(handle)(_a_picture(), None))
+        answer = asyncio.run(_asking(handle)(a_picture(settings.max_megapixels), None))
     except Exception as error:  # Ray has errors of many types
         raise _explained(error, settings, _report(name)) from error
     if answer.status != 200:
@@ -181,9 +182,12 @@ def _explained(error: Exception, settings: ServeSettings, report: str) -> Except
     return RunFailedError(f"{settings.model} could not be served: Ray Serve reports: {last}")
 
 
-def _a_picture() -> bytes:
+def a_picture(most: float) -> bytes:
+    """A black picture as a request has it, of 640 x 480 pixels or ``most`` megapixels."""
+    width, height = 640, 480
+    factor = min(1.0, math.sqrt(most * 1e6 / (width * height)))
     file = BytesIO()
-    Image.new("RGB", (640, 480)).save(file, "PNG")
+    Image.new("RGB", (max(1, int(factor * width)), max(1, int(factor * height)))).save(file, "PNG")
     return file.getvalue()
 
 

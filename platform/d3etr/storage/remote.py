@@ -36,6 +36,9 @@ CONNECTIONS = 24
 """Files that are asked for, or fetched, at a time."""
 PAUSES_SECONDS = (1.0, 5.0)
 """Between attempts to fetch a file."""
+_OF_THE_QUESTION = frozenset({"url", "time", "accessTime", "last_accessed_on"})
+"""What fsspec says that differs from one question to the next: over HTTP where redirects end, which
+may be signed anew, and when a file was last read, over SFTP and SMB, HDFS, and in Azure."""
 
 
 class Version(NamedTuple):
@@ -43,8 +46,8 @@ class Version(NamedTuple):
 
     Attributes:
         size: bytes; None where the storage does not say.
-        facts: all that it says, among it an entity tag, a checksum or the time of the last
-            change.
+        facts: what it says of the file, among it an entity tag, a checksum or the time of the
+            last change.
     """
 
     size: int | None
@@ -54,7 +57,8 @@ class Version(NamedTuple):
     def of(cls, info: Mapping[str, Any]) -> Version:
         """The version in what fsspec says about a file."""
         size = info.get("size")
-        return cls(None if size is None else int(size), str(sorted(info.items())))
+        facts = sorted((k, v) for k, v in info.items() if k not in _OF_THE_QUESTION)
+        return cls(None if size is None else int(size), str(facts))
 
 
 class RemoteFiles:

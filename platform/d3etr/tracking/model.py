@@ -28,6 +28,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType, Array
 
 import d3etr
+from d3etr.config.backbones import TIMM
 from d3etr.detectors.weights import DEFAULT_THRESHOLD, read_info
 from d3etr.logs import get_logger
 from d3etr.tracking.model_card import LATENCY, MACHINE, ModelFacts
@@ -54,7 +55,8 @@ REQUIREMENTS = (
     "pyyaml",
     "safetensors",
 )
-"""What the model needs where it is served; neither Ray nor pycocotools."""
+"""What the model needs where it is served, over timm's backbones timm too; neither Ray nor
+pycocotools."""
 
 
 def signature(threshold: float = DEFAULT_THRESHOLD) -> ModelSignature:
@@ -164,22 +166,30 @@ def _latency(client: MlflowClient, run_id: str) -> str | None:
     return f"{data.metrics[LATENCY]:.4g} ms ({data.tags.get(MACHINE, 'machine not known')})"
 
 
-def logged_model(client: MlflowClient, address: str) -> str:
+def logged_model(client: MlflowClient, address: str, run_id: str) -> str:
     """The logged model, ``models:/m-...``, that a version in the registry was made of.
 
     Args:
         client: of MLflow.
-        address: of the version, or of the logged model itself.
+        address: of the logged model itself; in folders of earlier versions, of the version, which
+            may have been deleted since or renamed.
+        run_id: the run that made it.
     """
     parts = address.removeprefix("models:/").rsplit("/", 1)
     if len(parts) == 1:
         return address
-    return str(client.get_model_version(*parts).source)
+    try:
+        return str(client.get_model_version(*parts).source)
+    except MlflowException as error:
+        made = client.get_run(run_id).outputs.model_outputs
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST" or not made:
+            raise
+        return f"models:/{max(made, key=lambda model: model.step).model_id}"
 
 
 def _save(folder: Path, weights: Path, content: Model) -> None:
     """Write the model below ``folder``: few files, since a slow server takes one at a time."""
-    archive = folder / CODE_ARCHIVE
+    archive, info = folder / CODE_ARCHIVE, read_info(weights)
     _pack(Path(d3etr.__file__).parent, archive)
     with warnings.catch_warnings(record=True) as caught:
         mlflow.pyfunc.save_model(
@@ -187,9 +197,9 @@ def _save(folder: Path, weights: Path, content: Model) -> None:
             mlflow_model=content,
             python_model=str(Path(__file__).with_name("served_student.py")),
             artifacts={"weights": str(weights)},
-            signature=signature(read_info(weights).threshold),
+            signature=signature(info.threshold),
             code_paths=[str(archive)],
-            pip_requirements=_pinned(),
+            pip_requirements=_pinned(info.detector.backbone.name),
         )
     for warning in caught:  # type hints and an input example, which the signature makes needless
         logger.debug("MLflow: %s", warning.message)
@@ -278,6 +288,7 @@ def default_uri(uri: str) -> Iterator[None]:
             mlflow.set_tracking_uri(before)
 
 
-def _pinned() -> list[str]:
+def _pinned(backbone: str) -> list[str]:
     """Requirements as installed here; a build tag (+cpu) is this machine's own."""
-    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
+    names = (*REQUIREMENTS, "timm") if backbone.startswith(TIMM) else REQUIREMENTS
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]

@@ -104,14 +104,8 @@ class OpenRun:
     @contextmanager
     def refusals(self) -> Iterator[None]:
         """What is asked of MLflow at the start of a run: patiently, its refusals as UserError."""
-        try:
-            with patience():
-                yield
-        except UserError:
-            raise
-        except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
-            reason = first_line(error)
-            raise UserError(f"MLflow at {self.place} refuses the run: {reason}") from error
+        with refusals(self.uri, "the run"), patience():
+            yield
 
     def close(
         self,
@@ -187,6 +181,23 @@ class OpenRun:
         lacking = [Param(key, value) for key, value in params.items() if key not in known]
         for start in range(0, len(lacking), PARAMS_PER_REQUEST):
             self.client.log_batch(self.run_id, params=lacking[start : start + PARAMS_PER_REQUEST])
+
+
+@contextmanager
+def refusals(uri: str, what: str) -> Iterator[None]:
+    """What MLflow refuses, as a UserError.
+
+    Args:
+        uri: MLflow's address.
+        what: it is that is asked for.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
+        reason = first_line(error)
+        raise UserError(f"MLflow at {bare_url(uri)} refuses {what}: {reason}") from error
 
 
 def attempt_all(steps: Steps, on_progress: OnProgress = no_progress) -> dict[str, str]:

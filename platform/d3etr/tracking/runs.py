@@ -29,7 +29,7 @@ from d3etr.tracking.description import params, run_name, tags
 from d3etr.tracking.model import Registered, log_student, logged_model, register
 from d3etr.tracking.model_card import CARD_FILE, DIGEST_LENGTH, data_name, model_facts
 from d3etr.tracking.note import KEY, opening_note, place_of, tell_result
-from d3etr.tracking.open_run import OpenRun, Status, Steps
+from d3etr.tracking.open_run import OpenRun, Status, Steps, refusals
 from d3etr.tracking.sender import Sender
 from d3etr.tracking.server import (
     UPLOAD_TIMEOUT_SECONDS,
@@ -112,7 +112,7 @@ def register_run(run_dir: Path, name: str) -> Registered:
         name: of the registered model, which is made where there is none.
 
     Raises:
-        UserError: the run is not finished, the name is none, or MLflow does not answer.
+        UserError: the run is not finished, the name is none, or MLflow does not answer or refuses.
         RunFailedError: MLflow did not take everything.
     """
     if RunFolder(run_dir).result() is None:
@@ -123,8 +123,8 @@ def register_run(run_dir: Path, name: str) -> Registered:
     if missing is not None or state is None or state.model_uri is None:
         raise RunFailedError(missing or f"MLflow has no model of {run_dir}")
     uri = tracking_uri(config)
-    with patience(UPLOAD_TIMEOUT_SECONDS, retries=1):
-        source = logged_model(connect(uri), state.model_uri)
+    with refusals(uri, f"model '{name}'"), patience(UPLOAD_TIMEOUT_SECONDS, retries=1):
+        source = logged_model(connect(uri), state.model_uri, state.run_id)
         return register(uri, name, source, state.run_id, model_facts(run_dir))
 
 
@@ -198,7 +198,9 @@ class Tracker:
         once = self._results_of_weights()
         digest = file_digest(folder.weights) if folder.weights.is_file() else ""
         if not digest or self._run.state.results_digest != digest:
-            self._run.remember(results_digest=digest, lacking=tuple(once), model_uri=None)
+            self._run.remember(
+                results_digest=digest, lacking=tuple(once), model_uri=None, registered_as=None
+            )
         lacking = self._run.state.lacking
         return steps | {
             name: partial(self._send_once, name, step)
@@ -288,7 +290,7 @@ class Tracker:
             raise UserError("the model itself is missing")
         facts = model_facts(run.folder)
         found = register(run.uri, name, run.state.model_uri, run.run_id, facts)
-        run.remember(model_uri=found.address)
+        run.remember(registered_as=found.address)
 
 
 def _first_tags(config: Config, run_dir: Path, parent_run: str | None) -> dict[str, str]:

@@ -34,6 +34,9 @@ class RunState(BaseModel):
     lacking: tuple[str, ...] = ()
     """Of these results, what MLflow does not have yet."""
     model_uri: str | None = None
+    """The logged model, ``models:/m-...``; of earlier versions, where it was registered."""
+    registered_as: str | None = None
+    """``models:/NAME/VERSION`` that ``tracking.register_as`` made of it."""
 
 
 def read_state(run_dir: Path) -> RunState | None:
