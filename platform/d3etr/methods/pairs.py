@@ -247,6 +247,8 @@ def pair_losses(
         that are on.
     """
     losses: dict[str, Tensor] = {}
+    # Over no queries, which have no maps, nothing is lost.
+    queries, nothing = pairs.student.queries, pairs.images.new_zeros(())
     if config.prediction.weight:
         index, student, teacher = pairs.index, pairs.student, pairs.teacher
         terms = prediction_losses(
@@ -261,10 +263,12 @@ def pair_losses(
         losses |= {name: config.prediction.weight * loss for name, loss in terms.items()}
     if config.self_attention.weight:
         weights = pairs.weights(config.self_attention.pair_weights, config)
-        loss = _self_attention(pairs, weights, config.self_attention)
+        within = config.self_attention
+        loss = _self_attention(pairs, weights, within) if queries else nothing
         losses["self_attention"] = config.self_attention.weight * loss
     if config.cross_attention.weight:
         weights = pairs.weights(config.cross_attention.pair_weights, config)
-        loss = _cross_attention(pairs, weights, config.cross_attention, levels)
+        across = config.cross_attention
+        loss = _cross_attention(pairs, weights, across, levels) if queries else nothing
         losses["cross_attention"] = config.cross_attention.weight * loss
     return {f"{prefix}/{name}": weight * loss for name, loss in losses.items()}
