@@ -21,6 +21,13 @@ SPREAD = 1e-2
 outside (our choice): where a query samples nothing, its score is low but finite."""
 
 
+def hidden_by_either(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """[B, K] bool: keys that one of two paddings hides, so that both maps are over the rest."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other
+
+
 def take_rows(values: Tensor, index: Tensor) -> Tensor:
     """Rows of some queries: [L, B, H, N, X] at [L, B, P] to [L, B, H, P, X]."""
     # Whole rows are copied, where a gather would look up each element.
