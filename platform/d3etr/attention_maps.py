@@ -95,6 +95,10 @@ class ProductMaps:
             return self
         return ProductMaps(take_rows(self.query, index), take_rows(self.key, index))
 
+    def hiding(self, padding: Tensor | None) -> ProductMaps:
+        """The same maps over keys that ``padding``, [B, K] bool, does not hide either."""
+        return replace(self, padding=hidden_by_either(self.padding, padding))
+
     def layers(self, chosen: Sequence[int]) -> ProductMaps:
         """The maps of some layers."""
         query, key = take_layers(self.query, chosen), take_layers(self.key, chosen)
@@ -128,6 +132,12 @@ class ScoredMaps:
         cells = cells[:, :, None].expand(-1, -1, self.values.shape[2], -1)
         picked = self.values.flatten(3).gather(3, cells)
         return ScoredMaps(picked.view(*self.values.shape[:3], pairs, pairs))
+
+    def hiding(self, padding: Tensor | None) -> ScoredMaps:
+        """As of ``ProductMaps``."""
+        if padding is None:
+            return self
+        return ScoredMaps(self.values.masked_fill(padding[:, None, None], MASKED_SCORE))
 
     def layers(self, chosen: Sequence[int]) -> ScoredMaps:
         """As of ``ProductMaps``."""
@@ -194,6 +204,10 @@ class SampledMaps:
     def on(self, levels: tuple[tuple[int, int], ...], padding: Tensor | None) -> SampledMaps:
         """The same points over as many other grids, [B, K] of them hidden."""
         return replace(self, levels=levels, padding=padding)
+
+    def hiding(self, padding: Tensor | None) -> SampledMaps:
+        """As of ``ProductMaps``."""
+        return self.on(self.levels, hidden_by_either(self.padding, padding))
 
     def layers(self, chosen: Sequence[int]) -> SampledMaps:
         """The maps of some layers."""

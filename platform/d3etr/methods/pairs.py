@@ -22,6 +22,7 @@ from d3etr.attention_maps import (
     ProductMaps,
     SampledMaps,
     ScoredMaps,
+    hidden_by_either,
 )
 from d3etr.config.distillation import AttentionConfig, CrossAttentionConfig
 from d3etr.errors import UserError
@@ -199,16 +200,29 @@ def _cross_attention(
             "attention is on it. Use larger images or a smaller stride, or set its weight to 0",
             stacklevel=2,
         )
-    if teacher.levels != student.levels and isinstance(target, SampledMaps):
-        target = target.on(student.levels, student.padding)
-    elif teacher.levels != student.levels:
-        target = resize_maps(
-            target, teacher.levels, teacher.padding, student.levels, student.padding
-        )
+    maps, target, padding = _over_the_same_cells(maps, student, target, teacher)
     if config.blur:
-        grids = student.levels, student.padding, config.blur
+        grids = student.levels, padding, config.blur
         maps, target = blurred_maps(maps, *grids), blurred_maps(target, *grids)
     return attention_loss(maps, target, weights, config)
+
+
+def _over_the_same_cells(
+    maps: CrossMaps, student: DecoderOutputs, target: CrossMaps, teacher: DecoderOutputs
+) -> tuple[CrossMaps, CrossMaps, Tensor | None]:
+    """Both maps over the student's cells that no padding hides, and what is hidden of them.
+
+    Of equal grids each has a padding of its own: pictures of other sizes, and stored ones, end in
+    other cells. Rows are renormalised to what both see.
+    """
+    hidden = student.padding
+    if teacher.levels == student.levels:
+        hidden = hidden_by_either(hidden, teacher.padding)
+        return maps.hiding(hidden), target.hiding(hidden), hidden
+    if isinstance(target, SampledMaps):
+        return maps, target.on(student.levels, hidden), hidden
+    resized = resize_maps(target, teacher.levels, teacher.padding, student.levels, hidden)
+    return maps, resized, hidden
 
 
 def _of_levels(
