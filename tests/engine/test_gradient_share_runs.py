@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_graphs import plain_pass
 from test_workers import train_alone, train_with_two_workers
-from tiny_runs import MakeConfig, assert_identical, final_state, losses
+from tiny_runs import MakeConfig, assert_identical, final_state, losses, values
 
 from d3etr.config.distillation import MethodConfig
 from d3etr.config.tree import Config
@@ -54,9 +54,25 @@ def test_the_weight_follows_the_gradients_of_the_whole_batch(
     )
     first = changes(tmp_path / "1")[0]
     assert "distillation has " in first and " % of the gradient: the weight is now x " in first
-    assert one[:6] == pytest.approx(unsteered[:6], rel=1e-5) and one[6] != pytest.approx(
-        unsteered[6], rel=1e-3
+    # A tenth of the twelve steps, rounded up.
+    assert one[:2] == pytest.approx(unsteered[:2], rel=1e-5) and one[2] != pytest.approx(
+        unsteered[2], rel=1e-3
     )
+
+
+def test_a_run_of_one_epoch_is_steered_and_ends_with_the_recipes_weight(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(optimisation={"epochs": 1}, detector={"dropout": 0.0})
+    train_alone(steered(config, until=0.5), tmp_path / "steered")
+    texts = changes(tmp_path / "steered")
+    assert len(texts) == 2 and texts[1].endswith("the weight is the recipe's again")
+    assert final_state(tmp_path / "steered")["model"]["share.factor"] == 1
+    train_alone(config, tmp_path / "unsteered")
+    one, other = (values(tmp_path / x, "train/adaptive/class") for x in ("steered", "unsteered"))
+    ratios = [x / y for x, y in zip(one, other, strict=True)]
+    factor = float(texts[0].rpartition(" x ")[2])
+    assert factor < 0.5 and ratios == pytest.approx([1.0, factor, factor, 1.0, 1.0, 1.0], rel=0.3)
 
 
 @pytest.mark.slow
