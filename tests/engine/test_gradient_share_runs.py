@@ -13,6 +13,8 @@ from d3etr.config.distillation import MethodConfig
 from d3etr.config.tree import Config
 from d3etr.engine.graphs import StepGraphs
 from d3etr.engine.journal import read_journal
+from d3etr.engine.step import TrainingStep
+from d3etr.methods.gradient_share import GradientShare
 from d3etr.structures import ImageBatch, Targets
 
 
@@ -73,6 +75,32 @@ def test_a_run_of_one_epoch_is_steered_and_ends_with_the_recipes_weight(
     ratios = [x / y for x, y in zip(one, other, strict=True)]
     factor = float(texts[0].rpartition(" x ")[2])
     assert factor < 0.5 and ratios == pytest.approx([1.0, factor, factor, 1.0, 1.0, 1.0], rel=0.3)
+
+
+@pytest.mark.parametrize("method", ["feature_cosine", "d3etr"])
+def test_steps_of_the_warm_up_are_not_watched(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr("d3etr.methods.gradient_share.EVERY", 1)
+    watch, update, steps = GradientShare.watch, TrainingStep._update, []
+    watched: list[int] = []
+
+    def counted(self: TrainingStep, step: int) -> None:
+        steps.append(step)
+        update(self, step)
+
+    def seen(self: GradientShare, *given: Any) -> None:
+        watched.append(len(steps))  # the step that is not updated yet
+        watch(self, *given)
+
+    monkeypatch.setattr(TrainingStep, "_update", counted)
+    monkeypatch.setattr(GradientShare, "watch", seen)
+    share = {"gradient_share": {"target": 0.3, "until": 1.0}}
+    settings = {"method": method, "warmup_steps": 3, "every_steps": 2} | share
+    config = make_config(optimisation={"epochs": 1})
+    distillation = MethodConfig.parse(settings)
+    train_alone(config.model_copy(update={"distillation": distillation}), tmp_path / "run")
+    assert steps == [*range(6)] and watched == [4]
 
 
 @pytest.mark.slow
