@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from test_graphs import plain_pass
-from test_workers import train_alone, train_with_two_workers
+from test_workers import BATCH_NORM, train_alone, train_with_two_workers
 from tiny_runs import MakeConfig, assert_identical, final_state, losses, values
 
 from d3etr.config.distillation import MethodConfig
@@ -29,12 +29,14 @@ def changes(run_dir: Path) -> list[str]:
     return [text for text in texts if text.startswith("distillation.gradient_share: ")]
 
 
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
 def test_measuring_leaves_no_trace(
-    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str
 ) -> None:
-    """Random numbers, gradients and records are those of a run that measures nothing."""
+    """Random numbers, gradients, statistics and records are those of a run that measures none."""
     monkeypatch.setattr("d3etr.methods.gradient_share.EVERY", 1)
-    config = make_config()
+    trained = BATCH_NORM | {"optimisation": {"epochs": 1}}
+    config = make_config(**(trained if norm == "batch" else {}))
     train_alone(config, tmp_path / "plain")
     train_alone(steered(config, tolerance=0.99), tmp_path / "measured")
     assert losses(tmp_path / "measured") == losses(tmp_path / "plain")

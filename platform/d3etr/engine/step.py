@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d3etr.config.tree import Config
 from d3etr.data.sampling import share
-from d3etr.detectors.batch_norm import trained_statistics
+from d3etr.detectors.batch_norm import trained_statistics, unchanged
 from d3etr.engine.build import Models
 from d3etr.engine.distributed import TrainContext
 from d3etr.engine.graphs import StepGraphs, unsupported_reason, whole_pass
@@ -122,9 +122,11 @@ class TrainingStep:
             self._update(step)
 
     def _of_detection(self, backward: Backward) -> list[Tensor]:
-        """The student's gradients of detection losses alone; leaves none in the parameters."""
-        backward(0.0, record=False)
-        found = [gradient.clone() for gradient in gradients(self._distiller.student)]
+        """The student's gradients of detection losses alone; leaves no trace in the model."""
+        student = self._distiller.student
+        with unchanged([*trained_statistics(student).values()]):
+            backward(0.0, record=False)
+        found = [gradient.clone() for gradient in gradients(student)]
         self._optimiser.zero_grad(set_to_none=True)
         return found
 
