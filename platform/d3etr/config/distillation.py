@@ -68,8 +68,9 @@ class PredictionConfig(Section):
 
     @property
     def kinds_of_pair_weights(self) -> frozenset[str]:
-        """How pairs are weighted, by any loss of the term."""
-        return frozenset({self.pair_weights, self.class_pair_weights})
+        """How pairs are weighted, by any loss of the term that is on."""
+        boxes = {self.pair_weights} if self.l1_weight or self.giou_weight else set[str]()
+        return frozenset(boxes | ({self.class_pair_weights} if self.class_weight else set[str]()))
 
     @model_validator(mode="after")
     def _temperature_has_effect(self) -> Self:
