@@ -21,6 +21,13 @@ SPREAD = 1e-2
 outside (our choice): where a query samples nothing, its score is low but finite."""
 
 
+def hidden_by_either(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """[B, K] bool: keys that one of two paddings hides, so that both maps are over the rest."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other
+
+
 def take_rows(values: Tensor, index: Tensor) -> Tensor:
     """Rows of some queries: [L, B, H, N, X] at [L, B, P] to [L, B, H, P, X]."""
     # Whole rows are copied, where a gather would look up each element.
@@ -88,6 +95,10 @@ class ProductMaps:
             return self
         return ProductMaps(take_rows(self.query, index), take_rows(self.key, index))
 
+    def hiding(self, padding: Tensor | None) -> ProductMaps:
+        """The same maps over keys that ``padding``, [B, K] bool, does not hide either."""
+        return replace(self, padding=hidden_by_either(self.padding, padding))
+
     def layers(self, chosen: Sequence[int]) -> ProductMaps:
         """The maps of some layers."""
         query, key = take_layers(self.query, chosen), take_layers(self.key, chosen)
@@ -121,6 +132,12 @@ class ScoredMaps:
         cells = cells[:, :, None].expand(-1, -1, self.values.shape[2], -1)
         picked = self.values.flatten(3).gather(3, cells)
         return ScoredMaps(picked.view(*self.values.shape[:3], pairs, pairs))
+
+    def hiding(self, padding: Tensor | None) -> ScoredMaps:
+        """As of ``ProductMaps``."""
+        if padding is None:
+            return self
+        return ScoredMaps(self.values.masked_fill(padding[:, None, None], MASKED_SCORE))
 
     def layers(self, chosen: Sequence[int]) -> ScoredMaps:
         """As of ``ProductMaps``."""
@@ -187,6 +204,10 @@ class SampledMaps:
     def on(self, levels: tuple[tuple[int, int], ...], padding: Tensor | None) -> SampledMaps:
         """The same points over as many other grids, [B, K] of them hidden."""
         return replace(self, levels=levels, padding=padding)
+
+    def hiding(self, padding: Tensor | None) -> SampledMaps:
+        """As of ``ProductMaps``."""
+        return self.on(self.levels, hidden_by_either(self.padding, padding))
 
     def layers(self, chosen: Sequence[int]) -> SampledMaps:
         """The maps of some layers."""

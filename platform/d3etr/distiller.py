@@ -82,11 +82,11 @@ def _teacher_groups(
 def _noised(
     teacher: DetectionTransformer, targets: Targets | None, config: DenoisingConfig, step: int
 ) -> dict[str, ObjectQueries]:
-    """The student's denoising queries as the teacher's; none in a batch without objects."""
+    """The student's denoising queries as the teacher's."""
     if targets is None:
         raise ValueError("denoising queries are made of ground truth, which is not given")
     group = teacher.denoising_queries(targets, config, step)
-    return {} if group is None else {DENOISING: group.queries.detach()}
+    return {DENOISING: group.queries.detach()}
 
 
 def _selected(

@@ -13,7 +13,7 @@ from coco_files import annotation, picture
 from d3etr.config.data import AugmentationConfig, DataConfig, PreprocessingConfig, SplitConfig
 from d3etr.data.checks import check_data
 from d3etr.data.loading import EpochLoader
-from d3etr.data.sampling import add_unlabelled, epoch_batches
+from d3etr.data.sampling import add_unlabelled, epoch_batches, unlabelled_passes
 from d3etr.data.splits import open_split
 from d3etr.errors import UserError
 
@@ -195,7 +195,9 @@ def test_every_pass_has_each_unlabelled_image_once(bucket: bool) -> None:
     drawn: list[int] = []
     for epoch in range(6):
         batches = epoch_batches(sizes[:30], 6, 5, epoch, bucket)
-        mixed = add_unlabelled(batches, sizes, 30, 4, 5, epoch, bucket)
+        passes = unlabelled_passes(epoch, 5 * 4, 20)
+        assert passes == range(epoch, epoch + 1)
+        mixed = add_unlabelled(batches, sizes, 30, 4, passes, 5, epoch, bucket)
         assert np.array_equal(mixed[:, :6], batches), "images with labels come as without others"
         drawn += mixed[:, 6:].reshape(-1).tolist()
     for start in range(0, len(drawn), 20):
@@ -203,10 +205,25 @@ def test_every_pass_has_each_unlabelled_image_once(bucket: bool) -> None:
     assert drawn[:20] != drawn[20:40]
 
 
+@pytest.mark.parametrize("bucket", [True, False])
+def test_an_epoch_across_passes_says_which_pass_each_image_is_of(bucket: bool) -> None:
+    """12 of 8 images in an epoch: one pass and a half."""
+    sizes = np.random.default_rng(0).integers(20, 60, (20, 2))
+    drawn: list[int] = []
+    for epoch, expected in enumerate((range(2), range(1, 3), range(3, 5), range(4, 6))):
+        batches = epoch_batches(sizes[:12], 4, 5, epoch, bucket)
+        passes = unlabelled_passes(epoch, 3 * 4, 8)
+        assert passes == expected
+        rows = np.concatenate([sizes, sizes[12:]])
+        mixed = add_unlabelled(batches, rows, 12, 4, passes, 5, epoch, bucket)
+        drawn += (mixed[:, 4:].reshape(-1) + 8 * passes.start - 12).tolist()
+    assert sorted(drawn) == [*range(6 * 8)]
+
+
 def test_images_of_like_shape_come_together() -> None:
     sizes = np.array([[20, 60], [60, 20]] * 20)
     batches = epoch_batches(sizes[:20], 5, 0, 0, bucket=True)
-    mixed = add_unlabelled(batches, sizes, 20, 5, 0, 0, bucket=True)
+    mixed = add_unlabelled(batches, sizes, 20, 5, range(1), 0, 0, bucket=True)
     assert all(len(np.unique(sizes[batch], axis=0)) == 1 for batch in mixed)
 
 

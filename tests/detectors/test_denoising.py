@@ -58,9 +58,7 @@ def table() -> Tensor:
 
 
 def group_of(targets: Targets, config: DenoisingConfig = CONFIG, step: int = 0) -> QueryGroup:
-    group = denoising_group(targets, table(), config, step=step)
-    assert group is not None
-    return group
+    return denoising_group(targets, table(), config, step=step)
 
 
 def features(group: QueryGroup) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,10 +84,18 @@ def test_as_many_blocks_as_fit(
     assert denoising_blocks(scene(counts), DenoisingConfig(queries=queries)) == expected
 
 
-def test_no_group_without_objects() -> None:
-    assert denoising_group(scene((0, 0)), table(), CONFIG, step=0) is None
-    assert denoising_group(scene((0, 4), known=1), table(), CONFIG, step=0) is None
-    assert denoising_group(scene((3,)), table(), DenoisingConfig(queries=0), step=0) is None
+def test_without_objects_a_group_has_no_queries() -> None:
+    none = DenoisingConfig(queries=0)
+    groups = [
+        group_of(scene((0, 0))),
+        group_of(scene((0, 4), known=1)),
+        group_of(scene((3,)), none),
+    ]
+    for group, images in zip(groups, (2, 2, 1), strict=True):
+        content, boxes, objects = features(group)
+        shapes = [tuple(part.shape) for part in (content, boxes, objects)]
+        assert shapes == [(images, 0, 8), (images, 0, 4), (images, 0)]
+        assert group.queries.count == group.queries.blocks == 0 and group.pairs == (0,) * images
 
 
 def test_a_group_says_how_it_learns() -> None:
@@ -112,14 +118,13 @@ def test_the_same_step_and_images_draw_the_same() -> None:
         group_of(scene((2, 1), ids=(5, 6)), step=7),
         denoising_group(scene((2, 1)), table(), CONFIG, step=7, seed=1),
     ):
-        assert other is not None and not torch.equal(features(other)[1], first[1])
+        assert not torch.equal(features(other)[1], first[1])
 
 
 def test_the_host_reads_nothing_from_the_device() -> None:
     """A tensor of the device ``meta`` has no values that anybody could wait for."""
     targets = scene((2, 1, 7), known=2).to(torch.device("meta"))
     group = denoising_group(targets, table().to("meta"), CONFIG, step=0)
-    assert group is not None and group.objects is not None
     supervision = GroundTruthSupervision(SetCriterionConfig(class_loss="varifocal"), Solver())
     shape = (2, 3, group.queries.count)
     outputs = DecoderOutputs(
@@ -213,7 +218,6 @@ def test_boxes_of_the_whole_image_have_finite_logits() -> None:
 def test_the_row_of_unused_slots_gets_no_gradient() -> None:
     embedding = table().requires_grad_(True)
     group = denoising_group(scene((2, 1)), embedding, CONFIG, step=0)
-    assert group is not None
     [gradient] = torch.autograd.grad(features(group)[0].square().sum(), [embedding])
     assert not gradient[CLASSES].any() and gradient[:CLASSES].any()
 

@@ -15,6 +15,8 @@ from d3etr.structures import ImageBatch, Targets
 
 Build = Callable[..., ConditionalDETR]
 BRANCHES = ("adaptive", "fixed")
+OFF = {"weight": 0.0}
+RANDOM = {"queries": "random", "assignment": "own"}
 NO_TERMS = {
     "prediction": {"weight": 0.0},
     "self_attention": {"weight": 0.0},
@@ -120,7 +122,30 @@ def test_impossible_layer_maps_are_refused(tiny_detector: Build, mapping: tuple[
         ({"inherited_ratio": 0.5, **NO_TERMS}, "inherited_ratio has no effect"),
         ({"inherited_ratio": 1.0, **NO_TERMS}, "inherited_ratio 1 with all term weights 0 trains"),
         ({"adaptive_ratio": 0.0, "matched_pair_ratio": 0.5}, "no bipartite matching"),
+        ({"matched_pair_ratio": 0.5, **NO_TERMS}, "matched_pair_ratio has no effect: all term"),
+        ({"matching_cost": {"l1_cost": 1.0}, **NO_TERMS}, "matching_cost has no effect: all term"),
+        (
+            {"method": "detrdistill", "prediction": OFF, "matched_pair_ratio": 0.5},
+            "matched_pair_ratio has no effect: all term weights",
+        ),
         ({"auxiliary_group": {"queries": "random"}}, "no teacher outputs"),
+        (
+            {"auxiliary_group": {"ground_truth": False, "assignment": "own"}},
+            "assignment 'own' has no effect",
+        ),
+        (
+            {"method": "kd_detr", "auxiliary_group": {"assignment": "own"}},
+            "assignment 'own' has no effect",
+        ),
+        ({"auxiliary_group": {"always": True}}, "always has no effect, the group is built anyway"),
+        (
+            {"method": "kd_detr", "auxiliary_group": {"always": True}},
+            "always has no effect, the group is built anyway",
+        ),
+        (
+            {"auxiliary_group": RANDOM | {"content": "own"}, **NO_TERMS},
+            "content 'own' has no effect on random queries",
+        ),
         ({"adaptive_ratio": 1.5}, "less than or equal to 1"),
         ({"prediction": {"temperature": 4.0}}, "no effect"),
         ({"matching_cost": {"class_cost": 0.0, "l1_cost": 0.0, "giou_cost": 0.0}}, "all matching"),
@@ -129,6 +154,22 @@ def test_impossible_layer_maps_are_refused(tiny_detector: Build, mapping: tuple[
 def test_settings_that_cannot_fire_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         MethodConfig.parse({"method": "d3etr", **settings})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"features": {"queries": 7}, "selection": {"class_loss": "bce"}},
+        {"general_points": {"weight": 3.0}, "self_attention": {"weight": 0.0, "heads": "mean"}},
+        {"prediction": OFF | {"class_loss": "bce"}},
+        {"matching_cost": {"l1_cost": 5.0}, "matched_pair_ratio": 1.0, **NO_TERMS},
+        {"adaptive_ratio": 1.0, "auxiliary_group": {"always": True}},
+    ],
+)
+def test_a_term_is_switched_off_without_removing_what_belongs_to_it(
+    settings: dict[str, object],
+) -> None:
+    MethodConfig.parse({"method": "d3etr", **settings})
 
 
 @pytest.mark.parametrize("kind", ["prediction", "self_attention", "cross_attention"])

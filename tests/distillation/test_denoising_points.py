@@ -104,7 +104,6 @@ def decoded_alone(
     assert noise is not None
     memory = detector.encode(images)
     group = detector.denoising_queries(of, noise, step=7)
-    assert group is not None
     queries = [detector.object_queries(memory), group.queries]
     return detector.decode(memory, queries, attention=True, maps_of_blocks=True)[1]
 
@@ -218,7 +217,7 @@ def test_both_decode_the_same_boxes_and_classes(
     noise = denoising_of(student.config)
     assert noise is not None
     groups = [x.denoising_queries(targets, noise, step=5) for x in (student, teacher)]
-    ours, theirs = (group.queries for group in groups if group is not None)
+    ours, theirs = (group.queries for group in groups)
     assert ours.reference_logits is not None and theirs.reference_logits is not None
     assert torch.equal(ours.reference_logits, theirs.reference_logits)
     tables = [x.label_embedding.weight for x in (student, teacher) if x.label_embedding]
@@ -268,14 +267,16 @@ def test_an_object_counts_the_same_however_the_batch_is_cut(
 
 
 @pytest.mark.parametrize("normaliser", ["confidence", "objects"])
-def test_a_batch_without_objects_has_no_such_losses(
+def test_a_batch_without_objects_has_such_losses_of_0(
     tiny_detector: Build, images: ImageBatch, targets: Targets, normaliser: str
 ) -> None:
     student = tiny_detector(seed=1, **FAMILY["rt_detr"] | FEW).train()
     module = distiller(student, tiny_detector(**FAMILY["rt_detr"]), normaliser=normaliser)
     nothing = replace(targets, counts=(0, 0, 0), num_objects=torch.zeros_like(targets.num_objects))
     losses = losses_of(module, images, nothing)
-    assert not points_of(losses)
+    assert [*losses] == [*losses_of(module, images, targets)]
+    found = points_of(losses)
+    assert found.keys() == TERMS | MAPS and all(loss.item() == 0 for loss in found.values())
     torch.stack([*losses.values()]).sum().backward()
     assert all(parameter.grad is not None for parameter in module.parameters())
 
@@ -333,7 +334,8 @@ def test_images_of_the_dataset_alone_decide_the_noise(
     first, again, later = (points_of(losses_of(module, images, targets, n)) for n in (4, 4, 5))
     name = f"{DENOISING_POINTS}/class"
     assert torch.equal(first[name], again[name]) and not torch.equal(first[name], later[name])
-    assert DENOISING not in (module.run_teacher(images, 0, targets.of_images([1, 1, 1])).groups)
+    empty = module.run_teacher(images, 0, targets.of_images([1, 1, 1]))
+    assert empty is not None and empty.groups[DENOISING].outputs.queries == 0
 
 
 def test_a_few_steps_lower_the_losses_over_the_pairs(

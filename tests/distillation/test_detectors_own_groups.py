@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import FAMILY, tiny_detector_config
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
@@ -17,6 +19,9 @@ from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.deformable_detr import DeformableDETR, DeformableDETRConfig
 from d3etr.detectors.denoising import DENOISING, DenoisingConfig, denoising_group, touching
 from d3etr.distiller import Distiller
+from d3etr.engine.distributed import SingleProcess
+from d3etr.engine.journal import Journal
+from d3etr.engine.metric_logger import MetricLogger
 from d3etr.structures import ImageBatch, Memory, ObjectQueries, QueryGroup, Targets
 
 CLASSES = 3
@@ -42,8 +47,7 @@ class _Denoising(DeformableDETR):
 
     def training_groups(self, memory: Memory, targets: Targets, step: int) -> dict[str, QueryGroup]:
         table, config = self.denoised_classes.weight, DenoisingConfig(queries=8)
-        group = denoising_group(targets, table, config, step=step)
-        return {} if group is None else {DENOISING: group}
+        return {DENOISING: denoising_group(targets, table, config, step=step)}
 
 
 def student(kind: type[DeformableDETRConfig] = _Telling) -> _Denoising:
@@ -103,9 +107,40 @@ def test_every_parameter_has_a_gradient_without_objects(
     none = torch.zeros_like(targets.num_objects)
     empty = replace(targets, counts=(0, 0, 0), num_objects=none)
     losses = losses_of(module, images, empty)
-    assert not any(name.startswith(DENOISING) for name in losses)
+    assert [*losses] == [*losses_of(module, images, targets)]
+    assert all(losses[f"{DENOISING}/{term}"].item() == 0 for term in TERMS)
     torch.stack(list(losses.values())).sum().backward()
     assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["rt_detr", "d_fine", "deimv2", "dino"])
+def test_a_part_without_objects_has_the_losses_of_all_others(
+    kind: str,
+    tiny_detector: Callable[..., DetectionTransformer],
+    images: ImageBatch,
+    targets: Targets,
+    tmp_path: Path,
+) -> None:
+    """Those of micro-batches are added up by name, those of workers in their order."""
+    module = learning(tiny_detector(**FAMILY[kind]).train())
+    log = MetricLogger(
+        Journal(tmp_path / "journal"), SingleProcess(torch.device("cpu")), AdamW([torch.ones(1)])
+    )
+    found = []
+    for chosen in ([0, 2], [1, 1]):
+        assert images.padding is not None
+        part = ImageBatch(images.pixels[chosen], images.padding[chosen])
+        own = targets.of_images(chosen)
+        found.append(losses_of(module, part, own))
+        log.add(0, found[-1], own.image_ids).backward()
+    first, empty = found
+    assert [*first] == [*empty]
+    idle = {name: loss.item() for name, loss in empty.items() if name.startswith(DENOISING)}
+    assert {f"{DENOISING}/{term}" for term in TERMS} <= idle.keys() and not any(idle.values())
+    log.add_norm(torch.ones(()))
+    log.write(1)
+    assert log.last[f"train/{DENOISING}/class"] == first[f"{DENOISING}/class"].item() > 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
 def test_denoising_changes_no_other_loss(images: ImageBatch, targets: Targets) -> None:

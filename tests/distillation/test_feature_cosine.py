@@ -112,8 +112,8 @@ def test_the_share_is_reached_and_then_left_alone(target: float) -> None:
     share = GradientShare(EncoderShareConfig(target=target, tolerance=0.01))
     found = [_epoch(toy, share)]
     texts = []
-    for epoch in range(12):
-        texts.append(share.change(epoch / 20))
+    for _ in range(12):
+        texts.append(share.change())
         found.append(_epoch(toy, share))
     assert abs(found[0] - target) > 0.05 and abs(found[-1] - target) <= 0.01
     assert texts[0] is not None and texts[-1] is None
@@ -123,7 +123,7 @@ def test_one_change_follows_the_formula_and_its_bounds() -> None:
     def changed(share: float, target: float) -> float:
         controller = GradientShare(EncoderShareConfig(target=target, tolerance=0.0))
         controller.seen.copy_(torch.tensor([share, 1.0]))
-        controller.change(0.1)
+        controller.change()
         return controller.factor.item()
 
     assert changed(0.2, 0.3) == pytest.approx(0.3 * 0.8 / (0.2 * 0.7))
@@ -131,14 +131,30 @@ def test_one_change_follows_the_formula_and_its_bounds() -> None:
     assert changed(0.0, 0.5) == 10 and changed(1.0, 0.5) == pytest.approx(0.1)
 
 
-def test_the_last_epochs_have_the_recipes_weight() -> None:
-    share = GradientShare(EncoderShareConfig(target=0.5, until=0.8))
-    assert share.change(0.1) is None and share.factor == 1
-    share.seen.copy_(torch.tensor([1.0, 4.0]))
-    assert share.change(0.5) is not None and share.factor == pytest.approx(3)
-    assert share.change(0.8) == "the weight is the recipe's again" and share.factor == 1
-    share.seen.copy_(torch.tensor([1.0, 4.0]))
-    assert share.change(0.9) is None and share.factor == 1
+@pytest.mark.parametrize(
+    ("epochs", "per_epoch", "until", "changes", "released"),
+    [
+        (20, 2, 0.8, [*range(2, 32, 2)], 32),
+        (1, 40, 0.8, [*range(4, 32, 4)], 32),
+        (3, 10, 0.5, [3, 6, 9, 12], 15),
+        (1, 5, 0.7, [1, 2, 3], 4),
+        (1, 20, 1.0, [*range(2, 20, 2)], None),
+    ],
+)
+def test_the_weight_changes_once_an_epoch_or_ten_times_and_is_the_recipes_in_the_end(
+    epochs: int, per_epoch: int, until: float, changes: list[int], released: int | None
+) -> None:
+    share, steps = GradientShare(EncoderShareConfig(target=0.5, until=until)), epochs * per_epoch
+    found = {}
+    for step in range(1, steps + 1):
+        share.seen.copy_(torch.tensor([1.0, 4.0]))
+        before = share.factor.item()
+        if text := share.steer(step, steps, per_epoch):
+            found[step] = text
+            assert share.factor == (1 if step == released else min(3 * before, 1e3))
+    assert [*found] == [*changes, *[released] * (released is not None)]
+    if released is not None:
+        assert found[released] == "the weight is the recipe's again" and share.factor == 1
 
 
 def test_the_encoders_share_is_watched_and_kept_with_the_run(
@@ -157,7 +173,7 @@ def test_the_encoders_share_is_watched_and_kept_with_the_run(
     ]
     state = module.state_dict()
     assert state["share.seen"].tolist() == pytest.approx(parts)
-    text = module.share.change(0.1)
+    text = module.share.change()
     assert text is not None and f"{100 * parts[0] / parts[1]:.1f} %" in text
     again = module(images, targets, taught, module.normalisers(targets, taught))
     factor = module.state_dict()["share.factor"].item()

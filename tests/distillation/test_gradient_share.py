@@ -82,7 +82,7 @@ def test_one_change_reaches_the_target(
     module = _distiller(tiny_detector, METHODS[method], target=target)
     before = _watched(module, images, targets)
     assert module.share is not None and abs(before - target) > 0.01
-    text = module.share.change(0.1)
+    text = module.share.change()
     assert text is not None and text.startswith(f"distillation has {100 * before:.1f} % of the")
     assert _watched(module, images, targets) == pytest.approx(target, rel=1e-3)
 

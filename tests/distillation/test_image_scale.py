@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import FAMILY
 from torch.nn.functional import interpolate
 
 from d3etr.attention_maps import MASKED_SCORE, ScoredMaps
@@ -13,7 +14,7 @@ from d3etr.config.distillation import MethodConfig
 from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.distiller import Distiller
-from d3etr.losses.attention import resize_maps
+from d3etr.losses.attention import kl_rows, resize_maps
 from d3etr.structures import ImageBatch, Targets
 
 Build = Callable[..., DetectionTransformer]
@@ -74,6 +75,34 @@ def test_a_teacher_that_says_the_same_at_any_size_teaches_the_same_predictions(
     terms = {name: {"weight": 0.0} for name in ("self_attention", "cross_attention")}
     module = distiller(tiny_detector(seed=1), teacher, **terms)
     assert losses(module, doubled(images), targets) == losses(module, images, targets)
+
+
+@pytest.mark.parametrize("hides", ["fewer", "more"])
+@pytest.mark.parametrize("heads", ["per_head", "mean"])
+@pytest.mark.parametrize("kind", ["conditional_detr", "deformable_detr"])
+def test_maps_of_equal_grids_are_over_cells_that_both_see(
+    tiny_detector: Build, images: ImageBatch, targets: Targets, kind: str, heads: str, hides: str
+) -> None:
+    """A picture of another size may end in another cell."""
+    assert images.padding is not None
+    other = torch.zeros_like(images.padding)
+    other[:, 16:] = hides == "more"
+    shown = replace(images, for_teacher=ImageBatch(images.pixels, other))
+    student, teacher = (tiny_detector(seed=n, **FAMILY[kind]) for n in (1, 0))
+    cross = {"heads": heads, "weight": 2.0}
+    module = distiller(student, teacher, adaptive_ratio=0.0, cross_attention=cross)
+    found = losses(module, shown, targets)["fixed/cross_attention"]
+    taught = module.run_teacher(shown, targets=targets)
+    assert taught is not None
+    queries = module.method.student_groups(taught, targets, 0)["auxiliary"].queries
+    [ours] = student.decode(student.encode(shown), [queries], attention=True)
+    pair = ours, taught.main
+    assert pair[0].levels == pair[1].levels and not pair[0].padding.equal(pair[1].padding)
+    hidden = pair[0].padding | pair[1].padding
+    maps = [replace(x.cross_maps, padding=hidden).scores() for x in pair]
+    if heads == "mean":
+        maps = [x.softmax(-1).mean(2, keepdim=True).clamp(min=1e-38).log() for x in maps]
+    assert found == pytest.approx(2.0 * kl_rows(*maps).mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("levels", [((8, 12),), ((8, 12), (4, 6))])

@@ -1,6 +1,7 @@
 """Divergences that store no map against those of stored ones, with their gradients."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,3 +97,26 @@ def test_products(padded: bool, cells: int, monkeypatch: pytest.MonkeyPatch) -> 
     )
     for one, other in zip(found, stored, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("padded", ["student", "teacher", "both"])
+@pytest.mark.parametrize("kind", ["products", "samples"])
+def test_a_key_that_either_hides_is_in_neither_map(kind: str, padded: str) -> None:
+    """Such as cells of a batch that an image's stored keys do not reach."""
+    own, theirs = _padding(True), torch.zeros(2, CELLS, dtype=torch.bool)
+    assert own is not None
+    theirs[0, 3:6] = theirs[1, :2] = True
+    hidden = {"student": own, "teacher": theirs, "both": own | theirs}[padded]
+    given = own if padded != "teacher" else None, theirs if padded != "student" else None
+    weights = torch.rand(SHAPE, generator=_random(3))
+    if kind == "samples":
+        maps = [sampled(0, 3, None), sampled(1, 4, None)]
+        student, teacher = (replace(x, padding=y) for x, y in zip(maps, given, strict=True))
+        found = (splatted_divergence.splatted_divergence(student, teacher) * weights).sum()
+    else:
+        maps = [products(0, 8, None), products(1, 16, None)]
+        student, teacher = (replace(x, padding=y) for x, y in zip(maps, given, strict=True))
+        found = product_divergence.product_divergence(student, teacher, weights[:, :, 0])
+        weights = weights[:, :, :1] / SHAPE[2]
+    stored = kl_rows(*(replace(x, padding=hidden).scores() for x in maps))
+    torch.testing.assert_close(found, (stored * weights).sum(), rtol=1e-4, atol=1e-5)

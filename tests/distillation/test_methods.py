@@ -141,7 +141,7 @@ def test_the_highest_weight_is_that_of_a_token_of_the_image() -> None:
     torch.testing.assert_close(weights, torch.tensor([[1.0, LEAST / likeness, 0.0]]))
 
 
-def test_tokens_of_other_grids_come_from_the_level_of_the_nearest_stride() -> None:
+def test_tokens_of_other_grids_come_from_the_level_of_the_nearest_grid() -> None:
     fine, coarse = torch.arange(16.0), torch.tensor([10.0, 20.0, 30.0, 40.0])
     tokens = torch.cat([fine, coarse])[None, :, None]
     levels = ((4, 4), (2, 2))
@@ -149,6 +149,9 @@ def test_tokens_of_other_grids_come_from_the_level_of_the_nearest_stride() -> No
     assert torch.equal(resize_tokens(tokens, None, levels, ((2, 2),))[0, :, 0], coarse)
     found = resize_tokens(tokens, None, levels, ((4, 4), (1, 1)))[0, :, 0]
     torch.testing.assert_close(found, torch.cat([fine, torch.tensor([25.0])]))
+    # Of a picture of twice the sides, level k learns from level k + 1.
+    found = resize_tokens(tokens, None, levels, ((2, 2), (1, 1)))[0, :, 0]
+    torch.testing.assert_close(found, torch.cat([coarse, torch.tensor([25.0])]))
 
 
 def test_resized_tokens_take_nothing_from_under_padding() -> None:

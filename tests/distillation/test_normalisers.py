@@ -90,9 +90,19 @@ def test_what_counts_objects_learns_nothing_without_labels() -> None:
 
 def test_settings_without_effect_are_refused() -> None:
     uniform = {"pair_weights": "uniform", "class_pair_weights": "uniform"}
+    no_boxes = {"class_pair_weights": "uniform", "l1_weight": 0.0, "giou_weight": 0.0}
+    no_classes = {"class_weight": 0.0, "pair_weights": "uniform"}
+    idle = {"weight": 0.0, "pair_weights": "confidence"}
     for setting in ({"normaliser": "objects"}, {"minimum_confidence": 0.1}):
-        with pytest.raises(ValidationError, match="no term weights its pairs by confidence"):
-            config(prediction=uniform, **setting)
+        for prediction in (uniform, no_boxes, no_classes, {"weight": 0.0}):
+            with pytest.raises(ValidationError, match="no term weights its pairs by confidence"):
+                config(prediction=prediction, self_attention=idle, **setting)
+    every = {"pair_weights": "uniform", "class_pair_weights": "every"}
+    config(prediction=every, minimum_confidence=0.1)  # in what it is divided by
+    config(prediction=every, normaliser="objects")
+    for more in ({}, {"selection": {"weight": 1.0}}):
+        with pytest.raises(ValidationError, match=r"minimum_confidence .* or is divided by it"):
+            config(prediction=every, normaliser="objects", minimum_confidence=0.1, **more)
 
 
 @torch.no_grad()

@@ -278,10 +278,10 @@ def test_a_gradient_that_explodes_stops_the_run_before_its_weights_are_saved(
 ) -> None:
     original = TrainingStep._update
 
-    def poison(self: TrainingStep, step: int, detection: Any) -> None:
+    def poison(self: TrainingStep, step: int) -> None:
         if step == 11:
             self._distiller.student.class_head.weight.grad.fill_(float("inf"))  # type: ignore
-        original(self, step, detection)
+        original(self, step)
 
     monkeypatch.setattr(TrainingStep, "_update", poison)
     with pytest.raises(TrainingDiverged, match=r"gradient's norm .* at optimiser step 11"):

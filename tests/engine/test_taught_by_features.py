@@ -67,7 +67,7 @@ def test_the_encoders_share_steers_the_weight_and_runs_repeat(
     for name in ("run", "again"):
         train(config, tmp_path / name)
     steered = [text for text in _messages(tmp_path / "run", "info") if "gradient_share" in text]
-    assert len(steered) == 2 and "the weight is now x" in steered[0]
+    assert len(steered) == 6 and "the weight is now x" in steered[0]
     assert float(steered[0].rpartition(" x ")[2]) > 1
     assert_same_run(tmp_path / "again", tmp_path / "run")
 

@@ -100,4 +100,6 @@ def test_a_steered_weight_resumes_as_it_was(
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     journal = read_journal(tmp_path / "whole" / "journal.jsonl")
     texts = [record["text"] for record in journal if "gradient_share" in record.get("text", "")]
-    assert len(texts) == 4 and texts[-1].endswith("the weight is the recipe's again")
+    # Each third step, where anything was measured before it.
+    assert len(texts) == {"feature_cosine": 8, "d3etr": 7}[method]
+    assert texts[-1].endswith("the weight is the recipe's again")

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -112,22 +111,38 @@ def test_both_kinds_of_images_draw_among_views_of_their_own(
     assert len(shards(tmp_path)) == 2 + 3
 
 
-def test_passes_over_images_without_labels_show_other_views(tmp_path: Path) -> None:
-    views = TeacherViews(tmp_path, 3, seed=0, order=0, shard_images=1, passes=Fraction(1, 4))
-    for index in range(10):
-        shown = [views.view(epoch, index) for epoch in range(12)]
-        assert all(len(set(shown[start : start + 4])) == 1 for start in (0, 4, 8))
-        assert set(shown) == {0, 1, 2}
+@pytest.mark.parametrize("bucket", [True, False])
+def test_every_k_passes_over_images_without_labels_show_each_view_once(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: bool
+) -> None:
+    """Also where an epoch ends within a pass: 14 of 9 images each, in views of other sizes."""
+    read: list[tuple[str, int, int, int]] = []
+    real = TeacherViews.record
 
+    def watched(views: TeacherViews, index: int, number: int) -> Any:
+        read.append((views.folder.name, index, number, views.view(number, index)))
+        return real(views, index, number)
 
-def test_the_loader_knows_how_long_a_pass_takes(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = placed(mixed(make_config()), tmp_path)
-    unlabelled = UnlabelledConfig(rest_of_train=True, share=0.25)
-    config = on(config, config.data.model_copy(update={"unlabelled": unlabelled}))
+    monkeypatch.setattr(TeacherViews, "record", watched)
+    config = mixed(make_config(optimisation={"epochs": 4}), unlabelled_count=3)
+    config = placed(config, tmp_path)
+    augmentation = {"crop": 0.7, "shortest_sides": (32, 48, 64)}
+    sizes = config.data.augmentation.model_copy(update=augmentation)
+    changes = {"labelled_share": 15 / 24, "augmentation": sizes, "bucket_by_aspect": bucket}
+    config = on(config, config.data.model_copy(update=changes))
     _, loader = opened(config)
-    assert loader.steps_per_epoch == 4
-    assert loader.dataset._others.views.passes == Fraction(4, 12)
-    assert loader.dataset.views.passes == 1
+    assert loader.steps_per_epoch == 7
+    for epoch in range(4):
+        for [(images, targets)] in loader.epoch(epoch):
+            assert (targets.labelled, len(images.pixels)) == (2, 4)
+    others = stores(config)[1].folder.name
+    shown = [(number, index, view) for name, index, number, view in read if name == others]
+    assert len(shown) == 4 * 14
+    whole = [(number, index) for number, index, _ in shown if number < 6]
+    assert sorted(whole) == [(number, index) for number in range(6) for index in range(9)]
+    for first in (0, 3):
+        views = sorted((i, view) for number, i, view in shown if first <= number < first + 3)
+        assert views == [(index, view) for index in range(9) for view in range(3)]
 
 
 def test_a_resumed_run_ends_as_an_undisturbed_one(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The fused divergence of attention maps against the one that stores them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,17 +31,19 @@ def _padding(keys: int) -> Tensor:
     return hidden.to(DEVICE)
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", ["neither", "both", "teacher", "apart"])
 @pytest.mark.parametrize(
     ("rows", "keys", "width", "width_"), [(5, 7, 8, 8), (70, 130, 16, 24), (64, 64, 40, 16)]
 )
 def test_values_and_gradients_are_those_of_stored_maps(
-    rows: int, keys: int, width: int, width_: int, padded: bool
+    rows: int, keys: int, width: int, width_: int, padded: str
 ) -> None:
     from d3etr.kernels.map_divergence import map_divergence
 
-    padding = _padding(keys) if padded else None
-    student = _maps(rows, keys, width, 0, padding)
+    padding = None if padded == "neither" else _padding(keys)
+    fewer = None if padding is None else padding & padding[1]
+    own = {"teacher": None, "apart": fewer}.get(padded, padding)
+    student = _maps(rows, keys, width, 0, own)
     teacher = _maps(rows, keys, width_, 1, padding)
     weights = torch.rand(LAYERS, IMAGES, rows, device=DEVICE)
     found = map_divergence(student, teacher)
@@ -48,9 +52,8 @@ def test_values_and_gradients_are_those_of_stored_maps(
     gradients = [student.query.grad, student.key.grad]
     student.query.grad = student.key.grad = None
 
-    stored = attention_loss(
-        ScoredMaps(student.scores()), ScoredMaps(teacher.scores()), weights, AttentionConfig()
-    )
+    kept = [ScoredMaps(replace(maps, padding=padding).scores()) for maps in (student, teacher)]
+    stored = attention_loss(*kept, weights, AttentionConfig())
     stored.backward()
     torch.testing.assert_close(total, stored, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients[0], student.query.grad, rtol=1e-4, atol=1e-6)

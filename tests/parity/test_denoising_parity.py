@@ -69,7 +69,7 @@ def our_group(
     count = 2 * blocks * fullest
     noise = draw_noise(targets.image_ids, count, CLASSES, seed=1, step=step)
     group = denoising_group(targets, embedding.weight, config, step=step, seed=1)
-    assert group is not None and group.queries.count == count
+    assert group.queries.count == count
     return group, noise
 
 

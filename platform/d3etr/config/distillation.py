@@ -68,8 +68,9 @@ class PredictionConfig(Section):
 
     @property
     def kinds_of_pair_weights(self) -> frozenset[str]:
-        """How pairs are weighted, by any loss of the term."""
-        return frozenset({self.pair_weights, self.class_pair_weights})
+        """How pairs are weighted, by any loss of the term that is on."""
+        boxes = {self.pair_weights} if self.l1_weight or self.giou_weight else set[str]()
+        return frozenset(boxes | ({self.class_pair_weights} if self.class_weight else set[str]()))
 
     @model_validator(mode="after")
     def _temperature_has_effect(self) -> Self:
@@ -218,7 +219,7 @@ class FeatureConfig(Section):
 
 
 class GradientShareConfig(Section):
-    """Steering the weight of all terms by distillation's share of the gradient, once an epoch."""
+    """Steering the weight of all terms by distillation's share of the gradient."""
 
     of_encoder: ClassVar[bool] = False
 
@@ -228,11 +229,12 @@ class GradientShareConfig(Section):
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """A share so near to the target leaves the weight."""
     until: Share = 0.9
-    """Part of the training in which the weight is steered; then it is the recipe's again."""
+    """Part of the training in which the weight is steered, once an epoch, or ten times in a run of
+    fewer epochs; then it is the recipe's again."""
 
 
 class EncoderShareConfig(GradientShareConfig):
-    """Steering a weight by the encoder's share of the gradient, once an epoch (RT-DETRv4)."""
+    """Steering a weight by the encoder's share of the gradient (RT-DETRv4)."""
 
     of_encoder: ClassVar[bool] = True
 

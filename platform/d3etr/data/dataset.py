@@ -32,6 +32,8 @@ from d3etr.data.views import TeacherViews
 
 CACHE_BYTES = 256 * 2**20
 """Splits whose decoded images take less are decoded once and kept in memory."""
+FIRST_PASS = range(1)
+"""Over images without labels."""
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -48,8 +50,9 @@ class DetectionDataset(Dataset[Sample]):
     Attributes:
         teacher_scale: where it is not 1, augmented samples have the teacher's pixels too, whose
             sides are the student's times this; from the decoded original, by the same plan.
-        views: where set, an epoch shows one of an image's few views, whose augmentation is theirs;
-            samples have what the teacher said about it in place of its pixels.
+        views: where set, an epoch (of images without labels a pass over them) shows one of an
+            image's few views, whose augmentation is theirs; samples have what the teacher said
+            about it in place of its pixels.
         teacher_boxes: of each image, what the teacher found, where it is boxes in files; they move
             as objects do.
     """
@@ -174,11 +177,17 @@ class DetectionDataset(Dataset[Sample]):
         images, mosaic = [self.decoded(index) for index in together], plan.strong.mosaic
         return images[0] if mosaic is None else compose(images, mosaic)
 
-    def sizes(self, epoch: int, *, strong: bool = True) -> NDArray[np.int64]:
+    def sizes(
+        self, epoch: int, *, strong: bool = True, passes: range = FIRST_PASS
+    ) -> NDArray[np.int64]:
         """[images, 2]: (height, width) of every image in ``epoch``, without decoding any.
 
         [images, 4] where the teacher sees another size, which stands behind the student's.
-        ``strong`` says whether they are augmented so (``Shown``).
+
+        Args:
+            epoch: from 0.
+            strong: whether they are augmented so (``Shown``).
+            passes: over images without labels; see ``MixedDataset``.
         """
         if self.has_random_sizes:
             shown = Shown(strong=strong)
@@ -211,6 +220,9 @@ class DetectionDataset(Dataset[Sample]):
 
 class MixedDataset(DetectionDataset):
     """Images with labels, and behind them, by one row of indices, images without.
+
+    Behind n with labels, n + p m + i is image i of m without in their pass p: stored views follow
+    these passes, all else that is drawn the epoch.
 
     Arguments are those of ``DetectionDataset``; ``split.unlabelled`` is there.
     """
@@ -246,15 +258,22 @@ class MixedDataset(DetectionDataset):
         self, index: int, epoch: int, *, taught: bool = True, shown: Shown = ALWAYS
     ) -> Sample:
         """Image ``index`` as it looks in ``epoch``; see ``DetectionDataset.sample``."""
-        beyond = index - len(self)
-        if beyond < 0:
+        if index < len(self):
             return super().sample(index, epoch, taught=taught, shown=shown)
-        sample = self._others.sample(beyond, epoch, taught=taught, shown=shown)
+        number, beyond = divmod(index - len(self), len(self._others))
+        drawn = epoch if self._others.views is None else number
+        sample = self._others.sample(beyond, drawn, taught=taught, shown=shown)
         return replace(sample, labelled=False)
 
-    def sizes(self, epoch: int, *, strong: bool = True) -> NDArray[np.int64]:
-        """[images, 2]: (height, width) of every image in ``epoch``, those with labels first."""
-        parts = super().sizes(epoch, strong=strong), self._others.sizes(epoch, strong=strong)
+    def sizes(
+        self, epoch: int, *, strong: bool = True, passes: range = FIRST_PASS
+    ) -> NDArray[np.int64]:
+        """[images, 2]: of those with labels, then of the others in each of ``passes``."""
+        parts = [super().sizes(epoch, strong=strong)]
+        if self._others.views is None:
+            parts += [self._others.sizes(epoch, strong=strong)] * len(passes)
+        else:
+            parts += [self._others.sizes(number, strong=strong) for number in passes]
         return np.concatenate(parts)
 
 

@@ -6,7 +6,6 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from random import Random
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from d3etr.config.data import DataConfig
 from d3etr.data.augmentation import Augmentation, Shown
-from d3etr.data.dataset import CACHE_BYTES, DetectionDataset, MixedDataset
+from d3etr.data.dataset import CACHE_BYTES, FIRST_PASS, DetectionDataset, MixedDataset
 from d3etr.data.preprocessing import output_size
 from d3etr.data.processes import prepare_process, safe_context
 from d3etr.data.sampling import (
@@ -27,6 +26,7 @@ from d3etr.data.sampling import (
     evaluation_keys,
     micro_batches,
     share,
+    unlabelled_passes,
 )
 from d3etr.data.splits import DetectionSplit
 from d3etr.data.teacher_boxes import FoundBoxes
@@ -107,9 +107,6 @@ class EpochLoader:
             views: of the images with labels.
             unlabelled: of those without, where there are some.
         """
-        if unlabelled is not None:
-            passes = Fraction(self.steps_per_epoch * self._unlabelled, self._others)
-            unlabelled = replace(unlabelled, passes=passes)
         self.dataset.use_views(views, unlabelled)
 
     def teach_in(self, steps: Callable[[int], bool]) -> None:
@@ -152,24 +149,34 @@ class EpochLoader:
         strong = self.steps_per_epoch
         if self._strong_steps is not None:
             strong = min(strong, max(0, self._strong_steps - first))
-        sizes = self._sizes(epoch, strong > 0)
+        passes = FIRST_PASS
+        if self._unlabelled:
+            drawn = self.steps_per_epoch * self._unlabelled
+            passes = unlabelled_passes(epoch, drawn, self._others)
+        sizes = self._sizes(epoch, strong > 0, passes)
         images, shown, order = len(self.dataset), sizes[:, :2], (self.seed, epoch, self.bucket)
         batches = epoch_batches(shown[:images], self._labelled, *order)
         if self._unlabelled:
-            batches = add_unlabelled(batches, shown, images, self._unlabelled, *order)
+            batches = add_unlabelled(batches, shown, images, self._unlabelled, passes, *order)
         cut = epoch, self.parts, self.mine, self._labelled
         keys = micro_batches(batches, sizes, *cut)
         if 0 < strong < self.steps_per_epoch:  # the same batches, of images of other sizes
-            others = micro_batches(batches, self._sizes(epoch, False), *cut)
+            others = micro_batches(batches, self._sizes(epoch, False, passes), *cut)
             keys[strong * each :] = others[strong * each :]
         keys = [
             self._of_step(key, first + place // each, place // each < strong)
-            for place, key in enumerate(keys)
+            for place, key in enumerate(self._in_the_row(keys, passes))
         ]
         return [
             key if self._distils(first + place // each) else self._plain(key)
             for place, key in enumerate(keys)
         ]
+
+    def _in_the_row(self, keys: list[BatchKey], passes: range) -> list[BatchKey]:
+        """Images without labels numbered through all passes, not from the epoch's first one on."""
+        before, images = passes.start * self._others, len(self.dataset)
+        rows = [tuple(i + before * (i >= images) for i in key.indices) for key in keys]
+        return [replace(key, indices=row) for key, row in zip(keys, rows, strict=True)]
 
     def _of_step(self, key: BatchKey, step: int, strong: bool) -> BatchKey:
         """The part of a batch as its step shows it, which may have a size of its own."""
@@ -188,12 +195,13 @@ class EpochLoader:
         labelled = tuple(index for index in key.indices if index < len(self.dataset))
         return replace(key, indices=labelled, taught=False)
 
-    def _sizes(self, epoch: int, strong: bool) -> NDArray[np.int64]:
+    def _sizes(self, epoch: int, strong: bool, passes: range) -> NDArray[np.int64]:
         if self.dataset.has_random_sizes:
-            return self.dataset.sizes(epoch, strong=strong)
+            return self.dataset.sizes(epoch, strong=strong, passes=passes)
         if self._static_sizes is None:
             self._static_sizes = self.dataset.sizes(0)
-        return self._static_sizes
+        known, others = np.split(self._static_sizes, [len(self.dataset)])
+        return np.concatenate([known, *[others] * len(passes)])
 
 
 class EvaluationBatches:

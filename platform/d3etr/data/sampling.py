@@ -27,7 +27,8 @@ class BatchKey:
     """What a loading process needs to know to make one batch.
 
     Attributes:
-        indices: images of the split, those with labels first.
+        indices: images of the split, those with labels first. Of those without, numbers go on
+            from pass to pass: behind n with labels, n + p m + i is image i of m in its pass p.
         epoch: seeds augmentation, where there is any.
         size: (height, width) in pixels to pad to.
         teacher_size: the same of what the teacher sees, where that is another size.
@@ -68,11 +69,23 @@ def epoch_batches(
     return generator.permutation(batches.reshape(-1, batch_size))
 
 
+def unlabelled_passes(epoch: int, drawn: int, images: int) -> range:
+    """The passes over images without labels that an epoch sees a part of.
+
+    Args:
+        epoch: from 0, of the images with labels.
+        drawn: images without labels in an epoch.
+        images: without labels.
+    """
+    return range(epoch * drawn // images, -(-(epoch + 1) * drawn // images))
+
+
 def add_unlabelled(
     batches: NDArray[np.int64],
     sizes: NDArray[np.int64],
     labelled: int,
     count: int,
+    passes: range,
     seed: int,
     epoch: int,
     bucket: bool,
@@ -85,19 +98,21 @@ def add_unlabelled(
 
     Args:
         batches: [steps, batch] indices of images with labels.
-        sizes: [images, 2] (height, width) after transforms, those with labels first.
+        sizes: [images, 2] (height, width) after transforms, those with labels first, behind them
+            those without in each of ``passes``; the result's indices are of these.
         labelled: images with labels.
         count: images without labels in a batch.
+        passes: ``unlabelled_passes`` of this epoch.
         seed: of the run.
         epoch: from 0.
         bucket: bring images of like shape together.
     """
-    steps, images = len(batches), len(sizes) - labelled
+    steps, images = len(batches), (len(sizes) - labelled) // len(passes)
     start = epoch * steps * count
-    passes = range(start // images, -(-(start + steps * count) // images))
     orders = [
-        np.random.default_rng((seed, number, _UNLABELLED_STREAM)).permutation(images)
-        for number in passes
+        images * place
+        + np.random.default_rng((seed, number, _UNLABELLED_STREAM)).permutation(images)
+        for place, number in enumerate(passes)
     ]
     row = np.concatenate(orders)[start - passes.start * images :]
     drawn = labelled + row[: steps * count].reshape(steps, count)

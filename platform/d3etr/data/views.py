@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -60,8 +59,6 @@ class TeacherViews:
         order: seed of the order in which they are shown.
         shard_images: images of a shard; the last one of a view may have fewer.
         strides: pixels per cell of each of the teacher's levels; none where nothing is on them.
-        passes: how often an epoch shows each image; images without labels come in passes of
-            their own.
     """
 
     folder: Path
@@ -70,21 +67,25 @@ class TeacherViews:
     order: int
     shard_images: int
     strides: tuple[int, ...] = ()
-    passes: Fraction = Fraction(1)
 
-    def view(self, epoch: int, index: int) -> int:
-        """Which view of image ``index`` an epoch shows: in every K passes, each once."""
-        round_, place = divmod(int(epoch * self.passes), self.count)
+    def view(self, number: int, index: int) -> int:
+        """Which view of image ``index`` a pass over the images shows: in every K passes, each once.
+
+        Args:
+            number: of the pass, from 0: the epoch, or of images without labels their own.
+            index: of the image.
+        """
+        round_, place = divmod(number, self.count)
         return _orders(self.order, round_, index, self.count)[place]
 
-    def record(self, index: int, epoch: int) -> Arrays:
-        """What the teacher said about image ``index`` in the view that an epoch shows.
+    def record(self, index: int, number: int) -> Arrays:
+        """What the teacher said about image ``index`` in the view that pass ``number`` shows.
 
         Raises:
             UserError: a shard is gone or damaged.
         """
-        number, row = divmod(index, self.shard_images)
-        shard = open_shard(shard_path(self.folder, self.view(epoch, index), number))
+        shard_number, row = divmod(index, self.shard_images)
+        shard = open_shard(shard_path(self.folder, self.view(number, index), shard_number))
         start, end = 0, 0
         if ENDS in shard:
             start, end = int(shard[ENDS][row - 1]) if row else 0, int(shard[ENDS][row])

@@ -72,8 +72,10 @@ class DetectionTransformer(nn.Module, ABC):
         """Query groups that the detector brings for its own training; none by default.
 
         Denoising queries (noised ground truth) and copies of the main group are such groups; the
-        main one itself is among them where it shares its objects with copies. What they alone train
-        needs a gradient also in a step without them (``denoising.touching``).
+        main one itself is among them where it shares its objects with copies. They are the same by
+        name in every batch, as losses of micro-batches and workers are added up by name: where a
+        batch gives nothing to make one of, it has no queries. What they alone train needs a
+        gradient also in such a step (``denoising.touching``).
 
         Args:
             memory: encoder output.
@@ -82,9 +84,7 @@ class DetectionTransformer(nn.Module, ABC):
         """
         return {}
 
-    def denoising_queries(
-        self, targets: Targets, config: DenoisingConfig, step: int
-    ) -> QueryGroup | None:
+    def denoising_queries(self, targets: Targets, config: DenoisingConfig, step: int) -> QueryGroup:
         """Noised ground truth as queries of this detector, in training or not.
 
         Two detectors of the same classes get the same noise, query by query.
@@ -95,7 +95,7 @@ class DetectionTransformer(nn.Module, ABC):
             step: optimiser step; with the images' ids, all that the noise depends on.
 
         Returns:
-            None where no image with labels has an object.
+            A group of none where no image with labels has an object.
         """
         if self.label_embedding is None:
             raise ValueError(f"this {self.config.name} has no denoising queries")
@@ -112,7 +112,8 @@ class DetectionTransformer(nn.Module, ABC):
     ) -> list[DecoderOutputs]:
         """Decode query groups side by side in one pass.
 
-        Groups never see each other, but for those with ``blocks``, which may see the first one.
+        Groups never see each other, but for those with ``blocks``, which may see the first one. One
+        without queries is not decoded: its outputs are empty, and within the graph.
 
         Args:
             memory: encoder output.
@@ -125,7 +126,11 @@ class DetectionTransformer(nn.Module, ABC):
             One entry per group.
         """
         sizes = sizes_of(groups, maps_of_blocks)
-        return split_groups(memory, sizes, self.decode_together(memory, groups, sizes, attention))
+        there = [group for group in groups if group.count]
+        decoded = self.decode_together(
+            memory, there, [size for size in sizes if size.queries], attention
+        )
+        return split_groups(memory, sizes, decoded)
 
     @abstractmethod
     def decode_together(

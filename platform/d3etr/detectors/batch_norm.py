@@ -5,6 +5,8 @@ Shapes: B images · C channels · h, w cells of a map.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -95,6 +97,15 @@ def trained_statistics(module: nn.Module) -> dict[str, Tensor]:
         if isinstance(norm, BatchNorm2d) and norm.weight.requires_grad
         for name, buffer in norm.named_buffers(recurse=False)
     }
+
+
+@contextmanager
+def unchanged(statistics: Sequence[Tensor]) -> Iterator[None]:
+    """Passes within leave running statistics as they were: a batch counts once, not in each."""
+    before = [buffer.clone() for buffer in statistics]
+    yield
+    if before:
+        torch._foreach_copy_([*statistics], before)
 
 
 def _workers() -> int:

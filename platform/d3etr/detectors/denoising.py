@@ -84,7 +84,7 @@ class DenoisingNoise:
 
 
 def denoising_blocks(targets: Targets, config: DenoisingConfig) -> tuple[int, int]:
-    """How many blocks K, and objects G of the fullest image; (0, 0) where there is no group.
+    """How many blocks K, and objects G of the fullest image; (0, 0) where there are no queries.
 
     Both follow from numbers that the host knows.
     """
@@ -146,7 +146,7 @@ def noised_objects(
     in the official codes, queries of them take part and learn nothing.
 
     Args:
-        targets: ground truth, with an object in at least one labelled image.
+        targets: ground truth.
         noise: random numbers on the targets' device.
         classes: C.
         config: of the noise.
@@ -163,7 +163,7 @@ def noised_objects(
     boxes = targets.boxes_cxcywh[:, :fullest].float().masked_fill(~exists[..., None], 0.0)
     boxes, used = boxes.repeat(1, 2 * blocks, 1), exists.repeat(1, 2 * blocks)
     replaced = (noise.doubts < config.label_noise / 2) & used
-    negative = torch.arange(2 * blocks * fullest, device=slots.device) // fullest % 2
+    negative = torch.arange(2 * blocks * fullest, device=slots.device) // max(1, fullest) % 2
     objects = slots.repeat(2 * blocks).where((negative == 0) & used, -1)
     reach = boxes[..., 2:].repeat(1, 1, 2) / 2 * config.box_noise
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
@@ -184,9 +184,10 @@ def denoising_group(
     seed: int = 0,
     noise: DenoisingNoise | None = None,
     details: DenoisingDetails = RT_DETRS,
-) -> QueryGroup | None:
-    """Denoising queries of a batch; None where no labelled image has an object.
+) -> QueryGroup:
+    """Denoising queries of a batch; a group of none where no labelled image has an object.
 
+    So every micro-batch has the same losses by name, whose zeros add up with those of others.
     Their reference boxes are the noised ones, and so is their content, the embedding of the noised
     class; their positional embedding is zero, as those detectors have it whose decoder makes it
     from references.
@@ -201,8 +202,6 @@ def denoising_group(
         details: of the official code.
     """
     blocks, fullest = denoising_blocks(targets, config)
-    if not blocks:
-        return None
     classes, device = len(class_embedding) - 1, class_embedding.device
     if noise is None:
         count = 2 * blocks * fullest
@@ -222,7 +221,7 @@ def denoising_group(
 def touching(queries: ObjectQueries, class_embedding: Tensor) -> ObjectQueries:
     """The same queries, with a gradient of 0 for the embedding of classes.
 
-    A worker without objects has no denoising group, and workers wait for the gradient of every
+    A worker without objects has no denoising queries, and workers wait for the gradient of every
     parameter: a detector in training says this of its main group.
 
     Args:

@@ -238,8 +238,7 @@ class SelectedQueriesDetector(DetectionTransformer):
         """Denoising queries; see ``DetectionTransformer``."""
         if self.label_embedding is None or not self.training:
             return {}
-        group = self.denoising_queries(targets, self.config.denoising, step)
-        return {} if group is None else {DENOISING: group}
+        return {DENOISING: self.denoising_queries(targets, self.config.denoising, step)}
 
     def contents(self, memory: Memory, groups: Sequence[ObjectQueries]) -> Tensor:
         """[B, N, D] of all groups; one without starts from what queries of its own start from."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from d3etr.config.training import Precision
+from d3etr.detectors.batch_norm import unchanged
 from d3etr.distiller import Distiller
 from d3etr.engine.optimiser import autocast
 from d3etr.kernels.availability import runs_kernels
@@ -167,14 +168,12 @@ class StepGraphs:
 
     def _record(self, images: ImageBatch, targets: Targets, distils: bool) -> _Recorded:
         images, targets = copy.deepcopy((images, targets))
-        before = [buffer.clone() for buffer in self._buffers]
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UPS):
-                self._pass(images, targets, distils)
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        if before:  # the batch counts once, in the replay
-            torch._foreach_copy_(self._buffers, before)
+        with unchanged(self._buffers):  # the batch counts in the replay
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):
+                    self._pass(images, targets, distils)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             losses = self._pass(images, targets, distils)

@@ -75,6 +75,7 @@ class TrainingLoop:
             self._forecast.begin_step()
             self._step(run.step, self._next(batches))
             run.step += 1
+            self._steer()
             self._forecast.end_step(run.step)
             self._saver.check()
             pauses = self._saves() or self._evaluates()
@@ -85,6 +86,13 @@ class TrainingLoop:
                 self._pause(epoch + 1)
                 self._log.resume_clock()
         self._log.write(run.step)
+
+    def _steer(self) -> None:
+        """Change distillation's weight by its share of the gradient, before that is saved."""
+        run, share = self._run, self._run.models.distiller.share
+        changed = share and share.steer(run.step, self._steps, self._per_epoch)
+        if changed:
+            run.journal.message(run.step, f"distillation.gradient_share: {changed}")
 
     def _pause(self, epoch: int) -> None:
         """Evaluate before saving: a run that resumes there has its measurement."""
@@ -120,9 +128,6 @@ class TrainingLoop:
         run, config = self._run, self._run.config
         done = -(-run.step // self._per_epoch)
         ends = run.step >= self._steps
-        share = run.models.distiller.share
-        if share is not None and (changed := share.change(run.step / self._steps)) is not None:
-            run.journal.message(run.step, f"distillation.gradient_share: {changed}")
         metrics: dict[str, float] = {"step": run.step, "epoch": done, "final": ends}
         if ends or done % config.evaluation.every_epochs == 0 or self._evaluates():
             mAP = self._measure(done)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d3etr.config.tree import Config
 from d3etr.data.sampling import share
-from d3etr.detectors.batch_norm import trained_statistics
+from d3etr.detectors.batch_norm import trained_statistics, unchanged
 from d3etr.engine.build import Models
 from d3etr.engine.distributed import TrainContext
 from d3etr.engine.graphs import StepGraphs, unsupported_reason, whole_pass
@@ -111,21 +111,22 @@ class TrainingStep:
                 teachers, normalisers = self._run_teacher(step, batches)
             backward = partial(self._run_student, step, batches, teachers, normalisers)
         scale = distillation_scale(step, self._config.distillation.warmup)
-        detection = self._of_detection(backward) if self._measures(step, scale) else None
+        # What distillation has of the gradient while it warms up is no measure of its weight.
+        share = self._distiller.share if scale == 1 and self._distils(step) else None
+        apart = share is not None and share.needs_detection(step, self._steps)
+        detection = self._of_detection(backward) if apart else None
         backward(scale, record=True)
         with timer.phase("optimiser"):
-            self._update(step, detection)
-
-    def _measures(self, step: int, scale: float) -> bool:
-        """Whether detection's gradients are needed apart; not while distillation warms up."""
-        share = self._distiller.share
-        needed = share is not None and share.needs_detection(step, self._steps)
-        return needed and self._distils(step) and scale == 1
+            if share is not None:
+                share.watch(self._distiller.student, detection)
+            self._update(step)
 
     def _of_detection(self, backward: Backward) -> list[Tensor]:
-        """The student's gradients of detection losses alone; leaves none in the parameters."""
-        backward(0.0, record=False)
-        found = [gradient.clone() for gradient in gradients(self._distiller.student)]
+        """The student's gradients of detection losses alone; leaves no trace in the model."""
+        student = self._distiller.student
+        with unchanged([*trained_statistics(student).values()]):
+            backward(0.0, record=False)
+        found = [gradient.clone() for gradient in gradients(student)]
         self._optimiser.zero_grad(set_to_none=True)
         return found
 
@@ -219,10 +220,8 @@ class TrainingStep:
         seed = derive_seed(self._config.run.seed, "step", step, self._mine[index])
         seed_generators(seed, self._context.device)
 
-    def _update(self, step: int, detection: list[Tensor] | None) -> None:
-        config, share = self._config.optimisation, self._distiller.share
-        if share is not None and self._distils(step):
-            share.watch(self._distiller.student, detection)
+    def _update(self, step: int) -> None:
+        config = self._config.optimisation
         self._log.add_norm(clip_gradients(self._optimiser, config.clip_norm))
         factor = learning_rate_factor(step, self._steps, config.schedule)
         set_learning_rates(self._optimiser, factor, inherited_factor(step, config))

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d3etr.attention_maps import ProductMaps
+from d3etr.attention_maps import ProductMaps, hidden_by_either
 
 ROWS, KEYS = 64, 64
 """Of a tile."""
@@ -31,6 +31,8 @@ _LOWEST = tl.constexpr(-1e30)
 def map_divergence(student: ProductMaps, teacher: ProductMaps) -> Tensor:
     """KL(teacher || student) of each row, with a gradient for the student alone.
 
+    Keys that either hides are in neither map.
+
     Args:
         student: [L, B, H, P, E] queries and [L, B, H, K, E] keys.
         teacher: the same rows and keys in as many heads, with E' channels.
@@ -39,7 +41,8 @@ def map_divergence(student: ProductMaps, teacher: ProductMaps) -> Tensor:
         [L, B, H, P] float32.
     """
     parts = (student.query, student.key, teacher.query.detach(), teacher.key.detach())
-    rows: Tensor = _MapDivergence.apply(*parts, student.padding)
+    hidden = hidden_by_either(student.padding, teacher.padding)
+    rows: Tensor = _MapDivergence.apply(*parts, hidden)
     return rows
 
 

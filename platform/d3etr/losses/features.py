@@ -2,8 +2,8 @@
 
 Students learn the teacher's memory tokens, those most that the teacher's good queries resemble.
 That tokens are compared behind the encoder is our choice; the authors compare maps of the neck.
-So is what happens where the grids differ: the teacher's level of the nearest stride is resized to
-each of the student's.
+So is what happens where the grids differ: the teacher's level of the nearest grid, by its number of
+cells, is resized to each of the student's.
 
 Shapes: B images · M teacher queries · S memory tokens of the student · S' of the teacher ·
 T objects of the fullest image · D' width of the teacher.
@@ -47,7 +47,7 @@ def query_quality(outputs: DecoderOutputs, targets: Targets) -> Tensor:
 
 
 def resize_tokens(tokens: Tensor, padding: Tensor | None, levels: Levels, target: Levels) -> Tensor:
-    """The teacher's memory on the student's grids, each from the level of the nearest stride.
+    """The teacher's memory on the student's grids, each from the level of the nearest grid.
 
     Args:
         tokens: [B, S', D'] of the teacher.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d3etr.attention_maps import MASKED_SCORE, ProductMaps
+from d3etr.attention_maps import MASKED_SCORE, ProductMaps, hidden_by_either
 
 _CELLS = 2**20
 """Cells of the maps that are held at once."""
@@ -80,6 +80,8 @@ def _softmax_in_place(scores: Tensor) -> Tensor:
 def product_divergence(student: ProductMaps, teacher: ProductMaps, weights: Tensor) -> Tensor:
     """Weighted sum of KL(teacher's map || student's map); mean over heads.
 
+    Keys that either hides are in neither map.
+
     Args:
         student: [L, B, H, P, E] queries and [L, B, H, K, E] keys, which have a gradient.
         teacher: the same rows and keys in as many heads, with E' channels.
@@ -91,7 +93,7 @@ def product_divergence(student: ProductMaps, teacher: ProductMaps, weights: Tens
     query, others = (maps.query.float().flatten(0, 1) * maps.scale for maps in (student, teacher))
     key, other_keys = (maps.key.float().flatten(0, 1) for maps in (student, teacher))
     each = (weights.float() / query.shape[1]).flatten(0, 1)[:, None]
-    hidden = student.padding
+    hidden = hidden_by_either(student.padding, teacher.padding)
     if hidden is not None:
         layers = len(student.query)
         hidden = hidden.expand(layers, -1, -1).flatten(0, 1)[:, None, None]

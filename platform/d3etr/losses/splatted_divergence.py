@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d3etr.attention_maps import SPREAD, SampledMaps
+from d3etr.attention_maps import SPREAD, SampledMaps, hidden_by_either
 from d3etr.structures import Levels, constant
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -183,6 +183,8 @@ def _some_rows(given: Sequence[Tensor], grid: _Grid) -> tuple[Tensor, Tensor, Te
 def splatted_divergence(student: SampledMaps, teacher: SampledMaps) -> Tensor:
     """KL(teacher's map || student's map) of each row, as of their ``scores``.
 
+    Cells that either hides are in neither map.
+
     Args:
         student: [L, B, H, P, V, R, 2], which has a gradient.
         teacher: the same on the same levels; numbers of points may differ.
@@ -198,6 +200,7 @@ def splatted_divergence(student: SampledMaps, teacher: SampledMaps) -> Tensor:
         for part in (maps.locations, maps.weights)
     ]
     image = torch.arange(shape[1], device=device).view(1, -1, 1, 1).expand(shape).flatten()
-    grid = _Grid.of(student.levels, student.padding, device)
+    hidden = hidden_by_either(student.padding, teacher.padding)
+    grid = _Grid.of(student.levels, hidden, device)
     found: Tensor = _SplattedDivergence.apply(*parts, image, grid)
     return found.view(shape)

@@ -101,7 +101,7 @@ class DenoisingPoints:
         total = counted.new_zeros(self._layers)
         if self._config.normaliser == "objects":
             total = targets.num_objects.sum().float().expand_as(total)
-        elif DENOISING in teacher.groups:  # else no image has an object
+        else:
             outputs = teacher.groups[DENOISING].outputs
             confidence = counted_confidence(outputs, self._config.minimum_confidence)
             total = (confidence * counted).sum((1, 2))
@@ -114,9 +114,7 @@ class DenoisingPoints:
         targets: Targets,
         normalisers: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """W L_denoising: all of ``pair_losses``, by index; none in a batch without objects."""
-        if DENOISING not in teacher.groups or DENOISING not in student.groups:
-            return {}
+        """W L_denoising: all of ``pair_losses``, by index; zeros in a batch without objects."""
         pairs = MatchedPairs(
             student.groups[DENOISING],
             teacher.groups[DENOISING].outputs,

@@ -5,15 +5,18 @@ that lies in the encoder and p* the wanted one, a weight is multiplied once an e
 p* (1 - p) / (p (1 - p*)), kept between 0.1 and 10, where p is further from p* than a tolerance; in
 the last epochs it is what the recipe says.
 
-Our choices: p is that of a whole epoch, not of one batch; the product of all factors has bounds;
-and p of methods whose terms reach the decoder. There the encoder's share does not grow with the
-weight, so p is the share of distillation, sum |g_distil| / (sum |g_distil| + sum |g_detection|)
-over the student's parameters. For that p one change is exact: p / (1 - p) is proportional to the
-weight. It needs the gradient of detection apart, a second pass of the student: one in
+Our choices: p is that of a whole epoch, not of one batch; a run of few epochs, which may have one
+alone, changes the weight ``CHANGES`` times instead; the product of all factors has bounds; and p of
+methods whose terms reach the decoder. There the encoder's share does not grow with the weight, so p
+is the share of distillation, sum |g_distil| / (sum |g_distil| + sum |g_detection|) over the
+student's parameters. For that p one change is exact: p / (1 - p) is proportional to the weight. It
+needs the gradient of detection apart, a second pass of the student: one in
 ``EVERY`` steps that distil has it.
 """
 
 from __future__ import annotations
+
+from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,8 @@ from d3etr.config.distillation import GradientShareConfig, MethodConfig
 
 EVERY = 16
 """Of the steps that distil, one in so many is measured where detection is measured apart."""
+CHANGES = 10
+"""The weight is changed so often in a run of fewer epochs than that."""
 _FACTORS = (0.1, 10.0)
 """Bounds of one change; theirs."""
 _PRODUCT = (1e-3, 1e3)
@@ -39,7 +44,7 @@ def _magnitude(parts: list[Tensor]) -> Tensor:
 
 
 class GradientShare(nn.Module):
-    """Watches gradients over an epoch, then changes a factor; its state is that of the module.
+    """Watches gradients for some steps, then changes a factor; its state is that of the module.
 
     Workers see the same gradients and so have the same state.
 
@@ -67,8 +72,12 @@ class GradientShare(nn.Module):
 
     def needs_detection(self, step: int, steps: int) -> bool:
         """Whether ``watch`` takes the gradients of detection at ``step`` of ``steps``."""
-        steered = step < self._config.until * steps
-        return not self._config.of_encoder and steered and step % self._every == 0
+        measured = not self._config.of_encoder and step % self._every == 0
+        return measured and step < self._steered(steps)
+
+    def _steered(self, steps: int) -> int:
+        """The first so many of ``steps`` are steered."""
+        return ceil(self._config.until * steps)
 
     def watch(self, student: nn.Module, detection: list[Tensor] | None = None) -> None:
         """Add the gradients of a step that distilled, before they are clipped.
@@ -88,21 +97,29 @@ class GradientShare(nn.Module):
             part = _magnitude([*torch._foreach_sub(whole, detection)])
             self.seen += torch.stack([part, part + _magnitude(detection)])
 
-    def change(self, progress: float) -> str | None:
-        """Change the factor by what was seen since the last call.
+    def steer(self, step: int, steps: int, per_epoch: int) -> str | None:
+        """Change the factor where it is time, behind each optimiser step.
 
         Args:
-            progress: share of the training that is done, in [0, 1].
+            step: the one that comes next, of ``steps``.
+            steps: of the whole run.
+            per_epoch: steps of an epoch.
 
         Returns:
             What was done, for people; None where nothing was.
         """
-        inside, everything = self.seen.tolist()
-        self.seen.zero_()
-        if progress >= self._config.until:
+        steered = self._steered(steps)
+        if step == steered < steps:
             released = bool(self.factor != 1)
             self.factor.fill_(1.0)
             return "the weight is the recipe's again" if released else None
+        every = min(per_epoch, ceil(steps / CHANGES))
+        return self.change() if step < steered and step % every == 0 else None
+
+    def change(self) -> str | None:
+        """Change the factor by what was seen since the last call; the result is as of ``steer``."""
+        inside, everything = self.seen.tolist()
+        self.seen.zero_()
         if not everything:
             return None
         share, wanted = inside / everything, self._config.target

@@ -22,6 +22,7 @@ from d3etr.attention_maps import (
     ProductMaps,
     SampledMaps,
     ScoredMaps,
+    hidden_by_either,
 )
 from d3etr.config.distillation import AttentionConfig, CrossAttentionConfig
 from d3etr.errors import UserError
@@ -199,16 +200,29 @@ def _cross_attention(
             "attention is on it. Use larger images or a smaller stride, or set its weight to 0",
             stacklevel=2,
         )
-    if teacher.levels != student.levels and isinstance(target, SampledMaps):
-        target = target.on(student.levels, student.padding)
-    elif teacher.levels != student.levels:
-        target = resize_maps(
-            target, teacher.levels, teacher.padding, student.levels, student.padding
-        )
+    maps, target, padding = _over_the_same_cells(maps, student, target, teacher)
     if config.blur:
-        grids = student.levels, student.padding, config.blur
+        grids = student.levels, padding, config.blur
         maps, target = blurred_maps(maps, *grids), blurred_maps(target, *grids)
     return attention_loss(maps, target, weights, config)
+
+
+def _over_the_same_cells(
+    maps: CrossMaps, student: DecoderOutputs, target: CrossMaps, teacher: DecoderOutputs
+) -> tuple[CrossMaps, CrossMaps, Tensor | None]:
+    """Both maps over the student's cells that no padding hides, and what is hidden of them.
+
+    Of equal grids each has a padding of its own: pictures of other sizes, and stored ones, end in
+    other cells. Rows are renormalised to what both see.
+    """
+    hidden = student.padding
+    if teacher.levels == student.levels:
+        hidden = hidden_by_either(hidden, teacher.padding)
+        return maps.hiding(hidden), target.hiding(hidden), hidden
+    if isinstance(target, SampledMaps):
+        return maps, target.on(student.levels, hidden), hidden
+    resized = resize_maps(target, teacher.levels, teacher.padding, student.levels, hidden)
+    return maps, resized, hidden
 
 
 def _of_levels(
@@ -247,6 +261,8 @@ def pair_losses(
         that are on.
     """
     losses: dict[str, Tensor] = {}
+    # Over no queries, which have no maps, nothing is lost.
+    queries, nothing = pairs.student.queries, pairs.images.new_zeros(())
     if config.prediction.weight:
         index, student, teacher = pairs.index, pairs.student, pairs.teacher
         terms = prediction_losses(
@@ -261,10 +277,12 @@ def pair_losses(
         losses |= {name: config.prediction.weight * loss for name, loss in terms.items()}
     if config.self_attention.weight:
         weights = pairs.weights(config.self_attention.pair_weights, config)
-        loss = _self_attention(pairs, weights, config.self_attention)
+        within = config.self_attention
+        loss = _self_attention(pairs, weights, within) if queries else nothing
         losses["self_attention"] = config.self_attention.weight * loss
     if config.cross_attention.weight:
         weights = pairs.weights(config.cross_attention.pair_weights, config)
-        loss = _cross_attention(pairs, weights, config.cross_attention, levels)
+        across = config.cross_attention
+        loss = _cross_attention(pairs, weights, across, levels) if queries else nothing
         losses["cross_attention"] = config.cross_attention.weight * loss
     return {f"{prefix}/{name}": weight * loss for name, loss in losses.items()}

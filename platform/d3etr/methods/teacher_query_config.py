@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, Self
 
 from pydantic import model_validator
@@ -146,13 +147,9 @@ class TeacherQueryConfig(PredictionMethodConfig):
         return None
 
     @model_validator(mode="after")
-    def _confidence_counts(self) -> Self:
-        uniform = self.kinds_of_pair_weights <= {"uniform"}
-        if not self.counts_confidence and uniform and self.selects is None:
-            raise ValueError(
-                "minimum_confidence and normaliser have no effect: no term weights its pairs by "
-                "confidence"
-            )
+    def _no_setting_is_idle(self) -> Self:
+        for problem in _idle_settings(self):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
@@ -201,3 +198,30 @@ class TeacherQueryConfig(PredictionMethodConfig):
                 "0, or the distance to 'energy'"
             )
         return self
+
+
+def _idle_settings(config: TeacherQueryConfig) -> Iterator[str]:
+    """Settings of pairs and of the group that nothing reads, and why."""
+    kinds, of_objects = config.kinds_of_pair_weights, config.normaliser == "objects"
+    summed = "every" in kinds or config.selects is not None
+    reason = "no term weights its pairs by confidence"
+    if of_objects and not summed and kinds <= {"uniform"}:
+        yield f"normaliser 'objects' has no effect: {reason}"
+    if config.minimum_confidence and "confidence" not in kinds and (of_objects or not summed):
+        yield f"minimum_confidence has no effect: {reason}, or is divided by it"
+    for key in () if config.compares_pairs else ("matching_cost", "matched_pair_ratio"):
+        field = type(config).model_fields.get(key)
+        # By its value: stored configurations have keys that nobody set.
+        if field is not None and getattr(config, key) != field.default:
+            yield f"{key} has no effect: all term weights are 0"
+    group = config.auxiliary_group
+    if group.assignment == "own" and not group.ground_truth:
+        yield (
+            "auxiliary_group.assignment 'own' has no effect: ground_truth is false, and nothing is "
+            "assigned; set it to 'teacher', or ground_truth to true"
+        )
+    if group.content is not None and group.queries == "random":
+        found = f"auxiliary_group.content '{group.content}'"
+        yield f"{found} has no effect on random queries: remove it"
+    if group.always and config.fixed_share:
+        yield "auxiliary_group.always has no effect, the group is built anyway: set it to false"
