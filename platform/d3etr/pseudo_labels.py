@@ -11,6 +11,7 @@ import numpy as np
 
 from d3etr.config.data import DataConfig, UnlabelledConfig
 from d3etr.data.annotations import Category
+from d3etr.data.record_images import record_image
 from d3etr.data.records import ImageRecord
 from d3etr.data.splits import DetectionSplit, open_split
 from d3etr.errors import UserError
@@ -140,7 +141,9 @@ def _detections(
 ) -> Iterator[tuple[ImageRecord, Detections]]:
     for first in range(0, len(split.records), BATCH):
         records = split.records[first : first + BATCH]
-        found = predictor.predict([split.path(r) for r in records], threshold, BATCH)
+        # As arrays: a PIL image still has the EXIF rotation that its annotations may rule out.
+        images = (np.asarray(record_image(split, record)) for record in records)
+        found = predictor.predict(images, threshold, BATCH)
         yield from zip(records, found, strict=True)
         on_progress(f"detecting on {split.name} images", first + len(records), len(split.records))
 

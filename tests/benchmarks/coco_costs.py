@@ -183,7 +183,8 @@ def largest_size(data: DataConfig) -> tuple[int, int]:
     """(height, width) of the largest lying image of training."""
     sides = data.augmentation.shortest_sides or ()
     if data.preprocessing.exact_size is not None:
-        return max(sides), max(sides)
+        rows, columns = data.preprocessing.exact_size
+        return max(sides, default=rows), max(sides, default=columns)
     assert data.preprocessing.longest_side is not None
     return max(sides), data.preprocessing.longest_side
 

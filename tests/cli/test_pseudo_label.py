@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import save_untrained, tiny_detector_config
 from tiny_recipe import SECTIONS, tiny_recipe
 
 from d3etr.cli.main import main
 from d3etr.config.data import DataConfig, SplitConfig
 from d3etr.config.load import load_config, validate
+from d3etr.data.images import load_image
 from d3etr.data.splits import open_split, read_split
 from d3etr.evaluation.coco_metrics import GroundTruth, SplitDetections
 from d3etr.inference import load
+from d3etr.pseudo_labels import pseudo_labels
 
 
 @pytest.fixture
@@ -102,6 +105,28 @@ def test_a_recipe_labels_its_images_without(
     train = open_split(load_config(recipe, [result["override"]]).data, "train")
     assert len(train.records) == 24 and len(train.parts[0].records) == 6
     assert len(train.objects.labels) == len(own.objects.labels) + result["pseudo_labels"]
+
+
+def test_a_rotation_that_annotations_rule_out_is_not_applied(
+    data: DataConfig, weights: Path, tmp_path: Path
+) -> None:
+    """Annotated as stored, 40 x 20, though EXIF says that the picture stands upright."""
+    exif, pixels = Image.Exif(), np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+    categories = [{"id": c.id, "name": c.name} for c in open_split(data, "train").categories]
+    about = {"id": 1, "file_name": "a.jpg", "width": 40, "height": 20}
+    annotations = tmp_path / "a.json"
+    annotations.write_text(
+        json.dumps({"images": [about], "categories": categories, "annotations": []})
+    )
+    split = read_split("train", SplitConfig(images=tmp_path, annotations=annotations))
+    predictor = load(weights)
+    content = pseudo_labels(predictor, split, 0.0)
+    [stored] = predictor.predict(np.asarray(load_image(tmp_path / "a.jpg", (40, 20))), 0.0)
+    left, top, width, height = np.array([e["bbox"] for e in content["annotations"]]).T
+    corners = np.stack([left, top, left + width, top + height], 1)
+    np.testing.assert_allclose(corners, stored.boxes_xyxy, atol=1e-4)
 
 
 def test_the_best_threshold_has_the_highest_f1(data: DataConfig) -> None:

@@ -86,6 +86,18 @@ def test_detectors_are_as_large_as_the_official_ones(backbone: str, millions: in
     assert abs(count_parameters(detector) / 1e6 - millions) < 1
 
 
+def test_detectors_of_today_are_trained_as_published() -> None:
+    names = ("rtdetr-r18", "dfine-s", "dfine-n")
+    r18, s, n = (load_config(RECIPES / name / "plain.yaml") for name in names)
+    sides = [config.data.augmentation.shortest_sides for config in (r18, s, n)]
+    repeated = [None if x is None else (len(x), x.count(640)) for x in sides]
+    assert repeated == [(13, 3), (30, 20), None]
+    ends = [config.data.augmentation.off_for_last_epochs for config in (r18, s, n)]
+    assert ends == [1, 12, 12]
+    millions = [count_parameters(build_detector(x.student.detector, 80)) / 1e6 for x in (s, n)]
+    assert millions == pytest.approx([10.3, 3.8], abs=0.05)  # README of its code: 10, 4
+
+
 def test_the_guide_has_every_recipe_and_its_steps() -> None:
     text, costs = (ROOT / "docs" / "coco.md").read_text().split("## Costs")
     told = set()

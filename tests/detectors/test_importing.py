@@ -24,7 +24,8 @@ from d3etr.detectors.imports import importing
 from d3etr.detectors.imports.categories import COCO, COCO_SLOTS, slots_of
 from d3etr.detectors.imports.importing import import_weights, recognise
 from d3etr.detectors.imports.layouts import LAYOUTS, rename
-from d3etr.detectors.imports.settings import Unseen, from_config, preprocessing_of
+from d3etr.detectors.imports.preprocessing import preprocessing_of
+from d3etr.detectors.imports.settings import Unseen, from_config
 from d3etr.detectors.torchvision_backbone import build_network
 from d3etr.detectors.weights import load_backbone_weights, load_weights, read_info
 from d3etr.errors import UserError

@@ -168,3 +168,27 @@ def test_an_encoder_of_other_positions_is_refused(source: str, target: str, text
         load_matching(student, teacher, ("encoder",), same_classes=True)
     assert text in str(caught.value) and "take 'encoder' out of the parts" in str(caught.value)
     assert load_matching(student, teacher, ("decoder",), same_classes=True).names
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs"),
+    [
+        ("d_fine", {"curvature": 8.0, "bound": 0.25}),
+        ("d_fine", {"activation": "silu"}),
+        ("deimv2", {"activation": "relu"}),
+        ("rt_detr", {"sampling": "discrete"}),
+    ],
+)
+@pytest.mark.parametrize("part", ["decoder", "heads"])
+def test_what_no_shape_shows_has_to_be_the_same(
+    part: DetectorPart, kind: str, theirs: dict[str, object]
+) -> None:
+    source, target = detector(0, **FAMILY[kind] | theirs), detector(1, **FAMILY[kind])
+    with pytest.raises(UserError) as caught:
+        load_matching(target, source, (part,), same_classes=True)
+    for key, value in theirs.items():
+        shown = f"{value:g}" if isinstance(value, float) else value
+        assert f"student.detector.{key} to {shown}" in str(caught.value)
+    assert load_matching(target, source, ("backbone", "encoder"), same_classes=True).names
+    same = detector(2, **FAMILY[kind] | theirs)
+    assert load_matching(same, source, (part,), same_classes=True).names

@@ -227,7 +227,12 @@ def test_every_layer_and_the_selection_equal_theirs(variant: Variant, tmp_path: 
     model = their_model(variant)
     detector, result = imported(model, tmp_path)
     assert isinstance(detector, DEIMv2)
-    assert (result.network, result.notes) == ("deimv2", ())
+    assert result.network == "deimv2" and result.preprocessing is not None
+    normalisation = "imagenet" if variant.vit else "unit"
+    assert result.preprocessing["normalisation"] == normalisation
+    assert result.preprocessing["exact_size"] == [640, 640]
+    [note] = result.notes
+    assert f"assumed images of 640 x 640 pixels, normalisation '{normalisation}'" in note
     config = detector.config
     assert config.backbone.name == variant.backbone
     assert config.implementation == "transformers"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from d3etr.config.training import SetCriterionConfig
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.imports.grouped import unread
+from d3etr.detectors.imports.importing import import_weights
 from d3etr.detectors.imports.layouts import rename
 from d3etr.detectors.vit import WindowedViT
 from d3etr.distiller import Distiller
@@ -238,6 +240,19 @@ def test_every_layer_and_the_selection_equal_theirs(variant: Variant, with_paddi
         assert ours.logits.std(dimension).mean() > 0.02
     centre, half = ours.boxes_cxcywh[..., :2], ours.boxes_cxcywh[..., 2:] / 2
     assert (centre - half).min() < 0 and (centre + half).max() > 1  # beyond the picture
+
+
+@pytest.mark.parametrize(("name", "side"), [("rf_detr", 40), ("lw_detr", 640)])
+def test_folders_without_preprocessing_get_the_published_squares(
+    name: str, side: int, tmp_path: Path
+) -> None:
+    """Of RF-DETR positions x patch; DETR's 800/1333 would detect something else."""
+    their_model(VARIANTS[name]).save_pretrained(tmp_path / "theirs")
+    imported = import_weights(tmp_path / "theirs", tmp_path / "ours.safetensors")
+    assert imported.preprocessing is not None
+    assert imported.preprocessing["exact_size"] == [side, side]
+    assert imported.preprocessing["normalisation"] == "imagenet"
+    assert any(f"assumed images of {side} x {side} pixels" in note for note in imported.notes)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor
 from d3etr.detectors.imports.importing import import_weights
 from d3etr.detectors.imports.settings import Unseen
 from d3etr.detectors.weights import load_weights
+from d3etr.errors import UserError
 
 NETWORK = (
     (r"^model\.backbone\.model\.embedder\.embedder\.0\.", "backbone.conv1.conv1_1."),
@@ -87,6 +88,21 @@ def under_official_names(
         "decoder.anchors": torch.zeros(1, 8, 4),
         "decoder.valid_mask": torch.ones(1, 8, 1, dtype=torch.bool),
     }
+
+
+def test_discrete_sampling_must_be_said(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = their_model(VARIANTS["v2"])
+    state = under_official_names(model.state_dict(), partial(official_name, version="v2"))
+    source, target = tmp_path / "rtdetrv2_r18vd_dsp_3x_coco.pth", tmp_path / "ours.safetensors"
+    torch.save({"ema": {"module": state}}, source)
+    categories = tuple((index, f"LABEL_{index}") for index in range(CLASSES))
+    with pytest.raises(UserError, match="say --sampling discrete or bilinear"):
+        import_weights(source, target, Unseen(heads=4), categories)
+    for sampling in ("discrete", "bilinear"):
+        said = Unseen(heads=4, sampling=sampling)
+        imported = import_weights(source, target, said, categories)
+        assert imported.architecture["sampling"] == sampling
 
 
 @pytest.mark.parametrize("version", VERSIONS)

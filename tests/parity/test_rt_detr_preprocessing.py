@@ -12,7 +12,7 @@ from test_imported_detections import write_pictures
 
 from d3etr.data.images import load_image
 from d3etr.data.transforms import normalise, resized
-from d3etr.detectors.imports.settings import preprocessing_of
+from d3etr.detectors.imports.preprocessing import preprocessing_of
 
 transformers = pytest.importorskip("transformers")
 

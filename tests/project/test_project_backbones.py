@@ -1,17 +1,22 @@
 """Projects over pre-trained backbones: what recipes take, what is measured, what is refused."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from tiny import FAMILY, save_untrained, tiny_detector_config
 
 from d3etr.config.backbone import BackboneConfig
-from d3etr.config.data import DigitScenesConfig
+from d3etr.config.data import DataConfig, DigitScenesConfig, PreprocessingConfig
+from d3etr.config.detector import DetectorPart
 from d3etr.config.load import load_config
 from d3etr.data.digit_scenes import write_digit_scenes
+from d3etr.data.splits import open_split
 from d3etr.detectors.backbones import build_backbone
+from d3etr.detectors.init_from import part_of
+from d3etr.detectors.torchvision_weights import has_imagenet_weights
 from d3etr.detectors.weights import write_tensors
-from d3etr.engine.init_student import require_start
+from d3etr.engine.init_student import build_student, require_start
 from d3etr.errors import UserError
 from d3etr.progress import no_progress
 from d3etr.project import measure
@@ -105,3 +110,81 @@ def test_what_is_no_backbone_of_theirs_is_refused(files: Path, tmp_path: Path) -
     refused("maps of strides", backbone_weights=ours, teacher_backbone_weights=other)
     refused("needs --backbone-weights", teacher_backbone_weights=ours)
     refused("has no effect beside", backbone_weights=ours, teacher_weights=ours)
+
+
+def taught_by(
+    folder: Path, files: Path, teacher: dict[str, Any], student: dict[str, Any], **info: Any
+) -> dict[str, Path]:
+    """The two files that a project is fine-tuned from."""
+    sizes = {"train_images": 8, "validation_images": 4, "test_images": 2, "image_size": 32}
+    scenes = DigitScenesConfig(root=files, minimum_scale=8, maximum_scale=16, **sizes)
+    paths = {role: folder / f"{role}.safetensors" for role in ("teacher", "student")}
+    save_untrained(
+        paths["teacher"], tiny_detector_config(**teacher), DataConfig(digit_scenes=scenes)
+    )
+    save_untrained(
+        paths["student"], tiny_detector_config(**student), DataConfig(digit_scenes=scenes), **info
+    )
+    return {f"{role}_weights": path for role, path in paths.items()}
+
+
+@pytest.mark.parametrize("kind", ["rf_detr", "lw_detr", "conditional_detr"])
+def test_inherited_students_without_imagenet_weights_take_the_teachers_backbone(
+    kind: str, files: Path, tmp_path: Path
+) -> None:
+    given = taught_by(tmp_path, files, {**FAMILY[kind], "decoder_layers": 3}, FAMILY[kind])
+    make(tmp_path / "p", files, **given)
+    (tmp_path / "p" / "weights").mkdir()
+    (tmp_path / "p" / "weights" / "teacher.safetensors").symlink_to(given["teacher_weights"])
+    for role in ROLES:
+        config = load_config(tmp_path / "p" / f"{role}.yaml")
+        assert config.student.backbone_weights is None
+        student = build_student(config, open_split(config.data, "train").categories, quiet=True)
+        assert {part_of(name) for name in student.inherited} == {*get_args(DetectorPart)}
+
+
+def test_backbones_with_imagenet_weights_start_from_them(files: Path, tmp_path: Path) -> None:
+    own = {"name": "rt_detr", "encoder_width": 16, "levels": 2, "points": 2}
+    given = taught_by(
+        tmp_path,
+        files,
+        {**own, "backbone": {"name": "resnet34vd"}},
+        {**own, "backbone": {"name": "resnet18vd"}},
+    )
+    make(tmp_path / "p", files, **given)
+    student = load_config(tmp_path / "p" / "inherited.yaml").student
+    assert student.backbone_weights == "imagenet" and student.initialise_from is not None
+    assert student.initialise_from.parts == ("decoder", "heads", "queries")
+
+
+def test_students_that_could_not_start_are_refused_before_anything_trains(
+    files: Path, tmp_path: Path
+) -> None:
+    def refused(text: str, *given: dict[str, Any], **info: Any) -> None:
+        with pytest.raises(UserError, match=text):
+            make(tmp_path / "p", files, **taught_by(tmp_path, files, *given, **info))
+        assert not (tmp_path / "p").exists()
+
+    vit = FAMILY["rf_detr"]["backbone"]["vit"]
+    larger = {**FAMILY["rf_detr"], "backbone": {"name": "vit", "vit": {**vit, "positions": 4}}}
+    refused("no ImageNet weights", larger, FAMILY["rf_detr"])
+    d_fine = FAMILY["d_fine"]
+    refused("student.detector.curvature to 8", {**d_fine, "curvature": 8.0}, d_fine)
+    refused("attention heads", {"heads": 4}, {"heads": 2})
+    unit = PreprocessingConfig(normalisation="unit")
+    refused("normalisation 'imagenet'", {}, {}, preprocessing=unit)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "published"),
+    [
+        ({"name": "resnet18"}, True),
+        ({"name": "resnet18vd"}, True),
+        ({"name": "timm/hgnetv2_b0"}, True),
+        ({"name": "timm/hgnetv2_atto"}, False),
+        ({"name": "resnet18", "norm": "group"}, False),
+        ({"name": "dinov3"}, False),
+    ],
+)
+def test_who_has_imagenet_weights(backbone: dict[str, Any], published: bool) -> None:
+    assert has_imagenet_weights(BackboneConfig(**backbone)) is published

@@ -66,6 +66,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="within D-FINE's or DEIMv2's heads, where nothing says (relu; DEIM, DEIMv2: silu)",
     )
     parser.add_argument(
+        "--sampling",
+        choices=("bilinear", "discrete"),
+        help="of RT-DETRv2's deformable attention, where nothing says (bilinear; official files "
+        "named dsp: discrete)",
+    )
+    parser.add_argument(
         "--backbone",
         metavar="NAME",
         help="timm/NAME or a ResNet-vd (resnet50vd, of timm's resnet50d): the network whose file "
@@ -90,6 +96,7 @@ def _run(options: Namespace) -> int:
         dilation=options.dilation,
         temperature=options.temperature,
         activation=options.activation,
+        sampling=options.sampling,
     )
     ensure_other_file(options.source, options.target)
     backbone = None if options.backbone is None else _named(options.backbone)

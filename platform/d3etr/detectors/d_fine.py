@@ -48,7 +48,7 @@ class DFINEConfig(SelectingConfig):
     points: Size | Annotated[tuple[Size, ...], Field(min_length=1)] = (3, 6, 3)
     """Places that each head samples on each level: one number for each, or one for all."""
     encoder_blocks: Layers = 3
-    """RepVGG blocks of each of the encoder's stages; official: 1 (N, S), 2 (M) and 3 (L, X)."""
+    """RepVGG blocks of each of the encoder's stages; official: 1 (S), 2 (N, M) and 3 (L, X)."""
     bins: Annotated[int, Field(ge=4, le=1024)] = 32
     """An edge's distribution has one more; even."""
     bound: Annotated[float, Field(gt=0, le=MAXIMUM)] = 0.5

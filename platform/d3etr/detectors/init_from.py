@@ -54,6 +54,8 @@ _CLASS_HEADS = (
 )
 _LAYER = re.compile(r"^(decoder\.(?:(?:layers|class_heads|box_heads|quality_heads)\.)?)(\d+)\.")
 """Beginning of a name that belongs to a decoder layer, and its number."""
+_UNSHOWN = ("activation", "bound", "curvature", "sampling", "implementation")
+"""Keys that decide what decoder and heads compute, and that no shape shows."""
 _SHOWN = 4
 _NAMED = 12
 """More tensors than these are counted by module: of another expansion, an encoder has hundreds."""
@@ -117,7 +119,8 @@ def load_matching(
 
     Raises:
         UserError: of a part nothing fits, a backbone is another one, or attention has another
-            number of heads or positions another encoding, of which shapes say nothing.
+            number of heads, positions another encoding, or decoder and heads compute something
+            else by their tensors, of which shapes say nothing.
     """
     offered = _narrowed(detector, source, parts) if narrows else source.state_dict()
     found = _numbered(detector.state_dict(), offered, layers)
@@ -133,6 +136,7 @@ def load_matching(
             raise UserError(f"nothing of its {part} fits: {', '.join(misfits[:_SHOWN])}{more}")
     _ensure_same_heads(detector, source, parts)
     _ensure_same_positions(detector, source, parts)
+    _ensure_same_computation(detector, source, parts)
     others = set(detector.backbone.state_dict()) != set(source.backbone.state_dict())
     if "backbone" in parts and (others or any(part_of(name) == "backbone" for name in left)):
         mine, theirs = detector.config.backbone, source.config.backbone
@@ -187,6 +191,31 @@ def _ensure_same_positions(
         f"{keys if 'grid_centred' in type(detector.config).model_fields else 'take'} 'encoder' "
         "out of the parts"
     )
+
+
+def _ensure_same_computation(
+    detector: DetectionTransformer, source: DetectionTransformer, parts: Sequence[DetectorPart]
+) -> None:
+    """D-FINE's bins, DEIM's activation and RT-DETRv2's sampling are in no tensor's shape."""
+    if {"decoder", "heads"}.isdisjoint(parts):
+        return
+    ours, theirs = (dict(x.config) for x in (detector, source))
+    other = [key for key in _UNSHOWN if key in ours and key in theirs and ours[key] != theirs[key]]
+    if other:
+        raise UserError(
+            f"it has {_in_words(other, theirs)}, the student {_in_words(other, ours)}: the same "
+            "tensors of decoder and heads would mean something else. Set "
+            + " and ".join(f"student.detector.{key} to {_shown(theirs[key])}" for key in other)
+            + ", or take 'decoder' and 'heads' out of the parts"
+        )
+
+
+def _in_words(keys: Sequence[str], values: Mapping[str, object]) -> str:
+    return " and ".join(f"{key} {_shown(values[key])}" for key in keys)
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _narrowed(

@@ -29,6 +29,17 @@ _FIRST = ("features.0.0.weight", "features.0.1.running_mean")
 """Kernel of the first convolution, and what the norm after it takes away."""
 
 
+def has_imagenet_weights(config: BackboneConfig) -> bool:
+    """Whether anybody publishes ImageNet weights for a backbone; nothing is downloaded."""
+    if config.name in (VIT, DINOV3, SMALL) or (config.has_batch_norm and config.norm == "group"):
+        return False
+    if not config.name.startswith(TIMM):
+        return True
+    import timm  # takes two seconds
+
+    return bool(timm.is_model_pretrained(config.name.removeprefix(TIMM)))
+
+
 def imagenet_weights(config: BackboneConfig) -> dict[str, Tensor]:
     """Torchvision's ImageNet weights of a backbone, by its own names.
 

@@ -45,10 +45,16 @@ def check_same_classes(info: WeightsInfo, weights: Location, split: DetectionSpl
         pairs = enumerate(zip_longest(theirs, ours))
         k, (there, here) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
         parts = [f"another order: class {k} is '{there}' there and '{here}' here"]
+    hint = ""
+    if len(theirs) == len(ours) and {*theirs} != {*ours}:
+        hint = (
+            ", or import it again with 'd3etr import-weights --categories' and the annotation file "
+            "that it learnt from, if it calls the same classes by other names"
+        )
     raise UserError(
         f"teacher.weights {weights} has other classes than {split.annotations}: "
         f"{'; '.join(parts)}. Expected the same names in the same order: use a teacher that was "
-        "trained on these categories"
+        f"trained on these categories{hint}"
     )
 
 

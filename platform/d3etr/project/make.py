@@ -15,6 +15,7 @@ from d3etr.errors import UserError
 from d3etr.progress import OnProgress
 from d3etr.project.backbones import Backbones, read_backbones
 from d3etr.project.fit import Plan, fit
+from d3etr.project.inheriting import require_inheritable
 from d3etr.project.measure import Measure, measure
 from d3etr.project.recipes import RT_DETR, RUNS, Design, Start, start_from
 from d3etr.project.sizes import Rung, Sizes, exact_rungs, rungs, sizes_for
@@ -143,7 +144,7 @@ def _start(request: Request, machine: Machine) -> Start | None:
     """The weights to fine-tune from: the person's, on a GPU RT-DETR's, else none.
 
     Raises:
-        UserError: one file is named alone, or a student could not take over the teacher's decoder.
+        UserError: one file is named alone, or see ``require_inheritable``.
     """
     files = request.teacher_weights, request.student_weights
     if files == (None, None):
@@ -156,14 +157,9 @@ def _start(request: Request, machine: Machine) -> Start | None:
             "writes them"
         )
     infos = _read(teacher), _read(student)
-    theirs, ours = infos[0].detector, infos[1].detector
-    if (theirs.name, theirs.width) != (ours.name, ours.width):
-        raise UserError(
-            f"{teacher} is a {theirs.name} of width {theirs.width}, {student} a {ours.name} of "
-            f"width {ours.width}: expected one kind and width, so that a student can start from "
-            "the teacher's decoder"
-        )
-    return start_from(_absolute(teacher), _absolute(student), infos)
+    start = start_from(_absolute(teacher), _absolute(student), infos)
+    require_inheritable(start, infos)
+    return start
 
 
 def _absolute(place: Location) -> Location:

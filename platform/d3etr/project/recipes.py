@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from d3etr.config.detector import DetectorPart
 from d3etr.config.load import plain_tree
 from d3etr.config.location import Location
 from d3etr.config.overrides import Tree, merge
+from d3etr.detectors.torchvision_weights import has_imagenet_weights
 from d3etr.detectors.weights import WeightsInfo
 from d3etr.project.backbones import Backbones
 from d3etr.project.sizes import Sizes
@@ -24,9 +26,9 @@ NEVER = 1_000_000
 EVALUATIONS = 6
 """On validation along a run."""
 _WARM_UP, _WARM_UP_SHARE = 100, 10
-_ALL_PARTS = ["backbone", "encoder", "decoder", "heads", "queries"]
-_START = ["decoder", "heads", "queries"]
-_PARTS_FROM_NOTHING = ["encoder", *_START]
+_START: tuple[DetectorPart, ...] = ("decoder", "heads", "queries")
+_PARTS_FROM_NOTHING: tuple[DetectorPart, ...] = ("encoder", *_START)
+_ALL_PARTS: tuple[DetectorPart, ...] = ("backbone", *_PARTS_FROM_NOTHING)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Start:
         student_detector: architecture, as plain values.
         normalisation: of the images of both.
         there: whether the files are there already.
+        shares_backbone: an inherited student takes backbone and encoder of the teacher too, as
+            nobody has ImageNet weights of its own.
     """
 
     teacher: Location
@@ -48,6 +52,12 @@ class Start:
     student_detector: Tree
     normalisation: str
     there: bool
+    shares_backbone: bool = False
+
+    @property
+    def inherited_parts(self) -> tuple[DetectorPart, ...]:
+        """What an inherited student takes of the teacher."""
+        return _ALL_PARTS if self.shares_backbone else _START
 
 
 RT_DETR = Start(
@@ -82,7 +92,9 @@ def start_from(
         infos: what the files say of themselves.
     """
     theirs, ours = (plain_tree(info.detector) for info in infos)
-    return Start(teacher, student, theirs, ours, infos[1].preprocessing.normalisation, there=True)
+    normalisation = infos[1].preprocessing.normalisation
+    shares = not has_imagenet_weights(infos[1].detector.backbone)
+    return Start(teacher, student, theirs, ours, normalisation, True, shares)
 
 
 @dataclass(frozen=True)
@@ -212,7 +224,7 @@ def _from_nothing(design: Design) -> tuple[Tree, dict[str, Tree]]:
     teacher: Tree = {"student": {"detector": {"backbone": {"stage_widths": [32, 64, 96, 128]}}}}
     if sizes.scale != 1:
         teacher["data"] = {"preprocessing": sizes.sides(sizes.scale)}
-    inherited = {"weights": TEACHER_WEIGHTS, "parts": _PARTS_FROM_NOTHING}
+    inherited = {"weights": TEACHER_WEIGHTS, "parts": [*_PARTS_FROM_NOTHING]}
     return shared, {
         TEACHER: teacher,
         PLAIN: {},
@@ -243,7 +255,7 @@ def _taught(design: Design) -> Tree:
     """The distilled student's own values."""
     taught: Tree = {
         "teacher": {"weights": TEACHER_WEIGHTS},
-        "student": {"initialise_from": {"parts": _PARTS_FROM_NOTHING}},
+        "student": {"initialise_from": {"parts": [*_PARTS_FROM_NOTHING]}},
         "distillation": {"method": "d3etr", "inherited_ratio": 1.0},
         "optimisation": {"learning_rate": 2e-3},
     }
@@ -282,9 +294,9 @@ def _fine_tuned(design: Design) -> tuple[Tree, dict[str, Tree]]:
             "ema_decay": 0.999,
         },
     }
-    fine_tuned = {"weights": str(start.student), "parts": _ALL_PARTS}
-    of_teacher = {"weights": str(start.teacher), "parts": _ALL_PARTS}
-    inherited = {"weights": TEACHER_WEIGHTS, "parts": _START}
+    fine_tuned = {"weights": str(start.student), "parts": [*_ALL_PARTS]}
+    of_teacher = {"weights": str(start.teacher), "parts": [*_ALL_PARTS]}
+    inherited = {"weights": TEACHER_WEIGHTS, "parts": [*start.inherited_parts]}
     student = start.student_detector
     return shared, {
         TEACHER: {
@@ -295,7 +307,7 @@ def _fine_tuned(design: Design) -> tuple[Tree, dict[str, Tree]]:
             "student": {
                 "detector": student,
                 "initialise_from": inherited,
-                "backbone_weights": "imagenet",
+                "backbone_weights": None if start.shares_backbone else "imagenet",
             },
         },
         DISTILLED: {

@@ -126,6 +126,11 @@ _PUBLISHED: Mapping[int, tuple[str, int, int]] = {
 """Width of sizes with the lite encoder -> name, side of images, queries."""
 
 
+def published(width: int) -> tuple[str, int, int]:
+    """Name, side of images and queries of a detector with a lite encoder of this width; 0: none."""
+    return _PUBLISHED.get(width, ("sizes from N on", 640, 300))
+
+
 def official(
     args: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], PreprocessingConfig, list[str]]:
@@ -139,7 +144,7 @@ def official(
         Keys of ours, preprocessing, and what was assumed.
     """
     width = len(tensors.get("encoder.context.conv.weight", ()))
-    sizes, side, queries = _PUBLISHED.get(width, ("sizes from N on", 640, 300))
+    sizes, side, queries = published(width)
     found: dict[str, Any] = {"queries": queries}
     over_vit = dinov3.is_dinov3(tensors)
     if over_vit:

@@ -218,11 +218,21 @@ def official(
     patch = tensors["backbone.patches.weight"].shape[-1]
     side = args.get("resolution")
     if side is None:
-        side = 560 if patch == 14 else patch * math.isqrt(len(tensors["backbone.positions"]))
+        side = published_side(patch, math.isqrt(len(tensors["backbone.positions"])))
     expected = ("sa_nheads", "ca_nheads", "out_feature_indexes", "num_windows", "resolution")
     published = f"RF-DETR was published with for patches of {patch} pixels and width {width}"
     pixels = PreprocessingConfig(shortest_side=None, longest_side=None, exact_size=(side, side))
     return found | {"vit": vit}, pixels, assumed(args, expected, published)
+
+
+def published_side(patch: int, positions: int) -> int:
+    """Pixels of images' sides; Base and Large, of patches of 14, are larger than their positions.
+
+    Args:
+        patch: pixels of a patch's side.
+        positions: along a side.
+    """
+    return 560 if patch == 14 else patch * positions
 
 
 def official_heads(args: Mapping[str, Any], width: int) -> dict[str, Any]:

@@ -26,13 +26,12 @@ from d3etr.detectors.imports.layouts import (
     rename,
     rename_backbone,
 )
-from d3etr.detectors.imports.settings import (
-    Unseen,
-    from_args,
-    from_config,
-    infer_detector,
+from d3etr.detectors.imports.preprocessing import (
+    in_words,
     preprocessing_of,
+    published_preprocessing,
 )
+from d3etr.detectors.imports.settings import Unseen, from_args, from_config, infer_detector
 from d3etr.detectors.torchvision_backbone import build_network
 from d3etr.detectors.torchvision_weights import from_torchvision, weights_of, without_classifier
 from d3etr.detectors.weights import (
@@ -46,8 +45,14 @@ from d3etr.detectors.weights import (
 )
 from d3etr.errors import UserError
 
-_OPTIONS = ("heads", "dilation", "temperature", "activation")
+_OPTIONS = ("heads", "dilation", "temperature", "activation", "sampling")
 """What a user may say of a checkpoint without ``args``."""
+_OF_KINDS = {
+    "temperature": ("dab_detr", "dino"),
+    "activation": ("d_fine", "deimv2"),
+    "sampling": ("rt_detr",),
+}
+"""Those of them that not every detector has."""
 _FIRST_NAMES = ("conv1.", "features.", "layers.", "stem.")
 """How the first tensor of torchvision's networks is called."""
 _DEEP_STEM = "conv1.6.weight"
@@ -200,8 +205,7 @@ def _from_folder(source: Path) -> _Theirs:
 
 def _from_checkpoint(source: Path, found: Found, name: str, given: dict[str, Any]) -> _Theirs:
     """An official checkpoint; asks where a default would be a guess that spoils detections."""
-    activated = ("d_fine", "deimv2")
-    for key, kinds in (("temperature", ("dab_detr", "dino")), ("activation", activated)):
+    for key, kinds in _OF_KINDS.items():
         if name not in kinds and key in given:
             _refuse(source, {key: given[key]}, f"{name} has no such setting")
     if "dilation" in given and LAYOUTS[name].backbone is not None:
@@ -212,7 +216,14 @@ def _from_checkpoint(source: Path, found: Found, name: str, given: dict[str, Any
             raise UserError(
                 f"{source}: its args say {key} {getattr(unseen, key)}, but --{key} says {value}"
             )
+    if "sampling" in given:
+        given = given | {"own": unseen.own | {"sampling": given["sampling"]}}
     unseen = unseen.model_copy(update=given)
+    if name == "rt_detr" and unseen.sampling is None and "dsp" in source.name.lower():
+        raise UserError(
+            f"{source}: named like an RT-DETRv2 with discrete sampling (dsp), which weights do not "
+            "show: say --sampling discrete or bilinear"
+        )
     if unseen.dilation is None and "dc5" in source.name.lower():
         raise UserError(
             f"{source}: named like a detector with dilation (DC5), which weights do not show: say "
@@ -257,6 +268,9 @@ def _import_detector(
         raise UserError(f"{source}: {error}: copy it again") from error
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
+    if theirs.args is None and not theirs.found.preprocessing:
+        pixels = published_preprocessing(config, pixels)
+        assumed = [f"no {files.PREPROCESSING}: assumed images of {in_words(pixels)}"]
     notes += assumed + _leave_unread(tensors, config)
     if theirs.found.preprocessing.get("image_processor_type") == _WITHOUT_SMOOTHING:
         notes.append("its image processor does not smooth what it shrinks; here it is smoothed")

@@ -37,7 +37,7 @@ _SCALES = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
 """Official names of levels."""
 _PUBLISHED = {6: ((1, 3, 5), (0, 2, 4)), 10: ((2, 4, 5, 9), (0, 1, 3, 6, 7, 9))}
 """Blocks of tiny, and of the other sizes: which of them, from 0, are read and have windows."""
-_HEADS, _WINDOWS, _SIDE = 12, 4, 640
+_HEADS, _WINDOWS, SIDE = 12, 4, 640
 """Heads of their vision transformers, windows along each side, and pixels of images' sides."""
 
 
@@ -81,7 +81,7 @@ def official(
         "scales": _scales(args.get("projector_scale"), tensors),
         "vit": vit,
     }
-    pixels = PreprocessingConfig(shortest_side=None, longest_side=None, exact_size=(_SIDE, _SIDE))
+    pixels = PreprocessingConfig(shortest_side=None, longest_side=None, exact_size=(SIDE, SIDE))
     expected = ("sa_nheads", "ca_nheads", "out_feature_indexes", "window_block_indexes")
     published = f"the LW-DETR of {blocks} blocks and width {width} was published with"
     return found, pixels, assumed(args, (*expected, "projector_scale"), published)

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from d3etr.config.backbones import RESNET_VD, family_of
 from d3etr.config.base import Section
-from d3etr.config.data import PreprocessingConfig
 from d3etr.config.detector import DetectorConfig
-from d3etr.config.load import validate_section
 from d3etr.detectors.imports import hgnet
 from d3etr.detectors.imports.layouts import LAYOUTS, decoder_depth
+from d3etr.detectors.imports.preprocessing import require
 from d3etr.errors import UserError
 from d3etr.registry import DETECTORS
 
@@ -73,15 +72,6 @@ _ONLY_BACKBONE: Mapping[str, tuple[Any, ...]] = {
     "downsample_in_bottleneck": (False,),
     **hgnet.ONLY,
 }
-_ONLY_PREPROCESSING: Mapping[str, tuple[Any, ...]] = {
-    "do_rescale": (True,),
-    "resample": (2,),  # bilinear
-}
-_ONLY_NORMALISATION: Mapping[str, tuple[Any, ...]] = {
-    "do_normalize": (True,),
-    "image_mean": ([0.485, 0.456, 0.406],),
-    "image_std": ([0.229, 0.224, 0.225],),
-}
 
 
 class Unseen(Section):
@@ -95,6 +85,8 @@ class Unseen(Section):
     """Of DAB-DETR's and DINO's position encoding."""
     dropout: float | None = None
     """Probability in training."""
+    sampling: Literal["bilinear", "discrete"] | None = None
+    """What RT-DETRv2's deformable attention reads."""
     activation: Literal["relu", "silu"] | None = None
     """Within decoder and heads of D-FINE and DEIMv2."""
     proposals: Annotated[int, Field(ge=1)] | None = None
@@ -117,7 +109,7 @@ def from_args(args: Mapping[str, Any], name: str, where: str) -> Unseen:
         UserError: settings of a detector that is not ours.
     """
     layout = LAYOUTS[name]
-    _require(args, {**_ONLY, **layout.only_args}, f"{where}: args")
+    require(args, {**_ONLY, **layout.only_args}, f"{where}: args")
     if "enc_n_points" in args:
         _equal(args, "enc_n_points", "dec_n_points", where)
     return _unseen(
@@ -155,17 +147,17 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
             f"{where}: architectures is {architectures}: expected a ...ForObjectDetection; "
             "masks and models without heads cannot be imported"
         )
-    _require(config, {**_ONLY, **LAYOUTS[name].only}, where)
+    require(config, {**_ONLY, **LAYOUTS[name].only}, where)
     attends = config.get("encoder_type") != "lite"
     if attends and {"encode_proj_layers", "encoder_in_channels"} <= config.keys():
         coarsest = len(config["encoder_in_channels"]) - 1  # attention is within it alone
-        _require(config, {"encode_proj_layers": ([coarsest],)}, where)
+        require(config, {"encode_proj_layers": ([coarsest],)}, where)
     if "encoder_n_points" in config:
         _equal(config, "encoder_n_points", "decoder_n_points", where)
     backbone = config.get("backbone_config") or {}
     kinds, one = LAYOUTS[name].networks, LAYOUTS[name].only_backbone
     own_network = kinds.get(str(backbone.get("model_type")), one)
-    _require(
+    require(
         backbone,
         _ONLY_BACKBONE if own_network is None else own_network,
         f"{where}: backbone_config",
@@ -186,48 +178,6 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[str, Unseen]:
         own=LAYOUTS[name].unseen(config),
         temperature=_equal(config, "temperature_height", "temperature_width", where) or TEMPERATURE,
     )
-
-
-def preprocessing_of(settings: Mapping[str, Any], where: str) -> PreprocessingConfig:
-    """What ``preprocessor_config.json`` does to images; the originals' 800/1333 without one.
-
-    Image processors of RT-DETR and its kin stretch images to one height and width, and write down
-    a mean and a deviation that ``do_normalize: false`` keeps them from using.
-
-    Raises:
-        UserError: something that we do not do.
-    """
-    _require(settings, _ONLY_PREPROCESSING, where)
-    factor, padded = settings.get("rescale_factor", 1 / 255), settings.get("pad_size")
-    if not math.isclose(factor, 1 / 255, rel_tol=1e-3):
-        raise UserError(f"{where}: rescale_factor is {factor}; expected 1/255")
-    if settings.get("do_pad", True) and padded not in (None, settings.get("size")):
-        raise UserError(
-            f"{where}: pad_size is {padded}; expected images that are padded to the largest of a "
-            "batch, or stretched: detections on one image would be others here"
-        )
-    sides: dict[str, Any] = {}
-    if settings.get("do_normalize") is False:
-        sides["normalisation"] = "unit"
-    else:
-        _require(settings, _ONLY_NORMALISATION, where)
-    if settings.get("do_resize") is False:
-        sides |= {"shortest_side": None, "longest_side": None}
-        return validate_section(PreprocessingConfig, sides, where)
-    size = settings.get("size", 800)
-    if isinstance(size, int):
-        size = {"shortest_edge": size, "longest_edge": settings.get("max_size", 1333)}
-    keys = {k for k, v in size.items() if v is not None} if isinstance(size, Mapping) else set()
-    if keys == {"height", "width"}:
-        sides["exact_size"] = [size["height"], size["width"]]
-    elif keys == {"shortest_edge", "longest_edge"}:
-        sides |= {"shortest_side": size["shortest_edge"], "longest_side": size["longest_edge"]}
-    else:
-        raise UserError(
-            f"{where}: size is {size}; expected shortest_edge and longest_edge, or height and "
-            "width. Take the file out of the folder to import the model with the usual 800 and 1333"
-        )
-    return validate_section(PreprocessingConfig, sides, where)
 
 
 def infer_detector(
@@ -372,21 +322,6 @@ def _unseen(where: str, **values: Any) -> Unseen:
     except ValidationError as error:
         problems = (f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
         raise UserError(f"{where}: broken settings: {'; '.join(problems)}") from error
-
-
-def _require(
-    settings: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]], where: str
-) -> None:
-    wrong = [
-        f"{key} is {settings[key]!r}, expected {' or '.join(map(repr, values))}"
-        for key, values in expected.items()
-        if key in settings and settings[key] not in values
-    ]
-    if wrong:
-        raise UserError(
-            f"{where}: {'; '.join(wrong)}. The same tensors would detect something else here: "
-            "this variant cannot be imported"
-        )
 
 
 def _equal(settings: Mapping[str, Any], one: str, other: str, where: str) -> Any:
