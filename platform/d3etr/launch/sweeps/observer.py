@@ -142,7 +142,8 @@ class Observer(Callback):  # type: ignore[misc]
         trial, report = self._plan.trial(tune_trial.config), tune_trial.last_result or {}
         run_dir = Path(report["run_dir"]) if "run_dir" in report else None
         status: Status = "FINISHED"
-        if run_dir is not None and "reason" not in report and RunFolder(run_dir).summary.exists():
+        metrics = None if run_dir is None or "reason" in report else RunFolder(run_dir).result()
+        if run_dir is not None and metrics is not None:
             result = finished(trial, run_dir)
             text = f"finished, mAP {_percent(result.mAP)}"
         elif reason is not None or run_dir is None:
