@@ -119,10 +119,14 @@ class Observer(Callback):  # type: ignore[misc]
         """An evaluation of a trial, or why it failed."""
         if "reason" in result:
             return
-        title = self._plan.trial(trial.config).label(self._plan.sweep)
+        planned = self._plan.trial(trial.config)
         if self._tracking is not None:
-            self._tracking.follow(Path(result["run_dir"]), title)
-        parts = [title, f"epoch {result['epoch']}", f"mAP {100 * result['mAP']:.1f}"]
+            self._tracking.follow(Path(result["run_dir"]), planned)
+        parts = [
+            planned.label(self._plan.sweep),
+            f"epoch {result['epoch']}",
+            f"mAP {100 * result['mAP']:.1f}",
+        ]
         self._on_progress(" | ".join(parts + _rate(Path(result["run_dir"]))))
         self._foretell(trial, result)
 
