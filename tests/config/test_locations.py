@@ -6,6 +6,7 @@ import pytest
 
 from d3etr.config.load import config_digest, load_config, to_yaml
 from d3etr.config.location import Url, parse_location
+from d3etr.engine.find_run import folder_of, output_of
 from d3etr.errors import UserError
 
 DATA = (
@@ -31,9 +32,24 @@ def test_data_and_weights_may_be_urls(tmp_path: Path) -> None:
     assert config_digest(again) == config_digest(config)
 
 
-@pytest.mark.parametrize("text", ["a/b", "/a/b", "C:/a", "a b.json", "~/x", "weights:1"])
+@pytest.mark.parametrize("text", ["a/b", "/a/b", "C:/a", "a b.json", "~nobody-here/x", "weights:1"])
 def test_paths_stay_paths(text: str) -> None:
     assert parse_location(text) == Path(text)
+
+
+def test_the_home_is_meant_wherever_a_path_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides = ["run.output=~/runs", "data.digit_scenes.root=~/scenes", "optimisation.steps=1"]
+    config = load_config(None, [*overrides, "student.backbone_weights=~/b.safetensors"])
+    assert config.run.output == output_of(overrides) == tmp_path / "runs"
+    assert output_of(["run.output='~/my runs'"]) == tmp_path / "my runs"
+    assert output_of(["run.seed=1"]) == Path("runs")
+    assert config.data.digit_scenes is not None
+    assert config.data.digit_scenes.root == tmp_path / "scenes"
+    assert config.student.backbone_weights == tmp_path / "b.safetensors"
+    assert folder_of(config).path.parent == tmp_path / "runs"
 
 
 def test_names_come_from_the_path_of_a_url() -> None:

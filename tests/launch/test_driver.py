@@ -76,6 +76,24 @@ def test_a_finished_run_returns_its_result_at_once(make_config: MakeConfig) -> N
     assert not second.trained
 
 
+@pytest.mark.parametrize("damaged", ["summary.json", "weights.safetensors"])
+def test_training_again_does_not_begin_with_the_summary_of_a_damaged_result(
+    make_config: MakeConfig, damaged: str
+) -> None:
+    first, seen = run(make_config()), list[bool]()
+    summary = first.run_dir / "summary.json"
+    noted = json.loads(summary.read_text()) | {"weights": {"bytes": len(b"weights")}}
+    summary.write_text(json.dumps(noted))
+    (first.run_dir / damaged).write_bytes(b"{")
+
+    def train(config: Config, run_dir: Path, context: TrainContext) -> dict[str, float]:
+        seen.append(summary.exists())
+        return fake_training.train(config, run_dir, context)
+
+    again = run(make_config(), task=train)
+    assert seen == [False] and again.trained and again.metrics == first.metrics
+
+
 def test_a_run_that_finished_untracked_is_tracked_when_asked_again(make_config: MakeConfig) -> None:
     run(make_config())
     tracker = Tracker()

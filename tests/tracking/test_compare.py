@@ -308,6 +308,27 @@ def test_a_gain_at_equal_time_is_over_the_strongest_plain_student_that_took_as_l
     assert "at equal time (CPU time of training steps)" in text and "+4.0" in text
 
 
+def test_a_plain_student_that_is_better_and_cheaper_makes_the_row(
+    with_teacher: Path, make_config: MakeConfig
+) -> None:
+    better = make_config("better", optimisation={"steps": 30})
+    write_run(better, 0.45, training_cpu_seconds=85.0, steps=30)
+    for others in (["plain"], ["plain", "longer"]):
+        [row] = compare(["d3etr", *others, "better"], with_teacher).equal_time()
+        assert row.rival.runs[0].config.run.name == "better" and not row.estimated
+        assert row.seconds == (100.0, 85.0) and row.mAP == (0.40, 0.45)
+        assert row.gain is not None and row.gain.mean == pytest.approx(-0.05)
+
+
+def test_a_cheaper_plain_student_counts_where_it_is_the_strongest_within_the_time(
+    with_teacher: Path, make_config: MakeConfig
+) -> None:
+    cheaper = make_config("cheaper", optimisation={"steps": 30})
+    write_run(cheaper, 0.38, training_cpu_seconds=85.0, steps=30)
+    [row] = compare(["d3etr", "longer", "cheaper"], with_teacher).equal_time()
+    assert row.mAP == (0.40, 0.38) and row.seconds == (100.0, 85.0)
+
+
 def test_without_a_plain_student_of_that_length_curves_are_read_at_the_same_time(
     with_teacher: Path,
 ) -> None:

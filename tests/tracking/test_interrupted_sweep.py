@@ -1,6 +1,8 @@
 """A sweep whose driver died while it sent trials to MLflow, gone on with."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +62,9 @@ def test_what_a_dead_driver_was_sending_is_sent_and_the_best_registered(
     with monkeypatch.context() as patched:
         patched.setattr("d3etr.tracking.open_run.OpenRun.close", die)
         first = SweepTracking(plan)
-        for result, title in zip(results, titles, strict=True):
+        for result in results:
             assert result.run_dir is not None
-            first.follow(result.run_dir, title)
+            first.follow(result.run_dir, result.trial)
             first.end(result.run_dir, "FINISHED")
         first.close()
     assert {run.info.status for run in children(plan).values()} == {"RUNNING"}
@@ -82,6 +84,18 @@ def test_what_a_dead_driver_was_sending_is_sent_and_the_best_registered(
     SweepTracking(plan).finish(results, [])
     assert len(client.search_model_versions(f"name = '{DEFAULT_MODEL}'")) == 1
     assert len(children(plan)) == len(titles)
+
+
+def test_trials_of_an_interrupted_sweep_follow_it_to_another_mlflow(
+    swept: tuple[Plan, list[TrialResult]], empty_database: Path, tmp_path: Path
+) -> None:
+    plan, results = swept
+    shutil.copy(empty_database, tmp_path / "other.db")
+    place = {"tracking": {"uri": f"sqlite:///{tmp_path / 'other.db'}"}}
+    trees = {path: tree | place for path, tree in plan.trees.items()}
+    other = replace(plan, trees=trees, tracking_uri=None)
+    SweepTracking(other).finish(results[:1], [])
+    assert list(children(other)) == [results[0].trial.title(plan.sweep)]
 
 
 def test_a_trial_whose_tracking_state_is_damaged_is_named_and_stops_no_other(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -17,8 +19,8 @@ from d3etr.config.tree import Config
 from d3etr.engine.journal import Journal
 from d3etr.errors import UserError
 from d3etr.tracking.description import teacher_tags
-from d3etr.tracking.runs import open_tracker, replay
-from d3etr.tracking.state import read_state
+from d3etr.tracking.runs import open_tracker, register_run, replay
+from d3etr.tracking.state import RunState, read_state
 
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[..., Path]
@@ -160,6 +162,32 @@ def test_the_journal_alone_is_enough(make_config: MakeConfig, make_run: MakeRun)
     info = run_of(config, run_dir).info
     assert info.status == "FINISHED"
     assert info.end_time - info.start_time == 20_000, "times of the run, not of the sending"
+
+
+def test_a_run_that_was_tracked_elsewhere_is_sent_there_or_nowhere(
+    make_config: MakeConfig,
+    make_run: MakeRun,
+    tmp_path: Path,
+    empty_database: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copy(empty_database, tmp_path / "other.db")
+    elsewhere = f"sqlite:///{tmp_path / 'other.db'}"
+    config = make_config(tracking={"uri": f"sqlite:///{tmp_path}/unused.db"})
+    run_dir = make_run(config)
+    tracking = config.tracking.model_copy(update={"uri": elsewhere})
+    later = config.model_copy(update={"tracking": tracking})
+    assert open_tracker(later, run_dir).finish("KILLED") is None
+    noted = (run_dir / "mlflow_run.json").read_text()
+    expected = rf"was tracked at {elsewhere}.*{tmp_path}/unused\.db.*MLFLOW_TRACKING_URI.*remove"
+    for send in (replay, partial(register_run, name="student")):
+        with pytest.raises(UserError, match=expected):
+            send(run_dir)
+    assert (run_dir / "mlflow_run.json").read_text() == noted
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", elsewhere)
+    assert replay(run_dir) is None
+    before, now = RunState.model_validate_json(noted), read_state(run_dir)
+    assert now is not None and now.run_id == before.run_id
 
 
 def test_a_model_is_logged_once_and_best_stays_with_the_best(

@@ -77,9 +77,8 @@ def _run(options: Namespace) -> int:
 
 
 def _plan(options: Namespace) -> Plan:
-    from d3etr.config.infrastructure import RunConfig
-    from d3etr.config.overrides import last_override
     from d3etr.config.sweep import load_sweep, split_overrides
+    from d3etr.engine.find_run import output_of
     from d3etr.launch.sweeps.plan import SWEEP_FILE, make_plan
     from d3etr.launch.sweeps.results import find_sweep
 
@@ -87,8 +86,7 @@ def _plan(options: Namespace) -> Plan:
         if options.sweep is None:
             raise UserError("which sweep? Give its file, for example sweeps/matching_ratios.yaml")
         return make_plan(load_sweep(options.sweep, options.overrides))
-    output = last_override(options.overrides, "run.output") or str(RunConfig().output)
-    folder = find_sweep(options.resume, Path(output))
+    folder = find_sweep(options.resume, output_of(options.overrides))
     own, others = split_overrides(options.overrides)
     lost = [text for text in others if text.partition("=")[0].strip() != "run.output"]
     if lost:

@@ -66,18 +66,15 @@ def _run(options: Namespace) -> int:
 
 def _resolve(options: Namespace) -> tuple[Config, Path | None]:
     """The configuration, and the folder of a run that was asked for by name."""
-    from d3etr.config.infrastructure import RunConfig
     from d3etr.config.load import load_config
-    from d3etr.config.overrides import last_override
-    from d3etr.engine.find_run import find_run, resumed_config
+    from d3etr.engine.find_run import find_run, output_of, resumed_config
 
     if options.resume is None:
         return load_config(options.recipe, options.overrides), None
     if options.recipe is not None:
         config = load_config(options.recipe, options.overrides)
         return config, find_run(options.resume, config.run.output).path
-    output = last_override(options.overrides, "run.output") or str(RunConfig().output)
-    folder = find_run(options.resume, Path(output))
+    folder = find_run(options.resume, output_of(options.overrides))
     return resumed_config(folder, options.overrides), folder.path
 
 

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from d3etr.config.base import MAXIMUM, Section
 from d3etr.config.location import Location, Url, refuse_url
+from d3etr.config.urls import home_expanded
 
 Side = Annotated[int, Field(ge=16, le=65_536)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -16,8 +17,9 @@ FilePath = Annotated[
     # A default is a Path already; reading JSON accepts text only.
     BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
     BeforeValidator(refuse_url),
+    AfterValidator(lambda path: home_expanded(str(path))),
 ]
-"""A path written as text; relative ones start at the working directory."""
+"""A path written as text, ``~`` is the home; relative ones start at the working directory."""
 
 
 class SplitConfig(Section):

@@ -8,14 +8,16 @@ from typing import Annotated
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from d3etr.config.urls import Url, named_location, parse_location, refuse_url
+from d3etr.config.urls import Url, home_expanded, named_location, parse_location, refuse_url
 
 __all__ = ["Location", "Url", "named_location", "parse_location", "refuse_url"]
 
 
 def _from_recipe(value: object) -> Url | Path:
-    if isinstance(value, Url | Path):
+    if isinstance(value, Url):
         return value
+    if isinstance(value, Path):
+        return home_expanded(str(value))
     if not isinstance(value, str):
         raise PydanticCustomError("location_type", "Input is not a path or URL")
     return parse_location(value)

@@ -51,12 +51,6 @@ def overridden_paths(overrides: Sequence[str]) -> set[str]:
     return {override.split("=", 1)[0].strip() for override in overrides if "=" in override}
 
 
-def last_override(overrides: Sequence[str], path: str) -> str | None:
-    """The text that the last override of ``path`` gives it, None if there is none."""
-    values = [text for key, _, text in (o.partition("=") for o in overrides) if key.strip() == path]
-    return values[-1] if values else None
-
-
 def as_overrides(changes: Mapping[str, Any]) -> list[str]:
     """Nested or dotted keyword arguments as ``a.b=c`` texts.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -69,7 +70,7 @@ def parse_location(text: str) -> Url | Path:
         if _TORN_URL.match(text):
             protocol, _, rest = text.partition(":/")
             raise ValueError(f"found '{text}'; did you mean '{protocol}://{rest}'?")
-        return Path(text)
+        return home_expanded(text)
     url = Url(text)
     if url.protocol in ("http", "https") and "#" in text:
         raise ValueError(
@@ -81,6 +82,11 @@ def parse_location(text: str) -> Url | Path:
     if not text.partition("://")[2].strip("/"):
         raise ValueError(f"found '{text}', expected a host or bucket and a path after it")
     return url
+
+
+def home_expanded(text: str) -> Path:
+    """A path whose ``~`` is the user's home, as in a shell; of an unknown user's it stays."""
+    return Path(os.path.expanduser(text))
 
 
 def named_location(text: str) -> Url | Path:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic import ValidationError
+
 from d3etr.config.base import Section
+from d3etr.config.infrastructure import RunConfig
 from d3etr.config.load import (
     SECTIONS_WITHOUT_INFLUENCE,
     WITHOUT_INFLUENCE,
@@ -18,8 +22,8 @@ from d3etr.config.load import (
     plain_tree,
     to_yaml,
 )
-from d3etr.config.overrides import Tree
-from d3etr.config.problems import ConfigError
+from d3etr.config.overrides import Tree, apply_overrides
+from d3etr.config.problems import ConfigError, problems_of
 from d3etr.config.tree import Config
 from d3etr.engine.run_folder import CONFIG_FILE, RunFolder
 from d3etr.errors import UserError
@@ -88,7 +92,7 @@ def absolute_paths(config: Config, root: Path | None = None) -> Config:
         root: a folder; the working directory by default.
     """
     base = root or Path.cwd()
-    return _with_paths(config, lambda path: base / path.expanduser())
+    return _with_paths(config, lambda path: base / path)
 
 
 def _placeless(config: Config) -> Config:
@@ -115,6 +119,22 @@ def find_run(name: str, output: Path) -> RunFolder:
         UserError: no run or several runs fit; the text lists them.
     """
     return RunFolder(find_folder(name, output, CONFIG_FILE, "run"))
+
+
+def output_of(overrides: Sequence[str]) -> Path:
+    """The folder of runs, where there is no recipe: the overrides', else the usual one.
+
+    Raises:
+        ConfigError: ``run.output`` is no path.
+    """
+    own = [each for each in overrides if each.partition("=")[0].strip() == "run.output"]
+    tree, problems = apply_overrides({}, own)
+    if problems:
+        raise ConfigError("--set", problems)
+    try:
+        return RunConfig.model_validate_json(json.dumps(tree.get("run", {}))).output
+    except ValidationError as error:
+        raise ConfigError("--set", problems_of(error, RunConfig)) from error
 
 
 def find_folder(name: str, output: Path, marker: str, kind: str) -> Path:

@@ -149,6 +149,8 @@ def _locked_run(
     if not trained:
         Inputs().ensure_result_is_of(launch.config, folder.path)
     train = launcher(launch) if trained else None
+    if train is not None:  # a damaged result's: that it is there would say "finished" to launchers
+        folder.summary.unlink(missing_ok=True)
     # Not before: a run that cannot begin leaves no failed one where runs are compared.
     tracker = None if open_tracker is None else open_tracker(launch.config, folder.path)
     if train is not None:

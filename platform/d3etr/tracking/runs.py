@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from d3etr.errors import RunFailedError, UserError
 from d3etr.files import read_json
 from d3etr.logs import get_logger
 from d3etr.progress import OnProgress, no_progress
+from d3etr.text import bare_url
 from d3etr.tracking.description import params, run_name, tags
 from d3etr.tracking.model import Registered, log_student, logged_model, register
 from d3etr.tracking.model_card import CARD_FILE, DIGEST_LENGTH, data_name, model_facts
@@ -38,7 +40,7 @@ from d3etr.tracking.server import (
     patience,
     tracking_uri,
 )
-from d3etr.tracking.state import read_state
+from d3etr.tracking.state import RunState, read_state
 
 logger = get_logger(__name__)
 
@@ -88,7 +90,7 @@ def replay(run_dir: Path, report: Callable[[str], None] = logger.info) -> str | 
         None when MLflow has everything, else what is missing and why, in one sentence.
 
     Raises:
-        UserError: MLflow does not answer, or the folder holds no run.
+        UserError: MLflow does not answer, the folder holds no run, or it was tracked elsewhere.
     """
     folder = RunFolder(run_dir)
     if not folder.config.is_file():
@@ -97,11 +99,31 @@ def replay(run_dir: Path, report: Callable[[str], None] = logger.info) -> str | 
     status: Status = "FINISHED" if folder.summary.is_file() else "KILLED"
     if state is not None and state.status != "RUNNING":
         status = state.status
-    tracker = open_tracker(load_config(folder.config, ()), run_dir, ended=True)
+    config = _where_tracked(load_config(folder.config, ()), run_dir, state)
+    tracker = open_tracker(config, run_dir, ended=True)
     missing = tracker.finish(status)
     if missing is None:
         report(f"MLflow run {tracker.run_id} has everything of {run_dir}")
     return missing
+
+
+def _where_tracked(config: Config, run_dir: Path, state: RunState | None) -> Config:
+    """The run's configuration with the address of the MLflow that has the run.
+
+    Raises:
+        UserError: neither the configuration nor the environment has it.
+    """
+    if state is None:
+        return config
+    for uri in (tracking_uri(config), os.environ.get("MLFLOW_TRACKING_URI")):
+        if uri and bare_url(uri) == state.tracking_uri:
+            tracking = config.tracking.model_copy(update={"uri": uri})
+            return config.model_copy(update={"tracking": tracking})
+    raise UserError(
+        f"{run_dir} was tracked at {state.tracking_uri}, but would now be sent to a new run at "
+        f"{bare_url(tracking_uri(config))}: set MLFLOW_TRACKING_URI to the former, or remove "
+        f"{RunFolder(run_dir).mlflow_run} for a new run"
+    )
 
 
 def register_run(run_dir: Path, name: str) -> Registered:
@@ -122,7 +144,7 @@ def register_run(run_dir: Path, name: str) -> Registered:
     state = read_state(run_dir)
     if missing is not None or state is None or state.model_uri is None:
         raise RunFailedError(missing or f"MLflow has no model of {run_dir}")
-    uri = tracking_uri(config)
+    uri = tracking_uri(_where_tracked(config, run_dir, state))
     with refusals(uri, f"model '{name}'"), patience(UPLOAD_TIMEOUT_SECONDS, retries=1):
         source = logged_model(connect(uri), state.model_uri, state.run_id)
         return register(uri, name, source, state.run_id, model_facts(run_dir))

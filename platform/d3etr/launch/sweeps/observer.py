@@ -119,10 +119,14 @@ class Observer(Callback):  # type: ignore[misc]
         """An evaluation of a trial, or why it failed."""
         if "reason" in result:
             return
-        title = self._plan.trial(trial.config).label(self._plan.sweep)
+        planned = self._plan.trial(trial.config)
         if self._tracking is not None:
-            self._tracking.follow(Path(result["run_dir"]), title)
-        parts = [title, f"epoch {result['epoch']}", f"mAP {100 * result['mAP']:.1f}"]
+            self._tracking.follow(Path(result["run_dir"]), planned)
+        parts = [
+            planned.label(self._plan.sweep),
+            f"epoch {result['epoch']}",
+            f"mAP {100 * result['mAP']:.1f}",
+        ]
         self._on_progress(" | ".join(parts + _rate(Path(result["run_dir"]))))
         self._foretell(trial, result)
 
@@ -142,7 +146,8 @@ class Observer(Callback):  # type: ignore[misc]
         trial, report = self._plan.trial(tune_trial.config), tune_trial.last_result or {}
         run_dir = Path(report["run_dir"]) if "run_dir" in report else None
         status: Status = "FINISHED"
-        if run_dir is not None and "reason" not in report and RunFolder(run_dir).summary.exists():
+        metrics = None if run_dir is None or "reason" in report else RunFolder(run_dir).result()
+        if run_dir is not None and metrics is not None:
             result = finished(trial, run_dir)
             text = f"finished, mAP {_percent(result.mAP)}"
         elif reason is not None or run_dir is None:

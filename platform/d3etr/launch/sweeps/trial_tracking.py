@@ -12,6 +12,7 @@ from d3etr.errors import UserError
 from d3etr.launch.driver import Status
 from d3etr.launch.sweeps.plan import Plan
 from d3etr.launch.sweeps.results import TrialResult, best
+from d3etr.launch.sweeps.trials import Trial
 from d3etr.logs import get_logger
 from d3etr.tracking.state import read_state
 
@@ -43,8 +44,11 @@ class SweepTracking:
         self._asked: set[Path] = set()
         self._pool = ThreadPoolExecutor(1, "tracking")
 
-    def follow(self, run_dir: Path, title: str) -> None:
-        """Follow a run's journal from its beginning on; a failure is a warning."""
+    def follow(self, run_dir: Path, trial: Trial) -> None:
+        """Follow a trial's journal from its beginning on; a failure is a warning.
+
+        It goes where the sweep goes, also where an interrupted one was tracked elsewhere before.
+        """
         from d3etr.tracking.runs import open_tracker
 
         if run_dir in self._followed:
@@ -54,8 +58,10 @@ class SweepTracking:
         try:
             state = read_state(run_dir)
             if state is None or not state.complete or folder.result() is None:
-                config = load_config(folder.config)
-                tracker = open_tracker(config, run_dir, parent_run=parent, name=title)
+                tracking = self._plan.config(trial).tracking
+                config = load_config(folder.config).model_copy(update={"tracking": tracking})
+                name = trial.label(self._plan.sweep)
+                tracker = open_tracker(config, run_dir, parent_run=parent, name=name)
                 self._followed[run_dir] = tracker
         except Exception as error:
             logger.warning("%s is not tracked: %s", run_dir.name, error)
@@ -113,7 +119,7 @@ class SweepTracking:
             return
         finished = result.state == "finished"
         if finished or _was_broken_off(result.run_dir):
-            self.follow(result.run_dir, result.trial.label(self._plan.sweep))
+            self.follow(result.run_dir, result.trial)
             status: Status = "FAILED" if result.state == "failed" else "FINISHED"
             self.end(result.run_dir, status, stopped_early=result.state == "pruned")
 

@@ -11,7 +11,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from d3etr.text import printable
-from d3etr.tracking.compare.comparison import CLOCKS, Comparison, RunGroup, Spread, shortened
+from d3etr.tracking.compare.comparison import CLOCKS, Comparison, shortened
+from d3etr.tracking.compare.groups import RunGroup, Spread
 from d3etr.tracking.compare.latency import RUN_AS
 
 MISSING = "-"
