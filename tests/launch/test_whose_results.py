@@ -93,6 +93,33 @@ def sweep_twin(project: Path) -> Path | None:
     return plan.finished_twin(plan.config(plan.trials[0]))
 
 
+def test_a_trial_of_another_sweep_is_found_by_relative_paths_too(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    plans = []
+    for name in ("first", "second"):
+        sections = {
+            split: f"{{images: data/images/{split}, annotations: data/annotations/{split}.json}}"
+            for split in ("train", "validation", "test")
+        }
+        given = [f"data.{split}={section}" for split, section in sections.items()]
+        tree = {
+            "name": name,
+            "recipe": str(project / "tiny.yaml"),
+            "cases": {"one": {"set": given}},
+        }
+        Path(f"{name}.yaml").write_text(json.dumps(tree))
+        plans.append(make_plan(load_sweep(Path(f"{name}.yaml"))))
+    first, second = plans
+    config = first.placed(first.config(first.trials[0]))
+    own, trained = folder_of(config), folder_of(config_of(project))
+    prepare(own, config)
+    for file in (trained.summary, trained.weights):
+        file.rename(own.path / file.name)
+    assert second.finished_twin(second.config(second.trials[0])) == own.path
+
+
 def test_a_sweep_whose_data_have_changed_is_refused(project: Path) -> None:
     plan = plan_of(project)
     config = plan.config(plan.trials[0])

@@ -114,11 +114,13 @@ class Plan:
             config: of a trial.
             inputs: what runs read, looked at before.
         """
-        digest, placed, inputs = config_digest(config), self.placed(config), inputs or Inputs()
+        placed, inputs = self.placed(config), inputs or Inputs()
         runs = [folder_of(config)]  # also where an earlier version's digest is in its name
-        for pattern in (f"*-{digest}*/{SUMMARY_FILE}", f"*/*-{digest}*/{SUMMARY_FILE}"):
-            found = sorted(self.folder.parent.glob(pattern))
-            runs += [RunFolder(summary.parent) for summary in found]
+        # Trials are trained, and their folders named, with paths that are absolute.
+        for digest in dict.fromkeys(map(config_digest, (config, placed))):
+            for pattern in (f"*-{digest}*/{SUMMARY_FILE}", f"*/*-{digest}*/{SUMMARY_FILE}"):
+                found = sorted(self.folder.parent.glob(pattern))
+                runs += [RunFolder(summary.parent) for summary in found]
         for run in runs:
             if run.result() is not None and holds(run, placed):
                 try:
