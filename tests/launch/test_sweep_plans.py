@@ -90,6 +90,17 @@ def test_the_three_matchings_are_swept_by_their_ratios(make_sweep: MakeSweep) ->
     ]
 
 
+def test_random_points_of_a_finite_space_are_tried_once_each(
+    make_sweep: MakeSweep, caplog: pytest.LogCaptureFixture
+) -> None:
+    space = {RATES: {"choice": [0.1, 0.2]}, "optimisation.batch_size": {"choice": [4, 8, 16]}}
+    for trials, found in ((5, 5), (6, 6), (9, 6)):
+        sweep = make_sweep(space=space, search={"method": "random", "trials": trials}, seeds=[0, 1])
+        points = [str(trial.point) for trial in planned_trials(sweep) if trial.seed == 0]
+        assert len(points) == len(set(points)) == found
+        assert ("no more, search.trials is 9" in caplog.text) == (trials > found)
+
+
 def test_random_points_follow_the_seed_and_stay_in_range(make_sweep: MakeSweep) -> None:
     space = {
         RATES: {"loguniform": [1e-4, 1e-2]},
