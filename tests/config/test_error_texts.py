@@ -59,7 +59,11 @@ def test_every_problem_is_listed_at_once_under_the_recipes_name(tmp_path: Path) 
         ("run.seed=x", "run.seed: found 'x', expected an integer (from --set)"),
         ("run.seed=1.5", "run.seed: found 1.5, expected an integer (from --set)"),
         ("run.name=[a]", "run.name: found ['a'], expected text (from --set)"),
-        ("run.output=3", "run.output: found 3, expected a path (from --set)"),
+        (
+            "run.output=3",
+            "run.output: found 3, expected a path: quote what reads as a number or as true, --set "
+            "\"run.output='...'\" (from --set)",
+        ),
         ("evaluation=null", "evaluation: found null, expected a section (from --set)"),
         ("evaluation.test=1", "evaluation.test: found 1, expected true or false (from --set)"),
         (

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from d3etr.config.load import config_digest, load_config, to_yaml
-from d3etr.config.overrides import as_overrides
+from d3etr.config.overrides import apply_overrides, as_overrides
 from d3etr.config.problems import ConfigError
 from d3etr.config.tree import Config
 
@@ -233,6 +233,31 @@ def test_the_digest_is_eight_hex_digits() -> None:
     digest = config_digest(minimal())
     assert len(digest) == 8
     int(digest, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("/data/run #2", "/data/run #2"),
+        (" /data/run #2 ", "/data/run #2"),
+        ("'/data/run' #2", "/data/run"),
+        ("3 #2", 3),
+        ("null #2", None),
+        ("[a, b] #2", ["a", "b"]),
+        ("a word\n  and another", "a word and another"),
+        ("'1e3'", "1e3"),
+    ],
+)
+def test_plain_text_after_set_is_taken_whole(text: str, value: object) -> None:
+    assert apply_overrides({}, [f"run.output={text}"]) == ({"run": {"output": value}}, [])
+
+
+def test_text_that_reads_as_a_number_is_to_be_quoted() -> None:
+    rest = ["optimisation.steps=1", "data.digit_scenes={}"]
+    for override in ("run.name=1e3", "tracking.experiment=123"):
+        with pytest.raises(ConfigError, match="expected text: quote what reads as a number"):
+            load_config(None, [*rest, override])
+    assert load_config(None, [*rest, "run.name='1e3'"]).run.name == "1e3"
 
 
 def test_keyword_arguments_become_overrides() -> None:

@@ -153,6 +153,9 @@ def test_history_reads_what_the_journal_has() -> None:
     ]
     records: list[Record] = [json.loads(line) for line in lines]
     assert History.of(records) == History([(5, 3.0)], [(5, 0.1)], {"a": 0.2})
+    later = {"val/mAP": 0.1, "val/AP/a": 0.0, "val/AP/b": 0.0}
+    lost = {"kind": "evaluation", "step": 9, "metrics": later}
+    assert History.of([*records, lost]).classes == {"a": 0.2, "b": 0.0}, "a was found once"
 
 
 def test_a_run_writes_its_findings_into_its_journal(

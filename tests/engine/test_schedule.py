@@ -25,6 +25,21 @@ def test_the_factor_over_steps(settings: dict[str, Any], expected: list[float]) 
     assert found == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "only"),
+    [
+        ("cosine", "drop_at", 0.5, "step"),
+        ("constant", "drop_at", 0.5, "step"),
+        ("step", "final_factor", 0.5, "cosine"),
+        ("constant", "final_factor", 0.5, "cosine"),
+    ],
+)
+def test_a_key_of_another_kind_is_refused(kind: str, key: str, value: float, only: str) -> None:
+    expected = f"{key} 0.5 has no effect on kind '{kind}', only on '{only}'"
+    with pytest.raises(ValueError, match=expected):
+        ScheduleConfig.model_validate({"kind": kind, key: value})
+
+
 def test_distillation_grows_from_nothing_to_its_weight() -> None:
     assert [distillation_scale(step, 4) for step in (0, 1, 4, 9)] == [0.0, 0.25, 1.0, 1.0]
     assert distillation_scale(0, 0) == 1.0

@@ -109,6 +109,14 @@ def test_a_run_that_mlflow_has_all_of_needs_no_mlflow(make_config: MakeConfig) -
     )
     write_state(result.run_dir, state)
     assert run(config).tracked_run == "all"
+    named = make_config(
+        "tracking.enabled=true", "tracking.uri=http://127.0.0.1:1", "tracking.register_as=mine"
+    )
+    write_state(result.run_dir, state.model_copy(update={"registered_as": "models:/mine/3"}))
+    assert run(named).tracked_run == "all"
+    write_state(result.run_dir, state.model_copy(update={"registered_as": "models:/mine-too/3"}))
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:1"):  # it is to be registered
+        run(named)
     write_state(result.run_dir, state.model_copy(update={"complete": False}))
     with pytest.raises(UserError, match=r"127\.0\.0\.1:1"):
         run(config)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from d3etr.engine.run_folder import RunFolder
+from d3etr.errors import UserError
 from d3etr.launch import lock as lock_module
 from d3etr.launch.lock import Owner, RunLock, RunLockedError, read_owner
 
@@ -141,6 +142,22 @@ def test_a_fresh_lock_that_was_moved_aside_by_mistake_is_put_back(
     with pytest.raises(RunLockedError, match="another-machine"):
         RunLock(tmp_path).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_lock_that_does_not_fit_on_the_disk_says_so_and_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched, Path("/dev/full").open("w") as full:
+        opened = os.open
+
+        def open_full(path: Path, flags: int, mode: int = 0o777) -> int:
+            os.close(opened(path, flags, mode))
+            return os.dup(full.fileno())
+
+        patched.setattr(lock_module.os, "open", open_full)
+        with pytest.raises(UserError, match=rf"no space left: the run's lock .* {tmp_path}"):
+            RunLock(tmp_path).__enter__()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

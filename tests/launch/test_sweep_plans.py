@@ -77,6 +77,19 @@ def test_a_condition_leaves_a_key_alone_where_it_does_not_hold(make_sweep: MakeS
     ]
 
 
+def test_null_is_a_value_and_not_a_key_that_is_left_alone(make_sweep: MakeSweep) -> None:
+    space = {
+        RATES: {"grid": [0.1, 0.2]},
+        "optimisation.clip_norm": {"grid": [None, 1.0], "when": {RATES: [0.1]}},
+        QUERIES: {"grid": [0.5], "when": {"optimisation.clip_norm": [None]}},
+    }
+    assert titles(make_sweep(space=space)) == [
+        "learning_rate=0.1, clip_norm=None, teacher_query_ratio=0.5",
+        "learning_rate=0.1, clip_norm=1",
+        "learning_rate=0.2",
+    ]
+
+
 def test_the_three_matchings_are_swept_by_their_ratios(make_sweep: MakeSweep) -> None:
     space = {
         INHERITED: {"grid": [0.0, 0.5, 1.0]},
@@ -88,6 +101,17 @@ def test_the_three_matchings_are_swept_by_their_ratios(make_sweep: MakeSweep) ->
     assert [plan.config(trial).distillation.inherited_share for trial in plan.trials] == [
         *(0.0, 0.0, 0.5, 0.5, 1.0)
     ]
+
+
+def test_random_points_of_a_finite_space_are_tried_once_each(
+    make_sweep: MakeSweep, caplog: pytest.LogCaptureFixture
+) -> None:
+    space = {RATES: {"choice": [0.1, 0.2]}, "optimisation.batch_size": {"choice": [4, 8, 16]}}
+    for trials, found in ((5, 5), (6, 6), (9, 6)):
+        sweep = make_sweep(space=space, search={"method": "random", "trials": trials}, seeds=[0, 1])
+        points = [str(trial.point) for trial in planned_trials(sweep) if trial.seed == 0]
+        assert len(points) == len(set(points)) == found
+        assert ("no more, search.trials is 9" in caplog.text) == (trials > found)
 
 
 def test_random_points_follow_the_seed_and_stay_in_range(make_sweep: MakeSweep) -> None:
@@ -186,6 +210,10 @@ def test_relative_paths_mean_the_drivers_folder_wherever_a_trial_runs(
         ({"space": {RATES: {"loguniform": [0, 1]}}}, "numbers above 0"),
         ({"space": {RATES: {"choice": [1]}}}, "is no grid"),
         ({"space": {RATES: {"grid": [1], "when": {RATIO: [1]}}}}, "not above it"),
+        (
+            {"space": {RATIO: {"grid": [0.5, 1.0]}, RATES: {"grid": [1], "when": {RATIO: [0.7]}}}},
+            r"adaptive_ratio is never 0\.7: expected values of its grid or choice, 0\.5, 1\.0",
+        ),
         ({"space": {RATES: {"grid": [1]}}, "search": {"method": "optuna"}}, "make .* a choice"),
         ({"space": {RATES: {"grid": [1]}}, "search": {"trials": 3}}, "has no use for trials"),
         ({"cases": {"a": {}}, "baseline": "b"}, "baseline 'b' is none of the cases"),

@@ -19,7 +19,7 @@ from d3etr.config.tree import Config
 from d3etr.detectors.build import build_detector
 from d3etr.detectors.weights import WeightsInfo, save_weights
 from d3etr.errors import UserError
-from d3etr.tracking.compare import Comparison, compare
+from d3etr.tracking.compare import Comparison, Spread, compare
 from d3etr.tracking.compare.comparison import distinct_labels
 from d3etr.tracking.compare.tables import as_tables, duration, millions, percent
 
@@ -148,6 +148,18 @@ def test_a_teacher_is_what_its_recipe_or_its_student_says_whatever_its_name(
     ]
 
 
+def test_of_runs_of_one_recipe_and_seed_one_counts_and_the_others_are_named(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    folders = [write_run(make_config(name, 1), 0.3) for name in ("one", "same")]
+    comparison = compare([*folders, write_run(make_config("other", 0), 0.4)], tmp_path)
+    [group] = comparison.groups
+    assert [run.folder.name for run in group.runs] == ["other-00000000", "one-00000001"]
+    assert group.metric("mAP") == Spread(pytest.approx(0.35), pytest.approx(0.1 / 2**0.5), 2)
+    [caution] = comparison.cautions()
+    assert caution == "Left out, as another run has the same recipe and seed: same-00000001."
+
+
 def test_data_that_was_changed_between_runs_is_a_caution(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -201,7 +213,7 @@ def test_a_runs_name_does_not_mean_runs_whose_names_go_on(
     folders: Path, make_config: MakeConfig
 ) -> None:
     """``digits-inherited`` and ``digits-inherited-matching`` lie side by side."""
-    write_run(make_config("digits-plain-longer"), 0.4)
+    write_run(make_config("digits-plain-longer", 3), 0.4)
     second = write_run(make_config("digits-plain", 2), 0.3)
     second.rename(second.with_name("digits-plain-00000000-2"))
     names = {run.folder.name for run in compare(["digits-plain"], folders).groups[0].runs}

@@ -205,6 +205,18 @@ def test_a_model_is_logged_once_and_best_stays_with_the_best(
     assert str(client.get_model_version_by_alias("tiny-student", "newest").version) == "2"
 
 
+def test_a_name_that_is_asked_for_later_is_registered(
+    make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    config, named = make_config(), make_config(tracking={"register_as": "mine"})
+    run_dir = make_run(config)
+    for each in (config, named, named):
+        assert open_tracker(each, run_dir).finish("FINISHED") is None
+    state = read_state(run_dir)
+    assert state is not None and state.registered_as == "models:/mine/1" and not state.lacking
+    assert len(client_of(config).search_model_versions("name='mine'")) == 1
+
+
 def test_params_and_state_hold_no_credentials(make_config: MakeConfig, make_run: MakeRun) -> None:
     # Loading refuses such an address; params do not rely on it.
     address = {"address": "ray://user:hunter2@head:10001?token=hunter2"}

@@ -13,6 +13,8 @@ from d3etr.config.problems import ConfigError, Problem, shown
 from d3etr.config.yaml_text import dump_yaml, parse_yaml
 
 Tree = dict[str, Any]
+INDICATORS = frozenset("-?:,[]{}#&*!|>'\"%@`")
+"""Of YAML: what begins so is no plain text, or may be none."""
 
 
 def merge(base: Tree, changes: Mapping[str, Any]) -> Tree:
@@ -99,10 +101,16 @@ def _parse(override: str) -> tuple[list[str], Any]:
         problem = Problem("", f"--set {override!r}: expected KEY=VALUE such as run.seed=1")
         raise ConfigError("--set", [problem])
     try:
-        return parts, parse_yaml(text, "--set")
+        return parts, _whole(text.strip(), parse_yaml(text, "--set"))
     except ConfigError as error:
         found = [Problem(path, f"--set value {text!r}: {p.text}") for p in error.problems]
         raise ConfigError("--set", found) from None
+
+
+def _whole(text: str, value: Any) -> Any:
+    """The value, with what follows " #" in plain text: no comment is meant after --set."""
+    plain = isinstance(value, str) and text[:1] not in INDICATORS and "\n" not in text
+    return text if plain else value
 
 
 def _put(tree: Tree, path: Sequence[str], value: Any, override: str) -> Tree:

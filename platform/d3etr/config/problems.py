@@ -13,6 +13,7 @@ from d3etr.config.variants import fields_of
 from d3etr.errors import UserError
 from d3etr.text import nearest
 
+_TEXTS = ("string_type", "path_type", "location_type")
 MAXIMUM_SHOWN = 60
 """Characters of a found value that are quoted."""
 
@@ -142,6 +143,8 @@ def _text(path: str, details: Sequence[ErrorDetails], root: type[BaseModel]) -> 
     if isinstance(found, str) and first["type"] == "literal_error":
         guess = difflib.get_close_matches(found, _choices(first), n=1)
         allowed += f"; did you mean '{guess[0]}'?" if guess else ""
+    if first["type"] in _TEXTS and isinstance(found, int | float) and "[" not in path:
+        allowed += f": quote what reads as a number or as true, --set \"{path}='...'\""
     return f"found {shown(found)}, expected {allowed}"
 
 

@@ -46,7 +46,7 @@ class Domain(Section):
 
     def applies(self, chosen: Mapping[str, Any]) -> bool:
         """Whether the key is set at all, given what the keys above it are."""
-        return all(chosen.get(key) in values for key, values in self.when.items())
+        return all(key in chosen and chosen[key] in values for key, values in self.when.items())
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -149,9 +149,16 @@ class SweepConfig(Section):
             raise ValueError(f"baseline '{name}' is none of the cases")
         keys = list(self.space)
         for number, (key, domain) in enumerate(self.space.items()):
-            for other in domain.when:
+            for other, values in domain.when.items():
                 if other not in keys[:number]:
                     raise ValueError(f"space.{key}.when names '{other}', which is not above it")
+                possible = self.space[other].grid or self.space[other].choice or ()
+                if never := [value for value in values if value not in possible]:
+                    known = ", ".join(map(repr, possible)) or "but it has a range"
+                    raise ValueError(
+                        f"space.{key}.when: {other} is never {never[0]!r}: expected values of its "
+                        f"grid or choice, {known}"
+                    )
         self._check_method()
         return self
 

@@ -112,6 +112,17 @@ class ScheduleConfig(Section):
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.01
     """``cosine``: factor reached at the last step."""
 
+    @model_validator(mode="after")
+    def _every_setting_counts(self) -> Self:
+        for key, kind in (("drop_at", "step"), ("final_factor", "cosine")):
+            default = type(self).model_fields[key].default
+            if self.kind != kind and getattr(self, key) != default:
+                raise ValueError(
+                    f"{key} {getattr(self, key):g} has no effect on kind '{self.kind}', only on "
+                    f"'{kind}': remove it, or set it to {default:g} where a recipe below has it"
+                )
+        return self
+
 
 class OptimisationConfig(Section):
     """AdamW and everything around it."""

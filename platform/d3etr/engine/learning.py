@@ -51,7 +51,7 @@ class History:
     Attributes:
         losses: (step, loss).
         maps: (step, mAP as a fraction).
-        classes: class -> AP at the last measurement.
+        classes: class -> the highest AP of all measurements.
     """
 
     losses: Sequence[tuple[int, float]]
@@ -69,11 +69,13 @@ class History:
             if record["kind"] == "evaluation" and "val/mAP" in metrics:
                 maps.append((step, float(metrics["val/mAP"])))
                 prefix = "val/AP/"
-                classes = {
+                found = {
                     name.removeprefix(prefix): float(value)
                     for name, value in metrics.items()
                     if name.startswith(prefix)
                 }
+                # One that was found and is lost again is no class that nobody can learn.
+                classes |= {name: max(found[name], classes.get(name, 0.0)) for name in found}
         return cls(losses, maps, classes)
 
     @property

@@ -173,7 +173,8 @@ def _mlflow(config: Config) -> OpenTracker | None:
         state = None if RunFolder(run_dir).result() is None else read_state(run_dir)
         wanted = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
         if state is not None and state.complete:
-            if not wanted or bare_url(wanted) == state.tracking_uri:
+            here = not wanted or bare_url(wanted) == state.tracking_uri
+            if here and state.is_registered(config.tracking.register_as):
                 return CompleteRun(state.run_id)
         from d3etr.tracking.runs import open_tracker  # slow to import
 

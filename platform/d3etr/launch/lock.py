@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from d3etr.engine.run_folder import RunFolder
 from d3etr.errors import UserError
+from d3etr.files import clear_disk_errors
 from d3etr.launch.process import held, interrupt
 from d3etr.logs import get_logger
 
@@ -160,12 +161,17 @@ class RunLock:
                 self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        try:
-            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(self.owner)))
+        with clear_disk_errors("the run's lock", self.path.parent):
+            try:
+                handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                return False
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(self.owner)))
+            except OSError:
+                self.path.unlink(missing_ok=True)  # an empty one would be watched for a minute
+                raise
         return True
 
     def _take_over(self) -> None:

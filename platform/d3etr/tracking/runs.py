@@ -224,6 +224,8 @@ class Tracker:
                 results_digest=digest, lacking=tuple(once), model_uri=None, registered_as=None
             )
         lacking = self._run.state.lacking
+        if not self._run.state.is_registered(self._config.tracking.register_as):
+            lacking += ("registered model",)  # also of a name that is asked for later
         return steps | {
             name: partial(self._send_once, name, step)
             for name, step in once.items()

@@ -38,6 +38,11 @@ class RunState(BaseModel):
     registered_as: str | None = None
     """``models:/NAME/VERSION`` that ``tracking.register_as`` made of it."""
 
+    def is_registered(self, name: str | None) -> bool:
+        """Whether ``tracking.register_as: name`` leaves nothing to do."""
+        made = (self.registered_as or "", self.model_uri or "")
+        return name is None or any(each.startswith(f"models:/{name}/") for each in made)
+
 
 def read_state(run_dir: Path) -> RunState | None:
     """The folder's MLflow run, None if it has none yet.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,16 @@ from typing import Any
 
 from d3etr.config.overrides import as_overrides
 from d3etr.config.sweep import Domain, SweepConfig
+from d3etr.logs import get_logger
+
+logger = get_logger(__name__)
 
 Point = dict[str, Any]
 """Configuration key -> value; keys whose condition does not hold are missing."""
 NUMBER, POINT = "trial", "point"
 """Ray Tune's parameters of a trial."""
+VAIN_SAMPLES = 10_000
+"""So many samples in a row that bring nothing new say that a space has no more points."""
 NAME_LENGTH = 80
 """A trial's name becomes a folder's, with a number before and a digest behind it."""
 
@@ -84,11 +90,25 @@ def planned_trials(sweep: SweepConfig) -> list[Trial]:
 
 
 def planned_points(sweep: SweepConfig) -> Iterator[Point]:
-    """Points of the space: all of its grids, ``search.trials`` samples of the rest."""
-    samples = 1 if sweep.search.method == "grid" else sweep.search.trials
-    for number in range(samples):
-        random = Random(f"{sweep.search.seed} {number}")
-        yield from _expand(list(sweep.space.items()), {}, random)
+    """Points of the space, each once: all of its grids, ``search.trials`` samples of the rest.
+
+    A sample that brings nothing new is drawn anew; a space that has no more ends the search.
+    """
+    wanted = 1 if sweep.search.method == "grid" else sweep.search.trials
+    seen, kept, number, last = set[str](), 0, 0, 0
+    while kept < wanted:
+        random, before = Random(f"{sweep.search.seed} {number}"), len(seen)
+        for point in _expand(list(sweep.space.items()), {}, random):
+            if (text := json.dumps(point)) not in seen:
+                seen.add(text)
+                yield point
+        number += 1
+        if len(seen) > before:
+            kept, last = kept + 1, number
+        elif number - last >= VAIN_SAMPLES:
+            text = "sweep '%s' tries %d points: its space has no more, search.trials is %d"
+            logger.warning(text, sweep.name, len(seen), wanted)
+            return
 
 
 def random_points(sweep: SweepConfig, count: int) -> list[Point]:

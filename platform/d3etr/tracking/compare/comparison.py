@@ -37,12 +37,14 @@ class Comparison:
         baseline: what gains are measured against: the plain student, else the first group.
         split: "test" where every run was measured on it, else "validation".
         latencies: of networks, from one benchmark; None where none was given.
+        repeated: folders of runs that are left out: others have their recipe and seed.
     """
 
     groups: tuple[RunGroup, ...]
     baseline: RunGroup
     split: str
     latencies: Latencies | None = None
+    repeated: tuple[Path, ...] = ()
 
     @property
     def students(self) -> list[RunGroup]:
@@ -89,6 +91,9 @@ class Comparison:
     def cautions(self) -> list[str]:
         """Why the numbers may not be comparable, one sentence each."""
         found = []
+        if self.repeated:
+            names = ", ".join(folder.name for folder in self.repeated)
+            found.append(f"Left out, as another run has the same recipe and seed: {names}.")
         if any(key.startswith("data.") for key in self.differences()):
             found.append("The runs differ in their data or its preparation: see the differences.")
         found += [
@@ -165,6 +170,8 @@ def compare(
 ) -> Comparison:
     """Read runs and put them side by side; those that differ in their seed only are one group.
 
+    Of several with the same seed, too, the first counts: another would be no further evidence.
+
     Args:
         runs: run folders, names or beginnings of names of folders in ``output_root``; at least
             one.
@@ -181,10 +188,12 @@ def compare(
         raise UserError("nothing to compare: name at least one run folder")
     latencies = None if latency is None else read_latencies(latency, found)
     tested = all(run.number("test/mAP") is not None for run in found)
-    by_recipe: dict[str, list[FinishedRun]] = {}
+    by_recipe: dict[str, dict[int, FinishedRun]] = {}
     for run in found:
-        by_recipe.setdefault(run.recipe(), []).append(run)
-    members = [sorted(each, key=lambda run: run.config.run.seed) for each in by_recipe.values()]
+        by_recipe.setdefault(run.recipe(), {}).setdefault(run.config.run.seed, run)
+    members = [[each[seed] for seed in sorted(each)] for each in by_recipe.values()]
+    kept = {run.folder for each in members for run in each}
+    repeated = tuple(run.folder for run in found if run.folder not in kept)
     names = [recipe_name(each[0].config) for each in members]
     labels = distinct_labels(
         names,
@@ -199,7 +208,7 @@ def compare(
     plain = [group for group in groups if group.title == "plain student"]
     usual = [group for group in plain if group.label in names]
     baseline, split = [*usual, *plain, *groups][0], "test" if tested else "validation"
-    return Comparison(groups, baseline, split, latencies)
+    return Comparison(groups, baseline, split, latencies, repeated)
 
 
 def distinct_labels(
