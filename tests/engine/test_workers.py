@@ -91,8 +91,9 @@ def test_accumulation_does_not_change_the_losses(make_config: MakeConfig, tmp_pa
     # Adam would not notice gradients that were all too large, so their norms are compared too.
     for name in ("train/loss", "optimiser/gradient_norm"):
         one, two, four = (values(tmp_path / part, name) for part in ("1", "2", "4"))
-        assert two == pytest.approx(one, rel=1e-6), name
-        assert four == pytest.approx(one, rel=1e-6), name
+        # Sums in another order round otherwise, by as much as the processor has it: 6e-6 was seen.
+        assert two == pytest.approx(one, rel=1e-5), name
+        assert four == pytest.approx(one, rel=1e-5), name
 
 
 @pytest.mark.slow
