@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LIMIT_VARIABLE = "D3ETR_MAXIMUM_MEGAPIXELS"
 """Environment variable: the largest image that is decoded, millions of pixels."""
-_MAXIMUM_MEGAPIXELS = 90.0
+MAXIMUM_MEGAPIXELS = 90.0
 """Pillow's own limit, rounded: 3 bytes a pixel."""
 # Pillow's limit is a global variable, and forking must not leave this lock taken.
 _OPENING = threading.Lock()
@@ -124,7 +124,7 @@ def require_decodable_size(size: tuple[int, int]) -> None:
 def _maximum_megapixels() -> float:
     text = os.environ.get(LIMIT_VARIABLE)
     if text is None:
-        return _MAXIMUM_MEGAPIXELS
+        return MAXIMUM_MEGAPIXELS
     try:
         limit = float(text)
     except ValueError:
@@ -132,7 +132,7 @@ def _maximum_megapixels() -> float:
     if not 0 < limit < math.inf:
         raise UserError(
             f"{LIMIT_VARIABLE} is '{text}' in the environment; expected a number of megapixels "
-            f"above 0, such as {_MAXIMUM_MEGAPIXELS:g}"
+            f"above 0, such as {MAXIMUM_MEGAPIXELS:g}"
         )
     return limit
 

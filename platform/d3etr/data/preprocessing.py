@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from d3etr.data.images import MAXIMUM_MEGAPIXELS
 from d3etr.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -20,8 +21,6 @@ STD_FLOOR = 0.02
 """Keeps an even channel finite; as a share of the pixel range."""
 VERY_LONG = 32
 """Sides of images in a ratio above this: a pixel of the short one is many of the long one."""
-MOST_ENLARGED = 90_000_000
-"""Pixels of an image that is enlarged, at most."""
 _MOST_BITS = 22
 _WEIGHT_LIMIT = 2**15
 """Weights of a pixel are whole numbers of 16 bits, as PyTorch and Pillow have them."""
@@ -62,7 +61,7 @@ def output_size(
     whole pixels has it. Both sides are multiplied by ``scale`` first.
 
     Raises:
-        UserError: it would have more than ``MOST_ENLARGED`` pixels, and more than it has.
+        UserError: it would be enlarged to more than ``MAXIMUM_MEGAPIXELS``.
     """
     if config.exact_size is not None:
         factor = scale if shortest is None else scale * shortest / min(config.exact_size)
@@ -78,11 +77,11 @@ def output_size(
             return (longest, side) if width < height else (side, longest)
     if side == low:
         return height, width
-    if side * int(side * high / low) > max(low * high, MOST_ENLARGED):
+    if side * int(side * high / low) > max(low * high, MAXIMUM_MEGAPIXELS * 1e6):
         raise UserError(
             f"the image has {width} x {height} pixels, and with a shorter side of {side} it would "
             f"have {side * side * high / low / 1e6:,.0f} megapixels; expected at most "
-            f"{MOST_ENLARGED / 1e6:g}: cut it into less narrow pieces, or train with "
+            f"{MAXIMUM_MEGAPIXELS:g}: cut it into less narrow pieces, or train with "
             "data.preprocessing.longest_side"
         )
     if width < height:

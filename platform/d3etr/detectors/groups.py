@@ -54,8 +54,7 @@ def sizes_of(groups: Sequence[ObjectQueries], maps_of_blocks: bool = False) -> l
     """
     sizes = []
     for group in groups:
-        maps = not group.blocks or (maps_of_blocks and group.see_first)
-        maps = maps and group.count > 0
+        maps = group.count > 0 and (not group.blocks or (maps_of_blocks and group.see_first))
         sizes.append(GroupSize(group.count, group.blocks, group.see_first, maps))
     for number, (queries, blocks, *_) in enumerate(sizes):
         if blocks and (not number or queries % blocks):
