@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from tiny import FAMILY
 from tiny_exports import CATEGORIES, as_array, eager, noise, sizes_of, untrained
 
+from d3etr.detectors.base import DetectionTransformer
+from d3etr.detectors.weights import WeightsInfo
 from d3etr.errors import UserError
 from d3etr.exports.comparison import compare
 from d3etr.exports.description import Description
@@ -27,23 +31,31 @@ FIXED = {"lw_detr": (96, 64), "rf_detr": (64, 96)}
 QUICK = ("conditional_detr", "deformable_detr", "rt_detr")
 
 
-def exported(
-    kind: str, path: Path, **settings: Any
-) -> tuple[Any, Any, Any]:  # detector, info, model
-    size = FIXED.get(kind)
-    detector, info = untrained(kind, **({"exact_size": size} if size else {}))
-    export_graph(path, detector, info, GraphSettings(**settings), OnnxFormat())
-    return detector, info, onnx.load(path)
+Exported = Callable[..., tuple[DetectionTransformer, WeightsInfo, Path]]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Exports a kind, once with the same settings: each takes seconds."""
+
+    @cache
+    def export(kind: str, **settings: Any) -> tuple[DetectionTransformer, WeightsInfo, Path]:
+        path = tmp_path_factory.mktemp(kind) / "model.onnx"
+        size = FIXED.get(kind)
+        detector, info = untrained(kind, **({"exact_size": size} if size else {}))
+        export_graph(path, detector, info, GraphSettings(**settings), OnnxFormat())
+        return detector, info, path
+
+    return export
 
 
 @pytest.mark.parametrize(
     "kind",
     [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in FAMILY],
 )
-def test_detections_are_those_of_pytorch(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    detector, info, model = exported(kind, path)
-    run = OnnxFormat().open(path)
+def test_detections_are_those_of_pytorch(kind: str, exported: Exported) -> None:
+    detector, info, path = exported(kind)
+    run, model = OnnxFormat().open(path), onnx.load(path)
     shapes = [FIXED[kind]] if kind in FIXED else [(48, 112), (95, 61), (128, 128)]
     for height, width in shapes:
         for images in (1, 3):
@@ -61,9 +73,9 @@ def test_detections_are_those_of_pytorch(kind: str, tmp_path: Path) -> None:
     assert [value.name for value in model.graph.output] == ["boxes", "scores", "labels"]
 
 
-def test_what_only_training_has_is_left_out(tmp_path: Path) -> None:
-    detector, _, model = exported("rt_detr", tmp_path / "model.onnx")
-    stored = sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
+def test_what_only_training_has_is_left_out(exported: Exported) -> None:
+    detector, _, path = exported("rt_detr")
+    stored = sum(int(np.prod(tensor.dims)) for tensor in onnx.load(path).graph.initializer)
     held = sum(p.numel() for p in detector.parameters())
     assert stored < 1.1 * held
 
@@ -72,8 +84,9 @@ def _dimensions(value: Any) -> list[Any]:
     return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
-def test_metadata_say_what_it_is_and_takes(tmp_path: Path) -> None:
-    _, info, model = exported("conditional_detr", tmp_path / "model.onnx", detections=7)
+def test_metadata_say_what_it_is_and_takes(exported: Exported) -> None:
+    _, info, path = exported("conditional_detr", detections=7)
+    model = onnx.load(path)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     found = Description.from_metadata(metadata, "model.onnx")
     assert [*zip(found.category_ids, found.names, strict=True)] == [*CATEGORIES]
@@ -86,12 +99,14 @@ def test_metadata_say_what_it_is_and_takes(tmp_path: Path) -> None:
     assert _dimensions(model.graph.output[0]) == ["batch", 7, 4]
 
 
-def test_gathers_in_place_of_grid_samples(tmp_path: Path) -> None:
-    kinds = {}
-    for sampling in ("grid-sample", "gather"):
-        _, _, model = exported("deformable_detr", tmp_path / f"{sampling}.onnx", sampling=sampling)
-        kinds[sampling] = {node.op_type for node in model.graph.node}
-    assert "GridSample" in kinds["grid-sample"] and "GridSample" not in kinds["gather"]
+def test_gathers_in_place_of_grid_samples(exported: Exported) -> None:
+    found = {}
+    for settings in ({}, {"sampling": "gather"}):
+        _, _, path = exported("deformable_detr", **settings)
+        model = onnx.load(path)
+        about = Description.from_metadata({e.key: e.value for e in model.metadata_props}, "x")
+        found[about.sampling] = {node.op_type for node in model.graph.node}
+    assert "GridSample" in found["grid-sample"] and "GridSample" not in found["gather"]
 
 
 def test_a_size_that_the_graph_would_be_wrong_at_is_refused(tmp_path: Path) -> None:
@@ -124,12 +139,9 @@ def test_what_detects_something_else_is_not_kept(
     assert path.read_text() == "what was there" and len([*tmp_path.iterdir()]) == 1
 
 
-def test_the_detector_stays_as_it_was(tmp_path: Path) -> None:
-    detector, info = untrained("deformable_detr")
-    before = eager(detector, info, noise(1, 64, 80), 15)
-    export_graph(
-        tmp_path / "x.onnx", detector, info, GraphSettings(sampling="gather"), OnnxFormat()
-    )
+def test_the_detector_stays_as_it_was(exported: Exported) -> None:
+    before = eager(*untrained("deformable_detr"), noise(1, 64, 80), 15)
+    detector, info, _ = exported("deformable_detr", sampling="gather")
     after = eager(detector, info, noise(1, 64, 80), 15)
     assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
     assert all(parameter.requires_grad for parameter in detector.encoder.parameters())
