@@ -101,6 +101,29 @@ def test_frozen_stages_begin_at_the_stem() -> None:
     assert names[counts[3] - 1].startswith("network.blocks.2.")
 
 
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("timm/vgg11", [4, 8, 12, 16, 16]),  # whose stages end in a step without parameters
+        ("timm/densenet121", [1, 13, 38, 87, 120]),  # the last in a norm, frozen anyway
+    ],
+)
+def test_stages_end_with_a_step_without_parameters(name: str, counts: list[int]) -> None:
+    for stages, count in enumerate(counts, start=1):
+        with torch.device("meta"):
+            backbone = built(name, frozen_stages=stages)
+        state = [p.requires_grad for p in backbone.parameters()]
+        assert state == sorted(state)
+        assert state.count(False) == count
+
+
+def test_frozen_stages_of_a_network_without_names_of_its_stages_are_refused() -> None:
+    with torch.device("meta"):
+        assert all(p.requires_grad for p in built("timm/mvitv2_tiny").parameters())
+        with pytest.raises(UserError, match="timm does not say which parts of timm/mvitv2_tiny"):
+            built("timm/mvitv2_tiny", frozen_stages=2)
+
+
 def test_every_parameter_takes_part() -> None:
     backbone = built("timm/resnet10t", norm="group")
     sum(m.sum() for m in backbone.pyramid(torch.randn(1, 3, 64, 64), 4)).backward()

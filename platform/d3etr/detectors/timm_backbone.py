@@ -57,11 +57,13 @@ class TimmBackbone(nn.Module):
         self.stage_channels = tuple(info["num_chs"] for _, info in stages.values())
         self.channels, self.stride = self.stage_channels[-1], self.stage_strides[-1]
         indices = [index for index, _ in stages.values()]
+        finer = [x["module"] for x in self.network.feature_info if x["reduction"] < FIRST_STRIDE]
+        stem = finer[-1] if finer else None
         # Layers behind the last map would be parameters without a gradient.
         taken = self.network.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)
         self._indices = [int(index) for index in taken]
         self.network = _with_norm(self.network, config)
-        self._freeze([info["module"] for _, info in stages.values()])
+        self._freeze([info["module"] for _, info in stages.values()], stem)
 
     def _stages(self) -> dict[int, tuple[int, Mapping[str, Any]]]:
         """Stride of each stage, rising -> its last map's place among timm's, and timm's facts."""
@@ -70,17 +72,39 @@ class TimmBackbone(nn.Module):
         }
         return {s: found[s] for s in sorted(found) if s >= FIRST_STRIDE}
 
-    def _freeze(self, ends: list[str]) -> None:
-        """Freeze the stem and so many stages; parameters stand in the order of the network."""
-        if not self.config.frozen_stages:
+    def _freeze(self, ends: list[str], stem: str | None) -> None:
+        """Freeze the stem and so many stages; parameters stand in the order of the network.
+
+        Args:
+            ends: module that each stage's map comes from: the stage, or its last step.
+            stem: likewise of the stem, where timm names one.
+        """
+        stages = self.config.frozen_stages - 1
+        if stages < 0:
             return
-        names = [name for name, _ in self.network.named_parameters()]
-        first = [k for k, name in enumerate(names) if name.startswith(f"{ends[0]}.")]
-        end = first[0] if first else 0
-        for stage in ends[: self.config.frozen_stages - 1]:
-            end = max([end, *(k + 1 for k, n in enumerate(names) if n.startswith(f"{stage}."))])
-        for name in names[:end]:
-            self.network.get_parameter(name).requires_grad_(False)
+        places = {name: k for k, (name, _) in enumerate(self.network.named_modules())}
+        owners = {
+            name: places[name.rpartition(".")[0]] for name, _ in self.network.named_parameters()
+        }
+
+        def last(module: str) -> int:
+            return max(
+                (k for n, k in places.items() if f"{n}.".startswith(f"{module}.")), default=-1
+            )
+
+        end = places.get(ends[0], 0) - 1
+        if not any(name.startswith(f"{ends[0]}.") for name in owners):  # a step without parameters
+            end = -1 if stem is None else last(stem)
+        ends_of_stages = [end, *map(last, ends[:stages])]
+        if min(ends_of_stages) < 0:
+            raise UserError(
+                f"backbone.frozen_stages is {self.config.frozen_stages}, but timm does not say "
+                f"which parts of {self.config.name} are its stem and stages: set it to 0, or "
+                "backbone.trainable to false to freeze all"
+            )
+        for name, owner in owners.items():
+            if owner <= max(ends_of_stages):
+                self.network.get_parameter(name).requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, height, width] -> [B, channels, ceil(height / stride), ceil(width / stride)]."""
