@@ -135,6 +135,7 @@ def test_every_parameter_takes_part() -> None:
     [
         ("timm/efficientnet_lite9", "did you mean timm/efficientnet_lite"),
         ("timm/mixer_s32_224", "no maps of several resolutions"),
+        ("timm/efficientvit_b0", "no maps of several resolutions"),  # it insists on its pooling
     ],
 )
 def test_unknown_networks_are_refused(name: str, text: str) -> None:

@@ -152,7 +152,10 @@ def build_timm(name: str, *, pretrained: bool = False) -> Any:
         UserError: timm has no such network, or cannot give maps of its stages.
     """
     plain = known_to_timm(name)
-    network = timm.create_model(plain, pretrained=pretrained, num_classes=0, global_pool="")
+    try:
+        network = timm.create_model(plain, pretrained=pretrained, num_classes=0, global_pool="")
+    except AssertionError:  # how many of timm's say that they cannot do without pooling
+        network = None
     strides = {info["reduction"] for info in getattr(network, "feature_info", [])}
     if not hasattr(network, "forward_intermediates") or len(strides) < 2:
         raise UserError(
