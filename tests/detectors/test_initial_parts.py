@@ -49,6 +49,14 @@ def test_one_part_is_taken_and_the_rest_is_left(part: DetectorPart, kind: str) -
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_modules_whose_names_tell_no_part_are_refused() -> None:
+    """A detector of another package has such."""
+    source, target = detector(0), detector(1)
+    target.neck = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"which part of a detector neck\.weight is: call its .*"):
+        load_matching(target, source, ("decoder",), same_classes=True)
+
+
 def test_what_does_not_fit_is_named_and_keeps_its_start() -> None:
     source, target = detector(0, classes=7), detector(1, queries=4)
     start = target.state_dict()["class_head.bias"].clone()

@@ -94,9 +94,20 @@ def _module_of(name: str) -> str:
 
 
 def part_of(name: str) -> DetectorPart:
-    """The part that a tensor of any detector belongs to."""
-    name = _SELECTION.sub("proposals.", name)
-    return PARTS[max((prefix for prefix in PARTS if name.startswith(prefix)), key=len)]
+    """The part that a tensor of any detector belongs to.
+
+    Raises:
+        UserError: of a detector that is not ours, whose names do not tell.
+    """
+    plain = _SELECTION.sub("proposals.", name)
+    fitting = [prefix for prefix in PARTS if plain.startswith(prefix)]
+    if not fitting:
+        modules = ", ".join(sorted({prefix.partition(".")[0] for prefix in PARTS}))
+        raise UserError(
+            f"nothing tells which part of a detector {name} is: call its module one of {modules}, "
+            "or put it into one"
+        )
+    return PARTS[max(fitting, key=len)]
 
 
 def load_matching(
