@@ -189,3 +189,11 @@ def test_our_own_files_are_read_as_they_are(tmp_path: Path) -> None:
     assert all(name.startswith(INNER) for name in backbone.state_dict())
     write_tensors(tmp_path / "ours.safetensors", backbone.state_dict(), {})
     load_backbone_weights(built(LITE), tmp_path / "ours.safetensors")
+
+
+def test_images_of_a_size_that_a_network_does_not_take_are_refused() -> None:
+    with torch.device("meta"):
+        backbone = built("timm/swin_tiny_patch4_window7_224")
+        assert backbone(torch.zeros(1, 3, 224, 224)).shape == (1, 768, 7, 7)
+        with pytest.raises(UserError, match=r"images of 96 x 64 pixels.*doesn't match model"):
+            backbone(torch.zeros(1, 3, 64, 80))

@@ -111,14 +111,26 @@ class TimmBackbone(nn.Module):
         return self.pyramid(pixels, 1)[0]
 
     def pyramid(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Feature maps [B, channels, h, w] of the last ``count`` stages, finest first."""
+        """Feature maps [B, channels, h, w] of the last ``count`` stages, finest first.
+
+        Raises:
+            UserError: the network asserts another size of images.
+        """
         height, width = pixels.shape[-2:]
         x = pixels.contiguous(memory_format=torch.channels_last)
         if not isinstance(self.network, ROUNDING_UP):
             x = functional.pad(x, (0, -width % self.stride, 0, -height % self.stride))
-        maps = self.network.forward_intermediates(
-            x, indices=self._indices, intermediates_only=True, output_fmt="NCHW"
-        )
+        try:
+            maps = self.network.forward_intermediates(
+                x, indices=self._indices, intermediates_only=True, output_fmt="NCHW"
+            )
+        except AssertionError as error:  # timm's networks with windows
+            raise UserError(
+                f"backbone {self.config.name} does not take images of {x.shape[-1]} x "
+                f"{x.shape[-2]} pixels, padding included ({error}): set "
+                "data.preprocessing.exact_size to what it takes, or choose a network for images of "
+                "any size, for example timm/convnext_atto or torchvision's swin_t"
+            ) from error
         kept = zip(maps[-count:], self.stage_strides[-count:], strict=True)
         return [m[..., : -(-height // s), : -(-width // s)] for m, s in kept]
 
