@@ -89,6 +89,7 @@ def _saved(folder: Path, preprocessing: PreprocessingConfig | None = None, **set
         ({"name": "dino"}, "no such detector as 'dino', and nothing there could read the folder"),
         ({"name": "rt_detr", "learned_content": True}, "its queries have a learned content"),
         ({"name": "d_fine", "learned_content": True}, "its queries have a learned content"),
+        ({"name": "d_fine", "activation": "silu"}, "its activation is 'silu', theirs always"),
         ({"name": "deimv2"}, "implementation 'transformers'"),
         ({"name": "deimv2", **OVER_DINOV3}, "no map of its backbone is normed"),
         (

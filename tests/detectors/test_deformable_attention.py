@@ -132,3 +132,27 @@ def test_samples_are_mixed_with_the_gradients_of_their_sum() -> None:
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
     assert torch.equal(_mixed(weights, parts), _weighted_sum(weights, parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_places_keep_their_digits_where_values_have_few(dtype: torch.dtype) -> None:
+    """Values alone are rounded: places that were would miss by a twelfth of a cell of 80."""
+    levels: Levels = ((80, 80), (40, 40))
+    generator = torch.Generator().manual_seed(8)
+    value = torch.randn(1, 8000, 8, generator=generator).to(dtype)
+    places = torch.rand(1, 30, 2, 2, 3, 2, generator=generator)
+    weights = torch.rand(1, 30, 2, 2, 3, generator=generator).to(dtype).float()
+
+    def sampled(value: Tensor) -> tuple[Tensor, Tensor]:
+        where = places.clone().requires_grad_()
+        mixed = sample_values(value, Samples(where, weights), levels).float()
+        mixed.square().sum().backward()
+        assert where.grad is not None
+        return mixed.detach(), where.grad
+
+    with torch.autocast("cpu", dtype):
+        found, slopes = sampled(value)
+    expected, steepness = sampled(value.float())
+    few = 2.0**-6 if dtype == torch.bfloat16 else 2.0**-9
+    assert (found - expected).norm() < few * expected.norm()
+    assert (slopes - steepness).norm() < few * steepness.norm()

@@ -114,6 +114,7 @@ def test_a_detector_over_it_learns_in_all_parts() -> None:
         ({"encoder": "lite"}, "encoder 'lite' has 2 levels and no attention"),
         ({"feedforward": 15}, "feedforward is 15: expected an even number"),
         ({"fusion": "elan"}, "'elan4' or 'elan5'"),
+        ({"expansion": 0.05}, "expansion 0.05 leaves the encoder no channels"),  # 0.6 of half
     ],
 )
 def test_deimv2s_that_are_none_are_refused(changes: dict[str, Any], text: str) -> None:

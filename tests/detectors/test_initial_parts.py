@@ -49,6 +49,14 @@ def test_one_part_is_taken_and_the_rest_is_left(part: DetectorPart, kind: str) -
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_modules_whose_names_tell_no_part_are_refused() -> None:
+    """A detector of another package has such."""
+    source, target = detector(0), detector(1)
+    target.neck = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"which part of a detector neck\.weight is: call its .*"):
+        load_matching(target, source, ("decoder",), same_classes=True)
+
+
 def test_what_does_not_fit_is_named_and_keeps_its_start() -> None:
     source, target = detector(0, classes=7), detector(1, queries=4)
     start = target.state_dict()["class_head.bias"].clone()
@@ -192,3 +200,60 @@ def test_what_no_shape_shows_has_to_be_the_same(
     assert load_matching(target, source, ("backbone", "encoder"), same_classes=True).names
     same = detector(2, **FAMILY[kind] | theirs)
     assert load_matching(same, source, (part,), same_classes=True).names
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs", "kept", "shown"),
+    [
+        ("d_fine", {"points": [3, 2]}, "encoder", ([3, 2], [2, 3])),
+        ("deformable_detr", {"levels": 1, "points": 4}, "heads", ([4], [2, 2])),
+    ],
+)
+def test_places_are_divided_among_the_same_levels(
+    kind: str,
+    theirs: dict[str, object],
+    kept: DetectorPart,
+    shown: tuple[list[int], list[int]],
+) -> None:
+    source, target = detector(0, **FAMILY[kind] | theirs), detector(1, **FAMILY[kind])
+    with pytest.raises(UserError) as caught:
+        load_matching(target, source, ("decoder",), same_classes=True)
+    text = "it samples {} places on its feature levels, the student {}".format(*shown)
+    assert text in str(caught.value)
+    assert load_matching(target, source, (kept,), same_classes=True).names
+    fewer = detector(2, **FAMILY[kind] | {"points": 1})  # whose tensors have other shapes
+    left = load_matching(fewer, source, ("decoder",), same_classes=True).left
+    assert "decoder.layers.0.cross_attention.offsets.weight" in left
+
+
+VIT = {
+    **{"kind": "lw_detr", "width": 24, "heads": 3, "patch": 8, "positions": 5},
+    **{"blocks": 3, "whole": [1], "outputs": [1, 3]},
+}
+OVER_DINOV3 = {
+    **{"width": 32, "heads": 2, "blocks": 4, "outputs": (1, 3, 4)},
+    **{"inner": 40, "detail": 6, "feedforward": "silu_gated"},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "section", "own", "theirs"),
+    [
+        ("lw_detr", "vit", VIT, {"heads": 6}),
+        ("deimv2", "dinov3", OVER_DINOV3, {"heads": 4}),
+        ("deimv2", "dinov3", OVER_DINOV3, {"feedforward": "gelu_gated"}),
+    ],
+)
+def test_a_vision_transformer_has_to_compute_the_same(
+    kind: str, section: str, own: dict[str, object], theirs: dict[str, object]
+) -> None:
+    def over(settings: dict[str, object]) -> dict[str, object]:
+        return FAMILY[kind] | {"backbone": {"name": section, section: settings}}
+
+    source, target = detector(0, **over(own | theirs)), detector(1, **over(own))
+    with pytest.raises(UserError) as caught:
+        load_matching(target, source, ("backbone",), same_classes=True)
+    [(key, value)] = theirs.items()
+    assert f"Set student.detector.backbone.{section}.{key} to {value}" in str(caught.value)
+    assert load_matching(target, source, ("decoder",), same_classes=True).names
+    assert not load_matching(target, target, ("backbone",), same_classes=True).left

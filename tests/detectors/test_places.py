@@ -1,5 +1,7 @@
 """Tokens at the places of another detector's queries, against a slow loop."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -90,3 +92,17 @@ def test_queries_of_no_token_get_the_mean_of_all_levels_within_the_image() -> No
             x, y = group.reference_logits[image, query, :2].sigmoid().tolist()
             parts = [bilinear(memory, v, x * shares[v], y, image) for v in range(2)]
             torch.testing.assert_close(found[image, query], torch.stack(parts).mean(0))
+
+
+def test_places_keep_their_digits_where_tokens_have_few() -> None:
+    """A query between cells of a wide level has what bfloat16 tokens hold there, not beside it."""
+    memory = memory_of(((2, 160),))
+    memory = replace(memory, tokens=memory.tokens.bfloat16())
+    group = group_of(None, None, 40)
+    assert group.reference_logits is not None
+    grids = Grids(memory.levels, (8,))
+    found = tokens_at_places(memory, grids, group, group.reference_logits)
+    precise = replace(memory, tokens=memory.tokens.float())
+    expected = tokens_at_places(precise, grids, group, group.reference_logits)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() < 2.0**-7 * expected.norm()

@@ -101,6 +101,29 @@ def test_frozen_stages_begin_at_the_stem() -> None:
     assert names[counts[3] - 1].startswith("network.blocks.2.")
 
 
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("timm/vgg11", [4, 8, 12, 16, 16]),  # whose stages end in a step without parameters
+        ("timm/densenet121", [1, 13, 38, 87, 120]),  # the last in a norm, frozen anyway
+    ],
+)
+def test_stages_end_with_a_step_without_parameters(name: str, counts: list[int]) -> None:
+    for stages, count in enumerate(counts, start=1):
+        with torch.device("meta"):
+            backbone = built(name, frozen_stages=stages)
+        state = [p.requires_grad for p in backbone.parameters()]
+        assert state == sorted(state)
+        assert state.count(False) == count
+
+
+def test_frozen_stages_of_a_network_without_names_of_its_stages_are_refused() -> None:
+    with torch.device("meta"):
+        assert all(p.requires_grad for p in built("timm/mvitv2_tiny").parameters())
+        with pytest.raises(UserError, match="timm does not say which parts of timm/mvitv2_tiny"):
+            built("timm/mvitv2_tiny", frozen_stages=2)
+
+
 def test_every_parameter_takes_part() -> None:
     backbone = built("timm/resnet10t", norm="group")
     sum(m.sum() for m in backbone.pyramid(torch.randn(1, 3, 64, 64), 4)).backward()
@@ -112,6 +135,7 @@ def test_every_parameter_takes_part() -> None:
     [
         ("timm/efficientnet_lite9", "did you mean timm/efficientnet_lite"),
         ("timm/mixer_s32_224", "no maps of several resolutions"),
+        ("timm/efficientvit_b0", "no maps of several resolutions"),  # it insists on its pooling
     ],
 )
 def test_unknown_networks_are_refused(name: str, text: str) -> None:
@@ -165,3 +189,11 @@ def test_our_own_files_are_read_as_they_are(tmp_path: Path) -> None:
     assert all(name.startswith(INNER) for name in backbone.state_dict())
     write_tensors(tmp_path / "ours.safetensors", backbone.state_dict(), {})
     load_backbone_weights(built(LITE), tmp_path / "ours.safetensors")
+
+
+def test_images_of_a_size_that_a_network_does_not_take_are_refused() -> None:
+    with torch.device("meta"):
+        backbone = built("timm/swin_tiny_patch4_window7_224")
+        assert backbone(torch.zeros(1, 3, 224, 224)).shape == (1, 768, 7, 7)
+        with pytest.raises(UserError, match=r"images of 96 x 64 pixels.*doesn't match model"):
+            backbone(torch.zeros(1, 3, 64, 80))

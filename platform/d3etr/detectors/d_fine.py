@@ -75,6 +75,11 @@ class DFINEConfig(SelectingConfig):
         return self.decoder_layers
 
     @property
+    def within(self) -> int:
+        """Channels of the stages within the encoder's fusions."""
+        return round(self.expansion * self.encoder_width // 2)
+
+    @property
     def embeds_refined(self) -> bool:
         """Whether each layer's query embeddings are those of the boxes that it starts from."""
         return True
@@ -93,6 +98,8 @@ class DFINEConfig(SelectingConfig):
     def _bins_and_points_fit(self) -> Self:
         if self.bins % 2:
             raise ValueError(f"bins is {self.bins}: expected an even number")
+        if not self.within:
+            raise ValueError(f"expansion {self.expansion:g} leaves the encoder no channels")
         if len(self.level_points) != self.levels:
             raise ValueError(
                 f"points has {len(self.level_points)} numbers for {self.levels} levels: give one "
@@ -138,10 +145,9 @@ class ELANLayer(nn.Module):
 def elan_blocks(config: DFINEConfig) -> EncoderBlocks:
     """What D-FINE's encoder fuses levels by."""
     width = config.encoder_width
-    within = round(config.expansion * width // 2)
     return EncoderBlocks(
         lambda: ConvNorm(width, width),
-        lambda: ELANLayer(2 * width, width, within, config.encoder_blocks),
+        lambda: ELANLayer(2 * width, width, config.within, config.encoder_blocks),
         lambda: halving(width),
     )
 

@@ -205,11 +205,28 @@ def sample_values(value: Tensor, samples: Samples, levels: Levels) -> Tensor:
         planes = planes.reshape(images * heads, -1, *levels[level])
         places, weights = samples.of_level(level)
         grid = 2 * places.transpose(1, 2).flatten(0, 1) - 1  # [B*H, N, p, 2]
-        parts.append(functional.grid_sample(planes, grid.to(planes.dtype), align_corners=False))
+        parts.append(bilinear_samples(planes, grid))
         shares.append(weights)  # beside [B*H, E, N, p]
     weights = torch.cat(shares, -1).transpose(1, 2).reshape(images * heads, queries, -1)
     mixed = _mixed(weights.to(value.dtype), parts)
     return mixed.view(images, -1, queries).transpose(1, 2)
+
+
+def bilinear_samples(planes: Tensor, grid: Tensor, padding: str = "zeros") -> Tensor:
+    """Samples [R, E, N, p] of planes [R, E, h, w], in their type.
+
+    Places keep all their digits: bfloat16's 8 bits miss them by up to a twelfth of a cell of 80.
+
+    Args:
+        planes: of any floating type.
+        grid: [R, N, p, 2] float32 as (x, y) in [-1, 1].
+        padding: as of ``grid_sample``.
+    """
+    precise = torch.promote_types(planes.dtype, grid.dtype)
+    found = functional.grid_sample(
+        planes.to(precise), grid.to(precise), padding_mode=padding, align_corners=False
+    )
+    return found.to(planes.dtype)
 
 
 def _mixed(weights: Tensor, parts: Sequence[Tensor]) -> Tensor:

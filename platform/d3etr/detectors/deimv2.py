@@ -218,7 +218,6 @@ class LiteEncoder(HybridEncoder):
 def summing_blocks(config: DEIMv2Config) -> EncoderBlocks:
     """What DEIMv2's encoders fuse levels by."""
     width, lite = config.encoder_width, config.encoder == "lite"
-    within = round(config.expansion * width // 2)
 
     def pooling() -> nn.Module:
         return nn.Sequential(nn.AvgPool2d(3, 2, 1), ConvNorm(width, width, activation=silu))
@@ -226,7 +225,7 @@ def summing_blocks(config: DEIMv2Config) -> EncoderBlocks:
     return EncoderBlocks(
         nn.Identity if lite else lambda: ConvNorm(width, width),
         lambda: ELANLayer(
-            width, width, within, config.encoder_blocks, mixes=config.fusion == "elan4"
+            width, width, config.within, config.encoder_blocks, mixes=config.fusion == "elan4"
         ),
         pooling if lite else lambda: halving(width),
         torch.add,

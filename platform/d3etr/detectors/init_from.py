@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from d3etr.config.detector import DetectorPart
+from d3etr.config.detector import DetectorConfig, DetectorPart
 from d3etr.detectors.base import DetectionTransformer
 from d3etr.detectors.feature_levels import LevelPositions
 from d3etr.detectors.narrowing import Narrowing
@@ -56,6 +56,10 @@ _LAYER = re.compile(r"^(decoder\.(?:(?:layers|class_heads|box_heads|quality_head
 """Beginning of a name that belongs to a decoder layer, and its number."""
 _UNSHOWN = ("activation", "bound", "curvature", "sampling", "implementation")
 """Keys that decide what decoder and heads compute, and that no shape shows."""
+_UNSHOWN_OF_BACKBONES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"vit": ("heads",), "dinov3": ("heads", "feedforward")}
+)
+"""Likewise of a backbone's own section."""
 _SHOWN = 4
 _NAMED = 12
 """More tensors than these are counted by module: of another expansion, an encoder has hundreds."""
@@ -90,9 +94,20 @@ def _module_of(name: str) -> str:
 
 
 def part_of(name: str) -> DetectorPart:
-    """The part that a tensor of any detector belongs to."""
-    name = _SELECTION.sub("proposals.", name)
-    return PARTS[max((prefix for prefix in PARTS if name.startswith(prefix)), key=len)]
+    """The part that a tensor of any detector belongs to.
+
+    Raises:
+        UserError: of a detector that is not ours, whose names do not tell.
+    """
+    plain = _SELECTION.sub("proposals.", name)
+    fitting = [prefix for prefix in PARTS if plain.startswith(prefix)]
+    if not fitting:
+        modules = ", ".join(sorted({prefix.partition(".")[0] for prefix in PARTS}))
+        raise UserError(
+            f"nothing tells which part of a detector {name} is: call its module one of {modules}, "
+            "or put it into one"
+        )
+    return PARTS[max(fitting, key=len)]
 
 
 def load_matching(
@@ -135,6 +150,7 @@ def load_matching(
             more = f" and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
             raise UserError(f"nothing of its {part} fits: {', '.join(misfits[:_SHOWN])}{more}")
     _ensure_same_heads(detector, source, parts)
+    _ensure_same_points(detector, source, parts)
     _ensure_same_positions(detector, source, parts)
     _ensure_same_computation(detector, source, parts)
     others = set(detector.backbone.state_dict()) != set(source.backbone.state_dict())
@@ -145,6 +161,8 @@ def load_matching(
             f"with '{mine.norm}', or of other widths: take 'backbone' out of the parts, or "
             "configure the same one"
         )
+    if "backbone" in parts:
+        _ensure_same_blocks(detector, source)
     taken = {name: found[name] for name in ours if name not in left}
     detector.load_state_dict(taken, strict=False)
     detector.inherited = frozenset(taken)
@@ -167,6 +185,41 @@ def _ensure_same_heads(
             raise UserError(
                 f"it has {heads[1]} {what}, the student {heads[0]}: the same projections "
                 f"would mean something else. Set student.detector.{key} to {heads[1]}"
+            )
+
+
+def _ensure_same_points(
+    detector: DetectionTransformer, source: DetectionTransformer, parts: Sequence[DetectorPart]
+) -> None:
+    """As many places in all, divided among feature levels in another way, have the same shapes."""
+    offsets = {part_of(name) for name in detector.state_dict() if name.endswith("offsets.weight")}
+    ours, theirs = (_level_points(x.config) for x in (detector, source))
+    if offsets.isdisjoint(parts) or ours == theirs or sum(ours) != sum(theirs):
+        return
+    raise UserError(
+        f"it samples {[*theirs]} places on its feature levels, the student {[*ours]}: the same "
+        "projections would mean something else. Set student.detector.levels and points to its, or "
+        f"take {' and '.join(repr(part) for part in sorted(offsets & {*parts}))} out of the parts"
+    )
+
+
+def _level_points(config: DetectorConfig) -> tuple[int, ...]:
+    """Places that each head samples on each feature level; none of a detector that does not."""
+    points = getattr(config, "points", ())
+    return (points,) * config.feature_levels if isinstance(points, int) else points
+
+
+def _ensure_same_blocks(detector: DetectionTransformer, source: DetectionTransformer) -> None:
+    """Heads and gates of a vision transformer are in no tensor's shape."""
+    mine, theirs = detector.config.backbone, source.config.backbone
+    section = mine.name
+    for key in _UNSHOWN_OF_BACKBONES.get(section, ()):
+        ours, its = (getattr(getattr(x, section), key) for x in (mine, theirs))
+        if ours != its:
+            raise UserError(
+                f"its backbone has {key} {its}, the student's {ours}: the same tensors would mean "
+                f"something else. Set student.detector.backbone.{section}.{key} to {its}, or take "
+                "'backbone' out of the parts"
             )
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from d3etr.detectors.deformable_attention import bilinear_samples
 from d3etr.detectors.feature_levels import on_levels, valid_ratios
 from d3etr.structures import Grids, Memory, ObjectQueries, TokenScores
 
@@ -84,9 +84,8 @@ class _Planes:
         sizes = [height * width for height, width in self.memory.levels]
         part = torch.split(self.memory.tokens, sizes, 1)[level]
         plane = part.transpose(1, 2).unflatten(2, self.memory.levels[level])  # type: ignore[no-untyped-call]
-        grid = (2 * self.centres[:, :, level] - 1)[:, :, None].to(plane.dtype)
-        sampled = functional.grid_sample(plane, grid, padding_mode="border", align_corners=False)
-        return sampled.squeeze(3).transpose(1, 2)
+        grid = (2 * self.centres[:, :, level] - 1)[:, :, None]
+        return bilinear_samples(plane, grid, "border").squeeze(3).transpose(1, 2)
 
 
 def _nearest(strides: tuple[int, ...], stride: int) -> int:

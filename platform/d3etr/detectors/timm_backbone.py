@@ -57,11 +57,13 @@ class TimmBackbone(nn.Module):
         self.stage_channels = tuple(info["num_chs"] for _, info in stages.values())
         self.channels, self.stride = self.stage_channels[-1], self.stage_strides[-1]
         indices = [index for index, _ in stages.values()]
+        finer = [x["module"] for x in self.network.feature_info if x["reduction"] < FIRST_STRIDE]
+        stem = finer[-1] if finer else None
         # Layers behind the last map would be parameters without a gradient.
         taken = self.network.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)
         self._indices = [int(index) for index in taken]
         self.network = _with_norm(self.network, config)
-        self._freeze([info["module"] for _, info in stages.values()])
+        self._freeze([info["module"] for _, info in stages.values()], stem)
 
     def _stages(self) -> dict[int, tuple[int, Mapping[str, Any]]]:
         """Stride of each stage, rising -> its last map's place among timm's, and timm's facts."""
@@ -70,31 +72,65 @@ class TimmBackbone(nn.Module):
         }
         return {s: found[s] for s in sorted(found) if s >= FIRST_STRIDE}
 
-    def _freeze(self, ends: list[str]) -> None:
-        """Freeze the stem and so many stages; parameters stand in the order of the network."""
-        if not self.config.frozen_stages:
+    def _freeze(self, ends: list[str], stem: str | None) -> None:
+        """Freeze the stem and so many stages; parameters stand in the order of the network.
+
+        Args:
+            ends: module that each stage's map comes from: the stage, or its last step.
+            stem: likewise of the stem, where timm names one.
+        """
+        stages = self.config.frozen_stages - 1
+        if stages < 0:
             return
-        names = [name for name, _ in self.network.named_parameters()]
-        first = [k for k, name in enumerate(names) if name.startswith(f"{ends[0]}.")]
-        end = first[0] if first else 0
-        for stage in ends[: self.config.frozen_stages - 1]:
-            end = max([end, *(k + 1 for k, n in enumerate(names) if n.startswith(f"{stage}."))])
-        for name in names[:end]:
-            self.network.get_parameter(name).requires_grad_(False)
+        places = {name: k for k, (name, _) in enumerate(self.network.named_modules())}
+        owners = {
+            name: places[name.rpartition(".")[0]] for name, _ in self.network.named_parameters()
+        }
+
+        def last(module: str) -> int:
+            return max(
+                (k for n, k in places.items() if f"{n}.".startswith(f"{module}.")), default=-1
+            )
+
+        end = places.get(ends[0], 0) - 1
+        if not any(name.startswith(f"{ends[0]}.") for name in owners):  # a step without parameters
+            end = -1 if stem is None else last(stem)
+        ends_of_stages = [end, *map(last, ends[:stages])]
+        if min(ends_of_stages) < 0:
+            raise UserError(
+                f"backbone.frozen_stages is {self.config.frozen_stages}, but timm does not say "
+                f"which parts of {self.config.name} are its stem and stages: set it to 0, or "
+                "backbone.trainable to false to freeze all"
+            )
+        for name, owner in owners.items():
+            if owner <= max(ends_of_stages):
+                self.network.get_parameter(name).requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, height, width] -> [B, channels, ceil(height / stride), ceil(width / stride)]."""
         return self.pyramid(pixels, 1)[0]
 
     def pyramid(self, pixels: Tensor, count: int) -> list[Tensor]:
-        """Feature maps [B, channels, h, w] of the last ``count`` stages, finest first."""
+        """Feature maps [B, channels, h, w] of the last ``count`` stages, finest first.
+
+        Raises:
+            UserError: the network asserts another size of images.
+        """
         height, width = pixels.shape[-2:]
         x = pixels.contiguous(memory_format=torch.channels_last)
         if not isinstance(self.network, ROUNDING_UP):
             x = functional.pad(x, (0, -width % self.stride, 0, -height % self.stride))
-        maps = self.network.forward_intermediates(
-            x, indices=self._indices, intermediates_only=True, output_fmt="NCHW"
-        )
+        try:
+            maps = self.network.forward_intermediates(
+                x, indices=self._indices, intermediates_only=True, output_fmt="NCHW"
+            )
+        except AssertionError as error:  # timm's networks with windows
+            raise UserError(
+                f"backbone {self.config.name} does not take images of {x.shape[-1]} x "
+                f"{x.shape[-2]} pixels, padding included ({error}): set "
+                "data.preprocessing.exact_size to what it takes, or choose a network for images of "
+                "any size, for example timm/convnext_atto or torchvision's swin_t"
+            ) from error
         kept = zip(maps[-count:], self.stage_strides[-count:], strict=True)
         return [m[..., : -(-height // s), : -(-width // s)] for m, s in kept]
 
@@ -128,7 +164,10 @@ def build_timm(name: str, *, pretrained: bool = False) -> Any:
         UserError: timm has no such network, or cannot give maps of its stages.
     """
     plain = known_to_timm(name)
-    network = timm.create_model(plain, pretrained=pretrained, num_classes=0, global_pool="")
+    try:
+        network = timm.create_model(plain, pretrained=pretrained, num_classes=0, global_pool="")
+    except AssertionError:  # how many of timm's say that they cannot do without pooling
+        network = None
     strides = {info["reduction"] for info in getattr(network, "feature_info", [])}
     if not hasattr(network, "forward_intermediates") or len(strides) < 2:
         raise UserError(

@@ -313,6 +313,16 @@ def _problems_of_selecting(config: SelectingConfig) -> list[str]:
     ]
 
 
+def _problems_of_d_fine(config: DFINEConfig) -> list[str]:
+    problems = _problems_of_selecting(config)
+    if config.activation != "relu":
+        problems.append(
+            f"its activation is '{config.activation}', theirs always 'relu': train one with "
+            "student.detector.activation 'relu', or a deimv2"
+        )
+    return problems
+
+
 def _of_selecting(
     model: Callable[[Any, DetectionTransformer], Settings],
     problems: Callable[[Any], list[str]] = _problems_of_selecting,
@@ -346,7 +356,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             lambda config: min(config.levels, BACKBONE_LEVELS),
         ),
         "rt_detr": _of_selecting(_rt_detr),
-        "d_fine": _of_selecting(_d_fine),  # of which the processor is RT-DETR's, too
+        # Its processor is RT-DETR's, too.
+        "d_fine": _of_selecting(_d_fine, _problems_of_d_fine),
         "deimv2": _of_selecting(_deimv2, _problems_of_deimv2),
         "lw_detr": _GROUPED,
         "rf_detr": _GROUPED,

@@ -84,7 +84,7 @@ ONLY_BACKBONE: Mapping[str, tuple[Any, ...]] = {
     "use_absolute_position_embeddings": (True,),
 }
 """Likewise of its ``backbone_config``."""
-_SCALES = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
+SCALES = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
 """Official names of levels."""
 
 
@@ -207,7 +207,7 @@ def official(
     levels = args.get("projector_scale") or ["P4"]
     found: dict[str, Any] = {
         **official_heads(args, width),
-        "scales": tuple(_SCALES[level] for level in levels if level in _SCALES),
+        "scales": tuple(SCALES[level] for level in levels if level in SCALES),
     }
     vit: dict[str, Any] = {}
     if outputs := args.get("out_feature_indexes"):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from d3etr.config.data import PreprocessingConfig
-from d3etr.detectors.imports.grouped import assumed, official_heads
+from d3etr.detectors.imports.grouped import SCALES, assumed, official_heads
 
 SIGN = "backbone.0.encoder.blocks.0.attn.q_bias"
 """As of ``layouts.Layout``: only their attention has such a tensor."""
@@ -33,8 +33,6 @@ ONLY_ARGS: Mapping[str, tuple[Any, ...]] = {
     "decoder_norm": ("LN",),
 }
 """Settings of official ``args`` that our detector has."""
-_SCALES = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
-"""Official names of levels."""
 _PUBLISHED = {6: ((1, 3, 5), (0, 2, 4)), 10: ((2, 4, 5, 9), (0, 1, 3, 6, 7, 9))}
 """Blocks of tiny, and of the other sizes: which of them, from 0, are read and have windows."""
 _HEADS, _WINDOWS, SIDE = 12, 4, 640
@@ -92,6 +90,6 @@ def _scales(levels: str | list[str] | None, tensors: Mapping[str, Tensor]) -> tu
     if levels is None:
         levels = ["P3", "P5"] if "encoder.levels.1.norm.weight" in tensors else ["P4"]
     levels = [levels] if isinstance(levels, str) else levels
-    if unknown := [level for level in levels if level not in _SCALES]:
-        raise ValueError(f"projector_scale has {unknown[0]}: expected some of {', '.join(_SCALES)}")
-    return tuple(_SCALES[level] for level in levels)
+    if unknown := [level for level in levels if level not in SCALES]:
+        raise ValueError(f"projector_scale has {unknown[0]}: expected some of {', '.join(SCALES)}")
+    return tuple(SCALES[level] for level in levels)
