@@ -254,6 +254,19 @@ def test_image_folder_entries_that_cannot_be_used_are_named(
         assert word in text
 
 
+def test_files_of_all_images_have_any_size_and_those_of_one_image_do_not(
+    hub: Write, yolo: Write
+) -> None:
+    megabytes = 21 * 2**20
+    assert len(read(hub(caption="x" * megabytes)).records) == 1
+    place = yolo(yaml="train: list.txt\nnames: [cat, dog]\n")
+    (place.parent / "list.txt").write_text(f"images/train/a.png{' ' * megabytes}\n")
+    assert len(read(place).records) == 1
+    (place.parent / "labels/train/a.txt").write_text("0 0.5 0.5 0.5 0.5" + " " * megabytes)
+    with pytest.raises(UserError, match=r"a\.txt has more than 20 MiB"):
+        read(place)
+
+
 def test_image_folder_numbers_are_lines_of_classes_txt(hub: Write) -> None:
     root = hub({"bbox": [[1, 2, 3, 4], [5, 6, 7, 8]], "category": [1, 0], "iscrowd": [0, 1]})
     assert [category.name for category in read(root).categories] == ["0", "1"]

@@ -162,18 +162,22 @@ def image_sizes(files: Sequence[Path], problems: Problems) -> list[Size]:
     return sizes
 
 
-def read_bytes(file: Path) -> bytes:
-    """The content of a small annotation file.
+def read_bytes(file: Path, *, of_one_image: bool = False) -> bytes:
+    """The content of an annotation file.
+
+    Args:
+        file: the file.
+        of_one_image: then it is small; one of all images may have any size.
 
     Raises:
-        UserError: it cannot be read, or is far too large.
+        UserError: it cannot be read, or is far too large for one image.
     """
     try:
         with file.open("rb") as stream:
-            content = stream.read(_MOST_BYTES + 1)
+            content = stream.read(_MOST_BYTES + 1 if of_one_image else -1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{str(file)!r} cannot be read ({error})") from error
-    if len(content) > _MOST_BYTES:
+    if of_one_image and len(content) > _MOST_BYTES:
         raise UserError(
             f"{file} has more than {_MOST_BYTES / 2**20:.0f} MiB: it is no annotation file of this "
             "format"

@@ -70,7 +70,7 @@ class VocFormat:
         scenes: dict[str, FoundImage] = {}
         for stem, file in files.items():
             try:
-                contents[stem] = read_bytes(file)
+                contents[stem] = read_bytes(file, of_one_image=True)
                 scenes[stem] = _parse(file, contents[stem], problems)
             except UserError as error:
                 problems.add(f"{file}: {error}")

@@ -285,7 +285,7 @@ class _Labels:
             )
             self.contents.append(b"")
             return []
-        self.contents.append(read_bytes(file))
+        self.contents.append(read_bytes(file, of_one_image=True))
         found: dict[tuple[float, ...], FoundObject] = {}
         for number, line in enumerate(lines_of(file, self.contents[-1]), start=1):
             place, texts = f"{file}:{number}", line.split()
