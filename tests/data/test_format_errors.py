@@ -267,6 +267,23 @@ def test_files_of_all_images_have_any_size_and_those_of_one_image_do_not(
         read(place)
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_separators_within_a_text_end_no_line(hub: Write, yolo: Write, separator: str) -> None:
+    name = f"a{separator}b"
+    boxes = {"bbox": [[1, 2, 3, 4]], "categories": [name]}
+    entry = {"file_name": "a.png", "text": name, "objects": boxes}
+    root = hub(line=json.dumps(entry, ensure_ascii=False))
+    (root / "classes.txt").write_text(f"dog\r\n{name}\rcat\n", newline="")
+    assert [category.name for category in read(root).categories] == ["dog", name, "cat"]
+    place = yolo(yaml="train: list.txt\nnames: [cat, dog]\n")
+    picture(40, 20).save(place.parent / f"images/train/{name}.png")
+    (place.parent / "list.txt").write_text(f"images/train/{name}.png\nimages/train/a.png\n")
+    assert [record.file_name for record in read(place).records] == [
+        "images/train/a.png",
+        f"images/train/{name}.png",
+    ]
+
+
 def test_image_folder_numbers_are_lines_of_classes_txt(hub: Write) -> None:
     root = hub({"bbox": [[1, 2, 3, 4], [5, 6, 7, 8]], "category": [1, 0], "iscrowd": [0, 1]})
     assert [category.name for category in read(root).categories] == ["0", "1"]

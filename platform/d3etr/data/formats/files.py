@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -196,9 +197,11 @@ def lines_of(file: Path, content: bytes | None = None) -> list[str]:
         UserError: it cannot be read, or is not UTF-8.
     """
     try:
-        return (read_bytes(file) if content is None else content).decode("utf-8-sig").splitlines()
+        text = (read_bytes(file) if content is None else content).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    # str.splitlines would also end lines at separators that JSON texts and names may hold.
+    return re.split("\r\n|\r|\n", text)
 
 
 def class_names(folder: Path, found: Iterable[str]) -> list[str]:
