@@ -225,6 +225,7 @@ def hub(tmp_path: Path) -> Write:
         ({"bbox": [[1, 2, 3, None]], "categories": ["a"]}, ["bbox is"]),
         ({"bbox": [[1, 2, 3, 4]], "categories": [None]}, ["class None"]),
         ({"bbox": [[1, 2, 3, 4]], "categories": ["a"], "area": ["x"]}, ["area is 'x'"]),
+        ({"bbox": [[1, 2, 3, 4]], "categories": ["a"], "iscrowd": ["0"]}, ["iscrowd is '0'"]),
     ],
 )
 def test_image_folder_lines_that_cannot_be_used_are_named(
