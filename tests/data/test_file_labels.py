@@ -194,6 +194,14 @@ def test_a_file_that_does_not_fit_is_refused(
     assert not report.ok and any(text.startswith("data.unlabelled.labels") for text in errors)
 
 
+def test_labels_of_no_image_are_refused(train: SplitConfig) -> None:
+    unlabelled = {"rest_of_train": True, "labels": train.annotations}
+    data = data_of(train, unlabelled, labelled_share=0.99)  # which rounds to all eight
+    with pytest.raises(UserError, match=r"^data\.unlabelled\.labels.*no image without labels"):
+        open_split(data, "train")
+    assert not check_data(data).ok
+
+
 def test_a_missing_file_is_named(train: SplitConfig, folder: Path) -> None:
     data = data_of(train, {"images": folder, "labels": folder / "none.json"})
     with pytest.raises(UserError, match=r"^data\.unlabelled\.labels: .*none\.json cannot be read"):

@@ -51,8 +51,13 @@ def labels_of(
 
     Raises:
         UserError: the file cannot be used, has other classes, lists none of the images, or an
-            image of another size.
+            image of another size; or there are no images.
     """
+    if not records:
+        raise UserError(
+            f"{LABELS_KEY} {place} has no effect: there is no image without labels. Expected a "
+            "data.labelled_share that leaves some, or no data.unlabelled"
+        )
     try:
         with local_file(place, on_progress) as file:
             raw = CocoFormat().read(Source(file))
