@@ -5,8 +5,15 @@ import pytest
 from coco_files import picture
 from PIL import Image, UnidentifiedImageError
 
-from d3etr.data.formats.files import IMAGE_SUFFIXES
-from d3etr.data.images import FORMATS, load_image, open_image, to_pixels, upright_rgb, upright_size
+from d3etr.data.images import (
+    FORMATS,
+    IMAGE_SUFFIXES,
+    load_image,
+    open_image,
+    to_pixels,
+    upright_rgb,
+    upright_size,
+)
 from d3etr.errors import UserError
 
 

@@ -35,6 +35,11 @@ FORMATS = (
 )
 """That are read, by Pillow's names; JPEG is MPO too. Not even headers are read of others: an icon's
 pixels would be decoded before their number is known, and PostScript be run as the program it is."""
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".dds", ".dib", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".pgm"}
+    | {".png", ".ppm", ".tif", ".tiff", ".tga", ".webp"}
+)
+"""Of names of files that are taken for pictures where a folder is read."""
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _FIRST_SWAPPING_ORIENTATION = 5
 """Orientations 5 to 8 swap width and height."""

@@ -12,13 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from d3etr.data.annotations import Annotations, Category, ImageEntry, ObjectEntry, Problems
-from d3etr.data.images import decoding_problem, open_image, upright_size
+from d3etr.data.images import IMAGE_SUFFIXES, decoding_problem, open_image, upright_size
 from d3etr.errors import UserError
 
-IMAGE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".dds", ".dib", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".pgm"}
-    | {".png", ".ppm", ".tif", ".tiff", ".tga", ".webp"}
-)
 CLASSES_FILE = "classes.txt"
 """Fixes classes and their order where annotations carry names alone; one name a line."""
 _MOST_BYTES = 20 * 2**20
