@@ -165,6 +165,19 @@ def test_a_yolo_split_may_be_several_folders(yolo: Write) -> None:
     assert [record.labels.tolist() for record in split.records] == [[1], [0]]
 
 
+def test_lines_of_a_yolo_list_that_name_no_picture_are_warned_of(
+    yolo: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = yolo(yaml="train: list.txt\nnames: [cat, dog]\n")
+    lines = "images/train/a.png\n\nimages/train/b.heic\nimages/train\n"
+    (place.parent / "list.txt").write_text(lines)
+    assert [record.file_name for record in read(place).records] == ["images/train/a.png"]
+    where = f"({place.parent}/list.txt:3, {place.parent}/list.txt:4)"
+    assert f"2 lines of lists name no picture of a kind that is read and are left out {where}" in (
+        caplog.text
+    )
+
+
 def test_a_yolo_list_cannot_leave_the_data_set(yolo: Write, tmp_path: Path) -> None:
     place = yolo(yaml="train: list.txt\nnames: [cat, dog]\n")
     picture(9, 9).save(tmp_path / "secret.png")
