@@ -73,14 +73,7 @@ def labels_of(
             "Expected the same names in the same order"
         )
     listed, cleaning = clean(raw)
-    by_name = {record.file_name: record for record in listed}
-    if len(by_name) < len(listed):
-        counts = Counter(record.file_name for record in listed)
-        raise UserError(
-            f"{LABELS_KEY} {place} lists images more than once: "
-            f"{shown_ids(name for name, count in counts.items() if count > 1)}. Expected each "
-            "once, with all of its boxes"
-        )
+    by_name = _by_name(listed, place)
     found = tuple(_labelled(r, by_name[r.file_name], place) for r in records if _in(r, by_name))
     if not found:
         raise UserError(
@@ -98,6 +91,17 @@ def labels_of(
         count = f"{len(left_out)} of {len(records)}"
         warnings.append(f"{count} images without labels are not in it and are left out")
     return FileLabels(found, left_out, cleaning, tuple(warnings))
+
+
+def _by_name(listed: Sequence[ImageRecord], place: Location) -> dict[str, ImageRecord]:
+    counts = Counter(record.file_name for record in listed)
+    again = [name for name, count in counts.items() if count > 1]
+    if again:
+        raise UserError(
+            f"{LABELS_KEY} {place} lists images more than once: {shown_ids(again)}. Expected each "
+            "once, with all of its boxes"
+        )
+    return {record.file_name: record for record in listed}
 
 
 def _differing(theirs: Sequence[str], ours: Sequence[str]) -> tuple[str, str]:
