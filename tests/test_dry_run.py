@@ -57,6 +57,20 @@ def test_steps_and_checkpoints_follow_from_epochs() -> None:
     assert plan.checkpoints == (12, 24, 36)
 
 
+def test_images_that_are_learnt_and_measured_are_warned_of(tmp_path: Path) -> None:
+    folder = tmp_path / "others"
+    folder.mkdir()
+    asked, other = (
+        load_config(None, [SMALL, own_data(place, 9), "optimisation={epochs: 1, batch_size: 2}"])
+        for place in (tmp_path, folder)
+    )
+    text = "data.validation: 9 of its 9 images are data.train's too, so results on it are too good"
+    assert any(text in warning for warning in make_plan(asked).warnings)
+    apart = asked.data.model_copy(update={"validation": other.data.validation})
+    warnings = make_plan(asked.model_copy(update={"data": apart})).warnings
+    assert not any("too good" in warning for warning in warnings)
+
+
 def test_a_run_that_ends_within_an_epoch_has_a_last_checkpoint() -> None:
     plan = make_plan(config("optimisation={steps: 30, batch_size: 8}"))
     assert (plan.steps, plan.checkpoints) == (30, (12, 24, 30))

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import guide_picture
+import numpy as np
 import pytest
+from PIL import Image
 
 SHORT = (
     *("optimisation.steps=4", "optimisation.schedule.warmup_steps=1", "data.workers=0"),
@@ -37,6 +40,21 @@ def test_what_is_marked_is_left_out() -> None:
     marked = "## Serve\n\n<!-- not run by tests/test_guide.py: x -->\n```sh\nb\n```\n"
     text = f"```sh\na\n```\n{marked}## Next\n```sh\nc\n```\n"
     assert script(text).split() == ["set", "-euo", "pipefail", "a", "c"]
+
+
+def test_the_pictures_are_what_the_code_draws(repository: Path, tmp_path: Path) -> None:
+    guide_picture.main(tmp_path)
+    drawn = sorted(tmp_path.glob("*.png"))
+    kept = repository / "docs" / "images"
+    assert [file.name for file in drawn] == sorted(file.name for file in kept.glob("guide-*.png"))
+    for file in drawn:
+        assert f"(images/{file.name})" in (repository / "docs" / "guide.md").read_text()
+        assert (kept / file.name).stat().st_size <= guide_picture.MOST_BYTES
+        ours, theirs = (
+            np.asarray(Image.open(place / file.name).convert("RGB"), float)
+            for place in (tmp_path, kept)
+        )
+        assert np.abs(ours - theirs).mean() < 3, "python tests/guide_picture.py docs/images"
 
 
 @pytest.mark.slow

@@ -158,6 +158,17 @@ def test_predict_leaves_out_what_is_no_picture_in_a_folder_and_says_so(
     assert "left out 2 folders or devices" in output.err
 
 
+def test_predict_takes_every_kind_of_picture_that_data_sets_may_have(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = Image.open(picture(tmp_path / "a.png"))
+    for name in ("b.gif", "c.avif", "d.jfif", "e.jp2", "f.ppm"):
+        image.save(tmp_path / name)
+    assert main(["predict", str(tiny_weights), str(tmp_path), "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [Path(entry["image"]).name[0] for entry in entries] == [*"abcdef"]
+
+
 def test_predict_answers_the_good_pictures_and_names_the_bad_ones(
     tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -165,6 +165,10 @@ def _above(content: dict[str, Any]) -> None:
         image["file_name"] = f"loose/{image['file_name']}"
 
 
+def _twice(content: dict[str, Any]) -> None:
+    content["images"].append(content["images"][2] | {"id": 7})
+
+
 def _grow(content: dict[str, Any]) -> None:
     content["images"][2]["width"] += 1
 
@@ -175,6 +179,7 @@ def _grow(content: dict[str, Any]) -> None:
         (_swap, "has the classes dog, cat, cup, the training annotations cat, dog, cup"),
         (_above, r"none of its 5 images \(such as 'loose/0\.png'\) is one of the 5 without labels"),
         (_grow, r"below/2\.png has 33 x 42 pixels there, the image 32 x 42"),
+        (_twice, r"lists images more than once: below/2\.png\. Expected each once"),
         (lambda content: content.pop("annotations"), "missing key annotations"),
     ],
 )
@@ -192,6 +197,29 @@ def test_a_file_that_does_not_fit_is_refused(
     report = check_data(data)
     errors = [text for split in report.splits for text in split.errors]
     assert not report.ok and any(text.startswith("data.unlabelled.labels") for text in errors)
+
+
+def test_classes_are_shown_from_where_they_differ(write_split: Any, tmp_path: Path) -> None:
+    places = []
+    for change in ("tram", "bus"):
+        names = ["car", "cat", "cup", "dog", "key", "man", "pen", change, "zoo"]
+        numbered = [{"id": k, "name": name} for k, name in enumerate(names)]
+        split = write_split([(40, 30)] * 2, [annotation(1, 1, 0, [4, 4, 16, 12])])
+        content = json.loads(split.annotations.read_text()) | {"categories": numbered}
+        places.append(tmp_path / f"{change}.json")
+        places[-1].write_text(json.dumps(content))
+    train = split.model_copy(update={"annotations": places[0]})
+    data = data_of(train, {"images": split.images, "labels": places[1]})
+    with pytest.raises(UserError, match=r"classes \.\.\., bus, zoo, the .* \.\.\., tram, zoo\. Ex"):
+        open_split(data, "train")
+
+
+def test_labels_of_no_image_are_refused(train: SplitConfig) -> None:
+    unlabelled = {"rest_of_train": True, "labels": train.annotations}
+    data = data_of(train, unlabelled, labelled_share=0.99)  # which rounds to all eight
+    with pytest.raises(UserError, match=r"^data\.unlabelled\.labels.*no image without labels"):
+        open_split(data, "train")
+    assert not check_data(data).ok
 
 
 def test_a_missing_file_is_named(train: SplitConfig, folder: Path) -> None:

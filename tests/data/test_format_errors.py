@@ -165,6 +165,19 @@ def test_a_yolo_split_may_be_several_folders(yolo: Write) -> None:
     assert [record.labels.tolist() for record in split.records] == [[1], [0]]
 
 
+def test_lines_of_a_yolo_list_that_name_no_picture_are_warned_of(
+    yolo: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = yolo(yaml="train: list.txt\nnames: [cat, dog]\n")
+    lines = "images/train/a.png\n\nimages/train/b.heic\nimages/train\n"
+    (place.parent / "list.txt").write_text(lines)
+    assert [record.file_name for record in read(place).records] == ["images/train/a.png"]
+    where = f"({place.parent}/list.txt:3, {place.parent}/list.txt:4)"
+    assert f"2 lines of lists name no picture of a kind that is read and are left out {where}" in (
+        caplog.text
+    )
+
+
 def test_a_yolo_list_cannot_leave_the_data_set(yolo: Write, tmp_path: Path) -> None:
     place = yolo(yaml="train: list.txt\nnames: [cat, dog]\n")
     picture(9, 9).save(tmp_path / "secret.png")
@@ -225,6 +238,7 @@ def hub(tmp_path: Path) -> Write:
         ({"bbox": [[1, 2, 3, None]], "categories": ["a"]}, ["bbox is"]),
         ({"bbox": [[1, 2, 3, 4]], "categories": [None]}, ["class None"]),
         ({"bbox": [[1, 2, 3, 4]], "categories": ["a"], "area": ["x"]}, ["area is 'x'"]),
+        ({"bbox": [[1, 2, 3, 4]], "categories": ["a"], "iscrowd": ["0"]}, ["iscrowd is '0'"]),
     ],
 )
 def test_image_folder_lines_that_cannot_be_used_are_named(
@@ -252,6 +266,36 @@ def test_image_folder_entries_that_cannot_be_used_are_named(
     text = problem(hub(line=line))
     for word in words:
         assert word in text
+
+
+def test_files_of_all_images_have_any_size_and_those_of_one_image_do_not(
+    hub: Write, yolo: Write
+) -> None:
+    megabytes = 21 * 2**20
+    assert len(read(hub(caption="x" * megabytes)).records) == 1
+    place = yolo(yaml="train: list.txt\nnames: [cat, dog]\n")
+    (place.parent / "list.txt").write_text(f"images/train/a.png{' ' * megabytes}\n")
+    assert len(read(place).records) == 1
+    (place.parent / "labels/train/a.txt").write_text("0 0.5 0.5 0.5 0.5" + " " * megabytes)
+    with pytest.raises(UserError, match=r"a\.txt has more than 20 MiB"):
+        read(place)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_separators_within_a_text_end_no_line(hub: Write, yolo: Write, separator: str) -> None:
+    name = f"a{separator}b"
+    boxes = {"bbox": [[1, 2, 3, 4]], "categories": [name]}
+    entry = {"file_name": "a.png", "text": name, "objects": boxes}
+    root = hub(line=json.dumps(entry, ensure_ascii=False))
+    (root / "classes.txt").write_text(f"dog\r\n{name}\rcat\n", newline="")
+    assert [category.name for category in read(root).categories] == ["dog", name, "cat"]
+    place = yolo(yaml="train: list.txt\nnames: [cat, dog]\n")
+    picture(40, 20).save(place.parent / f"images/train/{name}.png")
+    (place.parent / "list.txt").write_text(f"images/train/{name}.png\nimages/train/a.png\n")
+    assert [record.file_name for record in read(place).records] == [
+        "images/train/a.png",
+        f"images/train/{name}.png",
+    ]
 
 
 def test_image_folder_numbers_are_lines_of_classes_txt(hub: Write) -> None:

@@ -5,8 +5,15 @@ import pytest
 from coco_files import picture
 from PIL import Image, UnidentifiedImageError
 
-from d3etr.data.formats.files import IMAGE_SUFFIXES
-from d3etr.data.images import FORMATS, load_image, open_image, to_pixels, upright_rgb
+from d3etr.data.images import (
+    FORMATS,
+    IMAGE_SUFFIXES,
+    load_image,
+    open_image,
+    to_pixels,
+    upright_rgb,
+    upright_size,
+)
 from d3etr.errors import UserError
 
 
@@ -37,33 +44,43 @@ def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path, recwarn
     assert not recwarn.list
 
 
-def _rotated_jpeg(file: Path, upright: Image.Image, orientation: int) -> None:
-    stored = {
-        3: Image.Transpose.ROTATE_180,
-        6: Image.Transpose.ROTATE_90,
-        8: Image.Transpose.ROTATE_270,
-    }[orientation]
+STORED = {
+    3: Image.Transpose.ROTATE_180,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""EXIF orientation -> how an upright picture lies in its file."""
+
+
+def _rotated(file: Path, upright: Image.Image, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    upright.transpose(stored).save(file, exif=exif, quality=98)
+    upright.transpose(STORED[orientation]).save(file, exif=exif, quality=98)
 
 
-@pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_exif_rotation_is_applied(tmp_path, orientation):
-    upright = picture(40, 30)
-    _rotated_jpeg(tmp_path / "image.jpg", upright, orientation)
+@pytest.mark.parametrize("ending", ["jpg", "tif"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_rotation_is_applied(tmp_path, orientation, ending):
+    upright, file = picture(40, 30), tmp_path / f"image.{ending}"
+    _rotated(file, upright, orientation)
+    with open_image(file) as image:
+        assert upright_size(image) == (40, 30)
     for expected_size in (None, (40, 30)):
-        loaded = load_image(tmp_path / "image.jpg", expected_size)
+        loaded = load_image(file, expected_size)
         assert loaded.size == (40, 30)
         assert _difference(loaded, upright) < 3
 
 
-def test_annotations_made_on_the_stored_pixels_keep_them_unrotated(tmp_path):
-    upright = picture(40, 30)
-    _rotated_jpeg(tmp_path / "image.jpg", upright, 6)
-    loaded = load_image(tmp_path / "image.jpg", (30, 40))
+@pytest.mark.parametrize("ending", ["jpg", "tif"])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_annotations_made_on_the_stored_pixels_keep_them_unrotated(tmp_path, orientation, ending):
+    upright, file = picture(40, 30), tmp_path / f"image.{ending}"
+    _rotated(file, upright, orientation)
+    loaded = load_image(file, (30, 40))
     assert loaded.size == (30, 40)
-    assert _difference(loaded, upright.transpose(Image.Transpose.ROTATE_90)) < 3
+    assert _difference(loaded, upright.transpose(STORED[orientation])) < 3
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png"])

@@ -14,6 +14,7 @@ from d3etr.config.data import STRONG, AugmentationConfig, DataConfig, Preprocess
 from d3etr.data.augmentation import Shown, draw_augmentation, sample_generator
 from d3etr.data.dataset import DetectionDataset, MixedDataset
 from d3etr.data.loading import EpochLoader
+from d3etr.data.preprocessing import output_size
 from d3etr.data.records import without_objects
 from d3etr.data.splits import read_split
 from d3etr.data.strong import Photometric, Strong, change_pixels, draw_strong
@@ -135,6 +136,16 @@ def test_the_teacher_sees_the_same_picture_larger(split):
         sample = dataset.sample(index, 0)
         smaller = torch.nn.functional.avg_pool2d(sample.teacher_pixels.float(), 2)
         assert (smaller - sample.pixels.float()).abs().mean() < 6
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.5])
+def test_a_mosaic_of_images_of_any_size_has_its_images(split, scale):
+    unresized = PreprocessingConfig(shortest_side=None, longest_side=None)
+    dataset = _dataset(split, unresized, mosaic=1.0)
+    dataset.show_teacher(scale)
+    plan, record = dataset.plan(2, 0), split.records[2]
+    assert plan.size == (record.height, record.width)
+    assert plan.teacher_size == output_size(record.width, record.height, unresized, scale=scale)
 
 
 def test_boxes_in_files_move_as_objects_do(split, tmp_path):

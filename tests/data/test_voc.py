@@ -49,6 +49,17 @@ def voc(tmp_path: Path) -> Write:
     return write
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_of_pictures_of_one_name_the_first_is_taken_whatever_the_order_of_the_folder(
+    voc: Write, monkeypatch: pytest.MonkeyPatch, backwards: bool
+) -> None:
+    root = voc(name="gone.jpg")
+    picture(40, 20).save(root / "JPEGImages/a.png")
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(listed(path), reverse=backwards)))
+    assert [record.file_name for record in read(root).records] == ["a.jpg"]
+
+
 def test_voc_boxes_count_pixels_from_1_and_include_both_ends(voc: Write) -> None:
     root = voc(voc_object(1, 1, 40, 20), voc_object("11.0", 6, 20, 15, name="bird"))
     split = read(root)

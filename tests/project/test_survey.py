@@ -62,6 +62,17 @@ def test_a_folder_of_coco_files_is_read_by_their_names(
     assert found.places["train"]["images"] == str(tmp_path / "train")
 
 
+@pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b" \r\n"])
+def test_a_coco_file_of_a_folder_may_begin_with_a_mark_or_space(
+    scenes: Mapping[str, SplitConfig], tmp_path: Path, before: bytes
+) -> None:
+    split = scenes["train"]
+    assert isinstance(split.images, Path) and isinstance(split.annotations, Path)
+    shutil.copytree(split.images, tmp_path / "images")
+    (tmp_path / "labels.json").write_bytes(before + split.annotations.read_bytes())
+    assert sum(counts(look(tmp_path)).values()) == 30
+
+
 def test_one_coco_file_is_divided_by_lists(
     scenes: Mapping[str, SplitConfig], tmp_path: Path
 ) -> None:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 SMALLEST_TILE, LARGEST_TILE, MOST_OVERLAP = 16, 100_000, 0.9
 """As in ``predictions``, which is slow to import."""
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
-"""What counts as a picture in a folder; files named by themselves may be called anything."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -142,11 +140,15 @@ def _is_folder(text: str) -> bool:
 def _inside(folder: Path) -> Iterator[str]:
     """A folder's pictures; what else is called like one is named and left out.
 
+    Files that are named by themselves may be called anything.
+
     Raises:
         UserError: it cannot be listed, or has none.
     """
+    from d3etr.data.images import IMAGE_SUFFIXES
+
     try:
-        named = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        named = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         files = [file for file in named if file.is_symlink() or file.is_file()]
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed: {error.strerror}") from error
@@ -158,7 +160,9 @@ def _inside(folder: Path) -> Iterator[str]:
         if count:
             complain(f"{folder}: left out {count} {what}")
     if not pictures:
-        raise UserError(f"{folder}: no pictures in this folder ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(
+            f"{folder}: no pictures in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})"
+        )
     yield from pictures
 
 

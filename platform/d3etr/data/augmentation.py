@@ -127,8 +127,10 @@ def draw_augmentation(
         shortest = sides[int(chance[5] * len(sides))]
     strong = UNCHANGED
     if shown.strong and augmentation.strong:
-        # A mosaic is as large as the larger of those who see it.
-        seen = output_size(width, height, preprocessing, shortest, max(1.0, teacher_scale))
+        # A mosaic is as large as the larger of those who see it, where the smaller one resizes it.
+        resizes = shortest or preprocessing.shortest_side or preprocessing.exact_size
+        larger = max(1.0, teacher_scale) if resizes else 1.0
+        seen = output_size(width, height, preprocessing, shortest, larger)
         scene = None if place is None else Scene(*place, seen)
         strong = draw_strong(augmentation, scene, generator)
         height, width = strong.size(height, width)

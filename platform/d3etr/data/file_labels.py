@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from d3etr.config.location import Location
 from d3etr.data.annotations import Source
@@ -50,9 +52,14 @@ def labels_of(
         on_progress: called while the file is fetched.
 
     Raises:
-        UserError: the file cannot be used, has other classes, lists none of the images, or an
-            image of another size.
+        UserError: the file cannot be used, has other classes, lists none of the images, an image
+            of another size or one twice; or there are no images.
     """
+    if not records:
+        raise UserError(
+            f"{LABELS_KEY} {place} has no effect: there is no image without labels. Expected a "
+            "data.labelled_share that leaves some, or no data.unlabelled"
+        )
     try:
         with local_file(place, on_progress) as file:
             raw = CocoFormat().read(Source(file))
@@ -60,12 +67,13 @@ def labels_of(
         raise type(error)(f"{LABELS_KEY}: {error}") from error
     theirs = [category.name for category in raw.categories]
     if theirs != [*names]:
+        there, here = _differing(theirs, names)
         raise UserError(
-            f"{LABELS_KEY} {place} has the classes {shown_ids(theirs)}, the training annotations "
-            f"{shown_ids(names)}. Expected the same names in the same order"
+            f"{LABELS_KEY} {place} has the classes {there}, the training annotations {here}. "
+            "Expected the same names in the same order"
         )
     listed, cleaning = clean(raw)
-    by_name = {record.file_name: record for record in listed}
+    by_name = _by_name(listed, place)
     found = tuple(_labelled(r, by_name[r.file_name], place) for r in records if _in(r, by_name))
     if not found:
         raise UserError(
@@ -83,6 +91,27 @@ def labels_of(
         count = f"{len(left_out)} of {len(records)}"
         warnings.append(f"{count} images without labels are not in it and are left out")
     return FileLabels(found, left_out, cleaning, tuple(warnings))
+
+
+def _by_name(listed: Sequence[ImageRecord], place: Location) -> dict[str, ImageRecord]:
+    counts = Counter(record.file_name for record in listed)
+    again = [name for name, count in counts.items() if count > 1]
+    if again:
+        raise UserError(
+            f"{LABELS_KEY} {place} lists images more than once: {shown_ids(again)}. Expected each "
+            "once, with all of its boxes"
+        )
+    return {record.file_name: record for record in listed}
+
+
+def _differing(theirs: Sequence[str], ours: Sequence[str]) -> tuple[str, str]:
+    """The first names of two lists from where they differ on."""
+    same = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(theirs, ours, strict=False))
+    )
+    begin = "..., " if same else ""
+    there, here = (f"{begin}{shown_ids(names[same:]) or 'and no more'}" for names in (theirs, ours))
+    return there, here
 
 
 def _in(record: ImageRecord, by_name: dict[str, ImageRecord]) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from d3etr.errors import UserError
 
@@ -34,9 +35,21 @@ FORMATS = (
 )
 """That are read, by Pillow's names; JPEG is MPO too. Not even headers are read of others: an icon's
 pixels would be decoded before their number is known, and PostScript be run as the program it is."""
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".dds", ".dib", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".pgm"}
+    | {".png", ".ppm", ".tif", ".tiff", ".tga", ".webp"}
+)
+"""Of names of files that are taken for pictures where a folder is read."""
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _FIRST_SWAPPING_ORIENTATION = 5
 """Orientations 5 to 8 swap width and height."""
+_BACK = {
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""Orientation -> what undoes its rotation."""
 
 
 def load_image(source: Path | bytes, expected_size: tuple[int, int] | None = None) -> Image.Image:
@@ -93,7 +106,12 @@ def upright_rgb(image: Image.Image, expected_size: tuple[int, int] | None = None
         UserError: the image has no pixels or too many, or its mode has no RGB values.
     """
     require_decodable_size(image.size)
+    # Pillow applies the rotation of a TIFF as it decodes it, and no longer knows of it then.
+    turn = orientation(image) if isinstance(image, TiffImageFile) else 1
+    unturned = turn in _BACK and not applies_rotation(image, expected_size)
     image.load()
+    if unturned:
+        return to_rgb(image.transpose(_BACK[turn]))
     if applies_rotation(image, expected_size):
         image = ImageOps.exif_transpose(image)
     return to_rgb(image)
@@ -151,10 +169,18 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) in pixels once the EXIF rotation is applied."""
-    width, height = image.size
+    """(width, height) in pixels of an image file once the EXIF rotation is applied."""
+    width, height = _stored_size(image)
     swapped = orientation(image) >= _FIRST_SWAPPING_ORIENTATION
     return (height, width) if swapped else (width, height)
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) as pixels lie in the file; Pillow gives those of a TIFF with its rotation."""
+    if not isinstance(image, TiffImageFile):
+        return image.size
+    tags = image.tag_v2
+    return tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]
 
 
 def applies_rotation(image: Image.Image, expected_size: tuple[int, int] | None) -> bool:
@@ -163,8 +189,8 @@ def applies_rotation(image: Image.Image, expected_size: tuple[int, int] | None) 
     if turn == 1:
         return False
     swaps = turn >= _FIRST_SWAPPING_ORIENTATION
-    stored_upright = image.size == expected_size and image.size[0] != image.size[1]
-    return not (swaps and stored_upright)
+    size = _stored_size(image)
+    return not (swaps and size == expected_size and size[0] != size[1])
 
 
 def to_pixels(image: Image.Image) -> Tensor:

@@ -60,6 +60,7 @@ def judge(config: Config, splits: Mapping[str, DetectionSplit]) -> Judgement:
         splits: by name; ``test`` only if it is there.
     """
     judgement = judge_categories(splits) + judge_against_recipe(config, splits)
+    judgement += _judge_places(splits)
     for split in splits.values():
         judgement += judge_objects(split, config.evaluation)
     return judgement
@@ -86,6 +87,23 @@ def judge_categories(splits: Mapping[str, DetectionSplit]) -> Judgement:
 def _category_list(categories: set[Category]) -> str:
     by_id = sorted(categories, key=lambda category: category.id)
     return shown_ids(f"{category.name} (id {category.id})" for category in by_id) or "none"
+
+
+def _judge_places(splits: Mapping[str, DetectionSplit]) -> Judgement:
+    """Splits that have the same files; ``check-data`` finds copies of these, too."""
+    files = {
+        name: [split.images.shown(record.file_name) for record in split.records]
+        for name, split in splits.items()
+    }
+    learnt = {*files.pop("train", ())}
+    shared = {name: sum(file in learnt for file in measured) for name, measured in files.items()}
+    texts = [
+        f"data.{name}: {count} of its {len(files[name])} images are data.train's too, so results "
+        "on it are too good: give it images of its own"
+        for name, count in shared.items()
+        if count
+    ]
+    return Judgement(warnings=tuple(texts))
 
 
 def judge_objects(split: DetectionSplit, evaluation: EvaluationConfig) -> Judgement:

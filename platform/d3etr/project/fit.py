@@ -32,7 +32,6 @@ FEWEST_STEPS = 50
 VIEWS, STEP_WITH_VIEWS = 4, 1.15
 """Augmentations of an image whose passes are stored, and what a step costs then in plain ones (our
 choice and measurement: docs/results.md)."""
-MEASURED = (PLAIN, TEACHER, DISTILLED)
 PLACEHOLDER = dict.fromkeys(ROLES, 1000)
 """Lengths of recipes of which only single steps are made."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ _TAKES_IMAGES = Keys("--images", "DATA")
 _KNOWS_IMAGES = Keys("DATA", "DATA")
 _LOOKED_AT = 400
 """JSON files of a folder that are looked at."""
+_BEGIN = 100
+"""Bytes that a file's first bracket is among."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +140,12 @@ def _is_coco(path: Path) -> bool:
     Results are lists, not objects, and captions have no classes.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(1)
-            rest = start + file.read()
+        content = path.read_bytes()
     except OSError:
         return False
+    begin = content[:_BEGIN].removeprefix(BOM_UTF8).lstrip()
     keys = (b'"images"', b'"annotations"', b'"categories"')
-    return start == b"{" and all(key in rest for key in keys)
+    return begin.startswith(b"{") and all(key in content for key in keys)
 
 
 def _of_coco_files(data: Path, files: list[Path], images: Path | None) -> Located:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,13 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from d3etr.data.annotations import Annotations, Category, ImageEntry, ObjectEntry, Problems
-from d3etr.data.images import decoding_problem, open_image, upright_size
+from d3etr.data.images import IMAGE_SUFFIXES, decoding_problem, open_image, upright_size
 from d3etr.errors import UserError
 
-IMAGE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".dds", ".dib", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".pgm"}
-    | {".png", ".ppm", ".tif", ".tiff", ".tga", ".webp"}
-)
 CLASSES_FILE = "classes.txt"
 """Fixes classes and their order where annotations carry names alone; one name a line."""
 _MOST_BYTES = 20 * 2**20
@@ -162,18 +159,22 @@ def image_sizes(files: Sequence[Path], problems: Problems) -> list[Size]:
     return sizes
 
 
-def read_bytes(file: Path) -> bytes:
-    """The content of a small annotation file.
+def read_bytes(file: Path, *, of_one_image: bool = False) -> bytes:
+    """The content of an annotation file.
+
+    Args:
+        file: the file.
+        of_one_image: then it is small; one of all images may have any size.
 
     Raises:
-        UserError: it cannot be read, or is far too large.
+        UserError: it cannot be read, or is far too large for one image.
     """
     try:
         with file.open("rb") as stream:
-            content = stream.read(_MOST_BYTES + 1)
+            content = stream.read(_MOST_BYTES + 1 if of_one_image else -1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{str(file)!r} cannot be read ({error})") from error
-    if len(content) > _MOST_BYTES:
+    if of_one_image and len(content) > _MOST_BYTES:
         raise UserError(
             f"{file} has more than {_MOST_BYTES / 2**20:.0f} MiB: it is no annotation file of this "
             "format"
@@ -192,9 +193,11 @@ def lines_of(file: Path, content: bytes | None = None) -> list[str]:
         UserError: it cannot be read, or is not UTF-8.
     """
     try:
-        return (read_bytes(file) if content is None else content).decode("utf-8-sig").splitlines()
+        text = (read_bytes(file) if content is None else content).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    # str.splitlines would also end lines at separators that JSON texts and names may hold.
+    return re.split("\r\n|\r|\n", text)
 
 
 def class_names(folder: Path, found: Iterable[str]) -> list[str]:

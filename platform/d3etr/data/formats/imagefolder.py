@@ -172,6 +172,8 @@ def _objects(objects: object, place: str, known: Sequence[str] | None) -> list[F
             raise UserError(f"class {which!r:.40} is unknown; expected {expected}")
         if problem is not None:
             raise UserError(problem)
+        if crowd not in (None, 0, 1):
+            raise UserError(f"iscrowd is {crowd!r:.40}; expected 0 or 1")
         found.append(FoundObject(name, tuple(box), place, area, bool(crowd)))
     return found
 

@@ -70,7 +70,7 @@ class VocFormat:
         scenes: dict[str, FoundImage] = {}
         for stem, file in files.items():
             try:
-                contents[stem] = read_bytes(file)
+                contents[stem] = read_bytes(file, of_one_image=True)
                 scenes[stem] = _parse(file, contents[stem], problems)
             except UserError as error:
                 problems.add(f"{file}: {error}")
@@ -242,7 +242,9 @@ def _find_pictures(folder: Path | None, images: dict[str, FoundImage]) -> None:
     if folder is None or not folder.is_dir():
         there = dict[str, str]()
     else:
-        there = {path.stem: path.name for path in folder.iterdir() if is_image(path.name)}
+        # Of several that differ in their suffix the first by name, on every machine.
+        files = sorted(folder.iterdir(), reverse=True)
+        there = {path.stem: path.name for path in files if is_image(path.name)}
     for stem, image in images.items():
         if not image.name or (stem in there and folder and not (folder / image.name).is_file()):
             image.name = there.get(stem, f"{stem}.jpg")

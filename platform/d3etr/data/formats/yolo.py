@@ -36,6 +36,10 @@ _ALSO = {"val": "validation"}
 _BOX_VALUES = 5
 _SLACK = 1e-3
 """By which rounding may bring a coordinate out of [0, 1]."""
+_NO_PICTURE = "lines of lists name no picture of a kind that is read and are left out"
+_WITHOUT_LABELS = "images have no label file, so they count as images without objects"
+Notes = defaultdict[str, list[str]]
+"""What was done to make records of files -> files and lines."""
 
 
 class YoloFormat:
@@ -75,26 +79,26 @@ class YoloFormat:
                 "take it out"
             )
         layout = _Layout.of(file, source.subset)
-        problems = Problems(file, self.title)
-        folder, names = _image_names(layout, problems)
+        problems, notes = Problems(file, self.title), Notes(list)
+        folder, names = _image_names(layout, problems, notes)
         if not names:
             problems.add(f"'{source.subset}' holds no images ({_listed(layout.entries)})")
             problems.raise_if_any()
         sizes = image_sizes([folder / name for name in names], problems)
-        labels = _Labels(layout, problems)
+        labels = _Labels(layout, problems, notes)
         images = [
             FoundImage(name, size=size, objects=labels.read(folder / name, size))
             for name, size in zip(names, sizes, strict=True)
         ]
-        missing = labels.notes["images have no label file, so they count as images without objects"]
+        missing = notes[_WITHOUT_LABELS]
         if len(missing) == len(names):
             problems.add(
                 f"none of the {len(names)} images has a label file; expected, for example, "
                 f"{missing[0]} for {folder / names[0]}"
             )
         contents = zip(names, labels.contents, strict=True)
-        notes = [f"{len(at)} {text} ({_listed(at)})" for text, at in labels.notes.items() if at]
-        return assemble(images, layout.names, folder, problems, contents, tuple(notes))
+        texts = [f"{len(at)} {text} ({_listed(at)})" for text, at in notes.items() if at]
+        return assemble(images, layout.names, folder, problems, contents, tuple(texts))
 
 
 def _yaml_file(place: Path) -> Path:
@@ -225,11 +229,11 @@ def _names(file: Path, tree: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def _image_names(layout: _Layout, problems: Problems) -> tuple[Path, list[str]]:
+def _image_names(layout: _Layout, problems: Problems, notes: Notes) -> tuple[Path, list[str]]:
     """The folder of all images, and their names relative to it, sorted."""
     files: list[Path] = []
     for entry in layout.entries:
-        files += images_below(entry) if entry.is_dir() else _listed_images(entry)
+        files += images_below(entry) if entry.is_dir() else _listed_images(entry, notes)
     places = [entry if entry.is_dir() else layout.root for entry in layout.entries]
     folder = Path(os.path.commonpath([os.path.abspath(place) for place in places]))
     if len(places) == 1:
@@ -248,12 +252,14 @@ def _image_names(layout: _Layout, problems: Problems) -> tuple[Path, list[str]]:
     return folder, sorted(names)
 
 
-def _listed_images(file: Path) -> Iterator[Path]:
+def _listed_images(file: Path, notes: Notes) -> Iterator[Path]:
     """The images that a text file lists, relative to its folder."""
-    for line in lines_of(file):
+    for number, line in enumerate(lines_of(file), start=1):
         text = line.strip()
         if text and "\0" not in text and is_image(os.path.basename(text)):
             yield Path(os.path.normpath(file.parent / text))
+        elif text:
+            notes[_NO_PICTURE].append(f"{file}:{number}")
 
 
 def _label_file(image: Path) -> Path:
@@ -266,26 +272,27 @@ def _label_file(image: Path) -> Path:
 class _Labels:
     """Reads the objects of a split, image after image.
 
+    Args:
+        layout: of the split.
+        problems: takes lines that cannot be used.
+        notes: takes what was done to make records of the others.
+
     Attributes:
         contents: of the label files.
-        notes: what was done to make records of them -> files and lines.
     """
 
-    def __init__(self, layout: _Layout, problems: Problems) -> None:
-        self._layout, self._problems = layout, problems
+    def __init__(self, layout: _Layout, problems: Problems, notes: Notes) -> None:
+        self._layout, self._problems, self._notes = layout, problems, notes
         self.contents: list[bytes] = []
-        self.notes = defaultdict[str, list[str]](list)
 
     def read(self, image: Path, size: Size) -> list[FoundObject]:
         """The objects of an image; a missing or empty file means that it has none."""
         file = _label_file(image)
         if not file.exists():
-            self.notes["images have no label file, so they count as images without objects"].append(
-                str(file)
-            )
+            self._notes[_WITHOUT_LABELS].append(str(file))
             self.contents.append(b"")
             return []
-        self.contents.append(read_bytes(file))
+        self.contents.append(read_bytes(file, of_one_image=True))
         found: dict[tuple[float, ...], FoundObject] = {}
         for number, line in enumerate(lines_of(file, self.contents[-1]), start=1):
             place, texts = f"{file}:{number}", line.split()
@@ -297,10 +304,10 @@ class _Labels:
                 self._problems.add(f"{place}: {error}")
                 continue
             if values in found:
-                self.notes["lines repeat another of their file and are left out"].append(place)
+                self._notes["lines repeat another of their file and are left out"].append(place)
                 continue
             if len(texts) > _BOX_VALUES and not self._layout.keypoints:
-                self.notes["lines are outlines: the boxes around them are taken"].append(place)
+                self._notes["lines are outlines: the boxes around them are taken"].append(place)
             found[values] = FoundObject(int(values[0]), _pixels(values[1:], size), place)
         return list(found.values())
 
