@@ -6,10 +6,14 @@ import shlex
 from pathlib import Path
 from urllib.parse import urlencode
 
+from d3etr.engine.journal import KEPT_MAP
 from d3etr.text import bare_url
 
 PORT = 5000
 """MLflow's own default."""
+BEST_FIRST = f"metrics.`{KEPT_MAP}`"
+"""Column that runs are sorted by: a run is as good as the weights that it keeps, also before it
+ends, and the last evaluation may be of others."""
 TRAINING_MENU = {"workflowType": "machine_learning"}
 """Models are trained here: MLflow's menu is otherwise that of chats and agents."""
 
