@@ -172,10 +172,13 @@ def _targets(paths: list[str], output: Path | None) -> dict[str, Path]:
         return {}
     stems = {path: Path(path).stem for path in paths}
     times = Counter(stems.values())
-    targets = {
-        path: output / (f"{stem}.png" if times[stem] == 1 else f"{index:04d}-{stem}.png")
+    numbered = {
+        path: stem if times[stem] == 1 else f"{index:04d}-{stem}"
         for index, (path, stem) in enumerate(stems.items())
     }
+    if len({*numbered.values()}) < len(numbered):  # a picture's own name looks like a numbered one
+        numbered = {path: f"{index:04d}-{stem}" for index, (path, stem) in enumerate(stems.items())}
+    targets = {path: output / f"{name}.png" for path, name in numbered.items()}
     read = {Path(path).resolve() for path in paths}
     for target in targets.values():
         if target.resolve() in read:

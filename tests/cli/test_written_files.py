@@ -1,0 +1,33 @@
+"""Files that commands write: where they may be, what they are called, and that none is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d3etr.cli.main import main
+
+CLOSED = Path("/sys/found.json")
+"""A place where not even root may make a file."""
+
+
+def picture(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(len(str(path))).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_a_picture_whose_name_looks_numbered_is_not_written_over(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("x/a.png", "y/a.png", "z/0001-a.png")
+    pictures = [str(picture(tmp_path / name)) for name in names]
+    output = tmp_path / "out"
+    assert main(["predict", str(tiny_weights), *pictures, "--output", str(output), "--json"]) == 0
+    drawn = [entry["picture"] for entry in json.loads(capsys.readouterr().out)]
+    assert sorted(map(str, output.iterdir())) == sorted(drawn) and len({*drawn}) == 3
