@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,3 +34,30 @@ def test_a_picture_whose_name_looks_numbered_is_not_written_over(
     assert main(["predict", str(tiny_weights), *pictures, "--output", str(output), "--json"]) == 0
     drawn = [entry["picture"] for entry in json.loads(capsys.readouterr().out)]
     assert sorted(map(str, output.iterdir())) == sorted(drawn) and len({*drawn}) == 3
+
+
+BROKEN = """
+import os, sys
+from dataclasses import replace
+from d3etr.cli import explain, main
+
+def run(options):
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.write(writer if sys.argv[1] == "another" else 1, b"text")
+
+main.COMMANDS = (replace(explain.COMMAND, run=run),)
+sys.exit(main.whole(["explain"]))
+"""
+
+
+@pytest.mark.parametrize(("pipe", "code"), [("its own", 0), ("another", 1)])
+def test_only_a_reader_that_has_seen_enough_is_no_failure(pipe: str, code: int) -> None:
+    reader, writer = os.pipe()
+    if pipe == "its own":
+        os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN, pipe], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert ("BrokenPipeError" in done.stderr) == bool(code)
