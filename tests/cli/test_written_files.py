@@ -36,6 +36,33 @@ def test_a_picture_whose_name_looks_numbered_is_not_written_over(
     assert sorted(map(str, output.iterdir())) == sorted(drawn) and len({*drawn}) == 3
 
 
+@pytest.mark.skipif(not CLOSED.parent.is_dir(), reason="no folder of the system to refuse files")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["pseudo-label", "{weights}", "{images}", str(CLOSED)],
+        ["evaluate", "{weights}", "--annotations", "{images}", "--write-detections", str(CLOSED)],
+        ["sweep", "ablation", "--table", str(CLOSED.parent)],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_place_that_takes_no_file_is_refused_before_the_work(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"weights": tmp_path / "nowhere.safetensors", "images": tmp_path}
+    assert main([argument.format(**places) for argument in command]) == 2
+    said = capsys.readouterr().err
+    assert f"cannot write {CLOSED.parent}/" in said and "choose another place" in said
+    assert "run.output" not in said
+
+
+def test_the_folder_of_a_file_is_made(tiny_weights: Path, tmp_path: Path) -> None:
+    image = picture(tmp_path / "images" / "a.png")
+    output = tmp_path / "new" / "labels.json"
+    assert main(["pseudo-label", str(tiny_weights), str(image.parent), str(output)]) == 0
+    assert json.loads(output.read_text())["images"][0]["file_name"] == "a.png"
+
+
 BROKEN = """
 import os, sys
 from dataclasses import replace

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3etr.errors import UserError
+from d3etr.files import temporary_beside
 from d3etr.text import printable
 
 if TYPE_CHECKING:
@@ -222,6 +223,19 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; choose another place, or make room"
         ) from error
+
+
+def ensure_writable(path: Path) -> None:
+    """Make the folder of a file, before the long work whose result it is to hold.
+
+    Raises:
+        UserError: the folder cannot be made, or takes no files.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = temporary_beside(path)
+        probe.touch()
+        probe.unlink()
 
 
 def complain(text: str) -> None:

@@ -13,6 +13,7 @@ from d3etr.cli.command import (
     add_json,
     add_weights,
     answer,
+    ensure_writable,
     file_to_write,
     location,
     positive,
@@ -21,7 +22,7 @@ from d3etr.cli.command import (
 )
 from d3etr.cli.progress import progress_bar
 from d3etr.cli.splits import evaluated_split, split_config
-from d3etr.files import write_text
+from d3etr.files import write_whole
 from d3etr.text import printable
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def _measure(options: Namespace) -> dict[str, Any]:
     """Evaluate in this process; values are fractions."""
     from d3etr.loading import is_onnx
 
+    if options.write_detections is not None:
+        ensure_writable(options.write_detections)
     return _measure_onnx(options) if is_onnx(options.weights) else _measure_weights(options)
 
 
@@ -127,7 +130,7 @@ def _measure_onnx(options: Namespace) -> dict[str, Any]:
             for number, label, score, box in zip(*columns, strict=True)
         ]
         with writing(options.write_detections):
-            write_text(options.write_detections, json.dumps(written))
+            write_whole(options.write_detections, json.dumps(written))
     speed, metrics = measured.images_per_second, measured.metrics.as_dict()
     return _result(options, split, speed, metrics)
 
@@ -172,7 +175,7 @@ def _measure_weights(options: Namespace) -> dict[str, Any]:
     evaluation = evaluator.measure(predictor.detector, observe)
     if options.write_detections is not None:
         with writing(options.write_detections):
-            write_text(options.write_detections, json.dumps(written))
+            write_whole(options.write_detections, json.dumps(written))
     return _result(options, split, evaluation.images_per_second, evaluation.as_dict())
 
 
