@@ -7,12 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from d3etr.cli.main import main
+from d3etr.config.data import UnlabelledConfig
+from d3etr.config.overrides import apply_overrides
+from d3etr.config.tree import Config
+from d3etr.demo import runs as demo
+from d3etr.pseudo_labels import override_with
 
 CLOSED = Path("/sys/found.json")
 """A place where not even root may make a file."""
@@ -61,6 +67,40 @@ def test_the_folder_of_a_file_is_made(tiny_weights: Path, tmp_path: Path) -> Non
     output = tmp_path / "new" / "labels.json"
     assert main(["pseudo-label", str(tiny_weights), str(image.parent), str(output)]) == 0
     assert json.loads(output.read_text())["images"][0]["file_name"] == "a.png"
+
+
+def test_a_folder_that_is_called_like_a_number_is_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = [f"{split}_images=1" for split in ("train", "validation", "test")]
+    sets = [part for text in sizes for part in ("--set", text)]
+    assert main(["render-digit-scenes", "--root", "2024", *sets]) == 0
+    assert len([*Path("2024").glob("v1-*/annotations/*.json")]) == 3
+
+
+def test_what_trains_on_pseudo_labels_names_folders_of_any_script() -> None:
+    override = override_with(Path("out/😀.json"), UnlabelledConfig(images=Path("photos 😀")))
+    tree, problems = apply_overrides({}, [override])
+    assert not problems
+    assert tree["data"]["unlabelled"] == {"images": "photos 😀", "labels": "out/😀.json"}
+
+
+def test_the_demonstration_finds_its_teacher_in_a_folder_of_any_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Config] = []
+
+    def launch(config: Config, **options: object) -> SimpleNamespace:
+        asked.append(config)
+        return SimpleNamespace(metrics={})
+
+    monkeypatch.setattr(demo, "launch", launch)
+    output = tmp_path / "a: b"
+    demo.run_demo(train_teacher=True, launcher="local", overrides=[f"run.output='{output}'"])
+    teacher = asked[-1].teacher
+    assert teacher is not None and isinstance(teacher.weights, Path)
+    assert teacher.weights.parent.parent == output
 
 
 BROKEN = """

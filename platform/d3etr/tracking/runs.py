@@ -14,6 +14,7 @@ from PIL import Image
 
 from d3etr.config.load import load_config
 from d3etr.config.location import Url
+from d3etr.config.overrides import as_overrides
 from d3etr.config.tree import Config
 from d3etr.data.file_labels import LABELS_KEY
 from d3etr.data.splits import UNLABELLED
@@ -139,7 +140,7 @@ def register_run(run_dir: Path, name: str) -> Registered:
     """
     if RunFolder(run_dir).result() is None:
         raise UserError(f"{run_dir} is not finished: only a trained student can be registered")
-    config = load_config(RunFolder(run_dir).config, (f"tracking.register_as={json.dumps(name)}",))
+    config = load_config(RunFolder(run_dir).config, as_overrides({"tracking.register_as": name}))
     missing = replay(run_dir)
     state = read_state(run_dir)
     if missing is not None or state is None or state.model_uri is None:
