@@ -1,6 +1,7 @@
 """What a verdict says, from its numbers."""
 
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,8 @@ from typing import Any, cast
 
 import pytest
 
+from d3etr.cli.main import build_parser
+from d3etr.cli.verdict import _command
 from d3etr.engine.journal import Journal
 from d3etr.engine.run_folder import RunFolder
 from d3etr.engine.step_costs import StepCosts
@@ -151,3 +154,10 @@ def test_table_and_markdown_have_every_contender() -> None:
     values = as_json(whole)
     assert values["answer"] == "gain" and len(values["contenders"]) == 3
     assert math.isclose(values["contenders"][2]["gain"]["both"]["low"], 0.02)
+
+
+def test_the_command_asks_for_the_same_to_the_last_digit() -> None:
+    given = ["verdict", "digits/d3etr", "--minutes", "1234567.8", "--rates", "0.33333333", "1"]
+    command = shlex.split(_command(build_parser().parse_args(given)))
+    again = build_parser().parse_args(command[1:])
+    assert (again.minutes, again.rates) == (1234567.8, [0.33333333, 1.0])
