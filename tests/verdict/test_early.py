@@ -125,6 +125,7 @@ def test_who_cannot_win_is_stopped(tmp_path: Path, question: Question) -> None:
     assert [e.way.name for e in staged.stages["final"]] == ["inherited plain", "distilled"]
     assert found.early is not None and found.early.split == "validation"
     assert "plain is stopped: it cannot win any more" in staged.said
+    assert found.rates == {}, "nobody had a choice"
 
 
 def test_a_distilled_student_that_cannot_win_settles_it(tmp_path: Path, question: Question) -> None:

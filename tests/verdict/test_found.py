@@ -139,6 +139,16 @@ def test_what_is_settled_early_says_so() -> None:
     early = replace(whole, early=whole.final, final=None)
     assert early.sentence.startswith("Settled early, the full runs were left out. Distilling does")
     assert as_json(early)["settled_early"] is True
+    assert early.early is not None
+    short = replace(early, early=replace(early.early, split="validation"))
+    [caution] = notes(short)
+    assert caution.startswith("Short runs are judged on validation"), "no word on other splits"
+
+
+def test_runs_that_failed_are_in_the_verdict() -> None:
+    whole = found(around(0.04, 0.02), around(0.1, 0.05))
+    said = "0 of 3 final runs of 'plain, rate x 1' finished: no such weights"
+    assert said in as_markdown(replace(whole, failed=(said,)))
 
 
 def test_table_and_markdown_have_every_contender() -> None:

@@ -210,6 +210,7 @@ class _Verdict:
     def _early(self, entries: Sequence[Entry], found: Found) -> tuple[list[Entry], Found]:
         """Choose rates by short runs, and stop what cannot win any more."""
         short = {  # of steps: what a teacher did before them serves the whole run
+        question = self._question
             each.title: replace(each, steps=max(1, round(EARLY * each.steps))) for each in entries
         }
         ran = self._train("early", short, self._seeds[: self._early_seeds])
@@ -220,11 +221,10 @@ class _Verdict:
                 best[name] = each
         chosen = list(best.values())
         rates = {name: each.entry.rate for name, each in best.items()}
-        for name, rate in rates.items():
-            if len(self._question.rates) > 1:
-                self._say(f"{name}: learning rate x {rate:g} was best on validation")
+        for name, rate in rates.items() if len(question.rates) > 1 else ():
+            self._say(f"{name}: learning rate x {rate:g} was best on validation")
         stage = None
-        if self._question.early:
+        if question.early:
             stage = self._judged(chosen, "validation")
             self._say(f"early, after {EARLY:g} of the steps: {stage.sentence}")
             for name in stage.stopped:
@@ -235,7 +235,7 @@ class _Verdict:
             if rates.get(each.way.name) == each.rate
             and (stage is None or each.way.name not in stage.stopped)
         ]
-        return kept, replace(found, early=stage, rates=rates)
+        return kept, replace(found, early=stage, rates=rates if len(question.rates) > 1 else {})
 
     def _train(self, stage: str, entries: dict[str, Entry], seeds: Sequence[int]) -> list[Ran]:
         """Train entries with all seeds; what failed is left out with a line."""
