@@ -175,6 +175,7 @@ class Found:
         rates: contender -> the factor on its learning rate that was best; empty with one rate.
         early: the judgement after short runs.
         final: after full runs; None where the early one settled it.
+        failed: whose runs did not all finish, a sentence each.
     """
 
     command: str
@@ -185,6 +186,7 @@ class Found:
     rates: Mapping[str, float] = field(default_factory=dict)
     early: Stage | None = None
     final: Stage | None = None
+    failed: tuple[str, ...] = ()
 
     @property
     def stage(self) -> Stage:
