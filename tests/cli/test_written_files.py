@@ -128,3 +128,24 @@ def test_only_a_reader_that_has_seen_enough_is_no_failure(pipe: str, code: int) 
     )
     assert done.returncode == code, done.stderr
     assert ("BrokenPipeError" in done.stderr) == bool(code)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", "{weights}", "{folder}", "--output", "{folder}/out"],
+        ["export", "{loop}", "{folder}/out.safetensors"],
+        ["sweep", "{loop}", "--dry-run"],
+        ["train", "{loop}", "--dry-run"],
+    ],
+    ids=["picture", "source", "sweep", "recipe"],
+)
+def test_links_in_a_circle_are_a_mistake_of_the_user(
+    command: list[str], tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for one, other in (("a.png", "b.png"), ("b.png", "a.png"), ("l.safetensors",) * 2):
+        (tmp_path / one).symlink_to(other)
+    places = {"weights": tiny_weights, "folder": tmp_path, "loop": tmp_path / "l.safetensors"}
+    assert main([argument.format(**places) for argument in command]) == 2
+    said = capsys.readouterr().err
+    assert "error: " in said and ("a.png" in said or "l.safetensors" in said)

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs
 
 from d3etr.config.tree import Config
 from d3etr.text import redacted
-from d3etr.tracking.address import BEST_FIRST, how_to_open, run_page, runs_page
+from d3etr.tracking.address import BEST_FIRST, embedded_uri, how_to_open, run_page, runs_page
 from d3etr.tracking.charts import TAG, charted_page
 from d3etr.tracking.server import connect, tracking_uri
 from d3etr.tracking.state import read_state
@@ -28,6 +28,13 @@ def test_a_server_needs_an_address_only_a_file_a_command_too() -> None:
         command == "py -m mlflow ui --backend-store-uri 'sqlite:////my runs/mlflow.db' --port 5000"
     )
     assert address == f"http://127.0.0.1:5000/{page}"
+
+
+def test_the_embedded_database_is_named_whatever_links_its_folder_is(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a"), ("c", "d")):
+        (tmp_path / name).symlink_to(other)
+    assert embedded_uri(tmp_path / "c") == f"sqlite:///{tmp_path.resolve()}/d/mlflow.db"
+    assert embedded_uri(tmp_path / "a").endswith("/mlflow.db"), "making the folder says it"
 
 
 def test_a_page_of_runs_names_which_and_in_what_order() -> None:

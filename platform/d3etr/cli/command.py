@@ -210,7 +210,8 @@ def ensure_other_file(source: Url | Path, target: Path) -> None:
     Raises:
         UserError: both are the same file.
     """
-    if isinstance(source, Path) and source.resolve() == target.resolve():
+    # Not Path.resolve: links in a circle are an error to it.
+    if isinstance(source, Path) and os.path.realpath(source) == os.path.realpath(target):
         raise UserError(f"{target} is the file that is read; choose another name to write to")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -179,9 +180,9 @@ def _targets(paths: list[str], output: Path | None) -> dict[str, Path]:
     if len({*numbered.values()}) < len(numbered):  # a picture's own name looks like a numbered one
         numbered = {path: f"{index:04d}-{stem}" for index, (path, stem) in enumerate(stems.items())}
     targets = {path: output / f"{name}.png" for path, name in numbered.items()}
-    read = {Path(path).resolve() for path in paths}
+    read = {os.path.realpath(path) for path in paths}  # which takes links in a circle too
     for target in targets.values():
-        if target.resolve() in read:
+        if os.path.realpath(target) in read:
             raise UserError(f"--output: {target} is a picture that is read; choose another folder")
     return targets
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from urllib.parse import urlencode
@@ -20,7 +21,8 @@ TRAINING_MENU = {"workflowType": "machine_learning"}
 
 def embedded_uri(output: Path) -> str:
     """Address of the SQLite file next to the runs in ``output``."""
-    return f"sqlite:///{output.resolve() / 'mlflow.db'}"
+    # Not Path.resolve: who makes the folder says that its links go in a circle.
+    return f"sqlite:///{os.path.realpath(output)}/mlflow.db"
 
 
 def run_page(experiment: str, run: str) -> str:
