@@ -13,6 +13,7 @@ from d3etr.cli.command import (
     add_json,
     add_weights,
     answer,
+    complain,
     ensure_writable,
     file_to_write,
     location,
@@ -68,9 +69,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=whole_number(0, 64),
-        default=1,
         metavar="N",
-        help="loading processes (default 1)",
+        help="loading processes (default 1); an ONNX file is measured in this one alone",
     )
     parser.add_argument(
         "--write-detections",
@@ -117,6 +117,8 @@ def _measure_onnx(options: Namespace) -> dict[str, Any]:
     from d3etr.exports.measuring import measure
     from d3etr.exports.onnx_predictor import load_onnx
 
+    if options.workers is not None:
+        complain("warning: --workers has no effect on an ONNX file: images are loaded in turn")
     predictor = load_onnx(require_path("WEIGHTS", options.weights), options.device)
     most = EvaluationConfig().maximum_detections
     with progress_bar() as progress:
@@ -164,7 +166,7 @@ def _measure_weights(options: Namespace) -> dict[str, Any]:
         train=place,
         validation=place,
         preprocessing=predictor.info.preprocessing,
-        workers=options.workers,
+        workers=1 if options.workers is None else options.workers,
     )
     context = SingleProcess(predictor.device)
     evaluator = Evaluator(split, data, EvaluationConfig(batch_size=options.batch_size), context)

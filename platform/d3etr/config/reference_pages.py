@@ -38,7 +38,7 @@ def write_pages(folder: Path) -> list[Path]:
         folder: where to; it is made.
 
     Raises:
-        UserError: they cannot be written.
+        OSError: they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = {folder / PAGE: markdown(), folder / SCHEMA: schema()}
