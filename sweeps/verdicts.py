@@ -28,11 +28,13 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from d3etr.cli.command import ensure_writable
 from d3etr.config.base import Section
 from d3etr.config.problems import ConfigError, problems_of
 from d3etr.config.yaml_text import parse_yaml, read_text
 from d3etr.errors import UserError
 from d3etr.files import write_text
+from d3etr.launch.process import INTERRUPTED
 from d3etr.tracking.figures.style import legend, new_figure, plain_axes, save, series_styles
 
 Record = dict[str, Any]
@@ -44,8 +46,8 @@ class Asked(Section):
 
     ask: str
     """Arguments of ``d3etr verdict``, the recipe first."""
-    at: float | None = None
-    """Where it stands on the curve."""
+    at: Annotated[float, Field(gt=0)] | None = None
+    """Where it stands on the curve, whose axis is logarithmic."""
 
 
 class Questions(Section):
@@ -79,6 +81,12 @@ def read_questions(file: Path) -> Questions:
     missing = [row for row, asked in found.verdicts.items() if found.along and asked.at is None]
     if missing:
         raise UserError(f"{file}: verdicts.{missing[0]}: expected 'at', its place along the curve")
+    for row in found.verdicts:
+        try:
+            command_of(found, row)
+        except ValueError as error:
+            place = f"{file}: verdicts.{row}.ask, and options"
+            raise UserError(f"{place}: not a command line ({error})") from error
     return found
 
 
@@ -88,10 +96,21 @@ def command_of(questions: Questions, row: str) -> list[str]:
 
 
 def ask(command: Sequence[str]) -> Record | None:
-    """What ``d3etr verdict`` finds; None where it fails, which it says itself."""
+    """What ``d3etr verdict`` finds; None where it fails, which it says itself.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted, and has ended.
+    """
     run = [sys.executable, "-m", "d3etr", *command, "--json"]
-    done = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=False)
-    return json.loads(done.stdout) if done.returncode == 0 else None
+    with subprocess.Popen(run, stdout=subprocess.PIPE, text=True) as asked:
+        try:
+            text, _ = asked.communicate()
+        except KeyboardInterrupt:
+            asked.wait()  # Ctrl-C reaches it too: it saves and ends its workers
+            raise
+    if asked.returncode == INTERRUPTED:
+        raise KeyboardInterrupt
+    return json.loads(text) if asked.returncode == 0 else None
 
 
 HEADINGS = ("", "contender", "learning rate", "steps", "seconds", "mAP by seed", "mean", "95 %")
@@ -139,7 +158,8 @@ def as_markdown(questions: Questions, found: Mapping[str, Record], command: str)
     if questions.along:
         lines += [f"![mAP over {questions.along}]({questions.name}.svg)", ""]
     lines += [f"| {' | '.join(headings)} |", f"|{' --- |' * 3}{' ---: |' * (len(headings) - 3)}"]
-    lines += [f"| {' | '.join(r)} |" for row in found for r in rows_of(row, found[row])]
+    rows = [r for row in found for r in rows_of(row, found[row])]
+    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in r)} |" for r in rows]
     lines += ["", "Gains are over the rival, the best on validation that no teacher teaches."]
     lines += ["Intervals are for other seeds and other images.", ""]
     lines += [f"- {row}: {each['sentence']} `{each['command']}`" for row, each in found.items()]
@@ -184,18 +204,25 @@ def main() -> int:
     options = parser.parse_args()
     try:
         questions = read_questions(options.file)
+        if not options.dry_run:  # before the hours whose results it is to hold
+            ensure_writable(options.table / f"{questions.name}.md")
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
     found = dict[str, Record]()
     for row in questions.verdicts:
         command = command_of(questions, row)
         print(f"{row}: d3etr {shlex.join(command)}", file=sys.stderr)
-        answer = None if options.dry_run else ask(command)
+        try:
+            answer = None if options.dry_run else ask(command)
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on", file=sys.stderr)
+            return INTERRUPTED
         if answer is not None:
             found[row] = answer
     if options.dry_run:
         return 0
-    write_files(questions, found, options.table, f"python sweeps/verdicts.py {options.file}")
+    command = ["python", "sweeps/verdicts.py", str(options.file)]
+    write_files(questions, found, options.table, shlex.join(command))
     return int(len(found) < len(questions.verdicts))
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -103,12 +106,48 @@ def test_a_question_that_fails_is_named(asked: Path, tmp_path: Path) -> None:
     [
         (QUESTIONS.replace("at: 10,", ""), "verdicts.10 labelled: expected 'at'"),
         (QUESTIONS.replace("ask: nowhere", "asks: nowhere"), "asks: unknown key"),
+        (QUESTIONS.replace("nowhere.yaml", '"\'x"'), "all labelled.ask, and options"),
+        (QUESTIONS.replace("at: 10,", "at: 0,"), "verdicts.10 labelled.at"),
     ],
 )
 def test_a_file_that_asks_nothing_is_refused(asked: Path, wrong: str, message: str) -> None:
     asked.write_text(wrong)
     done = run(asked)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_table_that_cannot_be_written_is_refused_before_anything_is_asked(asked: Path) -> None:
+    done = run(asked, "--table", "/sys/tables")
+    assert done.returncode == 1 and "cannot write /sys/tables" in done.stderr
+    assert "d3etr verdict" not in done.stderr and "Traceback" not in done.stderr
+
+
+INTERRUPTED = """
+import runpy, sys
+_, sys.executable, *sys.argv = sys.argv  # the second stands for a verdict
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_ctrl_c_lets_a_verdict_end_by_itself(asked: Path, tmp_path: Path) -> None:
+    verdict = tmp_path / "verdict"
+    verdict.write_text(
+        f"#!/bin/bash\ncd {tmp_path}\ntrap 'sleep 1; touch saved; exit 130' INT\n"
+        "touch begun\nwhile true; do sleep 0.1; done\n"
+    )
+    verdict.chmod(0o755)
+    command = [sys.executable, "-c", INTERRUPTED, str(verdict), str(SCRIPT), str(asked)]
+    table = ["--table", str(tmp_path / "tables")]
+    with subprocess.Popen(
+        [*command, *table], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as running:
+        while not (tmp_path / "begun").exists():
+            assert running.poll() is None
+            time.sleep(0.1)
+        os.killpg(running.pid, signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 130 and (tmp_path / "saved").exists()
+    assert said.endswith("interrupted: the same command goes on\n") and "Traceback" not in said
 
 
 @pytest.mark.parametrize("file", sorted(SCRIPT.with_suffix("").glob("*.yaml")), ids=str)

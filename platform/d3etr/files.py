@@ -81,12 +81,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all.
+    """Write a small text file of a run whole or not at all.
 
     Raises:
         UserError: the disk is full or the folder is not writable.
     """
-    with clear_disk_errors(path.name, path.parent), atomic_write(path) as temporary:
+    with clear_disk_errors(path.name, path.parent):
+        write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """As ``write_text``, of a file that belongs to no run.
+
+    Raises:
+        OSError: what the system says; ``run.output`` would be no advice.
+    """
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -133,7 +133,9 @@ def override_with(labels: Path, images: UnlabelledConfig) -> str:
         images: that it was made of.
     """
     tree = images.model_dump(mode="json", exclude_defaults=True, exclude={"share"})
-    return f"data.unlabelled={json.dumps(tree | {'labels': str(labels)})}"
+    # YAML takes JSON as it is, but for escapes of characters beyond 16 bits.
+    text = json.dumps(tree | {"labels": str(labels)}, ensure_ascii=False)
+    return f"data.unlabelled={text}"
 
 
 def _detections(

@@ -205,3 +205,12 @@ def test_a_coco_file_without_its_images_is_refused(
     file.write_text(json.dumps(scenes[1]))
     assert main(["evaluate", str(WEIGHTS), "--annotations", str(file), "--device", "cpu"]) == 2
     assert "--images is missing: expected the folder" in capsys.readouterr().err
+
+
+def test_workers_that_an_onnx_file_has_no_use_for_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["evaluate", "nowhere.onnx", "--annotations", "nowhere.json", "--workers"]
+    assert main([*command, "2"]) == 2
+    said = capsys.readouterr().err
+    assert "warning: --workers has no effect on an ONNX file" in said and "nowhere.onnx" in said

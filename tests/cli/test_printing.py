@@ -1,14 +1,19 @@
 """Names from files of others: shown as what they are, never as what they would do."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from test_links import data_set  # type: ignore[import-not-found]
 
 from d3etr.cli.main import main
+from d3etr.cli.progress import progress_bar
 from d3etr.text import printable
+from d3etr.tracking.compare.tables import Table
 
 EVIL = "cat\x1b[2J\x9b31m\u202egnp.exe\x85"
 SHOWN = "cat\\u001b[2J\\u009b31m\\u202egnp.exe\\u0085"
@@ -62,3 +67,16 @@ def test_half_a_character_in_a_name_is_one_problem_of_the_file(
     file.write_text(json.dumps(content))
     assert main(["check-data", *overrides]) == 1
     assert f"{place[0]}[0]" in capsys.readouterr().out
+
+
+def test_brackets_in_names_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    table = Table("on [a]", ("class", "with [views]", "[/x]"), (("[cat]", "1", "2"),))
+    Console(file=shown, width=80).print(table.as_rich())
+    assert all(text in shown.getvalue() for text in ("on [a]", "with [views]", "[/x]", "[cat]"))
+    monkeypatch.setattr(shown, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", shown)
+    with progress_bar() as progress:
+        progress("fetching s3://photos/[/a]", 1, 3)
+        progress("fetching s3://photos/[/a]", 3, 3)
+    assert "s3://photos/[/a]" in shown.getvalue()

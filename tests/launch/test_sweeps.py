@@ -59,6 +59,7 @@ def test_a_trial_that_fails_stops_no_other_and_says_why(
     assert [child.info.run_name for child in children] == ["as it is"]
     assert children[0].info.status == parent.info.status == "FINISHED"
     assert parent.data.metrics["val/mAP"] == readable(good.mAP or 0)
+    assert parent.data.metrics["val/kept_mAP"] == parent.data.metrics["val/mAP"]
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert {"best.yaml", "table.md", "results.json", "sweep.yaml"} <= files
     champion = client.get_model_version_by_alias("d3etr-student", "champion")

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs
 
 from d3etr.config.tree import Config
 from d3etr.text import redacted
-from d3etr.tracking.address import how_to_open, run_page, runs_page
+from d3etr.tracking.address import BEST_FIRST, embedded_uri, how_to_open, run_page, runs_page
 from d3etr.tracking.charts import TAG, charted_page
 from d3etr.tracking.server import connect, tracking_uri
 from d3etr.tracking.state import read_state
@@ -30,6 +30,13 @@ def test_a_server_needs_an_address_only_a_file_a_command_too() -> None:
     assert address == f"http://127.0.0.1:5000/{page}"
 
 
+def test_the_embedded_database_is_named_whatever_links_its_folder_is(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a"), ("c", "d")):
+        (tmp_path / name).symlink_to(other)
+    assert embedded_uri(tmp_path / "c") == f"sqlite:///{tmp_path.resolve()}/d/mlflow.db"
+    assert embedded_uri(tmp_path / "a").endswith("/mlflow.db"), "making the folder says it"
+
+
 def test_a_page_of_runs_names_which_and_in_what_order() -> None:
     page = runs_page("1", "attributes.run_id IN ('a', 'b')", "attributes.start_time")
     place, _, query = page.partition("?")
@@ -45,7 +52,7 @@ def test_a_page_of_runs_names_which_and_in_what_order() -> None:
 
 def test_a_page_of_runs_is_printed_whole() -> None:
     search = f"tags.`mlflow.parentRunId` = '{'0f3a9c5d7e8b4a6f' * 2}'"
-    page = runs_page("1", search, "metrics.`val/mAP`")
+    page = runs_page("1", search, BEST_FIRST)
     assert redacted(page) == page, "nothing in it is a secret"
 
 
@@ -66,7 +73,7 @@ def test_a_sweep_leads_to_its_trials(make_config: MakeConfig, tmp_path: Path) ->
     view = json.loads(client.get_experiment(state.experiment_id).tags[TAG + key])
     assert client.search_runs([state.experiment_id], view["searchFilter"]) == []
     assert view["searchFilter"] == f"tags.`mlflow.parentRunId` = '{sweep.run_id}'"
-    assert view["orderByKey"] == "metrics.`val/mAP`" and not view["orderByAsc"]
+    assert view["orderByKey"] == "metrics.`val/kept_mAP`" and not view["orderByAsc"]
     assert view["compareRunCharts"][0]["metricKey"] == "val/mAP"
 
 

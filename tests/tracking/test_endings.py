@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from mlflow.store.tracking.dbmodels.models import SqlDataset
-from tracked_folders import client_of, run_of
+from tracked_folders import client_of, journal_records, run_of, write_journal
 
 from d3etr.config.tree import Config
 from d3etr.tracking.runs import open_tracker, replay
@@ -136,3 +137,22 @@ def test_a_slow_server_gets_few_files_and_a_person_sees_which(
     files = [str(file.relative_to(stored)) for file in stored.rglob("*") if file.is_file()]
     assert {"code/d3etr.zip", "artifacts/weights.safetensors", "MLmodel"} <= set(files)
     assert len(files) <= 8
+
+
+def test_the_model_has_the_metrics_of_the_weights_that_were_kept(
+    make_config: MakeConfig, make_run: MakeRun
+) -> None:
+    config = make_config()
+    folder = make_run(config, mAP=0.5, steps=30)
+    records = journal_records(30, 0.75)  # 0.25, 0.5, 0.75
+    records[-1]["metrics"]["val/mAP"] = 0.125
+    write_journal(folder, records)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"kept_step": 20}))
+    assert open_tracker(config, folder).finish("FINISHED") is None
+    [model] = client_of(config).search_logged_models(["1"])
+    found = {metric.key: (metric.step, metric.value) for metric in model.metrics}
+    assert found["val/mAP"] == (20, 0.5) and found["train/loss"] == (20, 0.5)
+    assert [made.step for made in run_of(config, folder).outputs.model_outputs] == [20]
+    history = client_of(config).get_metric_history(run_of(config, folder).info.run_id, "val/mAP")
+    assert [(point.step, point.value) for point in history] == [(10, 0.25), (20, 0.5), (30, 0.125)]

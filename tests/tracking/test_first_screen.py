@@ -98,7 +98,8 @@ def test_a_new_experiment_leads_to_its_runs_by_result(
     assert replay(run_dir) is None
     client, experiment = client_of(config), run_of(config, run_dir).info.experiment_id
     note = client.get_experiment(experiment).tags[KEY]
-    assert "best validation mAP first" in note and "orderByKey=metrics.%60val%2FmAP%60" in note
+    assert "best validation mAP first" in note
+    assert "orderByKey=metrics.%60val%2Fkept_mAP%60" in note
     client.set_experiment_tag(experiment, KEY, "ours")
     assert replay(run_dir) is None
     assert client.get_experiment(experiment).tags[KEY] == "ours"

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from tiny_recipe import tiny_recipe
 
 from d3etr.engine.step_costs import StepCosts
-from d3etr.errors import RunFailedError
+from d3etr.errors import RunFailedError, UserError
 from d3etr.evaluation.judge import Difference, Judgement, Standing
 from d3etr.evaluation.resampling import Interval
 from d3etr.launch.sweeps.results import TrialResult
@@ -124,6 +125,7 @@ def test_who_cannot_win_is_stopped(tmp_path: Path, question: Question) -> None:
     found = find(staged)
     assert [e.way.name for e in staged.stages["final"]] == ["inherited plain", "distilled"]
     assert found.early is not None and found.early.split == "validation"
+    assert found.rates == {}, "nobody had a choice"
     assert "plain is stopped: it cannot win any more" in staged.said
 
 
@@ -153,3 +155,41 @@ def test_without_a_finished_run_on_each_side_there_is_no_verdict(
     failed = TrialResult(cast(Any, None), "failed", reason="no such weights")
     with pytest.raises(RunFailedError, match="no such weights"):
         staged._require_both(only, [failed])
+
+
+def test_a_run_that_fails_is_counted_with_its_reason(
+    tmp_path: Path, question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged = Staged(tmp_path, question, {})
+    entries = {each.name: Entry(each, 1.0, 9) for each in staged._contest.ways}
+
+    def trials(case: str) -> list[TrialResult]:
+        trial = cast(Any, SimpleNamespace(case=case))
+        done = [TrialResult(trial, "finished", Path("x"), {}, 0.2, 1) for _ in range(2)]
+        failed = TrialResult(trial, "failed", reason="no such weights")
+        return [*done, failed] if case == "plain" else done
+
+    result = SimpleNamespace(trials=[each for name in entries for each in trials(name)])
+    monkeypatch.setattr(verdict_run, "make_plan", lambda sweep: None)
+    monkeypatch.setattr(verdict_run, "run_sweep", lambda plan, **options: result)
+    ran = verdict_run._Verdict._train(staged, "final", entries, (0, 1, 2))
+    assert len(ran) == len(entries)
+    assert staged._failed == ["2 of 3 final runs of 'plain' finished: no such weights"]
+
+
+def test_a_place_that_cannot_be_written_is_one_error(question: Question) -> None:
+    staged = Staged(Path("/sys/runs"), question, {})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(verdict_run, "on_a_worker", lambda *asked: COSTS)
+        with pytest.raises(UserError, match="the verdict could not be written to /sys/runs"):
+            verdict_run._Verdict._costs(staged, 0.0)
+
+
+def test_a_contender_whose_teacher_takes_all_the_time_is_said_to_have_no_steps(
+    tmp_path: Path, question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = replace(COSTS, prepared=COSTS.prepared | {"distilled": 700.0})
+    monkeypatch.setattr(Staged, "_costs", lambda self, labelling: stored)
+    expected = "600 seconds less 700 for what its teacher does first are 0 steps of 'distilled'"
+    with pytest.raises(UserError, match=expected):
+        find(Staged(tmp_path, replace(question, rates=(1.0,)), {}))

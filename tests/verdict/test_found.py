@@ -1,6 +1,7 @@
 """What a verdict says, from its numbers."""
 
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,8 @@ from typing import Any, cast
 
 import pytest
 
+from d3etr.cli.main import build_parser
+from d3etr.cli.verdict import _command
 from d3etr.engine.journal import Journal
 from d3etr.engine.run_folder import RunFolder
 from d3etr.engine.step_costs import StepCosts
@@ -136,6 +139,16 @@ def test_what_is_settled_early_says_so() -> None:
     early = replace(whole, early=whole.final, final=None)
     assert early.sentence.startswith("Settled early, the full runs were left out. Distilling does")
     assert as_json(early)["settled_early"] is True
+    assert early.early is not None
+    short = replace(early, early=replace(early.early, split="validation"))
+    [caution] = notes(short)
+    assert caution.startswith("Short runs are judged on validation"), "no word on other splits"
+
+
+def test_runs_that_failed_are_in_the_verdict() -> None:
+    whole = found(around(0.04, 0.02), around(0.1, 0.05))
+    said = "0 of 3 final runs of 'plain, rate x 1' finished: no such weights"
+    assert said in as_markdown(replace(whole, failed=(said,)))
 
 
 def test_table_and_markdown_have_every_contender() -> None:
@@ -151,3 +164,10 @@ def test_table_and_markdown_have_every_contender() -> None:
     values = as_json(whole)
     assert values["answer"] == "gain" and len(values["contenders"]) == 3
     assert math.isclose(values["contenders"][2]["gain"]["both"]["low"], 0.02)
+
+
+def test_the_command_asks_for_the_same_to_the_last_digit() -> None:
+    given = ["verdict", "digits/d3etr", "--minutes", "1234567.8", "--rates", "0.33333333", "1"]
+    command = shlex.split(_command(build_parser().parse_args(given)))
+    again = build_parser().parse_args(command[1:])
+    assert (again.minutes, again.rates) == (1234567.8, [0.33333333, 1.0])

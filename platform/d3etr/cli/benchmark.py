@@ -12,6 +12,7 @@ from d3etr.cli.command import (
     Command,
     add_device,
     add_json,
+    ensure_writable,
     file_to_write,
     location,
     positive,
@@ -85,6 +86,8 @@ def _run(options: Namespace) -> int:
     from d3etr.latency.measure import processor
     from d3etr.latency.report import draw, notes, table
 
+    if options.picture is not None:
+        ensure_writable(options.picture)
     rows, device = _measured(options)
     if options.picture is not None:
         with writing(options.picture):

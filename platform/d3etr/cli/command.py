@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3etr.errors import UserError
+from d3etr.files import temporary_beside
 from d3etr.text import printable
 
 if TYPE_CHECKING:
@@ -209,7 +210,8 @@ def ensure_other_file(source: Url | Path, target: Path) -> None:
     Raises:
         UserError: both are the same file.
     """
-    if isinstance(source, Path) and source.resolve() == target.resolve():
+    # Not Path.resolve: links in a circle are an error to it.
+    if isinstance(source, Path) and os.path.realpath(source) == os.path.realpath(target):
         raise UserError(f"{target} is the file that is read; choose another name to write to")
 
 
@@ -222,6 +224,19 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; choose another place, or make room"
         ) from error
+
+
+def ensure_writable(path: Path) -> None:
+    """Make the folder of a file, before the long work whose result it is to hold.
+
+    Raises:
+        UserError: the folder cannot be made, or takes no files.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = temporary_beside(path)
+        probe.touch()
+        probe.unlink()
 
 
 def complain(text: str) -> None:

@@ -13,6 +13,8 @@ from d3etr.cli.command import (
     add_json,
     add_weights,
     answer,
+    complain,
+    ensure_writable,
     file_to_write,
     location,
     positive,
@@ -21,7 +23,7 @@ from d3etr.cli.command import (
 )
 from d3etr.cli.progress import progress_bar
 from d3etr.cli.splits import evaluated_split, split_config
-from d3etr.files import write_text
+from d3etr.files import write_whole
 from d3etr.text import printable
 
 if TYPE_CHECKING:
@@ -67,9 +69,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=whole_number(0, 64),
-        default=1,
         metavar="N",
-        help="loading processes (default 1)",
+        help="loading processes (default 1); an ONNX file is measured in this one alone",
     )
     parser.add_argument(
         "--write-detections",
@@ -104,6 +105,8 @@ def _measure(options: Namespace) -> dict[str, Any]:
     """Evaluate in this process; values are fractions."""
     from d3etr.loading import is_onnx
 
+    if options.write_detections is not None:
+        ensure_writable(options.write_detections)
     return _measure_onnx(options) if is_onnx(options.weights) else _measure_weights(options)
 
 
@@ -114,6 +117,8 @@ def _measure_onnx(options: Namespace) -> dict[str, Any]:
     from d3etr.exports.measuring import measure
     from d3etr.exports.onnx_predictor import load_onnx
 
+    if options.workers is not None:
+        complain("warning: --workers has no effect on an ONNX file: images are loaded in turn")
     predictor = load_onnx(require_path("WEIGHTS", options.weights), options.device)
     most = EvaluationConfig().maximum_detections
     with progress_bar() as progress:
@@ -127,7 +132,7 @@ def _measure_onnx(options: Namespace) -> dict[str, Any]:
             for number, label, score, box in zip(*columns, strict=True)
         ]
         with writing(options.write_detections):
-            write_text(options.write_detections, json.dumps(written))
+            write_whole(options.write_detections, json.dumps(written))
     speed, metrics = measured.images_per_second, measured.metrics.as_dict()
     return _result(options, split, speed, metrics)
 
@@ -161,7 +166,7 @@ def _measure_weights(options: Namespace) -> dict[str, Any]:
         train=place,
         validation=place,
         preprocessing=predictor.info.preprocessing,
-        workers=options.workers,
+        workers=1 if options.workers is None else options.workers,
     )
     context = SingleProcess(predictor.device)
     evaluator = Evaluator(split, data, EvaluationConfig(batch_size=options.batch_size), context)
@@ -172,7 +177,7 @@ def _measure_weights(options: Namespace) -> dict[str, Any]:
     evaluation = evaluator.measure(predictor.detector, observe)
     if options.write_detections is not None:
         with writing(options.write_detections):
-            write_text(options.write_detections, json.dumps(written))
+            write_whole(options.write_detections, json.dumps(written))
     return _result(options, split, evaluation.images_per_second, evaluation.as_dict())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import sys
 import traceback
 import warnings
@@ -125,7 +126,7 @@ def _run(options: Namespace) -> int:
 
 def _failed(error: Exception) -> int:
     """Say what went wrong; the exit code."""
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError) and _reader_has_left():
         # The reader, such as head, has seen enough; nothing may be flushed into its pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -138,6 +139,16 @@ def _failed(error: Exception) -> int:
         error = limit
     print(f"error: {error}", file=sys.stderr)
     return USER_MISTAKE if isinstance(error, UserError) else FAILED
+
+
+def _reader_has_left() -> bool:
+    """Whether standard output is a pipe that nobody reads: other pipes break for other reasons."""
+    try:
+        watch = select.poll()
+        watch.register(sys.stdout, 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
+    except (OSError, ValueError):  # no file behind it
+        return False
 
 
 def build_parser() -> ArgumentParser:

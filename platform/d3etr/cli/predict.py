@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -176,13 +177,16 @@ def _targets(paths: list[str], output: Path | None) -> dict[str, Path]:
         return {}
     stems = {path: Path(path).stem for path in paths}
     times = Counter(stems.values())
-    targets = {
-        path: output / (f"{stem}.png" if times[stem] == 1 else f"{index:04d}-{stem}.png")
+    numbered = {
+        path: stem if times[stem] == 1 else f"{index:04d}-{stem}"
         for index, (path, stem) in enumerate(stems.items())
     }
-    read = {Path(path).resolve() for path in paths}
+    if len({*numbered.values()}) < len(numbered):  # a picture's own name looks like a numbered one
+        numbered = {path: f"{index:04d}-{stem}" for index, (path, stem) in enumerate(stems.items())}
+    targets = {path: output / f"{name}.png" for path, name in numbered.items()}
+    read = {os.path.realpath(path) for path in paths}  # which takes links in a circle too
     for target in targets.values():
-        if target.resolve() in read:
+        if os.path.realpath(target) in read:
             raise UserError(f"--output: {target} is a picture that is read; choose another folder")
     return targets
 

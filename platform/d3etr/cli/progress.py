@@ -31,6 +31,7 @@ def progress_bar() -> Iterator[OnProgress]:
         yield PacedProgress(print_progress, QUIET_SECONDS, LINE_SECONDS)
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
@@ -39,7 +40,7 @@ def progress_bar() -> Iterator[OnProgress]:
 
         def show(text: str, done: int = 0, total: int = 0, /) -> None:
             if text not in tasks:
-                tasks[text] = bar.add_task(printable(text), total=total)
+                tasks[text] = bar.add_task(escape(printable(text)), total=total)
             bar.update(tasks[text], completed=done, total=total)
 
         yield show

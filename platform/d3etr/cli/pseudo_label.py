@@ -15,13 +15,14 @@ from d3etr.cli.command import (
     add_overrides,
     add_weights,
     answer,
+    ensure_writable,
     file_to_write,
     fraction,
     writing,
 )
 from d3etr.cli.progress import progress_bar
 from d3etr.errors import UserError
-from d3etr.files import write_text
+from d3etr.files import write_whole
 
 if TYPE_CHECKING:
     from d3etr.data.splits import DetectionSplit
@@ -80,6 +81,7 @@ def _run(options: Namespace) -> int:
     from d3etr.pseudo_labels import best_threshold, pseudo_labels
 
     _require_consistent(options)
+    ensure_writable(options.output)
     predictor = load_weights_file(options.weights, options.device)
     threshold, f1 = options.threshold, None
     with progress_bar() as progress:
@@ -91,7 +93,7 @@ def _run(options: Namespace) -> int:
             threshold, f1 = best_threshold(predictor, validation, progress)
         content = pseudo_labels(predictor, images, threshold, progress)
     with writing(options.output):
-        write_text(options.output, json.dumps(content))
+        write_whole(options.output, json.dumps(content))
     result = {
         "output": str(options.output),
         "images": len(images.records),

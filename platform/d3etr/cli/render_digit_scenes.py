@@ -20,9 +20,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(options: Namespace) -> int:
     from d3etr.config.data import DigitScenesConfig
     from d3etr.config.load import validate_section
+    from d3etr.config.overrides import as_overrides
     from d3etr.data.digit_scenes import VERSION, write_digit_scenes
 
-    root = [] if options.root is None else [f"root={options.root}"]
+    root = [] if options.root is None else as_overrides({"root": options.root})
     overrides = [*root, *options.overrides]
     config = validate_section(
         DigitScenesConfig, {}, "the settings", overrides, below="data.digit_scenes"

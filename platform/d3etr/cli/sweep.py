@@ -8,7 +8,14 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d3etr.cli.command import USER_MISTAKE, Command, add_json, add_overrides, print_json
+from d3etr.cli.command import (
+    USER_MISTAKE,
+    Command,
+    add_json,
+    add_overrides,
+    ensure_writable,
+    print_json,
+)
 from d3etr.cli.progress import log_progress
 from d3etr.cli.train import write_data
 from d3etr.errors import UserError
@@ -51,19 +58,16 @@ def _run(options: Namespace) -> int:
     from d3etr.launch.sweeps.driver import run_sweep
     from d3etr.launch.sweeps.results import as_json, closing_lines, table, write_table
 
+    if options.table is not None:
+        ensure_writable(options.table / f"{plan.sweep.name}.md")
     write_data(plan.config(trial) for trial in plan.examples())
     command = _command(options)
     on_progress = no_progress if options.quiet else log_progress
     result = run_sweep(plan, command=command, on_progress=on_progress)
     if options.table is not None:
-        place = options.table / plan.sweep.name
-        write_table(
-            plan.sweep,
-            result.trials,
-            command,
-            place.with_suffix(".md"),
-            place.with_suffix(".json"),
-        )
+        # Not with_suffix: the name may have dots.
+        files = (options.table / f"{plan.sweep.name}.{suffix}" for suffix in ("md", "json"))
+        write_table(plan.sweep, result.trials, command, *files)
     if options.json:
         print_json(as_json(plan.sweep, result.trials, command))
     else:

@@ -125,13 +125,18 @@ def _variants(given: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
 
 
 def _command(options: Namespace) -> str:
-    parts = ["d3etr", "verdict", str(options.recipe), "--minutes", f"{options.minutes:g}"]
-    parts += ["--seeds", str(options.seeds), "--rates", *(f"{rate:g}" for rate in options.rates)]
+    parts = ["d3etr", "verdict", str(options.recipe), "--minutes", _exact(options.minutes)]
+    parts += ["--seeds", str(options.seeds), "--rates", *map(_exact, options.rates)]
     parts += ["--early"] if options.early else []
     parts += ["--checkpoint", str(options.checkpoint)] if options.checkpoint else []
     parts += [part for variant in options.variant for part in ("--variant", *variant)]
     parts += [part for override in options.overrides for part in ("--set", override)]
     return shlex.join(parts)
+
+
+def _exact(number: float) -> str:
+    """With every digit: a verdict is found again by what was asked."""
+    return repr(number).removesuffix(".0")
 
 
 COMMAND = Command(

@@ -216,5 +216,5 @@ def _extended(value: Any, path: Path) -> list[str]:
 def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
-    except (OSError, ValueError) as error:  # links in a circle, a NUL in the name
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a NUL in the name
         raise ConfigError(str(path), [Problem("", f"cannot be read: {error}")]) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d3etr.config.reference import Key, all_keys
-from d3etr.files import write_text
+from d3etr.files import write_whole
 
 PAGE, SCHEMA = "configuration.md", "configuration.schema.json"
 _COMMAND = "d3etr explain --write docs"
@@ -38,12 +38,12 @@ def write_pages(folder: Path) -> list[Path]:
         folder: where to; it is made.
 
     Raises:
-        UserError: they cannot be written.
+        OSError: they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = {folder / PAGE: markdown(), folder / SCHEMA: schema()}
     for path, text in content.items():
-        write_text(path, text)
+        write_whole(path, text)
     return list(content)
 
 

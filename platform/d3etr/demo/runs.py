@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from d3etr.config.load import load_config
+from d3etr.config.overrides import as_overrides
 from d3etr.config.shipped import recipes_folder
 from d3etr.config.tree import Config
 from d3etr.data.digit_scenes import write_digit_scenes
@@ -69,11 +70,12 @@ def run_demo(
     named = [] if shipped is None else [f"run.name=digits-teacher-{file_digest(shipped)[:8]}"]
     teacher = _config("teacher", [*overrides, *named])
     weights = folder_of(teacher).weights
-    start = f"student.initialise_from.weights={weights}"
+    start = as_overrides({"student.initialise_from.weights": weights})
+    taught = as_overrides({"teacher.weights": weights})
     students = {
         "plain student": _config("plain", overrides),
-        "inherited student": _config("inherited", [*overrides, start]),
-        "D3ETR student": _config("d3etr", [*overrides, f"teacher.weights={weights}"]),
+        "inherited student": _config("inherited", [*overrides, *start]),
+        "D3ETR student": _config("d3etr", [*overrides, *taught]),
     }
 
     if shipped is None:

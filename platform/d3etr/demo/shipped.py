@@ -12,7 +12,7 @@ from d3etr.detectors.build import count_parameters
 from d3etr.detectors.weights import WeightsInfo, load_weights
 from d3etr.engine.build import open_splits
 from d3etr.engine.distributed import TrainContext
-from d3etr.engine.journal import Journal
+from d3etr.engine.journal import KEPT_MAP, Journal
 from d3etr.engine.run_folder import RunFolder, numbers
 from d3etr.engine.teacher import check_same_classes
 from d3etr.errors import UserError
@@ -59,6 +59,7 @@ def measure_shipped(
     ]
     validation = measured[0].as_dict()
     metrics = {f"val/{name}": value for name, value in validation.items()}
+    metrics |= {KEPT_MAP: validation["mAP"]} if "mAP" in validation else {}
     journal.write("evaluation", step, epoch=1, metrics=metrics | {"epoch": 1})
     with clear_disk_errors("the teacher's weights", run_dir), atomic_write(folder.weights) as copy:
         shutil.copyfile(weights, copy)

@@ -23,6 +23,8 @@ from d3etr.text import redacted
 
 logger = get_logger(__name__)
 
+KEPT_MAP = "val/kept_mAP"
+"""Metric of an evaluation: mAP of the weights in the run's folder, which may be earlier ones."""
 Record = dict[str, Any]
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
 _Seconds = Annotated[float, Field(ge=0, lt=1e11)]

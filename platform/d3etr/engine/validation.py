@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +13,7 @@ from d3etr.data.splits import DetectionSplit
 from d3etr.detectors.weights import THRESHOLD, WeightsInfo, load_weights, save_weights
 from d3etr.engine.build import Run
 from d3etr.engine.hooks import Hooks
+from d3etr.engine.journal import KEPT_MAP
 from d3etr.engine.teacher import qualify_teacher
 from d3etr.engine.watch import LearningWatch
 from d3etr.evaluation.evaluator import Evaluation, Evaluator
@@ -85,8 +87,12 @@ class Validation:
         with nullcontext() if average is None else average.applied():
             observe = None if stability is None else stability.observe
             evaluation = self._evaluator.measure(self._run.models.student, observe)
-            self._record(epoch, evaluation, None if stability is None else stability.compare())
-            if self._is_to_be_kept(evaluation):
+            keeps = self._is_to_be_kept(evaluation)
+            kept = evaluation.mAP if keeps or self.kept is None else self.kept["metrics"].get("mAP")
+            stable = None if stability is None else stability.compare()
+            more = {"matching/stability": stable, KEPT_MAP: kept}
+            self._record(epoch, evaluation, more)
+            if keeps:
                 self._keep(epoch, evaluation)
         if not self._warned_of_lead:
             self._warned_of_lead = self._warn_without_lead(evaluation.mAP)
@@ -125,11 +131,10 @@ class Validation:
         )
         return True
 
-    def _record(self, epoch: int, evaluation: Evaluation, stable: float | None) -> None:
+    def _record(self, epoch: int, evaluation: Evaluation, more: Mapping[str, float | None]) -> None:
         run = self._run
         metrics = {f"val/{name}": value for name, value in evaluation.as_dict().items()}
-        if stable is not None:
-            metrics["matching/stability"] = stable
+        metrics |= {name: value for name, value in more.items() if value is not None}
         metrics["epoch"] = epoch
         metrics["time/evaluation"] = evaluation.seconds
         metrics["time/inference_images_per_second"] = evaluation.images_per_second

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from urllib.parse import urlencode
 
+from d3etr.engine.journal import KEPT_MAP
 from d3etr.text import bare_url
 
 PORT = 5000
 """MLflow's own default."""
+BEST_FIRST = f"metrics.`{KEPT_MAP}`"
+"""Column that runs are sorted by: a run is as good as the weights that it keeps, also before it
+ends, and the last evaluation may be of others."""
 TRAINING_MENU = {"workflowType": "machine_learning"}
 """Models are trained here: MLflow's menu is otherwise that of chats and agents."""
 
 
 def embedded_uri(output: Path) -> str:
     """Address of the SQLite file next to the runs in ``output``."""
-    return f"sqlite:///{output.resolve() / 'mlflow.db'}"
+    # Not Path.resolve: who makes the folder says that its links go in a circle.
+    return f"sqlite:///{os.path.realpath(output)}/mlflow.db"
 
 
 def run_page(experiment: str, run: str) -> str:

@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from d3etr.engine.journal import KEPT_MAP
 from d3etr.logs import get_logger
 from d3etr.tracking.address import TRAINING_MENU, runs_page
 from d3etr.tracking.server import patience
@@ -41,7 +42,7 @@ def charted_page(
         ascending: smallest value first.
     """
     page = runs_page(experiment, search, order_by, ascending=ascending)
-    columns = [f"metrics.`{name}`" for name in ("val/mAP", *BARS)]
+    columns = [f"metrics.`{name}`" for name in (KEPT_MAP, *BARS)]
     view = {
         "searchFilter": search,
         "orderByKey": order_by,

@@ -11,7 +11,7 @@ import shutil
 import threading
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -82,7 +82,13 @@ def signature(threshold: float = DEFAULT_THRESHOLD) -> ModelSignature:
 
 
 def log_student(
-    client: MlflowClient, weights: Path, run_id: str, *, name: str = "student", step: int = 0
+    client: MlflowClient,
+    weights: Path,
+    run_id: str,
+    *,
+    name: str,
+    step: int,
+    measured: Sequence[Metric],
 ) -> str:
     """Log a weights file as a model of a run.
 
@@ -91,8 +97,8 @@ def log_student(
         weights: a d3etr weights file.
         run_id: the MLflow run that made it.
         name: what pages call it; what MLflow does not take of it becomes ``_``.
-        step: optimiser step of the weights; the run's metrics of this step become the model's,
-            and those that a run has once.
+        step: optimiser step of the weights.
+        measured: at that step; the model has these and what the run has once.
 
     Returns:
         Address of the model for ``mlflow.pyfunc.load_model``.
@@ -102,10 +108,14 @@ def log_student(
     name = _FORBIDDEN.sub("_", name)
     model = client.create_logged_model(run.info.experiment_id, name, source_run_id=run_id)
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+    once = [
+        each
+        for each in run.data.to_proto().metrics
+        if each.step == ONCE and not each.key.startswith("teacher/")
+    ]
     metrics = [
         Metric(each.key, each.value, each.timestamp, each.step, model_id=model.model_id)
-        for each in run.data.to_proto().metrics
-        if each.step in (ONCE, step) and not each.key.startswith("teacher/")
+        for each in (*once, *measured)
     ]
     for start in range(0, len(metrics), METRICS_PER_REQUEST):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])

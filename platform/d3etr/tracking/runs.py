@@ -14,6 +14,7 @@ from PIL import Image
 
 from d3etr.config.load import load_config
 from d3etr.config.location import Url
+from d3etr.config.overrides import as_overrides
 from d3etr.config.tree import Config
 from d3etr.data.file_labels import LABELS_KEY
 from d3etr.data.splits import UNLABELLED
@@ -32,7 +33,7 @@ from d3etr.tracking.model import Registered, log_student, logged_model, register
 from d3etr.tracking.model_card import CARD_FILE, DIGEST_LENGTH, data_name, model_facts
 from d3etr.tracking.note import KEY, opening_note, place_of, tell_result
 from d3etr.tracking.open_run import OpenRun, Status, Steps, refusals
-from d3etr.tracking.sender import Sender
+from d3etr.tracking.sender import Sender, metrics_of
 from d3etr.tracking.server import (
     UPLOAD_TIMEOUT_SECONDS,
     connect,
@@ -139,7 +140,7 @@ def register_run(run_dir: Path, name: str) -> Registered:
     """
     if RunFolder(run_dir).result() is None:
         raise UserError(f"{run_dir} is not finished: only a trained student can be registered")
-    config = load_config(RunFolder(run_dir).config, (f"tracking.register_as={json.dumps(name)}",))
+    config = load_config(RunFolder(run_dir).config, as_overrides({"tracking.register_as": name}))
     missing = replay(run_dir)
     state = read_state(run_dir)
     if missing is not None or state is None or state.model_uri is None:
@@ -303,9 +304,18 @@ class Tracker:
         self._run.client.log_text(self.run_id, card, CARD_FILE)
 
     def _log_model(self) -> None:
-        run, step = self._run, max(0, self._run.state.sent_step)
+        run, weights = self._run, self._folder.weights
         name = f"{run_name(self._config)} · {self._config.student.detector.name}"
-        uri = log_student(run.client, self._folder.weights, run.run_id, name=name, step=step)
+        # The weights may be of an earlier evaluation than the run's last metrics.
+        summary = read_json(self._folder.summary)
+        step = int(summary.get("kept_step", max(0, run.state.sent_step)))
+        measured = [
+            metric
+            for record in read_journal(self._folder.journal)
+            if record["step"] == step and record["kind"] in ("step", "evaluation")
+            for metric in metrics_of(record)
+        ]
+        uri = log_student(run.client, weights, run.run_id, name=name, step=step, measured=measured)
         run.remember(model_uri=uri)
 
     def _register(self, name: str) -> None:

@@ -25,7 +25,7 @@ from d3etr.config.tree import Config
 from d3etr.errors import UserError
 from d3etr.files import atomic_write, clear_disk_errors
 from d3etr.text import bare_url, redacted
-from d3etr.tracking.address import embedded_uri, runs_page
+from d3etr.tracking.address import BEST_FIRST, embedded_uri, runs_page
 
 PROBE_SECONDS = 8.0
 """How long a server may take to accept a connection: one that is just starting gets a chance."""
@@ -154,7 +154,7 @@ def _best_first(experiment: str) -> str:
 
     MLflow keeps the order of its table in the browser and in addresses, and nowhere on its server.
     """
-    page = runs_page(experiment, "", "metrics.`val/mAP`")
+    page = runs_page(experiment, "", BEST_FIRST)
     return f"[All runs, best validation mAP first]({page})"
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from mlflow.entities import Metric
 
 from d3etr.config.tree import Config
+from d3etr.engine.journal import KEPT_MAP
 from d3etr.logs import get_logger
-from d3etr.tracking.address import how_to_open
+from d3etr.tracking.address import BEST_FIRST, how_to_open
 from d3etr.tracking.charts import charted_page
 from d3etr.tracking.model import register
 from d3etr.tracking.model_card import model_facts
@@ -67,7 +68,7 @@ class SweepRun:
         trials = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
         with self._run.refusals():
             experiment = self._run.state.experiment_id
-            self._page = charted_page(self._client, experiment, trials, "metrics.`val/mAP`")
+            self._page = charted_page(self._client, experiment, trials, BEST_FIRST)
             self._describe()
 
     def how_to_open(self) -> list[str]:
@@ -95,7 +96,8 @@ class SweepRun:
         metrics = {f"importance/{metric_name(key)}": x for key, x in (importance or {}).items()}
         metrics |= {"trials/finished": float(len(trials))}
         if trials:
-            metrics["val/mAP"] = max(trial.mAP for trial in trials)
+            best = max(trial.mAP for trial in trials)
+            metrics |= {"val/mAP": best, KEPT_MAP: best}
         steps: dict[str, Callable[[], None]] = {"metrics": partial(self._log_metrics, metrics)}
         if trials:
             steps["note"] = partial(self._note_best, trials)

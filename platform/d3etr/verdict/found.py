@@ -128,10 +128,15 @@ class Stage:
             return f"the same {mean:.3g}"
         return f"{min(each):.3g} to {max(each):.3g}"
 
-    def cautions(self, costs: StepCosts) -> list[str]:
-        """What limits the answer, a sentence each."""
+    def cautions(self, costs: StepCosts, *, early: bool = False) -> list[str]:
+        """What limits the answer, a sentence each; ``early`` runs are judged on validation."""
         found = []
-        if self.split == "validation":
+        if early:
+            found.append(
+                "Short runs are judged on validation, as choices are, so what was chosen looks "
+                "better than it is."
+            )
+        elif self.split == "validation":
             found.append(
                 "There is no other split: choices and judgement share validation, so what was "
                 "chosen looks better than it is. data.test would settle it."
@@ -170,6 +175,7 @@ class Found:
         rates: contender -> the factor on its learning rate that was best; empty with one rate.
         early: the judgement after short runs.
         final: after full runs; None where the early one settled it.
+        failed: whose runs did not all finish, a sentence each.
     """
 
     command: str
@@ -180,6 +186,7 @@ class Found:
     rates: Mapping[str, float] = field(default_factory=dict)
     early: Stage | None = None
     final: Stage | None = None
+    failed: tuple[str, ...] = ()
 
     @property
     def stage(self) -> Stage:
@@ -198,7 +205,7 @@ class Found:
     @property
     def cautions(self) -> list[str]:
         """What limits the answer."""
-        return self.stage.cautions(self.costs)
+        return self.stage.cautions(self.costs, early=self.final is None)
 
 
 def shown(gain: Interval) -> str:

@@ -74,6 +74,7 @@ def notes(found: Found) -> list[str]:
     """What else there is to say, a sentence each."""
     said = list(found.cautions)
     said += [f"'{name}' did not take part: {reason}" for name, reason in found.left_out.items()]
+    said += found.failed
     if found.rates:
         rates = ", ".join(f"{name} x {rate:g}" for name, rate in found.rates.items())
         said.append(f"Learning rates, chosen on validation by short runs: {rates}.")

@@ -16,7 +16,7 @@ from d3etr.engine.find_run import absolute_paths
 from d3etr.engine.step_costs import StepCosts, measure_step_costs
 from d3etr.errors import RunFailedError
 from d3etr.evaluation.judge import FEWEST_SEEDS
-from d3etr.files import read_json, write_text
+from d3etr.files import clear_disk_errors, read_json, write_text
 from d3etr.launch.ray_cluster import cluster_nodes, connected
 from d3etr.launch.remote import on_a_worker
 from d3etr.launch.resources import demand_of, room
@@ -98,7 +98,7 @@ class _Verdict:
         self, question: Question, contest: Contest, base: Config, on_progress: OnProgress
     ) -> None:
         self._question, self._contest, self._base = question, contest, base
-        self._say = on_progress
+        self._say, self._failed = on_progress, list[str]()
         self._seconds = 60 * question.minutes
         self._seeds = tuple(base.run.seed + k for k in range(question.seeds))
         self._folder = base.run.output / f"{base.run.name}-verdict-{_digest(question, contest)}"
@@ -124,7 +124,7 @@ class _Verdict:
             split: SplitName = "test" if _has_test(self._base) else "validation"
             final = self._train("final", {each.way.name: each for each in entries}, self._seeds)
             found = replace(found, final=self._judged(final, split))
-        return found
+        return replace(found, failed=tuple(self._failed))
 
     def _label(self) -> Labelled | None:
         """Let the teacher label images without labels, where somebody is to train on them."""
@@ -173,7 +173,8 @@ class _Verdict:
                 costs.prepared[name] += labelling
         seconds, prepared = known.seconds | costs.seconds, known.prepared | costs.prepared
         costs = StepCosts(seconds, prepared, costs.refused)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with clear_disk_errors("the verdict", self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(vars(costs), indent=1) + "\n")
         return costs
 
@@ -182,7 +183,7 @@ class _Verdict:
         plain = min(costs.seconds.values())
         for way in ways:
             cost, before = costs.seconds[way.name], costs.prepared[way.name]
-            steps = round((self._seconds - before) / cost)
+            steps = max(0, round((self._seconds - before) / cost))
             less = f" less {before:.3g} s before the first" if before else ""
             self._say(
                 f"{way.name}: a step takes {1000 * cost:.1f} ms ({cost / plain:.2f} of the "
@@ -209,6 +210,7 @@ class _Verdict:
 
     def _early(self, entries: Sequence[Entry], found: Found) -> tuple[list[Entry], Found]:
         """Choose rates by short runs, and stop what cannot win any more."""
+        question = self._question
         short = {  # of steps: what a teacher did before them serves the whole run
             each.title: replace(each, steps=max(1, round(EARLY * each.steps))) for each in entries
         }
@@ -220,11 +222,10 @@ class _Verdict:
                 best[name] = each
         chosen = list(best.values())
         rates = {name: each.entry.rate for name, each in best.items()}
-        for name, rate in rates.items():
-            if len(self._question.rates) > 1:
-                self._say(f"{name}: learning rate x {rate:g} was best on validation")
+        for name, rate in rates.items() if len(question.rates) > 1 else ():
+            self._say(f"{name}: learning rate x {rate:g} was best on validation")
         stage = None
-        if self._question.early:
+        if question.early:
             stage = self._judged(chosen, "validation")
             self._say(f"early, after {EARLY:g} of the steps: {stage.sentence}")
             for name in stage.stopped:
@@ -235,7 +236,7 @@ class _Verdict:
             if rates.get(each.way.name) == each.rate
             and (stage is None or each.way.name not in stage.stopped)
         ]
-        return kept, replace(found, early=stage, rates=rates)
+        return kept, replace(found, early=stage, rates=rates if len(question.rates) > 1 else {})
 
     def _train(self, stage: str, entries: dict[str, Entry], seeds: Sequence[int]) -> list[Ran]:
         """Train entries with all seeds; what failed is left out with a line."""
@@ -246,9 +247,12 @@ class _Verdict:
         for title, each in entries.items():
             own = [trial for trial in result.trials if trial.trial.case == title]
             done = [trial for trial in own if trial.state == "finished" and trial.mAP is not None]
-            for trial in own:
-                if trial not in done:
-                    self._say(f"{title} failed: {trial.reason or trial.state}")
+            failed = [trial.reason or trial.state for trial in own if trial not in done]
+            for reason in failed:
+                self._say(f"{title} failed: {reason}")
+            if failed:
+                finished = f"{len(done)} of {len(own)} {stage} runs of '{title}' finished"
+                self._failed.append(f"{finished}: {failed[0]}")
             if len(done) >= min(len(seeds), FEWEST_SEEDS):
                 ran.append(Ran(each, tuple(done)))
         self._require_both(ran, result.trials)

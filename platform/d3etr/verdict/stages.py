@@ -80,8 +80,9 @@ def entry(way: Way, rate: float, seconds: float, cost: float, prepared: float = 
     """
     steps = round((seconds - prepared) / cost)
     if steps < FEWEST_STEPS:
+        less = f" less {prepared:.3g} for what its teacher does first" if prepared else ""
         raise UserError(
-            f"{seconds:.3g} seconds are {steps} steps of '{way.name}', of which each takes "
+            f"{seconds:.3g} seconds{less} are {max(0, steps)} steps of '{way.name}', each of "
             f"{1000 * cost:.3g} ms; expected at least {FEWEST_STEPS}: give more --minutes"
         )
     return Entry(way, rate, steps, prepared)

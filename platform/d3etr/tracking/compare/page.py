@@ -11,7 +11,7 @@ import PIL.Image
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from d3etr.files import write_text
+from d3etr.files import write_whole
 from d3etr.text import printable
 from d3etr.tracking.compare import tables
 from d3etr.tracking.compare.comparison import Comparison
@@ -34,7 +34,7 @@ def write_page(comparison: Comparison, path: Path, pictures: Pictures | None = N
         pictures: what the runs detect on some images; None leaves the part out.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, as_page(comparison, pictures))
+    write_whole(path, as_page(comparison, pictures))
     return path
 
 

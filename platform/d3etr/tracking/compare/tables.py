@@ -38,10 +38,13 @@ class Table:
 
     def as_rich(self) -> RichTable:
         """For a terminal."""
-        shown = RichTable(title=f"\n{self.title}", title_justify="left", box=None)
-        shown.add_column(printable(self.headings[0]), no_wrap=True)
-        for heading in self.headings[1:]:
-            shown.add_column(printable(heading), justify=self.justify, overflow="fold")
+        # As Text: names may have brackets, which rich takes for markup.
+        title = Text(f"\n{printable(self.title)}", style="table.title")
+        shown = RichTable(title=title, title_justify="left", box=None)
+        first, *others = (Text(printable(heading)) for heading in self.headings)
+        shown.add_column(first, no_wrap=True)
+        for heading in others:
+            shown.add_column(heading, justify=self.justify, overflow="fold")
         for row in self.rows:
             shown.add_row(*(Text(printable(cell)) for cell in row))
         return shown
