@@ -115,6 +115,8 @@ def ask(command: Sequence[str]) -> Record | None:
 
 HEADINGS = ("", "contender", "learning rate", "steps", "seconds", "mAP by seed", "mean", "95 %")
 GAINS = ("gain", "95 %", "")
+CHANGES = ("over 'distilled'", "95 %")
+"""Where a verdict has other distilled students."""
 
 
 def rows_of(row: str, found: Record) -> list[tuple[str, ...]]:
@@ -134,12 +136,13 @@ def rows_of(row: str, found: Record) -> list[tuple[str, ...]]:
                 f"{ours}{100 * mean['mean']:.1f}{ours}",
                 _ends(mean, ""),
                 *(("", "", "rival") if gain is None else _gain(gain)),
+                *(_gain(each["change"])[:2] if each.get("change") else ("", "")),
             )
         )
         row = ""
     lead = f", lead {100 * found['lead']['both']['mean']:+.1f}" if found["lead"] else ""
     taught = "" if found["teacher"] is None else f"{100 * found['teacher']:.1f}{lead}"
-    return [*lines, ("", "teacher", "", "", "", "", taught, "", "", "", "")] if taught else lines
+    return [*lines, ("", "teacher", *[""] * 4, taught, *[""] * 6)] if taught else lines
 
 
 def _gain(gain: Record) -> tuple[str, str, str]:
@@ -152,13 +155,15 @@ def _ends(interval: Record, sign: str) -> str:
 
 def as_markdown(questions: Questions, found: Mapping[str, Record], command: str) -> str:
     """The table, with the command that makes it and the answers in words."""
-    headings = (*HEADINGS, *GAINS)
+    headings = (*HEADINGS, *GAINS, *CHANGES)
+    rows = [r for row in found for r in rows_of(row, found[row])]
+    if not any(r[-2] for r in rows):
+        headings, rows = headings[:-2], [r[:-2] for r in rows]
     lines = [f"# {questions.title}", "", f"`{command}`", ""]
     lines += [questions.about.strip(), ""] if questions.about else []
     if questions.along:
         lines += [f"![mAP over {questions.along}]({questions.name}.svg)", ""]
     lines += [f"| {' | '.join(headings)} |", f"|{' --- |' * 3}{' ---: |' * (len(headings) - 3)}"]
-    rows = [r for row in found for r in rows_of(row, found[row])]
     lines += [f"| {' | '.join(cell.replace('|', '/') for cell in r)} |" for r in rows]
     lines += ["", "Gains are over the rival, the best on validation that no teacher teaches."]
     lines += ["Intervals are for other seeds and other images.", ""]

@@ -87,6 +87,19 @@ def test_a_row_for_each_contender_and_a_curve(asked: Path, tmp_path: Path) -> No
     assert "distilled" in (tmp_path / "tables" / "few.svg").read_text()
 
 
+def test_other_distilled_students_are_held_against_the_recipes_own(
+    asked: Path, tmp_path: Path
+) -> None:
+    script = runpy.run_path(str(SCRIPT))
+    more = contender("variant", 0.41, 0.11) | {"change": {"both": both(0.011), "answer": "open"}}
+    answer = ANSWER | {"contenders": [*ANSWER["contenders"], more]}
+    table = script["as_markdown"](script["read_questions"](asked), {"10 labelled": answer}, "")
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert "| over 'distilled' | 95 % |" in rows[0] and len({row.count("|") for row in rows}) == 1
+    assert "| gain | +1.1 | +0.1 to +3.1 |" in next(row for row in rows if "variant" in row)
+    assert "| gain |  |  |" in next(row for row in rows if "**distilled**" in row)
+
+
 def test_the_questions_are_shown_first(asked: Path, tmp_path: Path) -> None:
     done = run(asked, "--dry-run", "--table", tmp_path / "tables")
     assert done.returncode == 0 and not (tmp_path / "tables").exists()

@@ -71,6 +71,20 @@ def test_the_rival_is_chosen_on_validation_alone(scenes: Scenes) -> None:
     assert found.best_distilled == found.of("taught")
 
 
+def test_other_distilled_students_are_held_against_the_recipes_own(scenes: Scenes) -> None:
+    plain, variant, ours = (
+        runs(scenes, name, quality, number)
+        for name, quality, number in (("plain", 0.0, 1), ("variant", 2.0, 2), ("ours", 1.0, 3))
+    )
+    plain = replace(plain, distilled=False)
+    found = judge(scenes.truth, [plain, variant, ours], recipe="ours", draws=DRAWS)
+    rivals = [replace(ours, distilled=False), variant]
+    assert found.of("variant").change == judge(scenes.truth, rivals, draws=DRAWS).of("variant").gain
+    assert found.of("plain").change is None and found.of("ours").change is None
+    without = judge(scenes.truth, [plain, variant, ours], draws=DRAWS)
+    assert without.of("variant") == replace(found.of("variant"), change=None)
+
+
 def test_equal_runs_cannot_be_told_apart(scenes: Scenes) -> None:
     plain = runs(scenes, "plain", 1.0, 1)
     copy = replace(plain, name="copy", distilled=True)

@@ -94,6 +94,23 @@ def test_times_that_differ_are_said_and_shared_splits_too() -> None:
     assert any("share validation" in note for note in notes(shared))
 
 
+def test_variants_are_held_against_the_recipe_where_there_are_any() -> None:
+    whole = found(around(0.04, 0.02), around(0.1, 0.05))
+    table = results_table(whole)
+    assert len(table.headings) == len(table.rows[0]) and "over 'distilled'" not in table.headings
+    assert whole.final is not None
+    judgement, (*others, own) = whole.final.judgement, whole.final.judgement.standings
+    variant = replace(own, name="variant", change=around(0.011, 0.003))
+    judged = replace(judgement, standings=(*others, variant, own))
+    stage = replace(whole.final, ran=(*whole.final.ran, ran("variant", 60.0)), judgement=judged)
+    costs = replace(whole.costs, seconds=whole.costs.seconds | {"variant": 0.6})
+    table = results_table(replace(whole, final=stage, costs=costs))
+    place = table.headings.index("over 'distilled'")
+    shown = {row[0]: row[place : place + 2] for row in table.rows}
+    assert shown["variant"] == ("+1.1", "+0.8 to +1.4") and shown["plain"] == ("-", "-")
+    assert {len(row) for row in table.rows} == {len(table.headings)}
+
+
 def test_what_labelling_took_is_said() -> None:
     whole = found(around(0.04, 0.02), around(0.1, 0.05))
     assert whole.final is not None

@@ -86,6 +86,7 @@ class Standing:
         sizes: mean AP of small, medium and large objects; None where there are none.
         classes: class name -> mean AP.
         gain: over the rival; None of the rival itself.
+        change: over the recipe, of other distilled contenders where it is one; else None.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Standing:
     sizes: Mapping[str, float | None]
     classes: Mapping[str, float | None]
     gain: Difference | None
+    change: Difference | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def judge(
     contenders: Sequence[Contender],
     teacher: SplitDetections | None = None,
     *,
+    recipe: str | None = None,
     maximum: int = 100,
     draws: int = DRAWS,
     seed: int = 0,
@@ -143,6 +146,7 @@ def judge(
         truth: of the split that is judged on.
         contenders: at least one that was not distilled.
         teacher: what the teacher detects there.
+        recipe: name of the contender that the other distilled ones are compared with, too.
         maximum: detections per image and class that count.
         draws: D; all contenders see the same ones.
         seed: of the draws.
@@ -164,9 +168,15 @@ def judge(
             np.array([_map(metrics) for metrics in measured[each.name]]),
             np.stack([resampled_maps(truth, one, times) for one in found]),
         )
-    theirs = resampled[rival.name]
+    theirs, unchanged = resampled[rival.name], resampled.get(recipe or "")
     standings = tuple(
-        _standing(c, measured[c.name], resampled[c.name], None if c.name == rival.name else theirs)
+        _standing(
+            c,
+            measured[c.name],
+            resampled[c.name],
+            None if c.name == rival.name else theirs,
+            unchanged if c.distilled and c.name != recipe else None,
+        )
         for c in contenders
     )
     best = resampled[max(contenders, key=lambda each: fmean(each.validation)).name]
@@ -197,6 +207,7 @@ def _standing(
     metrics: Sequence[CocoMetrics],
     ours: Resampled,
     rival: Resampled | None,
+    recipe: Resampled | None,
 ) -> Standing:
     return Standing(
         contender.name,
@@ -207,6 +218,7 @@ def _standing(
         {name: _mean([each.values[name] for each in metrics]) for name in SIZES},
         {name: _mean([each.per_class[name] for each in metrics]) for name in metrics[0].per_class},
         None if rival is None else _difference(ours, rival),
+        None if recipe is None else _difference(ours, recipe),
     )
 
 

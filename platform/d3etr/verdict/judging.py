@@ -16,6 +16,7 @@ from d3etr.evaluation.coco_metrics import GroundTruth, SplitDetections
 from d3etr.evaluation.evaluator import Evaluator
 from d3etr.evaluation.judge import Contender, Judgement, judge
 from d3etr.storage.fetch import local_file
+from d3etr.verdict.contenders import DISTILLED
 
 SplitName = Literal["validation", "test"]
 
@@ -71,4 +72,4 @@ def judge_runs(config: Config, split: SplitName, trained: Sequence[Trained]) -> 
     weights = None if config.teacher is None else config.teacher.weights
     teacher = None if weights is None else detections(weights, teachers)
     maximum = config.evaluation.maximum_detections
-    return judge(GroundTruth(images), contenders, teacher, maximum=maximum)
+    return judge(GroundTruth(images), contenders, teacher, recipe=DISTILLED, maximum=maximum)

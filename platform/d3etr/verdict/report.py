@@ -19,13 +19,16 @@ from d3etr.files import write_text
 from d3etr.tracking.compare.tables import MISSING, Table
 from d3etr.tracking.figures.bands import Band, draw_bands
 from d3etr.tracking.figures.style import save
+from d3etr.verdict.contenders import DISTILLED
 from d3etr.verdict.found import Found, Ran, Stage
 
 JSON_FILE, MARKDOWN_FILE, PICTURE_FILE = "verdict.json", "verdict.md", "verdict.png"
 HEADINGS = (
-    *("contender", "mAP", "95 %", "gain", "95 %", "answer", "AP S / M / L"),
-    *("steps", "cost", "seconds"),
+    *("contender", "mAP", "95 %", "gain", "95 %", "answer"),
+    *("AP S / M / L", "steps", "cost", "seconds"),
 )
+CHANGES = (f"over '{DISTILLED}'", "95 %")
+"""Headings where there are other distilled contenders."""
 MANY_CLASSES = 20
 
 
@@ -33,6 +36,7 @@ def results_table(found: Found) -> Table:
     """A row for each contender; accuracy in percent, gains in points."""
     stage = found.stage
     plain = min(found.costs.seconds.values())
+    changed = any(each.change is not None for each in stage.judgement.standings)
     rows = []
     for ran in stage.ran:
         standing = stage.judgement.of(ran.entry.way.name)
@@ -43,9 +47,9 @@ def results_table(found: Found) -> Table:
                 standing.name,
                 _percent(standing.mAP.both.mean),
                 _ends(standing.mAP.both),
-                MISSING if gain is None else f"{100 * gain.both.mean:+.1f}",
-                MISSING if gain is None else _ends(gain.both, "+"),
+                *_points(gain),
                 "the rival" if gain is None else gain.answer,
+                *(_points(standing.change) if changed else ()),
                 sizes,
                 f"{ran.entry.steps:,}",
                 f"{found.costs.seconds[standing.name] / plain:.2f}",
@@ -56,7 +60,8 @@ def results_table(found: Found) -> Table:
         f"{stage.split} split, %; intervals for other seeds and other images; cost of a step "
         "beside the cheapest; seconds of training steps"
     )
-    return Table(title, HEADINGS, tuple(rows))
+    headings = (*HEADINGS[:6], *CHANGES, *HEADINGS[6:]) if changed else HEADINGS
+    return Table(title, headings, tuple(rows))
 
 
 def classes_table(found: Found) -> Table:
@@ -177,7 +182,7 @@ def _stage_json(found: Found, stage: Stage) -> dict[str, Any]:
 
 
 def _standing_json(standing: Standing) -> dict[str, Any]:
-    gain = standing.gain
+    gain, change = standing.gain, standing.change
     return {
         "name": standing.name,
         "distilled": standing.distilled,
@@ -185,6 +190,7 @@ def _standing_json(standing: Standing) -> dict[str, Any]:
         "maps": list(standing.maps),
         "mAP": _difference_json(standing.mAP),
         "gain": None if gain is None else _difference_json(gain),
+        "change": None if change is None else _difference_json(change),
         "sizes": dict(standing.sizes),
         "classes": dict(standing.classes),
     }
@@ -207,6 +213,13 @@ def _markdown(table: Table) -> str:
     rows = [table.headings, ("---",) + ("---:",) * (len(table.headings) - 1), *table.rows]
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     return "\n".join([f"{table.title}:", "", *lines])
+
+
+def _points(difference: Difference | None) -> tuple[str, str]:
+    """The mean and its interval."""
+    if difference is None:
+        return MISSING, MISSING
+    return f"{100 * difference.both.mean:+.1f}", _ends(difference.both, "+")
 
 
 def _percent(share: float | None) -> str:
