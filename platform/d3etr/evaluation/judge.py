@@ -180,11 +180,7 @@ def judge(
         for c in contenders
     )
     best = resampled[max(contenders, key=lambda each: fmean(each.validation)).name]
-    behind = tuple(
-        name
-        for name, ours in resampled.items()
-        if ours is not best and _difference(ours, best).answer == "loss"
-    )
+    behind = _behind(resampled, best)
     if teacher is None:
         return Judgement(standings, rival.name, behind)
     taught = truth.match(teacher, maximum)
@@ -200,6 +196,14 @@ def _require_seeds(contenders: Sequence[Contender]) -> None:
                 f"contender '{each.name}' has {len(each.detections)} finished run: one seed says "
                 f"nothing of another. Expected at least {FEWEST_SEEDS} seeds"
             )
+
+
+def _behind(resampled: Mapping[str, Resampled], best: Resampled) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, ours in resampled.items()
+        if ours is not best and _difference(ours, best).answer == "loss"
+    )
 
 
 def _standing(
