@@ -36,6 +36,7 @@ from d3etr.errors import UserError
 from d3etr.files import write_text
 from d3etr.launch.process import INTERRUPTED
 from d3etr.tracking.figures.style import legend, new_figure, plain_axes, save, series_styles
+from d3etr.verdict.report import CHANGES
 
 Record = dict[str, Any]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -115,12 +116,10 @@ def ask(command: Sequence[str]) -> Record | None:
 
 HEADINGS = ("", "contender", "learning rate", "steps", "seconds", "mAP by seed", "mean", "95 %")
 GAINS = ("gain", "95 %", "")
-CHANGES = ("over 'distilled'", "95 %")
-"""Where a verdict has other distilled students."""
 
 
-def rows_of(row: str, found: Record) -> list[tuple[str, ...]]:
-    """A line for each contender of a verdict."""
+def rows_of(row: str, found: Record, *, changes: bool = False) -> list[tuple[str, ...]]:
+    """A line for each contender of a verdict; ``changes``: with ``CHANGES``, too."""
     lines = []
     for each in found["contenders"]:
         mean, gain = each["mAP"]["both"], each["gain"]
@@ -136,13 +135,20 @@ def rows_of(row: str, found: Record) -> list[tuple[str, ...]]:
                 f"{ours}{100 * mean['mean']:.1f}{ours}",
                 _ends(mean, ""),
                 *(("", "", "rival") if gain is None else _gain(gain)),
-                *(_gain(each["change"])[:2] if each.get("change") else ("", "")),
+                *(_change(each) if changes else ()),
             )
         )
         row = ""
     lead = f", lead {100 * found['lead']['both']['mean']:+.1f}" if found["lead"] else ""
     taught = "" if found["teacher"] is None else f"{100 * found['teacher']:.1f}{lead}"
-    return [*lines, ("", "teacher", *[""] * 4, taught, *[""] * 6)] if taught else lines
+    rest = ("",) * (len(lines[0]) - 7)
+    return [*lines, ("", "teacher", "", "", "", "", taught, *rest)] if taught else lines
+
+
+def _change(contender: Record) -> tuple[str, ...]:
+    """Over the recipe's own student; earlier records do not know it."""
+    change = contender.get("change")
+    return _gain(change)[:2] if change else ("", "")
 
 
 def _gain(gain: Record) -> tuple[str, str, str]:
@@ -155,10 +161,9 @@ def _ends(interval: Record, sign: str) -> str:
 
 def as_markdown(questions: Questions, found: Mapping[str, Record], command: str) -> str:
     """The table, with the command that makes it and the answers in words."""
-    headings = (*HEADINGS, *GAINS, *CHANGES)
-    rows = [r for row in found for r in rows_of(row, found[row])]
-    if not any(r[-2] for r in rows):
-        headings, rows = headings[:-2], [r[:-2] for r in rows]
+    changes = any(c.get("change") for each in found.values() for c in each["contenders"])
+    headings = (*HEADINGS, *GAINS, *(CHANGES if changes else ()))
+    rows = [r for row in found for r in rows_of(row, found[row], changes=changes)]
     lines = [f"# {questions.title}", "", f"`{command}`", ""]
     lines += [questions.about.strip(), ""] if questions.about else []
     if questions.along:
